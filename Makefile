@@ -1,0 +1,37 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: .venv/.bench  ## what LLaMA-7B needs, then AdamW against GaLore on real text
+	$(BIN)/python -m benchmarks.memory --model llama-7b --rank 1024 --budget-gib 24
+	$(BIN)/python -m benchmarks.pretrain
+
+test: .venv/.dev  ## the test suite
+	$(BIN)/python -m pytest
+
+test-slow: .venv/.dev  ## what takes minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/.dev  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.dev  ## the figures of docs/performance.md, side by side
+	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.refresh
+
+.venv:
+	$(PYTHON) -m venv .venv
+
+.venv/.bench: pyproject.toml constraints.txt | .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
+	touch $@
+
+.venv/.dev: pyproject.toml constraints.txt | .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@ .venv/.bench
+
+clean:
+	rm -rf .venv runs build .mypy_cache .pytest_cache .ruff_cache .hypothesis

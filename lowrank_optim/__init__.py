@@ -1,0 +1,24 @@
+"""Drop-in torch optimizers that train large models with low-rank state."""
+
+from lowrank_optim import memory
+from lowrank_optim.groups import lowrank_groups
+from lowrank_optim.importers import import_galore_torch
+from lowrank_optim.methods import GaLoreAdafactor, GaLoreAdamW, GaLoreLion, GaLoreSGD
+from lowrank_optim.optimizer import LowRankOptimizer
+from lowrank_optim.subspaces import PROJECTORS, Projector, register
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PROJECTORS",
+    "GaLoreAdafactor",
+    "GaLoreAdamW",
+    "GaLoreLion",
+    "GaLoreSGD",
+    "LowRankOptimizer",
+    "Projector",
+    "import_galore_torch",
+    "lowrank_groups",
+    "memory",
+    "register",
+]

@@ -1,0 +1,173 @@
+"""Loading state: nothing loses bits, nothing is aliased, and a misfit changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.groups import Group, canonical, check
+from lowrank_optim.step import HOST_SCALARS, Item, init_state
+
+if TYPE_CHECKING:
+    from lowrank_optim.optimizer import LowRankOptimizer
+
+StateDict = dict[str, Any]
+Entries = dict[str, Any]
+"""The saved state of one parameter."""
+
+STRUCTURE = ("rank", "proj_type", "projector")
+"""Group keys that shape the state: a checkpoint may not change them silently."""
+
+
+def load_state_dict(
+    optimizer: LowRankOptimizer, torch_load: Callable[[StateDict], None], state_dict: StateDict
+) -> None:
+    """Let torch load the groups and run every hook, and put the state in place ourselves.
+
+    Stock torch casts every state tensor but ``step`` to its parameter's dtype: under bfloat16
+    parameters float32 moments lose 16 bits, uint8 codes become floats and index 4097 becomes 4096.
+    So a hook that runs after the user's pre-hooks checks the checkpoint and takes the state out,
+    and one that runs before the user's post-hooks puts it back as it was saved.
+
+    Raises:
+        ValueError: the checkpoint does not fit; the optimizer is left as it was.
+    """
+    saved: dict[int, Entries] = {}  # by position of the parameter
+    dtypes: dict[int, dict[str, torch.dtype]] = {}
+
+    def take(_: Any, incoming: StateDict) -> StateDict:
+        ids = [i for group in incoming["param_groups"] for i in group["params"]]
+        groups = [
+            {**_without_params(g), "method": "another optimizer", **canonical(s)}
+            for s, g in zip(incoming["param_groups"], optimizer.param_groups, strict=False)
+        ]
+        groups += incoming["param_groups"][len(groups) :]  # torch reports the wrong number
+        state = incoming["state"]
+        saved.update((n, _entries(state[i])) for n, i in enumerate(ids) if i in state)
+        if [len(g["params"]) for g in groups] == [len(g["params"]) for g in optimizer.param_groups]:
+            dtypes.update(check_fit(optimizer, groups, saved))
+        return {**incoming, "param_groups": groups, "state": {}}
+
+    def put(_: Any) -> None:
+        for group in optimizer.param_groups:
+            group["method"] = type(optimizer).__name__
+        for n, param in enumerate(p for g in optimizer.param_groups for p in g["params"]):
+            if n in saved:
+                optimizer.state[param] = {
+                    k: _placed(k, saved[n][k], param, dtype) for k, dtype in dtypes[n].items()
+                }
+
+    handles = [
+        optimizer.register_load_state_dict_pre_hook(take),
+        optimizer.register_load_state_dict_post_hook(put, prepend=True),
+    ]
+    try:
+        torch_load(state_dict)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _without_params(group: Group) -> Group:
+    """The keys that fill in for what a checkpoint of an older or another optimizer lacks."""
+    return {k: v for k, v in group.items() if k not in ("params", "param_names")}
+
+
+def _entries(saved: Mapping[str, Any]) -> Entries:
+    """A parameter's saved state without empty dicts.
+
+    ``torch.distributed.checkpoint`` puts one where a flattened checkpoint lacks a key that the
+    optimizer has.
+    """
+    return {k: v for k, v in saved.items() if not (isinstance(v, Mapping) and not v)}
+
+
+def _placed(key: str, value: Any, param: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy of one saved entry, on the device it belongs to."""
+    device = torch.device("cpu") if key in HOST_SCALARS else param.device
+    tensor: Tensor = torch.as_tensor(value).detach()
+    return tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def check_fit(
+    optimizer: LowRankOptimizer, groups: list[Group], saved: Mapping[int, Entries]
+) -> dict[int, dict[str, torch.dtype]]:
+    """Compare every saved entry with the state that this optimizer would make.
+
+    Args:
+        optimizer: what the checkpoint is to be loaded into.
+        groups: the groups it would have then, as many and as long as its own.
+        saved: state by position of the parameter.
+
+    Returns:
+        The dtype of every entry. It is the saved one, unless the checkpoint comes from another
+        optimizer or from parameters of another dtype: a moment in a format that its store does not
+        write would be read, updated and forgotten.
+
+    Raises:
+        ValueError: with the parameter's name and both values.
+    """
+    dtypes: dict[int, dict[str, torch.dtype]] = {}
+    n = 0
+    for mine, loaded in zip(optimizer.param_groups, groups, strict=True):
+        check(loaded)
+        merged = {**loaded, "params": mine["params"]}
+        if "param_names" in mine:
+            merged.setdefault("param_names", mine["param_names"])
+        chosen = optimizer._strategies(merged)
+        for here, there in zip(optimizer._items(mine), optimizer._plan(merged), strict=True):
+            if n in saved:
+                found = saved[n]
+                _same_structure(optimizer, here, there, mine, merged, found)
+                meta = torch.empty_like(here.param, device="meta")
+                expected = init_state(there, chosen, meta)
+                _same_shapes(optimizer, here, loaded, found, expected)
+                dtypes[n] = {k: v.dtype for k, v in expected.items()}
+            n += 1
+    return dtypes
+
+
+def _same_structure(
+    optimizer: LowRankOptimizer, here: Item, there: Item, mine: Group, loaded: Group, found: Entries
+) -> None:
+    """Raise if the groups see the parameter in different ways."""
+    if "projector" in found:
+        raise ValueError(
+            f"the state of {here.name} holds a projector object: "
+            "read this checkpoint with lowrank_optim.import_galore_torch"
+        )
+    if here.subspace is not None:
+        for key in STRUCTURE:
+            if loaded[key] != mine[key]:
+                raise _misfit(optimizer, here.name, key, loaded[key], mine[key], loaded)
+    if (here.subspace is None) != (there.subspace is None):
+        theirs, ours = ("dense" if x.subspace is None else "projected" for x in (there, here))
+        raise _misfit(optimizer, here.name, "the parameter", theirs, ours, loaded)
+
+
+def _same_shapes(
+    optimizer: LowRankOptimizer,
+    item: Item,
+    loaded: Group,
+    found: Entries,
+    expected: Mapping[str, Tensor],
+) -> None:
+    """Raise if the saved entries are not those of the optimizer, or have other shapes."""
+    if expected.keys() != found.keys():
+        raise _misfit(optimizer, item.name, "state", sorted(found), sorted(expected), loaded)
+    for key, tensor in expected.items():
+        shape, own = tuple(torch.as_tensor(found[key]).shape), tuple(tensor.shape)
+        if shape != own:
+            raise _misfit(optimizer, item.name, f"shape of {key}", shape, own, loaded)
+
+
+def _misfit(
+    optimizer: LowRankOptimizer, name: str, what: str, theirs: Any, mine: Any, loaded: Group
+) -> ValueError:
+    return ValueError(
+        f"checkpoint written by {loaded['method']} does not fit {name} in "
+        f"{type(optimizer).__name__}: {what} is {theirs} there and {mine} here"
+    )

@@ -1,0 +1,176 @@
+"""Checkpoints of other packages, read into ours."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from typing import IO, TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.checkpoint import Entries, StateDict, check_fit
+from lowrank_optim.groups import Group, canonical
+from lowrank_optim.step import Item
+
+if TYPE_CHECKING:
+    from lowrank_optim.optimizer import LowRankOptimizer
+
+FACTORS = {"exp_avg_sq_row": "exp_avg_sq_col", "exp_avg_sq_col": "exp_avg_sq_row"}
+"""Adafactor's means along rows and columns change places where the matrix is seen transposed."""
+
+
+class ProjectorRecord:
+    """The attributes of a pickled ``GaLoreProjector``, and none of its code."""
+
+    rank: int
+    update_proj_gap: int
+    scale: float
+    proj_type: str
+    ortho_matrix: Any
+
+
+def import_galore_torch(
+    checkpoint: str | os.PathLike[str] | IO[bytes] | Mapping[str, Any], optimizer: LowRankOptimizer
+) -> StateDict:
+    r"""A galore-torch checkpoint as a state dict for ``optimizer.load_state_dict``.
+
+    Their projector is a Python object that holds :math:`U_{:,:r}` or :math:`V^T_{:r}`; it becomes
+    the tensor ``basis``, and the moments are turned with it; loading gives both the dtypes that
+    ``optimizer`` keeps. Dense parameters are carried over too. With ``projector="svd"`` and
+    ``stagger=False`` the next refresh falls on the step at which galore-torch would have made it.
+
+    Args:
+        checkpoint: path or file of a saved ``GaLoreAdamW`` or ``GaLoreAdafactor`` state dict (or of
+            a checkpoint that has it under ``"optimizer"``), or that dict itself. Files are read
+            without galore-torch and without running any code that they hold.
+        optimizer: what the state dict is for, with the same parameters in groups of the same order,
+            lengths and ranks; it is left as it is.
+
+    Raises:
+        ValueError: the file holds other objects, or its state does not fit ``optimizer``.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim import GaLoreAdamW, import_galore_torch
+        >>> weight = torch.nn.Parameter(torch.zeros(4, 6))
+        >>> optimizer = GaLoreAdamW([weight], rank=2, projector="svd", stagger=False)
+        >>> theirs = {"state": {}, "param_groups": [{"params": [0], "rank": 2, "lr": 0.01}]}
+        >>> optimizer.load_state_dict(import_galore_torch(theirs, optimizer))
+        >>> optimizer.param_groups[0]["lr"]
+        0.01
+
+    Differs from a resume in galore-torch: the arithmetic from here on is this package's (eps after
+    bias correction, decay first, signs of new bases aligned with the old). Adafactor's first moment
+    is there an average of directions times the learning rate; it is divided by the last one, which
+    is exact while that is constant. The 8-bit optimizer's state is not read.
+    """
+    theirs = checkpoint if isinstance(checkpoint, Mapping) else _read(checkpoint)
+    theirs = theirs.get("optimizer", theirs)
+    if not {"state", "param_groups"} <= theirs.keys():
+        raise ValueError(f"not an optimizer checkpoint: it holds {sorted(map(str, theirs))}")
+    groups = [canonical(group) for group in theirs["param_groups"]]
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in optimizer.param_groups]:
+        raise ValueError(
+            f"checkpoint has groups of {[len(g['params']) for g in groups]} parameters, the "
+            f"optimizer of {[len(g['params']) for g in optimizer.param_groups]}"
+        )
+    state: dict[Any, Entries] = {}
+    filled: list[Group] = []
+    saved: dict[int, Entries] = {}
+    for mine, group in zip(optimizer.param_groups, groups, strict=True):
+        items = optimizer._items(mine)
+        entries = {i: theirs["state"][i] for i in group["params"] if i in theirs["state"]}
+        named = {i: item.name for i, item in zip(group["params"], items, strict=True)}
+        group |= {"method": "galore_torch"}
+        group |= _projector_keys({named[i]: entry for i, entry in entries.items()})
+        filled.append({**mine, **group})
+        for i, item in zip(group["params"], items, strict=True):
+            if i in entries:
+                state[i] = saved[item.index] = _converted(item, entries[i], group)
+    check_fit(optimizer, filled, saved)
+    return {"state": state, "param_groups": groups}
+
+
+def _read(file: str | os.PathLike[str] | IO[bytes]) -> Mapping[str, Any]:
+    """The dict in a file that may hold tensors, plain containers and galore-torch's projectors."""
+    name = "galore_torch.galore_projector.GaLoreProjector"
+    try:
+        with torch.serialization.safe_globals([(ProjectorRecord, name)]):
+            theirs = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"refused to read {file}: it holds an object that is neither a tensor, a plain "
+            f"container nor a galore-torch projector ({str(error).splitlines()[-1]})"
+        ) from error
+    if not isinstance(theirs, Mapping):
+        raise ValueError(f"not an optimizer checkpoint: {type(theirs).__name__}")
+    return theirs
+
+
+def _projector_keys(entries: Mapping[str, Entries]) -> Group:
+    """Group keys as the projectors have them: galore-torch ignores later edits of its groups.
+
+    Raises:
+        ValueError: two projectors of one group differ.
+    """
+    keys: Group = {}
+    first: dict[str, str] = {}
+    for name, entry in entries.items():
+        projector = entry.get("projector")
+        for key in ("rank", "update_proj_gap", "scale", "proj_type") if projector else ():
+            value = getattr(projector, key)
+            if keys.setdefault(key, value) != value:
+                raise ValueError(
+                    f"{key} of one group is {keys[key]!r} for {first[key]} and {value!r} for {name}"
+                )
+            first.setdefault(key, name)
+    return keys
+
+
+def _converted(item: Item, entry: Entries, group: Group) -> Entries:
+    """The state of one parameter under our names, in our orientation."""
+    if "state1" in entry:
+        raise ValueError(
+            f"the state of {item.name} is GaLoreAdamW8bit's, which is not read: "
+            "only GaLoreAdamW and GaLoreAdafactor are"
+        )
+    out: Entries = {"step": torch.tensor(float(entry["step"]))}
+    moments = {k: v for k, v in entry.items() if isinstance(v, Tensor) and k.startswith("exp_avg")}
+    if "clip_threshold" in group and "exp_avg" in moments:
+        lr = _last_lr(entry, group)
+        moments["exp_avg"] = moments["exp_avg"] / lr if lr else 0 * moments["exp_avg"]
+    projector = entry.get("projector")
+    if projector is None or item.view is None:
+        return out | {k: _copy(v) for k, v in moments.items()}
+    flip = item.view.flip
+    bases = projector.ortho_matrix
+    bases = bases if isinstance(bases, list) else [bases]
+    if not all(isinstance(basis, Tensor) for basis in bases):
+        raise ValueError(f"the projector of {item.name} has no basis")
+    step, gap = int(entry["step"]), projector.update_proj_gap
+    out["refresh_step"] = torch.tensor(float((step - 1) // gap * gap))
+    out["postponed"] = torch.zeros(())
+    out["basis"] = _copy(bases[0].mT if flip else bases[0])
+    if len(bases) == 2:  # proj_type "full"
+        out["basis_right"] = _copy(bases[1].mT)
+    for key, value in moments.items():
+        if flip and value.dim() == 2:
+            out[f"low.{key}"] = _copy(value.mT)
+        else:
+            out[f"low.{FACTORS.get(key, key) if flip else key}"] = _copy(value)
+    return out
+
+
+def _last_lr(entry: Entries, group: Group) -> float:
+    """The learning rate that galore-torch's Adafactor multiplied its last direction by."""
+    lr, step = group["lr"], entry["step"]
+    if group["relative_step"]:
+        lr = min(1e-6 * step if group["warmup_init"] else 1e-2, step**-0.5)
+    return float(lr * max(group["eps"][1], float(entry["RMS"])) if group["scale_parameter"] else lr)
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A contiguous copy: theirs is a view that keeps a whole singular factor alive."""
+    return x.detach().clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,87 @@
+"""Parameters seen as matrices: one canonical orientation, so that every formula is written once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
+
+
+class MatrixView(NamedTuple):
+    """An n-d parameter as a batch of ``(m, n)`` matrices, **m the projected dimension**.
+
+    A projection on the right is the same formula on the transposed view, so ``R = P^T G`` and
+    ``dW = P N`` hold for both sides. The side is decided once, from the parameter's shape, and is
+    never inferred from the shape of a projected tensor (the released code does, and crashes on
+    ``reverse_std`` when the rank reaches the smaller dimension).
+    """
+
+    shape: tuple[int, ...]
+    """Shape of the parameter."""
+    batch: tuple[int, ...]
+    """Leading dimensions: independent matrices, such as the experts of one layer."""
+    m: int
+    n: int
+    flip: bool
+    """Whether the canonical view is the transpose of the stored matrix."""
+
+    def of(self, x: Tensor) -> Tensor:
+        """``x`` in canonical orientation: a view wherever the strides allow one."""
+        rows, cols = (self.n, self.m) if self.flip else (self.m, self.n)
+        x = x.reshape(*self.batch, rows, cols)
+        return x.mT if self.flip else x
+
+    @property
+    def full_rank(self) -> int:
+        """``min(m, n)``, the largest rank a gradient can have."""
+        return min(self.m, self.n)
+
+    def directions(self, rank: int | float) -> int:
+        """``rank`` as a number of directions: a fraction counts the projected dimension."""
+        return max(1, round(rank * self.m)) if isinstance(rank, float) else rank
+
+    def resolve_rank(self, rank: int | float) -> int:
+        """The directions that a basis of this view really gets."""
+        return min(self.directions(rank), self.full_rank)
+
+
+def matrix_view(shape: Sequence[int], proj_type: str = "std") -> MatrixView | None:
+    """The matrix that a parameter of ``shape`` stands for, or None where there is none.
+
+    ========================= =======================================
+    shape                     seen as
+    ========================= =======================================
+    ``(m, n)``                one matrix
+    ``(experts, m, n)``       a batch of matrices
+    ``(out, in, kh, kw)``, …  one matrix ``(out, in * kh * kw)``
+    0-d, 1-d, a side of 1     None: nothing to project
+    ========================= =======================================
+
+    Args:
+        shape: shape of the parameter.
+        proj_type: ``"std"`` projects the smaller side (a square matrix on the right, as released),
+            ``"reverse_std"`` the larger, ``"left"`` the rows, ``"right"`` the columns, ``"full"``
+            both.
+    """
+    shape = tuple(shape)
+    if len(shape) < 2 or math.prod(shape) == 0:
+        return None
+    if len(shape) == 3:
+        rows, cols = shape[1:]
+    else:
+        rows, cols = shape[0], math.prod(shape[1:])
+    batch = shape[:1] if len(shape) == 3 else ()
+    if min(rows, cols) == 1:
+        return None
+    right = {
+        "std": rows >= cols,
+        "reverse_std": rows < cols,
+        "left": False,
+        "right": True,
+        "full": False,
+    }[proj_type]
+    return MatrixView(shape, batch, cols if right else rows, rows if right else cols, right)

@@ -1,0 +1,280 @@
+"""What a model and its optimizer will need, and what an optimizer holds now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lowrank_optim.optimizer import LowRankOptimizer
+from lowrank_optim.step import HOST_SCALARS
+
+GIB = 2**30
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind ``tensors``, each counted once: a view holds all it views."""
+    storages = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        key = id(tensor) if tensor.is_meta else (str(tensor.device), storage.data_ptr())
+        if storage.nbytes():
+            storages[key] = storage.nbytes()
+    return sum(storages.values())
+
+
+class Report(NamedTuple):
+    """Bytes an optimizer holds, by storage."""
+
+    basis: int
+    moments: int
+    other: int
+    """Counters, indices, and the maps of quantised formats."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.basis + self.moments + self.other
+
+    def __str__(self) -> str:
+        """One line."""
+        return (
+            f"optimizer state {self.total:,} bytes: basis {self.basis:,}, moments "
+            f"{self.moments:,}, other {self.other:,}"
+        )
+
+
+def _kind(key: str, value: Tensor, param: Tensor) -> str:
+    if key.startswith("basis"):
+        return "basis"
+    if key in HOST_SCALARS or key.startswith("qmap"):
+        return "other"
+    # a 0-d entry is a counter, unless the parameter itself is 0-d
+    return "moments" if value.dim() or "." in key or value.shape == param.shape else "other"
+
+
+def report(optimizer: Optimizer) -> Report:
+    """What ``optimizer`` holds now, by storage. Works on any ``torch.optim.Optimizer``.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim import GaLoreAdamW, memory
+        >>> weight = torch.nn.Parameter(torch.randn(64, 32))
+        >>> optimizer = GaLoreAdamW([weight], rank=4)
+        >>> weight.grad = torch.randn(64, 32)
+        >>> optimizer.step()
+        >>> memory.report(optimizer)
+        Report(basis=512, moments=2048, other=12)
+    """
+    kinds: dict[str, list[Tensor]] = {"basis": [], "moments": [], "other": []}
+    for param, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                kinds[_kind(key, value, param)].append(value)
+    return Report(**{kind: storage_bytes(tensors) for kind, tensors in kinds.items()})
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that training will hold, activations and the temporaries of a step not counted."""
+
+    weights: int
+    """Parameters, tied ones once; buffers are not counted."""
+    gradients: int
+    """One gradient of every trainable parameter."""
+    largest_gradient: int
+    """The largest of them: all that lives at once when each is stepped inside backward."""
+    basis: int
+    moments: int
+    other: int
+    """Counters, indices, and the maps of quantised formats."""
+    in_backward: Literal["step"] | None = None
+    """Whether gradients are stepped and freed inside backward; decides :attr:`peak`."""
+
+    @property
+    def state(self) -> int:
+        """What :func:`report` will say once the optimizer has stepped."""
+        return self.basis + self.moments + self.other
+
+    @property
+    def live_gradients(self) -> int:
+        """Gradients alive at the worst moment."""
+        return self.largest_gradient if self.in_backward else self.gradients
+
+    @property
+    def peak(self) -> int:
+        """Weights, state and live gradients."""
+        return self.weights + self.state + self.live_gradients
+
+    def fits(self, budget: float) -> bool:
+        """Whether the peak is within ``budget`` bytes, before any activation."""
+        return self.peak <= budget
+
+    def __str__(self) -> str:
+        """One figure a line."""
+        largest = "  (the largest: freed inside backward)" if self.in_backward else ""
+        rows = [
+            ("weights", self.weights, ""),
+            ("gradients", self.live_gradients, largest),
+            ("basis", self.basis, ""),
+            ("moments", self.moments, ""),
+            ("other state", self.other, ""),
+            ("peak", self.peak, "  without activations"),
+        ]
+        return "\n".join(f"{name:<12}{_binary(size):>12}{note}" for name, size, note in rows)
+
+
+def _binary(size: int) -> str:
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if size >= 1024**power:
+            return f"{size / 1024**power:.2f} {unit}"
+    return f"{size} B"
+
+
+def estimate(
+    model: Any,
+    optimizer_class: type[Optimizer] | str,
+    *,
+    groups: Callable[[nn.Module], Iterable[Any]] | None = None,
+    in_backward: Literal["step"] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    **options: Any,
+) -> Estimate:
+    """What training ``model`` with an optimizer will hold, without allocating any of it.
+
+    No formula is repeated here: the optimizer is built over parameters on the meta device, where
+    tensors have a shape and no memory, it makes its own state there, and :func:`report` adds up
+    what it made. The state equals what :func:`report` says of the real one, to the byte.
+
+    Args:
+        model: an ``nn.Module`` on any device, the meta device included, or a ``transformers``
+            configuration of a causal language model.
+        optimizer_class: a class of this package, any other whose step runs on the meta device
+            (``torch.optim.AdamW`` and its siblings do), or ``"adamw-8bit"``, the layout of
+            ``bitsandbytes.optim.AdamW8bit``.
+        groups: makes the optimizer's first argument from the model, as a function such as
+            ``functools.partial(lowrank_groups, rank=256)`` (default: its named parameters, so that
+            embeddings and output heads stay dense).
+        in_backward: ``"step"`` if each gradient is stepped and freed inside backward.
+        dtype: of the weights of a model made from a configuration (default: bfloat16).
+        **options: arguments of the optimizer.
+
+    Raises:
+        ValueError: ``in_backward`` or a named layout is not known.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim import GaLoreAdamW, memory
+        >>> model = torch.nn.Linear(4096, 4096, bias=False, device="meta", dtype=torch.bfloat16)
+        >>> print(memory.estimate(model, GaLoreAdamW, rank=1024, in_backward="step"))
+        weights        32.00 MiB
+        gradients      32.00 MiB  (the largest: freed inside backward)
+        basis           8.00 MiB
+        moments        32.00 MiB
+        other state         12 B
+        peak          104.00 MiB  without activations
+    """
+    if in_backward not in (None, "step"):
+        raise ValueError(f"in_backward must be None or 'step', got {in_backward!r}")
+    module = model if isinstance(model, nn.Module) else _from_config(model, dtype)
+    twins = {id(p): _meta_twin(p) for p in module.parameters()}
+    entries = module.named_parameters() if groups is None else groups(module)
+    on_meta = [_on_meta(entry, twins) for entry in entries]
+    if isinstance(optimizer_class, str):
+        if optimizer_class not in LAYOUTS:
+            raise ValueError(f"optimizer must be a class or in {[*LAYOUTS]}: {optimizer_class!r}")
+        optimizer_class = LAYOUTS[optimizer_class]
+    optimizer = optimizer_class(on_meta, **options)
+    _make_state(optimizer)
+    held = report(optimizer)
+    gradients = [storage_bytes([p]) for p in twins.values() if p.requires_grad]
+    return Estimate(
+        weights=storage_bytes(twins.values()),
+        gradients=sum(gradients),
+        largest_gradient=max(gradients, default=0),
+        basis=held.basis,
+        moments=held.moments,
+        other=held.other,
+        in_backward=in_backward,
+    )
+
+
+def _from_config(config: Any, dtype: torch.dtype) -> nn.Module:
+    """The causal language model of a ``transformers`` configuration, on the meta device."""
+    from transformers import AutoModelForCausalLM  # optional, and slow to import
+
+    make: Callable[..., nn.Module] = AutoModelForCausalLM.from_config
+    with torch.device("meta"):
+        return make(config, dtype=dtype)
+
+
+def _meta_twin(param: Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)
+
+
+def _on_meta(entry: Any, twins: dict[int, nn.Parameter]) -> Any:
+    """A parameter, named parameter or group with the twins in place of the parameters."""
+    if isinstance(entry, dict):
+        params = entry["params"]
+        params = [params] if isinstance(params, Tensor) else params
+        return {**entry, "params": [_on_meta(p, twins) for p in params]}
+    if isinstance(entry, tuple):
+        return entry[0], twins[id(entry[1])]
+    return twins[id(entry)]
+
+
+def _make_state(optimizer: Optimizer) -> None:
+    """What a first step allocates. Ours needs no step, which would branch on values."""
+    if isinstance(optimizer, LowRankOptimizer):
+        for group in optimizer.param_groups:
+            chosen = optimizer._strategies(group)
+            for item in optimizer._items(group):
+                if item.param.requires_grad:
+                    optimizer._state_of(item, chosen)
+        return
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.empty_like(param) if param.requires_grad else None
+    optimizer.step()
+
+
+class AdamW8bitLayout(Optimizer):
+    """The state of ``bitsandbytes.optim.AdamW8bit``, for estimates only: its step changes nothing.
+
+    One byte per element and moment, a float32 scale for each block of 256, and two maps of 256
+    float32 shared by all parameters; both moments of a tensor under 4096 elements are float32. Read
+    from ``Optimizer2State.init_state`` of bitsandbytes 0.50.
+    """
+
+    BLOCK = 256
+    MIN_SIZE = 4096
+
+    def __init__(self, params: Iterable[Any]) -> None:
+        super().__init__(params, {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Make the state of every parameter that has a gradient."""
+        maps: dict[str, Tensor] = {}
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state, small = self.state[param], param.numel() < self.MIN_SIZE
+                for n in "12":
+                    dtype = torch.float32 if small else torch.uint8
+                    state[f"state{n}"] = torch.empty_like(param, dtype=dtype)
+                    if not small:
+                        blocks = -(-param.numel() // self.BLOCK)
+                        empty = torch.empty(256, dtype=torch.float32, device=param.device)
+                        state[f"qmap{n}"] = maps.setdefault(f"qmap{n}", empty)
+                        state[f"absmax{n}"] = torch.empty(
+                            blocks, dtype=torch.float32, device=param.device
+                        )
+
+
+LAYOUTS: dict[str, type[Optimizer]] = {"adamw-8bit": AdamW8bitLayout}
+"""State layouts of optimizers that need not be installed to be estimated."""

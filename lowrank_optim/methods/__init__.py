@@ -1,0 +1,5 @@
+"""Methods: one file per paper, each a composition of roles."""
+
+from lowrank_optim.methods.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreLion, GaLoreSGD
+
+__all__ = ["GaLoreAdafactor", "GaLoreAdamW", "GaLoreLion", "GaLoreSGD"]

@@ -1,0 +1,231 @@
+r"""GaLore: gradients projected on their leading singular vectors.
+
+.. math::
+    R = P^T G, \qquad N = \mathrm{rule}(R), \qquad
+    W \leftarrow (1 - \eta \lambda) W - \eta \alpha P N
+
+with P refreshed every ``update_proj_gap`` steps. The four classes differ in the rule alone.
+
+Differs from the release (galore-torch 1.0): eps stands after bias correction and decay comes first,
+as in ``torch.optim``; moments are float32 also under bfloat16 parameters; the basis is found by a
+warm randomised SVD (``projector="svd"``: exactly), with its signs aligned; refreshes are staggered
+(``stagger=False``: all at steps 0, T, 2T, …); the state is plain tensors.
+
+References:
+    Zhao et al. (2024), arXiv:2403.03507, algorithm 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, Unpack
+
+from torch import Tensor
+
+from lowrank_optim.groups import Group
+from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
+from lowrank_optim.residuals import Drop, Residual
+from lowrank_optim.rules import SGD, Adafactor, AdamW, Lion, Rule
+
+
+class _GaLore(LowRankOptimizer):
+    def residual(self, group: Group) -> Residual:
+        """GaLore drops what the subspace does not see."""
+        return Drop()
+
+
+class GaLoreAdamW(_GaLore):
+    r"""AdamW on the projected gradient: a drop-in for ``torch.optim.AdamW``.
+
+    .. math::
+        R = P^T G, \quad W \leftarrow (1 - \eta\lambda) W
+            - \eta\alpha P \frac{\hat m(R)}{\sqrt{\hat v(R)} + \epsilon}
+
+    Args:
+        params: parameters, named parameters, or groups of either. ``rank`` below applies only
+            where no group names one; a group without it is then ``torch.optim.AdamW``, bit for bit
+            its single-tensor path. With names, embeddings, output heads, norms and biases stay
+            dense by default.
+        lr: learning rate η, a float or a 0-d tensor (default: 1e-3).
+        betas: decay of the two moments (default: (0.9, 0.999)).
+        eps: ε (default: 1e-8).
+        weight_decay: decoupled decay λ, applied first (default: 1e-2).
+        **options: see :class:`lowrank_optim.optimizer.Options`; each may be set per group.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim import GaLoreAdamW
+        >>> model = torch.nn.Linear(64, 32)
+        >>> optimizer = GaLoreAdamW(model.named_parameters(), lr=1e-2, rank=4)
+        >>> model(torch.randn(8, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> {k: tuple(v.shape) for k, v in optimizer.state[model.weight].items()}["basis"]
+        (32, 4)
+    """
+
+    rule_class: ClassVar[type[Rule]] = AdamW
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        **options: Unpack[Options],
+    ) -> None:
+        own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**own, **with_defaults(options)})
+
+
+class GaLoreLion(_GaLore):
+    r"""Lion on the projected gradient: :math:`N = \mathrm{sign}(\beta_1 m + (1-\beta_1) R)`.
+
+    Args:
+        params: as in :class:`GaLoreAdamW`; groups without a rank are Lion.
+        lr: learning rate (default: 1e-4).
+        betas: interpolation of the sign, and decay of the momentum (default: (0.9, 0.99)).
+        weight_decay: decoupled decay (default: 1e-2).
+        **options: see :class:`lowrank_optim.optimizer.Options`.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim import GaLoreLion
+        >>> weight = torch.nn.Parameter(torch.ones(8, 4))
+        >>> optimizer = GaLoreLion([weight], rank=2, weight_decay=0.0)
+        >>> weight.grad = torch.randn(8, 4)
+        >>> optimizer.step()
+        >>> round((weight - 1).norm().item() / (1e-4 * 0.25), 1)  # sqrt(rank * 8): all signs
+        4.0
+
+    References:
+        Chen et al. (2023), arXiv:2302.06675; no GaLore release has it.
+    """
+
+    rule_class: ClassVar[type[Rule]] = Lion
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 1e-2,
+        **options: Unpack[Options],
+    ) -> None:
+        own = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
+        super().__init__(params, {**own, **with_defaults(options)})
+
+
+class GaLoreSGD(_GaLore):
+    r"""SGD with momentum on the projected gradient.
+
+    At full rank and with no refresh under carried momentum it is SGD exactly: the rule is linear,
+    so an orthonormal change of coordinates does not change it.
+
+    Args:
+        params: as in :class:`GaLoreAdamW`; groups without a rank are SGD.
+        lr: learning rate (default: 1e-3).
+        momentum: factor μ of the moving sum (default: 0.0).
+        weight_decay: decoupled decay (default: 0.0); ``torch.optim.SGD`` couples it.
+        dampening: as in ``torch.optim.SGD`` (default: 0.0).
+        nesterov: look ahead along the momentum (default: False).
+        **options: see :class:`lowrank_optim.optimizer.Options`.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim import GaLoreSGD
+        >>> weight = torch.nn.Parameter(torch.zeros(4, 4))
+        >>> optimizer = GaLoreSGD([{"params": [weight], "rank": 4, "scale": 1.0}], lr=1.0)
+        >>> weight.grad = torch.eye(4)
+        >>> optimizer.step()
+        >>> torch.allclose(weight, -torch.eye(4), atol=1e-6)
+        True
+    """
+
+    rule_class: ClassVar[type[Rule]] = SGD
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        own = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        own |= {"dampening": dampening, "nesterov": nesterov}
+        super().__init__(params, {**own, **with_defaults(options)})
+
+
+class GaLoreAdafactor(_GaLore):
+    r"""Adafactor on the projected gradient: the second moment is kept as two vectors.
+
+    Args:
+        params: as in :class:`GaLoreAdamW`; groups without a rank are Adafactor.
+        lr: learning rate; unused with ``relative_step`` (default: 1e-3).
+        eps: added to the square, and floor of the parameter scale (default: (1e-30, 1e-3)).
+        clip_threshold: RMS to which a direction is clipped (default: 1.0).
+        decay_rate: the second moment decays by ``1 - t**decay_rate`` (default: -0.8).
+        beta1: decay of a first moment; None keeps none (default: None).
+        weight_decay: decoupled decay (default: 0.0).
+        scale_parameter: multiply the learning rate by the weights' RMS (default: True).
+        relative_step: learning rate ``min(1e-2, 1/sqrt(t))`` (default: True).
+        warmup_init: ``min(1e-6 t, 1/sqrt(t))`` instead (default: False).
+        **options: see :class:`lowrank_optim.optimizer.Options`.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim import GaLoreAdafactor
+        >>> weight = torch.nn.Parameter(torch.ones(8, 4))
+        >>> optimizer = GaLoreAdafactor([weight], rank=2)
+        >>> weight.grad = torch.ones(8, 4)
+        >>> optimizer.step()
+        >>> sorted(k for k in optimizer.state[weight] if k.startswith("low"))
+        ['low.exp_avg_sq_col', 'low.exp_avg_sq_row']
+
+    Differs from the release: the first moment averages directions, not directions times the
+    learning rate, so that a scheduler acts at once; ``lr`` next to ``relative_step`` is no error.
+
+    References:
+        Shazeer and Stern (2018), arXiv:1804.04235.
+    """
+
+    rule_class: ClassVar[type[Rule]] = Adafactor
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        eps: tuple[float, float] = (1e-30, 1e-3),
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        beta1: float | None = None,
+        weight_decay: float = 0.0,
+        scale_parameter: bool = True,
+        relative_step: bool = True,
+        warmup_init: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        own: Group = {
+            "lr": lr,
+            "eps": eps,
+            "clip_threshold": clip_threshold,
+            "decay_rate": decay_rate,
+        }
+        own |= {"beta1": beta1, "weight_decay": weight_decay, "warmup_init": warmup_init}
+        own |= {"scale_parameter": scale_parameter, "relative_step": relative_step}
+        super().__init__(params, {**own, **with_defaults(options)})

@@ -1,0 +1,330 @@
+"""The optimizer: parameter groups become a plan, the plan is stepped, state stays plain tensors."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar, TypedDict
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lowrank_optim.checkpoint import load_state_dict
+from lowrank_optim.groups import EMBEDDING_OR_HEAD, Group, canonical, check, check_rank
+from lowrank_optim.matrix import matrix_view
+from lowrank_optim.residuals import Residual
+from lowrank_optim.rules.base import Rule
+from lowrank_optim.step import (
+    Item,
+    State,
+    Strategies,
+    branchless,
+    init_state,
+    step_dense,
+    step_matrices,
+)
+from lowrank_optim.stores import STORES
+from lowrank_optim.subspaces.base import make_projector
+
+logger = logging.getLogger(__name__)
+
+CHUNK_BYTES = {False: 1 << 20, True: 1 << 26}
+"""Low-rank gradients alive at once: within a CPU's cache, or enough to fill an accelerator."""
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments that every optimizer takes, and every parameter group may override."""
+
+    rank: int | float
+    """Directions kept, or a fraction of the projected dimension (default: 128)."""
+    update_proj_gap: int
+    """Steps between refreshes of a basis (default: 200)."""
+    scale: float
+    """Factor of the low-rank update (default: 0.25)."""
+    proj_type: str
+    """Side to project: std, reverse_std, left, right, full (default: "std", the smaller)."""
+    projector: str
+    """How a basis is found: a registered name (default: "rsvd")."""
+    on_refresh: str
+    """What moments do at a refresh: keep, reset, project (default: "keep")."""
+    state_dtype: str
+    """How moments are stored: float32, bfloat16 (default: "float32")."""
+    stochastic_rounding: bool
+    """Round updates of bfloat16 weights without bias (default: False)."""
+    stagger: bool
+    """Spread refreshes over the gap; False refreshes all at 0, T, 2T (default: True)."""
+    maximize: bool
+    """Ascend (default: False)."""
+    seed: int
+    """Of random bases and stochastic rounding (default: 0)."""
+
+
+DEFAULTS: Options = {
+    "rank": 128,
+    "update_proj_gap": 200,
+    "scale": 0.25,
+    "proj_type": "std",
+    "projector": "rsvd",
+    "on_refresh": "keep",
+    "state_dtype": "float32",
+    "stochastic_rounding": False,
+    "stagger": True,
+    "maximize": False,
+    "seed": 0,
+}
+
+
+def with_defaults(options: Options) -> Group:
+    """``options`` completed.
+
+    Raises:
+        TypeError: an option is not known.
+    """
+    unknown = options.keys() - DEFAULTS.keys()
+    if unknown:
+        raise TypeError(f"unexpected keyword argument {sorted(unknown)[0]!r}")
+    return {**DEFAULTS, **options}
+
+
+class LowRankOptimizer(Optimizer):
+    """Base of every method: a subclass says which rule and residual its groups mean.
+
+    Args:
+        params: parameters, named parameters, or groups of either, as in ``torch.optim``.
+        defaults: one value for every group key; ``rank`` applies only where no group names one.
+    """
+
+    rule_class: ClassVar[type[Rule]]
+
+    def __init__(self, params: Iterable[Any], defaults: Group) -> None:
+        if isinstance(params, Tensor):
+            super().__init__(params, defaults)  # torch's own error
+        groups = list(params)
+        defaults = canonical(defaults)
+        check(defaults)
+        check_rank(defaults["rank"])
+        if any(isinstance(g, dict) and "rank" in canonical(g) for g in groups):
+            defaults = {**defaults, "rank": None}
+        defaults["method"] = type(self).__name__
+        self._plans: dict[int, tuple[Any, list[Item]]] = {}
+        super().__init__(groups, defaults)
+
+    def residual(self, group: Group) -> Residual:
+        """What happens outside the subspace, for parameters of ``group``."""
+        raise NotImplementedError
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore, with defaults for keys that groups of an older or another optimizer lack."""
+        super().__setstate__(state)
+        self._plans = {}
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                if key != "differentiable":  # torch's own addition, not a group key of ours
+                    group.setdefault(key, value)
+            group.setdefault("targets", "auto")
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group; released keys are renamed, and values checked.
+
+        Raises:
+            ValueError: a value is out of range, or a parameter is complex.
+        """
+        if not isinstance(param_group, dict):
+            super().add_param_group(param_group)  # torch's own error
+        group = canonical(param_group)
+        check({**self.defaults, **group})
+        group.setdefault("targets", "all" if group.get("rank") is not None else "auto")
+        super().add_param_group(group)
+        for i, param in enumerate(group["params"]):
+            if param.is_complex():
+                self.param_groups.pop()
+                name = _name(group, i)
+                raise ValueError(
+                    f"{type(self).__name__} does not support complex parameters: {name}"
+                )
+        self._plans = {}
+        self._warn_clamped(group)
+
+    def _warn_clamped(self, group: Group) -> None:
+        """One warning a group for ranks that its matrices cannot have; the release is silent."""
+        rank = group["rank"]
+        if rank is None or group["targets"] != "all":
+            return
+        views = [matrix_view(p.shape, group["proj_type"]) for p in group["params"]]
+        small = [
+            (i, view)
+            for i, view in enumerate(views)
+            if view is not None and view.directions(rank) > view.full_rank
+        ]
+        if small:
+            i, view = small[0]
+            more = f" and {len(small) - 1} more" if len(small) > 1 else ""
+            warnings.warn(
+                f"rank {rank} is clamped to {view.full_rank} for {_name(group, i)} of shape "
+                f"{view.shape}{more}",
+                stacklevel=6,  # the line that constructs the optimizer
+            )
+
+    # ---------------------------------------------------------------- plan
+
+    def _items(self, group: Group) -> list[Item]:
+        """The group's parameters, viewed and with subspaces; rebuilt when a key changed."""
+        projector = {k: v for k, v in group.items() if k not in _NOT_STRUCTURAL}
+        key = (tuple(map(id, group["params"])), repr(projector))
+        cached = self._plans.get(id(group))
+        if cached is None or cached[0] != key:
+            cached = self._plans[id(group)] = key, list(self._plan(group))
+        return cached[1]
+
+    def _plan(self, group: Group) -> Iterator[Item]:
+        start = 0
+        for other in self.param_groups:
+            if other is group:
+                break
+            start += len(other["params"])
+        dense = []
+        for i, param in enumerate(group["params"]):
+            view = matrix_view(param.shape, group["proj_type"]) if self._wants(group, i) else None
+            if view is None and param.dim() >= 2:
+                dense.append(_name(group, i))
+            if view is not None and hasattr(param, "placements"):
+                raise NotImplementedError(
+                    f"{_name(group, i)} is a DTensor: low-rank groups of sharded parameters are "
+                    "not supported yet"
+                )
+            subspace = None if view is None else make_projector(group, view)
+            yield Item(param, _name(group, i), start + i, view, subspace)
+        if dense and group["rank"] is not None:
+            logger.info("dense in a group of rank %s: %s", group["rank"], ", ".join(dense))
+
+    def _wants(self, group: Group, i: int) -> bool:
+        """Whether a group asks for parameter ``i`` to be projected, if it is a matrix."""
+        rank, param = group["rank"], group["params"][i]
+        if rank is None or param.dim() < 2:
+            return False
+        if group["targets"] == "all":
+            return True
+        view = matrix_view(param.shape, group["proj_type"])
+        if view is None or view.resolve_rank(rank) >= view.full_rank:
+            return False
+        names = group.get("param_names")
+        return names is None or EMBEDDING_OR_HEAD.search(names[i]) is None
+
+    def _strategies(self, group: Group) -> Strategies:
+        return Strategies(
+            rule=self.rule_class.from_group(group),
+            residual=self.residual(group),
+            store=STORES[group["state_dtype"]],
+            on_refresh=group["on_refresh"],
+            gap=group["update_proj_gap"],
+            stagger=group["stagger"],
+            seed=group["seed"],
+            rounding=group["stochastic_rounding"],
+            maximize=group["maximize"],
+        )
+
+    # ---------------------------------------------------------------- step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step.
+
+        Args:
+            closure: re-evaluates the model and returns the loss, with gradients enabled.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        first = not self.state
+        for group in self.param_groups:
+            chosen, items = self._strategies(group), self._items(group)
+            if first:
+                for item in items:
+                    if item.param.requires_grad:
+                        self._state_of(item, chosen)
+            self._step_items([i for i in items if i.param.grad is not None], group, chosen)
+        return loss
+
+    @torch.no_grad()
+    def step_param(self, param: Tensor) -> None:
+        """Step one parameter alone: what a step does to it, callable from inside backward.
+
+        Raises:
+            ValueError: the parameter is in no group.
+        """
+        for group in self.param_groups:
+            for item in self._items(group):
+                if item.param is param:
+                    items = [item] if param.grad is not None else []
+                    self._step_items(items, group, self._strategies(group))
+                    return
+        raise ValueError("the parameter is in none of the optimizer's groups")
+
+    def _state_of(self, item: Item, chosen: Strategies) -> State:
+        state: State = self.state[item.param]
+        if not state:
+            state.update(init_state(item, chosen, item.param))
+        return state
+
+    def _step_items(self, items: list[Item], group: Group, chosen: Strategies) -> None:
+        lr, weight_decay = group["lr"], group["weight_decay"]
+        buckets: dict[Any, list[Item]] = {}
+        if any(item.param.grad is not None and item.param.grad.is_sparse for item in items):
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+        for item in items:
+            if item.subspace is None:
+                step_dense(item, self._state_of(item, chosen), chosen, lr, weight_decay)
+            else:
+                buckets.setdefault(item.key, []).append(item)
+        for bucket in buckets.values():
+            size = _chunk_size(bucket[0])
+            for i in range(0, len(bucket), size):
+                chunk = bucket[i : i + size]
+                states = [self._state_of(item, chosen) for item in chunk]
+                step_matrices(chunk, states, chosen, lr, weight_decay)
+
+    # ---------------------------------------------------------------- state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint: tensors keep their dtypes and are copied; all hooks run.
+
+        Raises:
+            ValueError: a shape, rank or method differs; the optimizer is left as it was.
+        """
+        load_state_dict(self, super().load_state_dict, state_dict)
+
+    def postponed_refreshes(self) -> dict[str, int]:
+        """How often each matrix had a refresh postponed by a zero, NaN or Inf gradient."""
+        counts = {}
+        for group in self.param_groups:
+            for item in self._items(group):
+                count = int(self.state.get(item.param, {}).get("postponed", 0))
+                if count:
+                    counts[item.name] = count
+        return counts
+
+
+_NOT_STRUCTURAL = {
+    "params", "param_names", "lr", "initial_lr", "max_lr", "min_lr", "betas", "momentum",
+    "max_momentum", "min_momentum", "base_momentum", "weight_decay",
+}  # fmt: skip
+"""Group keys that views and subspaces do not depend on; schedulers edit some every step."""
+
+
+def _name(group: Group, i: int) -> str:
+    names = group.get("param_names")
+    return names[i] if names else f"parameter {i}"
+
+
+def _chunk_size(item: Item) -> int:
+    assert item.subspace is not None and item.view is not None
+    shapes = item.subspace.coord_shapes(item.view).values()
+    size = 4 * sum(math.prod(shape) for shape in shapes)
+    return max(1, CHUNK_BYTES[branchless(item.param)] // size)

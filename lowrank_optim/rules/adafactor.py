@@ -1,0 +1,102 @@
+"""Adafactor's direction: a second moment kept as row and column means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.rules.base import Rule, Slot, Slots, compute_dtype
+
+
+def rms(x: Tensor) -> Tensor:
+    """Root mean square of all entries."""
+    norm = torch.linalg.vector_norm(x, dtype=compute_dtype(x.dtype))
+    return torch.div(norm, max(1, x.numel()) ** 0.5)
+
+
+def matrix_rms(x: Tensor) -> Tensor:
+    """Root mean square of each matrix of a batch, ``(E, 1, 1)``: experts stay apart."""
+    if x.dim() != 3:
+        return rms(x)
+    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=compute_dtype(x.dtype))
+    return torch.div(norm, max(1, x[0].numel()) ** 0.5)
+
+
+@dataclass(frozen=True)
+class Adafactor(Rule):
+    r"""Adafactor: :math:`N = g / \sqrt{\hat V}`, clipped to an RMS of ``clip_threshold``.
+
+    :math:`\hat V = \mathrm{row}\,\mathrm{col}^T / \mathrm{mean}(\mathrm{row})` from two moving
+    means of :math:`g^2 + \epsilon_1`, with decay :math:`1 - t^{\mathrm{decay\_rate}}`. Tensors of
+    fewer than two dimensions keep the whole second moment.
+
+    References:
+        Shazeer and Stern (2018), arXiv:1804.04235, algorithms 4 and 5.
+    """
+
+    elementwise: ClassVar[bool] = False
+
+    eps: tuple[float, float] = (1e-30, 1e-3)
+    clip_threshold: float = 1.0
+    decay_rate: float = -0.8
+    beta1: float | None = None
+    scale_parameter: bool = True
+    relative_step: bool = True
+    warmup_init: bool = False
+
+    @classmethod
+    def from_group(cls, group: dict[str, Any]) -> Adafactor:
+        """Every argument, under its own name."""
+        names = ("clip_threshold", "decay_rate", "beta1", "scale_parameter", "relative_step")
+        own = {name: group[name] for name in names}
+        return cls(eps=tuple(group["eps"]), warmup_init=group["warmup_init"], **own)
+
+    def slots(self, shape: Sequence[int]) -> tuple[Slot, ...]:
+        """Row and column means (or all of the second moment), then the first moment if asked."""
+        first = () if self.beta1 is None else (Slot("exp_avg", signed=True),)
+        if len(shape) < 2:
+            return (Slot("exp_avg_sq", signed=False), *first)
+        return (
+            Slot("exp_avg_sq_row", signed=False, averaged=-1),
+            Slot("exp_avg_sq_col", signed=False, averaged=-2),
+            *first,
+        )
+
+    def directions_(
+        self, grads: Sequence[Tensor], slots: Sequence[Slots], steps: Sequence[float]
+    ) -> tuple[list[Tensor], list[float]]:
+        """The clipped direction, averaged if ``beta1`` is set, and a correction of 1."""
+        directions = []
+        for g, own, t in zip(grads, slots, steps, strict=True):
+            fresh = t**self.decay_rate  # weight of the new square: 1 - beta2(t)
+            square = g.square().add_(self.eps[0])
+            if g.dim() < 2:
+                root = own[0].lerp_(square, fresh).rsqrt()
+            else:
+                row, col = own[0], own[1]
+                row.lerp_(square.mean(-1), fresh)
+                col.lerp_(square.mean(-2), fresh)
+                scaled = (row / row.mean(-1, keepdim=True)).rsqrt()
+                root = scaled.unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
+            direction = root.mul_(g)
+            direction.div_((matrix_rms(direction) / self.clip_threshold).clamp_(min=1.0))
+            if self.beta1 is not None:
+                own[-1].lerp_(direction, 1 - self.beta1)
+                direction = own[-1].clone()
+            directions.append(direction)
+        return directions, [1.0] * len(directions)
+
+    def biases(self, step: float) -> tuple[float, ...]:
+        """The decay of the second moment corrects itself; the first is used as it is."""
+        return 1.0, 1.0, 1.0
+
+    def step_size(self, lr: float | Tensor, step: float, param: Tensor) -> float | Tensor:
+        """``lr``, or ``min(1e-2, 1/sqrt(t))``; times the weights' RMS if ``scale_parameter``."""
+        if self.relative_step:
+            relative = min(1e-6 * step if self.warmup_init else 1e-2, step**-0.5)
+            lr = (lr != 0) * relative  # a loader's first step has lr = 0 and must move nothing
+        return lr * matrix_rms(param).clamp(min=self.eps[1]) if self.scale_parameter else lr

@@ -1,0 +1,82 @@
+"""Adam's direction, with torch's conventions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from lowrank_optim import ops
+from lowrank_optim.rules.base import Rule, Slot, Slots
+
+
+@dataclass(frozen=True)
+class AdamW(Rule):
+    r"""Adam: :math:`N = \hat m / (\sqrt{\hat v} + \epsilon)`, eps after bias correction."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    @classmethod
+    def from_group(cls, group: dict[str, Any]) -> AdamW:
+        """``betas`` and ``eps`` of the group."""
+        beta1, beta2 = group["betas"]
+        return cls((float(beta1), float(beta2)), group["eps"])
+
+    def slots(self, shape: Sequence[int]) -> tuple[Slot, ...]:
+        """First and second moment."""
+        return Slot("exp_avg", signed=True), Slot("exp_avg_sq", signed=False)
+
+    def directions_(
+        self, grads: Sequence[Tensor], slots: Sequence[Slots], steps: Sequence[float]
+    ) -> tuple[list[Tensor], list[float]]:
+        """``m / (sqrt(v) + eps root)`` and ``root / (1 - b1^t)``, ``root = sqrt(1 - b2^t)``."""
+        beta1, beta2 = self.betas
+        roots = [(1 - beta2**t) ** 0.5 for t in steps]
+        directions = ops.adamw_direction_(
+            grads,
+            [s[0] for s in slots],
+            [s[1] for s in slots],
+            beta1,
+            beta2,
+            [self.eps * root for root in roots],
+        )
+        return directions, [root / (1 - beta1**t) for root, t in zip(roots, steps, strict=True)]
+
+    def biases(self, step: float) -> tuple[float, ...]:
+        """``1 - b1^t`` and ``1 - b2^t``."""
+        return 1 - self.betas[0] ** step, 1 - self.betas[1] ** step
+
+    def step_dense_(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        slots: Slots,
+        step: Tensor,
+        *,
+        lr: float | Tensor,
+        weight_decay: float,
+        maximize: bool,
+    ) -> bool:
+        """``torch.optim.AdamW``'s single-tensor path, so that its arithmetic is the same bits."""
+        adamw(
+            [param],
+            [grad],
+            [slots[0]],
+            [slots[1]],
+            [],
+            [step],
+            foreach=False,
+            fused=False,
+            amsgrad=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=self.eps,
+            maximize=maximize,
+        )
+        return True

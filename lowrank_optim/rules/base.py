@@ -1,0 +1,96 @@
+"""How a small gradient becomes a direction: the Rule role."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+Slots = Sequence[Tensor]
+
+
+class Slot(NamedTuple):
+    """One moment that a rule keeps for a gradient ``g``."""
+
+    name: str
+    signed: bool
+    """Whether values can be negative; decides the 8-bit map, and how a rotation acts."""
+    averaged: int | None = None
+    """The dimension of ``g`` that is averaged away, for factored moments."""
+
+    def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of this slot for a gradient of ``shape``."""
+        if self.averaged is None:
+            return tuple(shape)
+        kept = list(shape)
+        del kept[self.averaged]
+        return tuple(kept)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Direction of a gradient. Knows nothing of bases, parameters, learning rate or decay."""
+
+    elementwise: ClassVar[bool] = True
+    """Whether an entry's direction depends on that entry alone, so that a tensor may be tiled."""
+
+    @classmethod
+    def from_group(cls, group: dict[str, Any]) -> Rule:
+        """The rule with the hyper-parameters of a parameter group."""
+        raise NotImplementedError
+
+    def slots(self, shape: Sequence[int]) -> tuple[Slot, ...]:
+        """The moments kept for a gradient of ``shape``."""
+        raise NotImplementedError
+
+    def directions_(
+        self, grads: Sequence[Tensor], slots: Sequence[Slots], steps: Sequence[float]
+    ) -> tuple[list[Tensor], list[float]]:
+        """Update the moments in place and return directions.
+
+        Args:
+            grads: in float32 or wider, any shapes; left as they are.
+            slots: the moments of each gradient, in the order of :meth:`slots`, same dtype.
+            steps: the step each gradient is at, 1 at first.
+
+        Returns:
+            The raw direction of each gradient, and its bias correction as a factor apart: Fira's
+            limiter looks at the direction before that correction.
+        """
+        raise NotImplementedError
+
+    def biases(self, step: float) -> tuple[float, ...]:
+        """``1 - beta^step`` of each slot: how far its moving mean has come from zero."""
+        raise NotImplementedError
+
+    def step_size(self, lr: float | Tensor, step: float, param: Tensor) -> float | Tensor:
+        """The learning rate of one parameter; Adafactor's depends on the step and the weights."""
+        return lr
+
+    def step_dense_(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        slots: Slots,
+        step: Tensor,
+        *,
+        lr: float | Tensor,
+        weight_decay: float,
+        maximize: bool,
+    ) -> bool:
+        """One step of an unprojected parameter by torch's own implementation, where it has one.
+
+        Called only when parameter, gradient and moments share a dtype. Advances ``step``.
+
+        Returns:
+            False if torch has none: the caller then uses :meth:`directions_`.
+        """
+        return False
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of arithmetic for parameters of ``dtype``: float32, or wider."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,47 @@
+"""Lion's direction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lowrank_optim.rules.base import Rule, Slot, Slots
+
+
+@dataclass(frozen=True)
+class Lion(Rule):
+    r"""Lion: :math:`N = \mathrm{sign}(\beta_1 m + (1 - \beta_1) g)`, then m follows with beta2.
+
+    References:
+        Chen et al. (2023), arXiv:2302.06675, algorithm 2.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.99)
+
+    @classmethod
+    def from_group(cls, group: dict[str, Any]) -> Lion:
+        """``betas`` of the group."""
+        beta1, beta2 = group["betas"]
+        return cls((float(beta1), float(beta2)))
+
+    def slots(self, shape: Sequence[int]) -> tuple[Slot, ...]:
+        """One momentum."""
+        return (Slot("exp_avg", signed=True),)
+
+    def directions_(
+        self, grads: Sequence[Tensor], slots: Sequence[Slots], steps: Sequence[float]
+    ) -> tuple[list[Tensor], list[float]]:
+        """Signs, and a correction of 1."""
+        beta1, beta2 = self.betas
+        directions = []
+        for g, (m,) in zip(grads, slots, strict=True):
+            directions.append(m.lerp(g, 1 - beta1).sign_())
+            m.lerp_(g, 1 - beta2)
+        return directions, [1.0] * len(directions)
+
+    def biases(self, step: float) -> tuple[float, ...]:
+        """Never corrected: the moments are used as they are."""
+        return (1.0,)

@@ -1,0 +1,345 @@
+"""The four phases of a step: refresh?, project, adapt, apply. The only place that knows them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError
+
+from lowrank_optim import ops
+from lowrank_optim.matrix import MatrixView
+from lowrank_optim.residuals import Residual
+from lowrank_optim.rules.base import Rule, compute_dtype
+from lowrank_optim.stores import Store
+from lowrank_optim.subspaces.base import Context, Moved, Subspace, identity
+from lowrank_optim.transports import TRANSPORTS
+
+logger = logging.getLogger(__name__)
+State = dict[str, Tensor]
+
+HOST_SCALARS = ("step", "refresh_step", "postponed")
+"""State kept on the CPU in float32: read every step, and a bfloat16 counter would stop at 256."""
+GOLDEN = 0.6180339887498949
+
+
+@dataclass(eq=False, slots=True)
+class Item:
+    """One parameter with all that a step needs to know about it."""
+
+    param: Tensor
+    name: str
+    index: int
+    view: MatrixView | None
+    subspace: Subspace | None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Items with the same key can be stepped as one bucket."""
+        return self.view, self.subspace, self.param.dtype, self.param.device
+
+
+@dataclass(frozen=True, slots=True)
+class Strategies:
+    """What one parameter group chose for every role but the subspace."""
+
+    rule: Rule
+    residual: Residual
+    store: Store
+    on_refresh: str
+    gap: int
+    stagger: bool
+    seed: int
+    rounding: bool
+    maximize: bool
+
+
+def init_state(item: Item, chosen: Strategies, like: Tensor) -> State:
+    """The whole state of one parameter, all zeros, on the device of ``like``."""
+    state: State = {"step": torch.zeros((), dtype=torch.float32)}
+    shapes: dict[str, tuple[int, ...]] = {"": tuple(item.param.shape)}
+    if item.subspace is not None and item.view is not None:
+        state["refresh_step"] = torch.tensor(-1.0)
+        state["postponed"] = torch.zeros((), dtype=torch.float32)
+        state.update(item.subspace.init(item.view, like))
+        shapes = item.subspace.coord_shapes(item.view)
+    for coord, shape in shapes.items():
+        for slot in chosen.rule.slots(shape):
+            chosen.store.alloc(state, slot_key(coord, slot.name), slot, shape, like)
+    return state
+
+
+def slot_key(coord: str, slot: str) -> str:
+    """State key of a moment: ``low.exp_avg``, or torch's own ``exp_avg`` when dense."""
+    return f"{coord}.{slot}" if coord else slot
+
+
+def refresh_due(step: int, last: int, gap: int, offset: int) -> bool:
+    """Whether a basis is due before step ``step`` (counted from 0), last refreshed at ``last``.
+
+    The first is due at once, the others whenever ``step - offset`` enters a new multiple of the
+    gap; a postponed one stays due until it succeeds.
+    """
+    return last < 0 or (step - offset) // gap > (last - offset) // gap
+
+
+def stagger_offset(index: int, gap: int) -> int:
+    """Multiples of the golden ratio spread over the gap: even for any number of parameters."""
+    return int(gap * ((index * GOLDEN) % 1.0))
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A CPU generator for a tuple of counters (splitmix64 of each in turn)."""
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed + number + 0x9E3779B97F4A7C15) % 2**64
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) % 2**64
+        mixed ^= mixed >> 31
+    return torch.Generator().manual_seed(mixed % 2**63)
+
+
+def branchless(tensor: Tensor) -> bool:
+    """Whether branching on a value of this tensor would stall its device."""
+    return tensor.device.type != "cpu"
+
+
+@dataclass(eq=False, slots=True)
+class Work:
+    """One matrix on its way through a step."""
+
+    item: Item
+    state: State
+    grad: Tensor
+    coords: dict[str, Tensor]
+    time: float
+    """Steps that the moments have seen, this one included."""
+    sound: Tensor
+    """Whether the gradient is finite, on its device."""
+
+
+def step_matrices(
+    items: Sequence[Item],
+    states: Sequence[State],
+    chosen: Strategies,
+    lr: float | Tensor,
+    weight_decay: float,
+) -> None:
+    """One step of a bucket of matrices that share view, subspace, dtype and device."""
+    work = [_project(item, state, chosen) for item, state in zip(items, states, strict=True)]
+    work = [w for w in work if branchless(w.grad) or _sound(w)]
+    if not work:
+        return
+    directions: list[dict[str, tuple[Tensor, float]]] = [{} for _ in work]
+    for coord in work[0].coords:
+        for own, result in zip(directions, _adapt(work, coord, chosen), strict=True):
+            own[coord] = result
+    for w, own in zip(work, directions, strict=True):
+        _apply(w, own, chosen, lr, weight_decay)
+
+
+def _sound(w: Work) -> bool:
+    if not w.sound:
+        logger.warning("the gradient of %s is not finite: its step is skipped", w.item.name)
+    return bool(w.sound)
+
+
+def _project(item: Item, state: State, chosen: Strategies) -> Work:
+    """Phases one and two: refresh the basis if it is due, then take coordinates."""
+    view, subspace = item.view, item.subspace
+    assert view is not None and subspace is not None and item.param.grad is not None
+    grad = chosen.residual.before(state, view.of(item.param.grad))
+    step, last = int(state["step"]), int(state["refresh_step"])
+    offset = stagger_offset(item.index, chosen.gap) if chosen.stagger else 0
+    if refresh_due(step, last, chosen.gap, offset) and refresh_(item, state, grad, step, chosen):
+        last = step
+    state["step"] += 1
+    time = step + 1 - (max(last, 0) if chosen.on_refresh == "reset" else 0)
+    coords = subspace.coords(state, grad, reduce=identity)
+    if chosen.maximize:
+        coords = {name: x.neg_() for name, x in coords.items()}
+    norms = [torch.linalg.vector_norm(x) for x in coords.values()]
+    sound = norms[0].isfinite() if len(norms) == 1 else torch.stack(norms).isfinite().all()
+    return Work(item, state, grad, coords, float(time), sound)
+
+
+def refresh_(item: Item, state: State, grad: Tensor, step: int, chosen: Strategies) -> bool:
+    """Refresh one basis and carry its moments over; False if it had to be postponed.
+
+    A gradient that is zero or not finite says nothing about a basis, and one that no factorisation
+    can take must not end a run: the refresh is counted as postponed and stays due.
+    """
+    view, subspace = item.view, item.subspace
+    assert view is not None and subspace is not None
+    norm = float(torch.linalg.vector_norm(ops.matrix_norm(grad)))
+    if norm == 0 or not math.isfinite(norm):
+        state["postponed"] += 1
+        logger.log(
+            logging.DEBUG if norm == 0 else logging.WARNING,
+            "refresh of %s postponed at step %d: gradient norm %s",
+            item.name,
+            step,
+            norm,
+        )
+        return False
+    ctx = Context(view, seeded(chosen.seed, item.index, step), item.index, step)
+    try:
+        moved = subspace.refresh_(state, grad, ctx)
+    except LinAlgError as error:
+        state["postponed"] += 1
+        logger.warning("refresh of %s postponed at step %d: %s", item.name, step, error)
+        return False
+    last = int(state["refresh_step"])
+    if last >= 0 and chosen.on_refresh != "keep":
+        time = step - (last if chosen.on_refresh == "reset" else 0)
+        for coord, shape in subspace.coord_shapes(view).items():
+            _transport(item, state, coord, shape, moved[coord], float(time), chosen)
+    state["refresh_step"].fill_(step)
+    return True
+
+
+def _transport(
+    item: Item,
+    state: State,
+    coord: str,
+    shape: Sequence[int],
+    moved: Moved,
+    time: float,
+    chosen: Strategies,
+) -> None:
+    slots = chosen.rule.slots(shape)
+    keys = [slot_key(coord, slot.name) for slot in slots]
+    read = [chosen.store.read(state, key, item.param) for key in keys]
+    biases = chosen.rule.biases(time)
+    TRANSPORTS[chosen.on_refresh](list(zip(slots, read, biases, strict=False)), moved)
+    generator = seeded(chosen.seed, item.index, int(time), 2)
+    for key, x in zip(keys, read, strict=True):
+        chosen.store.write_(state, key, x, generator)
+
+
+def _adapt(work: Sequence[Work], coord: str, chosen: Strategies) -> list[tuple[Tensor, float]]:
+    """Phase three: directions of one coordinate, moments read, updated and written back."""
+    grads = [w.coords[coord] for w in work]
+    names = [slot.name for slot in chosen.rule.slots(grads[0].shape)]
+    keys = [slot_key(coord, name) for name in names]
+    slots = [[chosen.store.read(w.state, k, w.item.param) for k in keys] for w in work]
+    guarded = branchless(grads[0])
+    before = [[x.clone() for x in own] for own in slots] if guarded else []
+    directions, corrections = chosen.rule.directions_(grads, slots, [w.time for w in work])
+    if guarded:  # no host may wait for `sound`: select on the device
+        for w, own, old, direction in zip(work, slots, before, directions, strict=True):
+            direction.copy_(torch.where(w.sound, direction, 0.0))
+            for x, kept in zip(own, old, strict=True):
+                x.copy_(torch.where(w.sound, x, kept))
+    for w, own in zip(work, slots, strict=True):
+        write_slots_(w.item, w.state, keys, own, chosen)
+    return list(zip(directions, corrections, strict=True))
+
+
+def write_slots_(
+    item: Item, state: State, keys: Sequence[str], slots: Sequence[Tensor], chosen: Strategies
+) -> None:
+    """Write moments back; draws random numbers only for a store that rounds."""
+    if chosen.store.rounds:
+        generator = seeded(chosen.seed, item.index, int(state["step"]), 1)
+        for key, x in zip(keys, slots, strict=True):
+            chosen.store.write_(state, key, x, generator)
+
+
+def weight_generator(item: Item, state: State, chosen: Strategies) -> torch.Generator | None:
+    """Where the stochastic rounding of a weight draws from; None to round to nearest."""
+    if not chosen.rounding:
+        return None
+    return seeded(chosen.seed, item.index, int(state["step"]), 3)
+
+
+def _apply(
+    w: Work,
+    directions: dict[str, tuple[Tensor, float]],
+    chosen: Strategies,
+    lr: float | Tensor,
+    weight_decay: float,
+) -> None:
+    """Phase four: lift the direction and add it to the weights."""
+    view, subspace = w.item.view, w.item.subspace
+    assert view is not None and subspace is not None
+    param = view.of(w.item.param)
+    low = w.coords.get("low")
+    term = None
+    if low is not None:
+        term = chosen.residual.after(w.state, w.grad, low, *directions["low"], subspace.scale)
+    size = chosen.rule.step_size(lr, float(w.state["step"]), param)
+    if isinstance(size, Tensor) and size.numel() == 1 and not branchless(param):
+        size = float(size)
+    decay: float | Tensor = 1 - size * weight_decay
+    if branchless(param) and weight_decay:  # in full precision: a bare scalar would be float32
+        one = torch.ones((), dtype=compute_dtype(param.dtype), device=param.device)
+        decay = torch.where(w.sound, one * decay, one)
+    if len(directions) == 1 and isinstance(size, float):
+        ((name, (direction, correction)),) = directions.items()
+        update, lr_now = {name: direction}, size * correction
+    else:
+        update, lr_now = {k: x * (c * size) for k, (x, c) in directions.items()}, 1.0
+    rounding = weight_generator(w.item, w.state, chosen)
+    subspace.push_(
+        param, w.state, update, term, w.grad, low, lr=lr_now, decay=decay, rounding=rounding
+    )
+    if param.untyped_storage().data_ptr() != w.item.param.untyped_storage().data_ptr():
+        stored = param.mT if view.flip else param  # strides that allow no matrix view
+        w.item.param.copy_(stored.reshape(view.shape))
+
+
+def step_dense(
+    item: Item, state: State, chosen: Strategies, lr: float | Tensor, weight_decay: float
+) -> None:
+    """One step of a parameter without a subspace: the rule alone, on the whole tensor."""
+    param, grad, rule = item.param, item.param.grad, chosen.rule
+    assert grad is not None
+    norm = ops.matrix_norm(grad if grad.dim() > 1 else grad.reshape(1, -1))
+    if not branchless(grad) and not norm.isfinite().all():
+        state["step"] += 1
+        logger.warning("the gradient of %s is not finite: its step is skipped", item.name)
+        return
+    keys = [slot.name for slot in rule.slots(param.shape)]
+    same = all(x.dtype == param.dtype for x in (grad, *(state[k] for k in keys)))
+    if same and not chosen.store.rounds:  # torch rounds a bfloat16 moment to nearest: it sticks
+        slots = [state[k] for k in keys]
+        if rule.step_dense_(
+            param,
+            grad,
+            slots,
+            state["step"],
+            lr=lr,
+            weight_decay=weight_decay,
+            maximize=chosen.maximize,
+        ):
+            return
+    state["step"] += 1
+    step = float(state["step"])
+    size = rule.step_size(lr, step, param)
+    slots = [chosen.store.read(state, k, param) for k in keys]
+    rounding = weight_generator(item, state, chosen)
+    rows = param.shape[0] if param.dim() else 1
+    if rule.elementwise and rows:
+        rows = max(1, ops.TILE_ELEMENTS * rows // max(1, param.numel()))
+    for p, g, *own in (
+        _tiles(rows, param, grad, *slots) if rule.elementwise else [(param, grad, *slots)]
+    ):
+        g = g.to(compute_dtype(param.dtype))
+        g = g.neg() if chosen.maximize else g
+        ((direction,), (correction,)) = rule.directions_([g], [own], [step])
+        ops.add_(p, direction * (size * correction), 1 - size * weight_decay, -1.0, rounding)
+    write_slots_(item, state, keys, slots, chosen)
+
+
+def _tiles(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Matching pieces of ``rows`` rows, so that temporaries stay small."""
+    if tensors[0].dim() == 0:
+        yield tensors
+        return
+    yield from zip(*(torch.split(x, rows) for x in tensors), strict=True)

@@ -1,0 +1,230 @@
+"""Which coordinates of a gradient are optimised: the Subspace role and the projector registry."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from lowrank_optim import ops
+from lowrank_optim.matrix import MatrixView
+from lowrank_optim.residuals import Term
+
+State = dict[str, Tensor]
+Reduce = Callable[[Tensor], Tensor]
+
+
+def identity(x: Tensor) -> Tensor:
+    """The Reduce of one process: nothing to add up."""
+    return x
+
+
+class Moved(NamedTuple):
+    """How a refresh moved one coordinate; the Transport decides what the moments do about it."""
+
+    rotation: Callable[[], Tensor] | None = None
+    """Lazily ``P_new^T P_old (..., r, r)``, acting on the rows of the coordinate."""
+    right: Callable[[], Tensor] | None = None
+    """The same for the columns, when both sides are projected."""
+    source: Tensor | None = None
+    """``(r,)`` the old row that feeds each new one, -1 for a new one: bases that are index sets."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """All else that a refresh may look at."""
+
+    view: MatrixView
+    generator: torch.Generator
+    """Seeded by (seed, parameter index, count): the same on every rank and after a resume."""
+    index: int = 0
+    """Position of the parameter in the optimizer."""
+    count: int = 0
+    """Steps taken before this refresh."""
+    reduce: Reduce = identity
+    """Sum over the ranks that share this matrix."""
+
+
+@dataclass(frozen=True)
+class Subspace(ABC):
+    """Coordinates of a gradient, and the way back. Holds hyper-parameters only, never a tensor."""
+
+    rank: int
+    scale: float = 1.0
+
+    @abstractmethod
+    def init(self, view: MatrixView, param: Tensor) -> State:
+        """State of one matrix before its first refresh."""
+
+    @abstractmethod
+    def refresh_(self, state: State, grad: Tensor, ctx: Context) -> dict[str, Moved]:
+        """Choose new coordinates from ``grad (..., m, n)``; amortised over the refresh gap."""
+
+    @abstractmethod
+    def coord_shapes(self, view: MatrixView) -> dict[str, tuple[int, ...]]:
+        """Shape of each coordinate, known before any gradient."""
+
+    @abstractmethod
+    def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
+        """Coordinates of ``grad (..., m, n)``, every step."""
+
+    @abstractmethod
+    def push_(
+        self,
+        param: Tensor,
+        state: State,
+        update: dict[str, Tensor],
+        term: Term | None,
+        grad: Tensor,
+        low: Tensor | None,
+        *,
+        lr: float,
+        decay: float | Tensor,
+        rounding: torch.Generator | None,
+    ) -> None:
+        """``param <- decay param - lr (lift(update) + term)``, ``param (..., m, n)``."""
+
+
+@dataclass(frozen=True)
+class Projector(Subspace):
+    r"""An orthonormal basis per matrix: :math:`R = P^T G`, and :math:`R = P^T G Q` if two-sided.
+
+    A newcomer writes one method, :meth:`find`, registers the class, and every contract test runs on
+    it. Fields beyond those of this class are read from the parameter group by their name.
+
+    Args:
+        rank: number of directions r, already clamped to ``min(m, n)``.
+        scale: factor of the low-rank part in the update.
+        two_sided: project the columns too (``proj_type="full"``): the coordinate is ``(r, r)``.
+    """
+
+    two_sided: bool = False
+
+    @abstractmethod
+    def find(self, grad: Tensor, previous: Tensor | None, ctx: Context) -> Tensor:
+        """A basis ``(..., m, r)`` with orthonormal columns, in ``max(float32, grad.dtype)``.
+
+        Args:
+            grad: ``(..., m, n)``, finite and not zero, in the parameter's dtype.
+            previous: the basis in use ``(..., m, r)``, None at the first refresh.
+            ctx: view, generator and counters.
+        """
+
+    def init(self, view: MatrixView, param: Tensor) -> State:
+        """Bases of zeros: until a gradient arrives the update is zero."""
+        state = {"basis": param.new_zeros(*view.batch, view.m, self.rank)}
+        if self.two_sided:
+            state["basis_right"] = param.new_zeros(*view.batch, view.n, self.rank)
+        return state
+
+    def refresh_(self, state: State, grad: Tensor, ctx: Context) -> dict[str, Moved]:
+        """Find new bases, align their signs with the old ones, and say how they moved."""
+        rotation = self._turn_(state["basis"], grad, ctx)
+        right = self._turn_(state["basis_right"], grad.mT, ctx) if self.two_sided else None
+        return {"low": Moved(rotation, right)}
+
+    def _turn_(self, basis: Tensor, grad: Tensor, ctx: Context) -> Callable[[], Tensor]:
+        old = basis.clone() if bool(basis.any()) else None
+        idle = (ops.matrix_norm(grad) == 0) if ctx.view.batch else None
+        if idle is not None and bool(idle.any()):  # an expert without tokens keeps its basis
+            noise = torch.randn(grad.shape[-2:], generator=ctx.generator)  # or takes a random one
+            grad = torch.where(idle, noise.to(grad), grad)
+            new = self.find(grad, old, ctx)
+            new = new if old is None else torch.where(idle, old.to(new.dtype), new)
+        else:
+            new = self.find(grad, old, ctx)
+        basis.copy_(align_signs(new, old))  # a copy: a slice would keep the whole factor alive
+
+        def rotation() -> Tensor:
+            before = torch.zeros_like(basis) if old is None else old
+            return new_to_old(basis, before)
+
+        return rotation
+
+    def coord_shapes(self, view: MatrixView) -> dict[str, tuple[int, ...]]:
+        """One coordinate, ``low``: ``(..., r, n)``, or ``(..., r, r)`` if two-sided."""
+        return {"low": (*view.batch, self.rank, self.rank if self.two_sided else view.n)}
+
+    def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
+        """``P^T G (..., r, n)``, or ``P^T G Q (..., r, r)``."""
+        low = ops.project(state["basis"], grad)
+        if self.two_sided:
+            low = low @ state["basis_right"].to(low.dtype)
+        return {"low": reduce(low)}
+
+    def push_(
+        self,
+        param: Tensor,
+        state: State,
+        update: dict[str, Tensor],
+        term: Term | None,
+        grad: Tensor,
+        low: Tensor | None,
+        *,
+        lr: float,
+        decay: float | Tensor,
+        rounding: torch.Generator | None,
+    ) -> None:
+        """``W <- decay W - lr scale P N (Q^T)``: one call, no full-size temporary."""
+        right = state["basis_right"] if self.two_sided else None
+        ops.lift_add_(
+            param, state["basis"], update["low"], right, decay, -lr * self.scale, rounding
+        )
+
+
+def new_to_old(new: Tensor, old: Tensor) -> Tensor:
+    """``P_new^T P_old (..., r, r)`` in at least float32."""
+    dtype = torch.promote_types(new.dtype, torch.float32)
+    return new.to(dtype).mT @ old.to(dtype)
+
+
+def align_signs(basis: Tensor, previous: Tensor | None) -> Tensor:
+    """``basis (..., m, r)`` with each column's sign fixed by the old column, else by its peak.
+
+    Singular vectors have arbitrary signs: they depend on the driver, the layout and the number of
+    ranks, and a flip under carried moments changes the run (71 % after 8 steps when one vector is
+    negated). A column nearly orthogonal to its predecessor takes the sign that makes its largest
+    entry positive, as every column of a first basis does.
+    """
+    peak = basis.gather(-2, basis.abs().argmax(-2, keepdim=True))
+    if previous is not None:
+        cosine = (basis * previous.to(basis.dtype)).sum(-2, keepdim=True)
+        peak = torch.where(cosine.abs() > 1e-3, cosine, peak)
+    return torch.where(peak < 0, -basis, basis)
+
+
+PROJECTORS: dict[str, type[Projector]] = {}
+_P = TypeVar("_P", bound=type[Projector])
+
+
+def register(name: str) -> Callable[[_P], _P]:
+    """Class decorator: make a projector available as ``projector=name``.
+
+    Raises:
+        ValueError: the name is taken.
+
+    Example:
+        >>> import lowrank_optim
+        >>> "rsvd" in lowrank_optim.PROJECTORS
+        True
+    """
+
+    def wrap(cls: _P) -> _P:
+        if name in PROJECTORS:
+            raise ValueError(f"a projector named {name!r} is registered already")
+        PROJECTORS[name] = cls
+        return cls
+
+    return wrap
+
+
+def make_projector(group: dict[str, Any], view: MatrixView) -> Projector:
+    """The projector that a parameter group asks for, with the rank that ``view`` allows."""
+    cls = PROJECTORS[group["projector"]]
+    own = {f.name: group[f.name] for f in fields(cls) if f.name in group}
+    own.update(rank=view.resolve_rank(group["rank"]), two_sided=group["proj_type"] == "full")
+    return cls(**own)

@@ -1,0 +1,29 @@
+"""A basis that ignores the gradient: uniform on the Stiefel manifold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.subspaces.base import Context, Projector, register
+
+
+def gaussian(like: Tensor, shape: tuple[int, ...], ctx: Context) -> Tensor:
+    """Standard normal numbers, drawn on the CPU so that every device sees the same ones."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    x = torch.randn(shape, generator=ctx.generator, dtype=dtype)
+    return x.to(like.device)
+
+
+@register("random")
+@dataclass(frozen=True)
+class Random(Projector):
+    """Haar-random orthonormal basis; with ``keep`` its moments average over subspaces."""
+
+    def find(self, grad: Tensor, previous: Tensor | None, ctx: Context) -> Tensor:
+        """``Q`` of the QR factorisation of a Gaussian ``(..., m, r)``."""
+        shape = (*grad.shape[:-1], self.rank)
+        q: Tensor = torch.linalg.qr(gaussian(grad, shape, ctx)).Q
+        return q

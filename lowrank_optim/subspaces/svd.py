@@ -1,0 +1,44 @@
+"""The exact basis: leading singular vectors of the gradient, as GaLore was published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError
+
+from lowrank_optim.subspaces.base import Context, Projector, register
+
+
+@register("svd")
+@dataclass(frozen=True)
+class SVD(Projector):
+    """Leading left singular vectors of the gradient, by a full factorisation (slow, exact)."""
+
+    def find(self, grad: Tensor, previous: Tensor | None, ctx: Context) -> Tensor:
+        """``U[:, :r]`` of ``G = U S V^T``; the factorisation never runs below float32."""
+        grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        return left_singular_vectors(grad)[..., : self.rank]
+
+
+def left_singular_vectors(x: Tensor) -> Tensor:
+    """``U (..., m, min(m, n))`` of ``x (..., m, n)``, singular values descending.
+
+    A factorisation that does not converge, or returns something that is not finite, is tried again
+    in float64 and then through the Gram matrix, whose eigenvectors a symmetric solver finds where
+    the SVD driver gives up.
+
+    Raises:
+        LinAlgError: all three failed.
+    """
+    for attempt in (x, x.double()):
+        try:
+            u: Tensor = torch.linalg.svd(attempt, full_matrices=False).U
+        except LinAlgError:
+            continue
+        if bool(u.isfinite().all()):
+            return u.to(x.dtype)
+    x64 = x.double()
+    vectors: Tensor = torch.linalg.eigh(x64 @ x64.mT).eigenvectors.flip(-1)
+    return vectors[..., : min(x.shape[-2:])].to(x.dtype)

@@ -1,0 +1,89 @@
+"""What the moments do when the basis moves: the Transport role."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.rules.base import Slot
+from lowrank_optim.subspaces.base import Moved
+
+Moments = Sequence[tuple[Slot, Tensor, float]]
+"""Slot, its tensor, and the factor ``1 - beta^t`` by which it is biased."""
+
+
+def keep(moments: Moments, moved: Moved) -> None:
+    """GaLore: moments stay as they are, now read in the new coordinates."""
+
+
+def reset(moments: Moments, moved: Moved) -> None:
+    """FRUGAL, SST: start again from zero; the optimizer restarts the bias correction too."""
+    for _, x, _ in moments:
+        x.zero_()
+
+
+def project(moments: Moments, moved: Moved) -> None:
+    r"""LDAdam: re-express the moments in the new basis, with :math:`C = P_{new}^T P_{old}`.
+
+    .. math::
+        m \leftarrow C m, \qquad
+        v \leftarrow b_2 \left| (C \circ C)(v / b_2 - (m / b_1)^2) + (C m / b_1)^2 \right|
+
+    :math:`b_1, b_2` are the bias factors. The variance about the mean turns as a variance does, and
+    the mean as a vector; a second moment with no first moment beside it turns by the first factor
+    alone.
+
+    References:
+        Robert et al. (2024), arXiv:2410.16103.
+    """
+    if moved.rotation is None:
+        return
+    left = moved.rotation()
+    right = None if moved.right is None else moved.right()
+
+    def turn(x: Tensor, power: int) -> Tensor:
+        c = left.to(x.dtype) ** power
+        return c @ x if right is None else c @ x @ (right.to(x.dtype) ** power).mT
+
+    mean: Tensor | None = None
+    mean_bias = 1.0
+    for slot, x, bias in moments:
+        if slot.signed:
+            mean, mean_bias = x.clone(), bias
+            x.copy_(turn(x, 1))
+    factors = {slot.averaged: x for slot, x, _ in moments if slot.averaged is not None}
+    if factors:
+        _turn_factors_(factors[-1], factors[-2], left, right)
+    for slot, x, bias in moments:
+        if slot.signed or slot.averaged is not None:
+            continue
+        if mean is None:
+            x.copy_(turn(x, 2))
+        else:
+            centred = turn(x / bias - (mean / mean_bias).square(), 2)
+            x.copy_((centred + (turn(mean, 1) / mean_bias).square()).abs() * bias)
+
+
+def _turn_factors_(row: Tensor, col: Tensor, left: Tensor, right: Tensor | None) -> None:
+    """Row means ``(..., r)`` and column means ``(..., n)`` of the turned ``row col^T / mean(row)``.
+
+    A new basis holds only part of the old energy: a turn of one side scales the means over it.
+    """
+
+    def turned(c: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+        new = x.clone() if c is None else (c.to(x.dtype).square() @ x.unsqueeze(-1)).squeeze(-1)
+        tiny = torch.finfo(x.dtype).tiny
+        return new, new.mean(-1, keepdim=True) / x.mean(-1, keepdim=True).clamp(min=tiny)
+
+    (new_row, row_gain), (new_col, col_gain) = turned(left, row), turned(right, col)
+    row.copy_(new_row * col_gain)
+    col.copy_(new_col * row_gain)
+
+
+TRANSPORTS: dict[str, Callable[[Moments, Moved], None]] = {
+    "keep": keep,
+    "reset": reset,
+    "project": project,
+}

@@ -1,0 +1,99 @@
+"""Registries as data: what is registered is tested."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_optim import PROJECTORS, LowRankOptimizer, methods
+from lowrank_optim.matrix import PROJ_TYPES
+
+__all__ = ["METHOD_ARGS", "PROJ_TYPES", "RULES", "SHAPES", "build", "gradients"]
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "wide": (6, 11),
+    "tall": (13, 7),  # odd on both sides: no kernel sees a multiple of its tile
+    "square": (8, 8),
+    "small": (3, 9),  # its smaller side is below the rank: clamped
+    "experts": (3, 6, 10),
+    "conv": (6, 4, 3, 3),
+}
+RANK = 4
+
+RULES: dict[str, dict[str, Any]] = {
+    "adamw": {"betas": (0.8, 0.95), "eps": 1e-8},
+    "lion": {"betas": (0.8, 0.95)},
+    "sgd": {"momentum": 0.9},
+    "adafactor": {"beta1": 0.9},
+}
+"""Rule of each class and hyper-parameters at which its moments matter within a few steps."""
+
+METHOD_ARGS: dict[str, dict[str, Any]] = {
+    # its own step size would make ``lr`` meaningless
+    "GaLoreAdafactor": {"relative_step": False, "scale_parameter": False},
+    "GaLoreSGD": {"momentum": 0.9},
+}
+"""What a class needs beyond ``lr`` for the general contract; most need nothing."""
+
+
+def method_names() -> list[str]:
+    """Every optimizer class that ``lowrank_optim.methods`` exports."""
+    return list(methods.__all__)
+
+
+def projector_names() -> list[str]:
+    """Every registered projector, as of now."""
+    return list(PROJECTORS)
+
+
+def build(name: str, params: Any, **options: Any) -> LowRankOptimizer:
+    """The method ``name``, deterministic in exact arithmetic: SVD, published cadence."""
+    own = {"lr": 1e-2, "rank": RANK, "update_proj_gap": 3, "projector": "svd", "stagger": False}
+    cls = getattr(methods, name)
+    optimizer: LowRankOptimizer = cls(params, **{**own, **METHOD_ARGS.get(name, {}), **options})
+    return optimizer
+
+
+def gradients(
+    shape: Sequence[int], count: int, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> list[Tensor]:
+    """Gradients with a common part and a decaying spectrum, so that a subspace means something."""
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+    weights = 0.7 ** torch.arange(shape[-1] if shape else 1, dtype=torch.float64)
+    out = []
+    for _ in range(count):
+        noise = torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+        x = common + 0.5 * noise
+        out.append((x * weights if shape else x).to(dtype))
+    return out
+
+
+def parameter(shape: Sequence[int], dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+    """A parameter of standard normal entries."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(dtype)
+    return torch.nn.Parameter(x)
+
+
+def run(
+    optimizer: torch.optim.Optimizer, params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]]
+) -> None:
+    """Step once for each entry of ``grads``, which holds one gradient per parameter."""
+    for row in grads:
+        for param, grad in zip(params, row, strict=True):
+            param.grad = grad.clone()
+        optimizer.step()
+
+
+def train(
+    name: str, start: Tensor, grads: Sequence[Tensor], **options: Any
+) -> tuple[Tensor, LowRankOptimizer]:
+    """A copy of ``start`` after the gradients, and its optimizer."""
+    param = torch.nn.Parameter(start.detach().clone())
+    optimizer = build(name, [{"params": [param], "rank": options.pop("rank", RANK)}], **options)
+    run(optimizer, [param], [[g] for g in grads])
+    return param.detach(), optimizer

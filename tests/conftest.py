@@ -1,0 +1,20 @@
+"""One torch thread, a seed per test, and a deterministic hypothesis profile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)  # the suite runs in parallel processes; results do not depend on cores
+
+settings.register_profile(
+    "lowrank_optim", deadline=None, max_examples=20, derandomize=True, database=None
+)
+settings.load_profile("lowrank_optim")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test draws the same numbers whatever ran before it."""
+    torch.manual_seed(0)

@@ -1,0 +1,1 @@
+"""Straight-line code from the papers, torch only."""

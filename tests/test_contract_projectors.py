@@ -1,0 +1,231 @@
+"""What every registered projector must keep: registering one enrols it here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowrank_optim import PROJECTORS, Projector, register
+from lowrank_optim.matrix import MatrixView, matrix_view
+from lowrank_optim.step import seeded
+from lowrank_optim.subspaces import Context, Moved, make_projector
+from lowrank_optim.subspaces.base import identity
+from tests import cases
+from tests.compare import assert_close
+
+SHAPES = [(12, 31), (33, 14), (16, 16), (3, 12, 20), (3, 9)]
+RANK = 4
+
+
+def setup(projector: str, proj_type: str, shape: tuple[int, ...]) -> tuple[MatrixView, Any]:
+    view = matrix_view(shape, proj_type)
+    assert view is not None
+    group = {"projector": projector, "rank": RANK, "proj_type": proj_type, "scale": 1.0}
+    return view, make_projector(group, view)
+
+
+def refresh(
+    subspace: Projector, view: MatrixView, grads: list[Tensor], seed: int = 0
+) -> tuple[dict[str, Tensor], dict[str, Moved]]:
+    """State after one refresh for each gradient, and how the last one moved."""
+    state = subspace.init(view, grads[0])
+    moved: dict[str, Moved] = {}
+    for count, grad in enumerate(grads):
+        ctx = Context(view, seeded(seed, 5, count), 5, count)
+        moved = subspace.refresh_(state, view.of(grad), ctx)
+    return state, moved
+
+
+def bases(state: dict[str, Tensor]) -> list[Tensor]:
+    return [x for key, x in state.items() if key.startswith("basis")]
+
+
+def orthonormal(projector: str, proj_type: str) -> None:
+    """``P^T P = I`` to the parameter's precision, first and warm.
+
+    Unit vectors rounded to bfloat16 have products off by at most one eps; in wider formats the
+    factorisation itself leaves a few.
+    """
+    for shape in SHAPES:
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            view, subspace = setup(projector, proj_type, shape)
+            for count in (1, 3):
+                state, _ = refresh(subspace, view, cases.gradients(shape, count, dtype))
+                assert bases(state)
+                for basis in bases(state):
+                    assert basis.dtype == dtype
+                    gram = basis.double().mT @ basis.double()
+                    eye = torch.eye(gram.shape[-1], dtype=gram.dtype).expand_as(gram)
+                    allowed = (1 if dtype == torch.bfloat16 else 20) * torch.finfo(dtype).eps
+                    assert float((gram - eye).abs().max()) <= allowed
+
+
+def coordinates_invert_the_lift(projector: str, proj_type: str) -> None:
+    """``coords(lift(N)) = N`` for any coordinates N, so that nothing is counted twice."""
+    for shape in SHAPES:
+        view, subspace = setup(projector, proj_type, shape)
+        state, _ = refresh(subspace, view, cases.gradients(shape, 2))
+        (coord, low_shape), *others = subspace.coord_shapes(view).items()
+        assert not others
+        low = torch.randn(low_shape, dtype=torch.float64)
+        lifted = torch.zeros(*view.batch, view.m, view.n, dtype=torch.float64)
+        subspace.push_(
+            lifted, state, {coord: low}, None, lifted, None, lr=-1.0, decay=1.0, rounding=None
+        )
+        assert_close(subspace.coords(state, lifted, reduce=identity)[coord], low)
+
+
+def deterministic(projector: str, proj_type: str) -> None:
+    """A function of gradient, seed, index and count: never of torch's global generator."""
+    for shape in SHAPES:
+        view, subspace = setup(projector, proj_type, shape)
+        grads = cases.gradients(shape, 3)
+        torch.manual_seed(1)
+        first, _ = refresh(subspace, view, grads)
+        before = torch.get_rng_state()
+        torch.manual_seed(2)
+        other = torch.get_rng_state()
+        second, _ = refresh(subspace, view, grads)
+        assert torch.equal(torch.get_rng_state(), other) and not torch.equal(before, other)
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def owned(projector: str, proj_type: str) -> None:
+    """Contiguous and alone in its storage: a slice would keep a whole SVD factor alive."""
+    for shape in SHAPES:
+        view, subspace = setup(projector, proj_type, shape)
+        state, _ = refresh(subspace, view, cases.gradients(shape, 2))
+        pointers = {x.untyped_storage().data_ptr() for x in state.values()}
+        assert len(pointers) == len(state)
+        for x in state.values():
+            assert x.is_contiguous()
+            assert x.untyped_storage().nbytes() == x.numel() * x.element_size()
+
+
+def says_how_it_moved(projector: str, proj_type: str) -> None:
+    """``rotation`` is ``P_new^T P_old``, on both sides where both are projected."""
+    for shape in SHAPES:
+        view, subspace = setup(projector, proj_type, shape)
+        grads = cases.gradients(shape, 2)
+        old, _ = refresh(subspace, view, grads[:1])
+        new, moved = refresh(subspace, view, grads)
+        turn = moved["low"]
+        assert turn.rotation is not None
+        assert_close(turn.rotation(), new["basis"].mT @ old["basis"])
+        assert (turn.right is not None) == ("basis_right" in new)
+        if turn.right is not None:
+            assert_close(turn.right(), new["basis_right"].mT @ old["basis_right"])
+
+
+def transposes(projector: str, proj_type: str) -> None:
+    """The basis of ``G^T`` on the other side is the basis of G."""
+    mirrored = {"left": "right", "right": "left"}.get(proj_type, proj_type)
+    for shape in [(12, 31), (33, 14)]:
+        view, subspace = setup(projector, proj_type, shape)
+        flipped, mirror = setup(projector, mirrored, shape[::-1])
+        grads = cases.gradients(shape, 2)
+        state, _ = refresh(subspace, view, grads)
+        other, _ = refresh(mirror, flipped, [g.mT for g in grads])
+        if proj_type == "full":
+            reseeded, _ = refresh(subspace, view, grads, seed=1)
+            if not torch.equal(reseeded["basis"], state["basis"]):
+                continue  # two bases drawn in turn, whatever the side
+            assert_close(state["basis"], other["basis_right"])
+            assert_close(state["basis_right"], other["basis"])
+        else:
+            assert_close(state["basis"], other["basis"])
+
+
+def survives_bad_gradients(projector: str, proj_type: str) -> None:
+    """Zero, NaN and Inf at a due refresh: postponed and counted, and the next one is taken."""
+    for shape in SHAPES:
+        good, later = cases.gradients(shape, 2)
+        for bad in (torch.zeros_like(good), good * float("nan"), good * float("inf")):
+            param = torch.nn.Parameter(cases.parameter(shape).detach())
+            options = {"projector": projector, "proj_type": proj_type, "update_proj_gap": 2}
+            group = {"params": [param], "rank": min(RANK, *shape[-2:])}
+            optimizer = cases.build("GaLoreAdamW", [group], **options)
+            cases.run(optimizer, [param], [[good], [good]])
+            kept = [x.clone() for x in bases(optimizer.state[param])]
+            cases.run(optimizer, [param], [[bad]])
+            now = bases(optimizer.state[param])
+            assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
+            assert optimizer.postponed_refreshes() == {"parameter 0": 1}
+            cases.run(optimizer, [param], [[later]])
+            assert int(optimizer.state[param]["refresh_step"]) == 3
+            assert bool(param.isfinite().all())
+
+
+CONTRACT: list[Callable[[str, str], None]] = [
+    orthonormal,
+    coordinates_invert_the_lift,
+    deterministic,
+    owned,
+    says_how_it_moved,
+    transposes,
+    survives_bad_gradients,
+]
+
+
+@pytest.mark.parametrize("proj_type", cases.PROJ_TYPES)
+@pytest.mark.parametrize("projector", cases.projector_names())
+@pytest.mark.parametrize("clause", CONTRACT, ids=lambda f: f.__name__)
+def test_projector(clause: Callable[[str, str], None], projector: str, proj_type: str) -> None:
+    clause(projector, proj_type)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_seed_index_and_count_decide_what_is_drawn(shape: tuple[int, ...]) -> None:
+    """Three counters, three independent streams; a projector that draws sees all of them."""
+    grads = cases.gradients(shape, 1)
+    view, subspace = setup("random", "std", shape)
+    drawn = []
+    for numbers in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)]:
+        state = subspace.init(view, grads[0])
+        subspace.refresh_(state, view.of(grads[0]), Context(view, seeded(*numbers)))
+        drawn.append(state["basis"])
+    for i, x in enumerate(drawn):
+        assert not any(torch.allclose(x, y) for y in drawn[i + 1 :])
+
+
+@pytest.fixture
+def newcomer() -> Iterator[tuple[str, str]]:
+    """Two projectors registered for one test: one that keeps the contract, one that does not."""
+
+    @register("tmp_rows")
+    @dataclass(frozen=True)
+    class LargestRows(Projector):
+        def find(self, grad: Tensor, previous: Tensor | None, ctx: Context) -> Tensor:
+            rows = grad.square().sum(-1).topk(self.rank).indices.sort().values
+            eye = torch.eye(grad.shape[-2], dtype=torch.promote_types(grad.dtype, torch.float32))
+            return eye[rows].mT
+
+    @register("tmp_bad")
+    @dataclass(frozen=True)
+    class Skewed(Projector):
+        def find(self, grad: Tensor, previous: Tensor | None, ctx: Context) -> Tensor:
+            return torch.randn(*grad.shape[:-1], self.rank).to(grad.dtype)
+
+    yield "tmp_rows", "tmp_bad"
+    del PROJECTORS["tmp_rows"], PROJECTORS["tmp_bad"]
+
+
+def test_a_new_projector_is_enrolled_and_held_to_the_contract(newcomer: tuple[str, str]) -> None:
+    """One class and ``@register``: it is in the registry that the grid above is made from."""
+    good, bad = newcomer
+    assert {good, bad} <= set(cases.projector_names())
+    for proj_type in cases.PROJ_TYPES:
+        for clause in CONTRACT:
+            clause(good, proj_type)
+    for clause in (orthonormal, coordinates_invert_the_lift, deterministic):
+        with pytest.raises(AssertionError):
+            clause(bad, "std")
+
+
+def test_the_throw_away_projectors_are_gone() -> None:
+    assert not {"tmp_rows", "tmp_bad"} & set(cases.projector_names())

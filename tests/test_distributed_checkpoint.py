@@ -1,0 +1,136 @@
+"""``torch.distributed.checkpoint``: plain, flattened, on disk, then a run that goes on exactly."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from lowrank_optim import GaLoreAdafactor, GaLoreAdamW, GaLoreLion, GaLoreSGD, lowrank_groups
+from lowrank_optim.optimizer import LowRankOptimizer
+from tests import runs
+
+SAVED, STEPS = 4, 9  # with a gap of 3: between refreshes, and two refreshes after
+METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "adamw": (GaLoreAdamW, {}),
+    "adamw bfloat16": (GaLoreAdamW, {"state_dtype": "bfloat16", "stochastic_rounding": True}),
+    "lion": (GaLoreLion, {}),
+    "sgd": (GaLoreSGD, {"momentum": 0.9}),
+    "adafactor": (GaLoreAdafactor, {"beta1": 0.9}),
+}
+
+
+def make(method: str, seed: int) -> tuple[nn.Module, LowRankOptimizer]:
+    """A model with every group there can be, weights by ``seed``."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(20, 12), nn.LayerNorm(12), nn.Linear(12, 9))
+    cls, options = METHODS[method]
+    groups = lowrank_groups(
+        model,
+        rank=3,
+        projector="rsvd",
+        overrides={"2": {"rank": 0.5, "proj_type": "full", "tags": ["late", "head"]}},
+        no_decay="bias",
+    )
+    return model, cls(groups, lr=0.05, update_proj_gap=3, **options)
+
+
+def round_trip(
+    source: tuple[nn.Module, LowRankOptimizer],
+    target: tuple[nn.Module, LowRankOptimizer],
+    flat: bool,
+    path: Path | None,
+) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    theirs = get_optimizer_state_dict(*source, options=options)
+    if path is not None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save({"o": theirs}, checkpoint_id=path)
+            target_state = {"o": get_optimizer_state_dict(*target, options=options)}
+            dcp.load(target_state, checkpoint_id=path)
+        theirs = target_state["o"]
+    set_optimizer_state_dict(*target, optim_state_dict=theirs, options=options)
+    target[0].load_state_dict(source[0].state_dict())
+
+
+@pytest.mark.parametrize("disk", [False, True])
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_run_goes_on_exactly(method: str, flat: bool, disk: bool, tmp_path: Path) -> None:
+    """State, groups and weights, into a model of other weights and an optimizer without state."""
+    model, optimizer = make(method, seed=0)
+    runs.train(list(model.parameters()), optimizer, range(SAVED))
+    twin, resumed = make(method, seed=1)
+    round_trip((model, optimizer), (twin, resumed), flat, tmp_path if disk else None)
+    runs.assert_same_state(runs.entries(resumed), runs.entries(optimizer))
+    mine = [dict(g, params=None) for g in optimizer.param_groups]
+    theirs = [dict(g, params=None) for g in resumed.param_groups]
+    for ours, read in zip(mine, theirs, strict=True):
+        assert {k: read[k] for k in ours} == ours
+    runs.train(list(model.parameters()), optimizer, range(SAVED, STEPS))
+    runs.train(list(twin.parameters()), resumed, range(SAVED, STEPS))
+    runs.assert_same(twin.parameters(), model.parameters())
+    runs.assert_same_state(runs.entries(resumed), runs.entries(optimizer))
+
+
+def test_the_loaders_own_first_step_changes_no_weight() -> None:
+    """Loaders make the state by one step with zero gradients at lr = 0 (torchtitan does too)."""
+    model, optimizer = make("adamw", seed=0)
+    before = [p.detach().clone() for p in model.parameters()]
+    get_optimizer_state_dict(model, optimizer)
+    assert all(p in optimizer.state for p in model.parameters())
+    runs.assert_same(model.parameters(), before)
+    assert optimizer.param_groups[0]["lr"] == 0.05
+
+
+def test_a_run_that_starts_after_the_loaders_step_still_takes_its_first_basis() -> None:
+    """The zero gradient of that step says nothing about a basis: the refresh is only postponed."""
+    model, optimizer = make("adamw", seed=0)
+    get_optimizer_state_dict(model, optimizer)
+    runs.train(list(model.parameters()), optimizer, [0])
+    basis = optimizer.state[model[0].weight]["basis"]
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(3))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_checkpoint_of_another_rank_is_refused(flat: bool) -> None:
+    model = nn.Linear(20, 12)
+    optimizer = GaLoreAdamW(model.named_parameters(), rank=3)
+    runs.train(list(model.parameters()), optimizer, range(2))
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    other = GaLoreAdamW(model.named_parameters(), rank=2)
+    with pytest.raises(ValueError, match=r"fit weight in .*: rank is 3 there and 2 here"):
+        set_optimizer_state_dict(model, other, state, options=options)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_run_without_momentum_loads_where_there_is_some(flat: bool) -> None:
+    """The checkpoint's hyper-parameters win, flattened or not.
+
+    For a key that a flattened checkpoint lacks, torch puts an empty dict in the state.
+    """
+    torch.manual_seed(0)
+    model, twin = nn.Linear(20, 12), nn.Linear(20, 12)
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    optimizer = GaLoreSGD(model.named_parameters(), rank=3, lr=0.05)
+    runs.train(list(model.parameters()), optimizer, range(2))
+    resumed = GaLoreSGD(twin.named_parameters(), rank=3, lr=0.05, momentum=0.9)
+    twin.load_state_dict(model.state_dict())
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    set_optimizer_state_dict(twin, resumed, state, options=options)
+    assert resumed.param_groups[0]["momentum"] == 0.0
+    runs.train(list(model.parameters()), optimizer, range(2, 5))
+    runs.train(list(twin.parameters()), resumed, range(2, 5))
+    runs.assert_same(twin.parameters(), model.parameters())

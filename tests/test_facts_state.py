@@ -1,0 +1,137 @@
+"""Facts about what is kept: 11, 12 and 13."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+
+from lowrank_optim import GaLoreAdamW, memory
+from tests import cases
+
+
+@pytest.mark.parametrize("projector", cases.projector_names())
+@pytest.mark.parametrize("shape", [(32, 86), (86, 32)])
+def test_fact_11_state_holds_k_r_and_2_l_r_numbers_by_storage(
+    shape: tuple[int, int], projector: str
+) -> None:
+    """``std``: a basis of k r and two moments of l r, and no storage behind them that is larger.
+
+    The release keeps a slice of the whole SVD factor: 16 times the basis at 512x1376, rank 32.
+    """
+    k, l, r = min(shape), max(shape), 4
+    _, optimizer = cases.train(
+        "GaLoreAdamW", cases.parameter(shape, torch.float32),
+        cases.gradients(shape, 5, torch.float32), projector=projector, rank=r,
+    )  # fmt: skip
+    (state,) = optimizer.state.values()
+    for key, numel in {"basis": k * r, "low.exp_avg": l * r, "low.exp_avg_sq": l * r}.items():
+        assert state[key].untyped_storage().nbytes() == 4 * numel
+    assert memory.report(optimizer) == (4 * k * r, 8 * l * r, 12)
+
+
+SIZES: dict[str, Any] = {
+    # elements of basis, of moments for (m, n) = (8, 20) at rank 3
+    "std": (3 * 8, 2 * 3 * 20),
+    "reverse_std": (3 * 20, 2 * 3 * 8),
+    "left": (3 * 8, 2 * 3 * 20),
+    "right": (3 * 20, 2 * 3 * 8),
+    "full": (3 * 28, 2 * 3 * 3),
+}
+
+
+@pytest.mark.parametrize("proj_type", cases.PROJ_TYPES)
+@pytest.mark.parametrize(
+    "dtype, state_dtype, moment_size",
+    [
+        (torch.float32, "float32", 4),
+        (torch.bfloat16, "float32", 4),
+        (torch.bfloat16, "bfloat16", 2),
+        (torch.float64, "float32", 8),
+    ],
+)
+def test_fact_12_bytes_of_the_whole_optimizer_are_the_formula(
+    dtype: torch.dtype, state_dtype: str, moment_size: int, proj_type: str
+) -> None:
+    """The sum of every storage is basis + moments + dense moments + counters, to the byte."""
+    low = [torch.nn.Parameter(cases.parameter((8, 20), dtype).detach()) for _ in range(3)]
+    dense = [torch.nn.Parameter(cases.parameter(s, dtype).detach()) for s in [(), (5,), (7, 9)]]
+    optimizer = GaLoreAdamW(
+        [{"params": low, "rank": 3}, {"params": dense}],
+        proj_type=proj_type,
+        state_dtype=state_dtype,
+    )
+    params = [*low, *dense]
+    cases.run(optimizer, params, [[torch.randn_like(p) for p in params]])
+    basis, moments = SIZES[proj_type]
+    want = 3 * (basis * dtype.itemsize + moments * moment_size) + 2 * (1 + 5 + 63) * moment_size
+    counters = 3 * 3 * 4 + 3 * 4
+    held = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for state in optimizer.state.values()
+        for t in state.values()
+    }
+    assert sum(held.values()) == want + counters
+    assert memory.report(optimizer).total == want + counters
+
+
+DTYPES = [torch.float32, torch.bfloat16]
+SHAPES = [(6, 11), (13, 7), (3, 6, 10), (5,)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("projector", cases.projector_names())
+@pytest.mark.parametrize("name", cases.method_names())
+def test_fact_13_a_resumed_run_is_bit_identical(
+    name: str, projector: str, dtype: torch.dtype
+) -> None:
+    """Saved at any of eight steps, loaded with ``weights_only=True``: the same bits at the end.
+
+    Steps 3 and 6 are refreshes, so the save falls before, on and after one; bfloat16 parameters
+    keep float32 moments through the load, and stochastic rounding resumes its random numbers. The
+    release pickles a Python object, which ``weights_only`` refuses.
+    """
+    start = [cases.parameter(s, dtype).detach() for s in SHAPES]
+    grads = [[g[i] for g in (cases.gradients(s, 8, dtype) for s in SHAPES)] for i in range(8)]
+
+    def make() -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
+        params = [torch.nn.Parameter(x.clone()) for x in start]
+        options: dict[str, Any] = {"stochastic_rounding": True, "on_refresh": "project"}
+        options |= {"stagger": True, "projector": projector, "state_dtype": "bfloat16"}
+        return params, cases.build(name, [{"params": params, "rank": 4}], **options)
+
+    params, optimizer = make()
+    checkpoints = []
+    for row in grads:
+        file = io.BytesIO()
+        torch.save(([p.detach() for p in params], optimizer.state_dict()), file)
+        checkpoints.append(file.getvalue())
+        cases.run(optimizer, params, [row])
+    for i, saved in enumerate(checkpoints):
+        weights, state = torch.load(io.BytesIO(saved), weights_only=True)
+        again, resumed = make()
+        for p, w in zip(again, weights, strict=True):
+            p.data.copy_(w)
+        resumed.load_state_dict(state)
+        cases.run(resumed, again, grads[i:])
+        assert all(torch.equal(a, b) for a, b in zip(again, params, strict=True))
+
+
+@pytest.mark.parametrize("name", cases.method_names())
+def test_fact_13_loading_does_not_alias(name: str) -> None:
+    """``load_state_dict(other.state_dict())`` in one process: the two share nothing.
+
+    In the release they share the projector, and the second to refresh changes the first.
+    """
+    start, grads = cases.parameter((6, 11)), cases.gradients((6, 11), 5)
+    _, source = cases.train(name, start, grads[:2])
+    before = copy.deepcopy(source.state_dict()["state"])
+    param = torch.nn.Parameter(start.detach().clone())
+    target = cases.build(name, [{"params": [param], "rank": cases.RANK}])
+    target.load_state_dict(source.state_dict())
+    cases.run(target, [param], [[g] for g in grads[2:]])
+    after = source.state_dict()["state"]
+    assert all(torch.equal(before[0][k], after[0][k]) for k in before[0])

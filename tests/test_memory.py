@@ -1,0 +1,256 @@
+"""Estimates against what real optimizers hold, to the byte, and against published figures."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import memory as table
+from benchmarks.common import LLAMA_SHAPES, llama_config
+from lowrank_optim import (
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    GaLoreLion,
+    GaLoreSGD,
+    lowrank_groups,
+)
+from lowrank_optim.matrix import PROJ_TYPES
+from lowrank_optim.memory import GIB, estimate, report
+
+
+class Model(nn.Module):
+    """Every kind of parameter: tied, frozen, 0-d to 4-d, wide, tall, square, a batch of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(50, 24)
+        self.up = nn.Linear(24, 40)
+        self.square = nn.Linear(40, 40)
+        self.down = nn.Linear(40, 24, bias=False)
+        self.frozen = nn.Linear(24, 24).requires_grad_(False)
+        self.experts = nn.Parameter(torch.randn(3, 16, 20))
+        self.conv = nn.Conv2d(6, 12, 3)
+        self.gain = nn.Parameter(torch.ones(()))
+        self.lm_head = nn.Linear(24, 50, bias=False)
+        self.lm_head.weight = self.embed_tokens.weight
+        self.register_buffer("table", torch.zeros(1000))
+
+
+def stepped(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    generator = torch.Generator().manual_seed(0)
+    for param in model.parameters():
+        if param.requires_grad:
+            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+    optimizer.step()
+    return optimizer
+
+
+def check(model, optimizer_class, groups=None, **options):
+    """The estimate, after asserting that it is what a real step leaves behind."""
+    found = estimate(model, optimizer_class, groups=groups, **options)
+    params = model.named_parameters() if groups is None else groups(model)
+    held = report(stepped(optimizer_class(params, **options), model))
+    assert (found.basis, found.moments, found.other) == held
+    assert found.state == held.total > 0
+    return found
+
+
+CLASSES = {
+    "adamw": (GaLoreAdamW, {}),
+    "adamw-bf16": (GaLoreAdamW, {"state_dtype": "bfloat16"}),
+    "adafactor": (GaLoreAdafactor, {}),
+    "adafactor-beta1": (GaLoreAdafactor, {"beta1": 0.9}),
+    "lion": (GaLoreLion, {}),
+    "sgd": (GaLoreSGD, {}),
+    "sgd-momentum": (GaLoreSGD, {"momentum": 0.9}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("proj_type", PROJ_TYPES)
+@pytest.mark.parametrize("name", CLASSES)
+def test_state_is_exact(name, proj_type, dtype):
+    optimizer_class, options = CLASSES[name]
+    check(Model().to(dtype), optimizer_class, rank=8, proj_type=proj_type, **options)
+
+
+def test_state_is_exact_with_groups():
+    """Groups are made from the real model, so overrides by name and several ranks count."""
+    groups = partial(
+        lowrank_groups,
+        rank=4,
+        target_modules=["up", "square", "embed"],
+        overrides={"square": {"rank": 0.5, "proj_type": "full"}, "conv": {"rank": 2}},
+    )
+    by_groups = check(Model(), GaLoreAdamW, groups=groups)
+    square = (40 + 40) * 20  # both bases of the full projection
+    others = (24 + 24 + 12) * 4 - 12 * 2  # up, the tied embedding; the convolution at rank 2
+    assert by_groups.basis == 4 * (square + others)
+    assert by_groups.basis != estimate(Model(), GaLoreAdamW, rank=4).basis
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("optimizer_class", "options"),
+    [
+        (torch.optim.AdamW, {}),
+        (torch.optim.AdamW, {"amsgrad": True}),
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.RMSprop, {"centered": True}),
+    ],
+)
+def test_torch_optimizers_are_exact(optimizer_class, options, dtype):
+    """Their own step runs on the meta device: moments in the parameters' dtype, as torch has it."""
+    check(Model().to(dtype), optimizer_class, **options)
+
+
+def test_adamw_8bit_is_exact():
+    """Also the two maps of 1 KiB that all tensors share, which count as "other", apart."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 63), nn.Linear(63, 65))  # 4096, 4032 …
+    found = estimate(model, "adamw-8bit")
+    optimizer = stepped(bitsandbytes.optim.AdamW8bit(model.parameters()), model)
+    dtypes = [optimizer.state[layer.weight]["state1"].dtype for layer in model]
+    assert dtypes == [torch.uint8, torch.float32, torch.float32]
+    assert (found.basis, found.moments, found.other) == report(optimizer)
+    assert found.other == 2 * 256 * 4
+
+
+def test_nothing_is_allocated_and_the_model_is_left_alone():
+    with torch.device("meta"):
+        on_meta = Model()
+    assert estimate(on_meta, GaLoreAdamW, rank=8) == estimate(Model(), GaLoreAdamW, rank=8)
+    model = Model()
+    params = [(p, p.data_ptr(), p._version) for p in model.parameters()]
+    for optimizer in (GaLoreAdamW, torch.optim.AdamW, "adamw-8bit"):
+        estimate(model, optimizer)
+    assert all(p.grad is None for p in model.parameters())
+    assert [(p, p.data_ptr(), p._version) for p, _, _ in params] == params
+
+
+def test_weights_gradients_and_peak():
+    """Tied weights once, buffers never, gradients of trainable parameters alone."""
+    model = Model()
+    trainable = [p.numel() for p in model.parameters() if p.requires_grad]
+    frozen = sum(p.numel() for p in model.frozen.parameters())
+    live = estimate(model, GaLoreAdamW, rank=8)
+    freed = estimate(model, GaLoreAdamW, rank=8, in_backward="step")
+    assert live.weights == freed.weights == 4 * (sum(trainable) + frozen)
+    assert live.gradients == 4 * sum(trainable)
+    assert live.largest_gradient == 4 * 40 * 40
+    assert live.peak == live.weights + live.gradients + live.state
+    assert live.peak - freed.peak == live.gradients - live.largest_gradient
+    assert freed.fits(freed.peak) and not freed.fits(freed.peak - 1)
+
+
+def test_a_scalar_parameter_keeps_its_counter_apart_from_its_moments():
+    """A 0-d parameter's ``step`` has the parameter's shape, and was counted as a moment."""
+    gain = nn.Parameter(torch.ones(()))
+    for optimizer in (GaLoreAdamW([gain]), torch.optim.AdamW([gain])):
+        gain.grad = torch.ones(())
+        optimizer.step()
+        assert report(optimizer) == (0, 8, 4)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="in_backward must be None or 'step', got 'project'"):
+        estimate(Model(), GaLoreAdamW, in_backward="project")
+    with pytest.raises(ValueError, match="adamw-4bit"):
+        estimate(Model(), "adamw-4bit")
+    with pytest.raises(TypeError, match="lr"):
+        estimate(Model(), "adamw-8bit", lr=1e-3)
+
+
+# ---------------------------------------------------------------- published figures
+
+# From the configurations in GaLore's repository: rank, parameters (M), linear (M), and in GB, with
+# every float in bfloat16: weights, Adam's states, GaLore's bases, all of GaLore's states.
+PUBLISHED = {
+    "llama-60m": (128, 58.07, 25.30, 0.116, 0.232, 0.007, 0.164),
+    "llama-130m": (256, 134.11, 84.93, 0.268, 0.536, 0.033, 0.343),
+    "llama-350m": (256, 367.97, 302.38, 0.736, 1.472, 0.088, 0.653),
+    "llama-1b": (512, 1339.08, 1207.91, 2.678, 5.356, 0.352, 2.085),
+    "llama-7b": (1024, 6738.42, 6476.01, 13.477, 26.954, 1.879, 9.405),
+}
+
+
+@pytest.mark.parametrize("name", LLAMA_SHAPES)
+def test_published_sizes(name):
+    """The shapes and the accounting of the GaLore paper's models, recomputed from its configs."""
+    rank, params, linear, weights, adam, basis, galore = PUBLISHED[name]
+    config = llama_config(name)
+    hidden, mlp, layers, _ = LLAMA_SHAPES[name]
+    assert layers * hidden * (4 * hidden + 3 * mlp) / 1e6 == pytest.approx(linear, abs=0.005)
+    full = estimate(config, torch.optim.AdamW)
+    low = estimate(config, GaLoreAdamW, rank=rank, state_dtype="bfloat16")
+    assert full.weights / 2e6 == pytest.approx(params, abs=0.005)
+    assert full.weights / 1e9 == pytest.approx(weights, abs=0.0005)
+    assert full.moments / 1e9 == pytest.approx(adam, abs=0.0005)
+    assert low.basis / 1e9 == pytest.approx(basis, abs=0.0005)
+    assert low.state / 1e9 == pytest.approx(galore, abs=0.0005)
+
+
+def test_tied_embeddings_of_a_configuration_count_once():
+    config = llama_config("llama-60m")
+    apart = estimate(config, GaLoreAdamW, rank=128)
+    config.tie_word_embeddings = True
+    tied = estimate(config, GaLoreAdamW, rank=128)
+    embedding = 32000 * 512
+    assert apart.weights - tied.weights == 2 * embedding
+    assert apart.moments - tied.moments == 2 * 4 * embedding  # two dense moments in float32
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return {row.name: row for row in table.measure("llama-7b", 1024)}
+
+
+def test_llama_7b(rows):
+    """GiB: the ingredients of the 24 GB claim, recomputed from the paper's configuration."""
+    figures = {
+        name: [round(x / GIB, 2) for x in (row.live.weights, row.live.basis, row.live.state)]
+        for name, row in rows.items()
+    }
+    assert figures == {
+        "AdamW bf16": [12.55, 0.0, 25.10],
+        "AdamW 8-bit": [12.55, 0.0, 12.75],
+        "GaLore fp32": [12.55, 1.75, 15.77],
+        "GaLore bf16": [12.55, 1.75, 8.76],
+    }
+    largest = {row.freed.largest_gradient for row in rows.values()}
+    assert largest == {32000 * 4096 * 2}  # the embedding, 0.24 GiB
+
+
+def test_what_fits_24_gib(rows):
+    """No optimizer with all gradients live: weights and gradients alone are 25.1 GiB."""
+    budget = 24 * GIB
+    assert all(row.live.weights + row.live.gradients > budget for row in rows.values())
+    assert [row.name for row in rows.values() if row.freed.fits(budget)] == ["GaLore bf16"]
+    text = table.reading(list(rows.values()), budget)
+    assert "With all gradients live, nothing fits in 24 GiB" in text
+    assert "only GaLore bf16 fits" in text and "2.45 GiB" in text
+    assert "nothing fits" in table.reading(list(rows.values()), 8 * GIB).split(". ")[1]
+
+
+def test_command_prints_writes_and_draws_the_same_figures(tmp_path, capsys):
+    out = tmp_path / "deep" / "m.json"
+    png = tmp_path / "m.png"
+    arguments = ["--model", "llama-60m", "--rank", "128", "--budget-gib", "0.3"]
+    table.main([*arguments, "--json", str(out), "--plot", str(png)])
+    printed = capsys.readouterr().out
+    written = json.loads(out.read_text())
+    assert png.stat().st_size > 10_000
+    assert written["budget"] == round(0.3 * GIB)
+    for name, row in written["rows"].items():
+        line = next(line for line in printed.splitlines() if line.strip().startswith(name))
+        numbers = [float(x) for x in re.findall(r"\d+\.\d+", line)]
+        keys = ["weights", "gradients", "basis", "moments", "largest_gradient", "peak"]
+        expected = [*(row[k] for k in keys), row["peak_in_backward"]]
+        assert numbers == [round(x / GIB, 2) for x in expected]
+        verdicts = re.findall(r"fits|no", line.removeprefix(name))
+        assert verdicts == ["fits" if row[k] else "no" for k in ("fits", "fits_in_backward")]

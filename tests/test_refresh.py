@@ -1,0 +1,248 @@
+"""When a basis is refreshed, how much of the gradient it holds, and what happens when it fails."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.linalg import LinAlgError
+
+from lowrank_optim.matrix import matrix_view
+from lowrank_optim.step import seeded
+from lowrank_optim.subspaces import Context, RandomizedSVD
+from tests import cases
+from tests.compare import assert_close
+
+
+def refresh_steps(count: int, steps: int, **options: Any) -> list[list[int]]:
+    """The steps, from 0, at which each of ``count`` matrices took a new basis."""
+    params = [torch.nn.Parameter(cases.parameter((6, 9)).detach()) for _ in range(count)]
+    optimizer = cases.build("GaLoreAdamW", params, rank=2, projector="random", **options)
+    taken: list[list[int]] = [[] for _ in params]
+    for step in range(steps):
+        cases.run(optimizer, params, [[torch.ones_like(p) for p in params]])
+        for own, param in zip(taken, params, strict=True):
+            if int(optimizer.state[param]["refresh_step"]) == step:
+                own.append(step)
+    return taken
+
+
+def test_fact_05_unstaggered_refreshes_are_at_0_t_2t() -> None:
+    """Counted from 0, before the increment: n steps take ceil(n / T) factorisations."""
+    options = {"stagger": False, "update_proj_gap": 3}
+    assert refresh_steps(3, 10, **options) == [[0, 3, 6, 9]] * 3
+    assert refresh_steps(1, 4, stagger=False, update_proj_gap=1) == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("gap", [4, 10])
+def test_staggered_refreshes_keep_the_gap_and_spread(gap: int) -> None:
+    """All at step 0 (there is no basis yet), then each every ``gap`` steps, few at a time.
+
+    The golden ratio puts between floor and ceil of the mean, give or take one, on each step.
+    """
+    count = 24
+    taken = refresh_steps(count, 4 * gap, update_proj_gap=gap, stagger=True)
+    load: Counter[int] = Counter()
+    for own in taken:
+        assert own[0] == 0
+        assert {b - a for a, b in itertools.pairwise(own[1:])} == {gap}
+        assert own[1] - own[0] <= gap
+        load.update(own[1:])
+    steady = [load[step] for step in range(gap + 1, 3 * gap + 1)]
+    assert sum(steady) == 2 * count
+    assert max(steady) <= count / gap + 2
+    assert min(steady) >= count / gap - 2
+
+
+def energy(basis: Tensor, grad: Tensor) -> float:
+    return float((basis.mT @ grad).square().sum())
+
+
+def basis_of(grad: Tensor, rank: int, previous: Tensor | None = None, seed: int = 0) -> Tensor:
+    view = matrix_view(grad.shape, "left")
+    assert view is not None
+    return RandomizedSVD(rank).find(grad, previous, Context(view, seeded(seed)))
+
+
+def with_spectrum(values: Tensor, m: int, n: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    k = len(values)
+    u = torch.linalg.qr(torch.randn(m, k, generator=generator, dtype=values.dtype)).Q
+    v = torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=values.dtype)).Q
+    return (u * values) @ v.mT
+
+
+DIMENSIONS = st.tuples(st.integers(24, 60), st.integers(24, 80), st.integers(1, 12))
+
+
+@given(DIMENSIONS, st.floats(0.3, 1.5), st.integers(0, 1000))
+def test_rsvd_holds_99_percent_on_decaying_spectra(
+    dims: tuple[int, int, int], power: float, seed: int
+) -> None:
+    """Singular values falling as ``i**-power``: at least 0.99 of what the exact basis holds."""
+    m, n, rank = dims
+    values = torch.arange(1, min(m, n) + 1, dtype=torch.float64) ** -power
+    grad = with_spectrum(values, m, n, seed).float()
+    best = float(values[:rank].square().sum())
+    assert energy(basis_of(grad, rank, seed=seed), grad) >= 0.99 * best
+
+
+@given(DIMENSIONS, st.sampled_from(["flat", "random", "step", "decay"]), st.integers(0, 1000))
+def test_rsvd_is_within_1_percent_of_one_more_power_iteration(
+    dims: tuple[int, int, int], spectrum: str, seed: int
+) -> None:
+    """On any spectrum the iteration stops only where going on would not pay: the promise of rsvd.
+
+    The next iteration is taken from the basis returned, as the next refresh's warm start would.
+    """
+    m, n, rank = dims
+    k = min(m, n)
+    generator = torch.Generator().manual_seed(seed)
+    values = {
+        "flat": torch.ones(k),
+        "random": torch.rand(k, generator=generator).sort(descending=True).values,
+        "step": torch.cat([torch.ones(rank), torch.full((k - rank,), 0.9)]),
+        "decay": 0.8 ** torch.arange(k),
+    }[spectrum].double()
+    grad = with_spectrum(values, m, n, seed).float()
+    for previous in (None, torch.linalg.qr(torch.randn(m, rank, generator=generator)).Q):
+        basis = basis_of(grad, rank, previous, seed)
+        more = torch.linalg.qr(grad @ (grad.mT @ basis)).Q
+        assert energy(more, grad) <= 1.01 * energy(basis, grad) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("exponent", [-18, -12, 12, 16])
+def test_rsvd_does_not_depend_on_the_scale_of_the_gradient(exponent: int) -> None:
+    """Loss scaling or a tiny loss: squares of 1e-18 are next to float32's smallest numbers."""
+    values = 0.8 ** torch.arange(40, dtype=torch.float64)
+    grad = with_spectrum(values, 40, 60, 0).float()
+    basis = basis_of(grad * 10.0**exponent, 6)
+    assert_close(basis.mT @ basis, torch.eye(6))
+    assert energy(basis, grad) >= 0.99 * float(values[:6].square().sum())
+
+
+def failing(exact: Any, times: list[int], fails: Any) -> Any:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        times.append(args[0].dtype.itemsize)
+        if fails(args[0]):
+            raise LinAlgError("did not converge")
+        return exact(*args, **kwargs)
+
+    return wrapper
+
+
+STAGES = {
+    "float32 fails": (lambda x: x.dtype == torch.float32, [4, 8], []),
+    "float64 fails too": (lambda x: True, [4, 8], [8]),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_failed_factorisation_is_retried_in_float64_then_on_the_gram_matrix(
+    stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each stage finds the basis that a working driver finds; nothing is postponed."""
+    start = cases.parameter((6, 11), torch.float32)
+    grads = cases.gradients((6, 11), 4, torch.float32)
+    want, _ = cases.train("GaLoreAdamW", start, grads)
+    fails, svd_calls, eigh_calls = STAGES[stage]
+    svds: list[int] = []
+    eighs: list[int] = []
+    monkeypatch.setattr(torch.linalg, "svd", failing(torch.linalg.svd, svds, fails))
+    monkeypatch.setattr(torch.linalg, "eigh", failing(torch.linalg.eigh, eighs, lambda x: False))
+    got, optimizer = cases.train("GaLoreAdamW", start, grads)
+    assert svds == 2 * svd_calls  # refreshes at 0 and 3
+    assert eighs == 2 * eigh_calls
+    assert optimizer.postponed_refreshes() == {}
+    assert_close(got, want, torch.float32)
+
+
+def test_a_driver_that_returns_nan_is_retried_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some drivers do not raise: a basis that is not finite counts as a failure."""
+    start = cases.parameter((6, 11), torch.float32)
+    grads = cases.gradients((6, 11), 4, torch.float32)
+    want, _ = cases.train("GaLoreAdamW", start, grads)
+    exact = torch.linalg.svd
+
+    def nan(x: Tensor, **kwargs: Any) -> Any:
+        u, s, vh = exact(x, **kwargs)
+        u = u * float("nan") if x.dtype == torch.float32 else u
+        return torch.return_types.linalg_svd((u, s, vh))
+
+    monkeypatch.setattr(torch.linalg, "svd", nan)
+    got, _ = cases.train("GaLoreAdamW", start, grads)
+    assert_close(got, want, torch.float32)
+
+
+@pytest.mark.parametrize("projector", ["svd", "rsvd"])
+def test_total_failure_postpones_and_is_counted(
+    projector: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No factorisation works at the second refresh: the old basis goes on, and the run with it."""
+    grads = cases.gradients((20, 31), 6)
+    param = torch.nn.Parameter(cases.parameter((20, 31)).detach())
+    optimizer = cases.build("GaLoreAdamW", [param], projector=projector)
+    cases.run(optimizer, [param], [[g] for g in grads[:3]])
+    basis = optimizer.state[param]["basis"].clone()
+    with monkeypatch.context() as patch:
+        for name in ("svd", "eigh"):
+            patch.setattr(torch.linalg, name, failing(None, [], lambda x: True))
+        before = param.detach().clone()
+        cases.run(optimizer, [param], [[g] for g in grads[3:5]])
+    assert torch.equal(optimizer.state[param]["basis"], basis)
+    assert optimizer.postponed_refreshes() == {"parameter 0": 2}
+    moved = (param - before).detach()
+    assert float(moved.norm()) > 1e-3  # still trained, in the old span
+    assert float((moved - basis @ (basis.mT @ moved)).norm()) < 0.02 * float(before.norm())
+    cases.run(optimizer, [param], [grads[5:]])
+    assert int(optimizer.state[param]["refresh_step"]) == 5
+
+
+@pytest.mark.parametrize("projector", cases.projector_names())
+def test_an_expert_without_tokens_at_a_refresh_neither_loses_its_basis_nor_stops_the_others(
+    projector: str,
+) -> None:
+    """One expert's gradient is zero at a refresh: the SVD of zero is coordinate axes.
+
+    It replaced a good basis for a whole period, and as a first basis it lets no gradient outside
+    those axes through. rsvd divided by the zero norm, and postponed all experts for ever.
+    """
+    param = torch.nn.Parameter(torch.zeros(2, 30, 40))
+    optimizer = cases.build("GaLoreSGD", [param], projector=projector, update_proj_gap=2)
+    busy = cases.gradients((2, 30, 40), 1, torch.float32)[0]
+    idle = busy.clone()
+    idle[1] = 0
+    outside = busy.clone()
+    outside[1, :4] = 0  # orthogonal to the first four axes
+    before = param.detach().clone()
+    cases.run(optimizer, [param], [[idle], [outside]])
+    moved = (param.detach() - before).norm(dim=(-2, -1))
+    assert bool((moved > 1e-4).all())
+    cases.run(optimizer, [param], [[busy]])  # a refresh that sees both
+    basis = optimizer.state[param]["basis"].clone()
+    cases.run(optimizer, [param], [[busy], [idle]])  # one that sees the first
+    assert optimizer.postponed_refreshes() == {}
+    if projector != "random":
+        overlap = basis.mT @ optimizer.state[param]["basis"]
+        assert float(overlap[1].square().sum() / overlap.shape[-1]) > 0.99
+
+
+@pytest.mark.parametrize("projector", cases.projector_names())
+def test_an_expert_without_tokens_keeps_the_basis_it_had(projector: str) -> None:
+    """The others get a new one at that refresh; its own stays, bit for bit."""
+    param = torch.nn.Parameter(torch.zeros(2, 30, 40))
+    optimizer = cases.build("GaLoreSGD", [param], projector=projector, update_proj_gap=2)
+    busy = cases.gradients((2, 30, 40), 3, torch.float32)
+    busy[2][1] = 0
+    cases.run(optimizer, [param], [[g] for g in busy[:2]])
+    before = optimizer.state[param]["basis"].clone()
+    cases.run(optimizer, [param], [[busy[2]]])
+    after = optimizer.state[param]["basis"]
+    assert torch.equal(after[1], before[1])
+    assert not torch.equal(after[0], before[0])
