@@ -62,12 +62,12 @@ class Settings:
     mlp: int = 688
     layers: int = 6
     heads: int = 4
-    steps: int = 280
+    steps: int = 200
     batch: int = 8
     context: int = 128
     rank: int = 64
     gap: int = 50
-    """Steps between refreshes of a basis: a sixth of the run, as 200 would be of a longer one."""
+    """Steps between refreshes of a basis: a quarter of the run, as 200 would be of a longer one."""
     warmup: float = 0.1
     floor: float = 0.1
     """The cosine ends at this fraction of the peak learning rate."""
