@@ -31,7 +31,7 @@ from lowrank_optim.subspaces.base import make_projector
 
 logger = logging.getLogger(__name__)
 
-CHUNK_BYTES = {False: 1 << 20, True: 1 << 26}
+CHUNK_BYTES = {False: 1 << 22, True: 1 << 26}
 """Low-rank gradients alive at once: within a CPU's cache, or enough to fill an accelerator."""
 
 

@@ -14,7 +14,7 @@ from torch.linalg import LinAlgError
 
 from lowrank_optim import ops
 from lowrank_optim.matrix import MatrixView
-from lowrank_optim.residuals import Residual
+from lowrank_optim.residuals import Drop, Residual
 from lowrank_optim.rules.base import Rule, compute_dtype
 from lowrank_optim.stores import Store
 from lowrank_optim.subspaces.base import Context, Moved, Subspace, identity
@@ -93,15 +93,20 @@ def stagger_offset(index: int, gap: int) -> int:
     return int(gap * ((index * GOLDEN) % 1.0))
 
 
-def seeded(*numbers: int) -> torch.Generator:
-    """A CPU generator for a tuple of counters (splitmix64 of each in turn)."""
-    mixed = 0
+def mixed(*numbers: int) -> int:
+    """One seed for a tuple of counters (splitmix64 of each in turn)."""
+    seed = 0
     for number in numbers:
-        mixed = (mixed + number + 0x9E3779B97F4A7C15) % 2**64
-        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) % 2**64
-        mixed ^= mixed >> 31
-    return torch.Generator().manual_seed(mixed % 2**63)
+        seed = (seed + number + 0x9E3779B97F4A7C15) % 2**64
+        seed = ((seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        seed = ((seed ^ (seed >> 27)) * 0x94D049BB133111EB) % 2**64
+        seed ^= seed >> 31
+    return seed % 2**63
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A CPU generator for a tuple of counters."""
+    return torch.Generator().manual_seed(mixed(*numbers))
 
 
 def branchless(tensor: Tensor) -> bool:
@@ -119,8 +124,13 @@ class Work:
     coords: dict[str, Tensor]
     time: float
     """Steps that the moments have seen, this one included."""
-    sound: Tensor
-    """Whether the gradient is finite, on its device."""
+    norm: Tensor
+    """Of its coordinates, on its device: not finite where the gradient is not."""
+
+    @property
+    def sound(self) -> Tensor:
+        """Whether the gradient is finite, on its device."""
+        return self.norm.isfinite()
 
 
 def step_matrices(
@@ -144,9 +154,10 @@ def step_matrices(
 
 
 def _sound(w: Work) -> bool:
-    if not w.sound:
+    sound = math.isfinite(w.norm)
+    if not sound:
         logger.warning("the gradient of %s is not finite: its step is skipped", w.item.name)
-    return bool(w.sound)
+    return sound
 
 
 def _project(item: Item, state: State, chosen: Strategies) -> Work:
@@ -163,9 +174,9 @@ def _project(item: Item, state: State, chosen: Strategies) -> Work:
     coords = subspace.coords(state, grad, reduce=identity)
     if chosen.maximize:
         coords = {name: x.neg_() for name, x in coords.items()}
-    norms = [torch.linalg.vector_norm(x) for x in coords.values()]
-    sound = norms[0].isfinite() if len(norms) == 1 else torch.stack(norms).isfinite().all()
-    return Work(item, state, grad, coords, float(time), sound)
+    norms = [ops.total_norm(x) for x in coords.values()]
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).sum()
+    return Work(item, state, grad, coords, float(time), norm)
 
 
 def refresh_(item: Item, state: State, grad: Tensor, step: int, chosen: Strategies) -> bool:
@@ -217,9 +228,8 @@ def _transport(
     read = [chosen.store.read(state, key, item.param) for key in keys]
     biases = chosen.rule.biases(time)
     TRANSPORTS[chosen.on_refresh](list(zip(slots, read, biases, strict=False)), moved)
-    generator = seeded(chosen.seed, item.index, int(time), 2)
-    for key, x in zip(keys, read, strict=True):
-        chosen.store.write_(state, key, x, generator)
+    for n, (key, x) in enumerate(zip(keys, read, strict=True)):
+        chosen.store.write_(state, key, x, mixed(chosen.seed, item.index, int(time), 2, n))
 
 
 def _adapt(work: Sequence[Work], coord: str, chosen: Strategies) -> list[tuple[Tensor, float]]:
@@ -230,7 +240,11 @@ def _adapt(work: Sequence[Work], coord: str, chosen: Strategies) -> list[tuple[T
     slots = [[chosen.store.read(w.state, k, w.item.param) for k in keys] for w in work]
     guarded = branchless(grads[0])
     before = [[x.clone() for x in own] for own in slots] if guarded else []
-    directions, corrections = chosen.rule.directions_(grads, slots, [w.time for w in work])
+    times = [w.time for w in work]
+    # in the weights' dtype if it goes into their GEMM as it is, else in that of arithmetic
+    plain = isinstance(chosen.residual, Drop) and not chosen.rounding
+    dtype = work[0].item.param.dtype if plain else compute_dtype(work[0].item.param.dtype)
+    directions, corrections = chosen.rule.directions_(grads, slots, times, dtype)
     if guarded:  # no host may wait for `sound`: select on the device
         for w, own, old, direction in zip(work, slots, before, directions, strict=True):
             direction.copy_(torch.where(w.sound, direction, 0.0))
@@ -246,16 +260,16 @@ def write_slots_(
 ) -> None:
     """Write moments back; draws random numbers only for a store that rounds."""
     if chosen.store.rounds:
-        generator = seeded(chosen.seed, item.index, int(state["step"]), 1)
-        for key, x in zip(keys, slots, strict=True):
-            chosen.store.write_(state, key, x, generator)
+        step = int(state["step"])
+        for n, (key, x) in enumerate(zip(keys, slots, strict=True)):
+            chosen.store.write_(state, key, x, mixed(chosen.seed, item.index, step, 1, n))
 
 
-def weight_generator(item: Item, state: State, chosen: Strategies) -> torch.Generator | None:
-    """Where the stochastic rounding of a weight draws from; None to round to nearest."""
+def weight_seed(item: Item, state: State, chosen: Strategies) -> int | None:
+    """Seed of the stochastic rounding of a weight; None to round to nearest."""
     if not chosen.rounding:
         return None
-    return seeded(chosen.seed, item.index, int(state["step"]), 3)
+    return mixed(chosen.seed, item.index, int(state["step"]), 3)
 
 
 def _apply(
@@ -285,7 +299,7 @@ def _apply(
         update, lr_now = {name: direction}, size * correction
     else:
         update, lr_now = {k: x * (c * size) for k, (x, c) in directions.items()}, 1.0
-    rounding = weight_generator(w.item, w.state, chosen)
+    rounding = weight_seed(w.item, w.state, chosen)
     subspace.push_(
         param, w.state, update, term, w.grad, low, lr=lr_now, decay=decay, rounding=rounding
     )
@@ -323,17 +337,18 @@ def step_dense(
     step = float(state["step"])
     size = rule.step_size(lr, step, param)
     slots = [chosen.store.read(state, k, param) for k in keys]
-    rounding = weight_generator(item, state, chosen)
+    rounding = weight_seed(item, state, chosen)
     rows = param.shape[0] if param.dim() else 1
     if rule.elementwise and rows:
         rows = max(1, ops.TILE_ELEMENTS * rows // max(1, param.numel()))
-    for p, g, *own in (
-        _tiles(rows, param, grad, *slots) if rule.elementwise else [(param, grad, *slots)]
-    ):
+    whole = [(param, grad, *slots)]
+    tiles = _tiles(rows, param, grad, *slots) if rule.elementwise else whole
+    for tile, (p, g, *own) in enumerate(tiles):
         g = g.to(compute_dtype(param.dtype))
         g = g.neg() if chosen.maximize else g
         ((direction,), (correction,)) = rule.directions_([g], [own], [step])
-        ops.add_(p, direction * (size * correction), 1 - size * weight_decay, -1.0, rounding)
+        tile_seed = None if rounding is None else mixed(rounding, tile)
+        ops.add_(p, direction * (size * correction), 1 - size * weight_decay, -1.0, tile_seed)
     write_slots_(item, state, keys, slots, chosen)
 
 

@@ -31,8 +31,8 @@ class Store(Protocol):
         """The slot in the dtype of arithmetic; the stored tensor itself where that is its dtype."""
         ...
 
-    def write_(self, state: State, key: str, x: Tensor, generator: torch.Generator) -> None:
-        """Keep ``x``; ``generator`` draws the stochastic rounding of narrow formats."""
+    def write_(self, state: State, key: str, x: Tensor, seed: int) -> None:
+        """Keep ``x``; ``seed`` is that of the stochastic rounding of narrow formats."""
         ...
 
 
@@ -62,13 +62,13 @@ class FloatStore:
         """Upcast where the format is narrow."""
         return state[key].to(compute_dtype(like.dtype))
 
-    def write_(self, state: State, key: str, x: Tensor, generator: torch.Generator) -> None:
+    def write_(self, state: State, key: str, x: Tensor, seed: int) -> None:
         """Nothing to do where ``x`` is the stored tensor, already updated in place."""
         kept = state[key]
         if kept is x:
             return
         narrow = kept.dtype == torch.bfloat16
-        kept.copy_(ops.stochastic_round(x.float(), generator) if narrow else x)
+        kept.copy_(ops.stochastic_round(x.float(), seed) if narrow else x)
 
 
 STORES: dict[str, Store] = {

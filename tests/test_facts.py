@@ -112,9 +112,9 @@ def test_fact_06_moments_are_carried_over_a_refresh_bit_for_bit(
     met: list[Tensor] = []
     adapt = AdamW.directions_
 
-    def watch(rule: AdamW, grads: Any, slots: Any, steps: Any) -> Any:
+    def watch(rule: AdamW, grads: Any, slots: Any, *rest: Any) -> Any:
         met.extend(x.clone() for x in slots[0])
-        return adapt(rule, grads, slots, steps)
+        return adapt(rule, grads, slots, *rest)
 
     monkeypatch.setattr(AdamW, "directions_", watch)
     cases.run(optimizer, [param], [[grad]])

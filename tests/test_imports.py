@@ -19,7 +19,8 @@ ROLES = ("subspaces", "rules", "residuals", "transports", "stores")
 ACCELERATORS = {"triton", "ctypes", "bitsandbytes"}
 ALLOWED = {
     # what a layer may import of the package, besides itself; matrix is arithmetic on shapes
-    "ops": set[str](),
+    "quant": set[str](),
+    "ops": {"quant"},
     "matrix": set[str](),
     **{role: {*ROLES, "ops", "matrix"} for role in ROLES},
     "step": {*ROLES, "ops", "matrix"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,134 +10,435 @@ from torch import Tensor
 TILE_ELEMENTS = 1 << 18
 """Elements of a tile buffer, so that a temporary never grows with the parameter."""
 
-
-def project(basis: Tensor, grad: Tensor) -> Tensor:
-    """``P^T G (..., r, n)`` in at least float32, from ``basis (..., m, r)``, ``grad (..., m, n)``.
-
-    The product runs in the gradient's dtype, with the accumulation its GEMM has (float32).
-    """
-    low = basis.mT.to(grad.dtype) @ grad
-    return low.to(torch.promote_types(low.dtype, torch.float32))
+Tensors = Sequence[Tensor]
 
 
-def matrix_norm(x: Tensor) -> Tensor:
-    """Frobenius norm ``(..., 1, 1)`` of ``x (..., m, n)`` in at least float32, a tile at a time.
-
-    ``vector_norm(x, dtype=float32)`` of a narrow format would cast it whole; without the dtype it
-    is rounded to that format, where 300 entries of 4e3 overflow float16.
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if x.dtype == wide or x.numel() == 0:
-        norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-        return norm
-    if x.stride(-1) != 1:
-        x = x.mT  # tiles of whole stored rows
-    rows = max(1, TILE_ELEMENTS * x.shape[-2] // x.numel())
-    parts = [
-        torch.linalg.vector_norm(tile, dim=(-2, -1), keepdim=True, dtype=wide)
-        for tile in torch.split(x, rows, -2)
-    ]
-    norm = torch.linalg.vector_norm(torch.cat(parts, -1), dim=-1, keepdim=True)
-    return norm
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def lift_add_(
-    param: Tensor,
-    basis: Tensor,
-    low: Tensor,
-    right: Tensor | None,
-    decay: float | Tensor,
-    alpha: float,
-    rounding: torch.Generator | None,
+def _or_none(xs: Tensors, count: int) -> Sequence[Tensor | None]:
+    return xs if len(xs) else [None] * count
+
+
+# ---------------------------------------------------------------- directions
+
+
+def _adamw(
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float | Tensor,
+    scale: Tensor | None,
+) -> Tensor:
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    denominator = v.sqrt().add_(eps)
+    direction = torch.div(m, denominator, out=denominator)
+    return direction if scale is None else direction.mul_(scale)
+
+
+def _lion(g: Tensor, m: Tensor, beta1: float, beta2: float) -> Tensor:
+    direction = m.lerp(g, 1 - beta1).sign_()
+    m.lerp_(g, 1 - beta2)
+    return direction
+
+
+def _moment(x: Tensor, m: Tensor, decay: float, weight: float) -> Tensor:
+    return m.mul_(decay).add_(x, alpha=weight)
+
+
+def _guarded(
+    update: Callable[..., Tensor], g: Tensor, moments: Tensors, sound: Tensor | None, out: Tensor
 ) -> None:
-    """``W <- decay W + alpha P N (Q^T)`` in one GEMM call, rounded once into the parameter.
-
-    Args:
-        param: W ``(..., m, n)``, any strides.
-        basis: P ``(..., m, r)`` in the parameter's dtype.
-        low: N ``(..., r, n)``, or ``(..., r, r)`` with ``right``.
-        right: Q ``(..., n, r)``.
-        decay: factor of the weights; a tensor ``()`` or ``(..., 1, 1)`` is read on its device.
-        alpha: factor of the update.
-        rounding: generator for stochastic rounding into bfloat16; None rounds to nearest.
-    """
-    if rounding is not None and param.dtype == torch.bfloat16:
-        _lift_add_rounded_(param, basis, low, right, decay, alpha, rounding)
+    """Run ``update(g, *moments)`` into ``out``; where not ``sound``, change nothing and give 0."""
+    if sound is None:
+        out.copy_(update(g, *moments))
         return
-    if isinstance(decay, Tensor):
-        param.mul_(decay)
-        decay = 1.0
-    low = low.to(param.dtype)
-    if right is not None:
-        low = low @ right.mT
-    if param.dim() == 2:
-        param.addmm_(basis, low, beta=decay, alpha=alpha)
-    else:
-        param.baddbmm_(basis, low, beta=decay, alpha=alpha)
-
-
-def _lift_add_rounded_(
-    param: Tensor,
-    basis: Tensor,
-    low: Tensor,
-    right: Tensor | None,
-    decay: float | Tensor,
-    alpha: float,
-    rounding: torch.Generator,
-) -> None:
-    if right is not None:
-        low = low @ right.mT.to(low.dtype)
-    matrices = param.unbind(0) if param.dim() == 3 else [param]
-    bases = basis.unbind(0) if param.dim() == 3 else [basis]
-    lows = low.unbind(0) if param.dim() == 3 else [low]
-    decays: Sequence[float | Tensor] = [decay] * len(matrices)
-    if isinstance(decay, Tensor):
-        decays = decay.reshape(-1).expand(len(matrices)).unbind()
-    for w, p, x, d in zip(matrices, bases, lows, decays, strict=True):
-        rows = max(1, TILE_ELEMENTS // w.shape[1])
-        for tile, q in zip(torch.split(w, rows), torch.split(p, rows), strict=True):
-            new = torch.addmm(tile.float().mul_(d), q.float(), x.float(), alpha=alpha)
-            tile.copy_(stochastic_round(new, rounding))
-
-
-def add_(
-    param: Tensor,
-    update: Tensor,
-    decay: float | Tensor,
-    alpha: float,
-    rounding: torch.Generator | None,
-) -> None:
-    """``W <- decay W + alpha N`` elementwise, rounded once; ``update`` in at least float32."""
-    new = param.to(update.dtype).mul(decay).add_(update, alpha=alpha)
-    if rounding is not None and param.dtype == torch.bfloat16:
-        new = stochastic_round(new, rounding)
-    param.copy_(new)
-
-
-def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
-    """``x`` float32 rounded to bfloat16, up or down with the probability that makes it unbiased.
-
-    Random low bits are added to the 16 that bfloat16 drops, and the sum is truncated. Numbers that
-    are not finite pass through.
-    """
-    noise = torch.randint(0, 1 << 16, x.shape, generator=generator, dtype=torch.int32)
-    bits = (x.contiguous().view(torch.int32) + noise.to(x.device)) & -(1 << 16)
-    return torch.where(x.isfinite(), bits.view(torch.float32), x).to(torch.bfloat16)
+    kept = [m.clone() for m in moments]
+    direction = update(g, *moments)
+    out.copy_(torch.where(sound, direction, 0.0))
+    for m, old in zip(moments, kept, strict=True):
+        m.copy_(torch.where(sound, m, old))
 
 
 def adamw_direction_(
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    outs: Tensors,
     beta1: float,
     beta2: float,
     eps: Sequence[float],
-) -> list[Tensor]:
-    """Update both moments in place; returns ``m / (sqrt(v) + eps)`` of each tensor."""
-    directions = []
-    for g, m, v, e in zip(grads, exp_avgs, exp_avg_sqs, eps, strict=True):
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        denominator = v.sqrt().add_(e)
-        directions.append(torch.div(m, denominator, out=denominator))
-    return directions
+    row_eps: Tensors,
+    row_scale: Tensors,
+    sound: Tensors,
+) -> None:
+    """``m / (sqrt(v) + eps)``, both moments updated in place."""
+    count = len(grads)
+    rows = zip(eps, _or_none(row_eps, count), _or_none(row_scale, count), strict=True)
+    tensors = zip(grads, exp_avgs, exp_avg_sqs, outs, _or_none(sound, count), strict=True)
+    for (g, m, v, out, ok), (e, re, rs) in zip(tensors, rows, strict=True):
+        update = _adamw_update(beta1, beta2, e, re, rs)
+        _guarded(update, _wide(g), [m, v], ok, out)
+
+
+def _adamw_update(
+    beta1: float, beta2: float, eps: float, row_eps: Tensor | None, row_scale: Tensor | None
+) -> Callable[..., Tensor]:
+    own_eps = eps if row_eps is None else row_eps.unsqueeze(-1)
+    scale = None if row_scale is None else row_scale.unsqueeze(-1)
+    return lambda g, m, v: _adamw(g, m, v, beta1, beta2, own_eps, scale)
+
+
+def lion_direction_(
+    grads: Tensors, exp_avgs: Tensors, outs: Tensors, beta1: float, beta2: float, sound: Tensors
+) -> None:
+    """``sign(b1 m + (1 - b1) g)``, then the momentum follows with ``b2``."""
+    for g, m, out, ok in zip(grads, exp_avgs, outs, _or_none(sound, len(grads)), strict=True):
+        _guarded(lambda g, m: _lion(g, m, beta1, beta2), _wide(g), [m], ok, out)
+
+
+def moment_(
+    xs: Tensors, moments: Tensors, outs: Tensors, decay: float, weight: float, sound: Tensors
+) -> None:
+    """``m <- decay m + weight x``, returned in ``outs`` too."""
+    for x, m, out, ok in zip(xs, moments, outs, _or_none(sound, len(xs)), strict=True):
+        _guarded(lambda x, m: _moment(x, m, decay, weight), _wide(x), [m], ok, out)
+
+
+# ---------------------------------------------------------------- 8 bits
+
+
+def _spans(rows: int, cols: int, block: int) -> Iterator[tuple[slice, slice]]:
+    """Pieces of whole blocks of about a tile: elements of the flat tensor, and their scales."""
+    each = -(-cols // block)
+    if cols >= TILE_ELEMENTS:
+        width = TILE_ELEMENTS // block * block
+        for row in range(rows):
+            for i in range(0, cols, width):
+                j = min(i + width, cols)
+                start = row * each + i // block
+                yield (
+                    slice(row * cols + i, row * cols + j),
+                    slice(start, start - (-(j - i) // block)),
+                )
+        return
+    height = max(1, TILE_ELEMENTS // max(1, cols))
+    for row in range(0, rows, height):
+        end = min(row + height, rows)
+        yield slice(row * cols, end * cols), slice(row * each, end * each)
+
+
+def _blocked(x: Tensor, cols: int, block: int) -> Tensor:
+    """A flat piece as ``(blocks, block)``, tails padded with zeros."""
+    width = min(cols, x.numel())
+    x = x.reshape(-1, width)
+    pad = -width % block
+    return torch.nn.functional.pad(x, (0, pad)).view(-1, block) if pad else x.reshape(-1, block)
+
+
+def _unblocked(x: Tensor, numel: int, cols: int, block: int) -> Tensor:
+    width = min(cols, numel)
+    return x.reshape(-1, width + -width % block)[:, :width].reshape(-1)
+
+
+def _decode(codes: Tensor, scales: Tensor, table: Tensor, cols: int, block: int) -> Tensor:
+    values = table[_blocked(codes, cols, block).int()] * scales.unsqueeze(-1)
+    return _unblocked(values, codes.numel(), cols, block)
+
+
+def _encode_(
+    x: Tensor, codes: Tensor, scales: Tensor, table: Tensor, cols: int, block: int
+) -> None:
+    blocks = _blocked(x, cols, block)
+    absmax = blocks.abs().amax(-1)
+    scales.copy_(absmax)
+    unit = blocks * torch.where(absmax > 0, 1 / absmax, 0.0).unsqueeze(-1)
+    middles = (table[1:] + table[:-1]) / 2
+    nearest = torch.bucketize(unit, middles)
+    codes.copy_(_unblocked(nearest, x.numel(), cols, block))
+
+
+def quantize_blockwise_(
+    xs: Tensors,
+    codes: Tensors,
+    scales: Tensors,
+    table: Tensor,
+    rows: Sequence[int],
+    cols: Sequence[int],
+    blocks: Sequence[int],
+) -> None:
+    """Scale of each block: its largest magnitude; codes: the nearest value of the map."""
+    for x, c, s, r, n, b in zip(xs, codes, scales, rows, cols, blocks, strict=True):
+        flat, out = x.reshape(-1), c.view(-1)
+        for span, own in _spans(r, n, b):
+            _encode_(flat[span].float(), out[span], s[own], table, n, b)
+
+
+def dequantize_blockwise_(
+    codes: Tensors,
+    scales: Tensors,
+    outs: Tensors,
+    table: Tensor,
+    rows: Sequence[int],
+    cols: Sequence[int],
+    blocks: Sequence[int],
+) -> None:
+    """``map[code] * scale``."""
+    for c, s, o, r, n, b in zip(codes, scales, outs, rows, cols, blocks, strict=True):
+        flat, out = c.reshape(-1), o.view(-1)
+        for span, own in _spans(r, n, b):
+            out[span].copy_(_decode(flat[span], s[own], table, n, b))
+
+
+Moment8 = tuple[Tensor, Tensor, Tensor]
+"""Codes and scales of one moment, and its map."""
+
+
+def _update8_(
+    update: Callable[..., Tensor],
+    g: Tensor,
+    moments: Sequence[Moment8],
+    out: Tensor,
+    shape: tuple[int, int, int],
+    sound: Tensor | None,
+    row: Callable[[slice], Callable[..., Tensor]] | None = None,
+) -> None:
+    """One pass over the blocks: decode, update, encode; no moment exists whole in float32."""
+    rows, cols, block = shape
+    flat, flat_out = g.reshape(-1), out.view(-1)
+    for span, own in _spans(rows, cols, block):
+        dense = [_decode(c.view(-1)[span], s[own], table, cols, block) for c, s, table in moments]
+        now = update if row is None else row(span)
+        direction = now(flat[span].float(), *dense)
+        if sound is not None:
+            direction = torch.where(sound, direction, 0.0)
+        flat_out[span].copy_(direction)
+        for x, (codes, scales, table) in zip(dense, moments, strict=True):
+            piece, scale = codes.view(-1)[span], scales[own]
+            if sound is None:
+                _encode_(x, piece, scale, table, cols, block)
+                continue
+            kept = piece.clone(), scale.clone()
+            _encode_(x, piece, scale, table, cols, block)
+            piece.copy_(torch.where(sound, piece, kept[0]))
+            scale.copy_(torch.where(sound, scale, kept[1]))
+
+
+def adamw_direction_8bit_(
+    grads: Tensors,
+    codes1: Tensors,
+    scales1: Tensors,
+    codes2: Tensors,
+    scales2: Tensors,
+    outs: Tensors,
+    signed_map: Tensor,
+    unsigned_map: Tensor,
+    rows: Sequence[int],
+    cols: Sequence[int],
+    blocks: Sequence[int],
+    beta1: float,
+    beta2: float,
+    eps: Sequence[float],
+    row_eps: Tensors,
+    row_scale: Tensors,
+    sound: Tensors,
+) -> None:
+    """:func:`adamw_direction_` on moments in 8 bits."""
+    count = len(grads)
+    layouts = zip(rows, cols, blocks, strict=True)
+    moments = zip(codes1, scales1, codes2, scales2, strict=True)
+    by_row = zip(eps, _or_none(row_eps, count), _or_none(row_scale, count), strict=True)
+    tensors = zip(grads, outs, _or_none(sound, count), strict=True)
+    for (g, out, ok), (c1, s1, c2, s2), shape, (e, re, rs) in zip(
+        tensors, moments, layouts, by_row, strict=True
+    ):
+        pair = [(c1, s1, signed_map), (c2, s2, unsigned_map)]
+        plain = _adamw_update(beta1, beta2, e, None, None)
+        at = None
+        if re is not None and rs is not None:
+            at = _adamw_rows(g, beta1, beta2, re, rs)
+        _update8_(plain, g, pair, out, shape, ok, at)
+
+
+def _adamw_rows(
+    g: Tensor, beta1: float, beta2: float, row_eps: Tensor, row_scale: Tensor
+) -> Callable[[slice], Callable[..., Tensor]]:
+    """The update of a piece of ``g`` whose elements take their eps and scale from their rows."""
+    width = max(1, g.shape[-1])
+
+    def at(span: slice) -> Callable[..., Tensor]:
+        row = torch.arange(span.start, span.stop, device=g.device) // width
+        return lambda g, m, v: _adamw(g, m, v, beta1, beta2, row_eps[row], row_scale[row])
+
+    return at
+
+
+def lion_direction_8bit_(
+    grads: Tensors,
+    codes: Tensors,
+    scales: Tensors,
+    outs: Tensors,
+    signed_map: Tensor,
+    rows: Sequence[int],
+    cols: Sequence[int],
+    blocks: Sequence[int],
+    beta1: float,
+    beta2: float,
+    sound: Tensors,
+) -> None:
+    """:func:`lion_direction_` on a moment in 8 bits."""
+    oks = _or_none(sound, len(grads))
+    layouts = zip(rows, cols, blocks, strict=True)
+    for g, c, s, out, shape, ok in zip(grads, codes, scales, outs, layouts, oks, strict=True):
+        _update8_(lambda g, m: _lion(g, m, beta1, beta2), g, [(c, s, signed_map)], out, shape, ok)
+
+
+def moment_8bit_(
+    xs: Tensors,
+    codes: Tensors,
+    scales: Tensors,
+    outs: Tensors,
+    signed_map: Tensor,
+    rows: Sequence[int],
+    cols: Sequence[int],
+    blocks: Sequence[int],
+    decay: float,
+    weight: float,
+    sound: Tensors,
+) -> None:
+    """:func:`moment_` on a moment in 8 bits."""
+    oks = _or_none(sound, len(xs))
+    layouts = zip(rows, cols, blocks, strict=True)
+    for x, c, s, out, shape, ok in zip(xs, codes, scales, outs, layouts, oks, strict=True):
+        _update8_(
+            lambda x, m: _moment(x, m, decay, weight), x, [(c, s, signed_map)], out, shape, ok
+        )
+
+
+# ---------------------------------------------------------------- rounding
+
+
+def _lowbias32(x: Tensor) -> Tensor:
+    """A 32-bit integer hash, in int64 arithmetic."""
+    mask = 0xFFFFFFFF
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & mask
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & mask
+    return x ^ (x >> 16)
+
+
+def stochastic_round_(xs: Tensors, outs: Tensors, seeds: Sequence[int]) -> None:
+    """float32 to bfloat16, up or down with the probability that makes it unbiased.
+
+    The 16 bits that bfloat16 drops are added to 16 random ones and the sum is truncated. They come
+    from a hash of (position, seed), so that every backend draws the same. Numbers that are not
+    finite pass through.
+    """
+    for x, out, seed in zip(xs, outs, seeds, strict=True):
+        flat, flat_out = x.reshape(-1), out.view(-1)
+        for i in range(0, x.numel(), TILE_ELEMENTS):
+            piece = flat[i : i + TILE_ELEMENTS].contiguous()
+            index = torch.arange(i, i + piece.numel(), device=x.device) & 0xFFFFFFFF
+            noise = _lowbias32(index ^ (seed & 0xFFFFFFFF)) & 0xFFFF
+            bits = ((piece.view(torch.int32).to(torch.int64) & 0xFFFFFFFF) + noise) & 0xFFFF0000
+            rounded = bits.to(torch.int32).view(torch.float32)
+            flat_out[i : i + TILE_ELEMENTS] = torch.where(piece.isfinite(), rounded, piece)
+
+
+# ---------------------------------------------------------------- fused applies
+
+
+def column_norms(xs: Tensors) -> list[Tensor]:
+    """Norm of each column, ``(..., 1, n)`` in float32 (or wider), a tile of rows at a time."""
+    found = []
+    for x in xs:
+        total = x.new_zeros(*x.shape[:-2], 1, x.shape[-1], dtype=_wide(x[..., :0, :0]).dtype)
+        for tile in _row_tiles(x):
+            total += _wide(tile).square().sum(-2, keepdim=True)
+        found.append(total.sqrt_())
+    return found
+
+
+def _row_tiles(x: Tensor) -> tuple[Tensor, ...]:
+    rows = max(1, TILE_ELEMENTS * x.shape[-2] // max(1, x.numel()))
+    return torch.split(x, rows, dim=-2)
+
+
+def _tiles_with_(w: Tensor, decay: float, update: Callable[..., Tensor], *others: Tensor) -> None:
+    """``W <- decay W - update(tiles of others)`` by tiles of rows, each rounded once into W."""
+    for tile, *rest in zip(_row_tiles(w), *_split_like(w, others), strict=True):
+        tile.copy_(_wide(tile).mul(decay).sub_(update(*map(_wide, rest))))
+
+
+def _split_like(w: Tensor, others: Tensors) -> list[tuple[Tensor, ...]]:
+    rows = max(1, TILE_ELEMENTS * w.shape[-2] // max(1, w.numel()))
+    return [torch.split(x, rows, dim=-2) for x in others]
+
+
+def lift_add_scaled_(
+    params: Tensors,
+    grads: Tensors,
+    bases: Tensors,
+    updates: Tensors,
+    lows: Tensors,
+    columns: Tensors,
+    decay: float,
+    lr: float,
+    scale: float,
+) -> None:
+    """``W <- decay W - lr (P (a N - a R o c) + G o c)``: one GEMM and one pass."""
+    for w, g, p, n, r, c in zip(params, grads, bases, updates, lows, columns, strict=True):
+        small = scale * (_wide(n) - _wide(r) * c)
+        _tiles_with_(w, decay, lambda g, p, s=small, c=c: lr * (p @ s + g * c), g, p)
+
+
+def lift_add_sign_(
+    params: Tensors,
+    grads: Tensors,
+    bases: Tensors,
+    updates: Tensors,
+    lows: Tensors,
+    decay: float,
+    lr: float,
+    scale: float,
+    gain: float,
+) -> None:
+    """``W <- decay W - lr (a P N + gain sign(G - P R))``: two products on the same tiles of P."""
+    for w, g, p, n, r in zip(params, grads, bases, updates, lows, strict=True):
+        n, r = _wide(n), _wide(r)
+
+        def update(g: Tensor, p: Tensor, n: Tensor = n, r: Tensor = r) -> Tensor:
+            return lr * (scale * (p @ n) + gain * (g - p @ r).sign_())
+
+        _tiles_with_(w, decay, update, g, p)
+
+
+FREE: dict[str, Callable[[Tensor], Tensor]] = {
+    "sign": torch.sign,
+    "sgd": lambda g: g,
+    "none": torch.zeros_like,
+}
+"""What a free rule does with the gradient outside the subspace."""
+
+
+def coordinate_add_(
+    params: Tensors,
+    grads: Tensors,
+    indices: Tensors,
+    updates: Tensors,
+    decay: float,
+    lr: float,
+    scale: float,
+    gain: float,
+    free: str,
+) -> None:
+    """Rows in ``index``: ``W <- decay W - lr a N``; the others: ``W <- decay W - lr gain f(G)``."""
+    for w, g, index, n in zip(params, grads, indices, updates, strict=True):
+        rows = w[index.long()].to(_wide(n).dtype).mul_(decay).sub_(_wide(n), alpha=lr * scale)
+        _tiles_with_(w, decay, lambda g: lr * gain * FREE[free](g), g)
+        w[index.long()] = rows.to(w.dtype)

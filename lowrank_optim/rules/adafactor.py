@@ -67,11 +67,16 @@ class Adafactor(Rule):
         )
 
     def directions_(
-        self, grads: Sequence[Tensor], slots: Sequence[Slots], steps: Sequence[float]
+        self,
+        grads: Sequence[Tensor],
+        slots: Sequence[Slots],
+        steps: Sequence[float],
+        dtype: torch.dtype | None = None,
     ) -> tuple[list[Tensor], list[float]]:
         """The clipped direction, averaged if ``beta1`` is set, and a correction of 1."""
         directions = []
         for g, own, t in zip(grads, slots, steps, strict=True):
+            g = g.to(compute_dtype(g.dtype))
             fresh = t**self.decay_rate  # weight of the new square: 1 - beta2(t)
             square = g.square().add_(self.eps[0])
             if g.dim() < 2:
@@ -87,7 +92,7 @@ class Adafactor(Rule):
             if self.beta1 is not None:
                 own[-1].lerp_(direction, 1 - self.beta1)
                 direction = own[-1].clone()
-            directions.append(direction)
+            directions.append(direction if dtype is None else direction.to(dtype))
         return directions, [1.0] * len(directions)
 
     def biases(self, step: float) -> tuple[float, ...]:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from lowrank_optim import ops
-from lowrank_optim.rules.base import Rule, Slot, Slots
+from lowrank_optim.rules.base import Rule, Slot, Slots, directions_like
 
 
 @dataclass(frozen=True)
@@ -31,20 +32,26 @@ class AdamW(Rule):
         return Slot("exp_avg", signed=True), Slot("exp_avg_sq", signed=False)
 
     def directions_(
-        self, grads: Sequence[Tensor], slots: Sequence[Slots], steps: Sequence[float]
+        self,
+        grads: Sequence[Tensor],
+        slots: Sequence[Slots],
+        steps: Sequence[float],
+        dtype: torch.dtype | None = None,
     ) -> tuple[list[Tensor], list[float]]:
         """``m / (sqrt(v) + eps root)`` and ``root / (1 - b1^t)``, ``root = sqrt(1 - b2^t)``."""
         beta1, beta2 = self.betas
         roots = [(1 - beta2**t) ** 0.5 for t in steps]
-        directions = ops.adamw_direction_(
+        outs = directions_like(grads, dtype)
+        ops.adamw_direction_(
             grads,
             [s[0] for s in slots],
             [s[1] for s in slots],
+            outs,
             beta1,
             beta2,
             [self.eps * root for root in roots],
         )
-        return directions, [root / (1 - beta1**t) for root, t in zip(roots, steps, strict=True)]
+        return outs, [root / (1 - beta1**t) for root, t in zip(roots, steps, strict=True)]
 
     def biases(self, step: float) -> tuple[float, ...]:
         """``1 - b1^t`` and ``1 - b2^t``."""

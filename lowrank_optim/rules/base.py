@@ -47,14 +47,19 @@ class Rule:
         raise NotImplementedError
 
     def directions_(
-        self, grads: Sequence[Tensor], slots: Sequence[Slots], steps: Sequence[float]
+        self,
+        grads: Sequence[Tensor],
+        slots: Sequence[Slots],
+        steps: Sequence[float],
+        dtype: torch.dtype | None = None,
     ) -> tuple[list[Tensor], list[float]]:
         """Update the moments in place and return directions.
 
         Args:
-            grads: in float32 or wider, any shapes; left as they are.
-            slots: the moments of each gradient, in the order of :meth:`slots`, same dtype.
+            grads: any shapes, in the moments' dtype or a narrower one; left as they are.
+            slots: the moments of each gradient, in the order of :meth:`slots`, in at least float32.
             steps: the step each gradient is at, 1 at first.
+            dtype: of the directions (default: that of arithmetic).
 
         Returns:
             The raw direction of each gradient, and its bias correction as a factor apart: Fira's
@@ -89,6 +94,13 @@ class Rule:
             False if torch has none: the caller then uses :meth:`directions_`.
         """
         return False
+
+
+def directions_like(grads: Sequence[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+    """Contiguous tensors for the directions of ``grads``."""
+    return [
+        torch.empty(g.shape, dtype=dtype or compute_dtype(g.dtype), device=g.device) for g in grads
+    ]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lowrank_optim.rules.base import Rule, Slot, Slots
+from lowrank_optim import ops
+from lowrank_optim.rules.base import Rule, Slot, Slots, directions_like
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,17 @@ class Lion(Rule):
         return (Slot("exp_avg", signed=True),)
 
     def directions_(
-        self, grads: Sequence[Tensor], slots: Sequence[Slots], steps: Sequence[float]
+        self,
+        grads: Sequence[Tensor],
+        slots: Sequence[Slots],
+        steps: Sequence[float],
+        dtype: torch.dtype | None = None,
     ) -> tuple[list[Tensor], list[float]]:
         """Signs, and a correction of 1."""
         beta1, beta2 = self.betas
-        directions = []
-        for g, (m,) in zip(grads, slots, strict=True):
-            directions.append(m.lerp(g, 1 - beta1).sign_())
-            m.lerp_(g, 1 - beta2)
-        return directions, [1.0] * len(directions)
+        outs = directions_like(grads, dtype)
+        ops.lion_direction_(grads, [s[0] for s in slots], outs, beta1, beta2)
+        return outs, [1.0] * len(outs)
 
     def biases(self, step: float) -> tuple[float, ...]:
         """Never corrected: the moments are used as they are."""

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lowrank_optim.rules.base import Rule, Slot, Slots
+from lowrank_optim import ops
+from lowrank_optim.rules.base import Rule, Slot, Slots, directions_like
 
 
 @dataclass(frozen=True)
@@ -32,18 +34,23 @@ class SGD(Rule):
         return (Slot("momentum_buffer", signed=True),) if self.momentum else ()
 
     def directions_(
-        self, grads: Sequence[Tensor], slots: Sequence[Slots], steps: Sequence[float]
+        self,
+        grads: Sequence[Tensor],
+        slots: Sequence[Slots],
+        steps: Sequence[float],
+        dtype: torch.dtype | None = None,
     ) -> tuple[list[Tensor], list[float]]:
         """Momentum, or the gradient itself, and a correction of 1."""
-        directions = []
-        for g, own, t in zip(grads, slots, steps, strict=True):
+        outs = directions_like(grads, dtype)
+        for g, own, t, out in zip(grads, slots, steps, outs, strict=True):
             if not own:
-                directions.append(g)
+                out.copy_(g)
                 continue
-            (m,) = own
-            m.mul_(self.momentum).add_(g, alpha=1.0 if t == 1 else 1 - self.dampening)
-            directions.append(g.add(m, alpha=self.momentum) if self.nesterov else m.clone())
-        return directions, [1.0] * len(directions)
+            weight = 1.0 if t == 1 else 1 - self.dampening
+            ops.moment_([g], [own[0]], [out], self.momentum, weight)
+            if self.nesterov:
+                out.mul_(self.momentum).add_(g)
+        return outs, [1.0] * len(outs)
 
     def biases(self, step: float) -> tuple[float, ...]:
         """Never corrected: the moments are used as they are."""

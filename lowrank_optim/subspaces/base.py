@@ -84,7 +84,7 @@ class Subspace(ABC):
         *,
         lr: float,
         decay: float | Tensor,
-        rounding: torch.Generator | None,
+        rounding: int | None,
     ) -> None:
         """``param <- decay param - lr (lift(update) + term)``, ``param (..., m, n)``."""
 
@@ -167,7 +167,7 @@ class Projector(Subspace):
         *,
         lr: float,
         decay: float | Tensor,
-        rounding: torch.Generator | None,
+        rounding: int | None,
     ) -> None:
         """``W <- decay W - lr scale P N (Q^T)``: one call, no full-size temporary."""
         right = state["basis_right"] if self.two_sided else None

@@ -1,0 +1,146 @@
+// adamw_direction, lion_direction, moment on float32 moments; stochastic_round.
+// One launch serves up to LRO_LIST tensors: blockIdx.y is the tensor, blockIdx.x strides over it.
+#include "common.cuh"
+
+namespace {
+
+enum Rule { ADAMW, LION, MOMENT };
+
+struct List {
+  const void* grad[LRO_LIST];
+  void* out[LRO_LIST];
+  float* first[LRO_LIST];
+  float* second[LRO_LIST];
+  const float* row_eps[LRO_LIST];
+  const float* row_scale[LRO_LIST];
+  const uint8_t* sound[LRO_LIST];
+  int64_t numel[LRO_LIST];
+  int64_t width[LRO_LIST];
+  float eps[LRO_LIST];
+};
+
+struct Scalars {
+  float a, b, c;
+  int grad_dtype, out_dtype;
+};
+
+template <int RULE>
+__global__ void __launch_bounds__(256) update(const __grid_constant__ List list, Scalars s) {
+  int t = blockIdx.y;
+  int64_t n = list.numel[t], step = (int64_t)gridDim.x * blockDim.x;
+  bool sound = !list.sound[t] || *list.sound[t];
+  for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += step) {
+    float result = 0.0f;
+    if (sound) {
+      float g = lro_read(list.grad[t], s.grad_dtype, i), m = list.first[t][i];
+      if (RULE == ADAMW) {
+        float v = list.second[t][i], eps = list.eps[t], scale = 1.0f;
+        if (list.row_eps[t]) {
+          int64_t row = i / list.width[t];
+          eps = list.row_eps[t][row];
+          scale = list.row_scale[t][row];
+        }
+        m = lro_lerp(m, g, s.a);
+        v = lro_square_avg(v, g, s.b, s.c);
+        list.second[t][i] = v;
+        result = lro_adamw(m, v, eps, scale);
+      } else if (RULE == LION) {
+        result = lro_sign_nan(lro_lerp(m, g, s.a));
+        m = lro_lerp(m, g, s.b);
+      } else {
+        m = lro_moment(m, g, s.a, s.b);
+        result = m;
+      }
+      list.first[t][i] = m;
+    }
+    lro_write(list.out[t], s.out_dtype, i, result);
+  }
+}
+
+template <int RULE>
+int launch(const lro_update* a, Scalars s, void* stream) {
+  if (!lro_known(a->grad_dtype) || !lro_known(a->out_dtype)) return LRO_BAD_DTYPE;
+  s.grad_dtype = a->grad_dtype;
+  s.out_dtype = a->out_dtype;
+  for (int64_t from = 0; from < a->count; from += LRO_LIST) {
+    List list = {};
+    int64_t count = a->count - from < LRO_LIST ? a->count - from : LRO_LIST, most = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      int64_t i = from + k;
+      list.grad[k] = a->grads[i];
+      list.out[k] = a->outs[i];
+      list.first[k] = a->first[i];
+      list.numel[k] = a->numels[i];
+      if (RULE == ADAMW) {
+        list.second[k] = a->second[i];
+        if (a->row_eps) {
+          list.row_eps[k] = a->row_eps[i];
+          list.row_scale[k] = a->row_scale[i];
+          list.width[k] = a->widths[i];
+        } else {
+          list.eps[k] = a->eps[i];
+        }
+      }
+      if (a->sound) list.sound[k] = a->sound[i];
+      most = most < a->numels[i] ? a->numels[i] : most;
+    }
+    dim3 grid(lro_grid(most, 256 * 4, 4096), (unsigned)count);
+    update<RULE><<<grid, 256, 0, (cudaStream_t)stream>>>(list, s);
+  }
+  return lro_status();
+}
+
+struct Rounds {
+  const float* value[LRO_LIST];
+  uint16_t* out[LRO_LIST];
+  int64_t numel[LRO_LIST];
+  uint32_t seed[LRO_LIST];
+};
+
+__global__ void __launch_bounds__(256) round_kernel(const __grid_constant__ Rounds list) {
+  int t = blockIdx.y;
+  int64_t step = (int64_t)gridDim.x * blockDim.x;
+  for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < list.numel[t]; i += step) {
+    list.out[t][i] = lro_round_stochastic(list.value[t][i], (uint32_t)i, list.seed[t]);
+  }
+}
+
+}  // namespace
+
+LRO_EXPORT int lro_cuda_adamw_direction(const lro_update* a, void* stream) {
+  return launch<ADAMW>(a, {(float)(1 - a->a), (float)a->b, (float)(1 - a->b), 0, 0}, stream);
+}
+
+LRO_EXPORT int lro_cuda_lion_direction(const lro_update* a, void* stream) {
+  return launch<LION>(a, {(float)(1 - a->a), (float)(1 - a->b), 0.0f, 0, 0}, stream);
+}
+
+LRO_EXPORT int lro_cuda_moment(const lro_update* a, void* stream) {
+  return launch<MOMENT>(a, {(float)a->a, (float)a->b, 0.0f, 0, 0}, stream);
+}
+
+LRO_EXPORT int lro_cuda_stochastic_round(const lro_rounding* a, void* stream) {
+  for (int64_t from = 0; from < a->count; from += LRO_LIST) {
+    Rounds list = {};
+    int64_t count = a->count - from < LRO_LIST ? a->count - from : LRO_LIST, most = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      list.value[k] = a->values[from + k];
+      list.out[k] = a->outs[from + k];
+      list.numel[k] = a->numels[from + k];
+      list.seed[k] = a->seeds[from + k];
+      most = most < list.numel[k] ? list.numel[k] : most;
+    }
+    dim3 grid(lro_grid(most, 256 * 4, 4096), (unsigned)count);
+    round_kernel<<<grid, 256, 0, (cudaStream_t)stream>>>(list);
+  }
+  return lro_status();
+}
+
+LRO_EXPORT const char* lro_isa(void) { return "cuda"; }
+
+LRO_EXPORT void lro_sizes(int64_t sizes[7]) {
+  const int64_t all[7] = {sizeof(lro_update), sizeof(lro_blockwise), sizeof(lro_rounding),
+                          sizeof(lro_norms),  sizeof(lro_apply),     sizeof(lro_coordinate),
+                          LRO_ABI};
+  memcpy(sizes, all, sizeof all);
+}

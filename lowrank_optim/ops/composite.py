@@ -1,0 +1,132 @@
+"""Ops made of torch's own GEMMs and reductions: the same on every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.ops.reference import TILE_ELEMENTS
+
+
+def project(basis: Tensor, grad: Tensor) -> Tensor:
+    """``P^T G (..., r, n)`` from ``basis (..., m, r)`` and ``grad (..., m, n)``, in its dtype.
+
+    The product accumulates in float32, as GEMMs of narrow formats do.
+    """
+    return basis.mT.to(grad.dtype) @ grad
+
+
+def matrix_norm(x: Tensor) -> Tensor:
+    """Frobenius norm ``(..., 1, 1)`` of ``x (..., m, n)`` in at least float32, a tile at a time.
+
+    ``vector_norm(x, dtype=float32)`` of a narrow format would cast it whole; without the dtype it
+    is rounded to that format, where 300 entries of 4e3 overflow float16.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if x.dtype == wide or x.numel() == 0:
+        norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+        return norm
+    if x.stride(-1) != 1:
+        x = x.mT  # tiles of whole stored rows
+    rows = max(1, TILE_ELEMENTS * x.shape[-2] // x.numel())
+    parts = [
+        torch.linalg.vector_norm(tile, dim=(-2, -1), keepdim=True, dtype=wide)
+        for tile in torch.split(x, rows, -2)
+    ]
+    norm = torch.linalg.vector_norm(torch.cat(parts, -1), dim=-1, keepdim=True)
+    return norm
+
+
+def total_norm(x: Tensor) -> Tensor:
+    """Norm ``()`` of all entries, infinite where one of them or its square is not a number.
+
+    Of bfloat16 in bfloat16: it has float32's range, and a cast would be a pass of its own.
+    """
+    norm: Tensor = torch.linalg.vector_norm(
+        x, dtype=torch.float32 if x.dtype == torch.float16 else None
+    )
+    return norm
+
+
+def lift_add_(
+    param: Tensor,
+    basis: Tensor,
+    low: Tensor,
+    right: Tensor | None,
+    decay: float | Tensor,
+    alpha: float,
+    rounding: int | None,
+) -> None:
+    """``W <- decay W + alpha P N (Q^T)`` in one GEMM call, rounded once into the parameter.
+
+    Args:
+        param: W ``(..., m, n)``, any strides.
+        basis: P ``(..., m, r)`` in the parameter's dtype.
+        low: N ``(..., r, n)``, or ``(..., r, r)`` with ``right``.
+        right: Q ``(..., n, r)``.
+        decay: factor of the weights; a tensor ``()`` or ``(..., 1, 1)`` is read on its device.
+        alpha: factor of the update.
+        rounding: seed of the stochastic rounding into bfloat16; None rounds to nearest.
+    """
+    if rounding is not None and param.dtype == torch.bfloat16:
+        _lift_add_rounded_(param, basis, low, right, decay, alpha, rounding)
+        return
+    if isinstance(decay, Tensor):
+        param.mul_(decay)
+        decay = 1.0
+    low = low.to(param.dtype)
+    if right is not None:
+        low = low @ right.mT
+    if param.dim() == 2:
+        param.addmm_(basis, low, beta=decay, alpha=alpha)
+    else:
+        param.baddbmm_(basis, low, beta=decay, alpha=alpha)
+
+
+def _lift_add_rounded_(
+    param: Tensor,
+    basis: Tensor,
+    low: Tensor,
+    right: Tensor | None,
+    decay: float | Tensor,
+    alpha: float,
+    seed: int,
+) -> None:
+    if right is not None:
+        low = low @ right.mT.to(low.dtype)
+    matrices = param.unbind(0) if param.dim() == 3 else [param]
+    bases = basis.unbind(0) if param.dim() == 3 else [basis]
+    lows = low.unbind(0) if param.dim() == 3 else [low]
+    decays: Sequence[float | Tensor] = [decay] * len(matrices)
+    if isinstance(decay, Tensor):
+        decays = decay.reshape(-1).expand(len(matrices)).unbind()
+    for w, p, x, d in zip(matrices, bases, lows, decays, strict=True):
+        rows = max(1, TILE_ELEMENTS // w.shape[1])
+        for tile, q in zip(torch.split(w, rows), torch.split(p, rows), strict=True):
+            new = torch.addmm(tile.float().mul_(d), q.float(), x.float(), alpha=alpha)
+            tile.copy_(stochastic_round(new, seed))
+            seed += 0x9E3779B9  # each tile counts its elements from zero
+
+
+def stochastic_round(x: Tensor, seed: int) -> Tensor:
+    """``x`` float32 in bfloat16, rounded without bias from a hash of (position, seed)."""
+    x = x.contiguous()
+    out = torch.empty_like(x, dtype=torch.bfloat16)
+    torch.ops.lowrank_optim.stochastic_round_([x], [out], [seed & 0x7FFFFFFF])
+    return out
+
+
+def add_(
+    param: Tensor,
+    update: Tensor,
+    decay: float | Tensor,
+    alpha: float,
+    rounding: int | None,
+) -> None:
+    """``W <- decay W + alpha N`` elementwise, rounded once; ``update`` in at least float32."""
+    new = param.to(update.dtype).mul(decay).add_(update, alpha=alpha)
+    if rounding is not None and param.dtype == torch.bfloat16:
+        new = stochastic_round(new, rounding)
+    param.copy_(new)

@@ -1,0 +1,100 @@
+"""The op vocabulary: schemas, checks and fakes. What an op computes is in ``reference.py``.
+
+Every op takes parallel lists of tensors, mutates its outputs and returns nothing (column norms are
+the exception), so its fake has nothing to compute. ``define`` and ``impl`` cost 3.3 us a call where
+``custom_op`` costs 19.7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.ops.dispatch import backend
+
+NAMESPACE = "lowrank_optim"
+_BLOCKS = "int[] rows, int[] cols, int[] blocks"
+_ROWS = "Tensor[] row_eps, Tensor[] row_scale, Tensor[] sound"
+_APPLY = "Tensor(a!)[] params, Tensor[] grads"
+
+SCHEMAS = {
+    "adamw_direction_": "(Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor(b!)[] exp_avg_sqs, "
+    f"Tensor(c!)[] outs, float beta1, float beta2, float[] eps, {_ROWS}) -> ()",
+    "lion_direction_": "(Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor(b!)[] outs, float beta1, "
+    "float beta2, Tensor[] sound) -> ()",
+    "moment_": "(Tensor[] xs, Tensor(a!)[] moments, Tensor(b!)[] outs, float decay, float weight, "
+    "Tensor[] sound) -> ()",
+    "adamw_direction_8bit_": "(Tensor[] grads, Tensor(a!)[] codes1, Tensor(b!)[] scales1, "
+    "Tensor(c!)[] codes2, Tensor(d!)[] scales2, Tensor(e!)[] outs, Tensor signed_map, "
+    f"Tensor unsigned_map, {_BLOCKS}, float beta1, float beta2, float[] eps, {_ROWS}) -> ()",
+    "lion_direction_8bit_": "(Tensor[] grads, Tensor(a!)[] codes, Tensor(b!)[] scales, "
+    f"Tensor(c!)[] outs, Tensor signed_map, {_BLOCKS}, float beta1, float beta2, Tensor[] sound) "
+    "-> ()",
+    "moment_8bit_": "(Tensor[] xs, Tensor(a!)[] codes, Tensor(b!)[] scales, Tensor(c!)[] outs, "
+    f"Tensor signed_map, {_BLOCKS}, float decay, float weight, Tensor[] sound) -> ()",
+    "quantize_blockwise_": "(Tensor[] xs, Tensor(a!)[] codes, Tensor(b!)[] scales, Tensor table, "
+    f"{_BLOCKS}) -> ()",
+    "dequantize_blockwise_": "(Tensor[] codes, Tensor[] scales, Tensor(a!)[] outs, Tensor table, "
+    f"{_BLOCKS}) -> ()",
+    "stochastic_round_": "(Tensor[] xs, Tensor(a!)[] outs, int[] seeds) -> ()",
+    "column_norms": "(Tensor[] xs) -> Tensor[]",
+    "lift_add_scaled_": f"({_APPLY}, Tensor[] bases, Tensor[] updates, Tensor[] lows, "
+    "Tensor[] columns, float decay, float lr, float scale) -> ()",
+    "lift_add_sign_": f"({_APPLY}, Tensor[] bases, Tensor[] updates, Tensor[] lows, float decay, "
+    "float lr, float scale, float gain) -> ()",
+    "coordinate_add_": f"({_APPLY}, Tensor[] indices, Tensor[] updates, float decay, float lr, "
+    "float scale, float gain, str free) -> ()",
+}
+
+
+ROLES = {"codes": torch.uint8, "scales": torch.float32}
+"""Dtype of the arguments whose names start so."""
+
+
+def _check(name: str, arguments: Sequence[str], values: Sequence[Any]) -> None:
+    """Raise unless parallel lists are equally long and quantised moments have their dtypes.
+
+    Raises:
+        ValueError: they do not.
+    """
+    count = len(values[0])
+    for argument, value in zip(arguments, values, strict=True):
+        if not (isinstance(value, list) and value and isinstance(value[0], Tensor)):
+            continue
+        if len(value) != count:
+            raise ValueError(f"{name}: {argument} has {len(value)} tensors, not {count}")
+        dtype = ROLES.get(argument.rstrip("12"))
+        if dtype is not None and any(x.dtype != dtype for x in value):
+            raise ValueError(f"{name}: {argument} must be {dtype}")
+
+
+def _define(name: str, schema: str) -> None:
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.define(qualified, schema)
+    op = getattr(torch.ops.lowrank_optim, name).default
+    arguments = [argument.name for argument in op._schema.arguments]
+
+    def run(*args: Any) -> Any:
+        _check(name, arguments, args)
+        return getattr(backend(args[0][0]), name)(*args)
+
+    def fake(*args: Any) -> Any:
+        _check(name, arguments, args)
+        if name == "column_norms":
+            return [_norms_like(x) for x in args[0]]
+        return None
+
+    torch.library.impl(qualified, "CompositeExplicitAutograd")(run)
+    torch.library.register_fake(qualified)(fake)
+
+
+def _norms_like(x: Tensor) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty((*x.shape[:-2], 1, x.shape[-1]), dtype=dtype)
+
+
+for _name, _schema in SCHEMAS.items():
+    _define(_name, _schema)

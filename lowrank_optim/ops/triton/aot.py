@@ -1,0 +1,210 @@
+"""Compilation without a device: every kernel as the launchers specialise it.
+
+``python -m lowrank_optim.ops.triton.aot`` prints the resources of each on each target.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lowrank_optim.ops.triton import (
+    coordinate,
+    direction,
+    direction8,
+    lift,
+    norms,
+    quantize,
+    rounding,
+)
+from lowrank_optim.ops.triton.launch import ELEMENTS, WARPS
+
+TARGETS = {
+    **{f"sm_{a}": GPUTarget("cuda", a, 32) for a in (80, 86, 89, 90, 100, 120)},
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {
+    "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10,
+    "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10,
+}  # fmt: skip
+"""Shared memory that one program may have, bytes (CUDA programming guide; CDNA 3 ISA)."""
+
+
+class Variant(NamedTuple):
+    """A kernel and one specialisation of it."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    fusion: bool
+
+
+class Resources(NamedTuple):
+    """What a program needs: registers of a thread, bytes spilled by it, bytes of shared memory."""
+
+    registers: int
+    spilled: int
+    shared: int
+
+
+_POINTERS = {
+    "table": "*i64", "grad": "*bf16", "x": "*fp32", "exp_avg": "*fp32", "exp_avg_sq": "*fp32",
+    "moment": "*fp32", "out": "*fp32", "row_eps": "*fp32", "row_scale": "*fp32", "sound": "*u8",
+    "codes": "*u8", "codes2": "*u8", "scales": "*fp32", "scales2": "*fp32", "entries": "*fp32",
+    "signed_map": "*fp32", "unsigned_map": "*fp32", "w": "*bf16", "g": "*bf16", "p": "*bf16",
+    "n_": "*fp32", "r_": "*fp32", "c": "*fp32", "index": "*i32",
+}  # fmt: skip
+_NUMBERS = {"decay", "lr", "scale", "gain", "weight", "weight1", "weight2", "beta2"}
+
+
+def _variant(
+    name: str, kernel: Any, num_warps: int = WARPS, num_stages: int = 3, *, fusion: bool = False,
+    pointers: dict[str, str] | None = None, **constants: Any,
+) -> Variant:  # fmt: skip
+    known = {**_POINTERS, **(pointers or {})}
+    types = {}
+    for arg in kernel.arg_names:
+        if arg in constants:
+            types[arg] = "constexpr"
+        elif arg in known:
+            types[arg] = known[arg]
+        else:
+            types[arg] = "fp32" if arg in _NUMBERS else "i32"
+    return Variant(name, kernel, types, constants, num_warps, num_stages, fusion)
+
+
+def _lists() -> Iterator[Variant]:
+    one = {"table": None, "MANY": False, "DEPTH": 0, "ALIGNED": False}
+    many = {"MANY": True, "DEPTH": 8, "ALIGNED": True}
+    blocks = {"COUNT": quantize.BLOCKS, "LANES": 256}
+    flat = {"BLOCK": ELEMENTS}
+    plain = {"row_eps": None, "row_scale": None, "sound": None}
+    off = {"ROW_EPS": False, "ROW_SCALE": False, "SOUND": False}
+    on = {"ROW_EPS": True, "ROW_SCALE": True, "SOUND": True}
+    for how, mode in (("one", one), ("many", many)):
+        yield _variant(f"adamw/{how}", direction.adamw_kernel, **mode, **flat, **plain, **off)
+        yield _variant(f"adamw rows/{how}", direction.adamw_kernel, **mode, **flat, **on)
+        for lion, name in ((True, "lion"), (False, "moment")):
+            yield _variant(
+                f"{name}/{how}", direction.moment_kernel, **mode, **flat, LION=lion, SOUND=True
+            )
+            yield _variant(
+                f"{name} 8bit/{how}", direction8.moment8_kernel,
+                **mode, **blocks, LION=lion, SOUND=True,
+            )  # fmt: skip
+        yield _variant(
+            f"adamw 8bit/{how}", direction8.adamw8_kernel, **mode, **blocks, **plain, **off
+        )
+        yield _variant(f"adamw 8bit rows/{how}", direction8.adamw8_kernel, **mode, **blocks, **on)
+        yield _variant(f"quantize/{how}", quantize.quantize_kernel, **mode, **blocks)
+        yield _variant(f"dequantize/{how}", quantize.dequantize_kernel, **mode, **blocks)
+        yield _variant(
+            f"stochastic_round/{how}", rounding.stochastic_round_kernel, **mode, **flat,
+            pointers={"out": "*bf16"},
+        )  # fmt: skip
+
+
+def _matrices() -> Iterator[Variant]:
+    for layout in ("rows", "columns"):
+        down = layout == "columns"
+
+        def unit(*names: str, down: bool = down) -> dict[str, int]:
+            return {name + ("i" if down else "j"): 1 for name in names}
+
+        bm, bn = norms._COLUMNS_CONTIGUOUS if down else norms._ROWS_CONTIGUOUS
+        yield _variant(
+            f"column_norms/{layout}", norms.column_norm_kernel, 8, BM=bm, BN=bn, WIDE=False,
+            **unit("x"),
+        )  # fmt: skip
+        bm, bn = coordinate._COLUMNS_CONTIGUOUS if down else coordinate._ROWS_CONTIGUOUS
+        for free, code in coordinate.FREE.items():
+            yield _variant(
+                f"coordinate {free}/{layout}", coordinate.coordinate_kernel, 4, BM=bm, BN=bn,
+                FREE=code, DEPTH=11, WIDE=False, GROUP=8, nj=1, **unit("w", "g"),
+            )  # fmt: skip
+        for (products, form), b in lift.BLOCKS.items():
+            name, kernel = (
+                ("lift_scaled", lift.lift_scaled_kernel)
+                if products == 1
+                else ("lift_sign", lift.lift_sign_kernel)
+            )
+            own = {"cj": 1} if products == 1 else {}
+            narrow = "*bf16" if form == "bf16" else "*fp32"
+            yield _variant(
+                f"{name} {form}/{layout}", kernel, b.num_warps, b.num_stages, fusion=True,
+                pointers=dict.fromkeys("wgp", narrow), HALF=form == "bf16", WIDE=False,
+                GROUP=lift.BAND, BM=b.BM, BN=b.BN, BR=b.BR, pk=1, nj=1, rj=1,
+                **own, **unit("w", "g"),
+            )  # fmt: skip
+
+
+def variants() -> list[Variant]:
+    """Every kernel, in the forms that a launcher asks for."""
+    return [*_lists(), *_matrices()]
+
+
+def build(variant: Variant, target: GPUTarget) -> Any:
+    """Compile to a binary of ``target``; pointers and 32-bit numbers are taken as aligned to 16."""
+    names = variant.kernel.arg_names
+    skip = {names[i] for i in range(len(names)) if variant.kernel.params[i].do_not_specialize}
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if name not in skip and variant.types[name].startswith(("*", "i32"))
+    }
+    source = ASTSource(variant.kernel, variant.types, constexprs=variant.constants, attrs=attrs)
+    options = {
+        "num_warps": variant.num_warps * 32 // target.warp_size,
+        "num_stages": variant.num_stages,
+        "enable_fp_fusion": variant.fusion,
+    }
+    return triton.compile(source, target=target, options=options)
+
+
+def resources(compiled: Any, target: GPUTarget) -> Resources:
+    """As the vendor's own assembler reports them."""
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        found = {k: int(v) for k, v in re.findall(r"^\s*\.(\w+):\s+(\d+)\s*$", text, re.M)}
+        spilled = 4 * found["vgpr_spill_count"] + found["private_segment_fixed_size"]
+        return Resources(found["vgpr_count"], spilled, compiled.metadata.shared)
+    bundled = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tool = str(bundled) if bundled.exists() else shutil.which("cuobjdump")
+    if tool is None:
+        raise FileNotFoundError("cuobjdump, which triton's wheels ship")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        out = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", out)}
+    # a spill goes to the stack; what else would is an array in local memory, as bad
+    return Resources(found["REG"], found["STACK"] + found["LOCAL"], compiled.metadata.shared)
+
+
+def main(names: list[str]) -> None:
+    """Print a table: registers / bytes spilled / bytes of shared memory."""
+    for variant in variants():
+        row = []
+        for name in names or TARGETS:
+            found = resources(build(variant, TARGETS[name]), TARGETS[name])
+            row.append(f"{found.registers} / {found.spilled} / {found.shared}")
+        print(f"| {variant.name} | {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,121 @@
+"""The apply of a coordinate subspace: one pass over W and G, no product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowrank_optim.ops.triton.elements import sign
+from lowrank_optim.ops.triton.launch import guard, warps
+from lowrank_optim.ops.triton.matrices import (
+    batched,
+    inside,
+    slices,
+    tile,
+    tile_corner,
+    wide,
+)
+
+FREE = {"none": 0, "sgd": 1, "sign": 2}
+"""What happens to the rows outside the subspace."""
+
+_ROWS_CONTIGUOUS = (16, 128)
+_COLUMNS_CONTIGUOUS = (128, 16)
+"""Tiles of 2048 elements, long side along memory: 512 bytes of float32 per line."""
+
+
+@triton.jit
+def find(index, rows, rank, DEPTH: tl.constexpr):
+    """Where each of ``rows`` is in the sorted ``index (rank,)``, and whether it is there."""
+    low = tl.zeros(rows.shape, tl.int32)  # entries known to be less than the row
+    for s in tl.static_range(DEPTH):
+        step = 1 << (DEPTH - 1 - s)
+        known = low + step <= rank
+        entry = tl.load(index + low + (step - 1), known, 0)
+        low = tl.where(known & (entry < rows), low + step, low)
+    entry = tl.load(index + low, low < rank, -1)
+    return low, (low < rank) & (entry == rows)
+
+
+@triton.jit
+def coordinate_kernel(
+    w, g, index, n_, m, n, rank,
+    wb, wi, wj, gb, gi, gj, xb, nb, nk, nj,
+    decay, lr, scale, gain,
+    FREE: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Rows of ``index``: ``W <- decay W - lr a N[k]``; others: ``W <- decay W - lr gain f(G)``."""
+    b = tl.program_id(1).to(tl.int64)
+    i0, j0 = tile_corner(m, n, BM, BN, GROUP)
+    mask = inside(i0, j0, m, n, BM, BN)
+    k, chosen = find(index + b * xb, i0 + tl.arange(0, BM), rank, DEPTH)
+    here = mask & chosen[:, None]
+    j = j0.to(tl.int64) + tl.arange(0, BN)
+    n_at = n_ + b * nb + k.to(tl.int64)[:, None] * nk + j[None, :] * nj
+    update = scale * tl.load(n_at, here, 0.0).to(tl.float32)
+    if FREE != 0:
+        g_at = tile(g + b * gb, i0, j0, gi, gj, BM, BN, WIDE)
+        rest = tl.load(g_at, mask & ~chosen[:, None], 0.0).to(tl.float32)
+        if FREE == 2:
+            rest = sign(rest)
+        update = tl.where(here, update, gain * rest)
+    w_at = tile(w + b * wb, i0, j0, wi, wj, BM, BN, WIDE)
+    new = decay * tl.load(w_at, mask, 0.0).to(tl.float32) - lr * update
+    tl.store(w_at, new.to(w.dtype.element_ty), mask)
+
+
+def coordinate_add_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    terms: Sequence[Tensor],
+    decay: float,
+    lr: float,
+    scale: float,
+    gain: float,
+    free: str,
+) -> None:
+    """Update the rows of a coordinate subspace with N, the others with a function of G.
+
+    Args:
+        params: W ``(..., m, n)``, any strides.
+        grads: G, like W.
+        indices: rows of the subspace, ``(..., r)`` int32, sorted.
+        terms: N ``(..., r, n)``.
+        decay: factor of the weights.
+        lr: learning rate.
+        scale: factor of N.
+        gain: factor of the function of G.
+        free: ``sign``, ``sgd`` (G itself) or ``none``.
+    """
+    if free not in FREE:
+        raise ValueError(f"free must be one of {', '.join(FREE)}, got {free}")
+    for w, g, index, n_ in zip(params, grads, indices, terms, strict=True):
+        if w.numel():
+            rows = index.unsqueeze(-2)  # (..., 1, r): batched like the matrices
+            for at in slices(w):
+                operands = (w[at], g[at], *(x[at] if x.dim() > 3 else x for x in (rows, n_)))
+                _coordinate_one(*operands, (decay, lr, scale, gain), FREE[free])
+
+
+def _coordinate_one(
+    w: Tensor, g: Tensor, index: Tensor, n_: Tensor, scalars: tuple[float, ...], free: int
+) -> None:
+    batch = tuple(w.shape[:-2])
+    w, g, index, n_ = (batched(x, batch) for x in (w, g, index, n_))
+    index = index if index.stride(-1) == 1 else index.contiguous()
+    down = w.stride(1) == 1 and w.stride(2) != 1
+    bm, bn = _COLUMNS_CONTIGUOUS if down else _ROWS_CONTIGUOUS
+    m, n = w.shape[-2:]
+    rank = index.shape[-1]
+    with guard(w):
+        coordinate_kernel[(triton.cdiv(m, bm) * triton.cdiv(n, bn), w.shape[0])](
+            w, g, index, n_, m, n, rank,
+            *w.stride(), *g.stride(), index.stride(0), *n_.stride(), *scalars,
+            FREE=free, DEPTH=rank.bit_length(), WIDE=wide(128, w, g), GROUP=8,
+            BM=bm, BN=bn, num_warps=warps(4), enable_fp_fusion=False,
+        )  # fmt: skip

@@ -1,0 +1,83 @@
+"""Block-wise dynamic 8-bit quantisation: the maps, and how a tensor is cut into blocks."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+"""Elements that share a scale."""
+MIN_SIZE = 4096
+"""Tensors with fewer elements keep float32 moments."""
+
+
+@functools.cache
+def dynamic_map(signed: bool, device: torch.device) -> Tensor:
+    r"""The 256 values of a dynamic-exponent byte, ascending, on ``device``.
+
+    Each decade from 1e-6 to 1 holds the midpoints of equal parts of (0.1, 1), twice as many as the
+    decade below; the signed map mirrors them. 0 and 1 complete it. The values equal those of
+    ``bitsandbytes.functional.create_dynamic_map``.
+
+    References:
+        Dettmers (2015), arXiv:1511.04561; Dettmers et al. (2021), arXiv:2110.02861.
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        parts = 2**decade if signed else 2 ** (decade + 1)
+        edges = torch.linspace(0.1, 1, parts + 1, dtype=torch.float32)
+        means = (edges[:-1] + edges[1:]) / 2.0
+        values += ((10 ** (decade - 6)) * means).tolist()
+        if signed:
+            values += (-(10 ** (decade - 6)) * means).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+
+
+class Layout(NamedTuple):
+    """A tensor read as ``rows`` rows of ``cols`` elements, each cut into blocks of ``block``."""
+
+    rows: int
+    cols: int
+    block: int
+
+    @property
+    def scales(self) -> int:
+        """Number of blocks: every row ends in a block of its own."""
+        return self.rows * -(-self.cols // self.block)
+
+
+def layout(shape: Sequence[int]) -> Layout:
+    """How a tensor of ``shape`` is cut.
+
+    Blocks run along the last dimension and no block holds parts of two rows, so that a shard of
+    rows holds whole blocks; rows shorter than a block are grouped whole. Where the last dimension
+    is a multiple of 256 these are the blocks of the flattened tensor, as bitsandbytes has them.
+    """
+    cols = shape[-1] if shape else 1
+    numel = math.prod(shape)
+    if cols >= BLOCK or numel == 0:
+        return Layout(numel // cols if cols else 0, cols, BLOCK)
+    return Layout(1, numel, BLOCK // cols * cols)
+
+
+class Quantized(NamedTuple):
+    """A moment in 8 bits: codes in the moment's shape, and one float32 scale a block."""
+
+    codes: Tensor
+    scales: Tensor
+    signed: bool
+
+    @property
+    def layout(self) -> Layout:
+        """How the codes are cut into blocks."""
+        return layout(self.codes.shape)
+
+    @property
+    def map(self) -> Tensor:
+        """The values that the codes stand for."""
+        return dynamic_map(self.signed, self.codes.device)

@@ -1,0 +1,94 @@
+"""Every kernel compiled ahead of time, without a GPU, and what the vendors' assemblers report.
+
+Code that spills runs, slowly, and nothing else says so; code that needs more shared memory than
+a device has fails at its first launch. Both are known at compile time.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("kernels are interpreted in this process", allow_module_level=True)
+
+from lowrank_optim.ops.triton import OPS, aot
+
+# the oldest and the newest NVIDIA target (the smallest shared memory, too), and AMD's
+FAST = ["sm_80", "sm_120", "gfx942"]
+SLOW = [name for name in aot.TARGETS if name not in FAST]
+VARIANTS = {v.name: v for v in aot.variants()}
+REGISTERS = {"sm": 255, "gf": 512}  # addressable by one thread
+FUSED = ("lift", "column_norms")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read from, or left in, the user's cache."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def check(name: str, target_name: str) -> None:
+    target = aot.TARGETS[target_name]
+    compiled = aot.build(VARIANTS[name], target)
+    binary = compiled.asm["hsaco" if target.backend == "hip" else "cubin"]
+    assert binary[:4] == b"\x7fELF"
+    found = aot.resources(compiled, target)
+    assert found.spilled == 0, f"{name} on {target_name} spills {found}"
+    assert 0 < found.registers <= REGISTERS[target_name[:2]]
+    assert found.shared <= aot.SHARED_LIMIT[target_name], f"{name} on {target_name}: {found}"
+    if target.backend == "cuda" and not name.startswith(FUSED):
+        # each sum and product is rounded on its own, as in the C++ loops; the fused ones that
+        # remain are the refinement steps of the correctly rounded division and square root,
+        # which only the assembler writes
+        assert "fma" not in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("target", FAST)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_compiles_without_spills(name: str, target: str) -> None:
+    check(name, target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", SLOW)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_compiles_without_spills_everywhere(name: str, target: str) -> None:
+    check(name, target)
+
+
+def test_every_kernel_is_compiled() -> None:
+    """A kernel that is added must be listed: its ``jit`` decorator is found in the sources."""
+    package = Path(aot.__file__).parent
+    listed = {v.kernel.__name__ for v in VARIANTS.values()}
+    written = {
+        line.split("(")[0].removeprefix("def ")
+        for path in package.glob("*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.startswith("def ") and line.split("(")[0].endswith("_kernel")
+    }
+    assert listed == written
+    assert len(written) < len(OPS)  # lion and moment, signed and not, share theirs
+
+
+def test_bf16_products_use_tensor_cores() -> None:
+    """bfloat16 operands reach the matrix units, float32 accumulators; float32 ones are exact."""
+    for name, instruction in {
+        "lift_scaled bf16/rows": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
+        "lift_sign bf16/rows": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
+        "lift_scaled fp32/rows": "fma.rn.f32",
+        "lift_sign fp32/rows": "fma.rn.f32",
+    }.items():
+        ptx = aot.build(VARIANTS[name], aot.TARGETS["sm_80"]).asm["ptx"]
+        assert instruction in ptx, name
+        assert "tf32" not in ptx
+
+
+def test_compiled_for_portability() -> None:
+    """No inline assembly: the kernels must compile for every vendor."""
+    for path in Path(aot.__file__).parent.glob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        assert "inline_asm" not in source and "libdevice" not in source.replace("aot", ""), path
