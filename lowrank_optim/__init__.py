@@ -3,7 +3,13 @@
 from lowrank_optim import memory
 from lowrank_optim.groups import lowrank_groups
 from lowrank_optim.importers import import_galore_torch
-from lowrank_optim.methods import GaLoreAdafactor, GaLoreAdamW, GaLoreLion, GaLoreSGD
+from lowrank_optim.methods import (
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    GaLoreAdamW8bit,
+    GaLoreLion,
+    GaLoreSGD,
+)
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.subspaces import PROJECTORS, Projector, register
 
@@ -13,6 +19,7 @@ __all__ = [
     "PROJECTORS",
     "GaLoreAdafactor",
     "GaLoreAdamW",
+    "GaLoreAdamW8bit",
     "GaLoreLion",
     "GaLoreSGD",
     "LowRankOptimizer",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -65,6 +65,12 @@ def layout(shape: Sequence[int]) -> Layout:
     return Layout(1, numel, BLOCK // cols * cols)
 
 
+@functools.cache
+def zero_code(signed: bool) -> int:
+    """The code that stands for 0."""
+    return int((dynamic_map(signed, torch.device("cpu")) == 0).nonzero())
+
+
 class Quantized(NamedTuple):
     """A moment in 8 bits: codes in the moment's shape, and one float32 scale a block."""
 
@@ -81,3 +87,25 @@ class Quantized(NamedTuple):
     def map(self) -> Tensor:
         """The values that the codes stand for."""
         return dynamic_map(self.signed, self.codes.device)
+
+    @property
+    def period(self) -> int:
+        """Rows of the first dimension after which a block begins: any tile holds whole blocks."""
+        shape = self.codes.shape
+        cols, block = self.layout[1:]
+        if not shape or (len(shape) > 1 and cols == shape[-1]):
+            return 1
+        inner = math.prod(shape[1:])
+        return block // math.gcd(inner, block)
+
+    def split(self, rows: int) -> Iterator[Quantized]:
+        """Views of ``rows`` rows of the first dimension each, a multiple of :attr:`period`."""
+        start = 0
+        for codes in torch.split(self.codes, rows):
+            count = layout(codes.shape).scales
+            yield Quantized(codes, self.scales[start : start + count], self.signed)
+            start += count
+
+
+Moment = Tensor | Quantized
+"""What a rule updates in place: a tensor, or its 8-bit form, which no one need decode whole."""

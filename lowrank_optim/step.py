@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch.linalg import LinAlgError
 
 from lowrank_optim import ops
 from lowrank_optim.matrix import MatrixView
+from lowrank_optim.quant import Moment, Quantized
 from lowrank_optim.residuals import Drop, Residual
-from lowrank_optim.rules.base import Rule, compute_dtype
+from lowrank_optim.rules.base import Rule, Slot, compute_dtype
 from lowrank_optim.stores import Store
 from lowrank_optim.subspaces.base import Context, Moved, Subspace, identity
 from lowrank_optim.transports import TRANSPORTS
@@ -225,44 +227,54 @@ def _transport(
 ) -> None:
     slots = chosen.rule.slots(shape)
     keys = [slot_key(coord, slot.name) for slot in slots]
-    read = [chosen.store.read(state, key, item.param) for key in keys]
-    biases = chosen.rule.biases(time)
-    TRANSPORTS[chosen.on_refresh](list(zip(slots, read, biases, strict=False)), moved)
-    for n, (key, x) in enumerate(zip(keys, read, strict=True)):
-        chosen.store.write_(state, key, x, mixed(chosen.seed, item.index, int(time), 2, n))
+    moments = []
+    for key, slot, bias in zip(keys, slots, chosen.rule.biases(time), strict=False):
+        x = chosen.store.read(state, key, slot, item.param, dense=True)
+        assert isinstance(x, Tensor)
+        moments.append((slot, x, bias))
+    TRANSPORTS[chosen.on_refresh](moments, moved)
+    for n, (key, (slot, x, _)) in enumerate(zip(keys, moments, strict=True)):
+        seed = mixed(chosen.seed, item.index, int(time), 2, n)
+        chosen.store.write_(state, key, slot, x, seed)
 
 
 def _adapt(work: Sequence[Work], coord: str, chosen: Strategies) -> list[tuple[Tensor, float]]:
     """Phase three: directions of one coordinate, moments read, updated and written back."""
     grads = [w.coords[coord] for w in work]
-    names = [slot.name for slot in chosen.rule.slots(grads[0].shape)]
-    keys = [slot_key(coord, name) for name in names]
-    slots = [[chosen.store.read(w.state, k, w.item.param) for k in keys] for w in work]
-    guarded = branchless(grads[0])
-    before = [[x.clone() for x in own] for own in slots] if guarded else []
+    held = [read_slots(w.item, w.state, coord, grads[0].shape, chosen) for w in work]
+    # no host may wait for `sound`: the ops select on the device
+    sound = [w.sound for w in work] if branchless(grads[0]) else []
     times = [w.time for w in work]
     # in the weights' dtype if it goes into their GEMM as it is, else in that of arithmetic
     plain = isinstance(chosen.residual, Drop) and not chosen.rounding
     dtype = work[0].item.param.dtype if plain else compute_dtype(work[0].item.param.dtype)
-    directions, corrections = chosen.rule.directions_(grads, slots, times, dtype)
-    if guarded:  # no host may wait for `sound`: select on the device
-        for w, own, old, direction in zip(work, slots, before, directions, strict=True):
-            direction.copy_(torch.where(w.sound, direction, 0.0))
-            for x, kept in zip(own, old, strict=True):
-                x.copy_(torch.where(w.sound, x, kept))
-    for w, own in zip(work, slots, strict=True):
-        write_slots_(w.item, w.state, keys, own, chosen)
+    moments = [[x for _, _, x in own] for own in held]
+    directions, corrections = chosen.rule.directions_(grads, moments, times, dtype, sound)
+    for n, (w, own) in enumerate(zip(work, held, strict=True)):
+        write_slots_(w.item, w.state, own, chosen, sound[n] if sound else None)
     return list(zip(directions, corrections, strict=True))
 
 
+Held = Sequence[tuple[str, Slot, Moment]]
+"""The moments of one coordinate as they were read: key, slot, and what the rule updates."""
+
+
+def read_slots(
+    item: Item, state: State, coord: str, shape: Sequence[int], chosen: Strategies
+) -> Held:
+    """The moments of one coordinate, each in the form that the rule takes."""
+    keys = [(slot_key(coord, slot.name), slot) for slot in chosen.rule.slots(shape)]
+    return [(k, slot, chosen.store.read(state, k, slot, item.param)) for k, slot in keys]
+
+
 def write_slots_(
-    item: Item, state: State, keys: Sequence[str], slots: Sequence[Tensor], chosen: Strategies
+    item: Item, state: State, held: Held, chosen: Strategies, sound: Tensor | None = None
 ) -> None:
-    """Write moments back; draws random numbers only for a store that rounds."""
-    if chosen.store.rounds:
-        step = int(state["step"])
-        for n, (key, x) in enumerate(zip(keys, slots, strict=True)):
-            chosen.store.write_(state, key, x, mixed(chosen.seed, item.index, step, 1, n))
+    """Write back the moments that were copied to be read; the others are in place already."""
+    for n, (key, slot, x) in enumerate(held):
+        if isinstance(x, Tensor) and x is not state[key]:
+            seed = mixed(chosen.seed, item.index, int(state["step"]), 1, n)
+            chosen.store.write_(state, key, slot, x, seed, sound)
 
 
 def weight_seed(item: Item, state: State, chosen: Strategies) -> int | None:
@@ -336,25 +348,37 @@ def step_dense(
     state["step"] += 1
     step = float(state["step"])
     size = rule.step_size(lr, step, param)
-    slots = [chosen.store.read(state, k, param) for k in keys]
+    held = read_slots(item, state, "", param.shape, chosen)
+    moments = [x for _, _, x in held]
     rounding = weight_seed(item, state, chosen)
     rows = param.shape[0] if param.dim() else 1
     if rule.elementwise and rows:
         rows = max(1, ops.TILE_ELEMENTS * rows // max(1, param.numel()))
-    whole = [(param, grad, *slots)]
-    tiles = _tiles(rows, param, grad, *slots) if rule.elementwise else whole
-    for tile, (p, g, *own) in enumerate(tiles):
+    whole: Iterable[Tile] = [(param, grad, moments)]
+    tiles = _tiles(rows, param, grad, moments) if rule.elementwise else whole
+    for tile, (p, g, own) in enumerate(tiles):
         g = g.to(compute_dtype(param.dtype))
         g = g.neg() if chosen.maximize else g
         ((direction,), (correction,)) = rule.directions_([g], [own], [step])
         tile_seed = None if rounding is None else mixed(rounding, tile)
         ops.add_(p, direction * (size * correction), 1 - size * weight_decay, -1.0, tile_seed)
-    write_slots_(item, state, keys, slots, chosen)
+    write_slots_(item, state, held, chosen)
 
 
-def _tiles(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Matching pieces of ``rows`` rows, so that temporaries stay small."""
-    if tensors[0].dim() == 0:
-        yield tensors
+Tile = tuple[Tensor, Tensor, Sequence[Moment]]
+"""A parameter, its gradient and its moments, or matching pieces of them."""
+
+
+def _tiles(rows: int, param: Tensor, grad: Tensor, moments: Sequence[Moment]) -> Iterator[Tile]:
+    """Matching pieces of at least ``rows`` rows and whole blocks, so that temporaries stay small.
+
+    Moments in 8 bits are cut as they are: none of them exists in float32.
+    """
+    if param.dim() == 0:
+        yield param, grad, moments
         return
-    yield from zip(*(torch.split(x, rows) for x in tensors), strict=True)
+    period = math.lcm(*(x.period for x in moments if isinstance(x, Quantized)))
+    rows = -(-rows // period) * period
+    pieces = [x.split(rows) if isinstance(x, Quantized) else torch.split(x, rows) for x in moments]
+    own = zip(*pieces, strict=True) if pieces else itertools.repeat(())
+    yield from zip(torch.split(param, rows), torch.split(grad, rows), own, strict=bool(pieces))

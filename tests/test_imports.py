@@ -22,8 +22,8 @@ ALLOWED = {
     "quant": set[str](),
     "ops": {"quant"},
     "matrix": set[str](),
-    **{role: {*ROLES, "ops", "matrix"} for role in ROLES},
-    "step": {*ROLES, "ops", "matrix"},
+    **{role: {*ROLES, "ops", "matrix", "quant"} for role in ROLES},
+    "step": {*ROLES, "ops", "matrix", "quant"},
 }
 
 

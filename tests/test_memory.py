@@ -15,6 +15,7 @@ from benchmarks.common import LLAMA_SHAPES, llama_config
 from lowrank_optim import (
     GaLoreAdafactor,
     GaLoreAdamW,
+    GaLoreAdamW8bit,
     GaLoreLion,
     GaLoreSGD,
     lowrank_groups,
@@ -63,6 +64,7 @@ def check(model, optimizer_class, groups=None, **options):
 CLASSES = {
     "adamw": (GaLoreAdamW, {}),
     "adamw-bf16": (GaLoreAdamW, {"state_dtype": "bfloat16"}),
+    "adamw-8bit": (GaLoreAdamW8bit, {}),
     "adafactor": (GaLoreAdafactor, {}),
     "adafactor-beta1": (GaLoreAdafactor, {"beta1": 0.9}),
     "lion": (GaLoreLion, {}),

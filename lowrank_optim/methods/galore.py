@@ -67,6 +67,8 @@ class GaLoreAdamW(_GaLore):
     """
 
     rule_class: ClassVar[type[Rule]] = AdamW
+    preset: ClassVar[Options] = {}
+    """Defaults of a subclass that differ."""
 
     def __init__(
         self,
@@ -78,7 +80,35 @@ class GaLoreAdamW(_GaLore):
         **options: Unpack[Options],
     ) -> None:
         own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**own, **with_defaults(options)})
+        super().__init__(params, {**own, **with_defaults({**self.preset, **options})})
+
+
+class GaLoreAdamW8bit(GaLoreAdamW):
+    r""":class:`GaLoreAdamW` with its moments in 8 bits: ``state_dtype="8bit"`` is the default.
+
+    Each moment is a byte per element and a float32 scale for each block of up to 256; moments of
+    fewer than 4096 elements stay float32. The arguments are those of :class:`GaLoreAdamW`, and
+    ``state_dtype`` may be set per group.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim import GaLoreAdamW8bit
+        >>> weight = torch.nn.Parameter(torch.zeros(64, 1024))
+        >>> optimizer = GaLoreAdamW8bit([weight], rank=4)
+        >>> weight.grad = torch.randn(64, 1024)
+        >>> optimizer.step()
+        >>> state = optimizer.state[weight]
+        >>> state["low.exp_avg"].dtype, tuple(state["low.exp_avg_scale"].shape)
+        (torch.uint8, (16,))
+
+    Differs from the release (galore-torch 1.0): gradients keep their shape, decay comes first, a
+    step counts once, and small moments train.
+
+    References:
+        Dettmers et al. (2021), arXiv:2110.02861.
+    """
+
+    preset: ClassVar[Options] = {"state_dtype": "8bit"}
 
 
 class GaLoreLion(_GaLore):

@@ -18,10 +18,10 @@ from lowrank_optim.ops.composite import (
     total_norm,
 )
 from lowrank_optim.ops.reference import TILE_ELEMENTS
-from lowrank_optim.quant import Quantized
+from lowrank_optim.quant import Moment, Quantized
 
 _ops = torch.ops.lowrank_optim
-Moments = Sequence[Tensor] | Sequence[Quantized]
+Moments = Sequence[Moment]
 
 
 def _in_8bit(moments: Moments) -> TypeGuard[Sequence[Quantized]]:

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_optim.rules.base import Rule, Slot, Slots, compute_dtype
+from lowrank_optim import ops
+from lowrank_optim.rules.base import Rule, Slot, Slots, compute_dtype, directions_like
 
 
 def rms(x: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ class Adafactor(Rule):
 
     def slots(self, shape: Sequence[int]) -> tuple[Slot, ...]:
         """Row and column means (or all of the second moment), then the first moment if asked."""
-        first = () if self.beta1 is None else (Slot("exp_avg", signed=True),)
+        first = () if self.beta1 is None else (Slot("exp_avg", signed=True, fused=True),)
         if len(shape) < 2:
             return (Slot("exp_avg_sq", signed=False), *first)
         return (
@@ -72,17 +73,22 @@ class Adafactor(Rule):
         slots: Sequence[Slots],
         steps: Sequence[float],
         dtype: torch.dtype | None = None,
+        sound: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[float]]:
         """The clipped direction, averaged if ``beta1`` is set, and a correction of 1."""
         directions = []
-        for g, own, t in zip(grads, slots, steps, strict=True):
+        for n, (g, own, t) in enumerate(zip(grads, slots, steps, strict=True)):
+            ok = sound[n : n + 1]
+            dense = [x for x in own if isinstance(x, Tensor)]  # the squares, which come first
+            squares = dense[: 2 if g.dim() >= 2 else 1]
+            kept = [x.clone() for x in squares] if ok else []
             g = g.to(compute_dtype(g.dtype))
             fresh = t**self.decay_rate  # weight of the new square: 1 - beta2(t)
             square = g.square().add_(self.eps[0])
             if g.dim() < 2:
-                root = own[0].lerp_(square, fresh).rsqrt()
+                root = squares[0].lerp_(square, fresh).rsqrt()
             else:
-                row, col = own[0], own[1]
+                row, col = squares
                 row.lerp_(square.mean(-1), fresh)
                 col.lerp_(square.mean(-2), fresh)
                 scaled = (row / row.mean(-1, keepdim=True)).rsqrt()
@@ -90,8 +96,13 @@ class Adafactor(Rule):
             direction = root.mul_(g)
             direction.div_((matrix_rms(direction) / self.clip_threshold).clamp_(min=1.0))
             if self.beta1 is not None:
-                own[-1].lerp_(direction, 1 - self.beta1)
-                direction = own[-1].clone()
+                (average,) = directions_like([direction], None)
+                ops.moment_([direction], own[-1:], [average], self.beta1, 1 - self.beta1, ok)
+                direction = average
+            elif ok:
+                direction = torch.where(ok[0], direction, 0.0)
+            for x, old in zip(squares, kept, strict=bool(ok)):
+                x.copy_(torch.where(ok[0], x, old))
             directions.append(direction if dtype is None else direction.to(dtype))
         return directions, [1.0] * len(directions)
 

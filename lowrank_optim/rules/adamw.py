@@ -29,7 +29,10 @@ class AdamW(Rule):
 
     def slots(self, shape: Sequence[int]) -> tuple[Slot, ...]:
         """First and second moment."""
-        return Slot("exp_avg", signed=True), Slot("exp_avg_sq", signed=False)
+        return (
+            Slot("exp_avg", signed=True, fused=True),
+            Slot("exp_avg_sq", signed=False, fused=True),
+        )
 
     def directions_(
         self,
@@ -37,6 +40,7 @@ class AdamW(Rule):
         slots: Sequence[Slots],
         steps: Sequence[float],
         dtype: torch.dtype | None = None,
+        sound: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[float]]:
         """``m / (sqrt(v) + eps root)`` and ``root / (1 - b1^t)``, ``root = sqrt(1 - b2^t)``."""
         beta1, beta2 = self.betas
@@ -50,6 +54,7 @@ class AdamW(Rule):
             beta1,
             beta2,
             [self.eps * root for root in roots],
+            sound=sound,
         )
         return outs, [root / (1 - beta1**t) for root, t in zip(roots, steps, strict=True)]
 
@@ -61,7 +66,7 @@ class AdamW(Rule):
         self,
         param: Tensor,
         grad: Tensor,
-        slots: Slots,
+        slots: Sequence[Tensor],
         step: Tensor,
         *,
         lr: float | Tensor,

@@ -9,7 +9,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-Slots = Sequence[Tensor]
+from lowrank_optim.quant import Moment
+
+Slots = Sequence[Moment]
 
 
 class Slot(NamedTuple):
@@ -20,6 +22,8 @@ class Slot(NamedTuple):
     """Whether values can be negative; decides the 8-bit map, and how a rotation acts."""
     averaged: int | None = None
     """The dimension of ``g`` that is averaged away, for factored moments."""
+    fused: bool = False
+    """Whether the rule updates it by an op that reads and writes 8 bits; else it is decoded."""
 
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of this slot for a gradient of ``shape``."""
@@ -52,14 +56,18 @@ class Rule:
         slots: Sequence[Slots],
         steps: Sequence[float],
         dtype: torch.dtype | None = None,
+        sound: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[float]]:
         """Update the moments in place and return directions.
 
         Args:
             grads: any shapes, in the moments' dtype or a narrower one; left as they are.
-            slots: the moments of each gradient, in the order of :meth:`slots`, in at least float32.
+            slots: the moments of each gradient, in the order of :meth:`slots`, in at least float32;
+                all those of a ``fused`` slot may be in 8 bits instead.
             steps: the step each gradient is at, 1 at first.
             dtype: of the directions (default: that of arithmetic).
+            sound: 0-d bools on the device, one a gradient: where False, moments stay as they are
+                and the direction is 0. None are given where the host has looked already.
 
         Returns:
             The raw direction of each gradient, and its bias correction as a factor apart: Fira's
@@ -79,7 +87,7 @@ class Rule:
         self,
         param: Tensor,
         grad: Tensor,
-        slots: Slots,
+        slots: Sequence[Tensor],
         step: Tensor,
         *,
         lr: float | Tensor,

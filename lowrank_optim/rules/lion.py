@@ -31,7 +31,7 @@ class Lion(Rule):
 
     def slots(self, shape: Sequence[int]) -> tuple[Slot, ...]:
         """One momentum."""
-        return (Slot("exp_avg", signed=True),)
+        return (Slot("exp_avg", signed=True, fused=True),)
 
     def directions_(
         self,
@@ -39,11 +39,12 @@ class Lion(Rule):
         slots: Sequence[Slots],
         steps: Sequence[float],
         dtype: torch.dtype | None = None,
+        sound: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[float]]:
         """Signs, and a correction of 1."""
         beta1, beta2 = self.betas
         outs = directions_like(grads, dtype)
-        ops.lion_direction_(grads, [s[0] for s in slots], outs, beta1, beta2)
+        ops.lion_direction_(grads, [s[0] for s in slots], outs, beta1, beta2, sound)
         return outs, [1.0] * len(outs)
 
     def biases(self, step: float) -> tuple[float, ...]:

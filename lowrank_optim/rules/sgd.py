@@ -31,7 +31,8 @@ class SGD(Rule):
 
     def slots(self, shape: Sequence[int]) -> tuple[Slot, ...]:
         """The momentum, if there is one."""
-        return (Slot("momentum_buffer", signed=True),) if self.momentum else ()
+        slot = Slot("momentum_buffer", signed=True, fused=True)
+        return (slot,) if self.momentum else ()
 
     def directions_(
         self,
@@ -39,17 +40,21 @@ class SGD(Rule):
         slots: Sequence[Slots],
         steps: Sequence[float],
         dtype: torch.dtype | None = None,
+        sound: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[float]]:
         """Momentum, or the gradient itself, and a correction of 1."""
         outs = directions_like(grads, dtype)
-        for g, own, t, out in zip(grads, slots, steps, outs, strict=True):
-            if not own:
+        for n, (g, own, t, out) in enumerate(zip(grads, slots, steps, outs, strict=True)):
+            ok = sound[n : n + 1]
+            if own:
+                weight = 1.0 if t == 1 else 1 - self.dampening
+                ops.moment_([g], [own[0]], [out], self.momentum, weight, ok)
+                if self.nesterov:
+                    out.mul_(self.momentum).add_(g)
+            else:
                 out.copy_(g)
-                continue
-            weight = 1.0 if t == 1 else 1 - self.dampening
-            ops.moment_([g], [own[0]], [out], self.momentum, weight)
-            if self.nesterov:
-                out.mul_(self.momentum).add_(g)
+            if ok and (self.nesterov or not own):
+                out.copy_(torch.where(ok[0], out, 0.0))
         return outs, [1.0] * len(outs)
 
     def biases(self, step: float) -> tuple[float, ...]:
