@@ -21,6 +21,7 @@ lint: .venv/.dev  ## style and types
 bench: .venv/.dev  ## the figures of docs/performance.md, side by side
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.refresh
+	$(BIN)/python -m benchmarks.kernels
 
 .venv:
 	$(PYTHON) -m venv .venv

@@ -1,5 +1,5 @@
 // The C ABI of liblowrank_optim.so (host pointers, `threads`) and liblowrank_optim_cuda.so (device
-// pointers, `stream`). One struct per family of ops, shared by both; lowrank_optim/ops/native.py
+// pointers, `stream`). One struct per family of ops, shared by both; lowrank_optim/ops/native/loader.py
 // mirrors the structs, and lro_sizes() lets it check that the two sides agree.
 //
 // Every array of `count` entries, and every scalar, is host memory in both libraries; what the

@@ -382,7 +382,7 @@ def low_rank(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor
 @pytest.mark.parametrize("shape", MATRICES, ids=str)
 def test_fused_applies(shape: tuple[int, int], dtype: torch.dtype, monkeypatch) -> None:
     """Every layout of W; G as W, or in the other order; tiles smaller than the matrix."""
-    monkeypatch.setattr(native, "TILE_ELEMENTS", 700)
+    monkeypatch.setattr(native.matrices, "TILE_ELEMENTS", 700)
     p, n, r, c = low_rank(shape, dtype)
     decay, lr, scale, gain = 0.99, 0.1, 0.25, 0.5
     # The GEMM's operands and result are rounded to W's format, W once more at the end.

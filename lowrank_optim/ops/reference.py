@@ -10,6 +10,9 @@ from torch import Tensor
 TILE_ELEMENTS = 1 << 18
 """Elements of a tile buffer, so that a temporary never grows with the parameter."""
 
+TINY = torch.finfo(torch.float32).tiny
+"""Scales below this are multiplied by 2^64 before their reciprocal is taken."""
+
 Tensors = Sequence[Tensor]
 
 
@@ -156,7 +159,10 @@ def _encode_(
     blocks = _blocked(x, cols, block)
     absmax = blocks.abs().amax(-1)
     scales.copy_(absmax)
-    unit = blocks * torch.where(absmax > 0, 1 / absmax, 0.0).unsqueeze(-1)
+    # The reciprocal of a denormal may overflow, and 0 * inf is NaN: those blocks are lifted first.
+    lift = torch.where(absmax < TINY, 2.0**64, 1.0)
+    absmax = absmax * lift
+    unit = (blocks * lift.unsqueeze(-1)) * torch.where(absmax > 0, 1 / absmax, 0.0).unsqueeze(-1)
     middles = (table[1:] + table[:-1]) / 2
     nearest = torch.bucketize(unit, middles)
     codes.copy_(_unblocked(nearest, x.numel(), cols, block))
@@ -269,6 +275,7 @@ def _adamw_rows(
 ) -> Callable[[slice], Callable[..., Tensor]]:
     """The update of a piece of ``g`` whose elements take their eps and scale from their rows."""
     width = max(1, g.shape[-1])
+    row_eps, row_scale = row_eps.reshape(-1), row_scale.reshape(-1)
 
     def at(span: slice) -> Callable[..., Tensor]:
         row = torch.arange(span.start, span.stop, device=g.device) // width
@@ -439,6 +446,7 @@ def coordinate_add_(
 ) -> None:
     """Rows in ``index``: ``W <- decay W - lr a N``; the others: ``W <- decay W - lr gain f(G)``."""
     for w, g, index, n in zip(params, grads, indices, updates, strict=True):
-        rows = w[index.long()].to(_wide(n).dtype).mul_(decay).sub_(_wide(n), alpha=lr * scale)
+        at = index.long().unsqueeze(-1).expand(n.shape)
+        rows = _wide(w.gather(-2, at)).mul_(decay).sub_(_wide(n), alpha=lr * scale)
         _tiles_with_(w, decay, lambda g: lr * gain * FREE[free](g), g)
-        w[index.long()] = rows.to(w.dtype)
+        w.scatter_(-2, at, rows.to(w.dtype))

@@ -79,6 +79,8 @@ def _define(name: str, schema: str) -> None:
 
     def run(*args: Any) -> Any:
         _check(name, arguments, args)
+        if not args[0]:
+            return [] if name == "column_norms" else None
         return getattr(backend(args[0][0]), name)(*args)
 
     def fake(*args: Any) -> Any:

@@ -1,0 +1,44 @@
+"""The ops of csrc, through ctypes: `liblowrank_optim.so` on the CPU, its CUDA half on a GPU.
+
+The library knows nothing of torch; this package turns lists of tensors into arrays of pointers. One
+call serves a whole list. float64 raises TypeError: it is served by the reference.
+"""
+
+from lowrank_optim.ops.native.loader import available, isa
+from lowrank_optim.ops.native.matrices import (
+    column_norms,
+    coordinate_add_,
+    lift_add_scaled_,
+    lift_add_sign_,
+)
+from lowrank_optim.ops.native.moments import (
+    adamw_direction_,
+    adamw_direction_8bit_,
+    lion_direction_,
+    lion_direction_8bit_,
+    moment_,
+    moment_8bit_,
+)
+from lowrank_optim.ops.native.storage import (
+    dequantize_blockwise_,
+    quantize_blockwise_,
+    stochastic_round_,
+)
+
+__all__ = [
+    "adamw_direction_",
+    "adamw_direction_8bit_",
+    "available",
+    "column_norms",
+    "coordinate_add_",
+    "dequantize_blockwise_",
+    "isa",
+    "lift_add_scaled_",
+    "lift_add_sign_",
+    "lion_direction_",
+    "lion_direction_8bit_",
+    "moment_",
+    "moment_8bit_",
+    "quantize_blockwise_",
+    "stochastic_round_",
+]

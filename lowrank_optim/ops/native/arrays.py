@@ -1,0 +1,104 @@
+"""Lists of tensors to arrays of pointers, and the checks that keep calls inside buffers."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Arrays:
+    """Arrays for one call, alive as long as this is."""
+
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+
+    def _keep(self, values: array[Any]) -> int:
+        self.kept.append(values)
+        return values.buffer_info()[0]
+
+    def pointers(self, tensors: Iterable[Tensor]) -> int:
+        """Addresses of the first elements."""
+        return self._keep(array("Q", [t.data_ptr() for t in tensors]))
+
+    def int64(self, values: Iterable[int]) -> int:
+        """Sizes, strides and counts."""
+        return self._keep(array("q", values))
+
+    def uint32(self, values: Iterable[int]) -> int:
+        """Seeds, modulo 2^32."""
+        return self._keep(array("I", [v & 0xFFFFFFFF for v in values]))
+
+    def float32(self, values: Iterable[float]) -> int:
+        """One scalar a tensor."""
+        return self._keep(array("f", values))
+
+
+def dtype_of(tensors: Sequence[Tensor], name: str) -> int:
+    """The one dtype of a list."""
+    dtype = tensors[0].dtype
+    if dtype not in DTYPES:
+        raise TypeError(f"native ops take float32, bfloat16 and float16 {name}, got {dtype}")
+    if any(t.dtype != dtype for t in tensors):
+        raise TypeError(f"native ops take {name} of one dtype, got {[t.dtype for t in tensors]}")
+    return DTYPES[dtype]
+
+
+def exactly(tensors: Sequence[Tensor], dtype: torch.dtype, name: str) -> None:
+    """State that is written in place: this dtype, contiguous."""
+    for t in tensors:
+        if t.dtype != dtype:
+            raise TypeError(f"native ops take {dtype} {name}, got {t.dtype}")
+        if not t.is_contiguous():
+            raise ValueError(f"native ops take contiguous {name}, got strides {t.stride()}")
+
+
+def same(count: int, **lists: Sequence[Any]) -> None:
+    """Raise unless every list has ``count`` entries."""
+    for name, values in lists.items():
+        if len(values) != count:
+            raise ValueError(f"expected {count} {name}, got {len(values)}")
+
+
+def sizes(tensors: Sequence[Tensor], like: Sequence[Tensor], name: str) -> None:
+    """Raise unless tensors have the sizes and devices of ``like``."""
+    for t, other in zip(tensors, like, strict=True):
+        if t.numel() != other.numel() or t.device != other.device:
+            raise ValueError(
+                f"{name}: {tuple(t.shape)} on {t.device} beside {tuple(other.shape)}"
+                f" on {other.device}"
+            )
+
+
+def block_counts(rows: Sequence[int], cols: Sequence[int], blocks: Sequence[int]) -> list[int]:
+    """Number of blocks of each tensor: every row ends in a block of its own."""
+    return [r * -(-c // b) for r, c, b in zip(rows, cols, blocks, strict=True)]
+
+
+def check_scales(scales: Sequence[Tensor], counts: Sequence[int], name: str) -> None:
+    """Raise unless each tensor is float32, contiguous and has its count of entries."""
+    exactly(scales, torch.float32, name)
+    for s, count in zip(scales, counts, strict=True):
+        if s.numel() != count:
+            raise ValueError(f"expected {count} {name}, got {s.numel()}")
+
+
+def check_map(values: Tensor) -> Tensor:
+    """Raise unless it is a map."""
+    if values.dtype != torch.float32 or values.numel() != 256 or not values.is_contiguous():
+        raise ValueError(f"a map has 256 float32 entries, got {values.numel()} {values.dtype}")
+    return values
+
+
+def check_layout(
+    layout: tuple[Sequence[int], Sequence[int], Sequence[int]], tensors: Sequence[Tensor]
+) -> None:
+    """Raise unless rows and columns make up each tensor."""
+    for r, c, t in zip(layout[0], layout[1], tensors, strict=True):
+        if r * c != t.numel():
+            raise ValueError(f"a layout of {r} x {c} for {t.numel()} elements")

@@ -1,0 +1,225 @@
+"""Column norms and the fused applies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.ops.native.arrays import (
+    Arrays,
+    dtype_of,
+    same,
+)
+from lowrank_optim.ops.native.loader import (
+    Apply,
+    Coordinate,
+    Norms,
+    run,
+)
+
+FREE = {"none": 0, "sign": 1, "sgd": 2}
+
+TILE_ELEMENTS = 1 << 18
+"""Elements of the buffer that a GEMM writes and a fused apply reads, while it is in the cache."""
+
+
+def _matrices(xs: Iterable[Tensor]) -> list[Tensor]:
+    """Every 2-D matrix of a list of ``(..., m, n)``; views, whatever the strides."""
+    matrices: list[Tensor] = []
+    for x in xs:
+        _unbind(x, matrices)
+    return matrices
+
+
+def _unbind(x: Tensor, into: list[Tensor]) -> None:
+    if x.dim() <= 2:
+        into.append(x)
+        return
+    for part in x.unbind(0):
+        _unbind(part, into)
+
+
+def column_norms(xs: Sequence[Tensor]) -> list[Tensor]:
+    """``(..., 1, n)`` float32: the norm of each column; sums in float64, so nothing overflows."""
+    if not xs:
+        return []
+    norms = [
+        torch.empty((*x.shape[:-2], 1, x.shape[-1]), dtype=torch.float32, device=x.device)
+        for x in xs
+    ]
+    matrices, outs = _matrices(xs), _matrices(norms)
+    if not matrices:
+        return norms
+    arrays = Arrays()
+    args = Norms(count=len(matrices), dtype=dtype_of(xs, "matrices"))
+    args.values, args.outs = arrays.pointers(matrices), arrays.pointers(outs)
+    args.rows = arrays.int64([x.shape[0] for x in matrices])
+    args.cols = arrays.int64([x.shape[1] for x in matrices])
+    args.row_strides = arrays.int64([x.stride(0) for x in matrices])
+    args.col_strides = arrays.int64([x.stride(1) for x in matrices])
+    run("column_norms", xs[0].device, args)
+    return norms
+
+
+def _stored(w: Tensor) -> bool:
+    """Whether the rows of ``w`` are how it is stored; else its columns are."""
+    return w.stride(1) <= w.stride(0)
+
+
+def _shape_check(w: Tensor, g: Tensor, p: Tensor, lows: Sequence[Tensor]) -> None:
+    m, n = w.shape
+    r = p.shape[1]
+    if g.shape != w.shape or p.shape[0] != m or any(x.shape != (r, n) for x in lows):
+        shapes = [tuple(x.shape) for x in (w, g, p, *lows)]
+        raise ValueError(f"shapes do not fit: W, G, P and low-rank {shapes}")
+
+
+def _tiles(w: Tensor, buffers: int) -> tuple[list[Tensor], int]:
+    """Buffers of one tile together within `TILE_ELEMENTS`, and the rows of a tile."""
+    rows, cols = w.shape
+    step = max(1, min(rows, TILE_ELEMENTS // (buffers * max(cols, 1))))
+    return [torch.empty(step, cols, dtype=w.dtype, device=w.device) for _ in range(buffers)], step
+
+
+def _apply(op: str, w: Tensor, g: Tensor, low: Tensor, other: Tensor, args: Any) -> None:
+    args.rows, args.cols = w.shape
+    args.weight, args.weight_row, args.weight_col = w.data_ptr(), w.stride(0), w.stride(1)
+    args.grad, args.grad_row, args.grad_col = g.data_ptr(), g.stride(0), g.stride(1)
+    args.low, args.other, args.low_row = low.data_ptr(), other.data_ptr(), low.stride(0)
+    run(op, w.device, args)
+
+
+def lift_add_scaled_(
+    W: Sequence[Tensor],
+    G: Sequence[Tensor],
+    P: Sequence[Tensor],
+    N: Sequence[Tensor],
+    R: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    decay: float,
+    lr: float,
+    scale: float,
+) -> None:
+    """``W <- decay W - lr (P (a N - a R c) + G c)``: a GEMM into a tile, then one pass over it.
+
+    The GEMM has the dtype of W, as `lift_add_`; the pass is in float32 and rounds W once.
+    """
+    if not W:
+        return
+    same(len(W), G=G, P=P, N=N, R=R, columns=columns)
+    dtype = dtype_of(W, "weights")
+    dtype_of([*W, *G], "weights and gradients")
+    args = Apply(decay=decay, lr=lr, weight_dtype=dtype, grad_dtype=dtype, low_dtype=dtype)
+    matrices = (_matrices(x) for x in (W, G, P, N, R, columns))
+    for w, g, p, n, r, c in zip(*matrices, strict=True):
+        _shape_check(w, g, p, (n, r))
+        if c.shape != (1, w.shape[1]) or c.dtype != torch.float32:
+            raise ValueError(f"columns: float32 (1, {w.shape[1]}), got {c.dtype} {tuple(c.shape)}")
+        if w.numel() == 0:
+            continue
+        c = c.contiguous()
+        x = torch.addcmul(n.float(), r.float(), c, value=-1.0).mul_(scale).to(w.dtype)
+        left, right = p.to(w.dtype), x
+        by_rows = _stored(w)
+        if not by_rows:
+            w, g, left, right = w.t(), g.t(), x.t(), left.t()
+        (tile,), step = _tiles(w, 1)
+        args.factor_row, args.factor_col = (0, 1) if by_rows else (1, 0)
+        for start in range(0, w.shape[0], step):
+            stop = min(start + step, w.shape[0])
+            low = torch.mm(left[start:stop], right, out=tile[: stop - start])
+            args.factor = c.data_ptr() + (0 if by_rows else 4 * start)
+            _apply("apply_scaled", w[start:stop], g[start:stop], low, low, args)
+
+
+def lift_add_sign_(
+    W: Sequence[Tensor],
+    G: Sequence[Tensor],
+    P: Sequence[Tensor],
+    N: Sequence[Tensor],
+    R: Sequence[Tensor],
+    decay: float,
+    lr: float,
+    scale: float,
+    gain: float,
+) -> None:
+    """``W <- decay W - lr (a P N + gain sign(G - P R))``: two GEMMs into tiles, then one pass."""
+    if not W:
+        return
+    same(len(W), G=G, P=P, N=N, R=R)
+    dtype = dtype_of(W, "weights")
+    dtype_of([*W, *G], "weights and gradients")
+    args = Apply(decay=decay, lr=lr, scale=scale, gain=gain)
+    args.weight_dtype = args.grad_dtype = args.low_dtype = dtype
+    for w, g, p, n, r in zip(*(_matrices(x) for x in (W, G, P, N, R)), strict=True):
+        _shape_check(w, g, p, (n, r))
+        if w.numel() == 0:
+            continue
+        by_rows = _stored(w)
+        p, n, r = p.to(w.dtype), n.to(w.dtype), r.to(w.dtype)
+        if not by_rows:
+            w, g = w.t(), g.t()
+        (first, second), step = _tiles(w, 2)
+        for start in range(0, w.shape[0], step):
+            stop = min(start + step, w.shape[0])
+            rows = slice(start, stop)
+            pairs = (
+                [(p[rows], n), (p[rows], r)]
+                if by_rows
+                else [(n.t()[rows], p.t()), (r.t()[rows], p.t())]
+            )
+            low = torch.mm(*pairs[0], out=first[: stop - start])
+            other = torch.mm(*pairs[1], out=second[: stop - start])
+            _apply("apply_sign", w[rows], g[rows], low, other, args)
+
+
+def coordinate_add_(
+    W: Sequence[Tensor],
+    G: Sequence[Tensor],
+    index: Sequence[Tensor],
+    N: Sequence[Tensor],
+    decay: float,
+    lr: float,
+    scale: float,
+    gain: float,
+    free: str,
+) -> None:
+    """Rows in ``index``: ``W <- decay W - lr a N[k]``; others ``W <- decay W - lr gain f(G)``."""
+    if free not in FREE:
+        raise ValueError(f"free must be one of {sorted(FREE)}, got {free!r}")
+    if not W:
+        return
+    same(len(W), G=G, index=index, N=N)
+    dtype = dtype_of(W, "weights")
+    dtype_of([*W, *G], "weights and gradients")
+    ws, gs, lows = _matrices(W), _matrices(G), [x.float() for x in _matrices(N)]
+    picks: list[Tensor] = []
+    for k, w in zip(index, W, strict=True):
+        if k.dtype != torch.int32:
+            raise TypeError(f"index must be int32, got {k.dtype}")
+        batch = w.shape[:-2]
+        rows = k.contiguous().expand(*batch, k.shape[-1]).reshape(math.prod(batch), k.shape[-1])
+        picks += rows.unbind(0)
+    for w, g, k, low in zip(ws, gs, picks, lows, strict=True):
+        if g.shape != w.shape or low.shape != (k.shape[0], w.shape[1]):
+            shapes = [tuple(x.shape) for x in (w, g, k, low)]
+            raise ValueError(f"shapes do not fit: W, G, index and N {shapes}")
+    if not ws:
+        return
+    # Read along the columns of W: strides of a power of two would evict each other from the cache.
+    lows = [x if _stored(w) else x.t().contiguous().t() for w, x in zip(ws, lows, strict=True)]
+    arrays = Arrays()
+    args = Coordinate(count=len(ws), decay=decay, lr=lr, scale=scale, gain=gain)
+    args.free_rule, args.weight_dtype, args.grad_dtype = FREE[free], dtype, dtype
+    args.weights, args.grads = arrays.pointers(ws), arrays.pointers(gs)
+    args.index, args.lows = arrays.pointers(picks), arrays.pointers(lows)
+    args.picked = arrays.int64([k.shape[0] for k in picks])
+    args.rows, args.cols = (arrays.int64([w.shape[d] for w in ws]) for d in (0, 1))
+    args.weight_rows, args.weight_cols = (arrays.int64([w.stride(d) for w in ws]) for d in (0, 1))
+    args.grad_rows, args.grad_cols = (arrays.int64([g.stride(d) for g in gs]) for d in (0, 1))
+    args.low_rows, args.low_cols = (arrays.int64([x.stride(d) for x in lows]) for d in (0, 1))
+    run("coordinate_add", ws[0].device, args)

@@ -1,0 +1,106 @@
+"""Block quantisation alone, and stochastic rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.ops.native.arrays import (
+    Arrays,
+    block_counts,
+    check_layout,
+    check_map,
+    check_scales,
+    dtype_of,
+    exactly,
+    same,
+    sizes,
+)
+from lowrank_optim.ops.native.loader import (
+    Blockwise,
+    Rounding,
+    run,
+)
+
+
+def _blockwise(
+    op: str,
+    values: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    table: Tensor,
+    layout: tuple[Sequence[int], Sequence[int], Sequence[int]],
+) -> None:
+    same(len(values), codes=codes, scales=scales)
+    exactly(codes, torch.uint8, "codes")
+    check_scales(scales, block_counts(*layout), "scales")
+    sizes(codes, values, "codes")
+    check_layout(layout, values)
+    arrays = Arrays()
+    args = Blockwise(
+        count=len(values), dtype=dtype_of(values, "values"), map=check_map(table).data_ptr()
+    )
+    args.values, args.codes = arrays.pointers(values), arrays.pointers(codes)
+    args.scales = arrays.pointers(scales)
+    args.rows, args.cols, args.blocks = (arrays.int64(x) for x in layout)
+    run(op, values[0].device, args)
+
+
+def quantize_blockwise_(
+    xs: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    map: Tensor,
+    rows: Sequence[int],
+    cols: Sequence[int],
+    blocks: Sequence[int],
+) -> None:
+    """Nearest codes of ``x / scale`` with one scale, the largest magnitude, for each block.
+
+    A block that holds an infinity or NaN gets that for a scale, and reads back as NaN.
+    """
+    if xs:
+        _blockwise(
+            "quantize", [x.contiguous() for x in xs], codes, scales, map, (rows, cols, blocks)
+        )
+
+
+def dequantize_blockwise_(
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    map: Tensor,
+    rows: Sequence[int],
+    cols: Sequence[int],
+    blocks: Sequence[int],
+) -> None:
+    """``out <- map[code] * scale``."""
+    if not outs:
+        return
+    flat = [o.contiguous() for o in outs]
+    _blockwise("dequantize", flat, codes, scales, map, (rows, cols, blocks))
+    for out, values in zip(outs, flat, strict=True):
+        if out is not values:
+            out.copy_(values)
+
+
+def stochastic_round_(xs: Sequence[Tensor], outs: Sequence[Tensor], seeds: Sequence[int]) -> None:
+    """float32 to bfloat16, up or down without bias; the noise is a hash of flat index and seed."""
+    if not xs:
+        return
+    same(len(xs), outs=outs, seeds=seeds)
+    sizes(outs, xs, "outs")
+    flat = [x.contiguous() for x in xs]
+    flat_outs = [o.contiguous() for o in outs]
+    exactly(flat, torch.float32, "inputs")
+    exactly(flat_outs, torch.bfloat16, "outs")
+    arrays = Arrays()
+    args = Rounding(count=len(xs), numels=arrays.int64([x.numel() for x in xs]))
+    args.values, args.outs = arrays.pointers(flat), arrays.pointers(flat_outs)
+    args.seeds = arrays.uint32(seeds)
+    run("stochastic_round", xs[0].device, args)
+    for out, rounded in zip(outs, flat_outs, strict=True):
+        if out is not rounded:
+            out.copy_(rounded)

@@ -1,0 +1,311 @@
+"""Every op through the dispatcher, on each backend of the CPU, against float64 code.
+
+``test_native.py`` and ``test_triton.py`` test the kernels; this is what they have in common.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowrank_optim import ops
+from lowrank_optim.ops import dispatch, native, reference
+from lowrank_optim.ops.schema import SCHEMAS
+from lowrank_optim.quant import Quantized, dynamic_map, layout
+from tests import ops_cases as cases
+
+READY, REASON = native.available("cpu")
+needs_native = pytest.mark.skipif(not READY, reason=REASON)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = ["triton"] if INTERPRETED else ["reference", pytest.param("native", marks=needs_native)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HOW = ["rows", "columns", "slice"]
+UNITS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9}
+"""Of a value and of the largest in its tensor: GEMM results, too, are rounded to the format."""
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv(dispatch.VARIABLE, request.param)
+    return str(request.param)
+
+
+def check(actual: Tensor, wanted: tuple[Tensor, Tensor | None], what: str) -> None:
+    """Within a unit of the format and of the tensor's largest value, where it is meant."""
+    expected, firm = wanted
+    assert actual.shape == expected.shape, what
+    unit = UNITS[actual.dtype]
+    top = expected.abs().max() if expected.numel() else expected.sum()
+    gap = (actual.double() - expected).abs()
+    wrong = ~(gap <= unit * (expected.abs() + top))
+    if firm is not None:
+        wrong &= firm
+        assert firm.double().mean() > 0.5 or firm.numel() < 2, f"{what}: few signs are firm"
+    assert not wrong.any(), (what, actual[wrong][:4], expected[wrong][:4])
+
+
+def check_stored(codes: Tensor, scales: Tensor, value: Tensor, signed: bool, what: str) -> None:
+    """Scales are block maxima; each code is a nearest one, up to rounding of the value."""
+    if not value.numel():
+        return
+    each = cases.per_element(scales, codes.shape)
+    got = cases.decode(codes, scales, signed)
+    table = dynamic_map(signed, codes.device).double()
+    best = (value[..., None] - table * each[..., None]).abs().amin(-1)
+    assert ((got - value).abs() <= best + 2e-6 * each).all(), what
+    assert (value.abs() <= each * (1 + 2e-6)).all(), what
+
+
+def run(op: str, a: cases.Arguments) -> None:
+    """Call and compare everything the op writes."""
+    wanted = cases.expected(op, a)
+    result = cases.call(op, a)
+    if op == "column_norms":
+        assert result is not None
+        for got, want in zip(result, wanted[""], strict=True):
+            check(got, want, op)
+        return
+    if op not in cases.ELEMENTWISE + cases.BITS8:
+        for name, wants in wanted.items():
+            for got, want in zip(a[name], wants, strict=True):
+                check(got, want, f"{op} {name}")
+        return
+    for got, want in zip(a["outs"], wanted["outs"], strict=True):
+        check(got, want, f"{op} outs")
+    for slot, key in ((1, "first"), (2, "second")):
+        for i, want in enumerate(wanted[key]):
+            what = f"{op} {key} {i}"
+            if op in cases.BITS8:
+                end = str(slot) if "codes1" in a else ""
+                stored = a[f"codes{end}"][i], a[f"scales{end}"][i]
+                check_stored(*stored, want[0], slot == 1, what)
+            else:
+                held = a.get("moments", a.get("exp_avgs")) if slot == 1 else a["exp_avg_sqs"]
+                check(held[i], want, what)
+
+
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_opcheck(op: str) -> None:
+    """Schema: what is declared mutated is what changes. Fake: shapes, dtypes and mutation agree.
+
+    AOT dispatch does not functionalise ops that mutate lists, and no op has a gradient.
+    """
+    a = cases.example(op)
+    call = getattr(torch.ops.lowrank_optim, op).default
+    tests = ("test_schema", "test_faketensor")
+    found = torch.library.opcheck(call, [a[n] for n in cases.names(op)], test_utils=tests)
+    assert found == dict.fromkeys(tests, "SUCCESS")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("op", cases.ELEMENTWISE + cases.BITS8)
+def test_directions(backend: str, op: str, how: str, dtype: torch.dtype) -> None:
+    run(op, cases.elementwise(op, dtype, how=how))
+
+
+@pytest.mark.parametrize("op", cases.ELEMENTWISE + cases.BITS8)
+def test_guarded_and_by_row(backend: str, op: str) -> None:
+    """A NaN gradient that is said to be unsound changes nothing; rows have steps of their own.
+
+    Rows of ``(E, k, n)`` are counted over both leading dimensions: the reference indexed the first
+    alone in 8 bits, and the others indexed both.
+    """
+    run(op, cases.elementwise(op, torch.float32, by_row="adamw" in op, unsound=4))
+    a = cases.elementwise(op, torch.float32, unsound=6)
+    before = {k: x[6].clone() for k, x in a.items() if k[:4] in ("code", "scal", "exp_", "mome")}
+    cases.call(op, a)
+    assert all(torch.equal(a[k][6], x) for k, x in before.items())
+    assert torch.equal(a["outs"][6], torch.zeros(cases.FLAT[6]))
+
+
+@pytest.mark.parametrize("magnitude", [1e-15, 1e15])
+@pytest.mark.parametrize("op", cases.ELEMENTWISE + cases.BITS8)
+def test_extreme_directions(backend: str, op: str, magnitude: float) -> None:
+    """Squares of 1e-30 and 1e30 are numbers of float32, and so are a hundredth of them."""
+    run(op, cases.elementwise(op, torch.float32, magnitude=magnitude))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("op", [*cases.APPLIES, "column_norms"])
+def test_matrices(backend: str, op: str, how: str, dtype: torch.dtype) -> None:
+    """A batch is each matrix alone: the reference took the coordinates of experts for experts."""
+    for free in ("sign", "sgd", "none") if op == "coordinate_add_" else ("sign",):
+        run(op, cases.matrices(op, dtype, how=how, free=free))
+
+
+@pytest.mark.parametrize("op", [*cases.APPLIES, "column_norms"])
+def test_matrices_of_no_elements_and_of_huge_ones(backend: str, op: str) -> None:
+    run(op, cases.matrices(op, torch.float32, shapes=[(0, 5), (5, 0), (3, 4), (0, 3, 4)]))
+    run(op, cases.matrices(op, torch.float32, magnitude=1e15))
+
+
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_no_tensors(backend: str, op: str) -> None:
+    """An empty list is nothing to do, on every backend: it was an IndexError in the dispatcher."""
+    a = {k: [] if isinstance(x, list) else x for k, x in cases.example(op).items()}
+    assert cases.call(op, a) == ([] if op == "column_norms" else None)
+
+
+@pytest.mark.parametrize("op", [o for o in SCHEMAS if "8bit" not in o and "blockwise" not in o])
+def test_float64(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradient checks: the reference serves float64 to float64's precision."""
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    if op in cases.ELEMENTWISE:
+        run(op, cases.elementwise(op, torch.float64, by_row="adamw" in op))
+    elif op != "stochastic_round_":
+        run(op, cases.matrices(op, torch.float64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+def test_quantise_and_back(backend: str, signed: bool, dtype: torch.dtype) -> None:
+    for how in HOW:
+        a = cases.storage("quantize_blockwise_", dtype, signed=signed, how=how)
+        cases.call("quantize_blockwise_", a)
+        for x, codes, scales in zip(a["xs"], a["codes"], a["scales"], strict=True):
+            check_stored(codes, scales, x.double(), signed, how)
+    run("dequantize_blockwise_", cases.storage("dequantize_blockwise_", dtype, signed=signed))
+
+
+def tiny() -> list[Tensor]:
+    """Blocks whose largest entry is denormal, zero, or next to float32's largest."""
+    scales = torch.tensor([1e-45, 3e-42, 1e-39, 2e-38, 0.0, 1e-30, 3e38])
+    unit = torch.cat([torch.ones(1), torch.zeros(1), torch.linspace(-1, 1, 298)])
+    return [scales[:, None] * unit]
+
+
+def test_denormal_blocks(backend: str) -> None:
+    """Zero stays zero beside 1e-45: 1 / scale overflowed in the reference, and 0 inf is NaN."""
+    (x,) = tiny()
+    codes, scales = torch.empty(x.shape, dtype=torch.uint8), torch.empty(14)
+    ops.quantize_([x], [Quantized(codes, scales, True)])
+    (back,) = ops.dequantize([Quantized(codes, scales, True)])
+    tops = [b.abs().amax(-1) for b in x.split(256, -1)]
+    assert torch.equal(scales, torch.stack(tops, -1).ravel())
+    assert torch.equal(back[:, 1], torch.zeros(7)) and torch.equal(back[:, 0], x[:, 0])
+    normal = scales.reshape(7, 2).amax(1) > 2e-38
+    check_stored(codes[normal], scales.reshape(7, 2)[normal].ravel(), x[normal].double(), True, "")
+
+
+@needs_native
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+def test_reference_and_native_give_the_same_codes(signed: bool) -> None:
+    """Bit for bit, tails, denormal blocks, zeros and all."""
+    xs = [torch.randn(s) * 10.0 ** torch.randint(-20, 20, s) for s in cases.FLAT] + tiny()
+    xs += [torch.randn(300_000), torch.randn(3, 100_001)]
+    xs = xs if signed else [x.abs() for x in xs]
+    found = []
+    for module in (reference, native):
+        stored = [
+            Quantized(torch.full(x.shape, 9, dtype=torch.uint8), torch.full((n,), 9.0), signed)
+            for x in xs
+            for n in [layout(x.shape).scales]
+        ]
+        layouts = [list(part) for part in zip(*(q.layout for q in stored), strict=True)]
+        codes, scales = [q.codes for q in stored], [q.scales for q in stored]
+        module.quantize_blockwise_(xs, codes, scales, stored[0].map, *layouts)
+        found.append(codes + scales)
+    for got, want in zip(*found, strict=True):
+        assert torch.equal(got, want)
+
+
+@needs_native
+def test_reference_and_native_round_alike() -> None:
+    """The noise is a hash of position and seed, so every backend draws the same."""
+    xs = [torch.randn(s) * 10.0 ** torch.randint(-38, 38, s) for s in cases.FLAT]
+    xs.append(torch.tensor([0.0, -0.0, 1e-45, 3.4e38, -3.4e38, torch.inf, -torch.inf]))
+    xs.append(torch.randn(40, 30).T)
+    found = []
+    for module in (reference, native):
+        outs = [torch.zeros(x.shape, dtype=torch.bfloat16) for x in xs]
+        module.stochastic_round_(xs, outs, [17 * i for i in range(len(xs))])
+        found.append(outs)
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
+@pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
+def test_triton_interpreted() -> None:
+    """The same matrix in a process where Triton interprets; it cannot round to bfloat16."""
+    chosen = "guarded or no_ or denormal or (matrices or directions) and rows and float32"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+# ---------------------------------------------------------------- the dispatcher
+
+
+def test_default_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best that is there; float64, and devices without kernels, get the reference."""
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    assert dispatch.backend(torch.empty(0)) is (native if READY else reference)
+    assert dispatch.backend(torch.empty(0, dtype=torch.float64)) is reference
+    assert dispatch.backend(torch.empty(0, device="meta")) is reference
+    assert dispatch.ORDER["cuda"][-1] == dispatch.ORDER["cpu"][-1] == "reference"
+
+
+@pytest.mark.parametrize(
+    "forced,dtype,why",
+    [
+        pytest.param("native", torch.float64, "float64", marks=needs_native),
+        ("triton", torch.float32, "TRITON_INTERPRET|not installed"),
+    ],
+)
+def test_a_forced_backend_that_cannot_run_raises(
+    forced: str, dtype: torch.dtype, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never a silent fall-back, and the message says why."""
+    monkeypatch.setenv(dispatch.VARIABLE, forced)
+    x = torch.randn(4, dtype=dtype)
+    with pytest.raises(RuntimeError, match=f"{forced} cannot run on cpu: .*({why})"):
+        ops.moment_([x], [torch.zeros_like(x)], [torch.zeros_like(x)], 0.9, 0.1)
+
+
+def test_an_unknown_backend_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.VARIABLE, "cuda")
+    with pytest.raises(ValueError, match=r"LOWRANK_OPTIM_BACKEND must be one of .*'cuda'"):
+        ops.column_norms([torch.randn(3, 4)])
+
+
+def test_lists_of_unequal_length_and_wrong_dtypes_raise(backend: str) -> None:
+    a = cases.elementwise("moment_8bit_", torch.float32)
+    with pytest.raises(ValueError, match="codes has 6 tensors, not 7"):
+        cases.call("moment_8bit_", {**a, "codes": a["codes"][1:]})
+    with pytest.raises(ValueError, match=r"codes must be torch\.uint8"):
+        cases.call("moment_8bit_", {**a, "codes": [c.int() for c in a["codes"]]})
+
+
+def test_the_command_names_backends_and_reasons() -> None:
+    """``python -m lowrank_optim.ops``: what serves, and for each backend why or why not."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lowrank_optim.ops"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    chosen = dispatch._choose.__wrapped__(None, "cpu", False).__name__.rsplit(".", 1)[-1]
+    assert f"cpu, float32: {chosen}" in done.stdout or "not set" not in lines[0]
+    assert "cpu, float64: reference" in done.stdout or "not set" not in lines[0]
+    for name in dispatch.BACKENDS:
+        (line,) = [x for x in lines if x.split()[:1] == [name]][:1]
+        assert line.split()[1] in ("yes", "no")
+        assert len(line.split()) > 2, f"no reason given: {line}"
