@@ -19,7 +19,7 @@ from rich.text import Text
 from torch.optim import Optimizer
 
 from benchmarks.common import LLAMA_SHAPES, llama_config, print_table
-from lowrank_optim import GaLoreAdamW
+from lowrank_optim import GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_optim.memory import GIB, Estimate, estimate
 
 HEADER = (
@@ -59,6 +59,7 @@ def methods(rank: int) -> dict[str, tuple[type[Optimizer] | str, dict[str, Any]]
         "AdamW 8-bit": ("adamw-8bit", {}),
         "GaLore fp32": (GaLoreAdamW, {"rank": rank}),
         "GaLore bf16": (GaLoreAdamW, {"rank": rank, "state_dtype": "bfloat16"}),
+        "GaLore 8-bit": (GaLoreAdamW8bit, {"rank": rank}),
     }
 
 
