@@ -17,7 +17,7 @@ def main() -> None:
             try:
                 module = backend(torch.empty(0, dtype=dtype, device=device))
                 chosen = module.__name__.rsplit(".", 1)[-1]
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:
                 chosen = f"none: {error}"
             print(f"{device}, {str(dtype)[6:]}: {chosen}")
         for name in BACKENDS:
