@@ -29,6 +29,17 @@ ALIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
 IGNORED = ("dim", "correct_bias", "no_deprecation_warning")
 """Released keys with no meaning here: n-d weights are seen as matrices whatever ``dim`` says."""
 
+CHOICES: dict[str, Collection[str]] = {
+    "proj_type": PROJ_TYPES,
+    "projector": PROJECTORS,
+    "on_refresh": TRANSPORTS,
+    "state_dtype": STORES,
+}
+"""Keys whose value is a name, and the names; registries grow."""
+
+FLAGS = ("stagger", "stochastic_rounding", "maximize")
+"""Keys that are True or False."""
+
 EMBEDDING_OR_HEAD = re.compile(
     r"(^|\.)(\w*embed\w*|\w*_emb|emb|wte|wpe|lm_head|output_projection|classifier|score|head)\."
     r"|^(output|decoder)\.weight$|predictions\.decoder\."
@@ -109,13 +120,11 @@ def check(group: Group) -> None:
     seed = group.get("seed", 0)
     if not isinstance(seed, int):
         raise ValueError(f"seed must be an int, got {seed!r}")
-    for key in ("stagger", "stochastic_rounding", "maximize"):
+    for key in FLAGS:
         if not isinstance(group.get(key, False), bool):  # bool("false") is True
             raise ValueError(f"{key} must be True or False, got {group[key]!r}")
-    _choice(group, "proj_type", PROJ_TYPES)
-    _choice(group, "projector", PROJECTORS)
-    _choice(group, "on_refresh", TRANSPORTS)
-    _choice(group, "state_dtype", STORES)
+    for key, allowed in CHOICES.items():
+        _choice(group, key, allowed)
 
 
 def _check_rule(group: Group) -> None:

@@ -16,10 +16,10 @@ from torch.linalg import LinAlgError
 from lowrank_optim import ops
 from lowrank_optim.matrix import MatrixView
 from lowrank_optim.quant import Moment, Quantized
-from lowrank_optim.residuals import Drop, Residual
+from lowrank_optim.residuals import Drop, Residual, Seen
 from lowrank_optim.rules.base import Rule, Slot, compute_dtype
 from lowrank_optim.stores import Store
-from lowrank_optim.subspaces.base import Context, Moved, Subspace, identity
+from lowrank_optim.subspaces.base import Context, Into, Moved, Subspace, identity
 from lowrank_optim.transports import TRANSPORTS
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ def init_state(item: Item, chosen: Strategies, like: Tensor) -> State:
         state["refresh_step"] = torch.tensor(-1.0)
         state["postponed"] = torch.zeros((), dtype=torch.float32)
         state.update(item.subspace.init(item.view, like))
+        state.update(chosen.residual.init(item.view, like))
         shapes = item.subspace.coord_shapes(item.view)
     for coord, shape in shapes.items():
         for slot in chosen.rule.slots(shape):
@@ -296,25 +297,26 @@ def _apply(
     assert view is not None and subspace is not None
     param = view.of(w.item.param)
     low = w.coords.get("low")
+    sound = w.sound if branchless(param) else None
     term = None
     if low is not None:
-        term = chosen.residual.after(w.state, w.grad, low, *directions["low"], subspace.scale)
+        seen = Seen(w.grad, low, *directions["low"], subspace, sound)
+        term = chosen.residual.after(w.state, seen)
     size = chosen.rule.step_size(lr, float(w.state["step"]), param)
     if isinstance(size, Tensor) and size.numel() == 1 and not branchless(param):
         size = float(size)
-    decay: float | Tensor = 1 - size * weight_decay
-    if branchless(param) and weight_decay:  # in full precision: a bare scalar would be float32
-        one = torch.ones((), dtype=compute_dtype(param.dtype), device=param.device)
-        decay = torch.where(w.sound, one * decay, one)
+    decay = 1 - size * weight_decay
     if len(directions) == 1 and isinstance(size, float):
         ((name, (direction, correction)),) = directions.items()
         update, lr_now = {name: direction}, size * correction
     else:
         update, lr_now = {k: x * (c * size) for k, (x, c) in directions.items()}, 1.0
+    if chosen.maximize and low is not None and subspace.applies_grad(term):
+        # coordinates are those of -G, and so is all that is linear in them: turn both back
+        update, low, lr_now = {k: -x for k, x in update.items()}, -low, -lr_now
     rounding = weight_seed(w.item, w.state, chosen)
-    subspace.push_(
-        param, w.state, update, term, w.grad, low, lr=lr_now, decay=decay, rounding=rounding
-    )
+    into = Into(param, w.grad, low, lr_now, decay, rounding, sound)
+    subspace.push_(into, w.state, update, term)
     if param.untyped_storage().data_ptr() != w.item.param.untyped_storage().data_ptr():
         stored = param.mT if view.flip else param  # strides that allow no matrix view
         w.item.param.copy_(stored.reshape(view.shape))

@@ -14,7 +14,7 @@ from lowrank_optim import PROJECTORS, Projector, register
 from lowrank_optim.matrix import MatrixView, matrix_view
 from lowrank_optim.step import seeded
 from lowrank_optim.subspaces import Context, Moved, make_projector
-from lowrank_optim.subspaces.base import identity
+from lowrank_optim.subspaces.base import Into, Subspace, identity
 from tests import cases
 from tests.compare import assert_close
 
@@ -30,7 +30,7 @@ def setup(projector: str, proj_type: str, shape: tuple[int, ...]) -> tuple[Matri
 
 
 def refresh(
-    subspace: Projector, view: MatrixView, grads: list[Tensor], seed: int = 0
+    subspace: Subspace, view: MatrixView, grads: list[Tensor], seed: int = 0
 ) -> tuple[dict[str, Tensor], dict[str, Moved]]:
     """State after one refresh for each gradient, and how the last one moved."""
     state = subspace.init(view, grads[0])
@@ -39,10 +39,6 @@ def refresh(
         ctx = Context(view, seeded(seed, 5, count), 5, count)
         moved = subspace.refresh_(state, view.of(grad), ctx)
     return state, moved
-
-
-def bases(state: dict[str, Tensor]) -> list[Tensor]:
-    return [x for key, x in state.items() if key.startswith("basis")]
 
 
 def orthonormal(projector: str, proj_type: str) -> None:
@@ -56,8 +52,8 @@ def orthonormal(projector: str, proj_type: str) -> None:
             view, subspace = setup(projector, proj_type, shape)
             for count in (1, 3):
                 state, _ = refresh(subspace, view, cases.gradients(shape, count, dtype))
-                assert bases(state)
-                for basis in bases(state):
+                assert subspace.bases(state, view)
+                for basis in subspace.bases(state, view):
                     assert basis.dtype == dtype
                     gram = basis.double().mT @ basis.double()
                     eye = torch.eye(gram.shape[-1], dtype=gram.dtype).expand_as(gram)
@@ -74,9 +70,7 @@ def coordinates_invert_the_lift(projector: str, proj_type: str) -> None:
         assert not others
         low = torch.randn(low_shape, dtype=torch.float64)
         lifted = torch.zeros(*view.batch, view.m, view.n, dtype=torch.float64)
-        subspace.push_(
-            lifted, state, {coord: low}, None, lifted, None, lr=-1.0, decay=1.0, rounding=None
-        )
+        subspace.push_(Into(lifted, lifted, None, lr=-1.0), state, {coord: low}, None)
         assert_close(subspace.coords(state, lifted, reduce=identity)[coord], low)
 
 
@@ -151,9 +145,12 @@ def survives_bad_gradients(projector: str, proj_type: str) -> None:
             group = {"params": [param], "rank": min(RANK, *shape[-2:])}
             optimizer = cases.build("GaLoreAdamW", [group], **options)
             cases.run(optimizer, [param], [[good], [good]])
-            kept = [x.clone() for x in bases(optimizer.state[param])]
+            (item,) = optimizer._items(optimizer.param_groups[0])
+            assert item.subspace is not None and item.view is not None
+            state = optimizer.state[param]
+            kept = [x.clone() for x in item.subspace.bases(state, item.view)]
             cases.run(optimizer, [param], [[bad]])
-            now = bases(optimizer.state[param])
+            now = item.subspace.bases(state, item.view)
             assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
             assert optimizer.postponed_refreshes() == {"parameter 0": 1}
             cases.run(optimizer, [param], [[later]])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,12 +49,47 @@ class Context:
     """Sum over the ranks that share this matrix."""
 
 
+class Into(NamedTuple):
+    """What an update is added to, and how."""
+
+    param: Tensor
+    """W ``(..., m, n)``, any strides."""
+    grad: Tensor
+    """G, alike."""
+    low: Tensor | None
+    """Its coordinates, where there is one coordinate."""
+    lr: float
+    """Learning rate times the bias correction."""
+    decay: float | Tensor = 1.0
+    """Factor of the weights."""
+    rounding: int | None = None
+    """Seed of the stochastic rounding into bfloat16; None rounds to nearest."""
+    sound: Tensor | None = None
+    """0-d bool on the device; where False the weights must stay as they are."""
+
+    def guarded_decay(self) -> float | Tensor:
+        """The decay, 1 where the gradient is not sound."""
+        if self.sound is None or (isinstance(self.decay, float) and self.decay == 1):
+            return self.decay
+        # in full precision: a bare scalar would be float32
+        dtype = torch.promote_types(self.param.dtype, torch.float32)
+        one = torch.ones((), dtype=dtype, device=self.param.device)
+        return torch.where(self.sound, one * self.decay, one)
+
+
 @dataclass(frozen=True)
 class Subspace(ABC):
     """Coordinates of a gradient, and the way back. Holds hyper-parameters only, never a tensor."""
 
     rank: int
     scale: float = 1.0
+
+    @classmethod
+    def from_group(cls, group: dict[str, Any], view: MatrixView) -> Self:
+        """The subspace that a parameter group asks for: its fields are group keys."""
+        own = {f.name: group[f.name] for f in fields(cls) if f.name in group}
+        own["rank"] = view.resolve_rank(group["rank"])
+        return cls(**own)
 
     @abstractmethod
     def init(self, view: MatrixView, param: Tensor) -> State:
@@ -72,21 +107,17 @@ class Subspace(ABC):
     def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
         """Coordinates of ``grad (..., m, n)``, every step."""
 
+    def bases(self, state: State, view: MatrixView) -> list[Tensor]:
+        """Orthonormal columns that the coordinates refer to, for tests: P, and Q if two-sided."""
+        raise NotImplementedError
+
     @abstractmethod
-    def push_(
-        self,
-        param: Tensor,
-        state: State,
-        update: dict[str, Tensor],
-        term: Term | None,
-        grad: Tensor,
-        low: Tensor | None,
-        *,
-        lr: float,
-        decay: float | Tensor,
-        rounding: int | None,
-    ) -> None:
-        """``param <- decay param - lr (lift(update) + term)``, ``param (..., m, n)``."""
+    def push_(self, into: Into, state: State, update: dict[str, Tensor], term: Term | None) -> None:
+        """``W <- decay W - lr (lift(update) + term)``."""
+
+    def applies_grad(self, term: Term | None) -> bool:
+        """Whether :meth:`push_` adds something of the gradient itself."""
+        return term is not None
 
 
 @dataclass(frozen=True)
@@ -103,6 +134,11 @@ class Projector(Subspace):
     """
 
     two_sided: bool = False
+
+    @classmethod
+    def from_group(cls, group: dict[str, Any], view: MatrixView) -> Self:
+        """As of any subspace; ``proj_type="full"`` projects both sides."""
+        return replace(super().from_group(group, view), two_sided=group["proj_type"] == "full")
 
     @abstractmethod
     def find(self, grad: Tensor, previous: Tensor | None, ctx: Context) -> Tensor:
@@ -145,6 +181,10 @@ class Projector(Subspace):
 
         return rotation
 
+    def bases(self, state: State, view: MatrixView) -> list[Tensor]:
+        """As kept."""
+        return [state[key] for key in ("basis", "basis_right") if key in state]
+
     def coord_shapes(self, view: MatrixView) -> dict[str, tuple[int, ...]]:
         """One coordinate, ``low``: ``(..., r, n)``, or ``(..., r, r)`` if two-sided."""
         return {"low": (*view.batch, self.rank, self.rank if self.two_sided else view.n)}
@@ -156,24 +196,31 @@ class Projector(Subspace):
             low = low @ state["basis_right"].to(low.dtype)
         return {"low": reduce(low)}
 
-    def push_(
-        self,
-        param: Tensor,
-        state: State,
-        update: dict[str, Tensor],
-        term: Term | None,
-        grad: Tensor,
-        low: Tensor | None,
-        *,
-        lr: float,
-        decay: float | Tensor,
-        rounding: int | None,
-    ) -> None:
-        """``W <- decay W - lr scale P N (Q^T)``: one call, no full-size temporary."""
+    def push_(self, into: Into, state: State, update: dict[str, Tensor], term: Term | None) -> None:
+        """``W <- decay W - lr (scale P N (Q^T) + term)``: no full-size temporary."""
         right = state["basis_right"] if self.two_sided else None
-        ops.lift_add_(
-            param, state["basis"], update["low"], right, decay, -lr * self.scale, rounding
-        )
+        if term is None:
+            ops.lift_add_(
+                into.param,
+                state["basis"],
+                update["low"],
+                right,
+                into.guarded_decay(),
+                -into.lr * self.scale,
+                into.rounding,
+            )
+            return
+        assert into.low is not None
+        wide, low = update["low"], into.low
+        if right is not None:
+            wide, low = (x @ right.mT.to(x.dtype) for x in (wide, low))
+        decay = into.guarded_decay()
+        common = [into.param], [into.grad], [state["basis"]], [wide], [low]
+        if term.kind == "scaled":
+            assert term.columns is not None
+            ops.lift_add_scaled_(*common, [term.columns], decay, into.lr, self.scale)
+        else:
+            ops.lift_add_sign_(*common, decay, into.lr, self.scale, term.gain)
 
 
 def new_to_old(new: Tensor, old: Tensor) -> Tensor:
@@ -197,8 +244,8 @@ def align_signs(basis: Tensor, previous: Tensor | None) -> Tensor:
     return torch.where(peak < 0, -basis, basis)
 
 
-PROJECTORS: dict[str, type[Projector]] = {}
-_P = TypeVar("_P", bound=type[Projector])
+PROJECTORS: dict[str, type[Subspace]] = {}
+_P = TypeVar("_P", bound=type[Subspace])
 
 
 def register(name: str) -> Callable[[_P], _P]:
@@ -222,9 +269,6 @@ def register(name: str) -> Callable[[_P], _P]:
     return wrap
 
 
-def make_projector(group: dict[str, Any], view: MatrixView) -> Projector:
+def make_projector(group: dict[str, Any], view: MatrixView) -> Subspace:
     """The projector that a parameter group asks for, with the rank that ``view`` allows."""
-    cls = PROJECTORS[group["projector"]]
-    own = {f.name: group[f.name] for f in fields(cls) if f.name in group}
-    own.update(rank=view.resolve_rank(group["rank"]), two_sided=group["proj_type"] == "full")
-    return cls(**own)
+    return PROJECTORS[group["projector"]].from_group(group, view)
