@@ -20,7 +20,7 @@ from lowrank_optim.residuals import Drop, Residual, Seen
 from lowrank_optim.rules.base import Rule, Slot, compute_dtype
 from lowrank_optim.stores import Store
 from lowrank_optim.subspaces.base import Context, Into, Moved, Subspace, identity
-from lowrank_optim.transports import TRANSPORTS
+from lowrank_optim.transports import TRANSPORTS, take_rows
 
 logger = logging.getLogger(__name__)
 State = dict[str, Tensor]
@@ -59,6 +59,8 @@ class Strategies:
     seed: int
     rounding: bool
     maximize: bool
+    aged: bool = False
+    """Whether every row of a coordinate counts its own steps, from when it came in."""
 
 
 def init_state(item: Item, chosen: Strategies, like: Tensor) -> State:
@@ -72,6 +74,8 @@ def init_state(item: Item, chosen: Strategies, like: Tensor) -> State:
         state.update(chosen.residual.init(item.view, like))
         shapes = item.subspace.coord_shapes(item.view)
     for coord, shape in shapes.items():
+        if chosen.aged and coord:
+            state[age_key(coord)] = like.new_zeros(shape[:-1], dtype=torch.float32)
         for slot in chosen.rule.slots(shape):
             chosen.store.alloc(state, slot_key(coord, slot.name), slot, shape, like)
     return state
@@ -80,6 +84,11 @@ def init_state(item: Item, chosen: Strategies, like: Tensor) -> State:
 def slot_key(coord: str, slot: str) -> str:
     """State key of a moment: ``low.exp_avg``, or torch's own ``exp_avg`` when dense."""
     return f"{coord}.{slot}" if coord else slot
+
+
+def age_key(coord: str) -> str:
+    """State key of the steps that each row of a coordinate has taken."""
+    return f"{coord}.age"
 
 
 def refresh_due(step: int, last: int, gap: int, offset: int) -> bool:
@@ -190,18 +199,10 @@ def refresh_(item: Item, state: State, grad: Tensor, step: int, chosen: Strategi
     """
     view, subspace = item.view, item.subspace
     assert view is not None and subspace is not None
-    norm = float(torch.linalg.vector_norm(ops.matrix_norm(grad)))
-    if norm == 0 or not math.isfinite(norm):
-        state["postponed"] += 1
-        logger.log(
-            logging.DEBUG if norm == 0 else logging.WARNING,
-            "refresh of %s postponed at step %d: gradient norm %s",
-            item.name,
-            step,
-            norm,
-        )
+    if subspace.needs_grad and not _tells(item, state, grad, step):
         return False
-    ctx = Context(view, seeded(chosen.seed, item.index, step), item.index, step)
+    generator = seeded(chosen.seed, item.index, step)
+    ctx = Context(view, generator, item.index, step, param=view.of(item.param))
     try:
         moved = subspace.refresh_(state, grad, ctx)
     except LinAlgError as error:
@@ -212,9 +213,27 @@ def refresh_(item: Item, state: State, grad: Tensor, step: int, chosen: Strategi
     if last >= 0 and chosen.on_refresh != "keep":
         time = step - (last if chosen.on_refresh == "reset" else 0)
         for coord, shape in subspace.coord_shapes(view).items():
+            if chosen.aged:
+                _carry_ages_(state[age_key(coord)], moved[coord], chosen.on_refresh)
             _transport(item, state, coord, shape, moved[coord], float(time), chosen)
     state["refresh_step"].fill_(step)
     return True
+
+
+def _tells(item: Item, state: State, grad: Tensor, step: int) -> bool:
+    """Whether a gradient says something about a basis; if not, the refresh counts as postponed."""
+    norm = float(torch.linalg.vector_norm(ops.matrix_norm(grad)))
+    if norm != 0 and math.isfinite(norm):
+        return True
+    state["postponed"] += 1
+    logger.log(
+        logging.DEBUG if norm == 0 else logging.WARNING,
+        "refresh of %s postponed at step %d: gradient norm %s",
+        item.name,
+        step,
+        norm,
+    )
+    return False
 
 
 def _transport(
@@ -239,6 +258,13 @@ def _transport(
         chosen.store.write_(state, key, slot, x, seed)
 
 
+def _carry_ages_(age: Tensor, moved: Moved, on_refresh: str) -> None:
+    if on_refresh == "reset":
+        age.zero_()
+    elif moved.source is not None:
+        age.copy_(take_rows(age, moved.source, -1))
+
+
 def _adapt(work: Sequence[Work], coord: str, chosen: Strategies) -> list[tuple[Tensor, float]]:
     """Phase three: directions of one coordinate, moments read, updated and written back."""
     grads = [w.coords[coord] for w in work]
@@ -250,10 +276,17 @@ def _adapt(work: Sequence[Work], coord: str, chosen: Strategies) -> list[tuple[T
     plain = isinstance(chosen.residual, Drop) and not chosen.rounding
     dtype = work[0].item.param.dtype if plain else compute_dtype(work[0].item.param.dtype)
     moments = [[x for _, _, x in own] for own in held]
-    directions, corrections = chosen.rule.directions_(grads, moments, times, dtype, sound)
+    ages = [_older_(w, coord) for w in work] if chosen.aged else []
+    directions, corrections = chosen.rule.directions_(grads, moments, times, dtype, sound, ages)
     for n, (w, own) in enumerate(zip(work, held, strict=True)):
         write_slots_(w.item, w.state, own, chosen, sound[n] if sound else None)
     return list(zip(directions, corrections, strict=True))
+
+
+def _older_(w: Work, coord: str) -> Tensor:
+    """The age of each row, this step included."""
+    age = w.state[age_key(coord)]
+    return age.add_(w.sound if branchless(age) else 1)
 
 
 Held = Sequence[tuple[str, Slot, Moment]]
@@ -305,6 +338,8 @@ def _apply(
     size = chosen.rule.step_size(lr, float(w.state["step"]), param)
     if isinstance(size, Tensor) and size.numel() == 1 and not branchless(param):
         size = float(size)
+    factor = subspace.lr_factor(int(w.state["step"]) - 1 - max(0, int(w.state["refresh_step"])))
+    size = size if factor == 1 else size * factor  # never in place: it may be the group's tensor
     decay = 1 - size * weight_decay
     if len(directions) == 1 and isinstance(size, float):
         ((name, (direction, correction)),) = directions.items()

@@ -33,11 +33,15 @@ def project(moments: Moments, moved: Moved) -> None:
 
     :math:`b_1, b_2` are the bias factors. The variance about the mean turns as a variance does, and
     the mean as a vector; a second moment with no first moment beside it turns by the first factor
-    alone.
+    alone. Between sets of indices C is a permutation, which is exact: rows that stay move to their
+    new places, new ones start from zero.
 
     References:
         Robert et al. (2024), arXiv:2410.16103.
     """
+    if moved.source is not None or moved.source_right is not None:
+        _permute_(moments, moved)
+        return
     if moved.rotation is None:
         return
     left = moved.rotation()
@@ -64,6 +68,33 @@ def project(moments: Moments, moved: Moved) -> None:
         else:
             centred = turn(x / bias - (mean / mean_bias).square(), 2)
             x.copy_((centred + (turn(mean, 1) / mean_bias).square()).abs() * bias)
+
+
+def take_rows(x: Tensor, source: Tensor, dim: int = -2) -> Tensor:
+    """Rows of ``x`` by old index along ``dim``, zeros where it is -1.
+
+    Args:
+        x: ``(..., r, n)`` with ``dim=-2``, or ``(..., r)`` with ``dim=-1``.
+        source: ``(r,)``, or with the leading dimensions of ``x``.
+        dim: the dimension of the rows.
+    """
+    at = source.long() if dim == -1 else source.long().unsqueeze(-1)
+    shape = list(x.shape)
+    shape[dim] = source.shape[-1]
+    at = at.expand(shape)
+    return x.gather(dim, at.clamp(min=0)).masked_fill_(at < 0, 0)
+
+
+def _permute_(moments: Moments, moved: Moved) -> None:
+    for slot, x, _ in moments:
+        new = x
+        if moved.source is not None and slot.averaged != -2:
+            new = take_rows(new, moved.source, -1 if slot.averaged == -1 else -2)
+        if moved.source_right is not None and slot.averaged != -1:
+            turned = new if slot.averaged == -2 else new.mT
+            turned = take_rows(turned, moved.source_right, -1 if slot.averaged == -2 else -2)
+            new = turned if slot.averaged == -2 else turned.mT
+        x.copy_(new)
 
 
 def _turn_factors_(row: Tensor, col: Tensor, left: Tensor, right: Tensor | None) -> None:

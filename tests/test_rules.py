@@ -147,3 +147,21 @@ def test_adamw_takes_any_lr_that_torch_takes() -> None:
         got, _ = cases.train("GaLoreAdamW", start, grads, lr=lr)
         assert_close(got, want)
     assert GaLoreAdamW([torch.nn.Parameter(torch.ones(2, 2))]).defaults["lr"] == 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rows_of_different_ages_are_corrected_one_by_one(dtype: torch.dtype) -> None:
+    """Each row with its own age is AdamW on that row alone, at that step; age 0 stands still."""
+    rule = AdamW((0.9, 0.999), 1e-3)
+    grad, ages = torch.randn(3, 7, dtype=dtype), torch.tensor([1.0, 5.0, 0.0])
+
+    def direction(g: Tensor, step: float, own: Tensor | None = None) -> Tensor:
+        slots = [[torch.full_like(g, 0.3), torch.full_like(g, 0.2)]]
+        given = () if own is None else [own]
+        ((out,), (factor,)) = rule.directions_([g], slots, [step], ages=given)
+        return out * factor
+
+    together = direction(grad, 99.0, ages)
+    assert_close(together[0], direction(grad[0], 1.0))
+    assert_close(together[1], direction(grad[1], 5.0))
+    assert not together[2].any()

@@ -131,3 +131,33 @@ def test_project_turns_factored_squares_as_the_square_they_stand_for(
     TRANSPORTS["project"]([(ROW, row, 1.0), (COL, col, 1.0)], moved)
     assert_close(row, want.mean(-1))
     assert_close(col, want.mean(-2))
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_a_change_of_indices_permutes_rows_and_starts_new_ones_from_zero(
+    batch: tuple[int, ...],
+) -> None:
+    """What ``P_new^T P_old`` does to the moments when both bases are sets of unit vectors.
+
+    Factored moments follow: row factors move with their rows, column factors belong to no row.
+    """
+    source = torch.tensor([2, -1, 0, 3]).expand(*batch, R)
+    turn = torch.nn.functional.one_hot(source.clamp(min=0), R).double() * (source >= 0)[..., None]
+    m, v = moments(*batch)
+    row, col = rand(*batch, R), rand(*batch, N)
+    expected_m, expected_v, expected_row, expected_col = (
+        turn @ m,
+        turn @ v,
+        (turn @ row[..., None])[..., 0],
+        col.clone(),
+    )
+    kept = [(MEAN, m, 1.0), (SQUARE, v, 1.0), (ROW, row, 1.0), (COL, col, 1.0)]
+    TRANSPORTS["project"](kept, Moved(source=source))
+    assert_close(m, expected_m)
+    assert_close(v, expected_v)
+    assert_close(row, expected_row)
+    assert_close(col, expected_col)
+    m, v = moments(*batch, columns=R)
+    expected = m @ turn.mT
+    TRANSPORTS["project"]([(MEAN, m, 1.0), (SQUARE, v, 1.0)], Moved(source_right=source))
+    assert_close(m, expected)

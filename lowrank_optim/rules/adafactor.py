@@ -74,6 +74,7 @@ class Adafactor(Rule):
         steps: Sequence[float],
         dtype: torch.dtype | None = None,
         sound: Sequence[Tensor] = (),
+        ages: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[float]]:
         """The clipped direction, averaged if ``beta1`` is set, and a correction of 1."""
         directions = []

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from lowrank_optim import ops
-from lowrank_optim.rules.base import Rule, Slot, Slots, directions_like
+from lowrank_optim.ops import Rows
+from lowrank_optim.rules.base import Rule, Slot, Slots, compute_dtype, directions_like
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,16 @@ class AdamW(Rule):
         steps: Sequence[float],
         dtype: torch.dtype | None = None,
         sound: Sequence[Tensor] = (),
+        ages: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[float]]:
         """``m / (sqrt(v) + eps root)`` and ``root / (1 - b1^t)``, ``root = sqrt(1 - b2^t)``."""
         beta1, beta2 = self.betas
+        rows = Rows()
+        if ages:
+            own = [
+                self._rows(age, compute_dtype(g.dtype)) for age, g in zip(ages, grads, strict=True)
+            ]
+            rows = Rows(*zip(*own, strict=True))
         roots = [(1 - beta2**t) ** 0.5 for t in steps]
         outs = directions_like(grads, dtype)
         ops.adamw_direction_(
@@ -54,9 +62,20 @@ class AdamW(Rule):
             beta1,
             beta2,
             [self.eps * root for root in roots],
-            sound=sound,
+            rows,
+            sound,
         )
+        if ages:
+            return outs, [1.0] * len(outs)
         return outs, [root / (1 - beta1**t) for root, t in zip(roots, steps, strict=True)]
+
+    def _rows(self, age: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What eps and the direction of each row are multiplied by; a row of age 0 stays still."""
+        beta1, beta2 = self.betas
+        time = age.double().clamp(min=1)  # 1 - 0.999^t has lost half its digits in float32
+        root = (1 - beta2**time).sqrt()
+        scale = torch.where(age > 0, root / (1 - beta1**time), 0.0)
+        return (self.eps * root).to(dtype).reshape(-1), scale.to(dtype).reshape(-1)
 
     def biases(self, step: float) -> tuple[float, ...]:
         """``1 - b1^t`` and ``1 - b2^t``."""

@@ -57,6 +57,7 @@ class Rule:
         steps: Sequence[float],
         dtype: torch.dtype | None = None,
         sound: Sequence[Tensor] = (),
+        ages: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[float]]:
         """Update the moments in place and return directions.
 
@@ -68,6 +69,9 @@ class Rule:
             dtype: of the directions (default: that of arithmetic).
             sound: 0-d bools on the device, one a gradient: where False, moments stay as they are
                 and the direction is 0. None are given where the host has looked already.
+            ages: where rows have steps of their own, those of each row ``(..., r)`` in float32, in
+                place of ``steps``: the direction then has its bias correction in it, and its factor
+                is 1.
 
         Returns:
             The raw direction of each gradient, and its bias correction as a factor apart: Fira's

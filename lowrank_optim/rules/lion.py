@@ -40,6 +40,7 @@ class Lion(Rule):
         steps: Sequence[float],
         dtype: torch.dtype | None = None,
         sound: Sequence[Tensor] = (),
+        ages: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[float]]:
         """Signs, and a correction of 1."""
         beta1, beta2 = self.betas

@@ -41,6 +41,7 @@ class SGD(Rule):
         steps: Sequence[float],
         dtype: torch.dtype | None = None,
         sound: Sequence[Tensor] = (),
+        ages: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[float]]:
         """Momentum, or the gradient itself, and a correction of 1."""
         outs = directions_like(grads, dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,7 +31,9 @@ class Moved(NamedTuple):
     right: Callable[[], Tensor] | None = None
     """The same for the columns, when both sides are projected."""
     source: Tensor | None = None
-    """``(r,)`` the old row that feeds each new one, -1 for a new one: bases that are index sets."""
+    """``(..., r)`` the old row that feeds each new one, -1 for a new one: sets of indices."""
+    source_right: Tensor | None = None
+    """The same for the columns, when both sides are projected."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Context:
     """Steps taken before this refresh."""
     reduce: Reduce = identity
     """Sum over the ranks that share this matrix."""
+    param: Tensor | None = None
+    """W ``(..., m, n)``, for subspaces that are factors of it."""
 
 
 class Into(NamedTuple):
@@ -84,6 +88,9 @@ class Subspace(ABC):
     rank: int
     scale: float = 1.0
 
+    needs_grad: ClassVar[bool] = True
+    """Whether a refresh looks at the gradient, and so waits for one that says something."""
+
     @classmethod
     def from_group(cls, group: dict[str, Any], view: MatrixView) -> Self:
         """The subspace that a parameter group asks for: its fields are group keys."""
@@ -114,6 +121,10 @@ class Subspace(ABC):
     @abstractmethod
     def push_(self, into: Into, state: State, update: dict[str, Tensor], term: Term | None) -> None:
         """``W <- decay W - lr (lift(update) + term)``."""
+
+    def lr_factor(self, since: int) -> float:
+        """Factor of the learning rate, ``since`` steps after the last refresh."""
+        return 1.0
 
     def applies_grad(self, term: Term | None) -> bool:
         """Whether :meth:`push_` adds something of the gradient itself."""
