@@ -51,7 +51,7 @@ from torch.optim import Optimizer
 
 from benchmarks.common import Corpus, environment_line, llama, load_corpus, print_table
 from benchmarks.demo_report import HEADER, caption, table, write
-from lowrank_optim import GaLoreAdamW, lowrank_groups, memory
+from lowrank_optim import GaLoreAdamW, GaLoreAdamW8bit, lowrank_groups, memory
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,22 @@ class Method:
     make: Callable[[Groups, float], Optimizer]
     lr: float
     """Peak learning rate of the matrices; what is dense has the same for every method."""
+    grid: tuple[float, ...] = ()
+    """Where :mod:`benchmarks.compare` begins to search it."""
 
 
 METHODS: dict[str, Method] = {
-    "AdamW": Method(lambda groups, lr: torch.optim.AdamW(groups, lr=lr), lr=1e-4),
-    "GaLoreAdamW": Method(lambda groups, lr: GaLoreAdamW(groups, lr=lr), lr=6e-4),
+    "AdamW": Method(
+        lambda groups, lr: torch.optim.AdamW(groups, lr=lr), lr=1e-4, grid=(5e-5, 1e-4, 2e-4)
+    ),
+    "GaLoreAdamW": Method(
+        lambda groups, lr: GaLoreAdamW(groups, lr=lr), lr=6e-4, grid=(3e-4, 6e-4, 1.2e-3)
+    ),
+    "GaLoreAdamW8bit": Method(lambda groups, lr: GaLoreAdamW8bit(groups, lr=lr), lr=6e-4),
 }
+
+DEMO = ("AdamW", "GaLoreAdamW")
+"""What ``make demo`` trains; :mod:`benchmarks.compare` has all."""
 
 
 def make_groups(model: nn.Module, settings: Settings) -> Groups:
@@ -241,7 +251,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     s = Settings()
     parser = argparse.ArgumentParser(description="Train one small LLaMA with each optimizer.")
-    parser.add_argument("--optimizers", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--optimizers", nargs="+", choices=METHODS, default=list(DEMO))
     parser.add_argument("--lr", type=float, help="of matrices, instead of each one's own")
     parser.add_argument("--dense-lr", type=float, default=s.dense_lr, help="of all else")
     parser.add_argument("--steps", type=int, default=s.steps)
