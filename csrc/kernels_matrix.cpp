@@ -46,6 +46,7 @@ void signed_row(W* w, int64_t wc, const G* g, int64_t gc, const L* low, const L*
 template <class F>
 int over_rows(const lro_apply* a, int threads, F f) {
   if (a->grad_dtype != a->weight_dtype) return LRO_BAD_DTYPE;
+  if (a->sound && !*a->sound) return LRO_OK;
   int64_t per_task = ROW_TASK / a->cols > 1 ? ROW_TASK / a->cols : 1;
   bool ok = false;
   lro_with_dtype(a->weight_dtype, [&](auto* w_null) {
@@ -238,6 +239,7 @@ int LRO_LOCAL(lro_coordinate_add)(const lro_coordinate* a, int threads) {
     lro_parallel(
         a->count, threads, [&](int64_t i) { return lro_ceil(outer(i), per_task(i)); },
         [&](int64_t i, int64_t task) {
+          if (a->sound && !*a->sound[i]) return;
           int64_t begin = task * per_task(i), end = lro_min(begin + per_task(i), outer(i));
           if (by_column(i)) {
             for (int64_t j = begin; j < end; ++j) {

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define LRO_ABI 1
+#define LRO_ABI 2
 
 enum { LRO_FLOAT32 = 0, LRO_BFLOAT16 = 1, LRO_FLOAT16 = 2 };
 enum { LRO_OK = 0, LRO_BAD_DTYPE = 1, LRO_BAD_BLOCK = 2, LRO_LAUNCH_FAILED = 3 };
@@ -93,6 +93,7 @@ typedef struct {
   int64_t low_row;
   const float* factor;  // c; a stride is 0 along the dimension that c is constant in
   int64_t factor_row, factor_col;
+  const uint8_t* sound;  // null, or one flag: where it is 0 nothing is written
   double decay, lr, scale, gain;
   int32_t weight_dtype, grad_dtype, low_dtype;
 } lro_apply;
@@ -113,6 +114,7 @@ typedef struct {
   const int64_t* grad_cols;
   const int64_t* low_rows;
   const int64_t* low_cols;
+  const uint8_t* const* sound;  // null, or one flag per matrix
   double decay, lr, scale, gain;
   int32_t free_rule;
   int32_t weight_dtype, grad_dtype;

@@ -6,6 +6,7 @@ namespace {
 // A thread per element; threadIdx.x runs along columns, which the caller makes the stored direction.
 template <bool SIGN>
 __global__ void __launch_bounds__(256) apply(const __grid_constant__ lro_apply a) {
+  if (a.sound && !*a.sound) return;
   float decay = (float)a.decay, lr = (float)a.lr, scale = (float)a.scale, gain = (float)a.gain;
   for (int64_t i = blockIdx.y; i < a.rows; i += gridDim.y) {
     for (int64_t j = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; j < a.cols;
@@ -41,6 +42,7 @@ struct Coordinate {
   const int32_t* index;
   const float* low;
   int64_t picked, rows, cols, weight_row, weight_col, grad_row, grad_col, low_row, low_col;
+  const uint8_t* sound;
   float decay, lr_scale, lr_gain;
   int rule, dtype;
 };
@@ -49,6 +51,7 @@ struct Coordinate {
 // found by bisection, log2(k) reads that stay in the cache.
 __global__ void __launch_bounds__(256)
     coordinate(const __grid_constant__ Coordinate a, bool by_column) {
+  if (a.sound && !*a.sound) return;
   int64_t inner = by_column ? a.rows : a.cols, outer = by_column ? a.cols : a.rows;
   for (int64_t o = blockIdx.y; o < outer; o += gridDim.y) {
     for (int64_t n = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; n < inner;
@@ -132,8 +135,9 @@ LRO_EXPORT int lro_cuda_coordinate_add(const lro_coordinate* a, void* stream) {
     Coordinate c = {a->weights[i],     a->grads[i],       a->index[i],      a->lows[i],
                     a->picked[i],      a->rows[i],        a->cols[i],       a->weight_rows[i],
                     a->weight_cols[i], a->grad_rows[i],   a->grad_cols[i],  a->low_rows[i],
-                    a->low_cols[i],    (float)a->decay,   (float)(a->lr * a->scale),
-                    (float)(a->lr * a->gain), a->free_rule, a->weight_dtype};
+                    a->low_cols[i],    a->sound ? a->sound[i] : nullptr,
+                    (float)a->decay,   (float)(a->lr * a->scale), (float)(a->lr * a->gain),
+                    a->free_rule,      a->weight_dtype};
     if (c.rows == 0 || c.cols == 0) continue;
     bool by_column = c.weight_row < c.weight_col;
     dim3 grid(lro_grid(by_column ? c.rows : c.cols, 256, 65535),

@@ -182,9 +182,13 @@ def matrices(
     shapes: Sequence[tuple[int, ...]] = MATRICES,
     how: str = "rows",
     free: str = "sign",
+    unsound: int | None = None,
     magnitude: float = 1.0,
 ) -> Arguments:
-    """Weights, gradients, a basis of a quarter of the rank, and coordinates of half the rows."""
+    """Weights, gradients, a basis of a quarter of the rank, and coordinates of half the rows.
+
+    Gradient ``unsound`` is NaN, and so is what is computed from it, and said to be.
+    """
     wide = _wide(dtype)
     found: Arguments = {
         "decay": DECAY,
@@ -192,6 +196,7 @@ def matrices(
         "scale": SCALE,
         "gain": GAIN,
         "free": free,
+        "sound": [],
         "params": [strided(torch.randn(s, dtype=wide).to(dtype), how) for s in shapes],
         "grads": [strided((magnitude * torch.randn(s)).to(dtype), how) for s in shapes],
     }
@@ -209,6 +214,10 @@ def matrices(
         found["updates"].append(torch.randn(*batch, r, n, dtype=wide))
         found["lows"].append(magnitude * torch.randn(*batch, r, n, dtype=wide))
         found["columns"].append(torch.rand(*batch, 1, n, dtype=wide))
+    if unsound is not None:
+        found["sound"] = [torch.tensor(i != unsound) for i in range(len(shapes))]
+        for name in ("grads", "updates", "lows", "columns"):
+            found[name][unsound].fill_(torch.nan)
     return {name: found[name] for name in names(op)}
 
 
@@ -217,7 +226,7 @@ def example(op: str) -> Arguments:
     if op in ELEMENTWISE + BITS8:
         return elementwise(op, torch.float32, by_row="adamw" in op, unsound=4)
     if op in (*APPLIES, "column_norms"):
-        return matrices(op, torch.float32)
+        return matrices(op, torch.float32, unsound=None if op == "column_norms" else 1)
     return storage(op, torch.float32)
 
 
@@ -235,7 +244,7 @@ def expected(op: str, a: Arguments) -> Expected:
         pairs = zip(a["codes"], a["scales"], strict=True)
         return {"outs": [(decode(c, s, signed), None) for c, s in pairs]}
     if op == "coordinate_add_":
-        return {"params": [(x, None) for x in _coordinates(a)]}
+        return {"params": _where_sound(a, [(x, None) for x in _coordinates(a)])}
     found: list[tuple[Tensor, Tensor | None]] = []
     for i, (w, g, p, n, r) in enumerate(
         zip(*(a[k] for k in ("params", "grads", "bases", "updates", "lows")), strict=True)
@@ -251,7 +260,15 @@ def expected(op: str, a: Arguments) -> Expected:
             c = a["columns"][i].double()
             low = SCALE * (n.double() - r.double() * c)
             found.append((DECAY * w.double() - LR * (p.double() @ low + g.double() * c), None))
-    return {"params": found}
+    return {"params": _where_sound(a, found)}
+
+
+def _where_sound(
+    a: Arguments, found: list[tuple[Tensor, Tensor | None]]
+) -> list[tuple[Tensor, Tensor | None]]:
+    sound = a["sound"] or [True] * len(found)
+    old = [(w.double(), None) for w in a["params"]]
+    return [new if ok else kept for ok, new, kept in zip(sound, found, old, strict=True)]
 
 
 def _coordinates(a: Arguments) -> list[Tensor]:

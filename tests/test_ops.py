@@ -152,6 +152,48 @@ def test_matrices(backend: str, op: str, how: str, dtype: torch.dtype) -> None:
         run(op, cases.matrices(op, dtype, how=how, free=free))
 
 
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", cases.APPLIES)
+def test_an_unsound_matrix_keeps_its_bits(
+    backend: str, op: str, dtype: torch.dtype, how: str
+) -> None:
+    """No host waits for a device to say that a gradient is NaN: the apply itself must not write.
+
+    Neither decay nor update reaches W; a batch has one flag; its neighbours in the list move.
+    """
+    for free in ("sign", "sgd", "none") if op == "coordinate_add_" else ("sign",):
+        for unsound in (0, 2):
+            shapes = cases.MATRICES[1:]
+            a = cases.matrices(op, dtype, shapes=shapes, how=how, free=free, unsound=unsound)
+            before = [w.clone() for w in a["params"]]
+            run(op, a)
+            for i, (w, old) in enumerate(zip(a["params"], before, strict=True)):
+                assert torch.equal(w, old) == (i == unsound)
+
+
+def test_flags_are_bools(backend: str) -> None:
+    a = cases.matrices("lift_add_sign_", torch.float32, unsound=1)
+    with pytest.raises(ValueError, match=r"sound must be torch\.bool"):
+        cases.call("lift_add_sign_", {**a, "sound": [s.float() for s in a["sound"]]})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_columns_of_zero_add_exactly_nothing(backend: str, dtype: torch.dtype) -> None:
+    """Where c is 0, bits do not depend on G and R: Fira's guard for a column whose R is zero."""
+    a = cases.matrices("lift_add_scaled_", dtype)
+    for c in a["columns"]:
+        c[..., ::2] = 0.0
+    b = cases.on("cpu", a)
+    for name in ("grads", "lows"):
+        for x in b[name]:
+            x[..., ::2] = 1e3 * torch.randn_like(x[..., ::2])
+    run("lift_add_scaled_", a)
+    cases.call("lift_add_scaled_", b)
+    for w, other in zip(a["params"], b["params"], strict=True):
+        assert torch.equal(w, other)
+
+
 @pytest.mark.parametrize("op", [*cases.APPLIES, "column_norms"])
 def test_matrices_of_no_elements_and_of_huge_ones(backend: str, op: str) -> None:
     run(op, cases.matrices(op, torch.float32, shapes=[(0, 5), (5, 0), (3, 4), (0, 3, 4)]))
@@ -247,7 +289,10 @@ def test_reference_and_native_round_alike() -> None:
 @pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
 def test_triton_interpreted() -> None:
     """The same matrix in a process where Triton interprets; it cannot round to bfloat16."""
-    chosen = "guarded or no_ or denormal or (matrices or directions) and rows and float32"
+    chosen = (
+        "guarded or no_ or denormal or flags or (matrices or matrix or columns_of or directions)"
+    )
+    chosen += " and rows and float32"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", chosen]
     done = subprocess.run(
         command,

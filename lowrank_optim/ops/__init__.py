@@ -135,10 +135,83 @@ def dequantize(moments: Sequence[Quantized]) -> list[Tensor]:
     return outs
 
 
+def lift_add_scaled_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    lows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    decay: float,
+    lr: float,
+    scale: float,
+    sound: Sequence[Tensor] = (),
+) -> None:
+    """``W <- decay W - lr (P (a N - a R o c) + G o c)`` for each matrix: one GEMM and one pass.
+
+    A column whose factor c is 0 gets exactly ``P (a N)``, whatever finite numbers R and G hold.
+
+    Args:
+        params: W ``(..., m, n)``, any strides.
+        grads: G ``(..., m, n)``, in W's dtype, any strides.
+        bases: P ``(..., m, r)``.
+        updates: N ``(..., r, n)``.
+        lows: R ``(..., r, n)``.
+        columns: c ``(..., 1, n)`` float32.
+        decay: factor of the weights.
+        lr: step size.
+        scale: a.
+        sound: 0-d bools on the device, one a tensor; where False, W stays as it is, bit for bit.
+    """
+    _ops.lift_add_scaled_(params, grads, bases, updates, lows, columns, decay, lr, scale, sound)
+
+
+def lift_add_sign_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    lows: Sequence[Tensor],
+    decay: float,
+    lr: float,
+    scale: float,
+    gain: float,
+    sound: Sequence[Tensor] = (),
+) -> None:
+    """``W <- decay W - lr (a P N + gain sign(G - P R))`` for each matrix; arguments as above."""
+    _ops.lift_add_sign_(params, grads, bases, updates, lows, decay, lr, scale, gain, sound)
+
+
+def coordinate_add_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    decay: float,
+    lr: float,
+    scale: float,
+    gain: float,
+    free: str,
+    sound: Sequence[Tensor] = (),
+) -> None:
+    """Rows in ``indices``: ``W <- decay W - lr a N``; others: ``W <- decay W - lr gain f(G)``.
+
+    Args:
+        params: W ``(..., m, n)``, any strides.
+        grads: G ``(..., m, n)``, in W's dtype, any strides.
+        indices: ``(..., r)`` int32, sorted.
+        updates: N ``(..., r, n)``.
+        decay: factor of the weights.
+        lr: step size.
+        scale: a.
+        gain: factor of the free rows.
+        free: f: ``"sign"``, ``"sgd"`` (G itself) or ``"none"``.
+        sound: 0-d bools on the device, one a tensor; where False, W stays as it is, bit for bit.
+    """
+    _ops.coordinate_add_(params, grads, indices, updates, decay, lr, scale, gain, free, sound)
+
+
 column_norms = _ops.column_norms
-lift_add_scaled_ = _ops.lift_add_scaled_
-lift_add_sign_ = _ops.lift_add_sign_
-coordinate_add_ = _ops.coordinate_add_
 
 __all__ = [
     "TILE_ELEMENTS",

@@ -376,10 +376,17 @@ def _row_tiles(x: Tensor) -> tuple[Tensor, ...]:
     return torch.split(x, rows, dim=-2)
 
 
-def _tiles_with_(w: Tensor, decay: float, update: Callable[..., Tensor], *others: Tensor) -> None:
+def _tiles_with_(
+    w: Tensor,
+    decay: float,
+    update: Callable[..., Tensor],
+    sound: Tensor | None,
+    *others: Tensor,
+) -> None:
     """``W <- decay W - update(tiles of others)`` by tiles of rows, each rounded once into W."""
     for tile, *rest in zip(_row_tiles(w), *_split_like(w, others), strict=True):
-        tile.copy_(_wide(tile).mul(decay).sub_(update(*map(_wide, rest))))
+        new = _wide(tile).mul(decay).sub_(update(*map(_wide, rest))).to(w.dtype)
+        tile.copy_(new if sound is None else torch.where(sound, new, tile))
 
 
 def _split_like(w: Tensor, others: Tensors) -> list[tuple[Tensor, ...]]:
@@ -397,11 +404,13 @@ def lift_add_scaled_(
     decay: float,
     lr: float,
     scale: float,
+    sound: Tensors = (),
 ) -> None:
     """``W <- decay W - lr (P (a N - a R o c) + G o c)``: one GEMM and one pass."""
-    for w, g, p, n, r, c in zip(params, grads, bases, updates, lows, columns, strict=True):
+    matrices = zip(params, grads, bases, updates, lows, columns, strict=True)
+    for (w, g, p, n, r, c), ok in zip(matrices, _or_none(sound, len(params)), strict=True):
         small = scale * (_wide(n) - _wide(r) * c)
-        _tiles_with_(w, decay, lambda g, p, s=small, c=c: lr * (p @ s + g * c), g, p)
+        _tiles_with_(w, decay, lambda g, p, s=small, c=c: lr * (p @ s + g * c), ok, g, p)
 
 
 def lift_add_sign_(
@@ -414,15 +423,17 @@ def lift_add_sign_(
     lr: float,
     scale: float,
     gain: float,
+    sound: Tensors = (),
 ) -> None:
     """``W <- decay W - lr (a P N + gain sign(G - P R))``: two products on the same tiles of P."""
-    for w, g, p, n, r in zip(params, grads, bases, updates, lows, strict=True):
+    matrices = zip(params, grads, bases, updates, lows, strict=True)
+    for (w, g, p, n, r), ok in zip(matrices, _or_none(sound, len(params)), strict=True):
         n, r = _wide(n), _wide(r)
 
         def update(g: Tensor, p: Tensor, n: Tensor = n, r: Tensor = r) -> Tensor:
             return lr * (scale * (p @ n) + gain * (g - p @ r).sign_())
 
-        _tiles_with_(w, decay, update, g, p)
+        _tiles_with_(w, decay, update, ok, g, p)
 
 
 FREE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -443,10 +454,13 @@ def coordinate_add_(
     scale: float,
     gain: float,
     free: str,
+    sound: Tensors = (),
 ) -> None:
     """Rows in ``index``: ``W <- decay W - lr a N``; the others: ``W <- decay W - lr gain f(G)``."""
-    for w, g, index, n in zip(params, grads, indices, updates, strict=True):
+    matrices = zip(params, grads, indices, updates, strict=True)
+    for (w, g, index, n), ok in zip(matrices, _or_none(sound, len(params)), strict=True):
         at = index.long().unsqueeze(-1).expand(n.shape)
-        rows = _wide(w.gather(-2, at)).mul_(decay).sub_(_wide(n), alpha=lr * scale)
-        _tiles_with_(w, decay, lambda g: lr * gain * FREE[free](g), g)
-        w.scatter_(-2, at, rows.to(w.dtype))
+        old = w.gather(-2, at)
+        rows = _wide(old).mul(decay).sub_(_wide(n), alpha=lr * scale).to(w.dtype)
+        _tiles_with_(w, decay, lambda g: lr * gain * FREE[free](g), ok, g)
+        w.scatter_(-2, at, rows if ok is None else torch.where(ok, rows, old))

@@ -42,15 +42,15 @@ SCHEMAS = {
     "stochastic_round_": "(Tensor[] xs, Tensor(a!)[] outs, int[] seeds) -> ()",
     "column_norms": "(Tensor[] xs) -> Tensor[]",
     "lift_add_scaled_": f"({_APPLY}, Tensor[] bases, Tensor[] updates, Tensor[] lows, "
-    "Tensor[] columns, float decay, float lr, float scale) -> ()",
+    "Tensor[] columns, float decay, float lr, float scale, Tensor[] sound) -> ()",
     "lift_add_sign_": f"({_APPLY}, Tensor[] bases, Tensor[] updates, Tensor[] lows, float decay, "
-    "float lr, float scale, float gain) -> ()",
+    "float lr, float scale, float gain, Tensor[] sound) -> ()",
     "coordinate_add_": f"({_APPLY}, Tensor[] indices, Tensor[] updates, float decay, float lr, "
-    "float scale, float gain, str free) -> ()",
+    "float scale, float gain, str free, Tensor[] sound) -> ()",
 }
 
 
-ROLES = {"codes": torch.uint8, "scales": torch.float32}
+ROLES = {"codes": torch.uint8, "scales": torch.float32, "sound": torch.bool}
 """Dtype of the arguments whose names start so."""
 
 

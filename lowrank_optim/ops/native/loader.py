@@ -17,7 +17,7 @@ ERRORS = {
     2: "a block size outside 1..4096 (256 on CUDA)",
     3: "the launch failed",
 }
-ABI = 1
+ABI = 2
 
 
 def _struct(name: str, fields: str) -> Any:
@@ -39,13 +39,13 @@ Norms: Any = _struct("Norms", "count:q values outs rows cols row_strides col_str
 Apply: Any = _struct(
     "Apply",
     "rows:q cols:q weight weight_row:q weight_col:q grad grad_row:q grad_col:q low other low_row:q"
-    " factor factor_row:q factor_col:q decay:d lr:d scale:d gain:d weight_dtype:i grad_dtype:i"
-    " low_dtype:i",
+    " factor factor_row:q factor_col:q sound decay:d lr:d scale:d gain:d weight_dtype:i"
+    " grad_dtype:i low_dtype:i",
 )
 Coordinate: Any = _struct(
     "Coordinate",
     "count:q weights grads index lows picked rows cols weight_rows weight_cols grad_rows grad_cols"
-    " low_rows low_cols decay:d lr:d scale:d gain:d free_rule:i weight_dtype:i grad_dtype:i",
+    " low_rows low_cols sound decay:d lr:d scale:d gain:d free_rule:i weight_dtype:i grad_dtype:i",
 )
 STRUCTS = (Update, Blockwise, Rounding, Norms, Apply, Coordinate)
 

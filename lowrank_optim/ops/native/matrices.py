@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -41,6 +42,21 @@ def _unbind(x: Tensor, into: list[Tensor]) -> None:
         return
     for part in x.unbind(0):
         _unbind(part, into)
+
+
+def _flags(sound: Sequence[Tensor], W: Sequence[Tensor]) -> list[Tensor]:
+    """One flag per matrix of a list of batches; none where all are sound."""
+    if not sound:
+        return []
+    same(len(W), sound=sound)
+    if any(s.dtype != torch.bool or s.numel() != 1 for s in sound):
+        raise TypeError("sound: one bool per tensor")
+    return [s for s, w in zip(sound, W, strict=True) for _ in range(math.prod(w.shape[:-2]))]
+
+
+def _idle(flag: Tensor | None) -> bool:
+    """Whether the host knows that there is nothing to do, without waiting for a device."""
+    return flag is not None and flag.device.type == "cpu" and not flag
 
 
 def column_norms(xs: Sequence[Tensor]) -> list[Tensor]:
@@ -103,6 +119,7 @@ def lift_add_scaled_(
     decay: float,
     lr: float,
     scale: float,
+    sound: Sequence[Tensor] = (),
 ) -> None:
     """``W <- decay W - lr (P (a N - a R c) + G c)``: a GEMM into a tile, then one pass over it.
 
@@ -114,13 +131,15 @@ def lift_add_scaled_(
     dtype = dtype_of(W, "weights")
     dtype_of([*W, *G], "weights and gradients")
     args = Apply(decay=decay, lr=lr, weight_dtype=dtype, grad_dtype=dtype, low_dtype=dtype)
-    matrices = (_matrices(x) for x in (W, G, P, N, R, columns))
-    for w, g, p, n, r, c in zip(*matrices, strict=True):
+    matrices = zip(*(_matrices(x) for x in (W, G, P, N, R, columns)), strict=True)
+    flags = _flags(sound, W) or itertools.repeat(None)
+    for (w, g, p, n, r, c), flag in zip(matrices, flags, strict=False):
         _shape_check(w, g, p, (n, r))
         if c.shape != (1, w.shape[1]) or c.dtype != torch.float32:
             raise ValueError(f"columns: float32 (1, {w.shape[1]}), got {c.dtype} {tuple(c.shape)}")
-        if w.numel() == 0:
+        if w.numel() == 0 or _idle(flag):
             continue
+        args.sound = flag.data_ptr() if flag is not None else None
         c = c.contiguous()
         x = torch.addcmul(n.float(), r.float(), c, value=-1.0).mul_(scale).to(w.dtype)
         left, right = p.to(w.dtype), x
@@ -146,6 +165,7 @@ def lift_add_sign_(
     lr: float,
     scale: float,
     gain: float,
+    sound: Sequence[Tensor] = (),
 ) -> None:
     """``W <- decay W - lr (a P N + gain sign(G - P R))``: two GEMMs into tiles, then one pass."""
     if not W:
@@ -155,10 +175,13 @@ def lift_add_sign_(
     dtype_of([*W, *G], "weights and gradients")
     args = Apply(decay=decay, lr=lr, scale=scale, gain=gain)
     args.weight_dtype = args.grad_dtype = args.low_dtype = dtype
-    for w, g, p, n, r in zip(*(_matrices(x) for x in (W, G, P, N, R)), strict=True):
+    matrices = zip(*(_matrices(x) for x in (W, G, P, N, R)), strict=True)
+    flags = _flags(sound, W) or itertools.repeat(None)
+    for (w, g, p, n, r), flag in zip(matrices, flags, strict=False):
         _shape_check(w, g, p, (n, r))
-        if w.numel() == 0:
+        if w.numel() == 0 or _idle(flag):
             continue
+        args.sound = flag.data_ptr() if flag is not None else None
         by_rows = _stored(w)
         p, n, r = p.to(w.dtype), n.to(w.dtype), r.to(w.dtype)
         if not by_rows:
@@ -187,6 +210,7 @@ def coordinate_add_(
     scale: float,
     gain: float,
     free: str,
+    sound: Sequence[Tensor] = (),
 ) -> None:
     """Rows in ``index``: ``W <- decay W - lr a N[k]``; others ``W <- decay W - lr gain f(G)``."""
     if free not in FREE:
@@ -221,5 +245,7 @@ def coordinate_add_(
     args.rows, args.cols = (arrays.int64([w.shape[d] for w in ws]) for d in (0, 1))
     args.weight_rows, args.weight_cols = (arrays.int64([w.stride(d) for w in ws]) for d in (0, 1))
     args.grad_rows, args.grad_cols = (arrays.int64([g.stride(d) for g in gs]) for d in (0, 1))
+    if sound:
+        args.sound = arrays.pointers(_flags(sound, W))
     args.low_rows, args.low_cols = (arrays.int64([x.stride(d) for x in lows]) for d in (0, 1))
     run("coordinate_add", ws[0].device, args)

@@ -133,7 +133,7 @@ def _matrices() -> Iterator[Variant]:
         for free, code in coordinate.FREE.items():
             yield _variant(
                 f"coordinate {free}/{layout}", coordinate.coordinate_kernel, 4, BM=bm, BN=bn,
-                FREE=code, DEPTH=11, WIDE=False, GROUP=8, nj=1, **unit("w", "g"),
+                FREE=code, DEPTH=11, WIDE=False, SOUND=not down, GROUP=8, nj=1, **unit("w", "g"),
             )  # fmt: skip
         for (products, form), b in lift.BLOCKS.items():
             name, kernel = (
@@ -146,7 +146,7 @@ def _matrices() -> Iterator[Variant]:
             yield _variant(
                 f"{name} {form}/{layout}", kernel, b.num_warps, b.num_stages, fusion=True,
                 pointers=dict.fromkeys("wgp", narrow), HALF=form == "bf16", WIDE=False,
-                GROUP=lift.BAND, BM=b.BM, BN=b.BN, BR=b.BR, pk=1, nj=1, rj=1,
+                SOUND=not down, GROUP=lift.BAND, BM=b.BM, BN=b.BN, BR=b.BR, pk=1, nj=1, rj=1,
                 **own, **unit("w", "g"),
             )  # fmt: skip
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowrank_optim.ops.triton.elements import sign
-from lowrank_optim.ops.triton.launch import guard, warps
+from lowrank_optim.ops.triton.launch import flags, guard, warps
 from lowrank_optim.ops.triton.matrices import (
     batched,
     inside,
@@ -42,13 +42,16 @@ def find(index, rows, rank, DEPTH: tl.constexpr):
 
 @triton.jit
 def coordinate_kernel(
-    w, g, index, n_, m, n, rank,
+    w, g, index, n_, sound, m, n, rank,
     wb, wi, wj, gb, gi, gj, xb, nb, nk, nj,
     decay, lr, scale, gain,
-    FREE: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    FREE: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, SOUND: tl.constexpr,
+    GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Rows of ``index``: ``W <- decay W - lr a N[k]``; others: ``W <- decay W - lr gain f(G)``."""
+    if SOUND:  # noqa: SIM102 (one is decided at compile time)
+        if tl.load(sound) == 0:
+            return
     b = tl.program_id(1).to(tl.int64)
     i0, j0 = tile_corner(m, n, BM, BN, GROUP)
     mask = inside(i0, j0, m, n, BM, BN)
@@ -78,6 +81,7 @@ def coordinate_add_(
     scale: float,
     gain: float,
     free: str,
+    sound: Sequence[Tensor] = (),
 ) -> None:
     """Update the rows of a coordinate subspace with N, the others with a function of G.
 
@@ -91,19 +95,27 @@ def coordinate_add_(
         scale: factor of N.
         gain: factor of the function of G.
         free: ``sign``, ``sgd`` (G itself) or ``none``.
+        sound: 0-dim bools; where False, W is left as it is.
     """
     if free not in FREE:
         raise ValueError(f"free must be one of {', '.join(FREE)}, got {free}")
-    for w, g, index, n_ in zip(params, grads, indices, terms, strict=True):
+    fine = flags(sound) or [None] * len(params)
+    for w, g, index, n_, flag in zip(params, grads, indices, terms, fine, strict=True):
         if w.numel():
             rows = index.unsqueeze(-2)  # (..., 1, r): batched like the matrices
             for at in slices(w):
                 operands = (w[at], g[at], *(x[at] if x.dim() > 3 else x for x in (rows, n_)))
-                _coordinate_one(*operands, (decay, lr, scale, gain), FREE[free])
+                _coordinate_one(*operands, (decay, lr, scale, gain), FREE[free], flag)
 
 
 def _coordinate_one(
-    w: Tensor, g: Tensor, index: Tensor, n_: Tensor, scalars: tuple[float, ...], free: int
+    w: Tensor,
+    g: Tensor,
+    index: Tensor,
+    n_: Tensor,
+    scalars: tuple[float, ...],
+    free: int,
+    flag: Tensor | None,
 ) -> None:
     batch = tuple(w.shape[:-2])
     w, g, index, n_ = (batched(x, batch) for x in (w, g, index, n_))
@@ -114,8 +126,9 @@ def _coordinate_one(
     rank = index.shape[-1]
     with guard(w):
         coordinate_kernel[(triton.cdiv(m, bm) * triton.cdiv(n, bn), w.shape[0])](
-            w, g, index, n_, m, n, rank,
+            w, g, index, n_, flag, m, n, rank,
             *w.stride(), *g.stride(), index.stride(0), *n_.stride(), *scalars,
-            FREE=free, DEPTH=rank.bit_length(), WIDE=wide(128, w, g), GROUP=8,
-            BM=bm, BN=bn, num_warps=warps(4), enable_fp_fusion=False,
+            FREE=free, DEPTH=rank.bit_length(), WIDE=wide(128, w, g),
+            SOUND=flag is not None, GROUP=8, BM=bm, BN=bn,
+            num_warps=warps(4), enable_fp_fusion=False,
         )  # fmt: skip

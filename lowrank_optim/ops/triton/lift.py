@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowrank_optim.ops.triton import interpreted
 from lowrank_optim.ops.triton.elements import sign
-from lowrank_optim.ops.triton.launch import guard, warps
+from lowrank_optim.ops.triton.launch import flags, guard, warps
 from lowrank_optim.ops.triton.matrices import (
     batched,
     inside,
@@ -55,13 +55,16 @@ BAND = 8
 
 @triton.jit
 def lift_scaled_kernel(
-    w, g, p, n_, r_, c, m, n, rank,
+    w, g, p, n_, r_, c, sound, m, n, rank,
     wb, wi, wj, gb, gi, gj, pb, pi, pk, nb, nk, nj, rb, rk, rj, cb, cj,
     decay, lr, scale,
-    HALF: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr,
+    HALF: tl.constexpr, WIDE: tl.constexpr, SOUND: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """``W <- decay W - lr (P (a N - a R o c) + G o c)``: the residual costs no second product."""
+    if SOUND:  # noqa: SIM102 (one is decided at compile time)
+        if tl.load(sound) == 0:
+            return
     b = tl.program_id(1).to(tl.int64)
     i0, j0 = tile_corner(m, n, BM, BN, GROUP)
     j = tl.arange(0, BN)
@@ -94,13 +97,16 @@ def lift_scaled_kernel(
 
 @triton.jit
 def lift_sign_kernel(
-    w, g, p, n_, r_, m, n, rank,
+    w, g, p, n_, r_, sound, m, n, rank,
     wb, wi, wj, gb, gi, gj, pb, pi, pk, nb, nk, nj, rb, rk, rj,
     decay, lr, scale, gain,
-    HALF: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr,
+    HALF: tl.constexpr, WIDE: tl.constexpr, SOUND: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """``W <- decay W - lr (a P N + gain sign(G - P R))``: two products share the tiles of P."""
+    if SOUND:  # noqa: SIM102 (one is decided at compile time)
+        if tl.load(sound) == 0:
+            return
     b = tl.program_id(1).to(tl.int64)
     i0, j0 = tile_corner(m, n, BM, BN, GROUP)
     up = tl.zeros((BM, BN), tl.float32)
@@ -141,6 +147,7 @@ def lift_add_scaled_(
     decay: float,
     lr: float,
     scale: float,
+    sound: Sequence[Tensor] = (),
 ) -> None:
     """``W <- decay W - lr (P (a N - a R o c) + G o c)`` for each matrix, ``c (..., 1, n)``.
 
@@ -154,9 +161,10 @@ def lift_add_scaled_(
         decay: factor of the weights.
         lr: learning rate.
         scale: a.
+        sound: 0-dim bools; where False, W is left as it is.
     """
     lists = (params, grads, bases, terms, lows, columns)
-    _lift(lift_scaled_kernel, 1, lists, (decay, lr, scale))
+    _lift(lift_scaled_kernel, 1, lists, (decay, lr, scale), sound)
 
 
 def lift_add_sign_(
@@ -169,23 +177,33 @@ def lift_add_sign_(
     lr: float,
     scale: float,
     gain: float,
+    sound: Sequence[Tensor] = (),
 ) -> None:
     """``W <- decay W - lr (a P N + gain sign(G - P R))`` for each matrix; arguments as above."""
     lists = (params, grads, bases, terms, lows)
-    _lift(lift_sign_kernel, 2, lists, (decay, lr, scale, gain))
+    _lift(lift_sign_kernel, 2, lists, (decay, lr, scale, gain), sound)
 
 
 def _lift(
-    kernel: Any, products: int, lists: tuple[Sequence[Tensor], ...], scalars: tuple[float, ...]
+    kernel: Any,
+    products: int,
+    lists: tuple[Sequence[Tensor], ...],
+    scalars: tuple[float, ...],
+    sound: Sequence[Tensor],
 ) -> None:
-    for operands in zip(*lists, strict=True):
+    fine = flags(sound) or [None] * len(lists[0])
+    for *operands, flag in zip(*lists, fine, strict=True):
         if operands[0].numel():
             for at in slices(operands[0]):
-                _lift_one(kernel, products, [x[at] for x in operands], scalars)
+                _lift_one(kernel, products, [x[at] for x in operands], scalars, flag)
 
 
 def _lift_one(
-    kernel: Any, products: int, operands: Sequence[Tensor], scalars: tuple[float, ...]
+    kernel: Any,
+    products: int,
+    operands: Sequence[Tensor],
+    scalars: tuple[float, ...],
+    flag: Tensor | None,
 ) -> None:
     w, g, p, n_, r_, *rest = operands
     batch = tuple(w.shape[:-2])
@@ -200,8 +218,8 @@ def _lift_one(
         strides += [c.stride(0), c.stride(2)]
     with guard(w):
         kernel[(triton.cdiv(m, blocks.BM) * triton.cdiv(n, blocks.BN), views[0].shape[0])](
-            *views, *columns, m, n, p.shape[-1], *strides, *scalars,
-            HALF=half, WIDE=wide(128, *views), GROUP=BAND,
+            *views, *columns, flag, m, n, p.shape[-1], *strides, *scalars,
+            HALF=half, WIDE=wide(128, *views), SOUND=flag is not None, GROUP=BAND,
             BM=blocks.BM, BN=blocks.BN, BR=blocks.BR,
             num_warps=warps(blocks.num_warps), num_stages=blocks.num_stages,
         )  # fmt: skip
