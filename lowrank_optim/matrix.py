@@ -31,6 +31,8 @@ class MatrixView(NamedTuple):
 
     def of(self, x: Tensor) -> Tensor:
         """``x`` in canonical orientation: a view wherever the strides allow one."""
+        if len(self.shape) == 2:  # most are, and a reshape costs as much as a small launch
+            return x.mT if self.flip else x
         rows, cols = (self.n, self.m) if self.flip else (self.m, self.n)
         x = x.reshape(*self.batch, rows, cols)
         return x.mT if self.flip else x

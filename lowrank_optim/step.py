@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ def seeded(*numbers: int) -> torch.Generator:
 
 def branchless(tensor: Tensor) -> bool:
     """Whether branching on a value of this tensor would stall its device."""
-    return tensor.device.type != "cpu"
+    return not tensor.is_cpu
 
 
 @dataclass(eq=False, slots=True)
@@ -136,7 +136,7 @@ class Work:
     coords: dict[str, Tensor]
     time: float
     """Steps that the moments have seen, this one included."""
-    norm: Tensor
+    norm: Tensor = field(init=False)
     """Of its coordinates, on its device: not finite where the gradient is not."""
 
     @property
@@ -154,7 +154,10 @@ def step_matrices(
 ) -> None:
     """One step of a bucket of matrices that share view, subspace, dtype and device."""
     work = [_project(item, state, chosen) for item, state in zip(items, states, strict=True)]
-    work = [w for w in work if branchless(w.grad) or _sound(w)]
+    torch._foreach_add_([w.state["step"] for w in work], [torch.ones(())] * len(work))
+    _measure(work)
+    if not branchless(work[0].grad):
+        work = [w for w in work if _sound(w)]
     if not work:
         return
     directions: list[dict[str, tuple[Tensor, float]]] = [{} for _ in work]
@@ -163,6 +166,13 @@ def step_matrices(
             own[coord] = result
     for w, own in zip(work, directions, strict=True):
         _apply(w, own, chosen, lr, weight_decay)
+
+
+def _measure(work: Sequence[Work]) -> None:
+    """Norms of all coordinates, one call for each."""
+    norms = [ops.total_norms([w.coords[name] for w in work]) for name in work[0].coords]
+    for w, *own in zip(work, *norms, strict=True):
+        w.norm = own[0] if len(own) == 1 else torch.stack(own).sum()
 
 
 def _sound(w: Work) -> bool:
@@ -181,14 +191,11 @@ def _project(item: Item, state: State, chosen: Strategies) -> Work:
     offset = stagger_offset(item.index, chosen.gap) if chosen.stagger else 0
     if refresh_due(step, last, chosen.gap, offset) and refresh_(item, state, grad, step, chosen):
         last = step
-    state["step"] += 1
     time = step + 1 - (max(last, 0) if chosen.on_refresh == "reset" else 0)
     coords = subspace.coords(state, grad, reduce=identity)
     if chosen.maximize:
         coords = {name: x.neg_() for name, x in coords.items()}
-    norms = [ops.total_norm(x) for x in coords.values()]
-    norm = norms[0] if len(norms) == 1 else torch.stack(norms).sum()
-    return Work(item, state, grad, coords, float(time), norm)
+    return Work(item, state, grad, coords, float(time))
 
 
 def refresh_(item: Item, state: State, grad: Tensor, step: int, chosen: Strategies) -> bool:
@@ -352,7 +359,7 @@ def _apply(
     rounding = weight_seed(w.item, w.state, chosen)
     into = Into(param, w.grad, low, lr_now, decay, rounding, sound)
     subspace.push_(into, w.state, update, term)
-    if param.untyped_storage().data_ptr() != w.item.param.untyped_storage().data_ptr():
+    if param.data_ptr() != w.item.param.data_ptr():
         stored = param.mT if view.flip else param  # strides that allow no matrix view
         w.item.param.copy_(stored.reshape(view.shape))
 

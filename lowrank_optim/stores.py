@@ -87,7 +87,8 @@ class FloatStore:
         self, state: State, key: str, slot: Slot, like: Tensor, *, dense: bool = False
     ) -> Tensor:
         """Upcast where the format is narrow."""
-        return state[key].to(compute_dtype(like.dtype))
+        kept, wide = state[key], compute_dtype(like.dtype)
+        return kept if kept.dtype == wide else kept.to(wide)
 
     def write_(
         self,

@@ -15,7 +15,7 @@ from lowrank_optim.ops.composite import (
     matrix_norm,
     project,
     stochastic_round,
-    total_norm,
+    total_norms,
 )
 from lowrank_optim.ops.reference import TILE_ELEMENTS
 from lowrank_optim.quant import Moment, Quantized
@@ -230,5 +230,5 @@ __all__ = [
     "project",
     "quantize_",
     "stochastic_round",
-    "total_norm",
+    "total_norms",
 ]

@@ -15,7 +15,10 @@ def project(basis: Tensor, grad: Tensor) -> Tensor:
 
     The product accumulates in float32, as GEMMs of narrow formats do.
     """
-    return basis.mT.to(grad.dtype) @ grad
+    left = basis.mT
+    if basis.dtype != grad.dtype:
+        left = left.to(grad.dtype)
+    return torch.mm(left, grad) if grad.dim() == 2 else left @ grad
 
 
 def matrix_norm(x: Tensor) -> Tensor:
@@ -39,15 +42,15 @@ def matrix_norm(x: Tensor) -> Tensor:
     return norm
 
 
-def total_norm(x: Tensor) -> Tensor:
-    """Norm ``()`` of all entries, infinite where one of them or its square is not a number.
+def total_norms(xs: list[Tensor]) -> Sequence[Tensor]:
+    """Norm ``()`` of all entries of each, infinite where one or its square is not a number.
 
-    Of bfloat16 in bfloat16: it has float32's range, and a cast would be a pass of its own.
+    All of one dtype. Of bfloat16 in bfloat16: it has float32's range, and a cast would be a pass of
+    its own.
     """
-    norm: Tensor = torch.linalg.vector_norm(
-        x, dtype=torch.float32 if x.dtype == torch.float16 else None
-    )
-    return norm
+    wide = torch.float32 if xs[0].dtype == torch.float16 else None
+    norms: Sequence[Tensor] = torch._foreach_norm(xs, 2, wide)
+    return norms
 
 
 def lift_add_(
@@ -76,7 +79,8 @@ def lift_add_(
     if isinstance(decay, Tensor):
         param.mul_(decay)
         decay = 1.0
-    low = low.to(param.dtype)
+    if low.dtype != param.dtype:
+        low = low.to(param.dtype)
     if right is not None:
         low = low @ right.mT
     if param.dim() == 2:

@@ -115,7 +115,7 @@ def moment_(
 # ---------------------------------------------------------------- 8 bits
 
 
-def _spans(rows: int, cols: int, block: int) -> Iterator[tuple[slice, slice]]:
+def spans(rows: int, cols: int, block: int) -> Iterator[tuple[slice, slice]]:
     """Pieces of whole blocks of about a tile: elements of the flat tensor, and their scales."""
     each = -(-cols // block)
     if cols >= TILE_ELEMENTS:
@@ -180,7 +180,7 @@ def quantize_blockwise_(
     """Scale of each block: its largest magnitude; codes: the nearest value of the map."""
     for x, c, s, r, n, b in zip(xs, codes, scales, rows, cols, blocks, strict=True):
         flat, out = x.reshape(-1), c.view(-1)
-        for span, own in _spans(r, n, b):
+        for span, own in spans(r, n, b):
             _encode_(flat[span].float(), out[span], s[own], table, n, b)
 
 
@@ -196,7 +196,7 @@ def dequantize_blockwise_(
     """``map[code] * scale``."""
     for c, s, o, r, n, b in zip(codes, scales, outs, rows, cols, blocks, strict=True):
         flat, out = c.reshape(-1), o.view(-1)
-        for span, own in _spans(r, n, b):
+        for span, own in spans(r, n, b):
             out[span].copy_(_decode(flat[span], s[own], table, n, b))
 
 
@@ -216,7 +216,7 @@ def _update8_(
     """One pass over the blocks: decode, update, encode; no moment exists whole in float32."""
     rows, cols, block = shape
     flat, flat_out = g.reshape(-1), out.view(-1)
-    for span, own in _spans(rows, cols, block):
+    for span, own in spans(rows, cols, block):
         dense = [_decode(c.view(-1)[span], s[own], table, cols, block) for c, s, table in moments]
         now = update if row is None else row(span)
         direction = now(flat[span].float(), *dense)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops.dispatch import backend
+from lowrank_optim.ops.tiles import FLAT, by_tiles
 
 NAMESPACE = "lowrank_optim"
 _BLOCKS = "int[] rows, int[] cols, int[] blocks"
@@ -54,11 +55,17 @@ ROLES = {"codes": torch.uint8, "scales": torch.float32, "sound": torch.bool}
 """Dtype of the arguments whose names start so."""
 
 
-def _check(name: str, arguments: Sequence[str], values: Sequence[Any]) -> None:
-    """Raise unless parallel lists are equally long and quantised moments have their dtypes.
+PACKED = {"stochastic_round_": ("xs",)}
+"""Inputs that must be contiguous, as everything must that is written, but for parameters."""
+
+
+def _check(
+    name: str, arguments: Sequence[str], packed: frozenset[str], values: Sequence[Any]
+) -> None:
+    """Raise unless parallel lists are equally long, of their dtypes, and contiguous where written.
 
     Raises:
-        ValueError: they do not.
+        ValueError: they are not.
     """
     count = len(values[0])
     for argument, value in zip(arguments, values, strict=True):
@@ -69,6 +76,9 @@ def _check(name: str, arguments: Sequence[str], values: Sequence[Any]) -> None:
         dtype = ROLES.get(argument.rstrip("12"))
         if dtype is not None and any(x.dtype != dtype for x in value):
             raise ValueError(f"{name}: {argument} must be {dtype}")
+        if argument in packed and not all([x.is_contiguous() for x in value]):
+            strides = [x.stride() for x in value if not x.is_contiguous()]
+            raise ValueError(f"{name}: {argument} must be contiguous, got strides {strides[0]}")
 
 
 def _define(name: str, schema: str) -> None:
@@ -76,15 +86,22 @@ def _define(name: str, schema: str) -> None:
     torch.library.define(qualified, schema)
     op = getattr(torch.ops.lowrank_optim, name).default
     arguments = [argument.name for argument in op._schema.arguments]
+    written = {a.name for a in op._schema.arguments if a.alias_info and a.alias_info.is_write}
+    packed = frozenset(written - {"params"} | {*PACKED.get(name, ())})
+    flat = name in FLAT
 
     def run(*args: Any) -> Any:
-        _check(name, arguments, args)
+        _check(name, arguments, packed, args)
         if not args[0]:
             return [] if name == "column_norms" else None
-        return getattr(backend(args[0][0]), name)(*args)
+        call = getattr(backend(args[0][0]), name)
+        if flat and not all([x.is_contiguous() for x in args[0]]):
+            by_tiles(call, arguments, args)
+            return None
+        return call(*args)
 
     def fake(*args: Any) -> Any:
-        _check(name, arguments, args)
+        _check(name, arguments, packed, args)
         if name == "column_norms":
             return [_norms_like(x) for x in args[0]]
         return None

@@ -14,6 +14,11 @@ from lowrank_optim import ops
 from lowrank_optim.ops import Rows
 from lowrank_optim.rules.base import Rule, Slot, Slots, compute_dtype, directions_like
 
+_SLOTS = (
+    Slot("exp_avg", signed=True, fused=True),
+    Slot("exp_avg_sq", signed=False, fused=True),
+)
+
 
 @dataclass(frozen=True)
 class AdamW(Rule):
@@ -30,10 +35,7 @@ class AdamW(Rule):
 
     def slots(self, shape: Sequence[int]) -> tuple[Slot, ...]:
         """First and second moment."""
-        return (
-            Slot("exp_avg", signed=True, fused=True),
-            Slot("exp_avg_sq", signed=False, fused=True),
-        )
+        return _SLOTS
 
     def directions_(
         self,

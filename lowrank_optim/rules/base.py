@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -109,12 +110,18 @@ class Rule:
 
 
 def directions_like(grads: Sequence[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
-    """Contiguous tensors for the directions of ``grads``."""
+    """Contiguous tensors for the directions of ``grads``; one allocation where shapes are equal."""
+    shape = grads[0].shape
+    if len(grads) > 1 and all(g.shape == shape for g in grads):
+        own = dtype or compute_dtype(grads[0].dtype)
+        whole = torch.empty((len(grads), *shape), dtype=own, device=grads[0].device)
+        return list(whole.unbind(0))
     return [
         torch.empty(g.shape, dtype=dtype or compute_dtype(g.dtype), device=g.device) for g in grads
     ]
 
 
+@functools.cache
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of arithmetic for parameters of ``dtype``: float32, or wider."""
     return torch.promote_types(dtype, torch.float32)

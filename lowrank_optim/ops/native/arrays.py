@@ -41,21 +41,27 @@ class Arrays:
 
 def dtype_of(tensors: Sequence[Tensor], name: str) -> int:
     """The one dtype of a list."""
-    dtype = tensors[0].dtype
-    if dtype not in DTYPES:
-        raise TypeError(f"native ops take float32, bfloat16 and float16 {name}, got {dtype}")
-    if any(t.dtype != dtype for t in tensors):
-        raise TypeError(f"native ops take {name} of one dtype, got {[t.dtype for t in tensors]}")
-    return DTYPES[dtype]
+    dtypes = [t.dtype for t in tensors]
+    if dtypes[0] not in DTYPES:
+        raise TypeError(f"native ops take float32, bfloat16 and float16 {name}, got {dtypes[0]}")
+    if dtypes.count(dtypes[0]) != len(dtypes):
+        raise TypeError(f"native ops take {name} of one dtype, got {dtypes}")
+    return DTYPES[dtypes[0]]
+
+
+def flat(tensors: Sequence[Tensor], name: str) -> None:
+    """Raise unless all are contiguous: the library reads and writes flat memory."""
+    if not all([t.is_contiguous() for t in tensors]):
+        strides = [t.stride() for t in tensors if not t.is_contiguous()]
+        raise ValueError(f"native ops take contiguous {name}, got strides {strides[0]}")
 
 
 def exactly(tensors: Sequence[Tensor], dtype: torch.dtype, name: str) -> None:
     """State that is written in place: this dtype, contiguous."""
-    for t in tensors:
-        if t.dtype != dtype:
-            raise TypeError(f"native ops take {dtype} {name}, got {t.dtype}")
-        if not t.is_contiguous():
-            raise ValueError(f"native ops take contiguous {name}, got strides {t.stride()}")
+    dtypes = [t.dtype for t in tensors]
+    if dtypes.count(dtype) != len(dtypes):
+        raise TypeError(f"native ops take {dtype} {name}, got {dtypes}")
+    flat(tensors, name)
 
 
 def same(count: int, **lists: Sequence[Any]) -> None:
@@ -65,8 +71,15 @@ def same(count: int, **lists: Sequence[Any]) -> None:
             raise ValueError(f"expected {count} {name}, got {len(values)}")
 
 
+def places(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Number of elements and device of each: the whole list at a time, as hosts are slow."""
+    return [(t.numel(), t.get_device()) for t in tensors]
+
+
 def sizes(tensors: Sequence[Tensor], like: Sequence[Tensor], name: str) -> None:
     """Raise unless tensors have the sizes and devices of ``like``."""
+    if places(tensors) == places(like):
+        return
     for t, other in zip(tensors, like, strict=True):
         if t.numel() != other.numel() or t.device != other.device:
             raise ValueError(

@@ -16,6 +16,7 @@ from lowrank_optim.ops.native.arrays import (
     check_scales,
     dtype_of,
     exactly,
+    flat,
     same,
     sizes,
 )
@@ -79,17 +80,10 @@ def _update(
             raise TypeError("sound: one bool per tensor")
         args.sound = arrays.pointers(sound)
     args.numels = arrays.int64([g.numel() for g in grads])
-    # The library reads flat memory: what is not contiguous is copied, one gradient at its size.
-    flat_grads = [g.contiguous() for g in grads]
-    flat_outs = [
-        o if o.is_contiguous() else torch.empty_like(o, memory_format=torch.contiguous_format)
-        for o in outs
-    ]
-    args.grads, args.outs = arrays.pointers(flat_grads), arrays.pointers(flat_outs)
+    flat(grads, "gradients")
+    flat(outs, "outs")
+    args.grads, args.outs = arrays.pointers(grads), arrays.pointers(outs)
     run(op, grads[0].device, args)
-    for out, flat in zip(outs, flat_outs, strict=True):
-        if out is not flat:
-            out.copy_(flat)
 
 
 def adamw_direction_(

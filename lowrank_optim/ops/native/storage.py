@@ -15,6 +15,7 @@ from lowrank_optim.ops.native.arrays import (
     check_scales,
     dtype_of,
     exactly,
+    flat,
     same,
     sizes,
 )
@@ -37,6 +38,7 @@ def _blockwise(
     exactly(codes, torch.uint8, "codes")
     check_scales(scales, block_counts(*layout), "scales")
     sizes(codes, values, "codes")
+    flat(values, "values")
     check_layout(layout, values)
     arrays = Arrays()
     args = Blockwise(
@@ -62,9 +64,7 @@ def quantize_blockwise_(
     A block that holds an infinity or NaN gets that for a scale, and reads back as NaN.
     """
     if xs:
-        _blockwise(
-            "quantize", [x.contiguous() for x in xs], codes, scales, map, (rows, cols, blocks)
-        )
+        _blockwise("quantize", xs, codes, scales, map, (rows, cols, blocks))
 
 
 def dequantize_blockwise_(
@@ -77,13 +77,8 @@ def dequantize_blockwise_(
     blocks: Sequence[int],
 ) -> None:
     """``out <- map[code] * scale``."""
-    if not outs:
-        return
-    flat = [o.contiguous() for o in outs]
-    _blockwise("dequantize", flat, codes, scales, map, (rows, cols, blocks))
-    for out, values in zip(outs, flat, strict=True):
-        if out is not values:
-            out.copy_(values)
+    if outs:
+        _blockwise("dequantize", outs, codes, scales, map, (rows, cols, blocks))
 
 
 def stochastic_round_(xs: Sequence[Tensor], outs: Sequence[Tensor], seeds: Sequence[int]) -> None:
@@ -92,15 +87,10 @@ def stochastic_round_(xs: Sequence[Tensor], outs: Sequence[Tensor], seeds: Seque
         return
     same(len(xs), outs=outs, seeds=seeds)
     sizes(outs, xs, "outs")
-    flat = [x.contiguous() for x in xs]
-    flat_outs = [o.contiguous() for o in outs]
-    exactly(flat, torch.float32, "inputs")
-    exactly(flat_outs, torch.bfloat16, "outs")
+    exactly(xs, torch.float32, "inputs")
+    exactly(outs, torch.bfloat16, "outs")
     arrays = Arrays()
     args = Rounding(count=len(xs), numels=arrays.int64([x.numel() for x in xs]))
-    args.values, args.outs = arrays.pointers(flat), arrays.pointers(flat_outs)
+    args.values, args.outs = arrays.pointers(xs), arrays.pointers(outs)
     args.seeds = arrays.uint32(seeds)
     run("stochastic_round", xs[0].device, args)
-    for out, rounded in zip(outs, flat_outs, strict=True):
-        if out is not rounded:
-            out.copy_(rounded)
