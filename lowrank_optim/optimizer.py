@@ -186,6 +186,7 @@ class LowRankOptimizer(Optimizer):
                 break
             start += len(other["params"])
         dense = []
+        kinds: dict[Any, int] = {}
         for i, param in enumerate(group["params"]):
             view = matrix_view(param.shape, group["proj_type"]) if self._wants(group, i) else None
             if view is None and param.dim() >= 2:
@@ -196,7 +197,8 @@ class LowRankOptimizer(Optimizer):
                     "not supported yet"
                 )
             subspace = None if view is None else make_projector(group, view)
-            yield Item(param, _name(group, i), start + i, view, subspace)
+            kind = kinds.setdefault((view, subspace), len(kinds))
+            yield Item(param, _name(group, i), start + i, view, subspace, kind)
         if dense and group["rank"] is not None:
             logger.info("dense in a group of rank %s: %s", group["rank"], ", ".join(dense))
 
@@ -276,7 +278,7 @@ class LowRankOptimizer(Optimizer):
     def _step_items(self, items: list[Item], group: Group, chosen: Strategies) -> None:
         lr, weight_decay = group["lr"], group["weight_decay"]
         buckets: dict[Any, list[Item]] = {}
-        if any(item.param.grad is not None and item.param.grad.is_sparse for item in items):
+        if any([item.param.grad.is_sparse for item in items if item.param.grad is not None]):
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
         for item in items:
             if item.subspace is None:

@@ -39,11 +39,13 @@ class Item:
     index: int
     view: MatrixView | None
     subspace: Subspace | None
+    kind: int = 0
+    """Number of its (view, subspace) among those of its group: hashing them takes a microsecond."""
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Items with the same key can be stepped as one bucket."""
-        return self.view, self.subspace, self.param.dtype, self.param.device
+        """Items of a group with the same key can be stepped as one bucket."""
+        return self.kind, self.param.dtype, self.param.device
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +277,8 @@ def _carry_ages_(age: Tensor, moved: Moved, on_refresh: str) -> None:
 def _adapt(work: Sequence[Work], coord: str, chosen: Strategies) -> list[tuple[Tensor, float]]:
     """Phase three: directions of one coordinate, moments read, updated and written back."""
     grads = [w.coords[coord] for w in work]
-    held = [read_slots(w.item, w.state, coord, grads[0].shape, chosen) for w in work]
+    keys = slot_keys(coord, grads[0].shape, chosen)
+    held = [read_slots(w.item, w.state, keys, chosen) for w in work]
     # no host may wait for `sound`: the ops select on the device
     sound = [w.sound for w in work] if branchless(grads[0]) else []
     times = [w.time for w in work]
@@ -300,11 +303,16 @@ Held = Sequence[tuple[str, Slot, Moment]]
 """The moments of one coordinate as they were read: key, slot, and what the rule updates."""
 
 
-def read_slots(
-    item: Item, state: State, coord: str, shape: Sequence[int], chosen: Strategies
-) -> Held:
+Keys = Sequence[tuple[str, Slot]]
+
+
+def slot_keys(coord: str, shape: Sequence[int], chosen: Strategies) -> Keys:
+    """The slots of one coordinate and their state keys, the same for all items of a bucket."""
+    return [(slot_key(coord, slot.name), slot) for slot in chosen.rule.slots(shape)]
+
+
+def read_slots(item: Item, state: State, keys: Keys, chosen: Strategies) -> Held:
     """The moments of one coordinate, each in the form that the rule takes."""
-    keys = [(slot_key(coord, slot.name), slot) for slot in chosen.rule.slots(shape)]
     return [(k, slot, chosen.store.read(state, k, slot, item.param)) for k, slot in keys]
 
 
@@ -356,7 +364,7 @@ def _apply(
     if chosen.maximize and low is not None and subspace.applies_grad(term):
         # coordinates are those of -G, and so is all that is linear in them: turn both back
         update, low, lr_now = {k: -x for k, x in update.items()}, -low, -lr_now
-    rounding = weight_seed(w.item, w.state, chosen)
+    rounding = weight_seed(w.item, w.state, chosen) if chosen.rounding else None
     into = Into(param, w.grad, low, lr_now, decay, rounding, sound)
     subspace.push_(into, w.state, update, term)
     if param.data_ptr() != w.item.param.data_ptr():
@@ -392,7 +400,7 @@ def step_dense(
     state["step"] += 1
     step = float(state["step"])
     size = rule.step_size(lr, step, param)
-    held = read_slots(item, state, "", param.shape, chosen)
+    held = read_slots(item, state, slot_keys("", param.shape, chosen), chosen)
     moments = [x for _, _, x in held]
     rounding = weight_seed(item, state, chosen)
     rows = param.shape[0] if param.dim() else 1

@@ -17,6 +17,7 @@ from lowrank_optim.ops.native.arrays import (
     dtype_of,
     exactly,
     flat,
+    places,
     same,
     sizes,
 )
@@ -46,7 +47,8 @@ def _update(
     if count == 0:
         return
     same(count, outs=outs, **moments)
-    sizes(outs, grads, "outs")
+    known = places(grads)
+    sizes(outs, grads, "outs", known)
     arrays = Arrays()
     args = Update(count=count, a=a, b=b)
     args.grad_dtype, args.out_dtype = dtype_of(grads, "gradients"), dtype_of(outs, "outs")
@@ -56,7 +58,7 @@ def _update(
             check_scales(tensors, block_counts(*layout), name)
         else:
             exactly(tensors, torch.uint8 if layout else torch.float32, name)
-            sizes(tensors, grads, name)
+            sizes(tensors, grads, name, known)
         setattr(args, name, arrays.pointers(tensors))
     if layout is not None:
         check_layout(layout, grads)
@@ -79,7 +81,7 @@ def _update(
         if any(s.dtype != torch.bool or s.numel() != 1 for s in sound):
             raise TypeError("sound: one bool per tensor")
         args.sound = arrays.pointers(sound)
-    args.numels = arrays.int64([g.numel() for g in grads])
+    args.numels = arrays.int64(known[0])
     flat(grads, "gradients")
     flat(outs, "outs")
     args.grads, args.outs = arrays.pointers(grads), arrays.pointers(outs)
