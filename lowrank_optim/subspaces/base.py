@@ -225,13 +225,14 @@ class Projector(Subspace):
         wide, low = update["low"], into.low
         if right is not None:
             wide, low = (x @ right.mT.to(x.dtype) for x in (wide, low))
-        decay = into.guarded_decay()
+        decay, sound = into.decay, [] if into.sound is None else [into.sound]
+        assert isinstance(decay, float)
         common = [into.param], [into.grad], [state["basis"]], [wide], [low]
         if term.kind == "scaled":
             assert term.columns is not None
-            ops.lift_add_scaled_(*common, [term.columns], decay, into.lr, self.scale)
+            ops.lift_add_scaled_(*common, [term.columns], decay, into.lr, self.scale, sound)
         else:
-            ops.lift_add_sign_(*common, decay, into.lr, self.scale, term.gain)
+            ops.lift_add_sign_(*common, decay, into.lr, self.scale, term.gain, sound)
 
 
 def new_to_old(new: Tensor, old: Tensor) -> Tensor:
