@@ -2,7 +2,11 @@
 
 from lowrank_optim import memory
 from lowrank_optim.groups import lowrank_groups
-from lowrank_optim.importers import import_galore_torch
+from lowrank_optim.importers import (
+    export_bitsandbytes,
+    import_bitsandbytes,
+    import_galore_torch,
+)
 from lowrank_optim.methods import (
     GaLoreAdafactor,
     GaLoreAdamW,
@@ -24,6 +28,8 @@ __all__ = [
     "GaLoreSGD",
     "LowRankOptimizer",
     "Projector",
+    "export_bitsandbytes",
+    "import_bitsandbytes",
     "import_galore_torch",
     "lowrank_groups",
     "memory",

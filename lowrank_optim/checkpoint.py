@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowrank_optim.groups import Group, canonical, check
 from lowrank_optim.step import HOST_SCALARS, Item, init_state
+from lowrank_optim.stores import scale_key
 
 if TYPE_CHECKING:
     from lowrank_optim.optimizer import LowRankOptimizer
@@ -156,12 +157,24 @@ def _same_shapes(
     expected: Mapping[str, Tensor],
 ) -> None:
     """Raise if the saved entries are not those of the optimizer, or have other shapes."""
+    for key in sorted(expected.keys() & found.keys()):
+        theirs, ours = _format(key, found), _format(key, expected)
+        if theirs != ours and "8bit" in theirs + ours:
+            raise _misfit(optimizer, item.name, f"format of {key}", theirs, ours, loaded)
     if expected.keys() != found.keys():
         raise _misfit(optimizer, item.name, "state", sorted(found), sorted(expected), loaded)
     for key, tensor in expected.items():
         shape, own = tuple(torch.as_tensor(found[key]).shape), tuple(tensor.shape)
         if shape != own:
             raise _misfit(optimizer, item.name, f"shape of {key}", shape, own, loaded)
+
+
+def _format(key: str, entries: Mapping[str, Any]) -> str:
+    """Name of the store that wrote an entry: codes have scales beside them."""
+    if scale_key(key) in entries:
+        return "8bit"
+    dtype = torch.as_tensor(entries[key]).dtype
+    return "8bit without scales" if dtype == torch.uint8 else str(dtype).removeprefix("torch.")
 
 
 def _misfit(

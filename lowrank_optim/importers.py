@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lowrank_optim import bitsandbytes_state as bnb
 from lowrank_optim.checkpoint import Entries, StateDict, check_fit
 from lowrank_optim.groups import Group, canonical
-from lowrank_optim.step import Item
+from lowrank_optim.rules import AdamW, Lion
+from lowrank_optim.step import Item, init_state
 
 if TYPE_CHECKING:
     from lowrank_optim.optimizer import LowRankOptimizer
@@ -64,33 +66,164 @@ def import_galore_torch(
     Differs from a resume in galore-torch: the arithmetic from here on is this package's (eps after
     bias correction, decay first, signs of new bases aligned with the old). Adafactor's first moment
     is there an average of directions times the learning rate; it is divided by the last one, which
-    is exact while that is constant. The 8-bit optimizer's state is not read.
+    is exact while that is constant. Moments of the 8-bit optimizer keep their codes where its
+    blocks are ours (see :func:`import_bitsandbytes`): not where the matrix is seen transposed.
     """
-    theirs = checkpoint if isinstance(checkpoint, Mapping) else _read(checkpoint)
-    theirs = theirs.get("optimizer", theirs)
-    if not {"state", "param_groups"} <= theirs.keys():
-        raise ValueError(f"not an optimizer checkpoint: it holds {sorted(map(str, theirs))}")
-    groups = [canonical(group) for group in theirs["param_groups"]]
-    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in optimizer.param_groups]:
-        raise ValueError(
-            f"checkpoint has groups of {[len(g['params']) for g in groups]} parameters, the "
-            f"optimizer of {[len(g['params']) for g in optimizer.param_groups]}"
-        )
+    entries_of, groups = _opened(checkpoint, optimizer)
     state: dict[Any, Entries] = {}
     filled: list[Group] = []
     saved: dict[int, Entries] = {}
     for mine, group in zip(optimizer.param_groups, groups, strict=True):
         items = optimizer._items(mine)
-        entries = {i: theirs["state"][i] for i in group["params"] if i in theirs["state"]}
+        entries = {i: entries_of[i] for i in group["params"] if i in entries_of}
         named = {i: item.name for i, item in zip(group["params"], items, strict=True)}
         group |= {"method": "galore_torch"}
         group |= _projector_keys({named[i]: entry for i, entry in entries.items()})
         filled.append({**mine, **group})
         for i, item in zip(group["params"], items, strict=True):
             if i in entries:
-                state[i] = saved[item.index] = _converted(item, entries[i], group)
+                expected = _expected(optimizer, mine, item)
+                state[i] = saved[item.index] = _converted(item, entries[i], group, expected)
     check_fit(optimizer, filled, saved)
     return {"state": state, "param_groups": groups}
+
+
+def import_bitsandbytes(
+    checkpoint: str | os.PathLike[str] | IO[bytes] | Mapping[str, Any], optimizer: LowRankOptimizer
+) -> StateDict:
+    r"""A bitsandbytes checkpoint as a state dict for ``optimizer.load_state_dict``.
+
+    A moment keeps its codes and scales where its blocks are ours: where the last dimension is a
+    multiple of 256 or divides it, and in vectors. Otherwise, and where ``optimizer`` keeps another
+    format, :math:`x = \mathrm{map}[c]\, s` is written anew.
+
+    Args:
+        checkpoint: path or file of a saved ``AdamW8bit`` or ``Lion8bit`` state dict (their 32-bit
+            and paged forms too, or a checkpoint that has one under ``"optimizer"``), or that dict
+            itself. Read with ``weights_only=True``, without bitsandbytes.
+        optimizer: what the state dict is for: dense parameters under AdamW or Lion, in groups of
+            the same order and lengths; it is left as it is.
+
+    Raises:
+        ValueError: the file holds other objects, or its state does not fit ``optimizer``.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim import GaLoreAdamW8bit, import_bitsandbytes
+        >>> weight = torch.nn.Parameter(torch.zeros(4, 6))
+        >>> optimizer = GaLoreAdamW8bit([{"params": [weight], "rank": None}])
+        >>> m, v = torch.full((4, 6), 0.5), torch.full((4, 6), 0.25)
+        >>> entry = {"step": 3, "state1": m, "state2": v}
+        >>> theirs = {"state": {0: entry}, "param_groups": [{"params": [0], "lr": 0.01}]}
+        >>> optimizer.load_state_dict(import_bitsandbytes(theirs, optimizer))
+        >>> float(optimizer.state[weight]["step"]), float(optimizer.state[weight]["exp_avg"][0, 0])
+        (3.0, 0.5)
+
+    Differs from a resume in bitsandbytes: new codes are the nearest ones (see docs/kernels.md). A
+    checkpoint does not say which optimizer wrote it: Adam and LAMB have the moments of AdamW, and
+    SGD, RMSprop and Adagrad as many as Lion; only AdamW's (bitsandbytes' Adam is the same), and
+    Lion's for Lion, mean here what they meant there.
+    """
+    entries_of, groups = _opened(checkpoint, optimizer)
+    rule = bnb.rule_of(optimizer)
+    state: dict[Any, Entries] = {}
+    filled: list[Group] = []
+    saved: dict[int, Entries] = {}
+    for mine, group in zip(optimizer.param_groups, groups, strict=True):
+        if rule is Lion:
+            group.pop("eps", None)
+        filled.append({**mine, **group, "method": "bitsandbytes"})
+        for i, item in zip(group["params"], optimizer._items(mine), strict=True):
+            if not entries_of.get(i):
+                continue
+            if item.subspace is not None:
+                raise ValueError(
+                    f"{item.name} is projected here, and a moment of bitsandbytes is dense: put it "
+                    "in a group with rank=None, or read galore-torch's with import_galore_torch"
+                )
+            expected = _expected(optimizer, mine, item)
+            state[i] = saved[item.index] = bnb.dense(item.name, entries_of[i], rule, expected)
+    check_fit(optimizer, filled, saved)
+    return {"state": state, "param_groups": groups}
+
+
+def export_bitsandbytes(optimizer: LowRankOptimizer) -> StateDict:
+    """The state of ``optimizer`` as a state dict for bitsandbytes.
+
+    Load it into ``bitsandbytes.optim.AdamW8bit`` or ``Lion8bit`` with the same parameters in groups
+    of the same order. The inverse of :func:`import_bitsandbytes`: what is in 8 bits is so there,
+    with the same codes where its blocks are the same, and the rest is float32.
+
+    Args:
+        optimizer: AdamW or Lion, all of whose parameters are dense.
+
+    Raises:
+        ValueError: bitsandbytes has no such state.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim import GaLoreAdamW8bit, export_bitsandbytes
+        >>> weight = torch.nn.Parameter(torch.zeros(64, 256))
+        >>> optimizer = GaLoreAdamW8bit([{"params": [weight], "rank": None}])
+        >>> weight.grad = torch.ones(64, 256)
+        >>> optimizer.step()
+        >>> export_bitsandbytes(optimizer)["state"][0]["state1"].dtype
+        torch.uint8
+    """
+    rule = bnb.rule_of(optimizer)
+    state: dict[Any, Entries] = {}
+    groups: list[Group] = []
+    for group in optimizer.param_groups:
+        if group["maximize"]:
+            raise ValueError("bitsandbytes has no maximize")
+        items = optimizer._items(group)
+        for item in items:
+            if item.subspace is not None:
+                raise ValueError(f"{item.name} is projected, and bitsandbytes' states are dense")
+            own = optimizer.state.get(item.param)
+            if not own or not own["step"]:
+                continue  # bitsandbytes, too, makes the state at the first gradient
+            entry = state[item.index] = {"step": int(own["step"])}
+            for n, slot in enumerate(rule().slots(item.param.shape), 1):
+                entry |= bnb.written(n, own, slot)
+        keys: Group = {k: group[k] for k in ("betas", "weight_decay", "initial_lr") if k in group}
+        keys |= {"lr": float(group["lr"]), "eps": group.get("eps", 0.0)}
+        keys |= {} if rule is Lion else bnb.ADEMAMIX
+        groups.append({**keys, "params": [item.index for item in items]})
+    return {"state": state, "param_groups": groups}
+
+
+def _opened(
+    checkpoint: str | os.PathLike[str] | IO[bytes] | Mapping[str, Any], optimizer: LowRankOptimizer
+) -> tuple[Mapping[Any, Entries], list[Group]]:
+    """The state of each parameter, bitsandbytes' unwrapped, and the groups under our names.
+
+    Raises:
+        ValueError: it is no optimizer's state, or that of one with other groups.
+    """
+    theirs = checkpoint if isinstance(checkpoint, Mapping) else _read(checkpoint)
+    theirs = theirs.get("optimizer", theirs)
+    if not {"state", "param_groups"} <= theirs.keys():
+        raise ValueError(f"not an optimizer checkpoint: it holds {sorted(map(str, theirs))}")
+    for n, group in enumerate(theirs["param_groups"]):
+        if not isinstance(group.get("params"), Sequence):
+            raise ValueError(f"group {n} of the checkpoint has no params")
+    for i, entry in theirs["state"].items():
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"the state of {i} is {type(entry).__name__}, not a dict")
+    groups = [canonical(bnb.without_defaults(group)) for group in theirs["param_groups"]]
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in optimizer.param_groups]:
+        raise ValueError(
+            f"checkpoint has groups of {[len(g['params']) for g in groups]} parameters, the "
+            f"optimizer of {[len(g['params']) for g in optimizer.param_groups]}"
+        )
+    return {i: bnb.unwrapped(entry) for i, entry in theirs["state"].items()}, groups
+
+
+def _expected(optimizer: LowRankOptimizer, group: Group, item: Item) -> Mapping[str, Tensor]:
+    """The state that ``optimizer`` would make for a parameter, on the meta device."""
+    like = torch.empty_like(item.param, device="meta")
+    return init_state(item, optimizer._strategies(group), like)
 
 
 def _read(file: str | os.PathLike[str] | IO[bytes]) -> Mapping[str, Any]:
@@ -129,21 +262,21 @@ def _projector_keys(entries: Mapping[str, Entries]) -> Group:
     return keys
 
 
-def _converted(item: Item, entry: Entries, group: Group) -> Entries:
-    """The state of one parameter under our names, in our orientation."""
-    if "state1" in entry:
-        raise ValueError(
-            f"the state of {item.name} is GaLoreAdamW8bit's, which is not read: "
-            "only GaLoreAdamW and GaLoreAdafactor are"
-        )
+def _converted(item: Item, entry: Entries, group: Group, expected: Mapping[str, Tensor]) -> Entries:
+    """The state of one parameter under our names, in our orientation and formats."""
     out: Entries = {"step": torch.tensor(float(entry["step"]))}
     moments = {k: v for k, v in entry.items() if isinstance(v, Tensor) and k.startswith("exp_avg")}
     if "clip_threshold" in group and "exp_avg" in moments:
         lr = _last_lr(entry, group)
         moments["exp_avg"] = moments["exp_avg"] / lr if lr else 0 * moments["exp_avg"]
+    kept: Mapping[str, Tensor | bnb.Flat] = moments
+    if "state1" in entry:
+        kept = bnb.moments(item.name, entry, AdamW().slots(item.param.shape))
     projector = entry.get("projector")
     if projector is None or item.view is None:
-        return out | {k: _copy(v) for k, v in moments.items()}
+        for key, value in kept.items():
+            out |= bnb.stored(key, value, "sq" not in key, expected, False)
+        return out
     flip = item.view.flip
     bases = projector.ortho_matrix
     bases = bases if isinstance(bases, list) else [bases]
@@ -155,11 +288,10 @@ def _converted(item: Item, entry: Entries, group: Group) -> Entries:
     out["basis"] = _copy(bases[0].mT if flip else bases[0])
     if len(bases) == 2:  # proj_type "full"
         out["basis_right"] = _copy(bases[1].mT)
-    for key, value in moments.items():
-        if flip and value.dim() == 2:
-            out[f"low.{key}"] = _copy(value.mT)
-        else:
-            out[f"low.{FACTORS.get(key, key) if flip else key}"] = _copy(value)
+    for key, value in kept.items():
+        turned = flip and (isinstance(value, bnb.Flat) or value.dim() == 2)
+        own = f"low.{FACTORS.get(key, key) if flip else key}"
+        out |= bnb.stored(own, value, "sq" not in key, expected, turned)
     return out
 
 

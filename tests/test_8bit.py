@@ -352,8 +352,8 @@ def test_every_method_and_projector_is_near_float32(
     """Seven steps over two refreshes: the movement within a twentieth of float32's.
 
     The gradients have entries of one size: a square under 1e-7 of its block's largest would be 0 in
-    8 bits, here as in bitsandbytes. Lion's signs flip where the momentum is small, and a flip is a
-    difference of 2.
+    8 bits, here as in bitsandbytes on CUDA. Lion's signs flip where the momentum is small, and a
+    flip is a difference of 2.
     """
     monkeypatch.setattr(quant, "MIN_SIZE", 1)
     start = cases.parameter((24, 40), torch.float32).detach()
@@ -409,10 +409,10 @@ def test_dense_is_bitsandbytes() -> None:
 
     Its CPU path rounds ``x / absmax`` to a lattice of 65536 points before it looks for the nearest
     code; ours is the nearest. So after one step the weights are the same, and its moments are as
-    near to the true ones as ours, and a lattice spacing. Squares under 1.5e-5 of their block's
-    largest become 0 there and not here; such an element takes another step of at most ``lr``, the
-    others follow within rounding: seen after 50 steps are movements that differ by 0.3 %, and other
-    codes for 5 % of m (near zero, where codes are closer than the lattice) and 7 % of v.
+    near to the true ones as ours, and a lattice spacing. The lattice has no 0: squares under 3e-5
+    of their block's largest become 1.6e-5 of it there. Seen after 50 steps are movements that
+    differ by 0.3 %, and other codes for 5 % of m (near zero, where codes are closer than the
+    lattice) and 7 % of v. ``tests/test_bitsandbytes.py`` has the exact comparisons.
     """
     bitsandbytes = pytest.importorskip("bitsandbytes")
     shape = (64, 512)

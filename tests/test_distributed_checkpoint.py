@@ -10,13 +10,22 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
 
-from lowrank_optim import GaLoreAdafactor, GaLoreAdamW, GaLoreLion, GaLoreSGD, lowrank_groups
+from lowrank_optim import (
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    GaLoreAdamW8bit,
+    GaLoreLion,
+    GaLoreSGD,
+    lowrank_groups,
+    quant,
+)
 from lowrank_optim.optimizer import LowRankOptimizer
 from tests import runs
 
@@ -24,7 +33,9 @@ SAVED, STEPS = 4, 9  # with a gap of 3: between refreshes, and two refreshes aft
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adamw": (GaLoreAdamW, {}),
     "adamw bfloat16": (GaLoreAdamW, {"state_dtype": "bfloat16", "stochastic_rounding": True}),
+    "adamw 8bit": (GaLoreAdamW8bit, {}),
     "lion": (GaLoreLion, {}),
+    "lion 8bit": (GaLoreLion, {"state_dtype": "8bit"}),
     "sgd": (GaLoreSGD, {"momentum": 0.9}),
     "adafactor": (GaLoreAdafactor, {"beta1": 0.9}),
 }
@@ -67,8 +78,11 @@ def round_trip(
 @pytest.mark.parametrize("disk", [False, True])
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_run_goes_on_exactly(method: str, flat: bool, disk: bool, tmp_path: Path) -> None:
+def test_run_goes_on_exactly(
+    method: str, flat: bool, disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """State, groups and weights, into a model of other weights and an optimizer without state."""
+    monkeypatch.setattr(quant, "MIN_SIZE", 30)  # some moments in codes, some too small for them
     model, optimizer = make(method, seed=0)
     runs.train(list(model.parameters()), optimizer, range(SAVED))
     twin, resumed = make(method, seed=1)
@@ -134,3 +148,75 @@ def test_a_run_without_momentum_loads_where_there_is_some(flat: bool) -> None:
     runs.train(list(model.parameters()), optimizer, range(2, 5))
     runs.train(list(twin.parameters()), resumed, range(2, 5))
     runs.assert_same(twin.parameters(), model.parameters())
+
+
+FORMATS = {"float32": GaLoreAdamW, "8bit": GaLoreAdamW8bit}
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("saved", FORMATS)
+def test_the_format_of_moments_is_the_checkpoints(saved: str, flat: bool) -> None:
+    """As any hyper-parameter of a group: no bit of a moment is lost.
+
+    Flattened, torch drops what the optimizer has no key for, so that codes come without scales.
+    """
+    other = next(k for k in FORMATS if k != saved)
+    model, twin = nn.Linear(20, 300), nn.Linear(20, 300)
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    optimizer = FORMATS[saved]([{"params": [*model.parameters()], "rank": None}])
+    runs.train(list(model.parameters()), optimizer, range(2))
+    resumed = FORMATS[other]([{"params": [*twin.parameters()], "rank": None}])
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    if flat and saved == "8bit":
+        message = "does not fit parameter 0 .* exp_avg is 8bit without scales there and 8bit here"
+        with pytest.raises(ValueError, match=message):
+            set_optimizer_state_dict(twin, resumed, state, options=options)
+        return
+    set_optimizer_state_dict(twin, resumed, state, options=options)
+    assert resumed.param_groups[0]["state_dtype"] == saved
+    runs.assert_same_state(runs.entries(resumed), runs.entries(optimizer))
+
+
+@pytest.mark.parametrize("saved", FORMATS)
+def test_a_format_that_groups_do_not_tell_is_refused(saved: str) -> None:
+    """The parameter, the moment and both formats are named, and nothing changes.
+
+    So a checkpoint of ``torch.optim.AdamW``, whose groups have no ``state_dtype``, and one whose
+    ``state_dtype`` was edited. Once the message only listed the keys of both states.
+    """
+    other = next(k for k in FORMATS if k != saved)
+    model = nn.Linear(20, 300)
+    params = [*model.parameters()]
+    optimizer = FORMATS[saved]([{"params": [*model.named_parameters()], "rank": None}])
+    runs.train(params, optimizer, range(2))
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["state_dtype"]
+    resumed = FORMATS[other]([{"params": [*model.named_parameters()], "rank": None}])
+    runs.train(params, resumed, range(1))
+    before = runs.entries(resumed)
+    message = rf"does not fit weight in .*: format of exp_avg is {saved} there and {other} here"
+    with pytest.raises(ValueError, match=message):
+        resumed.load_state_dict(state)
+    runs.assert_same_state(runs.entries(resumed), before)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("saved", FORMATS)
+def test_on_disk_another_format_is_refused(saved: str, flat: bool, tmp_path: Path) -> None:
+    """What is read goes by the tensors that the optimizer has: codes never pass for floats.
+
+    torch finds no scales in a float32 checkpoint; of one in 8 bits the groups say what the state
+    should be.
+    """
+    other = next(k for k in FORMATS if k != saved)
+    model, twin = nn.Linear(20, 300), nn.Linear(20, 300)
+    optimizer = FORMATS[saved]([{"params": [*model.parameters()], "rank": None}])
+    runs.train(list(model.parameters()), optimizer, range(2))
+    resumed = FORMATS[other]([{"params": [*twin.parameters()], "rank": None}])
+    if saved == "float32":
+        with pytest.raises(CheckpointException, match=r"exp_avg_sq_scale|exp_avg_scale"):
+            round_trip((model, optimizer), (twin, resumed), flat, tmp_path)
+    else:
+        message = "does not fit parameter 0 .* exp_avg is float32 there and 8bit here"
+        with pytest.raises(ValueError, match=message):
+            round_trip((model, optimizer), (twin, resumed), flat, tmp_path)

@@ -290,8 +290,8 @@ def test_what_ours_cannot_continue_is_refused() -> None:
     with pytest.raises(ValueError, match="correct_bias=False is not supported"):
         import_galore_torch(uncorrected, target)
     eight = copy.deepcopy(state_dict)
-    eight["state"][0] = {"step": 2, "state1": torch.zeros(3), "state2": torch.zeros(3)}
-    with pytest.raises(ValueError, match="parameter 0 is GaLoreAdamW8bit's"):
+    eight["state"][0] = {"step": 2, "state1": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"parameter 0 has \['state1'\], not the 2 moments"):
         import_galore_torch(eight, target)
     with pytest.raises(ValueError, match=r"import_galore_torch"):
         target.load_state_dict(state_dict)  # the hint where it is needed

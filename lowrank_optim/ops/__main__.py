@@ -22,7 +22,7 @@ def main() -> None:
             print(f"{device}, {str(dtype)[6:]}: {chosen}")
         for name in BACKENDS:
             ready, reason = available(name, device)
-            print(f"  {name:<10} {'yes' if ready else 'no':<4} {reason}")
+            print(f"  {name:<12} {'yes' if ready else 'no':<4} {reason}")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,19 @@ from types import ModuleType
 
 import torch
 
-from lowrank_optim.ops import native, reference, triton
+from lowrank_optim.ops import bitsandbytes, native, reference, triton
 
-BACKENDS: dict[str, ModuleType] = {"native": native, "triton": triton, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {
+    "native": native,
+    "triton": triton,
+    "reference": reference,
+    "bitsandbytes": bitsandbytes,
+}
 ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
-"""Backends of a device, best first; a device not named has the reference only."""
+"""Backends of a device, best first; a device not named has the reference only.
+
+bitsandbytes is in none: it serves where it is asked for.
+"""
 VARIABLE = "LOWRANK_OPTIM_BACKEND"
 
 

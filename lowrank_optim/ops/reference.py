@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -168,6 +169,17 @@ def _encode_(
     codes.copy_(_unblocked(nearest, x.numel(), cols, block))
 
 
+class Codec(NamedTuple):
+    """What reads and writes the blocks of a flat piece."""
+
+    decode: Callable[[Tensor, Tensor, Tensor, int, int], Tensor]
+    encode_: Callable[[Tensor, Tensor, Tensor, Tensor, int, int], None]
+
+
+NEAREST = Codec(_decode, _encode_)
+"""Every value takes the code nearest to it."""
+
+
 def quantize_blockwise_(
     xs: Tensors,
     codes: Tensors,
@@ -176,12 +188,13 @@ def quantize_blockwise_(
     rows: Sequence[int],
     cols: Sequence[int],
     blocks: Sequence[int],
+    codec: Codec = NEAREST,
 ) -> None:
     """Scale of each block: its largest magnitude; codes: the nearest value of the map."""
     for x, c, s, r, n, b in zip(xs, codes, scales, rows, cols, blocks, strict=True):
         flat, out = x.reshape(-1), c.view(-1)
         for span, own in spans(r, n, b):
-            _encode_(flat[span].float(), out[span], s[own], table, n, b)
+            codec.encode_(flat[span].float(), out[span], s[own], table, n, b)
 
 
 def dequantize_blockwise_(
@@ -192,12 +205,13 @@ def dequantize_blockwise_(
     rows: Sequence[int],
     cols: Sequence[int],
     blocks: Sequence[int],
+    codec: Codec = NEAREST,
 ) -> None:
     """``map[code] * scale``."""
     for c, s, o, r, n, b in zip(codes, scales, outs, rows, cols, blocks, strict=True):
         flat, out = c.reshape(-1), o.view(-1)
         for span, own in spans(r, n, b):
-            out[span].copy_(_decode(flat[span], s[own], table, n, b))
+            out[span].copy_(codec.decode(flat[span], s[own], table, n, b))
 
 
 Moment8 = tuple[Tensor, Tensor, Tensor]
@@ -211,13 +225,16 @@ def _update8_(
     out: Tensor,
     shape: tuple[int, int, int],
     sound: Tensor | None,
+    codec: Codec,
     row: Callable[[slice], Callable[..., Tensor]] | None = None,
 ) -> None:
     """One pass over the blocks: decode, update, encode; no moment exists whole in float32."""
     rows, cols, block = shape
     flat, flat_out = g.reshape(-1), out.view(-1)
     for span, own in spans(rows, cols, block):
-        dense = [_decode(c.view(-1)[span], s[own], table, cols, block) for c, s, table in moments]
+        dense = [
+            codec.decode(c.view(-1)[span], s[own], table, cols, block) for c, s, table in moments
+        ]
         now = update if row is None else row(span)
         direction = now(flat[span].float(), *dense)
         if sound is not None:
@@ -226,10 +243,10 @@ def _update8_(
         for x, (codes, scales, table) in zip(dense, moments, strict=True):
             piece, scale = codes.view(-1)[span], scales[own]
             if sound is None:
-                _encode_(x, piece, scale, table, cols, block)
+                codec.encode_(x, piece, scale, table, cols, block)
                 continue
             kept = piece.clone(), scale.clone()
-            _encode_(x, piece, scale, table, cols, block)
+            codec.encode_(x, piece, scale, table, cols, block)
             piece.copy_(torch.where(sound, piece, kept[0]))
             scale.copy_(torch.where(sound, scale, kept[1]))
 
@@ -252,6 +269,7 @@ def adamw_direction_8bit_(
     row_eps: Tensors,
     row_scale: Tensors,
     sound: Tensors,
+    codec: Codec = NEAREST,
 ) -> None:
     """:func:`adamw_direction_` on moments in 8 bits."""
     count = len(grads)
@@ -267,7 +285,7 @@ def adamw_direction_8bit_(
         at = None
         if re is not None and rs is not None:
             at = _adamw_rows(g, beta1, beta2, re, rs)
-        _update8_(plain, g, pair, out, shape, ok, at)
+        _update8_(plain, g, pair, out, shape, ok, codec, at)
 
 
 def _adamw_rows(
@@ -296,12 +314,14 @@ def lion_direction_8bit_(
     beta1: float,
     beta2: float,
     sound: Tensors,
+    codec: Codec = NEAREST,
 ) -> None:
     """:func:`lion_direction_` on a moment in 8 bits."""
     oks = _or_none(sound, len(grads))
     layouts = zip(rows, cols, blocks, strict=True)
     for g, c, s, out, shape, ok in zip(grads, codes, scales, outs, layouts, oks, strict=True):
-        _update8_(lambda g, m: _lion(g, m, beta1, beta2), g, [(c, s, signed_map)], out, shape, ok)
+        kept = [(c, s, signed_map)]
+        _update8_(lambda g, m: _lion(g, m, beta1, beta2), g, kept, out, shape, ok, codec)
 
 
 def moment_8bit_(
@@ -316,13 +336,20 @@ def moment_8bit_(
     decay: float,
     weight: float,
     sound: Tensors,
+    codec: Codec = NEAREST,
 ) -> None:
     """:func:`moment_` on a moment in 8 bits."""
     oks = _or_none(sound, len(xs))
     layouts = zip(rows, cols, blocks, strict=True)
     for x, c, s, out, shape, ok in zip(xs, codes, scales, outs, layouts, oks, strict=True):
         _update8_(
-            lambda x, m: _moment(x, m, decay, weight), x, [(c, s, signed_map)], out, shape, ok
+            lambda x, m: _moment(x, m, decay, weight),
+            x,
+            [(c, s, signed_map)],
+            out,
+            shape,
+            ok,
+            codec,
         )
 
 

@@ -1,0 +1,91 @@
+"""Block quantisation by bitsandbytes itself, for runs that must have its codes.
+
+Quantise and dequantise are bitsandbytes' ops, in the 8-bit directions too, a tile at a time; all
+other arithmetic is the reference's. Chosen by ``LOWRANK_OPTIM_BACKEND=bitsandbytes`` alone: on the
+CPU its codes are not always the nearest (see docs/kernels.md), and it is slower.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.ops import reference
+from lowrank_optim.ops.reference import (
+    adamw_direction_,
+    column_norms,
+    coordinate_add_,
+    lift_add_scaled_,
+    lift_add_sign_,
+    lion_direction_,
+    moment_,
+    stochastic_round_,
+)
+
+__all__ = [
+    "adamw_direction_",
+    "adamw_direction_8bit_",
+    "available",
+    "column_norms",
+    "coordinate_add_",
+    "dequantize_blockwise_",
+    "lift_add_scaled_",
+    "lift_add_sign_",
+    "lion_direction_",
+    "lion_direction_8bit_",
+    "moment_",
+    "moment_8bit_",
+    "quantize_blockwise_",
+    "stochastic_round_",
+]
+
+BLOCK = 256
+"""A block size that bitsandbytes has on every device; ours are at most this long."""
+
+
+@functools.cache
+def available(device_type: str) -> tuple[bool, str]:
+    """Whether bitsandbytes and its library for a device load, and why not."""
+    try:
+        import bitsandbytes
+        from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
+    except Exception as error:  # its import runs much code of other packages
+        return False, f"bitsandbytes does not import: {error}"
+    version = f"bitsandbytes {bitsandbytes.__version__}"
+    if isinstance(lib, ErrorHandlerMockBNBNativeLibrary):
+        return False, f"{version} did not load its library"
+    if device_type != "cpu" and not (device_type == "cuda" and lib.compiled_with_cuda):
+        return False, f"{version} has no library for {device_type}"
+    return True, f"{version}; its own codes, on request only"
+
+
+def _padded(x: Tensor, cols: int, block: int) -> Tensor:
+    """A flat piece as ``(blocks, 256)``: what is shorter ends in zeros, which no maximum sees."""
+    blocks = reference._blocked(x, cols, block)
+    return torch.nn.functional.pad(blocks, (0, BLOCK - block)).contiguous()
+
+
+def _decode(codes: Tensor, scales: Tensor, table: Tensor, cols: int, block: int) -> Tensor:
+    values: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
+        _padded(codes, cols, block), scales, table, BLOCK, torch.float32
+    )
+    return reference._unblocked(values[:, :block], codes.numel(), cols, block)
+
+
+def _encode_(
+    x: Tensor, codes: Tensor, scales: Tensor, table: Tensor, cols: int, block: int
+) -> None:
+    found, absmax = torch.ops.bitsandbytes.quantize_blockwise(_padded(x, cols, block), table, BLOCK)
+    scales.copy_(absmax)
+    codes.copy_(reference._unblocked(found[:, :block], x.numel(), cols, block))
+
+
+CODEC = reference.Codec(_decode, _encode_)
+
+quantize_blockwise_ = functools.partial(reference.quantize_blockwise_, codec=CODEC)
+dequantize_blockwise_ = functools.partial(reference.dequantize_blockwise_, codec=CODEC)
+adamw_direction_8bit_ = functools.partial(reference.adamw_direction_8bit_, codec=CODEC)
+lion_direction_8bit_ = functools.partial(reference.lion_direction_8bit_, codec=CODEC)
+moment_8bit_ = functools.partial(reference.moment_8bit_, codec=CODEC)
