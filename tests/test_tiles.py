@@ -79,6 +79,18 @@ def test_no_copy_is_larger_than_a_tile(op: str) -> None:
     assert 0 < found.peak <= 4 * reference.TILE_ELEMENTS + 4096 < 4 * math.prod(shapes[0])
 
 
+@pytest.mark.skipif(not READY, reason=REASON)
+def test_updates_of_coordinates_are_turned_by_tiles() -> None:
+    """W stored by columns, N by rows: N was copied whole, half of W for half of the rows."""
+    a = cases.matrices("coordinate_add_", torch.float32, shapes=[(1024, 1536)], how="columns")
+    assert a["params"][0].stride(0) == 1 and a["updates"][0].stride(1) == 1
+    wanted = cases.expected("coordinate_add_", a)["params"][0][0]
+    found = allocations(lambda: cases.call("coordinate_add_", a))
+    size = a["updates"][0].numel()
+    assert 0 < found.peak <= 4 * native.matrices.TILE_ELEMENTS + 4096 < 4 * size
+    assert (a["params"][0] - wanted).abs().max() < 2e-6 * wanted.abs().max()
+
+
 @pytest.mark.parametrize("op", [o for o in SCHEMAS if o not in (*cases.APPLIES, "column_norms")])
 def test_what_is_written_must_be_contiguous_on_every_backend(backend: str, op: str) -> None:
     """One error: the library copied, Triton refused and the reference failed in ``view``."""

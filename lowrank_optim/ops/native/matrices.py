@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_optim.ops.native.arrays import (
+    DTYPES,
     Arrays,
     dtype_of,
     same,
@@ -218,7 +219,6 @@ def coordinate_add_(
     if not W:
         return
     same(len(W), G=G, index=index, N=N)
-    dtype = dtype_of(W, "weights")
     dtype_of([*W, *G], "weights and gradients")
     ws, gs, lows = _matrices(W), _matrices(G), [x.float() for x in _matrices(N)]
     picks: list[Tensor] = []
@@ -232,20 +232,52 @@ def coordinate_add_(
         if g.shape != w.shape or low.shape != (k.shape[0], w.shape[1]):
             shapes = [tuple(x.shape) for x in (w, g, k, low)]
             raise ValueError(f"shapes do not fit: W, G, index and N {shapes}")
-    if not ws:
+    flags: Sequence[Tensor | None] = _flags(sound, W) or [None] * len(ws)
+    scalars = {"decay": decay, "lr": lr, "scale": scale, "gain": gain, "free_rule": FREE[free]}
+    calls = list(zip(ws, gs, picks, lows, flags, strict=True))
+    _coordinates([x for x in calls if _along(x[0], x[3])], scalars)
+    for w, g, k, low, flag in calls:
+        if not _along(w, low):
+            for here, own in _strips(low):
+                _coordinates([(w[:, here], g[:, here], k, own, flag)], scalars)
+
+
+_Call = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+"""W, G, index and N of one matrix, and its flag."""
+
+
+def _along(w: Tensor, low: Tensor) -> bool:
+    """Whether N is stored the way that W is: W is passed over in the direction it is stored in.
+
+    Strides of a power of two across it would evict each other from the cache.
+    """
+    return _stored(w) or low.stride(0) == 1 or low.shape[0] <= 1
+
+
+def _strips(low: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Columns of ``low (r, n)``, stored by columns in one buffer of a tile."""
+    r, n = low.shape
+    step = max(1, min(n, TILE_ELEMENTS // r))
+    buffer = low.new_empty(step, r)
+    for start in range(0, n, step):
+        here = slice(start, min(start + step, n))
+        own = buffer[: here.stop - start].copy_(low[:, here].t()).t()
+        yield here, own
+
+
+def _coordinates(calls: Sequence[_Call], scalars: dict[str, Any]) -> None:
+    if not calls:
         return
-    # Read along the columns of W: strides of a power of two would evict each other from the cache.
-    lows = [x if _stored(w) else x.t().contiguous().t() for w, x in zip(ws, lows, strict=True)]
-    arrays = Arrays()
-    args = Coordinate(count=len(ws), decay=decay, lr=lr, scale=scale, gain=gain)
-    args.free_rule, args.weight_dtype, args.grad_dtype = FREE[free], dtype, dtype
+    ws, gs, picks, lows, flags = zip(*calls, strict=True)
+    arrays, dtype = Arrays(), DTYPES[ws[0].dtype]
+    args = Coordinate(count=len(ws), weight_dtype=dtype, grad_dtype=dtype, **scalars)
     args.weights, args.grads = arrays.pointers(ws), arrays.pointers(gs)
     args.index, args.lows = arrays.pointers(picks), arrays.pointers(lows)
     args.picked = arrays.int64([k.shape[0] for k in picks])
     args.rows, args.cols = (arrays.int64([w.shape[d] for w in ws]) for d in (0, 1))
     args.weight_rows, args.weight_cols = (arrays.int64([w.stride(d) for w in ws]) for d in (0, 1))
     args.grad_rows, args.grad_cols = (arrays.int64([g.stride(d) for g in gs]) for d in (0, 1))
-    if sound:
-        args.sound = arrays.pointers(_flags(sound, W))
     args.low_rows, args.low_cols = (arrays.int64([x.stride(d) for x in lows]) for d in (0, 1))
+    if flags[0] is not None:
+        args.sound = arrays.pointers(flags)
     run("coordinate_add", ws[0].device, args)
