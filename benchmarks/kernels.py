@@ -1,4 +1,4 @@
-"""Each op over its bytes floor, and beside fused AdamW, bitsandbytes and addmm.
+"""Each op over its bytes floor, and beside fused AdamW, bitsandbytes, torchao and addmm.
 
 Run as ``python -m benchmarks.kernels``. The floor of an op is a plain copy that moves as many bytes
 as the op must, timed in the same rounds. Everything compared runs in one process, in turns.
@@ -24,7 +24,7 @@ from lowrank_optim.ops import native, reference
 from lowrank_optim.quant import Quantized, dynamic_map, layout
 
 Work = Callable[[], object]
-FLOOR, FUSED, ADDMM, BNB = "copy", "fused AdamW", "addmm", "bitsandbytes"
+FLOOR, FUSED, ADDMM, BNB, AO = "copy", "fused AdamW", "addmm", "bitsandbytes", "torchao"
 BACKENDS = {"native": native, "reference": reference}
 WIDTH = 2048
 """Columns of the tensors that elementwise ops get."""
@@ -93,6 +93,9 @@ def dense_peers(elements: int) -> dict[str, Work]:
     eight = peer("bitsandbytes.optim", "AdamW8bit")
     if eight is not None:
         found[BNB] = eight([parameter()], lr=1e-9).step
+    compiled = peer("torchao.optim", "AdamW8bit")
+    if compiled is not None:  # its first step compiles for about a minute: the warm-up holds it
+        found[AO] = compiled([parameter()], lr=1e-9).step
     return found
 
 
@@ -105,7 +108,7 @@ def dense(args: argparse.Namespace) -> list[dict[str, Any]]:
         for name, module in available().items():
             works[f"{name} {op}"] = _bound(getattr(module, op), arguments)
     times = interleaved(works, args.rounds)
-    bases = [name for name in (FUSED, BNB) if name in works]
+    bases = [name for name in (FUSED, BNB, AO) if name in works]
     return [
         _row(times, op, name, bases, count=cases[op][0]) for op in cases for name in available()
     ]

@@ -47,8 +47,12 @@ LRO_OPS(LRO_FORWARD)
 LRO_EXPORT const char* lro_isa(void) { return choice.name; }
 
 LRO_EXPORT void lro_sizes(int64_t sizes[7]) {
-  const int64_t all[7] = {sizeof(lro_update), sizeof(lro_blockwise), sizeof(lro_rounding),
-                          sizeof(lro_norms),  sizeof(lro_apply),     sizeof(lro_coordinate),
+  const int64_t all[7] = {sizeof(lro_update),
+                          sizeof(lro_blockwise),
+                          sizeof(lro_rounding),
+                          sizeof(lro_norms),
+                          sizeof(lro_apply),
+                          sizeof(lro_coordinate),
                           LRO_ABI};
   memcpy(sizes, all, sizeof all);
 }

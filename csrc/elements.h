@@ -28,14 +28,18 @@ LRO_HD float lro_float(uint32_t u) {
 
 // --- storage formats: float32, bfloat16 and float16 as bits, rounded to nearest even -------------
 
-struct lro_bf16 { uint16_t bits; };
-struct lro_f16 { uint16_t bits; };
+struct lro_bf16 {
+  uint16_t bits;
+};
+struct lro_f16 {
+  uint16_t bits;
+};
 
 LRO_HD float lro_load(float x) { return x; }
 LRO_HD float lro_load(lro_bf16 x) { return lro_float((uint32_t)x.bits << 16); }
 
-// Exponent and mantissa are moved into place and rescaled by 2^112; what that gets wrong (infinities
-// and NaN) is repaired by a select, so that the loop has no branch.
+// Exponent and mantissa are moved into place and rescaled by 2^112; what that gets wrong
+// (infinities and NaN) is repaired by a select, so that the loop has no branch.
 LRO_HD float lro_load(lro_f16 x) {
   uint32_t magnitude = (uint32_t)(x.bits & 0x7fffu) << 13;
   uint32_t sign = (uint32_t)(x.bits & 0x8000u) << 16;
@@ -71,11 +75,15 @@ LRO_HD float lro_sign(float x) { return (float)(x > 0.0f) - (float)(x < 0.0f); }
 
 // w = 1 - beta1, rounded once from double.
 LRO_HD float lro_lerp(float m, float g, float w) { return m + w * (g - m); }
-LRO_HD float lro_square_avg(float v, float g, float beta2, float w) { return beta2 * v + w * (g * g); }
+LRO_HD float lro_square_avg(float v, float g, float beta2, float w) {
+  return beta2 * v + w * (g * g);
+}
 LRO_HD float lro_adamw(float m, float v, float eps, float scale) {
   return (scale * m) / (LRO_SQRT(v) + eps);
 }
-LRO_HD float lro_moment(float m, float x, float decay, float weight) { return decay * m + weight * x; }
+LRO_HD float lro_moment(float m, float x, float decay, float weight) {
+  return decay * m + weight * x;
+}
 
 // sign() that keeps NaN: a lost gradient must not look like a step of zero.
 LRO_HD float lro_sign_nan(float x) { return x != x ? x : lro_sign(x); }
@@ -96,7 +104,9 @@ LRO_HD uint32_t lro_nearest(const float* thresholds, float x) {
 
 // What scales a block to [-1, 1]. Multiplying by the reciprocal is bitsandbytes' arithmetic; below
 // 2.9e-39 the reciprocal overflows, so both factors of a product in two steps stay finite.
-struct lro_inverse { float first, second; };
+struct lro_inverse {
+  float first, second;
+};
 
 LRO_HD lro_inverse lro_invert(float absmax) {
   lro_inverse r;
@@ -134,8 +144,8 @@ LRO_HD float lro_scaled(float w, float low, float g, float c, float decay, float
   return decay * w - lr * (low + g * c);
 }
 
-LRO_HD float lro_signed(float w, float low, float other, float g, float decay, float lr, float scale,
-                        float gain) {
+LRO_HD float lro_signed(float w, float low, float other, float g, float decay, float lr,
+                        float scale, float gain) {
   return decay * w - lr * (scale * low + gain * lro_sign_nan(g - other));
 }
 

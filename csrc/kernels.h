@@ -61,9 +61,15 @@ static inline void lro_parallel(int64_t tensors, int threads, Count count, Run r
 template <class F>
 static inline bool lro_with_dtype(int dtype, F f) {
   switch (dtype) {
-    case LRO_FLOAT32: f((float*)nullptr); return true;
-    case LRO_BFLOAT16: f((lro_bf16*)nullptr); return true;
-    case LRO_FLOAT16: f((lro_f16*)nullptr); return true;
+    case LRO_FLOAT32:
+      f((float*)nullptr);
+      return true;
+    case LRO_BFLOAT16:
+      f((lro_bf16*)nullptr);
+      return true;
+    case LRO_FLOAT16:
+      f((lro_f16*)nullptr);
+      return true;
   }
   return false;
 }

@@ -49,8 +49,7 @@ void encode_plain(const lro_tables* t, const float* x, lro_inverse inverse, uint
 // the interleaving by 128-bit lanes.
 static inline __attribute__((always_inline)) void look_up(const uint8_t planes[4][256],
                                                           __m512i codes, __m512 out[4]) {
-  const __m512i transpose =
-      _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i transpose = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   codes = _mm512_permutexvar_epi32(transpose, codes);
   __mmask64 upper = _mm512_movepi8_mask(codes);
   __m512i b[4];
@@ -177,7 +176,8 @@ void quantise(const lro_tables* t, const float* x, uint8_t* codes, float* scale,
   }
 }
 
-// --- the block updates, in place on decoded moments -----------------------------------------------
+// --- the block updates, in place on decoded moments
+// -----------------------------------------------
 
 // A block is computed in bursts that the hardware's own prefetch does not run ahead of.
 template <class T>
@@ -293,9 +293,8 @@ int LRO_LOCAL(lro_adamw_direction_8bit)(const lro_update* a, int threads) {
 
 int LRO_LOCAL(lro_lion_direction_8bit)(const lro_update* a, int threads) {
   float w1 = (float)(1 - a->a), w2 = (float)(1 - a->b);
-  return one_moment(a, threads, [&](auto* g, float* m, auto* out, int64_t n) {
-    lion(g, m, out, n, w1, w2);
-  });
+  return one_moment(a, threads,
+                    [&](auto* g, float* m, auto* out, int64_t n) { lion(g, m, out, n, w1, w2); });
 }
 
 int LRO_LOCAL(lro_moment_8bit)(const lro_update* a, int threads) {

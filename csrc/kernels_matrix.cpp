@@ -7,7 +7,6 @@ const int64_t ROW_TASK = 1 << 15;  // elements of one task, in whole rows
 const int64_t STRIP = 256;         // columns of one task of column_norms
 const int LANES = 16;
 
-
 // One row of the two passes. UNIT: both inner strides are 1, and the loop vectorises.
 template <bool UNIT, class W, class G, class L>
 void scaled_row(W* w, int64_t wc, const G* g, int64_t gc, const L* low, const float* c, int64_t cc,
@@ -17,7 +16,8 @@ void scaled_row(W* w, int64_t wc, const G* g, int64_t gc, const L* low, const fl
     float f = *c;
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
-      float x = lro_scaled(lro_load(w[j * wc]), lro_load(low[j]), lro_load(g[j * gc]), f, decay, lr);
+      float x =
+          lro_scaled(lro_load(w[j * wc]), lro_load(low[j]), lro_load(g[j * gc]), f, decay, lr);
       lro_store(&w[j * wc], x);
     }
   } else {
@@ -57,7 +57,8 @@ int over_rows(const lro_apply* a, int threads, F f) {
             int64_t end = lro_min((task + 1) * per_task, a->rows);
             for (int64_t i = task * per_task; i < end; ++i) {
               f(i, (decltype(w_null))a->weight + i * a->weight_row,
-                (decltype(w_null))a->grad + i * a->grad_row, (decltype(l_null))a->low + i * a->low_row,
+                (decltype(w_null))a->grad + i * a->grad_row,
+                (decltype(l_null))a->low + i * a->low_row,
                 (decltype(l_null))a->other + i * a->low_row);
             }
           });
@@ -99,7 +100,8 @@ void free_any(T* w, int64_t wc, const T* g, int64_t gc, int64_t n, int rule, flo
 }
 
 template <class T>
-void picked_row(T* w, int64_t wc, const float* low, int64_t lc, int64_t n, float decay, float step) {
+void picked_row(T* w, int64_t wc, const float* low, int64_t lc, int64_t n, float decay,
+                float step) {
   if (wc == 1 && lc == 1) {
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
@@ -205,7 +207,8 @@ int LRO_LOCAL(lro_apply_scaled)(const lro_apply* a, int threads) {
     if (unit) {
       scaled_row<true>(w, 1, g, 1, low, c, a->factor_col, a->cols, decay, lr);
     } else {
-      scaled_row<false>(w, a->weight_col, g, a->grad_col, low, c, a->factor_col, a->cols, decay, lr);
+      scaled_row<false>(w, a->weight_col, g, a->grad_col, low, c, a->factor_col, a->cols, decay,
+                        lr);
     }
   });
 }

@@ -1,6 +1,7 @@
 // The C ABI of liblowrank_optim.so (host pointers, `threads`) and liblowrank_optim_cuda.so (device
-// pointers, `stream`). One struct per family of ops, shared by both; lowrank_optim/ops/native/loader.py
-// mirrors the structs, and lro_sizes() lets it check that the two sides agree.
+// pointers, `stream`). One struct per family of ops, shared by both;
+// lowrank_optim/ops/native/loader.py mirrors the structs, and lro_sizes() lets it check that the
+// two sides agree.
 //
 // Every array of `count` entries, and every scalar, is host memory in both libraries; what the
 // entries of pointer arrays point at is device memory in the CUDA library.
@@ -23,18 +24,18 @@ enum { LRO_MAX_BLOCK = 4096, LRO_MAX_BLOCK_CUDA = 256 };
 typedef struct {
   int64_t count;
   const int64_t* numels;
-  const int64_t* widths;          // size of the last dimension; read with row_eps
-  const void* const* grads;       // grad_dtype, contiguous
-  void* const* outs;              // out_dtype, contiguous
-  float* const* first;            // exp_avg, float32 ops
-  float* const* second;           // exp_avg_sq, float32 adamw
-  uint8_t* const* first_codes;    // exp_avg, 8-bit ops
+  const int64_t* widths;        // size of the last dimension; read with row_eps
+  const void* const* grads;     // grad_dtype, contiguous
+  void* const* outs;            // out_dtype, contiguous
+  float* const* first;          // exp_avg, float32 ops
+  float* const* second;         // exp_avg_sq, float32 adamw
+  uint8_t* const* first_codes;  // exp_avg, 8-bit ops
   float* const* first_scales;
-  uint8_t* const* second_codes;   // exp_avg_sq, 8-bit adamw
+  uint8_t* const* second_codes;  // exp_avg_sq, 8-bit adamw
   float* const* second_scales;
-  const float* signed_map;        // 256 sorted entries
+  const float* signed_map;  // 256 sorted entries
   const float* unsigned_map;
-  const int64_t* rows;            // layout of codes: rows * cols elements, rows cut into blocks
+  const int64_t* rows;  // layout of codes: rows * cols elements, rows cut into blocks
   const int64_t* cols;
   const int64_t* blocks;
   const float* eps;               // adamw
@@ -108,7 +109,7 @@ typedef struct {
   const int64_t* picked;        // k
   const int64_t* rows;
   const int64_t* cols;
-  const int64_t* weight_rows;   // strides in elements
+  const int64_t* weight_rows;  // strides in elements
   const int64_t* weight_cols;
   const int64_t* grad_rows;
   const int64_t* grad_cols;
@@ -140,8 +141,8 @@ const char* lro_isa(void);
   X(apply_sign, lro_apply)            \
   X(coordinate_add, lro_coordinate)
 
-#define LRO_DECLARE(name, args)                      \
-  int lro_##name(const args* a, int threads);        \
+#define LRO_DECLARE(name, args)               \
+  int lro_##name(const args* a, int threads); \
   int lro_cuda_##name(const args* a, void* stream);
 LRO_OPS(LRO_DECLARE)
 #undef LRO_DECLARE

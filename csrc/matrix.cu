@@ -3,7 +3,8 @@
 
 namespace {
 
-// A thread per element; threadIdx.x runs along columns, which the caller makes the stored direction.
+// A thread per element; threadIdx.x runs along columns, which the caller makes the stored
+// direction.
 template <bool SIGN>
 __global__ void __launch_bounds__(256) apply(const __grid_constant__ lro_apply a) {
   if (a.sound && !*a.sound) return;
@@ -132,12 +133,25 @@ LRO_EXPORT int lro_cuda_apply_sign(const lro_apply* a, void* stream) {
 LRO_EXPORT int lro_cuda_coordinate_add(const lro_coordinate* a, void* stream) {
   if (!lro_known(a->weight_dtype) || a->grad_dtype != a->weight_dtype) return LRO_BAD_DTYPE;
   for (int64_t i = 0; i < a->count; ++i) {
-    Coordinate c = {a->weights[i],     a->grads[i],       a->index[i],      a->lows[i],
-                    a->picked[i],      a->rows[i],        a->cols[i],       a->weight_rows[i],
-                    a->weight_cols[i], a->grad_rows[i],   a->grad_cols[i],  a->low_rows[i],
-                    a->low_cols[i],    a->sound ? a->sound[i] : nullptr,
-                    (float)a->decay,   (float)(a->lr * a->scale), (float)(a->lr * a->gain),
-                    a->free_rule,      a->weight_dtype};
+    Coordinate c = {a->weights[i],
+                    a->grads[i],
+                    a->index[i],
+                    a->lows[i],
+                    a->picked[i],
+                    a->rows[i],
+                    a->cols[i],
+                    a->weight_rows[i],
+                    a->weight_cols[i],
+                    a->grad_rows[i],
+                    a->grad_cols[i],
+                    a->low_rows[i],
+                    a->low_cols[i],
+                    a->sound ? a->sound[i] : nullptr,
+                    (float)a->decay,
+                    (float)(a->lr * a->scale),
+                    (float)(a->lr * a->gain),
+                    a->free_rule,
+                    a->weight_dtype};
     if (c.rows == 0 || c.cols == 0) continue;
     bool by_column = c.weight_row < c.weight_col;
     dim3 grid(lro_grid(by_column ? c.rows : c.cols, 256, 65535),
@@ -150,7 +164,7 @@ LRO_EXPORT int lro_cuda_coordinate_add(const lro_coordinate* a, void* stream) {
 LRO_EXPORT int lro_cuda_column_norms(const lro_norms* a, void* stream) {
   if (!lro_known(a->dtype)) return LRO_BAD_DTYPE;
   for (int64_t i = 0; i < a->count; ++i) {
-    Norms n = {a->values[i], a->outs[i],           a->rows[i], a->cols[i],
+    Norms n = {a->values[i],      a->outs[i],        a->rows[i], a->cols[i],
                a->row_strides[i], a->col_strides[i], a->dtype};
     if (n.cols == 0) continue;
     if (n.row == 1) {

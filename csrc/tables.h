@@ -19,17 +19,17 @@ enum { LRO_BINADES = 32, LRO_COARSE = 512 };
 
 struct lro_tables {
   alignas(64) float map[256];
-  alignas(64) float thresholds[256];          // the last one is +inf
+  alignas(64) float thresholds[256];            // the last one is +inf
   alignas(64) uint8_t first[2 * LRO_KEYS + 4];  // by key, negative half second; 4 bytes of slack
-  alignas(64) uint8_t map_planes[4][256];         // byte k of the entries of map
+  alignas(64) uint8_t map_planes[4][256];       // byte k of the entries of map
   alignas(64) uint8_t threshold_planes[4][256];
-  alignas(64) uint8_t coarse[LRO_COARSE];      // codes by coarse interval, negative half from `half`
-  alignas(64) int32_t base[LRO_BINADES];       // first interval of a binade, 23 below 1 to 1
-  alignas(64) int32_t shift[LRO_BINADES];      // mantissa bits to drop
+  alignas(64) uint8_t coarse[LRO_COARSE];  // codes by coarse interval, negative half from `half`
+  alignas(64) int32_t base[LRO_BINADES];   // first interval of a binade, 23 below 1 to 1
+  alignas(64) int32_t shift[LRO_BINADES];  // mantissa bits to drop
   int32_t half;
   int coarse_fits;
-  int one_step;                                // false: some interval holds more thresholds
-  uint8_t zero;                                // the code of 0
+  int one_step;  // false: some interval holds more thresholds
+  uint8_t zero;  // the code of 0
 };
 
 // Equal maps share one set of tables; null when memory is exhausted.

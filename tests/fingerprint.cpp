@@ -1,5 +1,5 @@
-// Prints a hash of what every op of the CPU library writes on fixed data, one line an op and format:
-// builds for two architectures must print the same (tests/test_neon.py).
+// Prints a hash of what every op of the CPU library writes on fixed data, one line an op and
+// format: builds for two architectures must print the same (tests/test_neon.py).
 #include <cstdio>
 #include <cstring>
 #include <vector>
@@ -94,7 +94,7 @@ void matrices(int dtype) {
   const int32_t* picks = index;
   int64_t picked = 5, r = ROWS, n = COLS, one = 1;
   void* weight = w.at();
-  const void *grad = g.at();
+  const void* grad = g.at();
   const float* own = (const float*)rows.at();
   lro_coordinate k = {};
   k.count = 1, k.weights = &weight, k.grads = &grad, k.index = &picks, k.lows = &own;
