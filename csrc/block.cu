@@ -42,6 +42,8 @@ __device__ void fill(Tables* t, const float* map) {
   t->thresholds[i] = i < 255 ? lro_threshold(map[i], map[i + 1]) : lro_float(0x7f800000u);
 }
 
+// SQUARES: a positive value keeps a positive code; as 0 the next step would divide by eps alone.
+template <bool SQUARES>
 __device__ void encode(const Tables& t, const float* x, uint8_t* codes, float* scale, int lane,
                        int length) {
   unsigned most = 0;
@@ -62,7 +64,9 @@ __device__ void encode(const Tables& t, const float* x, uint8_t* codes, float* s
   for (int k = 0; k < ITEMS; ++k) {
     int j = lane + 32 * k;
     float y = plain ? lro_normalise(x[k], inverse) : 0.0f;
-    if (j < length) codes[j] = (uint8_t)lro_nearest(t.thresholds, y);
+    unsigned code = lro_nearest(t.thresholds, y);
+    if (SQUARES) code += code == 0 && plain && x[k] > 0.0f;
+    if (j < length) codes[j] = (uint8_t)code;
   }
   if (lane == 0) *scale = absmax;
 }
@@ -125,10 +129,10 @@ __global__ void __launch_bounds__(32 * WARPS)
       lro_write(list.out[t], s.out_dtype, begin + j, result);
     }
     __syncwarp();  // every lane has read the scales before lane 0 writes them
-    if (RULE != DEQUANTIZE) encode(tables[0], m, codes, &list.scales[t][b], lane, length);
+    if (RULE != DEQUANTIZE) encode<false>(tables[0], m, codes, &list.scales[t][b], lane, length);
     if (RULE == ADAMW) {
-      encode(tables[RULE == ADAMW ? 1 : 0], v, list.codes2[t] + begin, &list.scales2[t][b], lane,
-             length);
+      encode<true>(tables[RULE == ADAMW ? 1 : 0], v, list.codes2[t] + begin, &list.scales2[t][b],
+                   lane, length);
     }
   }
 }

@@ -176,6 +176,12 @@ void quantise(const lro_tables* t, const float* x, uint8_t* codes, float* scale,
   }
 }
 
+// A positive square keeps a positive code: as 0 it would let the next step divide by eps alone.
+void keep_positive(const lro_tables* t, const float* v, uint8_t* codes, float scale, int64_t n) {
+  if (!(scale < __builtin_inff())) return;
+  for (int64_t i = 0; i < n; ++i) codes[i] += (uint8_t)((codes[i] == t->zero) & (v[i] > 0.0f));
+}
+
 // --- the block updates, in place on decoded moments
 // -----------------------------------------------
 
@@ -285,6 +291,7 @@ int LRO_LOCAL(lro_adamw_direction_8bit)(const lro_update* a, int threads) {
         }
         quantise(t, m, c, s, k.length);
         quantise(t2, v, c2, s2, k.length);
+        keep_positive(t2, v, c2, *s2, k.length);
       });
     });
   });

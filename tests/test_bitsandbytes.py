@@ -80,10 +80,13 @@ KINDS = pytest.mark.parametrize("kind", list(inputs(True)))
 
 
 def quantized(x: Tensor, signed: bool) -> Quantized:
-    """By the backend that is chosen."""
-    blocks = quant.layout(x.shape).scales
-    out = Quantized(torch.empty(x.shape, dtype=torch.uint8), torch.empty(blocks), signed)
-    ops.quantize_([x], [out])
+    """By the op of the backend that is chosen; moments are then kept by ``ops.quantize_``."""
+    rows, cols, block = layout = quant.layout(x.shape)
+    out = Quantized(torch.empty(x.shape, dtype=torch.uint8), torch.empty(layout.scales), signed)
+    codes, scales = [out.codes], [out.scales]
+    torch.ops.lowrank_optim.quantize_blockwise_(
+        [x], codes, scales, out.map, [rows], [cols], [block]
+    )
     return out
 
 
@@ -210,16 +213,20 @@ def test_its_cpu_library_is_a_lattice_before_our_quantiser(
 
 @pytest.mark.parametrize("size", [0.0, 1e-8, 1.4e-7, 1.8e-7, 1e-6, 1e-5])
 def test_small_squares(ours: None, size: float) -> None:
-    """Below half the smallest entry, 1.6e-7, a square is kept as 0, as by bitsandbytes on CUDA.
+    """Below half the smallest entry, 1.6e-7, the nearest is 0, which bitsandbytes on CUDA keeps.
 
-    Its CPU library has no 0: whatever is below 3e-5 of the block's largest becomes 1.56e-5 of it,
-    too large by up to any factor; the denominator of such an element never vanishes.
+    Ours, as a moment, is the smallest entry then, 3.2e-7: the denominator never vanishes, and only
+    a square of 0 is 0. bitsandbytes on the CPU has no 0: whatever is below 3e-5 of the block's
+    largest becomes 1.56e-5 of it.
     """
     x, table = torch.full((1, 256), size), table_of(False)
     x[0, 0] = 1.0
     kept = ops.dequantize([quantized(x, False)])[0][0, 1]
     assert (kept == 0) == (size < 1.625e-7)
     assert kept == table[cuda_codes(x, table)][0, 1]
+    moment = quantized(x, False)
+    ops.quantize_([x], [moment])
+    assert ops.dequantize([moment])[0][0, 1] == (max(kept, table[1]) if size else 0)
     codes, _ = cpu_codes(x, table)
     assert table[codes.long()][0, 1] == pytest.approx(1.5625e-5)
 
@@ -360,9 +367,9 @@ def test_distances_to_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """What docs/kernels.md reports: each quantiser's run, and float32's.
 
     Gradients of one size, or over one decade: both are as near to it, and the nearest codes as near
-    as the lattice's. Over four decades, second moments below 1.6e-7 of their block's largest are
-    kept as 0 while the first moment is not, and steps are up to m / eps: the nearest codes, and so
-    bitsandbytes on CUDA, are far off; the lattice, which has no 0, is not.
+    as the lattice's. Over four decades, second moments below 1.6e-7 of their block's largest would
+    be kept as 0, as by bitsandbytes on CUDA, while the first moment is not, and a step would be
+    m / eps: 22 to 32 times the whole movement. Kept positive they are nearer than the lattice's.
     """
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
     start = torch.randn(64, 512)
@@ -376,7 +383,6 @@ def test_distances_to_float32(monkeypatch: pytest.MonkeyPatch) -> None:
                 p.grad = g.clone()
                 optimizer.step()
         distance[decades] = [relative(p - start, c - start) for p in (b, a)]
-    for decades in (0.0, 1.0):
+    for decades, most in ((0.0, 0.05), (1.0, 0.05), (4.0, 0.3)):
         near, lattice_run = distance[decades]
-        assert near < 0.05 and near < 1.02 * lattice_run
-    assert distance[4.0][0] > 1 > distance[4.0][1]
+        assert near < most and near < 1.02 * lattice_run

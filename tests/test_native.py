@@ -198,6 +198,7 @@ def test_8bit_updates_are_decode_update_encode(dtype: torch.dtype) -> None:
             assert torch.equal(c[k], codes) and torch.equal(s[k], scales)
             if name == "adamw":
                 codes, scales = quantize(v[k], UNSIGNED, y)
+                codes = torch.where((codes == 0) & (v[k] > 0), 1, codes)  # no square vanishes
                 assert torch.equal(c2[k], codes) and torch.equal(s2[k], scales)
 
 

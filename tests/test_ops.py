@@ -19,7 +19,7 @@ from torch import Tensor
 from lowrank_optim import ops
 from lowrank_optim.ops import dispatch, native, reference
 from lowrank_optim.ops.schema import SCHEMAS
-from lowrank_optim.quant import Quantized, dynamic_map, layout
+from lowrank_optim.quant import Quantized, dynamic_map, layout, zero_code
 from tests import ops_cases as cases
 
 READY, REASON = native.available("cpu")
@@ -301,6 +301,33 @@ def test_triton_interpreted() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_no_square_of_a_direction_vanishes(backend: str) -> None:
+    """Gradients over ten decades within a block: v is 0 where every gradient was, and only there.
+
+    A block with an infinity still reads back as no number.
+    """
+    for shape in ((4, 512), (3, 700), (40, 7)):
+        grad = torch.randn(shape) * 10 ** (-10 * torch.rand(shape))
+        grad[torch.rand(shape) < 0.2] = 0
+        first, second = (
+            Quantized(
+                torch.full(shape, zero_code(signed), dtype=torch.uint8),
+                torch.zeros(layout(shape).scales),
+                signed,
+            )
+            for signed in (True, False)
+        )
+        out = torch.empty(shape)
+        for _ in range(3):
+            ops.adamw_direction_([grad], [first], [second], [out], 0.9, 0.999, [1e-30])
+            values = ops.dequantize([second])[0]
+            assert torch.equal(values > 0, grad.square() > 0)
+            assert bool(out.isfinite().all())
+        grad[0, 0] = float("inf")
+        ops.adamw_direction_([grad], [first], [second], [out], 0.9, 0.999, [1e-30])
+        assert not ops.dequantize([second])[0][0, : min(256, shape[1])].isfinite().any()
 
 
 # ---------------------------------------------------------------- the dispatcher

@@ -90,10 +90,8 @@ class GaLoreAdamW8bit(GaLoreAdamW):
     fewer than 4096 elements stay float32. The arguments are those of :class:`GaLoreAdamW`, and
     ``state_dtype`` may be set per group.
 
-    A second moment below 1.6e-7 of the largest in its block is kept as 0, as by bitsandbytes on
-    CUDA, and where the first moment is not 0 the next step may be far too large: give groups whose
-    gradients differ by a factor of 100 or more within a block ``state_dtype="float32"``
-    (docs/kernels.md has figures).
+    A positive second moment never takes the code of 0, as it does in bitsandbytes on CUDA: the next
+    step would divide by eps alone (docs/kernels.md has figures).
 
     Example:
         >>> import torch

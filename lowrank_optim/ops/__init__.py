@@ -17,7 +17,7 @@ from lowrank_optim.ops.composite import (
     stochastic_round,
     total_norms,
 )
-from lowrank_optim.ops.reference import TILE_ELEMENTS
+from lowrank_optim.ops.reference import TILE_ELEMENTS, keep_positive_
 from lowrank_optim.quant import Moment, Quantized
 
 _ops = torch.ops.lowrank_optim
@@ -122,9 +122,19 @@ def moment_(
 
 
 def quantize_(xs: Sequence[Tensor], into: Sequence[Quantized]) -> None:
-    """Write ``xs`` in 8 bits; all of one signedness."""
-    if xs:
-        _ops.quantize_blockwise_(xs, *_parts(into), into[0].map, *_layouts(into))
+    """Write ``xs`` in 8 bits; all of one signedness.
+
+    What has no sign are squares, and a positive one keeps a positive code, as in the directions.
+    """
+    if not xs:
+        return
+    _ops.quantize_blockwise_(xs, *_parts(into), into[0].map, *_layouts(into))
+    if not into[0].signed:
+        for x, (codes, scales, _), (_, cols, block) in zip(
+            xs, into, (kept.layout for kept in into), strict=True
+        ):
+            if x.numel():
+                keep_positive_(x.reshape(-1), codes.view(-1), scales, cols, block)
 
 
 def dequantize(moments: Sequence[Quantized]) -> list[Tensor]:

@@ -82,7 +82,7 @@ def _encode_(
     codes.copy_(reference._unblocked(found[:, :block], x.numel(), cols, block))
 
 
-CODEC = reference.Codec(_decode, _encode_)
+CODEC = reference.Codec(_decode, _encode_, _encode_)
 
 quantize_blockwise_ = functools.partial(reference.quantize_blockwise_, codec=CODEC)
 dequantize_blockwise_ = functools.partial(reference.dequantize_blockwise_, codec=CODEC)

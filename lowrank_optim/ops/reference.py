@@ -169,15 +169,33 @@ def _encode_(
     codes.copy_(_unblocked(nearest, x.numel(), cols, block))
 
 
+def keep_positive_(x: Tensor, codes: Tensor, scales: Tensor, cols: int, block: int) -> None:
+    """Give positive squares the least positive code, where the nearest is that of 0.
+
+    As 0 a second moment would let the next step divide by eps alone.
+    """
+    finite = scales.isfinite().unsqueeze(-1).expand(-1, block)
+    lost = (codes == 0) & (x > 0) & _unblocked(finite, x.numel(), cols, block)
+    codes.add_(lost.to(codes.dtype))
+
+
 class Codec(NamedTuple):
     """What reads and writes the blocks of a flat piece."""
 
     decode: Callable[[Tensor, Tensor, Tensor, int, int], Tensor]
     encode_: Callable[[Tensor, Tensor, Tensor, Tensor, int, int], None]
+    encode_squares_: Callable[[Tensor, Tensor, Tensor, Tensor, int, int], None]
 
 
-NEAREST = Codec(_decode, _encode_)
-"""Every value takes the code nearest to it."""
+def _encode_squares_(
+    x: Tensor, codes: Tensor, scales: Tensor, table: Tensor, cols: int, block: int
+) -> None:
+    _encode_(x, codes, scales, table, cols, block)
+    keep_positive_(x, codes, scales, cols, block)
+
+
+NEAREST = Codec(_decode, _encode_, _encode_squares_)
+"""Every value takes the code nearest to it, a positive square a positive one."""
 
 
 def quantize_blockwise_(
@@ -240,13 +258,14 @@ def _update8_(
         if sound is not None:
             direction = torch.where(sound, direction, 0.0)
         flat_out[span].copy_(direction)
-        for x, (codes, scales, table) in zip(dense, moments, strict=True):
+        encoders = (codec.encode_, codec.encode_squares_)
+        for x, (codes, scales, table), encode_ in zip(dense, moments, encoders, strict=False):
             piece, scale = codes.view(-1)[span], scales[own]
             if sound is None:
-                codec.encode_(x, piece, scale, table, cols, block)
+                encode_(x, piece, scale, table, cols, block)
                 continue
             kept = piece.clone(), scale.clone()
-            codec.encode_(x, piece, scale, table, cols, block)
+            encode_(x, piece, scale, table, cols, block)
             piece.copy_(torch.where(sound, piece, kept[0]))
             scale.copy_(torch.where(sound, scale, kept[1]))
 

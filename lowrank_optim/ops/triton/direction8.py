@@ -81,7 +81,10 @@ def adamw8_kernel(
     tl.store(codes + at, requantize(m, scale, signed_map), keep)
     tl.store(scales + b, scale, keep_scale)
     scale2 = block_scale(v)
-    tl.store(codes2 + at, requantize(v, scale2, unsigned_map), keep)
+    code2 = requantize(v, scale2, unsigned_map)
+    # a positive square keeps a positive code: as 0 it would let the next step divide by eps alone
+    lost = (code2 == 0) & (v > 0) & (scale2 < float("inf"))[:, None]
+    tl.store(codes2 + at, tl.where(lost, 1, code2).to(tl.uint8), keep)
     tl.store(scales2 + b, scale2, keep_scale)
 
 
