@@ -1,4 +1,4 @@
-"""Time of an optimizer step over its GEMM floor, beside AdamW and the other GaLore packages.
+"""Time of an optimizer step over its GEMM floor, beside AdamW and other GaLore and Fira packages.
 
 Run as ``python -m benchmarks.step_time``. Everything compared runs in one process, in turns, on the
 same weights and gradients; figures are medians. Bases are random: a step costs the same whatever
@@ -21,12 +21,13 @@ from torch import Tensor
 
 from benchmarks.common import LLAMA_SHAPES, environment, environment_line, print_table
 from benchmarks.timing import interleaved, milliseconds, peer, ratio
-from lowrank_optim import GaLoreAdamW
+from lowrank_optim import FiraAdamW, GaLoreAdamW, LowRankOptimizer
 from lowrank_optim.matrix import matrix_view
 
 NEVER = 10**6
-FLOOR, OURS = "GEMM floor", "GaLoreAdamW"
+FLOOR, OURS, FIRA = "GEMM floor", "GaLoreAdamW", "FiraAdamW"
 TARGETS = {"float32": 1.05, "bfloat16": 1.15}
+FIRA_TARGET = 1.15
 ELEMENTS = 25_000_000
 """Least number of elements in a model of the scaling table: a few layers of each shape."""
 Work = Callable[[], object]
@@ -66,19 +67,23 @@ def gemm_floor(params: Sequence[Tensor], rank: int) -> Work:
     return run
 
 
-def galore(params: Sequence[Tensor], rank: int, **options: Any) -> GaLoreAdamW:
+def galore(
+    params: Sequence[Tensor], rank: int, cls: type[LowRankOptimizer] = GaLoreAdamW, **options: Any
+) -> LowRankOptimizer:
     """Ours, with steps too small to move the weights that the variants share."""
     options = {"update_proj_gap": NEVER, "projector": "random", **options}
-    return GaLoreAdamW(params, lr=1e-9, rank=rank, **options)
+    return cls(params, lr=1e-9, rank=rank, **options)  # type: ignore[arg-type]
 
 
 def variants(params: Sequence[Tensor], rank: int) -> dict[str, Work]:
     """Everything compared, each with a state of its own."""
     group = {"params": params, "rank": rank, "update_proj_gap": NEVER, "scale": 0.25}
+    fira_keys = {k: v for k, v in group.items() if k != "scale"}
     adamw = torch.optim.AdamW
     found: dict[str, Work] = {
         FLOOR: gemm_floor(params, rank),
         OURS: galore(params, rank).step,
+        FIRA: galore(params, rank, FiraAdamW).step,
         "torch AdamW single-tensor": adamw(params, lr=1e-9, foreach=False).step,
         "torch AdamW foreach": adamw(params, lr=1e-9, foreach=True).step,
         "torch AdamW fused": adamw(params, lr=1e-9, fused=True).step,
@@ -89,20 +94,29 @@ def variants(params: Sequence[Tensor], rank: int) -> dict[str, Work]:
         if released is not None:
             own = [{**group, "proj_type": "std"}]
             found["galore-torch"] = released(own, lr=1e-9, no_deprecation_warning=True).step
-        other = peer("pytorch_optimizer", "GaLore")
-        if other is not None:
-            own = [{**group, "projection_type": "std"}]
-            found["pytorch_optimizer GaLore"] = other(own, lr=1e-9).step
+        released = peer("fira", "FiraAdamW")
+        if released is not None:
+            own = [{**fira_keys, "alpha": 0.25, "proj_type": "std"}]
+            found["fira"] = released(own, lr=1e-9, no_deprecation_warning=True).step
+        for name in ("GaLore", "Fira"):
+            other = peer("pytorch_optimizer", name)
+            if other is not None:
+                own = [{**group, "projection_type": "std"}]
+                found[f"pytorch_optimizer {name}"] = other(own, lr=1e-9).step
     return found
 
 
 def compare(args: argparse.Namespace, dtype: str) -> dict[str, Any]:
-    """P1: medians and ratios to the floor."""
+    """P1 and P2: medians, ratios to the floor, and to our GaLore step."""
     params = linear_weights(args.model, args.layers, getattr(torch, dtype))
     # the warm-up holds the first step of the peers: a full SVD of every matrix
     times = interleaved(variants(params, args.rank), args.rounds, warmup=2)
     rows = {
-        name: {"ms": statistics.median(t), "over_floor": ratio(times, name, FLOOR)}
+        name: {
+            "ms": statistics.median(t),
+            "over_floor": ratio(times, name, FLOOR),
+            "over_galore": ratio(times, name, OURS),
+        }
         for name, t in times.items()
     }
     return {"dtype": dtype, "matrices": len(params), "rows": rows, "target": TARGETS.get(dtype)}
@@ -164,13 +178,18 @@ def show(console: Console, results: dict[str, Any], args: argparse.Namespace) ->
                 name,
                 f"{row['ms']:.1f}",
                 f"{row['over_floor']:.3f}",
-                f"<= {target}" if name == OURS and target else "",
+                f"{row['over_galore']:.3f}",
+                f"<= {target} of the floor" if name == OURS and target else "",
+                f"<= {FIRA_TARGET} of ours" if name == FIRA else "",
             )
             for name, row in found["rows"].items()
         ]
-        title = f"P1: one step, {found['dtype']}, {found['matrices']} matrices of {args.model}, "
+        title = (
+            f"P1, P2: one step, {found['dtype']}, {found['matrices']} matrices of {args.model}, "
+        )
         title += f"rank {args.rank}, no refresh"
-        print_table(console, title, ("", "ms", "over the floor", "target"), rows)
+        header = ("", "ms", "over the floor", f"over {OURS}", "P1", "P2")
+        print_table(console, title, header, rows)
     rows = [
         (
             "staggered" if r["stagger"] else "all at once",

@@ -1,6 +1,6 @@
 """Drop-in torch optimizers that train large models with low-rank state."""
 
-from lowrank_optim import memory
+from lowrank_optim import memory, presets
 from lowrank_optim.groups import lowrank_groups
 from lowrank_optim.importers import (
     export_bitsandbytes,
@@ -8,6 +8,8 @@ from lowrank_optim.importers import (
     import_galore_torch,
 )
 from lowrank_optim.methods import (
+    FiraAdamW,
+    FiraAdamW8bit,
     GaLoreAdafactor,
     GaLoreAdamW,
     GaLoreAdamW8bit,
@@ -21,6 +23,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PROJECTORS",
+    "FiraAdamW",
+    "FiraAdamW8bit",
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
@@ -33,5 +37,6 @@ __all__ = [
     "import_galore_torch",
     "lowrank_groups",
     "memory",
+    "presets",
     "register",
 ]

@@ -34,6 +34,8 @@ CHOICES: dict[str, Collection[str]] = {
     "projector": PROJECTORS,
     "on_refresh": TRANSPORTS,
     "state_dtype": STORES,
+    "alpha_mode": ("release", "paper"),
+    "scaling": ("column", "matrix"),
 }
 """Keys whose value is a name, and the names; registries grow."""
 
@@ -117,6 +119,9 @@ def check(group: Group) -> None:
     scale = group.get("scale", 1.0)
     if not (_number(scale) and scale >= 0):
         raise ValueError(f"Invalid scale value: {_shown(scale)}")
+    limiter = group.get("limiter")
+    if limiter is not None and not (_number(limiter) and limiter >= 1):
+        raise ValueError(f"limiter must be None or a number >= 1, got {_shown(limiter)}")
     seed = group.get("seed", 0)
     if not isinstance(seed, int):
         raise ValueError(f"seed must be an int, got {seed!r}")

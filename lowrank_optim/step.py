@@ -361,6 +361,8 @@ def _apply(
         update, lr_now = {name: direction}, size * correction
     else:
         update, lr_now = {k: x * (c * size) for k, (x, c) in directions.items()}, 1.0
+        if term is not None and isinstance(size, Tensor):
+            term = term.times(size * directions["low"][1])
     if chosen.maximize and low is not None and subspace.applies_grad(term):
         # coordinates are those of -G, and so is all that is linear in them: turn both back
         update, low, lr_now = {k: -x for k, x in update.items()}, -low, -lr_now

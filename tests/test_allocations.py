@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from lowrank_optim import GaLoreAdamW, ops
+from lowrank_optim import FiraAdamW, GaLoreAdamW, ops
 from lowrank_optim.matrix import matrix_view
 from lowrank_optim.optimizer import LowRankOptimizer
 
@@ -59,11 +59,11 @@ class Case:
     proj_type: str
     dtype: torch.dtype
 
-    def optimizer(self, **options) -> LowRankOptimizer:
+    def optimizer(self, cls: type[LowRankOptimizer] = GaLoreAdamW, **options) -> LowRankOptimizer:
         param = torch.nn.Parameter(torch.randn(SHAPES[self.shape]).to(self.dtype))
         param.grad = torch.randn(SHAPES[self.shape]).to(self.dtype)
         group = {"params": [param], "rank": RANK, "proj_type": self.proj_type}
-        return GaLoreAdamW([group], weight_decay=0.1, **options)
+        return cls([group], weight_decay=0.1, **options)
 
     def __str__(self) -> str:
         return f"{self.shape}-{self.proj_type}-{str(self.dtype).removeprefix('torch.')}"
@@ -100,6 +100,30 @@ def test_a_step_allocates_what_its_low_rank_parts_do(case: Case, rounding: bool)
     assert found.peak <= 3 * low + scratch + 6 * tile
     if not rounding:
         assert found.peak < full_bytes(param) / 4
+
+
+@pytest.mark.parametrize(
+    ("case", "rounding"),
+    [(c, False) for c in CASES] + [(c, True) for c in CASES if c.dtype == torch.bfloat16],
+    ids=str,
+)
+def test_the_residual_of_fira_is_never_formed(case: Case, rounding: bool) -> None:
+    """Coordinates, and one tile for the product that the fused pass reads; the release forms G - E.
+
+    Two-sided coordinates are widened to ``(r, n)`` twice, once for the direction.
+    """
+    options = {"projector": "random", "stochastic_rounding": rounding, "alpha_mode": "paper"}
+    optimizer = case.optimizer(FiraAdamW, **options)
+    optimizer.step()
+    param = optimizer.param_groups[0]["params"][0]
+    low = low_rank_bytes(SHAPES[case.shape], "left" if case.proj_type == "full" else "std", RANK)
+    low = max(low, low_rank_bytes(SHAPES[case.shape], case.proj_type, RANK))
+    tile = 4 * ops.TILE_ELEMENTS
+    scratch = SCRATCH if case.dtype == torch.bfloat16 else 0
+    found = allocations(optimizer.step)
+    assert 0 < found.largest <= max(low, scratch, tile)
+    assert found.largest < full_bytes(param) or tile >= full_bytes(param)
+    assert found.peak <= 6 * low + scratch + (8 if rounding else 1) * tile
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -1,5 +1,6 @@
 """Methods: one file per paper, each a composition of roles."""
 
+from lowrank_optim.methods.fira import FiraAdamW, FiraAdamW8bit
 from lowrank_optim.methods.galore import (
     GaLoreAdafactor,
     GaLoreAdamW,
@@ -8,4 +9,12 @@ from lowrank_optim.methods.galore import (
     GaLoreSGD,
 )
 
-__all__ = ["GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit", "GaLoreLion", "GaLoreSGD"]
+__all__ = [
+    "FiraAdamW",
+    "FiraAdamW8bit",
+    "GaLoreAdafactor",
+    "GaLoreAdamW",
+    "GaLoreAdamW8bit",
+    "GaLoreLion",
+    "GaLoreSGD",
+]

@@ -12,6 +12,7 @@ from lowrank_optim.ops import schema as _schema  # noqa: F401  (defines the ops)
 from lowrank_optim.ops.composite import (
     add_,
     lift_add_,
+    lift_add_term_,
     matrix_norm,
     project,
     stochastic_round,
@@ -234,6 +235,7 @@ __all__ = [
     "lift_add_",
     "lift_add_scaled_",
     "lift_add_sign_",
+    "lift_add_term_",
     "lion_direction_",
     "matrix_norm",
     "moment_",

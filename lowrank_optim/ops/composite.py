@@ -114,6 +114,57 @@ def _lift_add_rounded_(
             seed += 0x9E3779B9  # each tile counts its elements from zero
 
 
+def lift_add_term_(
+    param: Tensor,
+    grad: Tensor,
+    basis: Tensor,
+    update: Tensor,
+    low: Tensor,
+    columns: Tensor | None,
+    gain: float | Tensor,
+    decay: float | Tensor,
+    lr: float,
+    scale: float,
+    rounding: int | None,
+    sound: Tensor | None,
+) -> None:
+    """``W <- decay W - lr (a P N + term)`` by tiles of rows, rounded once into the parameter.
+
+    What the fused ops do not do: stochastic rounding, and factors that are tensors on the device.
+
+    Args:
+        param: W ``(..., m, n)``, any strides.
+        grad: G, alike.
+        basis: P ``(..., m, r)``.
+        update: N ``(..., r, n)``.
+        low: R ``(..., r, n)``.
+        columns: c ``(..., 1, n)`` of the term ``(G - a P R) o c``; None means the sign term.
+        gain: of the term ``gain sign(G - P R)``.
+        decay: factor of the weights; a tensor is read on its device.
+        lr: step size.
+        scale: a.
+        rounding: seed of the stochastic rounding into bfloat16; None rounds to nearest.
+        sound: 0-d bool on the device; where False, W stays as it is.
+    """
+    wide = torch.promote_types(param.dtype, torch.float32)
+    n, r = update.to(wide), low.to(wide)
+    small = n * scale if columns is None else n.addcmul(r, columns, value=-1.0).mul_(scale)
+    rows = max(1, TILE_ELEMENTS * param.shape[-2] // max(1, param.numel()))
+    tiles = zip(*(torch.split(x, rows, -2) for x in (param, grad, basis)), strict=True)
+    for w, g, p in tiles:
+        g, p = g.to(wide), p.to(wide)
+        change = p @ small
+        if columns is None:
+            change += g.sub(p @ r).sign_().mul_(gain)
+        else:
+            change.addcmul_(g, columns)
+        new = w.to(wide).mul(decay).sub_(change, alpha=lr)
+        if rounding is not None and param.dtype == torch.bfloat16:
+            new = stochastic_round(new, rounding)
+            rounding += 0x9E3779B9  # each tile counts its elements from zero
+        w.copy_(new if sound is None else torch.where(sound, new, w.to(new.dtype)))
+
+
 def stochastic_round(x: Tensor, seed: int) -> Tensor:
     """``x`` float32 in bfloat16, rounded without bias from a hash of (position, seed)."""
     x = x.contiguous()

@@ -225,8 +225,17 @@ class Projector(Subspace):
         wide, low = update["low"], into.low
         if right is not None:
             wide, low = (x @ right.mT.to(x.dtype) for x in (wide, low))
+        rounds = into.rounding is not None and into.param.dtype == torch.bfloat16
+        if rounds or isinstance(term.gain, Tensor):
+            ops.lift_add_term_(
+                into.param, into.grad, state["basis"], wide, low, term.columns, term.gain,
+                into.decay, into.lr, self.scale, into.rounding, into.sound,
+            )  # fmt: skip
+            return
         decay, sound = into.decay, [] if into.sound is None else [into.sound]
-        assert isinstance(decay, float)
+        if isinstance(decay, Tensor):  # the ops take numbers: reading it would stall the device
+            into.param.mul_(into.guarded_decay())
+            decay = 1.0
         common = [into.param], [into.grad], [state["basis"]], [wide], [low]
         if term.kind == "scaled":
             assert term.columns is not None

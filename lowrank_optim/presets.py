@@ -1,0 +1,172 @@
+"""Published settings, as arguments of the optimizers: each with its source.
+
+A preset is a plain dict, to be read and changed: ``GaLoreAdamW(groups, **galore_pretrain("60m"))``.
+It holds what concerns the optimizer; schedule, batch and number of steps are in the docstrings.
+Whatever a source leaves to a release's default that ours differs from is in the dict as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Arguments = dict[str, Any]
+
+_PUBLISHED: Arguments = {"betas": (0.9, 0.999), "proj_type": "std", "projector": "svd"}
+_PUBLISHED |= {"stagger": False, "on_refresh": "keep"}
+
+_GALORE = {"60m": (128, 200, 0.01), "130m": (256, 200, 0.01), "350m": (256, 200, 0.01)}
+_GALORE |= {"1b": (512, 200, 0.01), "7b": (1024, 500, 0.005)}
+
+_FIRA = {"60m": (128, 200, 0.25, 0.01), "130m": (256, 200, 0.25, 0.01)}
+_FIRA |= {"350m": (256, 200, 0.25, 0.01), "1b": (512, 200, 0.0625, 0.01)}
+_FIRA |= {"7b": (64, 500, 0.0625, 0.005)}
+
+_FRUGAL = ("60m", "130m", "350m", "1b", "7b")
+
+_GALORE_GLUE = {
+    4: {"cola": 3e-5, "mrpc": 3e-5} | dict.fromkeys(("mnli", "sst2", "qnli", "qqp"), 1e-5)
+    | dict.fromkeys(("rte", "stsb"), 1e-5),
+    8: dict.fromkeys(("mnli", "cola", "qnli"), 1e-5)
+    | dict.fromkeys(("sst2", "mrpc", "qqp", "rte"), 2e-5) | {"stsb": 3e-5},
+}  # fmt: skip
+
+_FRUGAL_GLUE = {"cola": 5e-4, "mnli": 5e-5, "mrpc": 2e-4, "qnli": 1e-4}
+_FRUGAL_GLUE |= {"qqp": 5e-5, "rte": 2e-4, "sst2": 5e-5, "stsb": 1e-4}
+
+
+def _one(table: Any, key: Any, what: str) -> Any:
+    """``table[key]``, or an error that says what there is."""
+    found = key.lower().replace("-", "") if isinstance(key, str) else key
+    if found not in table:
+        known = ", ".join(map(repr, table))
+        raise ValueError(f"no published {what} {key!r}; there are {known}")
+    return table[found] if isinstance(table, dict) else found
+
+
+def galore_pretrain(size: str) -> Arguments:
+    """Arguments of ``GaLoreAdamW`` for LLaMA on C4; sizes are 60m, 130m, 350m, 1b and 7b.
+
+    The matrices of attention and MLP are projected, nothing else. Sequences of 256, batches of 512,
+    10 % warm-up and a cosine to 10 %; 10, 20, 60, 100 and 150 thousand steps; 7B clips at 1.0. For
+    1B the script says rank 1024, and the paper 512, which is taken.
+
+    Source: Zhao et al. (2024), arXiv:2403.03507, table 2 and appendix C.1, and the release's
+    scripts. eps is the release's 1e-6 (the paper says 1e-8), which acts before bias correction
+    there and after it here.
+
+    Raises:
+        ValueError: nothing was published for ``size``.
+
+    Example:
+        >>> from lowrank_optim import presets
+        >>> settings = presets.galore_pretrain("60m")
+        >>> settings["rank"], settings["scale"], settings["lr"]
+        (128, 0.25, 0.01)
+    """
+    rank, gap, lr = _one(_GALORE, size, "size")
+    own = {"lr": lr, "eps": 1e-6, "weight_decay": 0.0, "rank": rank}
+    return {**own, "update_proj_gap": gap, "scale": 0.25, **_PUBLISHED}
+
+
+def galore_glue(task: str, rank: int = 4) -> Arguments:
+    """Arguments of ``GaLoreAdamW`` for RoBERTa-base on a task of GLUE, such as ``"cola"``.
+
+    30 epochs, batches of 16 (CoLA: 32), sequences of 512.
+
+    Args:
+        task: cola, mnli, mrpc, qnli, qqp, rte, sst2 or stsb.
+        rank: 4, at scale 4, or 8, at scale 2 (default: 4).
+
+    Source: Zhao et al. (2024), arXiv:2403.03507, tables 7 to 10; the gap is the README's.
+
+    Raises:
+        ValueError: nothing was published for ``task`` or ``rank``.
+
+    Example:
+        >>> from lowrank_optim import presets
+        >>> presets.galore_glue("cola")["lr"], presets.galore_glue("cola", rank=8)["scale"]
+        (3e-05, 2.0)
+    """
+    lr = _one(_one(_GALORE_GLUE, rank, "rank"), task, "task")
+    own = {"lr": lr, "eps": 1e-6, "weight_decay": 0.0, "rank": rank}
+    return {**own, "update_proj_gap": 500, "scale": {4: 4.0, 8: 2.0}[rank], **_PUBLISHED}
+
+
+def fira_pretrain(size: str) -> Arguments:
+    """Arguments of ``FiraAdamW`` for LLaMA on C4; sizes are 60m, 130m, 350m, 1b and 7b.
+
+    Sequences, batches, warm-up and schedule as GaLore's; 10, 20, 60, 100 and 10 thousand steps; 7B
+    clips at 1.0.
+
+    Source: the scripts of the release (fira 1.0.2), whose code is ``alpha_mode="release"``. The
+    tables are in Chen et al. (2024), arXiv:2410.01623.
+
+    Raises:
+        ValueError: nothing was published for ``size``.
+
+    Example:
+        >>> from lowrank_optim import presets
+        >>> settings = presets.fira_pretrain("1b")
+        >>> settings["rank"], settings["scale"], settings["limiter"]
+        (512, 0.0625, 1.01)
+    """
+    rank, gap, scale, lr = _one(_FIRA, size, "size")
+    own = {"lr": lr, "eps": 1e-6, "weight_decay": 0.0, "rank": rank, "update_proj_gap": gap}
+    own |= {"scale": scale, "alpha_mode": "release", "scaling": "column", "limiter": 1.01}
+    return {**own, **_PUBLISHED}
+
+
+def frugal_pretrain(size: str) -> Arguments:
+    """Arguments of ``FrugalAdamW`` for LLaMA on C4; sizes are 60m, 130m, 350m, 1b and 7b.
+
+    Whole tensors are state-full in turns, from the last to the first. Sequences of 256, batches of
+    512, float32 weights under bfloat16 autocast, no clipping; cosine with restarts every 10, 20, 60
+    and 100 thousand steps, each with 10 % of warm-up and a decay to 10 %. 7B is pure bfloat16, has
+    no state-full blocks at all, one cycle of 150 thousand steps, and clips at 1.0.
+
+    Source: the scripts of the release of FRUGAL (Zmushko et al., 2024, arXiv:2411.07837).
+
+    Raises:
+        ValueError: nothing was published for ``size``.
+
+    Example:
+        >>> from lowrank_optim import presets
+        >>> settings = presets.frugal_pretrain("130m")
+        >>> settings["density"], settings["projector"], settings["free_rule"]
+        (0.25, 'block', 'sign')
+    """
+    large = _one(_FRUGAL, size, "size") == "7b"
+    found: Arguments = {"lr": 5e-4 if large else 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
+    found |= {"weight_decay": 0.0, "density": 0.0 if large else 0.25, "projector": "block"}
+    found |= {"block_order": "descending", "update_proj_gap": 500 if large else 200}
+    found |= {"free_rule": "sign", "free_lr_scale": 1.0, "on_refresh": "reset"}
+    return found | {"proj_params_lr_scale": 0.3 if large else 1.0}
+
+
+def frugal_glue(task: str, rank: int = 8) -> Arguments:
+    """Arguments of ``FrugalAdamW`` for RoBERTa-base on a task of GLUE, such as ``"cola"``.
+
+    Columns of the query and value matrices are state-full: a group of the other matrices of the
+    encoder needs ``density=0``, biases and norms no decay. 6 % warm-up, sequences of 512; batch and
+    epochs: CoLA 128, 80; MNLI 128, 30; MRPC 16, 30; QNLI 128, 25; QQP 128, 25; RTE 32, 80; SST-2
+    128, 60; STS-B 16, 40.
+
+    Args:
+        task: cola, mnli, mrpc, qnli, qqp, rte, sst2 or stsb.
+        rank: 8, which is a density of 8/768, or 0, no state-full columns at all (default: 8).
+
+    Source: the GLUE scripts of the release of FRUGAL (Zmushko et al., 2024, arXiv:2411.07837).
+
+    Raises:
+        ValueError: nothing was published for ``task`` or ``rank``.
+
+    Example:
+        >>> from lowrank_optim import presets
+        >>> presets.frugal_glue("rte")["lr"], presets.frugal_glue("rte", rank=0)["density"]
+        (0.0002, 0.0)
+    """
+    lr = _one(_FRUGAL_GLUE, task, "task")
+    found: Arguments = {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+    found |= {"density": _one({8: 8 / 768, 0: 0.0}, rank, "rank"), "projector": "columns"}
+    found |= {"update_proj_gap": 500, "free_rule": "sign", "free_lr_scale": 0.1}
+    return found | {"on_refresh": "reset", "proj_params_lr_scale": 1.0}

@@ -1,0 +1,125 @@
+"""Presets against the tables of the papers and the scripts of the releases, written out here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from lowrank_optim import methods, presets
+from lowrank_optim.optimizer import DEFAULTS
+
+PRETRAIN = {  # rank, gap, scale, lr
+    "galore": {
+        "60m": (128, 200, 0.25, 0.01),
+        "130m": (256, 200, 0.25, 0.01),
+        "350m": (256, 200, 0.25, 0.01),
+        "1b": (512, 200, 0.25, 0.01),
+        "7b": (1024, 500, 0.25, 0.005),
+    },
+    "fira": {
+        "60m": (128, 200, 0.25, 0.01),
+        "130m": (256, 200, 0.25, 0.01),
+        "350m": (256, 200, 0.25, 0.01),
+        "1b": (512, 200, 0.0625, 0.01),
+        "7b": (64, 500, 0.0625, 0.005),
+    },
+}
+FRUGAL = {  # density, gap, lr, factor of the projected parameters' learning rate
+    **{size: (0.25, 200, 1e-3, 1.0) for size in ("60m", "130m", "350m", "1b")},
+    "7b": (0.0, 500, 5e-4, 0.3),
+}
+GLUE = {  # GaLore rank 4 and 8, FRUGAL
+    "cola": (3e-5, 1e-5, 5e-4),
+    "mnli": (1e-5, 1e-5, 5e-5),
+    "mrpc": (3e-5, 2e-5, 2e-4),
+    "qnli": (1e-5, 1e-5, 1e-4),
+    "qqp": (1e-5, 2e-5, 5e-5),
+    "rte": (1e-5, 2e-5, 2e-4),
+    "sst2": (1e-5, 2e-5, 5e-5),
+    "stsb": (1e-5, 3e-5, 1e-4),
+}
+CASES: list[tuple[str, Callable[..., dict[str, Any]], tuple[Any, ...]]] = [
+    *(("GaLoreAdamW", presets.galore_pretrain, (size,)) for size in PRETRAIN["galore"]),
+    *(("FiraAdamW", presets.fira_pretrain, (size,)) for size in PRETRAIN["fira"]),
+    *(("FrugalAdamW", presets.frugal_pretrain, (size,)) for size in FRUGAL),
+    *(("GaLoreAdamW", presets.galore_glue, (task, r)) for task in GLUE for r in (4, 8)),
+    *(("FrugalAdamW", presets.frugal_glue, (task, r)) for task in GLUE for r in (8, 0)),
+]
+"""Every preset, and the optimizer it is for."""
+
+
+@pytest.mark.parametrize("name", PRETRAIN)
+def test_pretraining_is_as_in_the_tables(name: str) -> None:
+    preset = {"galore": presets.galore_pretrain, "fira": presets.fira_pretrain}[name]
+    for size, (rank, gap, scale, lr) in PRETRAIN[name].items():
+        got = preset(size)
+        assert (got["rank"], got["update_proj_gap"], got["scale"], got["lr"]) == (
+            rank, gap, scale, lr
+        )  # fmt: skip
+        assert (got["weight_decay"], got["betas"], got["eps"]) == (0.0, (0.9, 0.999), 1e-6)
+        assert (got["projector"], got["stagger"], got["on_refresh"]) == ("svd", False, "keep")
+        if name == "fira":
+            assert (got["alpha_mode"], got["limiter"], got["scaling"]) == (
+                "release", 1.01, "column"
+            )  # fmt: skip
+
+
+def test_frugal_is_as_in_the_scripts() -> None:
+    for size, (density, gap, lr, factor) in FRUGAL.items():
+        got = presets.frugal_pretrain(size)
+        want = {"density": density, "update_proj_gap": gap, "lr": lr, "weight_decay": 0.0}
+        want |= {"proj_params_lr_scale": factor, "projector": "block", "free_rule": "sign"}
+        want |= {"block_order": "descending", "betas": (0.9, 0.999), "eps": 1e-8}
+        assert {k: got[k] for k in want} == want
+
+
+def test_glue_is_as_in_the_tables() -> None:
+    for task, (rank4, rank8, frugal) in GLUE.items():
+        got = [presets.galore_glue(task, rank) for rank in (4, 8)]
+        assert [g["lr"] for g in got] == [rank4, rank8]
+        assert [g["scale"] for g in got] == [4.0, 2.0]
+        own = presets.frugal_glue(task)
+        assert (own["lr"], own["free_lr_scale"], own["weight_decay"]) == (frugal, 0.1, 0.1)
+        assert own["density"] == 8 / 768 and own["update_proj_gap"] == 500
+        assert presets.frugal_glue(task, rank=0)["density"] == 0.0
+
+
+BUILDABLE = [case for case in CASES if hasattr(methods, case[0])]
+
+
+@pytest.mark.parametrize("method, preset, arguments", BUILDABLE)
+def test_a_preset_makes_its_optimizer(
+    method: str, preset: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]
+) -> None:
+    """Its arguments are the optimizer's: they are in the group, and it steps."""
+    weight = torch.nn.Parameter(torch.zeros(2048, 2048, device="meta"))
+    chosen = preset(*arguments)
+    optimizer = getattr(methods, method)([weight], **chosen)
+    (group,) = optimizer.param_groups
+    assert {k: group[k] for k in chosen} == chosen
+    small = torch.nn.Parameter(torch.zeros(6, 8))
+    fits = {"rank": 2} if "rank" in chosen else {}
+    optimizer = getattr(methods, method)([small], **{**chosen, **fits, "lr": 0.1})
+    small.grad = torch.randn(6, 8)
+    optimizer.step()
+    assert float(small.detach().norm()) > 0
+
+
+@pytest.mark.parametrize("preset", [p for _, p, _ in CASES[:: len(PRETRAIN["fira"])]])
+def test_what_was_not_published_raises(preset: Callable[..., dict[str, Any]]) -> None:
+    with pytest.raises(ValueError, match=r"no published \w+ 'palm'; there are '"):
+        preset("palm")
+    if "rank" in inspect.signature(preset).parameters:
+        with pytest.raises(ValueError, match="no published rank 3; there are "):
+            preset("cola", rank=3)
+
+
+def test_a_preset_is_the_callers_own() -> None:
+    """Changing one changes no other."""
+    presets.fira_pretrain("60M")["rank"] = 1
+    assert presets.fira_pretrain("60m")["rank"] == 128
+    assert DEFAULTS["rank"] == 128
