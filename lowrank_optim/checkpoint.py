@@ -124,7 +124,9 @@ def check_fit(
                 found = saved[n]
                 _same_structure(optimizer, here, there, mine, merged, found)
                 meta = torch.empty_like(here.param, device="meta")
-                expected = init_state(there, chosen, meta)
+                # a block's moments are there or not, by when the checkpoint was written
+                active = any(slot.name in found for slot in chosen.rule.slots(here.param.shape))
+                expected = init_state(there, chosen, meta, active)
                 _same_shapes(optimizer, here, loaded, found, expected)
                 dtypes[n] = {k: v.dtype for k, v in expected.items()}
             n += 1

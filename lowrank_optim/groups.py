@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lowrank_optim.matrix import PROJ_TYPES
 from lowrank_optim.stores import STORES
 from lowrank_optim.subspaces.base import PROJECTORS
+from lowrank_optim.subspaces.block import BLOCK_ORDERS
 from lowrank_optim.transports import TRANSPORTS
 
 logger = logging.getLogger(__name__)
@@ -23,16 +24,25 @@ ALIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "update_gap": ("update_proj_gap", lambda gap: gap),  # FRUGAL
     "proj_side": ("proj_type", lambda side: side),
     "reset_statistics": ("on_refresh", lambda reset: "reset" if reset else "keep"),
+    "density": ("rank", lambda density: _density(density)),
+    "coord_choice": ("projector", lambda choice: choice),
+    "inactive_update_rule": ("free_rule", lambda rule: _free_rule(rule)),
+    "inactive_lr_scale": ("free_lr_scale", lambda scale: scale),
 }
 """Keys of the released packages, the key each stands for, and how its value reads."""
 
 IGNORED = ("dim", "correct_bias", "no_deprecation_warning")
 """Released keys with no meaning here: n-d weights are seen as matrices whatever ``dim`` says."""
 
+FREE_RULES = {"sign": "sign_sgd", "sgd": "sgd", "none": "no"}
+"""What moves the part of a gradient that has no state, and FRUGAL's names for it."""
+
 CHOICES: dict[str, Collection[str]] = {
     "proj_type": PROJ_TYPES,
     "projector": PROJECTORS,
     "on_refresh": TRANSPORTS,
+    "block_order": BLOCK_ORDERS,
+    "free_rule": FREE_RULES,
     "state_dtype": STORES,
     "alpha_mode": ("release", "paper"),
     "scaling": ("column", "matrix"),
@@ -61,6 +71,10 @@ def canonical(group: Mapping[str, Any]) -> Group:
     if not group.get("correct_bias", True):
         raise ValueError("correct_bias=False is not supported: moments are always corrected")
     group = {k: _builtin(v) for k, v in group.items()}
+    if group.get("proj_type") in ("svd", "random"):  # FRUGAL's name of the projector
+        group["projector"] = group.pop("proj_type")
+    if not group.pop("is_proj_params", True):  # FRUGAL: a group of dense parameters
+        group = {k: v for k, v in group.items() if k != "density"} | {"rank": None}
     out = {k: v for k, v in group.items() if k not in ALIASES and k not in IGNORED}
     for alias, (key, read) in ALIASES.items():
         if alias in group:
@@ -75,6 +89,24 @@ def _builtin(value: Any) -> Any:
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         return value.item()
     return value
+
+
+def _density(density: Any) -> float | None:
+    """The fraction that a rank is, of everything: 0 and 1 are allowed.
+
+    Raises:
+        ValueError: it is not in [0, 1].
+    """
+    if density is None:
+        return None
+    if not (_number(density) and 0 <= density <= 1):
+        raise ValueError(f"density must be in [0, 1], got {_shown(density)}")
+    return float(density)
+
+
+def _free_rule(rule: Any) -> Any:
+    """Our name of one of FRUGAL's rules."""
+    return {theirs: ours for ours, theirs in FREE_RULES.items()}.get(rule, rule)
 
 
 def _number(value: Any) -> bool:
@@ -93,32 +125,48 @@ def _choice(group: Group, key: str, allowed: Collection[str]) -> None:
         raise ValueError(f"{key} must be one of {names}, got {group[key]!r}")
 
 
-def check_rank(rank: Any) -> None:
+def check_rank(rank: Any, closed: bool = False) -> None:
     """Raise unless ``rank`` is a positive int or a fraction in (0, 1).
+
+    Args:
+        rank: of a group.
+        closed: whether it may be a density, for which 0 and 1 mean something.
 
     Raises:
         ValueError: it is neither.
     """
+    if closed and isinstance(rank, float) and rank in (0.0, 1.0):
+        return
     whole = isinstance(rank, int) and not isinstance(rank, bool) and rank > 0
     if not whole and not (isinstance(rank, float) and 0 < rank < 1):
         raise ValueError(f"rank must be a positive int or a fraction in (0, 1), got {_shown(rank)}")
 
 
-def check(group: Group) -> None:
+def check(group: Group, closed: bool = False) -> None:
     """Raise for values no step could use, in torch's words where torch has them.
+
+    Args:
+        group: the keys to look at.
+        closed: whether a rank may be a density of 0 or 1; so it may in any group of FRUGAL.
 
     Raises:
         ValueError: a hyper-parameter is out of range.
     """
     _check_rule(group)
     if group.get("rank") is not None:
-        check_rank(group["rank"])
+        check_rank(group["rank"], closed or "free_rule" in group)
+        if group.get("projector") == "block" and not isinstance(group["rank"], float):
+            raise ValueError(
+                "projector='block' takes a density (or a fraction as its rank), got "
+                f"rank={group['rank']}"
+            )
     gap = group.get("update_proj_gap", 1)
     if not isinstance(gap, int) or isinstance(gap, bool) or gap < 1:
         raise ValueError(f"update_proj_gap must be a positive int, got {_shown(gap)}")
-    scale = group.get("scale", 1.0)
-    if not (_number(scale) and scale >= 0):
-        raise ValueError(f"Invalid scale value: {_shown(scale)}")
+    for key in ("scale", "free_lr_scale", "proj_params_lr_scale"):
+        scale = group.get(key, 1.0)
+        if not (_number(scale) and scale >= 0):
+            raise ValueError(f"Invalid {key} value: {_shown(scale)}")
     limiter = group.get("limiter")
     if limiter is not None and not (_number(limiter) and limiter >= 1):
         raise ValueError(f"limiter must be None or a number >= 1, got {_shown(limiter)}")
@@ -254,7 +302,8 @@ def lowrank_groups(
             ``rank=None`` makes them dense, a rank makes them low-rank.
         no_decay: patterns; parameters they match get ``weight_decay=0``. One without a match is
             fine here: not every model has biases.
-        **options: further group keys for the targeted matrices, such as ``projector="svd"``.
+        **options: further group keys for the targeted matrices, such as ``projector="svd"``;
+            ``density`` in place of ``rank``.
 
     Raises:
         ValueError: a target or an override matches nothing, is not a regular expression, or a
@@ -268,8 +317,10 @@ def lowrank_groups(
         >>> [(g.get("rank"), g["param_names"]) for g in groups]
         [(4, ['0.weight']), (None, ['0.bias', '1.bias']), (2, ['1.weight'])]
     """
-    rank = _builtin(rank)
-    check_rank(rank)
+    asked, options = options, canonical(options)
+    rank = _builtin(options.pop("rank", rank))
+    closed = any("density" in keys for keys in (asked, *(overrides or {}).values()))
+    check_rank(rank, closed)
     names: dict[int, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         if param.requires_grad:
@@ -295,7 +346,7 @@ def lowrank_groups(
                 break
         if param.dim() < 2:
             keys["rank"] = None
-        keys = keys if keys["rank"] is None else {**canonical(options), **keys}
+        keys = keys if keys["rank"] is None else {**options, **keys}
         if any(matches(n) for matches in undecayed for n in own):
             keys["weight_decay"] = 0.0
         bucket = buckets.setdefault(
@@ -307,17 +358,17 @@ def lowrank_groups(
         raise ValueError(
             f"overrides {sorted(unused)} match no trainable parameter not taken already"
         )
-    return _finished(list(buckets.values()))
+    return _finished(list(buckets.values()), closed)
 
 
-def _finished(groups: list[Group]) -> list[Group]:
+def _finished(groups: list[Group], closed: bool) -> list[Group]:
     """Groups checked and logged, and dense ones without ``rank``, as galore-torch has them.
 
     Only where none has a rank do all say ``rank=None``, or the optimizer's own would apply.
     """
     some = any(group["rank"] is not None for group in groups)
     for group in groups:
-        check(group)
+        check(group, closed)
         if some and group["rank"] is None:
             del group["rank"]
     logger.info("%s", describe(groups))

@@ -51,7 +51,7 @@ class Report(NamedTuple):
 def _kind(key: str, value: Tensor, param: Tensor) -> str:
     if key.startswith("basis"):
         return "basis"
-    if key in HOST_SCALARS or key.startswith(("qmap", "residual_")):
+    if key in HOST_SCALARS or key == "index" or key.startswith(("qmap", "residual_")):
         return "other"
     # a 0-d entry is a counter, unless the parameter itself is 0-d
     return "moments" if value.dim() or "." in key or value.shape == param.shape else "other"

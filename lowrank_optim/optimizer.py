@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lowrank_optim.blocks import advance, catch_up, placed, step_block
 from lowrank_optim.checkpoint import load_state_dict
 from lowrank_optim.groups import EMBEDDING_OR_HEAD, Group, canonical, check, check_rank
-from lowrank_optim.matrix import matrix_view
 from lowrank_optim.residuals import Residual
 from lowrank_optim.rules.base import Rule
 from lowrank_optim.step import (
@@ -27,7 +27,8 @@ from lowrank_optim.step import (
     step_matrices,
 )
 from lowrank_optim.stores import STORES
-from lowrank_optim.subspaces.base import make_projector
+from lowrank_optim.subspaces.base import PROJECTORS, make_projector, view_for
+from lowrank_optim.subspaces.block import Block
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class LowRankOptimizer(Optimizer):
         groups = list(params)
         defaults = canonical(defaults)
         check(defaults)
-        check_rank(defaults["rank"])
+        check_rank(defaults["rank"], "free_rule" in defaults)
         if any(isinstance(g, dict) and "rank" in canonical(g) for g in groups):
             defaults = {**defaults, "rank": None}
         defaults["method"] = type(self).__name__
@@ -146,6 +147,12 @@ class LowRankOptimizer(Optimizer):
                     f"{type(self).__name__} does not support complex parameters: {name}"
                 )
         self._plans = {}
+        if group["projector"] == "block":
+            try:
+                self._items(group)
+            except ValueError:  # as many blocks as their order cannot take
+                self.param_groups.pop()
+                raise
         self._warn_clamped(group)
 
     def _warn_clamped(self, group: Group) -> None:
@@ -153,17 +160,18 @@ class LowRankOptimizer(Optimizer):
         rank = group["rank"]
         if rank is None or group["targets"] != "all":
             return
-        views = [matrix_view(p.shape, group["proj_type"]) for p in group["params"]]
+        projector = PROJECTORS[group["projector"]]
+        views = [view_for(group, p.shape) for p in group["params"]]
         small = [
             (i, view)
             for i, view in enumerate(views)
-            if view is not None and view.directions(rank) > view.full_rank
+            if view is not None and projector.directions(rank, view) > projector.limit(view)
         ]
         if small:
             i, view = small[0]
             more = f" and {len(small) - 1} more" if len(small) > 1 else ""
             warnings.warn(
-                f"rank {rank} is clamped to {view.full_rank} for {_name(group, i)} of shape "
+                f"rank {rank} is clamped to {projector.limit(view)} for {_name(group, i)} of shape "
                 f"{view.shape}{more}",
                 stacklevel=6,  # the line that constructs the optimizer
             )
@@ -176,7 +184,7 @@ class LowRankOptimizer(Optimizer):
         key = (tuple(map(id, group["params"])), repr(projector))
         cached = self._plans.get(id(group))
         if cached is None or cached[0] != key:
-            cached = self._plans[id(group)] = key, list(self._plan(group))
+            cached = self._plans[id(group)] = key, placed(list(self._plan(group)))
         return cached[1]
 
     def _plan(self, group: Group) -> Iterator[Item]:
@@ -188,7 +196,7 @@ class LowRankOptimizer(Optimizer):
         dense = []
         kinds: dict[Any, int] = {}
         for i, param in enumerate(group["params"]):
-            view = matrix_view(param.shape, group["proj_type"]) if self._wants(group, i) else None
+            view = view_for(group, param.shape) if self._wants(group, i) else None
             if view is None and param.dim() >= 2:
                 dense.append(_name(group, i))
             if view is not None and hasattr(param, "placements"):
@@ -209,9 +217,9 @@ class LowRankOptimizer(Optimizer):
             return False
         if group["targets"] == "all":
             return True
-        view = matrix_view(param.shape, group["proj_type"])
-        if view is None or view.resolve_rank(rank) >= view.full_rank:
-            return False
+        view, projector = view_for(group, param.shape), PROJECTORS[group["projector"]]
+        if view is None or (rank != 1.0 and projector.covers(rank, view)):
+            return False  # a density of 1 is asked for
         names = group.get("param_names")
         return names is None or EMBEDDING_OR_HEAD.search(names[i]) is None
 
@@ -226,6 +234,7 @@ class LowRankOptimizer(Optimizer):
             seed=group["seed"],
             rounding=group["stochastic_rounding"],
             maximize=group["maximize"],
+            lr_scale=group.get("proj_params_lr_scale", 1.0),
         )
 
     # ---------------------------------------------------------------- step
@@ -251,7 +260,12 @@ class LowRankOptimizer(Optimizer):
                 for item in items:
                     if item.param.requires_grad:
                         self._state_of(item, chosen)
-            self._step_items([i for i in items if i.param.grad is not None], group, chosen)
+            ready = [i for i in items if i.param.grad is not None]
+            if any(isinstance(i.subspace, Block) for i in ready):
+                for item in ready:
+                    self._state_of(item, chosen)
+                advance(items, self.state, chosen)
+            self._step_items(ready, group, chosen)
         return loss
 
     @torch.no_grad()
@@ -264,8 +278,12 @@ class LowRankOptimizer(Optimizer):
         for group in self.param_groups:
             for item in self._items(group):
                 if item.param is param:
+                    chosen = self._strategies(group)
                     items = [item] if param.grad is not None else []
-                    self._step_items(items, group, self._strategies(group))
+                    if items and isinstance(item.subspace, Block):
+                        self._state_of(item, chosen)
+                        catch_up(item, self._items(group), self.state, chosen)
+                    self._step_items(items, group, chosen)
                     return
         raise ValueError("the parameter is in none of the optimizer's groups")
 
@@ -283,6 +301,8 @@ class LowRankOptimizer(Optimizer):
         for item in items:
             if item.subspace is None:
                 step_dense(item, self._state_of(item, chosen), chosen, lr, weight_decay)
+            elif isinstance(item.subspace, Block):
+                step_block(item, self._state_of(item, chosen), chosen, lr, weight_decay)
             else:
                 buckets.setdefault(item.key, []).append(item)
         for bucket in buckets.values():
@@ -329,4 +349,4 @@ def _chunk_size(item: Item) -> int:
     assert item.subspace is not None and item.view is not None
     shapes = item.subspace.coord_shapes(item.view).values()
     size = 4 * sum(math.prod(shape) for shape in shapes)
-    return max(1, CHUNK_BYTES[branchless(item.param)] // size)
+    return max(1, CHUNK_BYTES[branchless(item.param)] // max(1, size))

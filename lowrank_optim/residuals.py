@@ -25,12 +25,13 @@ class Term(NamedTuple):
     ============ ==================================
     ``"scaled"`` ``(G - a P R) o columns``
     ``"sign"``   ``gain sign(G - P R)``
+    ``"raw"``    ``gain (G - P R)``
     ============ ==================================
 
-    Both are multiplied by the learning rate and by the bias correction of the direction.
+    All are multiplied by the learning rate and by the bias correction of the direction.
     """
 
-    kind: Literal["scaled", "sign"]
+    kind: Literal["scaled", "sign", "raw"]
     columns: Tensor | None = None
     """One factor per column of the canonical view, ``(..., 1, n)`` in float32."""
     gain: float | Tensor = 1.0
@@ -179,3 +180,32 @@ class Scaled:
         fine = new.isfinite() if sound is None else new.isfinite() & sound
         last.copy_(torch.where(fine, new, last))
         return limit
+
+
+@dataclass(frozen=True)
+class Free:
+    """FRUGAL: the rest of the gradient moves the weights by a rule that keeps no state.
+
+    Args:
+        kind: ``"sign"`` or ``"raw"``.
+        gain: factor of its step.
+    """
+
+    kind: Literal["sign", "raw"]
+    gain: float = 1.0
+
+    def init(self, view: MatrixView, like: Tensor) -> State:
+        """Nothing."""
+        return {}
+
+    def before(self, state: State, grad: Tensor) -> Tensor:
+        """The gradient as it is."""
+        return grad
+
+    def after(self, state: State, seen: Seen) -> Term | None:
+        """``gain f(G - P R)``; nothing where that is rounding, of which a sign makes full steps."""
+        fresh = bool(state["refresh_step"] == state["step"] - 1)
+        m, n = seen.grad.shape[-2:]
+        if seen.subspace.complete(m, n, fresh):
+            return None
+        return Term(self.kind, gain=self.gain / seen.correction)

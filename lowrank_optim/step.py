@@ -20,12 +20,13 @@ from lowrank_optim.residuals import Drop, Residual, Seen
 from lowrank_optim.rules.base import Rule, Slot, compute_dtype
 from lowrank_optim.stores import Store
 from lowrank_optim.subspaces.base import Context, Into, Moved, Subspace, identity
+from lowrank_optim.subspaces.block import Block
 from lowrank_optim.transports import TRANSPORTS, take_rows
 
 logger = logging.getLogger(__name__)
 State = dict[str, Tensor]
 
-HOST_SCALARS = ("step", "refresh_step", "postponed")
+HOST_SCALARS = ("step", "refresh_step", "postponed", "clock", "key")
 """State kept on the CPU in float32: read every step, and a bfloat16 counter would stop at 256."""
 GOLDEN = 0.6180339887498949
 
@@ -61,14 +62,32 @@ class Strategies:
     seed: int
     rounding: bool
     maximize: bool
+    lr_scale: float = 1.0
+    """Factor of the learning rate of projected parameters, but not of their decay."""
     aged: bool = False
     """Whether every row of a coordinate counts its own steps, from when it came in."""
 
 
-def init_state(item: Item, chosen: Strategies, like: Tensor) -> State:
-    """The whole state of one parameter, all zeros, on the device of ``like``."""
+def init_state(item: Item, chosen: Strategies, like: Tensor, active: bool | None = None) -> State:
+    """The whole state of one parameter, all zeros, on the device of ``like``.
+
+    Args:
+        item: the parameter.
+        chosen: what its group chose.
+        like: a tensor on the device.
+        active: whether a block holds moments (default: if it is among the first that do).
+    """
     state: State = {"step": torch.zeros((), dtype=torch.float32)}
     shapes: dict[str, tuple[int, ...]] = {"": tuple(item.param.shape)}
+    if isinstance(item.subspace, Block):
+        assert item.view is not None
+        state.update(item.subspace.init(item.view, like))
+        state.update(chosen.residual.init(item.view, like))
+        if active is None:
+            active = item.subspace.position in active_blocks(item, chosen, 0)
+        if active:
+            alloc_moments(item, chosen, state, like)
+        return state
     if item.subspace is not None and item.view is not None:
         state["refresh_step"] = torch.tensor(-1.0)
         state["postponed"] = torch.zeros((), dtype=torch.float32)
@@ -81,6 +100,20 @@ def init_state(item: Item, chosen: Strategies, like: Tensor) -> State:
         for slot in chosen.rule.slots(shape):
             chosen.store.alloc(state, slot_key(coord, slot.name), slot, shape, like)
     return state
+
+
+def active_blocks(item: Item, chosen: Strategies, count: int) -> frozenset[int]:
+    """Positions of the blocks that hold moments after ``count`` switches, this one's own group."""
+    block = item.subspace
+    assert isinstance(block, Block)
+    return block.active(count, seeded(chosen.seed, block.first, count))
+
+
+def alloc_moments(item: Item, chosen: Strategies, state: State, like: Tensor) -> None:
+    """Moments of the whole parameter, zeros."""
+    shape = tuple(item.param.shape)
+    for slot in chosen.rule.slots(shape):
+        chosen.store.alloc(state, slot.name, slot, shape, like)
 
 
 def slot_key(coord: str, slot: str) -> str:
@@ -171,8 +204,11 @@ def step_matrices(
 
 
 def _measure(work: Sequence[Work]) -> None:
-    """Norms of all coordinates, one call for each."""
-    norms = [ops.total_norms([w.coords[name] for w in work]) for name in work[0].coords]
+    """Norms of all coordinates, one call for each; of gradients that they do not see whole."""
+    if work[0].item.subspace is not None and not work[0].item.subspace.sees_all:
+        norms = [ops.total_norms([w.grad for w in work])]
+    else:
+        norms = [ops.total_norms([w.coords[name] for w in work]) for name in work[0].coords]
     for w, *own in zip(work, *norms, strict=True):
         w.norm = own[0] if len(own) == 1 else torch.stack(own).sum()
 
@@ -356,6 +392,7 @@ def _apply(
     factor = subspace.lr_factor(int(w.state["step"]) - 1 - max(0, int(w.state["refresh_step"])))
     size = size if factor == 1 else size * factor  # never in place: it may be the group's tensor
     decay = 1 - size * weight_decay
+    size = size if chosen.lr_scale == 1 else size * chosen.lr_scale
     if len(directions) == 1 and isinstance(size, float):
         ((name, (direction, correction)),) = directions.items()
         update, lr_now = {name: direction}, size * correction
@@ -375,9 +412,24 @@ def _apply(
 
 
 def step_dense(
-    item: Item, state: State, chosen: Strategies, lr: float | Tensor, weight_decay: float
+    item: Item,
+    state: State,
+    chosen: Strategies,
+    lr: float | Tensor,
+    weight_decay: float,
+    since: int = 0,
 ) -> None:
-    """One step of a parameter without a subspace: the rule alone, on the whole tensor."""
+    """One step of a parameter without a subspace: the rule alone, on the whole tensor.
+
+    Args:
+        item: the parameter.
+        state: its state.
+        chosen: what its group chose.
+        lr: learning rate.
+        weight_decay: decoupled decay.
+        since: steps it had taken before its moments began.
+    """
+    factor = 1.0 if item.subspace is None else chosen.lr_scale
     param, grad, rule = item.param, item.param.grad, chosen.rule
     assert grad is not None
     norm = ops.matrix_norm(grad if grad.dim() > 1 else grad.reshape(1, -1))
@@ -387,21 +439,27 @@ def step_dense(
         return
     keys = [slot.name for slot in rule.slots(param.shape)]
     same = all(x.dtype == param.dtype for x in (grad, *(state[k] for k in keys)))
-    if same and not chosen.store.rounds:  # torch rounds a bfloat16 moment to nearest: it sticks
+    if (
+        same and not chosen.store.rounds and factor == 1
+    ):  # torch rounds a bfloat16 moment to nearest: it sticks
         slots = [state[k] for k in keys]
+        steps = state["step"] - since if since else state["step"]
         if rule.step_dense_(
             param,
             grad,
             slots,
-            state["step"],
+            steps,
             lr=lr,
             weight_decay=weight_decay,
             maximize=chosen.maximize,
         ):
+            state["step"].copy_(steps + since)
             return
     state["step"] += 1
-    step = float(state["step"])
+    step = float(state["step"]) - since
     size = rule.step_size(lr, step, param)
+    decay = 1 - size * weight_decay
+    size = size if factor == 1 else size * factor
     held = read_slots(item, state, slot_keys("", param.shape, chosen), chosen)
     moments = [x for _, _, x in held]
     rounding = weight_seed(item, state, chosen)
@@ -415,7 +473,7 @@ def step_dense(
         g = g.neg() if chosen.maximize else g
         ((direction,), (correction,)) = rule.directions_([g], [own], [step])
         tile_seed = None if rounding is None else mixed(rounding, tile)
-        ops.add_(p, direction * (size * correction), 1 - size * weight_decay, -1.0, tile_seed)
+        ops.add_(p, direction * (size * correction), decay, -1.0, tile_seed)
     write_slots_(item, state, held, chosen)
 
 

@@ -39,6 +39,10 @@ def project(moments: Moments, moved: Moved) -> None:
     References:
         Robert et al. (2024), arXiv:2410.16103.
     """
+    if moved.carry is not None:
+        for _, x, _ in moments:
+            x.copy_(moved.carry(x))
+        return
     if moved.source is not None or moved.source_right is not None:
         _permute_(moments, moved)
         return

@@ -52,6 +52,9 @@ def projector_names() -> list[str]:
 def build(name: str, params: Any, **options: Any) -> LowRankOptimizer:
     """The method ``name``, deterministic in exact arithmetic: SVD, published cadence."""
     own = {"lr": 1e-2, "rank": RANK, "update_proj_gap": 3, "projector": "svd", "stagger": False}
+    rank = own["rank"] if "rank" not in options else options["rank"]
+    if options.get("projector") == "block" and isinstance(rank, int):
+        options = {**options, "rank": 0.5}  # of a block it is a density
     cls = getattr(methods, name)
     optimizer: LowRankOptimizer = cls(params, **{**own, **METHOD_ARGS.get(name, {}), **options})
     return optimizer

@@ -1,6 +1,7 @@
 """Methods: one file per paper, each a composition of roles."""
 
 from lowrank_optim.methods.fira import FiraAdamW, FiraAdamW8bit
+from lowrank_optim.methods.frugal import FrugalAdamW, FrugalAdamW8bit, FrugalLion, FrugalSGD
 from lowrank_optim.methods.galore import (
     GaLoreAdafactor,
     GaLoreAdamW,
@@ -12,6 +13,10 @@ from lowrank_optim.methods.galore import (
 __all__ = [
     "FiraAdamW",
     "FiraAdamW8bit",
+    "FrugalAdamW",
+    "FrugalAdamW8bit",
+    "FrugalLion",
+    "FrugalSGD",
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "GaLoreAdamW8bit",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.matrix import MatrixView
+from lowrank_optim.matrix import MatrixView, matrix_view
 from lowrank_optim.residuals import Term
 
 State = dict[str, Tensor]
@@ -34,6 +34,8 @@ class Moved(NamedTuple):
     """``(..., r)`` the old row that feeds each new one, -1 for a new one: sets of indices."""
     source_right: Tensor | None = None
     """The same for the columns, when both sides are projected."""
+    carry: Callable[[Tensor], Tensor] | None = None
+    """An exact map of a moment that has no rows to speak of: a set of single entries."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,36 @@ class Subspace(ABC):
 
     needs_grad: ClassVar[bool] = True
     """Whether a refresh looks at the gradient, and so waits for one that says something."""
+    sees_all: ClassVar[bool] = True
+    """Whether an entry of the gradient that is not finite shows in the coordinates."""
+    fitted: ClassVar[bool] = False
+    """Whether a basis of full rank spans the very gradient that it was found from."""
+
+    @classmethod
+    def side(cls, proj_type: str) -> str:
+        """The side that it projects where a group asks for ``proj_type``."""
+        return proj_type
+
+    @classmethod
+    def limit(cls, view: MatrixView) -> int:
+        """The most directions that it can have."""
+        return view.full_rank
+
+    @classmethod
+    def directions(cls, rank: int | float, view: MatrixView) -> int:
+        """``rank`` as a number of directions, not yet limited."""
+        return view.directions(rank)
+
+    @classmethod
+    def covers(cls, rank: int | float, view: MatrixView) -> bool:
+        """Whether ``rank`` leaves nothing out."""
+        return cls.directions(rank, view) >= cls.limit(view)
 
     @classmethod
     def from_group(cls, group: dict[str, Any], view: MatrixView) -> Self:
         """The subspace that a parameter group asks for: its fields are group keys."""
         own = {f.name: group[f.name] for f in fields(cls) if f.name in group}
-        own["rank"] = view.resolve_rank(group["rank"])
+        own["rank"] = min(cls.directions(group["rank"], view), cls.limit(view))
         return cls(**own)
 
     @abstractmethod
@@ -129,6 +155,16 @@ class Subspace(ABC):
     def applies_grad(self, term: Term | None) -> bool:
         """Whether :meth:`push_` adds something of the gradient itself."""
         return term is not None
+
+    def complete(self, m: int, n: int, fresh: bool) -> bool:
+        """Whether all outside it is rounding, for a gradient ``(..., m, n)``.
+
+        Args:
+            m: the projected dimension.
+            n: the other one.
+            fresh: whether the subspace was found from this very gradient.
+        """
+        return False
 
 
 @dataclass(frozen=True)
@@ -192,6 +228,12 @@ class Projector(Subspace):
 
         return rotation
 
+    def complete(self, m: int, n: int, fresh: bool) -> bool:
+        """At full rank: of the space, or of the gradient that the basis was fitted to."""
+        if self.fitted and fresh and self.rank >= min(m, n):
+            return True
+        return self.rank >= m and (not self.two_sided or self.rank >= n)
+
     def bases(self, state: State, view: MatrixView) -> list[Tensor]:
         """As kept."""
         return [state[key] for key in ("basis", "basis_right") if key in state]
@@ -225,23 +267,27 @@ class Projector(Subspace):
         wide, low = update["low"], into.low
         if right is not None:
             wide, low = (x @ right.mT.to(x.dtype) for x in (wide, low))
+        scale = self.scale
+        if term.kind == "raw":  # of the whole projection, whatever the scale
+            wider = torch.promote_types(low.dtype, torch.float32)
+            ones = torch.ones_like(low[..., :1, :], dtype=wider)
+            term = Term("scaled", ones * term.gain)
+            wide, scale = (wide, 1.0) if scale == 1 else (wide * scale, 1.0)
         rounds = into.rounding is not None and into.param.dtype == torch.bfloat16
-        if rounds or isinstance(term.gain, Tensor):
+        if rounds or isinstance(term.gain, Tensor) or isinstance(into.decay, Tensor):
             ops.lift_add_term_(
                 into.param, into.grad, state["basis"], wide, low, term.columns, term.gain,
-                into.decay, into.lr, self.scale, into.rounding, into.sound,
+                into.decay, into.lr, scale, into.rounding, into.sound,
             )  # fmt: skip
             return
-        decay, sound = into.decay, [] if into.sound is None else [into.sound]
-        if isinstance(decay, Tensor):  # the ops take numbers: reading it would stall the device
-            into.param.mul_(into.guarded_decay())
-            decay = 1.0
+        sound = [] if into.sound is None else [into.sound]
         common = [into.param], [into.grad], [state["basis"]], [wide], [low]
         if term.kind == "scaled":
             assert term.columns is not None
-            ops.lift_add_scaled_(*common, [term.columns], decay, into.lr, self.scale, sound)
+            columns = [term.columns]
+            ops.lift_add_scaled_(*common, columns, into.decay, into.lr, scale, sound)
         else:
-            ops.lift_add_sign_(*common, decay, into.lr, self.scale, term.gain, sound)
+            ops.lift_add_sign_(*common, into.decay, into.lr, scale, term.gain, sound)
 
 
 def new_to_old(new: Tensor, old: Tensor) -> Tensor:
@@ -292,4 +338,10 @@ def register(name: str) -> Callable[[_P], _P]:
 
 def make_projector(group: dict[str, Any], view: MatrixView) -> Subspace:
     """The projector that a parameter group asks for, with the rank that ``view`` allows."""
-    return PROJECTORS[group["projector"]].from_group(group, view)
+    name = "rows" if group["rank"] == 0 else group["projector"]  # nothing needs no basis
+    return PROJECTORS[name].from_group(group, view)
+
+
+def view_for(group: dict[str, Any], shape: Sequence[int]) -> MatrixView | None:
+    """A parameter of ``shape`` as the group's projector sees it; None where it is no matrix."""
+    return matrix_view(shape, PROJECTORS[group["projector"]].side(group["proj_type"]))

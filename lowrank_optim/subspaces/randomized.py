@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ class RandomizedSVD(Projector):
         Halko, Martinsson, Tropp (2011), arXiv:0909.4061, algorithm 4.4; Fukaya et al. (2020),
         arXiv:1809.11085, on shifted Cholesky QR.
     """
+
+    fitted: ClassVar[bool] = True
 
     oversample: int = 8
     tolerance: float = 0.01

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from lowrank_optim.subspaces.base import Context, Projector, register
 @dataclass(frozen=True)
 class SVD(Projector):
     """Leading left singular vectors of the gradient, by a full factorisation (slow, exact)."""
+
+    fitted: ClassVar[bool] = True
 
     def find(self, grad: Tensor, previous: Tensor | None, ctx: Context) -> Tensor:
         """``U[:, :r]`` of ``G = U S V^T``; the factorisation never runs below float32."""

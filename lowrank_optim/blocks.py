@@ -1,0 +1,138 @@
+"""Whole tensors that take turns to hold moments: when they switch, and how each steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from lowrank_optim import ops
+from lowrank_optim.residuals import Seen
+from lowrank_optim.step import (
+    Item,
+    State,
+    Strategies,
+    active_blocks,
+    alloc_moments,
+    branchless,
+    step_dense,
+    weight_seed,
+)
+from lowrank_optim.stores import scale_key
+from lowrank_optim.subspaces.base import Into
+from lowrank_optim.subspaces.block import Block
+from lowrank_optim.subspaces.coordinate import Rows
+
+logger = logging.getLogger(__name__)
+States = Mapping[Tensor, State]
+
+
+def placed(items: list[Item]) -> list[Item]:
+    """A group's items, its blocks told which of how many they are; frozen ones count.
+
+    Raises:
+        ValueError: the order needs an even number of active blocks, and theirs is odd.
+    """
+    blocks = [item for item in items if isinstance(item.subspace, Block)]
+    for position, item in enumerate(blocks):
+        assert isinstance(item.subspace, Block)
+        count, first = len(blocks), blocks[0].index
+        item.subspace = replace(item.subspace, position=position, count=count, first=first)
+        if item.subspace.block_order == "mirror" and item.subspace.size % 2:
+            raise ValueError(
+                "block_order='mirror' needs an even number of active blocks, got "
+                f"{item.subspace.size} of {len(blocks)}"
+            )
+    return items
+
+
+def advance(items: Sequence[Item], states: States, chosen: Strategies) -> None:
+    """Begin a step of a group: its clock ticks, and every ``gap`` ticks its blocks switch.
+
+    The clock is the latest of its blocks', so that one without a gradient changes nothing for the
+    others, and it needs no place outside the state. Those without a gradient switch too: no
+    moments are kept for a turn that is over.
+    """
+    blocks = [i for i in items if isinstance(i.subspace, Block) and states.get(i.param)]
+    now = 1 + _latest(blocks, states)
+    switches, phase = divmod(now - 1, chosen.gap)
+    active = active_blocks(blocks[0], chosen, switches)
+    for item in blocks:
+        state = states[item.param]
+        _switch_(item, state, chosen, active, restart=phase == 0)
+        if item.param.grad is not None:
+            state["clock"].fill_(now)
+
+
+def catch_up(item: Item, items: Sequence[Item], states: States, chosen: Strategies) -> None:
+    """The same before one block is stepped alone: the first that comes round again moves the clock.
+
+    The others are switched with it, and marked when their own turn comes.
+    """
+    blocks = [i for i in items if isinstance(i.subspace, Block) and states.get(i.param)]
+    now, state = _latest(blocks, states), states[item.param]
+    ticks = int(state["clock"]) == now
+    now += ticks
+    switches, phase = divmod(now - 1, chosen.gap)
+    active = active_blocks(item, chosen, switches)
+    for other in blocks if ticks else [item]:
+        _switch_(other, states[other.param], chosen, active, restart=ticks and phase == 0)
+    state["clock"].fill_(now)
+
+
+def _latest(blocks: Sequence[Item], states: States) -> int:
+    return max(int(states[item.param]["clock"]) for item in blocks)
+
+
+def _switch_(
+    item: Item, state: State, chosen: Strategies, active: frozenset[int], restart: bool
+) -> None:
+    """Give a block moments, take them away, or start them again."""
+    block = item.subspace
+    assert isinstance(block, Block)
+    keys = [slot.name for slot in chosen.rule.slots(item.param.shape)]
+    if block.position not in active:
+        for key in keys:
+            state.pop(key, None)
+            state.pop(scale_key(key), None)
+        state["refresh_step"].fill_(-1)
+        return
+    if any(key not in state for key in keys) or (restart and chosen.on_refresh == "reset"):
+        alloc_moments(item, chosen, state, item.param)
+    elif state["refresh_step"] >= 0:
+        return
+    state["refresh_step"].copy_(state["step"])
+
+
+def step_block(
+    item: Item, state: State, chosen: Strategies, lr: float | Tensor, weight_decay: float
+) -> None:
+    """One step of a block: by the rule, dense, while it is active, else by the residual alone."""
+    began = int(state["refresh_step"])
+    if began >= 0:
+        step_dense(item, state, chosen, lr, weight_decay, since=began)
+        return
+    view = item.view
+    assert view is not None and item.param.grad is not None
+    param, grad = view.of(item.param), view.of(item.param.grad)
+    (norm,) = ops.total_norms([grad])
+    state["step"] += 1
+    if not branchless(grad) and not norm.isfinite():
+        logger.warning("the gradient of %s is not finite: its step is skipped", item.name)
+        return
+    none, size = Rows(0), chosen.rule.step_size(lr, float(state["step"]), param)
+    if isinstance(size, Tensor) and size.numel() == 1 and not branchless(param):
+        size = float(size)
+    low = grad.new_empty(*view.batch, 0, view.n)
+    sound = norm.isfinite() if branchless(grad) else None
+    term = chosen.residual.after(state, Seen(grad, low, low, 1.0, none, sound))
+    sign = -1 if chosen.maximize else 1
+    own = none.init(view, param)
+    rounding = weight_seed(item, state, chosen)
+    size_now = size * chosen.lr_scale * sign
+    into = Into(param, grad, low, size_now, 1 - size * weight_decay, rounding, sound)  # type: ignore[arg-type]
+    none.push_(into, own, {"low": low}, term)
+    if param.untyped_storage().data_ptr() != item.param.untyped_storage().data_ptr():
+        item.param.copy_(param.reshape(view.shape))

@@ -1,0 +1,130 @@
+"""Whole tensors as the coordinates: some of a group hold moments, and they take turns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from lowrank_optim import ops
+from lowrank_optim.matrix import MatrixView
+from lowrank_optim.residuals import Term
+from lowrank_optim.subspaces.base import Context, Into, Moved, Reduce, State, Subspace, register
+
+BLOCK_ORDERS = ("random", "ascending", "descending", "mirror")
+
+
+@register("block")
+@dataclass(frozen=True)
+class Block(Subspace):
+    """One tensor among the N of its group, of which ``k = round(density N)`` are active at a time.
+
+    An active block is a parameter without a subspace: the rule on all of it. An inactive one holds
+    no moments, zero bytes of them, and moves by the residual alone. Which are active is a function
+    of the number of switches, so that every rank and every resumed run agree:
+
+    ============== =======================================================================
+    ``random``     a new set at each switch
+    ``ascending``  the next k, cyclically
+    ``descending`` the same from the last tensor down, as all published pre-training ran
+    ``mirror``     k/2 from the front, and as many mirrored from the back
+    ============== =======================================================================
+
+    Args:
+        rank: not used.
+        scale: not used: a block is a dense parameter.
+        density: share of the tensors that are active.
+        block_order: in which order they take turns.
+        position: of this one among the blocks of its group.
+        count: N.
+        first: position in the optimizer of the group's first block, which seeds ``random``.
+
+    References:
+        Zmushko et al. (2025), arXiv:2411.07837; Luo et al. (2024), arXiv:2404.02827 (BAdam).
+    """
+
+    needs_grad: ClassVar[bool] = False
+
+    density: float = 0.25
+    block_order: str = "random"
+    position: int = 0
+    count: int = 1
+    first: int = 0
+
+    @classmethod
+    def side(cls, proj_type: str) -> str:
+        """None: as stored."""
+        return "left"
+
+    @classmethod
+    def directions(cls, rank: int | float, view: MatrixView) -> int:
+        """All of them, while it is active."""
+        return view.m
+
+    @classmethod
+    def limit(cls, view: MatrixView) -> int:
+        """All of them."""
+        return view.m
+
+    @classmethod
+    def covers(cls, rank: int | float, view: MatrixView) -> bool:
+        """The tensor is in or out, whatever the density."""
+        return False
+
+    @classmethod
+    def from_group(cls, group: dict[str, Any], view: MatrixView) -> Self:
+        """The rank of a group is the density of its blocks."""
+        order = group.get("block_order", "random")
+        return cls(rank=view.m, density=float(group["rank"]), block_order=order)
+
+    @property
+    def size(self) -> int:
+        """How many are active at a time."""
+        return round(self.density * self.count)
+
+    def active(self, switches: int, generator: torch.Generator) -> frozenset[int]:
+        """Positions of the active blocks after a number of switches.
+
+        Args:
+            switches: how often the blocks have switched.
+            generator: of the order ``random``.
+        """
+        n, k = self.count, self.size
+        if self.block_order == "random":
+            return frozenset(torch.randperm(n, generator=generator)[:k].tolist())
+        if self.block_order == "ascending":
+            return frozenset((switches * k + i) % n for i in range(k))
+        if self.block_order == "descending":
+            return frozenset((n - 1 - switches * k - i) % n for i in range(k))
+        half, pairs = n // 2, k // 2
+        front = {(switches * pairs + i) % half for i in range(pairs)}
+        return frozenset(front | {n - 1 - i for i in front})
+
+    def init(self, view: MatrixView, param: Tensor) -> State:
+        """When its group last stepped it, and how many steps it had taken when its moments began.
+
+        ``clock`` counts the steps of the group from 1; ``refresh_step`` is -1 without moments.
+        """
+        return {"clock": torch.zeros(()), "refresh_step": torch.tensor(-1.0)}
+
+    def refresh_(self, state: State, grad: Tensor, ctx: Context) -> dict[str, Moved]:
+        """Nothing: blocks switch together, whatever their gradients."""
+        return {}
+
+    def coord_shapes(self, view: MatrixView) -> dict[str, tuple[int, ...]]:
+        """One coordinate, all of the tensor."""
+        return {"low": (*view.batch, view.m, view.n)}
+
+    def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
+        """The gradient."""
+        return {"low": reduce(grad.clone())}
+
+    def bases(self, state: State, view: MatrixView) -> list[Tensor]:
+        """The identity."""
+        return [torch.eye(view.m, dtype=torch.float64)]
+
+    def push_(self, into: Into, state: State, update: dict[str, Tensor], term: Term | None) -> None:
+        """``W <- decay W - lr N``, of an active block."""
+        ops.add_(into.param, update["low"], into.guarded_decay(), -into.lr, into.rounding)

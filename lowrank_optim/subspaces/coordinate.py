@@ -1,0 +1,199 @@
+"""Rows and columns of a gradient as its coordinates: no basis, no product, exact transport."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowrank_optim import ops
+from lowrank_optim.matrix import MatrixView
+from lowrank_optim.residuals import Term
+from lowrank_optim.subspaces.base import Context, Into, Moved, Reduce, State, Subspace, register
+
+FREE = {"sign": "sign", "raw": "sgd"}
+"""Free rule of the fused apply for each kind of term that it takes."""
+TILE_STEP = 0x9E3779B9
+
+
+@dataclass(frozen=True)
+class Coordinates(Subspace):
+    r"""A random set of rows of the canonical view: :math:`R = G_I`, ``dW = N`` in those rows.
+
+    The set is drawn from (seed, parameter, step), kept sorted, and shared by the experts of a
+    batch. Since :math:`P^T P` and :math:`P P^T` are selections, what is outside is exact too: a
+    weight moves by the rule or by the residual, never by both.
+
+    Args:
+        rank: number of rows k.
+        scale: factor of their update.
+    """
+
+    needs_grad: ClassVar[bool] = False
+    sees_all: ClassVar[bool] = False
+
+    @classmethod
+    def limit(cls, view: MatrixView) -> int:
+        """All of them."""
+        return view.m
+
+    @classmethod
+    def directions(cls, rank: int | float, view: MatrixView) -> int:
+        """``floor(density m)``, or as many as the rank."""
+        return int(rank * view.m) if isinstance(rank, float) else rank
+
+    def init(self, view: MatrixView, param: Tensor) -> State:
+        """The indices, and no basis."""
+        return {"index": torch.arange(self.rank, dtype=torch.int32, device=param.device)}
+
+    def refresh_(self, state: State, grad: Tensor, ctx: Context) -> dict[str, Moved]:
+        """Draw a new set; rows that stay say where they were."""
+        index = state["index"]
+        old = index.clone()
+        drawn = torch.randperm(ctx.view.m, generator=ctx.generator)[: self.rank]
+        index.copy_(drawn.sort().values)
+        new = index.clone()
+        return {"low": Moved(lambda: _shared(new, old), source=_source(new, old))}
+
+    def coord_shapes(self, view: MatrixView) -> dict[str, tuple[int, ...]]:
+        """One coordinate, ``low (..., k, n)``."""
+        return {"low": (*view.batch, self.rank, view.n)}
+
+    def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
+        """The rows ``(..., k, n)``, contiguous."""
+        index = state["index"]
+        if grad.stride(-1) > grad.stride(-2):  # stored the other way: gather along its lines
+            return {"low": reduce(grad.mT.index_select(-1, index).mT.contiguous())}
+        return {"low": reduce(grad.index_select(-2, index))}
+
+    def bases(self, state: State, view: MatrixView) -> list[Tensor]:
+        """Unit vectors."""
+        return [torch.eye(view.m, dtype=torch.float64)[state["index"].long()].mT]
+
+    def push_(self, into: Into, state: State, update: dict[str, Tensor], term: Term | None) -> None:
+        """One pass over W and G, each entry read once and rounded once."""
+        low, index = update["low"], state["index"]
+        if fusible(into, term):
+            free, gain = ("none", 0.0) if term is None else (FREE[term.kind], term.gain)
+            sound = [] if into.sound is None else [into.sound]
+            args = into.decay, into.lr, self.scale, gain, free, sound
+            ops.coordinate_add_([into.param], [into.grad], [index], [low], *args)  # type: ignore[arg-type]
+            return
+        place = torch.full((into.param.shape[-2],), -1, dtype=torch.long, device=index.device)
+        place[index.long()] = torch.arange(self.rank, device=index.device)
+
+        def put(rest: Tensor, extra: Tensor, start: int) -> Tensor:
+            if not self.rank:
+                return rest
+            at = place[start : start + rest.shape[-2]]
+            own = low.index_select(-2, at.clamp(min=0)).to(rest.dtype)
+            return torch.where(at.unsqueeze(-1) >= 0, own * self.scale + extra, rest)
+
+        add_by_tiles_(into, term, self.scale, put, rows_of_tile(into.param))
+
+
+def _source(new: Tensor, old: Tensor) -> Tensor:
+    """For each entry of ``new`` where it is in ``old``, both sorted, or -1."""
+    if not len(old):
+        return new.new_empty(0)
+    at = torch.searchsorted(old, new, out_int32=True).clamp_(max=len(old) - 1)
+    return torch.where(old[at] == new, at, -1)
+
+
+def _shared(new: Tensor, old: Tensor) -> Tensor:
+    """``P_new^T P_old``."""
+    return (new.unsqueeze(1) == old.unsqueeze(0)).double()
+
+
+@register("columns")
+@dataclass(frozen=True)
+class Columns(Coordinates):
+    """Random columns of the stored matrix (its dimension 1), whatever ``proj_type`` says.
+
+    References:
+        Zmushko et al. (2025), arXiv:2411.07837: ``coord_choice="columns"``.
+    """
+
+    @classmethod
+    def side(cls, proj_type: str) -> str:
+        """The columns."""
+        return "right"
+
+
+@register("rows")
+@dataclass(frozen=True)
+class Rows(Coordinates):
+    """Random rows of the stored matrix (its dimension 0), whatever ``proj_type`` says.
+
+    References:
+        Zmushko et al. (2025), arXiv:2411.07837: ``coord_choice="rows"``.
+    """
+
+    @classmethod
+    def side(cls, proj_type: str) -> str:
+        """The rows."""
+        return "left"
+
+
+# ---------------------------------------------------------------- the apply in tiles
+
+
+def fusible(into: Into, term: Term | None) -> bool:
+    """Whether the one-pass op takes this apply: numbers on the host, rounding to nearest."""
+    rounded = into.rounding is not None and into.param.dtype == torch.bfloat16
+    factors = into.decay, into.lr, 0.0 if term is None else term.gain
+    numbers = not any(isinstance(x, Tensor) for x in factors)
+    return numbers and not rounded and (term is None or term.kind in FREE)
+
+
+def rows_of_tile(param: Tensor) -> int:
+    """Rows of ``(..., m, n)`` in a tile."""
+    return max(1, ops.TILE_ELEMENTS * param.shape[-2] // max(1, param.numel()))
+
+
+def add_by_tiles_(
+    into: Into,
+    term: Term | None,
+    scale: float,
+    put: Callable[[Tensor, Tensor, int], Tensor],
+    rows: int,
+) -> None:
+    """``W <- decay W - lr update``, tiles of whole rows, each rounded once into W.
+
+    Args:
+        into: weights, gradient and factors.
+        term: what moves the entries outside the subspace.
+        scale: of the subspace.
+        put: gives the update of a tile from what moves it outside, what the residual adds inside,
+            and its first row.
+        rows: of a tile.
+    """
+    w, g = into.param, into.grad
+    dtype, decay = torch.promote_types(w.dtype, torch.float32), into.guarded_decay()
+    seed = into.rounding
+    for start in range(0, w.shape[-2], rows):
+        tile = w[..., start : start + rows, :]
+        rest = _outside(g[..., start : start + rows, :].to(dtype), term)
+        inside = rest * (1 - scale) if term is not None and term.kind == "scaled" else rest * 0
+        update = put(rest, inside, start) * into.lr
+        if into.sound is not None:
+            update = torch.where(into.sound, update, 0.0)
+        new = tile.to(dtype) * decay - update
+        if seed is not None and w.dtype == torch.bfloat16:
+            tile.copy_(ops.stochastic_round(new, seed))
+            seed += TILE_STEP  # each tile counts its elements from zero
+        else:
+            tile.copy_(new)
+
+
+def _outside(g: Tensor, term: Term | None) -> Tensor:
+    """What moves the entries outside the subspace."""
+    if term is None:
+        return torch.zeros_like(g)
+    if term.kind == "scaled":
+        assert term.columns is not None
+        return g * term.columns
+    return (g.sign() if term.kind == "sign" else g) * term.gain
