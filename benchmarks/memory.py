@@ -19,7 +19,7 @@ from rich.text import Text
 from torch.optim import Optimizer
 
 from benchmarks.common import LLAMA_SHAPES, llama_config, print_table
-from lowrank_optim import GaLoreAdamW, GaLoreAdamW8bit
+from lowrank_optim import DCTAdamW, DCTAdamW8bit, GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_optim.memory import GIB, Estimate, estimate
 
 HEADER = (
@@ -33,7 +33,7 @@ HEADER = (
     "peak, freed\nin backward",
 )
 PARTS = {"weights": "█", "gradient": "▓", "basis": "▒", "moments": "░"}
-LABEL = 13
+LABEL = 16
 """Columns for the name of a bar."""
 COLOURS = {
     "weights": "#4c72b0",
@@ -60,6 +60,8 @@ def methods(rank: int) -> dict[str, tuple[type[Optimizer] | str, dict[str, Any]]
         "GaLore fp32": (GaLoreAdamW, {"rank": rank}),
         "GaLore bf16": (GaLoreAdamW, {"rank": rank, "state_dtype": "bfloat16"}),
         "GaLore 8-bit": (GaLoreAdamW8bit, {"rank": rank}),
+        "DCT-AdamW fp32": (DCTAdamW, {"rank": rank}),
+        "DCT-AdamW 8-bit": (DCTAdamW8bit, {"rank": rank}),
     }
 
 

@@ -8,6 +8,8 @@ from lowrank_optim.importers import (
     import_galore_torch,
 )
 from lowrank_optim.methods import (
+    DCTAdamW,
+    DCTAdamW8bit,
     FiraAdamW,
     FiraAdamW8bit,
     FrugalAdamW,
@@ -27,6 +29,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PROJECTORS",
+    "DCTAdamW",
+    "DCTAdamW8bit",
     "FiraAdamW",
     "FiraAdamW8bit",
     "FrugalAdamW",

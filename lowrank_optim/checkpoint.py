@@ -19,7 +19,7 @@ StateDict = dict[str, Any]
 Entries = dict[str, Any]
 """The saved state of one parameter."""
 
-STRUCTURE = ("rank", "proj_type", "projector")
+STRUCTURE = ("rank", "proj_type", "projector", "basis")
 """Group keys that shape the state: a checkpoint may not change them silently."""
 
 
@@ -144,8 +144,8 @@ def _same_structure(
         )
     if here.subspace is not None:
         for key in STRUCTURE:
-            if loaded[key] != mine[key]:
-                raise _misfit(optimizer, here.name, key, loaded[key], mine[key], loaded)
+            if loaded.get(key) != mine.get(key):
+                raise _misfit(optimizer, here.name, key, loaded.get(key), mine.get(key), loaded)
     if (here.subspace is None) != (there.subspace is None):
         theirs, ours = ("dense" if x.subspace is None else "projected" for x in (there, here))
         raise _misfit(optimizer, here.name, "the parameter", theirs, ours, loaded)

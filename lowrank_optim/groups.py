@@ -31,13 +31,21 @@ ALIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }
 """Keys of the released packages, the key each stands for, and how its value reads."""
 
+_MEMORY = {False: None, True: "float32", 8: "8bit", 4: "4bit"}
+ALIASES |= {  # DCT-AdamW
+    "rotate_subspace": ("on_refresh", lambda rotate: "project" if rotate else "keep"),
+    "use_ef": ("error_feedback", lambda bits: _MEMORY.get(bits, bits)),
+    "sim_type": ("transform", lambda how: "fft" if how == "makhoul" else how),
+    "ell_norm": ("ranking", lambda norm: f"l{norm}"),
+}
+
 IGNORED = ("dim", "correct_bias", "no_deprecation_warning")
 """Released keys with no meaning here: n-d weights are seen as matrices whatever ``dim`` says."""
 
 FREE_RULES = {"sign": "sign_sgd", "sgd": "sgd", "none": "no"}
 """What moves the part of a gradient that has no state, and FRUGAL's names for it."""
 
-CHOICES: dict[str, Collection[str]] = {
+CHOICES: dict[str, Collection[str | None]] = {
     "proj_type": PROJ_TYPES,
     "projector": PROJECTORS,
     "on_refresh": TRANSPORTS,
@@ -46,10 +54,14 @@ CHOICES: dict[str, Collection[str]] = {
     "state_dtype": STORES,
     "alpha_mode": ("release", "paper"),
     "scaling": ("column", "matrix"),
+    "basis": ("dct2", "dct3"),
+    "ranking": ("l2", "l1"),
+    "transform": ("auto", "matmul", "fft"),
+    "error_feedback": (None, "float32", "bfloat16", "8bit", "4bit"),
 }
 """Keys whose value is a name, and the names; registries grow."""
 
-FLAGS = ("stagger", "stochastic_rounding", "maximize")
+FLAGS = ("stagger", "stochastic_rounding", "maximize", "slot_bias_correction")
 """Keys that are True or False."""
 
 EMBEDDING_OR_HEAD = re.compile(
@@ -75,6 +87,9 @@ def canonical(group: Mapping[str, Any]) -> Group:
         group["projector"] = group.pop("proj_type")
     if not group.pop("is_proj_params", True):  # FRUGAL: a group of dense parameters
         group = {k: v for k, v in group.items() if k != "density"} | {"rank": None}
+    bits = group.pop("q_ef", False)  # of DCT-AdamW: use_ef says whether, q_ef in how many bits
+    if bits and group.get("use_ef", True):
+        group["use_ef"] = bits
     out = {k: v for k, v in group.items() if k not in ALIASES and k not in IGNORED}
     for alias, (key, read) in ALIASES.items():
         if alias in group:
@@ -119,7 +134,7 @@ def _shown(value: Any) -> str:
     return repr(value) if isinstance(value, str) else f"{value}"
 
 
-def _choice(group: Group, key: str, allowed: Collection[str]) -> None:
+def _choice(group: Group, key: str, allowed: Collection[str | None]) -> None:
     if key in group and group[key] not in tuple(allowed):
         names = ", ".join(repr(name) for name in allowed)
         raise ValueError(f"{key} must be one of {names}, got {group[key]!r}")

@@ -75,6 +75,8 @@ def report(optimizer: Optimizer) -> Report:
         for key, value in state.items():
             if isinstance(value, Tensor):
                 kinds[_kind(key, value, param)].append(value)
+    if isinstance(optimizer, LowRankOptimizer):
+        kinds["basis"] += optimizer._shared.tensors()
     return Report(**{kind: storage_bytes(tensors) for kind, tensors in kinds.items()})
 
 
@@ -235,6 +237,8 @@ def _make_state(optimizer: Optimizer) -> None:
             for item in optimizer._items(group):
                 if item.param.requires_grad:
                     optimizer._state_of(item, chosen)
+                    if item.subspace is not None and item.view is not None:
+                        item.subspace.prepare(item.view, item.param)
         return
     for group in optimizer.param_groups:
         for param in group["params"]:

@@ -27,7 +27,7 @@ from lowrank_optim.step import (
     step_matrices,
 )
 from lowrank_optim.stores import STORES
-from lowrank_optim.subspaces.base import PROJECTORS, make_projector, view_for
+from lowrank_optim.subspaces.base import PROJECTORS, Shared, make_projector, view_for
 from lowrank_optim.subspaces.block import Block
 
 logger = logging.getLogger(__name__)
@@ -111,6 +111,7 @@ class LowRankOptimizer(Optimizer):
             defaults = {**defaults, "rank": None}
         defaults["method"] = type(self).__name__
         self._plans: dict[int, tuple[Any, list[Item]]] = {}
+        self._shared = Shared()
         super().__init__(groups, defaults)
 
     def residual(self, group: Group) -> Residual:
@@ -121,6 +122,7 @@ class LowRankOptimizer(Optimizer):
         """Restore, with defaults for keys that groups of an older or another optimizer lack."""
         super().__setstate__(state)
         self._plans = {}
+        self._shared = Shared()
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 if key != "differentiable":  # torch's own addition, not a group key of ours
@@ -204,7 +206,9 @@ class LowRankOptimizer(Optimizer):
                     f"{_name(group, i)} is a DTensor: low-rank groups of sharded parameters are "
                     "not supported yet"
                 )
-            subspace = None if view is None else make_projector(group, view)
+            subspace = None
+            if view is not None:
+                subspace = make_projector(group, view).sharing(self._shared)
             kind = kinds.setdefault((view, subspace), len(kinds))
             yield Item(param, _name(group, i), start + i, view, subspace, kind)
         if dense and group["rank"] is not None:

@@ -227,17 +227,29 @@ def _project(item: Item, state: State, chosen: Strategies) -> Work:
     grad = chosen.residual.before(state, view.of(item.param.grad))
     step, last = int(state["step"]), int(state["refresh_step"])
     offset = stagger_offset(item.index, chosen.gap) if chosen.stagger else 0
-    if refresh_due(step, last, chosen.gap, offset) and refresh_(item, state, grad, step, chosen):
+    coords: dict[str, Tensor] = {}
+    if refresh_due(step, last, chosen.gap, offset) and refresh_(
+        item, state, grad, step, chosen, coords
+    ):
         last = step
     time = step + 1 - (max(last, 0) if chosen.on_refresh == "reset" else 0)
-    coords = subspace.coords(state, grad, reduce=identity)
+    coords = coords or subspace.coords(state, grad, reduce=identity)
     if chosen.maximize:
         coords = {name: x.neg_() for name, x in coords.items()}
     return Work(item, state, grad, coords, float(time))
 
 
-def refresh_(item: Item, state: State, grad: Tensor, step: int, chosen: Strategies) -> bool:
+def refresh_(
+    item: Item,
+    state: State,
+    grad: Tensor,
+    step: int,
+    chosen: Strategies,
+    found: dict[str, Tensor] | None = None,
+) -> bool:
     """Refresh one basis and carry its moments over; False if it had to be postponed.
+
+    Coordinates that the search came by are put in ``found``.
 
     A gradient that is zero or not finite says nothing about a basis, and one that no factorisation
     can take must not end a run: the refresh is counted as postponed and stays due.
@@ -262,6 +274,8 @@ def refresh_(item: Item, state: State, grad: Tensor, step: int, chosen: Strategi
                 _carry_ages_(state[age_key(coord)], moved[coord], chosen.on_refresh)
             _transport(item, state, coord, shape, moved[coord], float(time), chosen)
     state["refresh_step"].fill_(step)
+    if found is not None:
+        found.update({k: m.low for k, m in moved.items() if m.low is not None})
     return True
 
 
@@ -292,6 +306,8 @@ def _transport(
 ) -> None:
     slots = chosen.rule.slots(shape)
     keys = [slot_key(coord, slot.name) for slot in slots]
+    if chosen.on_refresh == "project" and _moved_as_stored(state, keys, slots, moved, chosen):
+        return
     moments = []
     for key, slot, bias in zip(keys, slots, chosen.rule.biases(time), strict=False):
         x = chosen.store.read(state, key, slot, item.param, dense=True)
@@ -301,6 +317,21 @@ def _transport(
     for n, (key, (slot, x, _)) in enumerate(zip(keys, moments, strict=True)):
         seed = mixed(chosen.seed, item.index, int(time), 2, n)
         chosen.store.write_(state, key, slot, x, seed)
+
+
+def _moved_as_stored(
+    state: State, keys: Sequence[str], slots: Sequence[Slot], moved: Moved, chosen: Strategies
+) -> bool:
+    """Whether moments were whole rows in a new order, and moved in the format they are kept in."""
+    source = moved.source
+    if source is None or moved.source_right is not None:
+        return False
+    if any(slot.averaged is not None for slot in slots):
+        return False
+    return all(
+        chosen.store.move_rows_(state, key, slot, source)
+        for key, slot in zip(keys, slots, strict=True)
+    )
 
 
 def _carry_ages_(age: Tensor, moved: Moved, on_refresh: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lowrank_optim import ops, quant
 from lowrank_optim.quant import Moment, Quantized
 from lowrank_optim.rules.base import Slot, compute_dtype
+from lowrank_optim.transports import move_rows_
 
 State = dict[str, Tensor]
 
@@ -37,6 +38,10 @@ class Store(Protocol):
         What is kept in 8 bits is returned as it is, to be updated in place, if the slot's rule
         takes it so (``fused``) and ``dense`` does not ask for a tensor.
         """
+        ...
+
+    def move_rows_(self, state: State, key: str, slot: Slot, source: Tensor) -> bool:
+        """Move rows to the places ``source`` gives them, without a rounding; False if it cannot."""
         ...
 
     def write_(
@@ -82,6 +87,11 @@ class FloatStore:
         wide = compute_dtype(like.dtype)
         dtype = wide if self.dtype == torch.float32 else self.dtype
         state[key] = torch.zeros(slot.shape(shape), dtype=dtype, device=like.device)
+
+    def move_rows_(self, state: State, key: str, slot: Slot, source: Tensor) -> bool:
+        """As they are stored."""
+        move_rows_(state[key], source)
+        return True
 
     def read(
         self, state: State, key: str, slot: Slot, like: Tensor, *, dense: bool = False
@@ -131,6 +141,17 @@ class Block8Store:
         code, scales = quant.zero_code(slot.signed), quant.layout(own).scales
         state[key] = torch.full(own, code, dtype=torch.uint8, device=like.device)
         state[scale_key(key)] = torch.zeros(scales, dtype=torch.float32, device=like.device)
+
+    def move_rows_(self, state: State, key: str, slot: Slot, source: Tensor) -> bool:
+        """Codes and scales, where every row ends in a block of its own."""
+        scales, codes = state.get(scale_key(key)), state[key]
+        if scales is None:
+            return self.small.move_rows_(state, key, slot, source)
+        if codes.shape[-1] < quant.BLOCK:
+            return False
+        move_rows_(codes, source, quant.zero_code(slot.signed))
+        move_rows_(scales.view(*codes.shape[:-1], -1), source)
+        return True
 
     def read(
         self, state: State, key: str, slot: Slot, like: Tensor, *, dense: bool = False

@@ -82,11 +82,30 @@ def take_rows(x: Tensor, source: Tensor, dim: int = -2) -> Tensor:
         source: ``(r,)``, or with the leading dimensions of ``x``.
         dim: the dimension of the rows.
     """
+    if source.dim() == 1 and x.dim() == -dim:  # whole rows: a copy of memory
+        taken = x.index_select(dim, source.long().clamp(min=0))
+        return taken.masked_fill_((source < 0).reshape([-1] + [1] * (-1 - dim)), 0)
     at = source.long() if dim == -1 else source.long().unsqueeze(-1)
     shape = list(x.shape)
     shape[dim] = source.shape[-1]
     at = at.expand(shape)
     return x.gather(dim, at.clamp(min=0)).masked_fill_(at < 0, 0)
+
+
+def move_rows_(x: Tensor, source: Tensor, fill: int = 0) -> None:
+    """Rows of ``x (..., r, n)`` by old index in place, ``fill`` where it is -1.
+
+    On the host only the rows that move are touched: of sorted indices many keep their place.
+    """
+    if source.dim() == 1 and source.device.type == "cpu":
+        to = (source != torch.arange(source.shape[0])).nonzero().squeeze(1)
+        if to.numel():
+            new = x.index_select(-2, source[to].long().clamp(min=0))
+            new[source[to] < 0] = fill
+            x.index_copy_(-2, to, new)
+        return
+    new = take_rows(x, source)
+    x.copy_(new.masked_fill_((source < 0).unsqueeze(-1), fill))
 
 
 def _permute_(moments: Moments, moved: Moved) -> None:

@@ -32,6 +32,8 @@ RULES: dict[str, dict[str, Any]] = {
 """Rule of each class and hyper-parameters at which its moments matter within a few steps."""
 
 METHOD_ARGS: dict[str, dict[str, Any]] = {
+    "DCTAdamW": {"projector": "dct"},
+    "DCTAdamW8bit": {"projector": "dct"},
     # its own step size would make ``lr`` meaningless
     "GaLoreAdafactor": {"relative_step": False, "scale_parameter": False},
     "GaLoreSGD": {"momentum": 0.9},

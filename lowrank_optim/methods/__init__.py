@@ -1,5 +1,6 @@
 """Methods: one file per paper, each a composition of roles."""
 
+from lowrank_optim.methods.dct_adamw import DCTAdamW, DCTAdamW8bit
 from lowrank_optim.methods.fira import FiraAdamW, FiraAdamW8bit
 from lowrank_optim.methods.frugal import FrugalAdamW, FrugalAdamW8bit, FrugalLion, FrugalSGD
 from lowrank_optim.methods.galore import (
@@ -11,6 +12,8 @@ from lowrank_optim.methods.galore import (
 )
 
 __all__ = [
+    "DCTAdamW",
+    "DCTAdamW8bit",
     "FiraAdamW",
     "FiraAdamW8bit",
     "FrugalAdamW",

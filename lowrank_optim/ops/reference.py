@@ -92,9 +92,13 @@ def adamw_direction_(
 def _adamw_update(
     beta1: float, beta2: float, eps: float, row_eps: Tensor | None, row_scale: Tensor | None
 ) -> Callable[..., Tensor]:
-    own_eps = eps if row_eps is None else row_eps.unsqueeze(-1)
-    scale = None if row_scale is None else row_scale.unsqueeze(-1)
-    return lambda g, m, v: _adamw(g, m, v, beta1, beta2, own_eps, scale)
+    def update(g: Tensor, m: Tensor, v: Tensor) -> Tensor:
+        rows = (*m.shape[:-1], 1)  # a batch of matrices has its rows in one vector too
+        own_eps = eps if row_eps is None else row_eps.reshape(rows)
+        scale = None if row_scale is None else row_scale.reshape(rows)
+        return _adamw(g, m, v, beta1, beta2, own_eps, scale)
+
+    return update
 
 
 def lion_direction_(

@@ -5,29 +5,37 @@ from lowrank_optim.subspaces.base import (
     Context,
     Moved,
     Projector,
+    Shared,
     Subspace,
     make_projector,
     register,
 )
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.subspaces.coordinate import Columns, Rows
+from lowrank_optim.subspaces.dct import DCT
 from lowrank_optim.subspaces.entries import RandK
+from lowrank_optim.subspaces.fixed import FixedBasis
+from lowrank_optim.subspaces.hadamard import Hadamard
 from lowrank_optim.subspaces.random import Random
 from lowrank_optim.subspaces.randomized import RandomizedSVD
 from lowrank_optim.subspaces.svd import SVD
 
 __all__ = [
+    "DCT",
     "PROJECTORS",
     "SVD",
     "Block",
     "Columns",
     "Context",
+    "FixedBasis",
+    "Hadamard",
     "Moved",
     "Projector",
     "RandK",
     "Random",
     "RandomizedSVD",
     "Rows",
+    "Shared",
     "Subspace",
     "make_projector",
     "register",

@@ -36,6 +36,25 @@ class Moved(NamedTuple):
     """The same for the columns, when both sides are projected."""
     carry: Callable[[Tensor], Tensor] | None = None
     """An exact map of a moment that has no rows to speak of: a set of single entries."""
+    low: Tensor | None = None
+    """The new coordinates of the gradient, where the search for them came by."""
+
+
+class Shared:
+    """What all matrices of an optimizer have in common: rebuilt when it is needed, never saved."""
+
+    def __init__(self) -> None:
+        self._held: dict[Any, tuple[Any, ...]] = {}
+
+    def get(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What is kept under ``key``: a tuple, tensors among it; made at the first call."""
+        if key not in self._held:
+            self._held[key] = make()
+        return self._held[key]
+
+    def tensors(self) -> list[Tensor]:
+        """All that is held."""
+        return [x for parts in self._held.values() for x in parts if isinstance(x, Tensor)]
 
 
 @dataclass(frozen=True)
@@ -123,6 +142,13 @@ class Subspace(ABC):
         own = {f.name: group[f.name] for f in fields(cls) if f.name in group}
         own["rank"] = min(cls.directions(group["rank"], view), cls.limit(view))
         return cls(**own)
+
+    def sharing(self, shared: Shared) -> Self:
+        """This subspace with ``shared`` of the optimizer, if it shares anything."""
+        return self
+
+    def prepare(self, view: MatrixView, like: Tensor) -> None:  # noqa: B027
+        """Build what a step will keep in :class:`Shared`, so that estimates count it."""
 
     @abstractmethod
     def init(self, view: MatrixView, param: Tensor) -> State:

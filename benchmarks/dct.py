@@ -1,0 +1,173 @@
+"""The cosine basis: what a step costs beside GaLore's, and what it captures of real gradients.
+
+Run as ``python -m benchmarks.dct``. P4: two gradients take turns, so that the index set changes at
+every step. Energies are those of the demo model's gradients after some steps of training, by the
+kind of layer, over the best possible ones (SVD) of the same rank. ``--plot`` draws them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from benchmarks.common import environment, environment_line, load_corpus, print_table
+from benchmarks.pretrain import METHODS, Settings, losses, make_groups, make_model, schedule
+from benchmarks.step_time import Work, galore, linear_weights
+from benchmarks.timing import interleaved, ratio
+from lowrank_optim import PROJECTORS, DCTAdamW
+from lowrank_optim.matrix import matrix_view
+from lowrank_optim.subspaces import Context
+from lowrank_optim.subspaces.transform import cosine_rows
+
+GALORE = "GaLoreAdamW, no refresh"
+BASES = ("dct", "rsvd", "svd", "random")
+
+
+def released(params: Sequence[Tensor], rank: int) -> Work:
+    """The operations of the released step at gap 1 with products, in torch, right or left."""
+    bases, states = {}, []
+    for param in params:
+        m = min(param.shape)
+        bases.setdefault(m, cosine_rows(m, "dct3", param.dtype, param.device).mT.contiguous())
+        low = (param.shape[0], rank) if param.shape[0] >= param.shape[1] else (rank, param.shape[1])
+        states.append((torch.zeros(low), torch.zeros(low)))
+
+    def run() -> None:
+        for param, (m, v) in zip(params, states, strict=True):
+            assert param.grad is not None
+            q, right = bases[min(param.shape)], param.shape[0] >= param.shape[1]
+            similar = param.grad @ q if right else q.mT @ param.grad
+            scores = similar.abs().sum(0 if right else 1)
+            index = scores.topk(rank, sorted=False).indices
+            low = similar[:, index] if right else similar[index]
+            m.mul_(0.9).add_(low, alpha=0.1)
+            v.mul_(0.999).addcmul_(low, low, value=0.001)
+            update = m / (v.sqrt() + 1e-8)
+            lifted = update @ q[:, index].mT if right else q[:, index] @ update
+            param.data.mul_(1 - 1e-11).add_(lifted, alpha=-1e-9)
+
+    return run
+
+
+def times(args: argparse.Namespace) -> dict[str, Any]:
+    """P4, and the same at other ranks."""
+    params = linear_weights("llama-130m", args.layers, torch.float32)
+    other = [torch.randn_like(p) for p in params]
+
+    def alternating(step: Work) -> Work:
+        def run() -> None:
+            for i, p in enumerate(params):
+                p.grad, other[i] = other[i], p.grad
+            step()
+
+        return run
+
+    works: dict[str, Work] = {GALORE: alternating(galore(params, 256).step)}
+    for rank in (64, 128, 256, 512):
+        for transform in ("fft", "matmul") if rank == 256 else ("fft",):
+            group = {"params": params, "rank": rank, "transform": transform}
+            works[f"DCTAdamW, {transform}, rank {rank}"] = alternating(
+                DCTAdamW([group], lr=1e-9).step
+            )
+    works["operations of the release, products"] = alternating(released(params, 256))
+    with torch.no_grad():
+        found = interleaved(works, args.rounds)
+    return {
+        name: {"ms": statistics.median(t), "over_galore": ratio(found, name, GALORE)}
+        for name, t in found.items()
+    }
+
+
+def energies(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Captured energy of each basis over that of the SVD, mean over layers of a kind."""
+    settings, corpus = replace(Settings(), gap=200), load_corpus()
+    method, model = METHODS["GaLoreAdamW"], make_model(Settings(), corpus.vocab_size)
+    optimizer = method.make(make_groups(model, settings), method.lr)
+    scheduler = schedule(optimizer, settings)
+    batches = corpus.batches(args.steps + 1, settings.batch, settings.context, settings.seed)
+    for window in batches:
+        optimizer.zero_grad()
+        losses(model, window).mean().backward()
+        optimizer.step()
+        scheduler.step()
+    kinds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for name, param in model.named_parameters():
+        view = matrix_view(param.shape)
+        if view is None or ".layers." not in name or param.grad is None:
+            continue
+        grad = view.of(param.grad)
+        rank = max(1, view.m // 8)
+        ctx = Context(view, torch.Generator().manual_seed(0))
+        best = float(torch.linalg.svdvals(grad)[:rank].square().sum())
+        for projector in BASES:
+            basis = PROJECTORS[projector](rank).find(grad, None, ctx)  # type: ignore[attr-defined]
+            energy = float((basis.mT @ grad).square().sum()) / best
+            kinds[name.split(".")[-2]][projector].append(energy)
+    return {k: {p: statistics.mean(x) for p, x in v.items()} for k, v in kinds.items()}
+
+
+def plot(found: dict[str, dict[str, float]], path: Path) -> None:
+    """Bars by kind of layer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 2.8))
+    for i, projector in enumerate(BASES):
+        at = [k + 0.2 * (i - 1.5) for k in range(len(found))]
+        axes.bar(at, [v[projector] for v in found.values()], 0.2, label=projector)
+    axes.set_xticks(range(len(found)), list(found), fontsize=8)
+    axes.set_ylabel("energy over SVD's")
+    axes.legend(fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the tables, write the file."""
+    parser = argparse.ArgumentParser(description="Time and captured energy of the cosine basis.")
+    parser.add_argument("--layers", type=int, default=2, help="of LLaMA-130M (default: 2)")
+    parser.add_argument("--steps", type=int, default=100, help="of the demo before its gradients")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, help="default: torch's choice")
+    parser.add_argument("--only", choices=["times", "energies"])
+    parser.add_argument("--plot", type=Path, help="where to draw the energies")
+    parser.add_argument("--out", type=Path, default=Path("runs/dct.json"))
+    args = parser.parse_args(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    console = Console()
+    console.print(environment_line(), highlight=False)
+    results: dict[str, Any] = {"environment": environment()}
+    if args.only != "energies":
+        results["times"] = times(args)
+        rows = [
+            (k, f"{v['ms']:.1f}", f"{v['over_galore']:.2f}") for k, v in results["times"].items()
+        ]
+        title = f"P4: one step, {7 * args.layers} matrices of LLaMA-130M, float32, gap 1"
+        print_table(console, title, ("", "ms", "over GaLore (target 0.5)"), rows)
+    if args.only != "times":
+        results["energies"] = found = energies(args)
+        rows = [(k, *(f"{v[p]:.3f}" for p in BASES)) for k, v in found.items()]
+        title = f"Energy over the SVD's at rank m / 8, demo after {args.steps} steps"
+        print_table(console, title, ("layer", *BASES), rows)
+        if args.plot:
+            plot(found, args.plot)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    console.print(f"written: {args.out}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""The discrete cosine basis: no factorisation, r indices a matrix, and a fast transform."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_optim import ops
+from lowrank_optim.matrix import MatrixView
+from lowrank_optim.residuals import Term
+from lowrank_optim.rules.base import compute_dtype
+from lowrank_optim.subspaces.base import Into, Reduce, State, register
+from lowrank_optim.subspaces.fixed import FixedBasis
+from lowrank_optim.subspaces.transform import CosineTransform, cosine_rows
+
+TRANSFORMS = ("auto", "matmul", "fft")
+FFT_COST: dict[tuple[str, torch.dtype], float] = {
+    ("cpu", torch.float64): 48.0,
+    ("cpu", torch.float32): 48.0,
+    ("cpu", torch.bfloat16): 192.0,
+    ("cpu", torch.float16): 192.0,
+}
+"""Rank at which a product with r columns takes as long as one transform in tiles."""
+FFT_COST_ACCELERATOR = 512.0
+SLOW_LENGTH = 4.0
+"""Factor of a length with a prime factor above 13."""
+
+
+@register("dct")
+@dataclass(frozen=True)
+class DCT(FixedBasis):
+    """The r cosines that hold most of the gradient, chosen among all of its dimension.
+
+    Args:
+        basis: "dct2", the rows of the DCT-II matrix (cosines), or "dct3", its columns (default:
+            "dct2").
+        transform: how it is evaluated. "matmul": products with r columns of the matrix. "fft": one
+            real FFT of each row, whatever the rank; no matrix is kept. "auto" takes the one that
+            costs less (default: "auto"). Both use the same basis.
+
+    Differs from the release (ISTA-DASLab-Optimizers 1.1): there "matmul" means the columns and the
+    fast mode the rows of the matrix, so that two modes are two methods, and the order of the
+    indices is left to the sort.
+
+    References:
+        Modoranu et al. (2025), arXiv:2505.17967.
+    """
+
+    basis: str = "dct2"
+    transform: str = "auto"
+
+    def vectors(self, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Cosines, or the columns of their matrix."""
+        return cosine_rows(n, self.basis, dtype, device)
+
+    def fast(self, n: int, like: Tensor) -> bool:
+        """Whether vectors of length ``n`` are transformed, not multiplied."""
+        if self.transform != "auto":
+            return self.transform == "fft"
+        cost = FFT_COST.get((like.device.type, like.dtype), FFT_COST_ACCELERATOR)
+        if _largest_prime(n) > 13:
+            cost *= SLOW_LENGTH
+        refresh = n / self.update_proj_gap  # a product with all columns
+        return 2 * cost < 2 * self.rank + refresh
+
+    def prepare(self, view: MatrixView, like: Tensor) -> None:
+        """Build the matrices or the factors of the transforms."""
+        for n in (view.m, view.n)[: 1 + self.two_sided]:
+            if self.fast(n, like):
+                self._plan(n, like)
+            else:
+                self._rows(n, like)
+
+    def _variant(self) -> tuple[Any, ...]:
+        return (self.basis,)
+
+    def _plan(self, n: int, like: Tensor) -> CosineTransform:
+        dtype, device = compute_dtype(like.dtype), like.device
+        key = ("fft", self.basis, n, dtype, device)
+        plan: CosineTransform = self.shared.get(
+            key, lambda: CosineTransform.make(n, self.basis, dtype, device)
+        )
+        return plan
+
+    def _analyse(self, x: Tensor) -> Tensor:
+        if not self.fast(x.shape[0], x):
+            return super()._analyse(x)
+        return self._plan(x.shape[0], x).analyse(x)
+
+    def _in_order(self, like: Tensor, scores: Tensor) -> Tensor:
+        if not self.fast(like.shape[0], like):
+            return scores
+        return scores[self._plan(like.shape[0], like).slots]
+
+    def _take(self, like: Tensor, part: Tensor, index: Tensor) -> Tensor:
+        if not self.fast(like.shape[0], like):
+            return super()._take(like, part, index)
+        return self._plan(like.shape[0], like).take(part, index)
+
+    def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
+        """``P^T G (Q)``: the chosen coefficients of a transform in tiles, or a product."""
+        low = self._project(state["basis_index"], grad)
+        if self.two_sided:
+            low = self._project(state["basis_index_right"], low.mT).mT
+        return {"low": reduce(low)}
+
+    def _project(self, index: Tensor, x: Tensor) -> Tensor:
+        """``P^T x (..., r, n)`` of ``x (..., m, n)``."""
+        if not self.fast(x.shape[-2], x):
+            return ops.project(self._columns(x, index).to(x.dtype), x)
+        if x.dim() > 2:
+            pairs = zip(index.unbind(0), x.unbind(0), strict=True)
+            return torch.stack([self._project(i, each) for i, each in pairs])
+        plan = self._plan(x.shape[0], x)
+        index = index.long()
+        low = torch.empty(self.rank, x.shape[1], dtype=plan.sign.dtype, device=x.device)
+        for columns in self._tiles(x):
+            low[:, columns] = plan.take(plan.analyse(x[:, columns]), index).mT
+        return low
+
+    def push_(self, into: Into, state: State, update: dict[str, Tensor], term: Term | None) -> None:
+        """``W <- decay W - lr (scale P N (Q^T) + term)``, a tile of columns at a time."""
+        if not self.fast(into.param.shape[-2], into.param):
+            super().push_(into, state, update, term)
+            return
+        low, seen = update["low"], into.low
+        if self.two_sided:
+            low = self._widened(low, state, into.param)
+            seen = None if term is None or seen is None else self._widened(seen, state, into.param)
+        index, decay = state["basis_index"], into.guarded_decay()
+        for n, (param, grad, own, x, y) in enumerate(_matrices(into, index, low, seen)):
+            own_decay = decay
+            if isinstance(decay, Tensor) and decay.dim() > 0:
+                own_decay = decay.reshape(-1)[n if decay.numel() > 1 else 0]
+            seed = None if into.rounding is None else into.rounding + 0x85EBCA6B * n
+            one = into._replace(param=param, grad=grad, low=y, decay=own_decay, rounding=seed)
+            columns = None
+            if term is not None and term.columns is not None:
+                columns = term.columns if param is into.param else term.columns[n]
+            self._push_one_(one, own.long(), x, term, columns)
+
+    def _widened(self, low: Tensor, state: State, param: Tensor) -> Tensor:
+        """``N Q^T (..., r, n)`` of ``N (..., r, r)``."""
+        n, index = param.shape[-1], state["basis_index_right"]
+        if not self.fast(n, param):
+            wide = low.to(compute_dtype(low.dtype))
+            return wide @ self._columns(param, index, n).mT.to(wide.dtype)
+        plan = self._plan(n, param)
+        if low.dim() == 2:
+            return plan.lift(low.mT, index.long())
+        pairs = zip(low.unbind(0), index.unbind(0), strict=True)
+        return torch.stack([plan.lift(x.mT, i.long()) for x, i in pairs])
+
+    def _push_one_(
+        self, into: Into, index: Tensor, low: Tensor, term: Term | None, columns: Tensor | None
+    ) -> None:
+        plan = self._plan(into.param.shape[0], into.param)
+        for tile, at in enumerate(self._tiles(into.param)):
+            if term is None:
+                step, size = plan.lift(low[:, at], index), into.lr * self.scale
+            else:
+                step = self._with_term(plan, into, index, low[:, at], at, term, columns)
+                size = into.lr
+            weights = into.param.mT[at]
+            if weights.dtype == step.dtype:
+                if not (isinstance(into.decay, float) and into.decay == 1):
+                    weights.mul_(into.decay)
+                weights.add_(step, alpha=-size)
+            else:
+                new = weights.to(step.dtype).mul_(into.decay).add_(step, alpha=-size)
+                if into.rounding is not None and weights.dtype == torch.bfloat16:
+                    new = ops.stochastic_round(new, into.rounding + 0x9E3779B9 * tile)
+                weights.copy_(new)
+
+    def _with_term(
+        self,
+        plan: CosineTransform,
+        into: Into,
+        index: Tensor,
+        low: Tensor,
+        at: slice,
+        term: Term,
+        columns: Tensor | None,
+    ) -> Tensor:
+        """What a tile of the transposed weights moves by, the residual's share included."""
+        assert into.low is not None
+        grad, seen = into.grad.mT[at].to(plan.sign.dtype), into.low[:, at]
+        if into.sound is not None:
+            grad = torch.where(into.sound, grad, 0)
+            seen = torch.where(into.sound, seen, 0)
+        if term.kind == "scaled":
+            assert columns is not None
+            factor = columns[:, at]
+            if into.sound is not None:
+                factor = torch.where(into.sound, factor, 0)
+            inside = plan.lift(self.scale * (low - seen * factor), index)
+            return inside.addcmul_(grad, factor.mT.to(grad.dtype))
+        outside = grad - plan.lift(seen, index)
+        return plan.lift(low, index).mul_(self.scale).add_(outside.sign_().mul_(term.gain))
+
+
+def _matrices(
+    into: Into, index: Tensor, low: Tensor, seen: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]]:
+    """Each matrix of a batch with what belongs to it."""
+    if into.param.dim() == 2:
+        yield into.param, into.grad, index, low, seen
+        return
+    for n in range(into.param.shape[0]):
+        y = None if seen is None else seen[n]
+        yield into.param[n], into.grad[n], index[n], low[n], y
+
+
+@functools.cache
+def _largest_prime(n: int) -> int:
+    """The largest prime factor of ``n``."""
+    factor, largest = 2, 1
+    while factor * factor <= n:
+        while n % factor == 0:
+            n, largest = n // factor, factor
+        factor += 1
+    return max(largest, n)

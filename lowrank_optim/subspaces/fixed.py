@@ -1,0 +1,187 @@
+"""Fixed orthonormal bases, known to all: a matrix keeps the indices of r of their vectors."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from lowrank_optim import ops
+from lowrank_optim.matrix import MatrixView
+from lowrank_optim.residuals import Term
+from lowrank_optim.rules.base import compute_dtype
+from lowrank_optim.subspaces.base import Context, Into, Moved, Projector, Reduce, Shared, State
+
+TILE_ELEMENTS = {False: 1 << 18, True: 1 << 24}
+"""Elements transformed at once: within a CPU's cache, or enough to fill an accelerator."""
+SPECTRUM_ELEMENTS = 1 << 24
+"""Spectra up to this size (64 MiB) are kept while the best of them are chosen."""
+RANKINGS = ("l2", "l1")
+
+
+@dataclass(frozen=True)
+class FixedBasis(Projector):
+    r"""The r vectors of a fixed orthonormal basis Q with the largest coefficients.
+
+    .. math:: S = Q^T G, \qquad I = \mathrm{top}_r \|S_{j,:}\|, \qquad P = Q_{:,I}
+
+    With ``ranking="l2"`` no other r vectors of Q capture more of G:
+    :math:`\|G - P P^T G\|^2 = \|G\|^2 - \sum_{j \in I} \|S_j\|^2 \le (1 - r/m) \|G\|^2`. The state
+    of a matrix is I, sorted, in int32. Q is one matrix per width and device, shared by all
+    matrices of an optimizer; it is rebuilt, never saved. A refresh moves no vector: rows of the
+    moments whose index stays go to their new place, the others start again.
+
+    A newcomer writes :meth:`vectors` and registers the class.
+
+    Args:
+        ranking: norm by which coefficients are ranked, "l2" or "l1", which one large entry sways
+            less (default: "l2").
+        update_proj_gap: steps between refreshes, of the group.
+        shared: where the optimizer keeps Q.
+    """
+
+    ranking: str = "l2"
+    update_proj_gap: int = 1
+    shared: Shared = field(default_factory=Shared, compare=False, repr=False)
+
+    @abstractmethod
+    def vectors(self, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Q ``(n, n)``, one vector a **row**."""
+
+    def sharing(self, shared: Shared) -> Self:
+        """This subspace, with its basis where the optimizer keeps it."""
+        return replace(self, shared=shared)
+
+    def prepare(self, view: MatrixView, like: Tensor) -> None:
+        """Build what a step will share."""
+        self._rows(view.m, like)
+        if self.two_sided:
+            self._rows(view.n, like)
+
+    def init(self, view: MatrixView, param: Tensor) -> State:
+        """The first r vectors."""
+        first = torch.arange(self.rank, dtype=torch.int32, device=param.device)
+        keys = ("basis_index", "basis_index_right")[: 1 + self.two_sided]
+        return {key: first.repeat(*view.batch, 1) for key in keys}
+
+    def bases(self, state: State, view: MatrixView) -> list[Tensor]:
+        """Their columns, in float64."""
+        sizes = {"basis_index": view.m, "basis_index_right": view.n}
+        return [
+            self.vectors(n, torch.float64, state[key].device)[state[key].long()].mT
+            for key, n in sizes.items()
+            if key in state
+        ]
+
+    def find(self, grad: Tensor, previous: Tensor | None, ctx: Context) -> Tensor:
+        """The columns that a refresh would choose."""
+        index, _ = self._choose(grad)
+        return self._columns(grad, index)
+
+    def refresh_(self, state: State, grad: Tensor, ctx: Context) -> dict[str, Moved]:
+        """Choose indices, and say where the rows of the old ones are."""
+        rotation, source, low = self._replace_(state["basis_index"], grad)
+        if not self.two_sided:
+            return {"low": Moved(rotation, source=source, low=low)}
+        right, source_right, _ = self._replace_(state["basis_index_right"], grad.mT)
+        return {"low": Moved(rotation, right, source, source_right)}
+
+    def _replace_(
+        self, index: Tensor, grad: Tensor
+    ) -> tuple[Callable[[], Tensor], Tensor, Tensor | None]:
+        old = index.clone()
+        new, low = self._choose(grad)
+        if index.dim() > 1:  # an expert without tokens keeps its indices
+            new = torch.where(ops.matrix_norm(grad).squeeze(-1) > 0, new, old)
+            low = None
+        index.copy_(new)
+        at = torch.searchsorted(old, index).clamp_(max=self.rank - 1)
+        source = torch.where(old.gather(-1, at) == index, at, -1)
+
+        def rotation() -> Tensor:
+            dtype = compute_dtype(grad.dtype)
+            return (index.unsqueeze(-1) == old.unsqueeze(-2)).to(dtype)
+
+        return rotation, source, low
+
+    def _choose(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Indices ``(..., r)`` in int32, and the coordinates where they cost nothing more."""
+        if grad.dim() > 2:
+            return torch.stack([self._choose(x)[0] for x in grad.unbind(0)]), None
+        keep = self.update_proj_gap == 1 and not self.two_sided
+        keep = keep and grad.numel() <= SPECTRUM_ELEMENTS
+        parts, scores, sizes = [], None, None
+        for columns in self._tiles(grad):
+            part = self._analyse(grad[:, columns])
+            if sizes is None or sizes.shape != part.shape:
+                sizes = torch.empty_like(part)
+            torch.abs(part, out=sizes) if self.ranking == "l1" else torch.mul(part, part, out=sizes)
+            scores = sizes.sum(0) if scores is None else scores.add_(sizes.sum(0))
+            parts += [part] if keep else []
+        assert scores is not None
+        scores = self._in_order(grad, scores)
+        # sorted stably: among equals the lowest index, on every device
+        best = torch.sort(scores, descending=True, stable=True).indices[: self.rank]
+        index = best.sort().values
+        low = None
+        if keep:
+            low = torch.empty(self.rank, grad.shape[1], dtype=scores.dtype, device=grad.device)
+            for columns, part in zip(self._tiles(grad), parts, strict=True):
+                low[:, columns] = self._take(grad, part, index).mT
+        return index.to(torch.int32), low
+
+    def _tiles(self, x: Tensor) -> Iterator[slice]:
+        """Slices of the columns of ``x (m, n)``."""
+        width = max(1, TILE_ELEMENTS[x.device.type != "cpu"] // x.shape[0])
+        for start in range(0, x.shape[1], width):
+            yield slice(start, min(start + width, x.shape[1]))
+
+    def _rows(self, n: int, like: Tensor) -> Tensor:
+        """Q of the shared ones, a vector a row, in at least float32."""
+        dtype, device = compute_dtype(like.dtype), like.device
+        key = (type(self).__name__, *self._variant(), n, dtype, device)
+        rows: Tensor = self.shared.get(key, lambda: (self.vectors(n, dtype, device),))[0]
+        return rows
+
+    def _variant(self) -> tuple[Any, ...]:
+        """What else Q depends on."""
+        return ()
+
+    def _columns(self, like: Tensor, index: Tensor, n: int | None = None) -> Tensor:
+        """P ``(..., m, r)``, a copy of r rows of Q seen from the other side."""
+        rows = self._rows(n or like.shape[-2], like)
+        return rows[index.long()].mT
+
+    def _analyse(self, x: Tensor) -> Tensor:
+        """Coefficients ``(c, p)`` of the columns of ``x (m, c)``, in an order of its own."""
+        rows = self._rows(x.shape[0], x)
+        return x.mT.to(rows.dtype) @ rows.mT
+
+    def _in_order(self, like: Tensor, scores: Tensor) -> Tensor:
+        """Scores by index, of those by column of :meth:`_analyse`."""
+        return scores
+
+    def _take(self, like: Tensor, part: Tensor, index: Tensor) -> Tensor:
+        """Coefficients ``(c, r)`` by index."""
+        return part.index_select(1, index)
+
+    def _dense(self, state: State, param: Tensor, dtype: torch.dtype) -> State:
+        """The state of a projector that keeps its columns."""
+        dense = {"basis": self._columns(param, state["basis_index"]).to(dtype)}
+        if self.two_sided:
+            right = self._columns(param, state["basis_index_right"], param.shape[-1])
+            dense["basis_right"] = right.to(dtype)
+        return dense
+
+    def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
+        """``P^T G``, by a product with the chosen columns."""
+        return super().coords(self._dense(state, grad, grad.dtype), grad, reduce=reduce)
+
+    def push_(self, into: Into, state: State, update: dict[str, Tensor], term: Term | None) -> None:
+        """As of any projector, with the chosen columns."""
+        dense = self._dense(state, into.param, into.param.dtype)
+        super().push_(into, dense, update, term)
