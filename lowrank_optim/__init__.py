@@ -21,6 +21,8 @@ from lowrank_optim.methods import (
     GaLoreAdamW8bit,
     GaLoreLion,
     GaLoreSGD,
+    SSTAdamW,
+    SSTAdamW8bit,
 )
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.subspaces import PROJECTORS, Projector, register
@@ -44,6 +46,8 @@ __all__ = [
     "GaLoreSGD",
     "LowRankOptimizer",
     "Projector",
+    "SSTAdamW",
+    "SSTAdamW8bit",
     "export_bitsandbytes",
     "import_bitsandbytes",
     "import_galore_torch",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.groups import Group, canonical, check
-from lowrank_optim.step import HOST_SCALARS, Item, init_state
+from lowrank_optim.step import Item, init_state, on_host
 from lowrank_optim.stores import scale_key
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _entries(saved: Mapping[str, Any]) -> Entries:
 
 def _placed(key: str, value: Any, param: Tensor, dtype: torch.dtype) -> Tensor:
     """A contiguous copy of one saved entry, on the device it belongs to."""
-    device = torch.device("cpu") if key in HOST_SCALARS else param.device
+    device = torch.device("cpu") if on_host(key) else param.device
     tensor: Tensor = torch.as_tensor(value).detach()
     return tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
 

@@ -14,6 +14,7 @@ from lowrank_optim.matrix import PROJ_TYPES
 from lowrank_optim.stores import STORES
 from lowrank_optim.subspaces.base import PROJECTORS
 from lowrank_optim.subspaces.block import BLOCK_ORDERS
+from lowrank_optim.subspaces.factors import SAMPLING
 from lowrank_optim.transports import TRANSPORTS
 
 logger = logging.getLogger(__name__)
@@ -58,10 +59,32 @@ CHOICES: dict[str, Collection[str | None]] = {
     "ranking": ("l2", "l1"),
     "transform": ("auto", "matmul", "fft"),
     "error_feedback": (None, "float32", "bfloat16", "8bit", "4bit"),
+    "sampling": SAMPLING,
+    "factors": ("exact", "active"),
+    "factor_dtype": ("float32", "bfloat16"),
+    "negative": ("clamp", "flip"),
 }
 """Keys whose value is a name, and the names; registries grow."""
 
-FLAGS = ("stagger", "stochastic_rounding", "maximize", "slot_bias_correction")
+COUNTS = {
+    "update_proj_gap": 1,
+    "steps_per_iteration": 1,
+    "iterations_per_round": 1,
+    "warmup_steps": 0,
+}
+"""Keys that are whole numbers, and the least each may be."""
+
+SCALES = ("scale", "free_lr_scale", "proj_params_lr_scale")
+"""Keys that are factors, not negative."""
+
+FLAGS = (
+    "stagger",
+    "stochastic_rounding",
+    "maximize",
+    "slot_bias_correction",
+    "enhanced",
+    "offload_inactive",
+)
 """Keys that are True or False."""
 
 EMBEDDING_OR_HEAD = re.compile(
@@ -175,10 +198,14 @@ def check(group: Group, closed: bool = False) -> None:
                 "projector='block' takes a density (or a fraction as its rank), got "
                 f"rank={group['rank']}"
             )
-    gap = group.get("update_proj_gap", 1)
-    if not isinstance(gap, int) or isinstance(gap, bool) or gap < 1:
-        raise ValueError(f"update_proj_gap must be a positive int, got {_shown(gap)}")
-    for key in ("scale", "free_lr_scale", "proj_params_lr_scale"):
+    for key, least in COUNTS.items():
+        count = group.get(key, 1)
+        if count is None and key == "iterations_per_round":
+            continue
+        if not isinstance(count, int) or isinstance(count, bool) or count < least:
+            kind = "a positive int" if least else "an int, not negative"
+            raise ValueError(f"{key} must be {kind}, got {_shown(count)}")
+    for key in SCALES:
         scale = group.get(key, 1.0)
         if not (_number(scale) and scale >= 0):
             raise ValueError(f"Invalid {key} value: {_shown(scale)}")
@@ -215,7 +242,7 @@ def _check_rule(group: Group) -> None:
     eps = group.get("eps", 0.0)
     if not all(_number(e) and e >= 0 for e in (eps if isinstance(eps, list | tuple) else [eps])):
         raise ValueError(f"Invalid epsilon value: {_shown(eps)}")
-    for key in ("weight_decay", "momentum"):
+    for key in ("weight_decay", "momentum", "vector_lr_scale", "s_lr_scale"):
         value = group.get(key, 0.0)
         if not (_number(value) and value >= 0):
             raise ValueError(f"Invalid {key} value: {_shown(value)}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_optim.optimizer import LowRankOptimizer
-from lowrank_optim.step import HOST_SCALARS
+from lowrank_optim.step import on_host
 
 GIB = 2**30
 
@@ -33,7 +33,7 @@ class Report(NamedTuple):
     basis: int
     moments: int
     other: int
-    """Counters, indices, and the maps of quantised formats."""
+    """Counters, indices, the maps of quantised formats, and what is kept on the host."""
 
     @property
     def total(self) -> int:
@@ -51,7 +51,7 @@ class Report(NamedTuple):
 def _kind(key: str, value: Tensor, param: Tensor) -> str:
     if key.startswith("basis"):
         return "basis"
-    if key in HOST_SCALARS or key == "index" or key.startswith(("qmap", "residual_")):
+    if on_host(key) or key == "index" or key.startswith(("qmap", "residual_")):
         return "other"
     # a 0-d entry is a counter, unless the parameter itself is 0-d
     return "moments" if value.dim() or "." in key or value.shape == param.shape else "other"
@@ -80,6 +80,12 @@ def report(optimizer: Optimizer) -> Report:
     return Report(**{kind: storage_bytes(tensors) for kind, tensors in kinds.items()})
 
 
+def host_bytes(optimizer: Optimizer) -> int:
+    """The part of the state that stays in host memory by design, such as SwitchLoRA's pools."""
+    states = optimizer.state.values()
+    return storage_bytes(v for s in states for k, v in s.items() if k.startswith("host."))
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Bytes that training will hold, activations and the temporaries of a step not counted."""
@@ -93,9 +99,11 @@ class Estimate:
     basis: int
     moments: int
     other: int
-    """Counters, indices, and the maps of quantised formats."""
+    """Counters, indices, the maps of quantised formats, and what is kept on the host."""
     in_backward: Literal["step"] | None = None
     """Whether gradients are stepped and freed inside backward; decides :attr:`peak`."""
+    host: int = 0
+    """The part of ``other`` in host memory, such as SwitchLoRA's pools: not in the peak."""
 
     @property
     def state(self) -> int:
@@ -109,8 +117,8 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """Weights, state and live gradients."""
-        return self.weights + self.state + self.live_gradients
+        """Weights, state and live gradients, on the device."""
+        return self.weights + self.state - self.host + self.live_gradients
 
     def fits(self, budget: float) -> bool:
         """Whether the peak is within ``budget`` bytes, before any activation."""
@@ -202,6 +210,7 @@ def estimate(
         moments=held.moments,
         other=held.other,
         in_backward=in_backward,
+        host=host_bytes(optimizer),
     )
 
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lowrank_optim.blocks import advance, catch_up, placed, step_block
 from lowrank_optim.checkpoint import load_state_dict
 from lowrank_optim.groups import EMBEDDING_OR_HEAD, Group, canonical, check, check_rank
+from lowrank_optim.matrix import MatrixView
 from lowrank_optim.residuals import Residual
 from lowrank_optim.rules.base import Rule
 from lowrank_optim.step import (
@@ -27,7 +28,7 @@ from lowrank_optim.step import (
     step_matrices,
 )
 from lowrank_optim.stores import STORES
-from lowrank_optim.subspaces.base import PROJECTORS, Shared, make_projector, view_for
+from lowrank_optim.subspaces.base import PROJECTORS, Shared, Subspace, make_projector, view_for
 from lowrank_optim.subspaces.block import Block
 
 logger = logging.getLogger(__name__)
@@ -117,6 +118,14 @@ class LowRankOptimizer(Optimizer):
     def residual(self, group: Group) -> Residual:
         """What happens outside the subspace, for parameters of ``group``."""
         raise NotImplementedError
+
+    def subspace(self, group: Group, view: MatrixView) -> Subspace:
+        """The coordinates that ``group`` asks for, of one of its matrices."""
+        return make_projector(group, view)
+
+    def gap(self, group: Group) -> int:
+        """Steps between refreshes in ``group``."""
+        return int(group["update_proj_gap"])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, with defaults for keys that groups of an older or another optimizer lack."""
@@ -208,7 +217,7 @@ class LowRankOptimizer(Optimizer):
                 )
             subspace = None
             if view is not None:
-                subspace = make_projector(group, view).sharing(self._shared)
+                subspace = self.subspace(group, view).sharing(self._shared)
             kind = kinds.setdefault((view, subspace), len(kinds))
             yield Item(param, _name(group, i), start + i, view, subspace, kind)
         if dense and group["rank"] is not None:
@@ -233,7 +242,7 @@ class LowRankOptimizer(Optimizer):
             residual=self.residual(group),
             store=STORES[group["state_dtype"]],
             on_refresh=group["on_refresh"],
-            gap=group["update_proj_gap"],
+            gap=self.gap(group),
             stagger=group["stagger"],
             seed=group["seed"],
             rounding=group["stochastic_rounding"],

@@ -31,6 +31,11 @@ HOST_SCALARS = ("step", "refresh_step", "postponed", "clock", "key")
 GOLDEN = 0.6180339887498949
 
 
+def on_host(key: str) -> bool:
+    """Whether a state entry stays on the CPU: the scalars, and what a subspace calls ``host.``."""
+    return key in HOST_SCALARS or key.startswith("host.")
+
+
 @dataclass(eq=False, slots=True)
 class Item:
     """One parameter with all that a step needs to know about it."""
@@ -350,7 +355,7 @@ def _adapt(work: Sequence[Work], coord: str, chosen: Strategies) -> list[tuple[T
     sound = [w.sound for w in work] if branchless(grads[0]) else []
     times = [w.time for w in work]
     # in the weights' dtype if it goes into their GEMM as it is, else in that of arithmetic
-    plain = isinstance(chosen.residual, Drop) and not chosen.rounding
+    plain = coord == "low" and isinstance(chosen.residual, Drop) and not chosen.rounding
     dtype = work[0].item.param.dtype if plain else compute_dtype(work[0].item.param.dtype)
     moments = [[x for _, _, x in own] for own in held]
     ages = [_older_(w, coord) for w in work] if chosen.aged else []

@@ -37,13 +37,26 @@ METHOD_ARGS: dict[str, dict[str, Any]] = {
     # its own step size would make ``lr`` meaningless
     "GaLoreAdafactor": {"relative_step": False, "scale_parameter": False},
     "GaLoreSGD": {"momentum": 0.9},
+    # what is drawn depends on a parameter's place among the others
+    "SSTAdamW": {"steps_per_iteration": 3, "warmup_steps": 1, "sampling": "sequential"},
+    "SSTAdamW8bit": {"steps_per_iteration": 3, "warmup_steps": 1, "sampling": "sequential"},
 }
 """What a class needs beyond ``lr`` for the general contract; most need nothing."""
+
+
+DECAYS_FACTORS = ("SSTAdamW", "SSTAdamW8bit")
+"""Classes whose decay acts on factors: on W it differs by ``lr wd dW`` (oracles of their own)."""
 
 
 def method_names() -> list[str]:
     """Every optimizer class that ``lowrank_optim.methods`` exports."""
     return list(methods.__all__)
+
+
+def projecting_names() -> list[str]:
+    """Those whose subspace is a projector, so that what is known of bases must hold."""
+    own = LowRankOptimizer.subspace
+    return [name for name in method_names() if getattr(methods, name).subspace is own]
 
 
 def projector_names() -> list[str]:

@@ -10,6 +10,7 @@ from lowrank_optim.methods.galore import (
     GaLoreLion,
     GaLoreSGD,
 )
+from lowrank_optim.methods.sst import SSTAdamW, SSTAdamW8bit
 
 __all__ = [
     "DCTAdamW",
@@ -25,4 +26,6 @@ __all__ = [
     "GaLoreAdamW8bit",
     "GaLoreLion",
     "GaLoreSGD",
+    "SSTAdamW",
+    "SSTAdamW8bit",
 ]

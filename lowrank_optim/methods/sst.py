@@ -1,0 +1,224 @@
+r"""Sparse Spectral Training: the singular values of W, and a few of its singular vectors at a time.
+
+.. math::
+    W = U \mathrm{diag}(s) V^T, \qquad
+    u_i \leftarrow \mathrm{unit}(u_i - \eta N(G v_i)), \quad
+    v_i \leftarrow \mathrm{unit}(v_i - \eta N(G^T u_i)) \quad (i \in S), \qquad
+    s \leftarrow \max(s - \eta N(\mathrm{diag}(U^T G V)), 0)
+
+References:
+    Zhao et al. (2024), arXiv:2405.15481.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Unpack
+
+from torch import Tensor
+
+from lowrank_optim.groups import Group
+from lowrank_optim.matrix import MatrixView, matrix_view
+from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
+from lowrank_optim.residuals import Drop, Residual
+from lowrank_optim.rules import AdamW, Rule
+from lowrank_optim.step import Item, State, Strategies, refresh_, refresh_due, stagger_offset
+from lowrank_optim.subspaces.base import Subspace
+from lowrank_optim.subspaces.spectral import Spectral
+from lowrank_optim.subspaces.spectral_module import GRADIENTS, FactorView, SpectralModule
+
+NEVER = 2**62
+"""A gap that no run reaches."""
+
+
+@dataclass(eq=False, slots=True)
+class Layer(Item):
+    """A layer of factors, or one of its other parameters, which are stepped with the first."""
+
+    members: Sequence[Tensor] = ()
+
+    def factors(self) -> State:
+        """Factors and gradients, as the subspace reads them."""
+        state = dict(zip(Spectral.keys, (x.detach() for x in self.members), strict=True))
+        for key, x in zip(GRADIENTS, self.members, strict=False):
+            if x.grad is not None:
+                state[key] = x.grad
+        return state
+
+
+class SSTAdamW(LowRankOptimizer):
+    r"""AdamW on the spectral factors of each weight, which stays an ordinary dense parameter.
+
+    An iteration trains r pairs of singular vectors, drawn anew every ``steps_per_iteration`` steps:
+    the moments and their bias correction then start again, and the learning rate warms up over
+    ``warmup_steps``. That factor is computed from the steps since the draw and never written into
+    the group, so schedulers see none of it. A round is ``iterations_per_round`` iterations, and
+    begins with a factorisation of W.
+
+    Two forms. ``factors="exact"`` trains all singular values at every step, as published. It keeps
+    all factors: for an (m, n) weight with k = min(m, n) that is ``k (m + n) + k`` elements beside
+    moments of ``2 (r (m + n) + k)``, more than dense AdamW needs for a square weight. What is not
+    in use may be kept in bfloat16 (``factor_dtype``) or in host memory (``offload_inactive``).
+    ``factors="active"`` keeps the r triplets in use alone, ``3 r (m + n) + 3 r`` in all, and is an
+    approximation: singular values that were not drawn stay as they are for the iteration, and W is
+    factored at the beginning of each iteration, not of each round.
+
+    Args:
+        params: as in :class:`~lowrank_optim.GaLoreAdamW`; groups without a rank are AdamW. Groups
+            that :func:`lowrank_optim.nn.convert` made are stepped in their modules.
+        lr: learning rate η (default: 1e-3). Adam turns a vector of m entries by about
+            ``lr sqrt(m)`` radians a step.
+        betas: decay of the two moments (default: (0.9, 0.999)).
+        eps: ε (default: 1e-8).
+        weight_decay: decoupled decay λ (default: 1e-2): of W, which is that of s.
+        steps_per_iteration: steps between draws (default: 200).
+        iterations_per_round: draws between factorisations; None for ``ceil(k / r)``, as many as it
+            takes to see every vector once (default: None). Unused with ``factors="active"``.
+        warmup_steps: steps over which the learning rate rises after a draw (default: 20).
+        sampling: ``"mixed"``, ``"multinomial"``, ``"uniform"``, ``"sequential"`` or ``"topr"``, see
+            :func:`lowrank_optim.subspaces.factors.sample` (default: "mixed"). Draws depend on seed,
+            parameter and step alone: every rank, and a resumed run, draws the same.
+        enhanced: leave the factor :math:`s_i` out of the gradients of vectors (default: True).
+            Adam divides most of it out again.
+        factors: ``"exact"`` or ``"active"`` (default: "exact").
+        factor_dtype: of vectors not in use, ``"float32"`` or ``"bfloat16"`` (default: "float32").
+        offload_inactive: keep them in host memory (default: False).
+        negative: what happens below zero: ``"clamp"`` a singular value to 0, as published, or
+            ``"flip"`` its sign into u, which keeps W (default: "clamp").
+        vector_lr_scale: factor of the learning rate of vectors (default: 1.0).
+        s_lr_scale: factor of the learning rate of singular values (default: 1.0).
+        **options: see :class:`lowrank_optim.optimizer.Options`; each may be set per group.
+            ``on_refresh`` is "reset" by default. ``update_proj_gap``, ``scale`` and ``projector``
+            have no meaning here, and ``proj_type`` only for a fractional rank.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim import SSTAdamW
+        >>> weight = torch.nn.Parameter(torch.randn(64, 32))
+        >>> optimizer = SSTAdamW([weight], rank=4, factors="active")
+        >>> weight.grad = torch.randn(64, 32)
+        >>> optimizer.step()
+        >>> tuple(optimizer.state[weight]["basis_u"].shape)  # rows, and the smaller side first
+        (4, 32)
+
+    Differs from the paper: W stays authoritative (each round factors the weight itself); null
+    vectors are kept over a factorisation; refreshes of a model are spread over the iteration
+    (``stagger=False``: all at once, as published), which cuts the first iteration of each weight
+    but the first short.
+
+    References:
+        Zhao et al. (2024), arXiv:2405.15481.
+    """
+
+    rule_class: ClassVar[type[Rule]] = AdamW
+    preset: ClassVar[Options] = {"on_refresh": "reset"}
+    """Defaults of a subclass that differ."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        steps_per_iteration: int = 200,
+        iterations_per_round: int | None = None,
+        warmup_steps: int = 20,
+        sampling: str = "mixed",
+        enhanced: bool = True,
+        factors: str = "exact",
+        factor_dtype: str = "float32",
+        offload_inactive: bool = False,
+        negative: str = "clamp",
+        vector_lr_scale: float = 1.0,
+        s_lr_scale: float = 1.0,
+        **options: Unpack[Options],
+    ) -> None:
+        own: Group = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        own |= {"steps_per_iteration": steps_per_iteration, "warmup_steps": warmup_steps}
+        own |= {"iterations_per_round": iterations_per_round, "sampling": sampling}
+        own |= {"enhanced": enhanced, "factors": factors, "factor_dtype": factor_dtype}
+        own |= {"offload_inactive": offload_inactive, "negative": negative}
+        own |= {"vector_lr_scale": vector_lr_scale, "s_lr_scale": s_lr_scale}
+        super().__init__(params, {**own, **with_defaults({**self.preset, **options})})
+
+    def residual(self, group: Group) -> Residual:
+        """All of the gradient that the factors do not see is dropped."""
+        return Drop()
+
+    def gap(self, group: Group) -> int:
+        """An iteration."""
+        return int(group["steps_per_iteration"])
+
+    def subspace(self, group: Group, view: MatrixView) -> Subspace:
+        """The spectral factors of one weight."""
+        return Spectral.from_group(group, view)
+
+    # ---------------------------------------------------------------- factors in modules
+
+    def _plan(self, group: Group) -> Iterator[Item]:
+        """Items of weights; of a layer of factors, one for all of its members."""
+        if group.get("form") is None:
+            for n, item in enumerate(super()._plan(group)):
+                item.index = group["indices"][n] if "indices" in group else item.index
+                yield item
+            return
+        size, kinds = len(Spectral.keys), dict[Any, int]()
+        for n, shape in enumerate(group["shapes"]):
+            members = group["params"][n * size : (n + 1) * size]
+            names = group["param_names"][n * size : (n + 1) * size]
+            index = group["indices"][n * size]
+            view = matrix_view(shape, group["proj_type"])
+            assert view is not None
+            subspace = SpectralModule.from_group(group, view)
+            kind = kinds.setdefault((view, subspace), len(kinds))
+            yield Layer(members[0], names[0], index, FactorView(*view), subspace, kind, members)
+            for member, name in zip(members[1:], names[1:], strict=True):
+                yield Layer(member, name, index, None, None)
+
+    def _state_of(self, item: Item, chosen: Strategies) -> State:
+        """The state of a layer is that of its weight: the optimizer's part and the module's."""
+        if not isinstance(item, Layer):
+            return super()._state_of(item, chosen)
+        if item.subspace is None:  # not the first of its layer
+            return {}
+        return {**super()._state_of(item, chosen), **item.factors()}
+
+    def _step_items(self, items: list[Item], group: Group, chosen: Strategies) -> None:
+        """A layer's gradients are those of the vectors in use: it draws others after the step."""
+        if group.get("form") is None:
+            super()._step_items(items, group, chosen)
+            return
+        leaders = [item for item in items if item.subspace is not None]
+        super()._step_items(leaders, group, replace(chosen, gap=NEVER, stagger=False))
+        for item in leaders:
+            state = self._state_of(item, chosen)
+            step, last = int(state["step"]), int(state["refresh_step"])
+            offset = stagger_offset(item.index, chosen.gap) if chosen.stagger else 0
+            if refresh_due(step, last, chosen.gap, offset):
+                refresh_(item, state, item.param, step, chosen)
+
+
+class SSTAdamW8bit(SSTAdamW):
+    """:class:`SSTAdamW` with its moments in 8 bits: ``state_dtype="8bit"`` is the default.
+
+    The arguments are those of :class:`SSTAdamW`. Factors stay float32: their rounding would be
+    rounding of the weights.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim import SSTAdamW8bit
+        >>> weight = torch.nn.Parameter(torch.randn(64, 1024))
+        >>> optimizer = SSTAdamW8bit([weight], rank=4)
+        >>> weight.grad = torch.randn(64, 1024)
+        >>> optimizer.step()
+        >>> optimizer.state[weight]["v.exp_avg"].dtype
+        torch.uint8
+    """
+
+    preset: ClassVar[Options] = {**SSTAdamW.preset, "state_dtype": "8bit"}

@@ -1,0 +1,268 @@
+"""Between weights and modules, before a run and in the middle of one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_optim.groups import Group, lowrank_groups
+from lowrank_optim.matrix import MatrixView, matrix_view
+from lowrank_optim.nn.base import CONVERTERS, FORMS, Factored, convertible, parent_of
+from lowrank_optim.optimizer import LowRankOptimizer
+from lowrank_optim.step import State, refresh_, refresh_due, stagger_offset
+
+logger = logging.getLogger(__name__)
+
+MEMBERS = ("params", "param_names", "indices", "shapes", "form", "targets")
+"""Group keys that say what is in a group, not how it is stepped."""
+
+
+def convert(
+    model: nn.Module,
+    method: str,
+    *,
+    rank: int | float = 128,
+    target_modules: str | Sequence[str] = "all-linear",
+    **options: Any,
+) -> list[Group]:
+    """Replace the targeted linear layers of a model, in place, by layers of factors.
+
+    Args:
+        model: its ``nn.Linear`` and GPT-2 ``Conv1D`` layers are replaced where they are targeted;
+            a weight that several layers share stays as it is, and is logged.
+        method: a registered form: "sst" for :class:`SpectralLinear` and ``SSTAdamW``.
+        rank: as in :func:`lowrank_optim.lowrank_groups`.
+        target_modules: likewise.
+        **options: group keys. Those that decide how a layer starts (``seed``, ``sampling``, ...)
+            must be given here, not to the optimizer.
+
+    Returns:
+        Parameter groups for the matching optimizer. A run on them follows the dense form with
+        ``lowrank_groups(model, rank=rank, target_modules=target_modules)``: each layer draws the
+        numbers that its weight would.
+
+    Raises:
+        ValueError: the method is not known, or a target matches nothing.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim.nn import convert
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> [(g.get("form"), g["param_names"]) for g in convert(model, "sst", rank=2)]
+        [('sst', ['0.u', '0.v', '0.s', '0.u_rest', '0.v_rest', '0.order']), (None, ['0.bias'])]
+    """
+    if method in CONVERTERS:
+        return CONVERTERS[method](model, rank=rank, target_modules=target_modules, **options)
+    cls = _form(method)
+    dense = lowrank_groups(
+        model, rank=rank, target_modules=target_modules, **{**cls.options, **options}
+    )
+    out: list[Group] = []
+    for group, start in zip(dense, _starts(dense), strict=True):
+        if group.get("rank") is None:
+            out.append(_with_indices(group, range(start, start + len(group["params"]))))
+            continue
+        taken, low = _Members(), _Members()
+        for i, (name, param) in enumerate(zip(group["param_names"], group["params"], strict=True)):
+            place, view = (
+                _layer_of(model, name, param),
+                matrix_view(param.shape, group["proj_type"]),
+            )
+            if place is None or view is None:
+                low.add(name, param, start + i)
+                continue
+            state = cls.initial(group, view, param, start + i)
+            taken.add_layer(_replace(model, cls, place, group, view, state), place, start + i)
+        out += _groups(group, method, taken, low, _Members())
+    return out
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Put plain linear layers back, in place; returns the model.
+
+    Exact up to the rounding of one product into the weight's dtype. An optimizer of the factors
+    does not know the new weights: in the middle of a run use :func:`to_weights`.
+    """
+    for name, layer in list(model.named_modules()):
+        merged = getattr(layer, "merged", None)
+        if callable(merged):
+            plain = merged()
+            if layer is model:
+                return cast(nn.Module, plain)
+            parent, last = parent_of(model, name)
+            setattr(parent, last, plain)
+    return model
+
+
+def to_modules(model: nn.Module, optimizer: LowRankOptimizer, method: str) -> LowRankOptimizer:
+    """Replace the weights that ``optimizer`` steps by factors, between two steps of a run.
+
+    Args:
+        model: whose weights they are; changed in place.
+        optimizer: in its dense form; not to be used afterwards.
+        method: a registered form, the one of the optimizer.
+
+    Returns:
+        An optimizer of the same class, with all state, for the run to go on with. Schedulers refer
+        to the old one: make them anew.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    cls, groups, states = _form(method), list[Group](), dict[int, State]()
+    for group in optimizer.param_groups:
+        taken, low, dense = _Members(), _Members(), _Members()
+        chosen = optimizer._strategies(group)
+        for item in optimizer._items(group):
+            name = names.get(id(item.param), item.name)
+            place = _layer_of(model, name, item.param) if item.subspace is not None else None
+            if place is None or item.view is None:
+                (dense if item.subspace is None else low).add(name, item.param, item.index)
+                states[id(item.param)] = dict(optimizer.state.get(item.param, {}))
+                continue
+            state = dict(optimizer._state_of(item, chosen))
+            step, last = int(state["step"]), int(state["refresh_step"])
+            offset = stagger_offset(item.index, chosen.gap) if chosen.stagger else 0
+            if refresh_due(step, last, chosen.gap, offset):  # modules look one step ahead
+                with torch.no_grad():
+                    refresh_(item, state, item.view.of(item.param), step, chosen)
+            layer = _replace(model, cls, place, group, item.view, state)
+            leader = taken.add_layer(layer, place, item.index)
+            states[id(leader)] = state
+        groups += _groups(group, method, taken, low, dense)
+    return _rebuilt(optimizer, groups, states)
+
+
+def to_weights(model: nn.Module, optimizer: LowRankOptimizer) -> LowRankOptimizer:
+    """The way back from :func:`to_modules`: dense weights, and an optimizer with all state."""
+    layers = {
+        id(next(iter(layer.members().values()))): (name, layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, Factored)
+    }
+    groups, states = list[Group](), dict[int, State]()
+    for group in optimizer.param_groups:
+        low, dense = _Members(), _Members()
+        for item in optimizer._items(group):
+            state = dict(optimizer.state.get(item.param, {}))
+            if id(item.param) in layers:
+                name, layer = layers[id(item.param)]
+                parent, last = parent_of(model, name)
+                merged = layer.merged()
+                weight = merged.weight
+                assert isinstance(weight, nn.Parameter)
+                setattr(parent, last, merged)
+                low.add(f"{name}.weight", weight, item.index)
+                states[id(weight)] = {**state, **layer.to_state()} if state else {}
+            elif group.get("form") is None:
+                (dense if item.subspace is None else low).add(item.name, item.param, item.index)
+                states[id(item.param)] = state
+        groups += _groups(group, "", _Members(), low, dense)
+    return _rebuilt(optimizer, groups, states)
+
+
+def _form(method: str) -> type[Factored]:
+    if method not in FORMS:
+        names = ", ".join(repr(name) for name in [*FORMS, *CONVERTERS])
+        raise ValueError(f"method must be one of {names}, got {method!r}")
+    return FORMS[method]
+
+
+class _Members:
+    """What goes into one group."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.params: list[Tensor] = []
+        self.indices: list[int] = []
+        self.shapes: list[tuple[int, ...]] = []
+
+    def add(self, name: str, param: Tensor, index: int) -> None:
+        self.names.append(name)
+        self.params.append(param)
+        self.indices.append(index)
+
+    def add_layer(self, layer: Factored, name: str, index: int) -> Tensor:
+        """All members of a layer; returns the one that holds the state."""
+        for part, param in layer.members().items():
+            self.add(f"{name}.{part}", param, index)
+        self.shapes.append(layer.weight_shape)
+        return next(iter(layer.members().values()))
+
+
+def _starts(groups: Sequence[Group]) -> Iterator[int]:
+    start = 0
+    for group in groups:
+        yield start
+        start += len(group["params"])
+
+
+def _with_indices(group: Group, indices: Sequence[int]) -> Group:
+    return {**group, "indices": list(indices)}
+
+
+def _groups(
+    group: Group, method: str, taken: _Members, low: _Members, dense: _Members
+) -> list[Group]:
+    """The group again, as one of layers, one of matrices and one of all else.
+
+    What is projected is said, not left to names, which the old group may not have had.
+    """
+    keys = {k: v for k, v in group.items() if k not in MEMBERS}
+    of_layers = {"form": method, "shapes": taken.shapes, "targets": "modules"}
+    return [
+        {
+            **keys,
+            **own,
+            "params": members.params,
+            "param_names": members.names,
+            "indices": members.indices,
+        }
+        for members, own in (
+            (taken, of_layers),
+            (low, {"targets": "all"}),
+            (dense, {"rank": None}),
+        )
+        if members.params
+    ]
+
+
+def _layer_of(model: nn.Module, name: str, param: Tensor) -> str | None:
+    """Name of the one layer whose weight ``param`` is, if it can be replaced."""
+    users = [n for n, p in model.named_parameters(remove_duplicate=False) if p is param]
+    place = name.rpartition(".")[0]
+    layer = model.get_submodule(place) if users == [f"{place}.weight"] else None
+    if layer is None or place == "" or not convertible(layer):
+        logger.info("%s stays a dense weight", name)
+        return None
+    return place
+
+
+def _replace(
+    model: nn.Module,
+    cls: type[Factored],
+    name: str,
+    group: Group,
+    view: MatrixView,
+    state: State,
+) -> Factored:
+    parent, last = parent_of(model, name)
+    layer = cls.from_state(parent.get_submodule(last), group, view, state)
+    setattr(parent, last, layer)
+    return layer
+
+
+def _rebuilt(
+    optimizer: LowRankOptimizer, groups: list[Group], states: dict[int, State]
+) -> LowRankOptimizer:
+    make: Callable[[list[Group]], LowRankOptimizer] = type(optimizer)  # every method's does
+    new = make(groups)
+    new.defaults.update(optimizer.defaults)
+    for group in new.param_groups:
+        for param in group["params"]:
+            state = states.get(id(param))
+            if state:
+                new.state[param] = state
+    return new

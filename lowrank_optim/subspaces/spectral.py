@@ -1,0 +1,314 @@
+"""Spectral factors of the weights themselves: the subspace of Sparse Spectral Training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowrank_optim import ops
+from lowrank_optim.matrix import MatrixView
+from lowrank_optim.residuals import Term
+from lowrank_optim.rules.base import compute_dtype
+from lowrank_optim.subspaces.base import Context, Into, Moved, Reduce, State, Subspace
+from lowrank_optim.subspaces.factors import order_of, sample, stepped, triplets, unit
+
+CHUNK = 256
+"""Inactive singular vectors that are brought to the device and widened at once."""
+
+
+class Change(NamedTuple):
+    """What one step does to the factors."""
+
+    turned: Tensor
+    """Change of the active u ``(..., r, m)``."""
+    before: Tensor
+    """``decay s v`` of the active, ``(..., r, n)``."""
+    after: Tensor
+    """``s' v'`` of the active, ``(..., r, n)``."""
+    gained: Tensor
+    """``s' - decay s`` of all ``(..., k)``, with the sign that u keeps."""
+
+
+@dataclass(frozen=True)
+class Spectral(Subspace):
+    r"""Singular values of W, and r of its singular vectors at a time.
+
+    .. math::
+        W = U \mathrm{diag}(s) V^T, \qquad
+        g_{u_i} = G v_i, \quad g_{v_i} = G^T u_i, \quad g_{s_i} = u_i^T G v_i
+
+    Coordinates ``u (..., r, m)`` and ``v (..., r, n)`` of the vectors in use, and ``s (..., 1, k)``
+    of all singular values, ``(..., 1, r)`` with ``factors="active"``. A refresh begins an
+    iteration: it draws r other vectors, and after ``iterations_per_round`` of them factors W anew.
+
+    The factors are kept as rows. ``basis_order`` holds the indices, in the order of the last
+    factorisation, of the vectors in use and then of the others, both ascending; singular values
+    and their moments stay in the order of the factorisation.
+    """
+
+    iterations_per_round: int | None = None
+    warmup_steps: int = 20
+    sampling: str = "mixed"
+    enhanced: bool = True
+    negative: str = "clamp"
+    factors: str = "exact"
+    factor_dtype: str = "float32"
+    offload_inactive: bool = False
+    vector_lr_scale: float = 1.0
+    s_lr_scale: float = 1.0
+
+    keys: ClassVar[tuple[str, ...]] = (
+        "basis_u", "basis_v", "basis_s", "basis_u_rest", "basis_v_rest", "basis_order",
+    )  # fmt: skip
+    """State keys of the factors where all are on the device."""
+    needs_grad: ClassVar[bool] = False
+
+    # ---------------------------------------------------------------- state
+
+    @property
+    def exact(self) -> bool:
+        """Whether all singular values are trained, and all vectors kept."""
+        return self.factors == "exact"
+
+    @property
+    def rest_keys(self) -> tuple[str, str]:
+        """State keys of the vectors not in use."""
+        where = "host." if self.offload_inactive else ""
+        return f"{where}basis_u_rest", f"{where}basis_v_rest"
+
+    def init(self, view: MatrixView, param: Tensor) -> State:
+        """Zeros: until the first refresh the update is zero."""
+        dtype, k = compute_dtype(param.dtype), view.full_rank
+        sides = {"basis_u": view.m, "basis_v": view.n}
+        state = {
+            key: param.new_zeros(*view.batch, self.rank, size, dtype=dtype)
+            for key, size in sides.items()
+        }
+        kept = k if self.exact else self.rank
+        state["basis_s"] = param.new_zeros(*view.batch, kept, dtype=dtype)
+        state["host.iteration"] = torch.zeros((), dtype=torch.float32)
+        if self.exact:
+            narrow = torch.bfloat16 if self.factor_dtype == "bfloat16" else dtype
+            device = torch.device("cpu") if self._offloads(param) else param.device
+            for key, size in zip(self.rest_keys, sides.values(), strict=True):
+                shape = *view.batch, k - self.rank, size
+                state[key] = torch.zeros(shape, dtype=narrow, device=device)
+            order = torch.arange(k, dtype=torch.int32, device=param.device)
+            state["basis_order"] = order.repeat(*view.batch, 1) if view.batch else order
+        return state
+
+    def _offloads(self, param: Tensor) -> bool:
+        return self.offload_inactive and not param.is_meta
+
+    def coord_shapes(self, view: MatrixView) -> dict[str, tuple[int, ...]]:
+        """``u``, ``s`` and ``v``."""
+        kept = view.full_rank if self.exact else self.rank
+        return {
+            "u": (*view.batch, self.rank, view.m),
+            "s": (*view.batch, 1, kept),
+            "v": (*view.batch, self.rank, view.n),
+        }
+
+    def lr_factor(self, since: int) -> float:
+        """Linear over ``warmup_steps`` from the first step of an iteration: 1/20, 2/20, ..., 1."""
+        return min(1.0, (since + 1) / max(1, self.warmup_steps))
+
+    def spectrum(self, state: State) -> Tensor:
+        """Singular values of the vectors in use ``(..., r)``."""
+        s = state["basis_s"]
+        return s.gather(-1, self._active(state)) if self.exact else s
+
+    def _active(self, state: State) -> Tensor:
+        return state["basis_order"][..., : self.rank].long()
+
+    def rest(self, state: State) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The vectors not in use, some at a time: their indices, u and v, on the device."""
+        if not self.exact:
+            return
+        like, (u_key, v_key) = state["basis_u"], self.rest_keys
+        order = state["basis_order"][..., self.rank :].long()
+        parts = (
+            torch.split(x, CHUNK, -2) for x in (order.unsqueeze(-1), state[u_key], state[v_key])
+        )
+        for index, u, v in zip(*parts, strict=True):
+            if index.numel():
+                yield index.squeeze(-1), u.to(like), v.to(like)
+
+    # ---------------------------------------------------------------- refresh
+
+    def refresh_(self, state: State, grad: Tensor, ctx: Context) -> dict[str, Moved]:
+        """Begin an iteration: factor W if a round begins, then choose the vectors to train."""
+        iteration, view = int(state["host.iteration"]), ctx.view
+        noise = torch.empty(view.full_rank, dtype=torch.float64)
+        noise.exponential_(generator=ctx.generator)
+        if self.factors_anew(state, view):
+            self._factor_(state, ctx, iteration, noise)
+            moved = self._all_new(state)
+        else:
+            moved = self._redraw_(state, iteration, noise)
+        state["host.iteration"] += 1
+        return moved
+
+    def factors_anew(self, state: State, view: MatrixView) -> bool:
+        """Whether a round begins."""
+        length = self.iterations_per_round or math.ceil(view.full_rank / self.rank)
+        return not self.exact or int(state["host.iteration"]) % length == 0
+
+    def _factor_(self, state: State, ctx: Context, iteration: int, noise: Tensor) -> None:
+        """Factor W, one matrix after the other, each with the same random numbers."""
+        assert ctx.param is not None
+        w = ctx.param.detach()
+        seen = iteration > 0 and self.exact
+        matrices = w.reshape(-1, *w.shape[-2:])
+        old = [self.in_order(state, side) for side in "uv"] if seen else None
+        values = state["basis_s"].reshape(len(matrices), -1)
+        ranks = torch.sort(values, descending=True, stable=True).indices
+        found = []
+        for i, matrix in enumerate(matrices):
+            fork = torch.Generator()
+            fork.set_state(ctx.generator.get_state())
+            pair = None
+            if old is not None:
+                pu, pv = (x.reshape(-1, *x.shape[-2:])[i][ranks[i]] for x in old)
+                pair = pu, pv
+            u, s, v = triplets(matrix.to(state["basis_u"].dtype), pair, fork)
+            chosen = sample(self.sampling, s, self.rank, iteration, noise).to(u.device)
+            found.append((u, s, v, chosen))
+        for i, (u, s, v, chosen) in enumerate(found):  # all or, if one cannot be factored, none
+            self._keep_(state, i, u, s, v, chosen)
+
+    def _keep_(self, state: State, i: int, u: Tensor, s: Tensor, v: Tensor, chosen: Tensor) -> None:
+        def own(key: str, dims: int) -> Tensor:
+            x = state[key]
+            return x[i] if x.dim() > dims else x
+
+        own("basis_u", 2).copy_(u[chosen])
+        own("basis_v", 2).copy_(v[chosen])
+        if not self.exact:
+            own("basis_s", 1).copy_(s[chosen])
+            return
+        order = order_of(chosen, s.numel())
+        for key, x in zip(self.rest_keys, (u, v), strict=True):
+            own(key, 2).copy_(x[order[self.rank :]])
+        own("basis_s", 1).copy_(s)
+        own("basis_order", 1).copy_(order)
+
+    def _redraw_(self, state: State, iteration: int, noise: Tensor) -> dict[str, Moved]:
+        """Other vectors of the same factors: those that stay keep their bits."""
+        s, old = state["basis_s"], state["basis_order"].long()
+        k = s.shape[-1]
+        chosen = [
+            order_of(sample(self.sampling, x, self.rank, iteration, noise), k)
+            for x in s.reshape(-1, k)
+        ]
+        order = torch.stack(chosen).reshape(old.shape).to(old.device)
+        at = old.argsort(-1).gather(-1, order)  # where each of the new order stands in the old one
+        for side, key in zip("uv", self.rest_keys, strict=True):
+            active, rest = state[f"basis_{side}"], state[key]
+            every = torch.cat([active.to(rest.device), rest.to(active.dtype)], -2)
+            index = at.to(rest.device).unsqueeze(-1).expand(every.shape)
+            every = every.gather(-2, index)
+            if rest.dtype != active.dtype:  # rounding has cost those that come in their length
+                every[..., : self.rank, :] = unit(every[..., : self.rank, :])
+            active.copy_(every[..., : self.rank, :])
+            rest.copy_(every[..., self.rank :, :])
+        state["basis_order"].copy_(order)
+        source = at[..., : self.rank]
+        kept = Moved(source=torch.where(source < self.rank, source, -1))
+        return {"u": kept, "s": Moved(), "v": kept}
+
+    def _all_new(self, state: State) -> dict[str, Moved]:
+        none = torch.full_like(self.spectrum(state), -1, dtype=torch.long)
+        values = torch.full_like(state["basis_s"], -1, dtype=torch.long)
+        return {
+            "u": Moved(source=none),
+            "s": Moved(source_right=values),
+            "v": Moved(source=none),
+        }
+
+    def in_order(self, state: State, side: str) -> Tensor:
+        """All u ``(..., k, m)`` or v ``(..., k, n)`` in the order of the factorisation."""
+        active, rest = state[f"basis_{side}"], state[self.rest_keys["uv".index(side)]]
+        every = torch.cat([active, rest.to(active)], -2)
+        at = state["basis_order"].long().argsort(-1)
+        return every.gather(-2, at.unsqueeze(-1).expand(every.shape))
+
+    # ---------------------------------------------------------------- step
+
+    def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
+        """Gradients of the factors, by the chain rule; ``enhanced`` leaves out the factor s."""
+        u, v = state["basis_u"], state["basis_v"]
+        gu, gv = v.to(grad.dtype) @ grad.mT, u.to(grad.dtype) @ grad
+        gs = (gu.to(u.dtype) * u).sum(-1)
+        if self.exact:
+            parts, index = [gs], [self._active(state)]
+            for where, ui, vi in self.rest(state):
+                parts.append(((vi.to(grad.dtype) @ grad.mT).to(ui.dtype) * ui).sum(-1))
+                index.append(where)
+            gs = torch.empty_like(state["basis_s"]).scatter_(
+                -1, torch.cat(index, -1), torch.cat(parts, -1)
+            )
+        if not self.enhanced:
+            s = self.spectrum(state).unsqueeze(-1).to(gu.dtype)
+            gu, gv = gu * s, gv * s
+        return {"u": reduce(gu), "s": reduce(gs.unsqueeze(-2)), "v": reduce(gv)}
+
+    def advance_(
+        self, state: State, update: dict[str, Tensor], lr: float, decay: float | Tensor
+    ) -> Change:
+        """Step the factors: unit vectors, singular values not below zero, decay on s alone."""
+        u, v, s = state["basis_u"], state["basis_v"], state["basis_s"]
+        decayed = s * decay.reshape(-1)[:1] if isinstance(decay, Tensor) else s * decay
+        new_s = decayed - (lr * self.s_lr_scale) * update["s"].squeeze(-2)
+        sign = torch.where(new_s < 0, -1.0, 1.0).to(s) if self.negative == "flip" else None
+        before = self._of_active(state, decayed) * v
+        new_u = stepped(u, update["u"], lr * self.vector_lr_scale)
+        new_v = stepped(v, update["v"], lr * self.vector_lr_scale)
+        gained = new_s - decayed if sign is not None else new_s.clamp(min=0) - decayed
+        after = self._of_active(state, decayed + gained) * new_v
+        turned = new_u - u
+        if sign is not None:
+            new_s, new_u = new_s.abs(), new_u * self._of_active(state, sign)
+            self._flip_rest_(state, sign)
+        u.copy_(new_u)
+        v.copy_(new_v)
+        s.copy_(new_s.clamp(min=0))
+        return Change(turned, before, after, gained)
+
+    def _of_active(self, state: State, values: Tensor) -> Tensor:
+        """Entries ``(..., r, 1)`` of ``(..., k)`` that belong to the vectors in use."""
+        values = values.gather(-1, self._active(state)) if self.exact else values
+        return values.unsqueeze(-1)
+
+    def _flip_rest_(self, state: State, sign: Tensor) -> None:
+        if self.exact:
+            rest = state[self.rest_keys[0]]
+            own = sign.gather(-1, state["basis_order"][..., self.rank :].long())
+            rest.mul_(own.unsqueeze(-1).to(rest))
+
+    def push_(self, into: Into, state: State, update: dict[str, Tensor], term: Term | None) -> None:
+        r"""``W <- decay W + U' diag(s') V'^T - U diag(decay s) V^T``, rounded once.
+
+        The difference is taken of the factors, not of the products: a step of zero is no step.
+        """
+        old_u, decay = state["basis_u"].clone(), into.guarded_decay()
+        others = list(self.rest(state))
+        if self.negative == "flip":  # turns some of them
+            others = [(where, u.clone(), v) for where, u, v in others]
+        change = self.advance_(state, update, into.lr, decay)
+        lefts = [torch.cat([change.turned, old_u], -2)]
+        rights = [torch.cat([change.after, change.after - change.before], -2)]
+        for where, u, v in others:
+            lefts.append(u)
+            rights.append(v * change.gained.gather(-1, where).unsqueeze(-1))
+        if into.param.dtype != old_u.dtype:
+            lefts, rights = [torch.cat(lefts, -2)], [torch.cat(rights, -2)]
+        for left, right in zip(lefts, rights, strict=True):
+            basis = left.mT.to(into.param.dtype)
+            ops.lift_add_(into.param, basis, right, None, decay, 1.0, into.rounding)
+            decay = 1.0

@@ -1,0 +1,56 @@
+"""Spectral factors that are a module's own parameters: there is no weight to read or write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.matrix import MatrixView
+from lowrank_optim.residuals import Term
+from lowrank_optim.subspaces.base import Context, Into, Moved, Reduce, State
+from lowrank_optim.subspaces.spectral import Spectral
+
+GRADIENTS = ("grad_u", "grad_v", "grad_s")
+"""Keys of the factors' gradients, beside the state."""
+
+
+class FactorView(MatrixView):
+    """The matrix that a layer's factors multiply to; what is viewed is a factor and stays so."""
+
+    def of(self, x: Tensor) -> Tensor:
+        """``x``."""
+        return x
+
+
+@dataclass(frozen=True)
+class SpectralModule(Spectral):
+    """Factors and gradients are a module's, the state beside them the optimizer's.
+
+    The module came with its first factorisation, so the state begins after it.
+    """
+
+    def init(self, view: MatrixView, param: Tensor) -> State:
+        """Counters alone."""
+        return {
+            "host.iteration": torch.ones((), dtype=torch.float32),
+            "refresh_step": torch.zeros((), dtype=torch.float32),
+        }
+
+    def refresh_(self, state: State, grad: Tensor, ctx: Context) -> dict[str, Moved]:
+        """As of the weight, which exists while a round begins."""
+        product = None
+        if self.factors_anew(state, ctx.view):
+            values = state["basis_s"].unsqueeze(-1)
+            product = self.in_order(state, "u").mT @ (values * self.in_order(state, "v"))
+        return super().refresh_(state, grad, replace(ctx, param=product))
+
+    def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
+        """The module's gradients, copied: they may be turned by ``maximize``."""
+        gu, gv, gs = (state[key].clone() for key in GRADIENTS)
+        return {"u": reduce(gu), "s": reduce(gs.unsqueeze(-2)), "v": reduce(gv)}
+
+    def push_(self, into: Into, state: State, update: dict[str, Tensor], term: Term | None) -> None:
+        """The factors alone."""
+        self.advance_(state, update, into.lr, into.guarded_decay())
