@@ -23,6 +23,8 @@ from lowrank_optim.methods import (
     GaLoreSGD,
     SSTAdamW,
     SSTAdamW8bit,
+    SwitchLoRAAdamW,
+    SwitchLoRAAdamW8bit,
 )
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.subspaces import PROJECTORS, Projector, register
@@ -48,6 +50,8 @@ __all__ = [
     "Projector",
     "SSTAdamW",
     "SSTAdamW8bit",
+    "SwitchLoRAAdamW",
+    "SwitchLoRAAdamW8bit",
     "export_bitsandbytes",
     "import_bitsandbytes",
     "import_galore_torch",

@@ -90,7 +90,9 @@ def _placed(key: str, value: Any, param: Tensor, dtype: torch.dtype) -> Tensor:
     """A contiguous copy of one saved entry, on the device it belongs to."""
     device = torch.device("cpu") if on_host(key) else param.device
     tensor: Tensor = torch.as_tensor(value).detach()
-    return tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+    placed = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+    # what a device copies from and to: unpinned, the host would wait for each copy
+    return placed.pin_memory() if placed.dim() and on_host(key) and param.is_cuda else placed
 
 
 def check_fit(

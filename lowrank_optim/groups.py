@@ -29,6 +29,11 @@ ALIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "coord_choice": ("projector", lambda choice: choice),
     "inactive_update_rule": ("free_rule", lambda rule: _free_rule(rule)),
     "inactive_lr_scale": ("free_lr_scale", lambda scale: scale),
+    "lora_alpha": ("scale", lambda alpha: alpha),  # SwitchLoRA
+    "switch_lora_interval": ("interval", lambda interval: interval),
+    "switch_lora_descent_rate": ("descent_ratio", lambda ratio: ratio),
+    "switch_descend_type": ("descent", lambda name: name),
+    "adam_warm_step": ("freeze_steps", lambda steps: steps),
 }
 """Keys of the released packages, the key each stands for, and how its value reads."""
 
@@ -63,6 +68,10 @@ CHOICES: dict[str, Collection[str | None]] = {
     "factors": ("exact", "active"),
     "factor_dtype": ("float32", "bfloat16"),
     "negative": ("clamp", "flip"),
+    "descent": ("exponential", "Z"),
+    "order": ("fifo", "random"),
+    "pool_device": ("cpu", "param"),
+    "decay_on": ("factors", "weight"),
 }
 """Keys whose value is a name, and the names; registries grow."""
 
@@ -84,6 +93,8 @@ FLAGS = (
     "slot_bias_correction",
     "enhanced",
     "offload_inactive",
+    "freeze_step_counter",
+    "fan_in_fan_out",
 )
 """Keys that are True or False."""
 

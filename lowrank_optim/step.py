@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError
 
-from lowrank_optim import ops
+from lowrank_optim import ops, quant
 from lowrank_optim.matrix import MatrixView
 from lowrank_optim.quant import Moment, Quantized
 from lowrank_optim.residuals import Drop, Residual, Seen
@@ -278,6 +278,9 @@ def refresh_(
             if chosen.aged:
                 _carry_ages_(state[age_key(coord)], moved[coord], chosen.on_refresh)
             _transport(item, state, coord, shape, moved[coord], float(time), chosen)
+    for coord, own in moved.items():
+        if own.fresh:
+            _restart_(state, coord, subspace.coord_shapes(view)[coord], own.fresh, chosen)
     state["refresh_step"].fill_(step)
     if found is not None:
         found.update({k: m.low for k, m in moved.items() if m.low is not None})
@@ -337,6 +340,19 @@ def _moved_as_stored(
         chosen.store.move_rows_(state, key, slot, source)
         for key, slot in zip(keys, slots, strict=True)
     )
+
+
+def _restart_(
+    state: State, coord: str, shape: Sequence[int], rows: Sequence[slice], chosen: Strategies
+) -> None:
+    """Zero moments and ages of some rows where they are kept: no other row is read or written."""
+    for slot in chosen.rule.slots(shape):
+        kept = state[slot_key(coord, slot.name)]
+        zero = quant.zero_code(slot.signed) if kept.dtype == torch.uint8 else 0
+        for own in rows:
+            kept[..., own, :].fill_(zero)
+    for own in rows if chosen.aged else ():
+        state[age_key(coord)][..., own].zero_()
 
 
 def _carry_ages_(age: Tensor, moved: Moved, on_refresh: str) -> None:

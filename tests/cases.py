@@ -40,6 +40,9 @@ METHOD_ARGS: dict[str, dict[str, Any]] = {
     # what is drawn depends on a parameter's place among the others
     "SSTAdamW": {"steps_per_iteration": 3, "warmup_steps": 1, "sampling": "sequential"},
     "SSTAdamW8bit": {"steps_per_iteration": 3, "warmup_steps": 1, "sampling": "sequential"},
+    # the decay of a drop-in; that of the factors has tests of its own
+    "SwitchLoRAAdamW": {"decay_on": "weight"},
+    "SwitchLoRAAdamW8bit": {"decay_on": "weight"},
 }
 """What a class needs beyond ``lr`` for the general contract; most need nothing."""
 

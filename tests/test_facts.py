@@ -138,7 +138,7 @@ def test_fact_07a_the_sign_of_a_basis_does_not_matter_within_a_period() -> None:
 
 
 @pytest.mark.parametrize("proj_type", cases.PROJ_TYPES)
-@pytest.mark.parametrize("name", cases.method_names())
+@pytest.mark.parametrize("name", cases.projecting_names())
 def test_fact_07b_signs_of_the_svd_driver_do_not_matter(
     name: str, proj_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,7 +164,7 @@ def test_fact_07b_signs_of_the_svd_driver_do_not_matter(
 
 
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std"])
-@pytest.mark.parametrize("name", cases.method_names())
+@pytest.mark.parametrize("name", cases.projecting_names())
 def test_fact_08_training_on_the_transpose_is_the_transpose(name: str, proj_type: str) -> None:
     """For non-square matrices the side follows the shape, so a tall run mirrors a wide one."""
     start, grads = cases.parameter((7, 12)), cases.gradients((7, 12), 7)

@@ -323,7 +323,7 @@ def test_errors() -> None:
 
 
 def test_a_method_may_convert_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its function is called with the arguments of ``convert``; ``merged`` is all else."""
+    """Its functions are called with our arguments; ``merged`` is all else."""
 
     class Doubled(nn.Module):
         def merged(self) -> nn.Module:
@@ -333,8 +333,13 @@ def test_a_method_may_convert_by_itself(monkeypatch: pytest.MonkeyPatch) -> None
         model[0] = Doubled()  # type: ignore[operator]
         return [(rank, target_modules, options)]
 
-    monkeypatch.setitem(CONVERTERS, "tmp", own)
-    model = network()
+    def changed(model: nn.Module, optimizer: Any) -> Any:
+        return model, optimizer
+
+    monkeypatch.setitem(CONVERTERS, "tmp", Converter(Doubled, own, changed, changed))
+    model, optimizer = network(), object()
     assert convert(model, "tmp", rank=7, gain=2) == [(7, "all-linear", {"gain": 2})]
+    assert to_modules(model, optimizer, "tmp") == (model, optimizer)
+    assert to_weights(model, optimizer) == (model, optimizer)
     assert type(merge(model)[0]) is nn.Identity  # type: ignore[index]
     assert type(merge(Doubled())) is nn.Identity

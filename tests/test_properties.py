@@ -113,7 +113,7 @@ def run_layout(
     return [p.detach() for p in params]
 
 
-@given(layouts(), st.sampled_from(cases.method_names()), st.sampled_from(cases.PROJ_TYPES))
+@given(layouts(), st.sampled_from(cases.projecting_names()), st.sampled_from(cases.PROJ_TYPES))
 def test_how_parameters_are_split_into_groups_does_not_matter(
     layout: tuple[list[tuple[int, ...]], list[list[int]]], name: str, proj_type: str
 ) -> None:

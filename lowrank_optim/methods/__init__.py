@@ -11,6 +11,7 @@ from lowrank_optim.methods.galore import (
     GaLoreSGD,
 )
 from lowrank_optim.methods.sst import SSTAdamW, SSTAdamW8bit
+from lowrank_optim.methods.switchlora import SwitchLoRAAdamW, SwitchLoRAAdamW8bit
 
 __all__ = [
     "DCTAdamW",
@@ -28,4 +29,6 @@ __all__ = [
     "GaLoreSGD",
     "SSTAdamW",
     "SSTAdamW8bit",
+    "SwitchLoRAAdamW",
+    "SwitchLoRAAdamW8bit",
 ]

@@ -1,14 +1,18 @@
 """Module forms: layers of factors, whose weights have no gradient of their own size."""
 
-from lowrank_optim.nn.base import CONVERTERS, FORMS, Factored, register_form
+from lowrank_optim.nn import switchlora_forms as _switchlora_forms  # noqa: F401  (registers)
+from lowrank_optim.nn.base import CONVERTERS, FORMS, Converter, Factored, register_form
 from lowrank_optim.nn.convert import convert, merge, to_modules, to_weights
 from lowrank_optim.nn.spectral import SpectralLinear
+from lowrank_optim.nn.switchlora import SwitchLoRALinear
 
 __all__ = [
     "CONVERTERS",
     "FORMS",
+    "Converter",
     "Factored",
     "SpectralLinear",
+    "SwitchLoRALinear",
     "convert",
     "merge",
     "register_form",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Self, TypeVar
+from typing import ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_optim.groups import Group
 from lowrank_optim.matrix import MatrixView
+from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.step import State
 
 
@@ -102,9 +103,20 @@ class Factored(nn.Module):
 FORMS: dict[str, type[Factored]] = {}
 """Layers by the name of their method: all conversions are made from them."""
 
-CONVERTERS: dict[str, Callable[..., list[Group]]] = {}
-"""Methods that convert a model themselves, called with the model, ``rank``, ``target_modules`` and
-options. A layer of theirs has a method ``merged()`` that returns the plain one."""
+
+class Converter(NamedTuple):
+    """A method that converts models itself."""
+
+    layer: type[nn.Module]
+    """Its layers, whose method ``merged()`` returns the plain one."""
+    convert: Callable[..., list[Group]]
+    """Called with the model, ``rank``, ``target_modules`` and options."""
+    to_modules: Callable[[nn.Module, LowRankOptimizer], LowRankOptimizer]
+    to_weights: Callable[[nn.Module, LowRankOptimizer], LowRankOptimizer]
+
+
+CONVERTERS: dict[str, Converter] = {}
+"""Those methods by name."""
 
 _F = TypeVar("_F", bound=type[Factored])
 

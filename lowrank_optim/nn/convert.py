@@ -34,7 +34,8 @@ def convert(
     Args:
         model: its ``nn.Linear`` and GPT-2 ``Conv1D`` layers are replaced where they are targeted;
             a weight that several layers share stays as it is, and is logged.
-        method: a registered form: "sst" for :class:`SpectralLinear` and ``SSTAdamW``.
+        method: "sst" for :class:`SpectralLinear` and ``SSTAdamW``, "switchlora" for
+            :class:`SwitchLoRALinear` and ``SwitchLoRAAdamW``, or another registered form.
         rank: as in :func:`lowrank_optim.lowrank_groups`.
         target_modules: likewise.
         **options: group keys. Those that decide how a layer starts (``seed``, ``sampling``, ...)
@@ -56,7 +57,9 @@ def convert(
         [('sst', ['0.u', '0.v', '0.s', '0.u_rest', '0.v_rest', '0.order']), (None, ['0.bias'])]
     """
     if method in CONVERTERS:
-        return CONVERTERS[method](model, rank=rank, target_modules=target_modules, **options)
+        return CONVERTERS[method].convert(
+            model, rank=rank, target_modules=target_modules, **options
+        )
     cls = _form(method)
     dense = lowrank_groups(
         model, rank=rank, target_modules=target_modules, **{**cls.options, **options}
@@ -110,6 +113,8 @@ def to_modules(model: nn.Module, optimizer: LowRankOptimizer, method: str) -> Lo
         An optimizer of the same class, with all state, for the run to go on with. Schedulers refer
         to the old one: make them anew.
     """
+    if method in CONVERTERS:
+        return CONVERTERS[method].to_modules(model, optimizer)
     names = {id(p): name for name, p in model.named_parameters()}
     cls, groups, states = _form(method), list[Group](), dict[int, State]()
     for group in optimizer.param_groups:
@@ -137,6 +142,9 @@ def to_modules(model: nn.Module, optimizer: LowRankOptimizer, method: str) -> Lo
 
 def to_weights(model: nn.Module, optimizer: LowRankOptimizer) -> LowRankOptimizer:
     """The way back from :func:`to_modules`: dense weights, and an optimizer with all state."""
+    for converter in CONVERTERS.values():
+        if any(isinstance(layer, converter.layer) for layer in model.modules()):
+            return converter.to_weights(model, optimizer)
     layers = {
         id(next(iter(layer.members().values()))): (name, layer)
         for name, layer in model.named_modules()

@@ -19,6 +19,7 @@ from lowrank_optim.subspaces.hadamard import Hadamard
 from lowrank_optim.subspaces.random import Random
 from lowrank_optim.subspaces.randomized import RandomizedSVD
 from lowrank_optim.subspaces.svd import SVD
+from lowrank_optim.subspaces.switched import Switched
 
 __all__ = [
     "DCT",
@@ -37,6 +38,7 @@ __all__ = [
     "Rows",
     "Shared",
     "Subspace",
+    "Switched",
     "make_projector",
     "register",
 ]

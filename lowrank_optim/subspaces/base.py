@@ -34,6 +34,8 @@ class Moved(NamedTuple):
     """``(..., r)`` the old row that feeds each new one, -1 for a new one: sets of indices."""
     source_right: Tensor | None = None
     """The same for the columns, when both sides are projected."""
+    fresh: Sequence[slice] = ()
+    """Rows whose moments and ages start from zero whatever ``on_refresh`` says; others stay."""
     carry: Callable[[Tensor], Tensor] | None = None
     """An exact map of a moment that has no rows to speak of: a set of single entries."""
     low: Tensor | None = None

@@ -1,0 +1,281 @@
+r"""SwitchLoRA: low-rank factors whose vectors are exchanged, a few each step, with pools of others.
+
+.. math::
+    W = W_0 + s B A, \qquad g_A = s B^T G, \quad g_B = s G A^T, \qquad
+    A', B' = \mathrm{AdamW}(A, g_A), \mathrm{AdamW}(B, g_B), \qquad
+    W \leftarrow W + s (B' A' - B A)
+
+References:
+    Zhou et al. (2024), arXiv:2406.06564.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Unpack
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.groups import Group, canonical
+from lowrank_optim.matrix import MatrixView, matrix_view
+from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
+from lowrank_optim.residuals import Drop, Residual
+from lowrank_optim.rules import AdamW, Rule
+from lowrank_optim.step import Item, State, Strategies, step_matrices
+from lowrank_optim.subspaces.base import Subspace
+from lowrank_optim.subspaces.factored import SwitchedFactors
+from lowrank_optim.subspaces.switched import Switched
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class FactorItem(Item):
+    """A factor pair of a module: ``param`` is A, and the state is kept under it."""
+
+    b: Tensor
+    base: Tensor
+    """W0, frozen."""
+
+
+@dataclass(eq=False, slots=True)
+class PartItem(Item):
+    """B or W0 of a pair: stepped and kept with its A."""
+
+
+class SwitchLoRAAdamW(LowRankOptimizer):
+    r"""AdamW on two factors of every weight, whose vectors are switched: trains at full rank.
+
+    .. math::
+        W = W_0 + s B A, \quad W \leftarrow W + s (B' A' - B A), \quad s = \alpha / r
+
+    The weight stays dense and W0 is implicit. Each step about ``r / interval`` rows of A, and as
+    many columns of B, are exchanged with vectors of pools of min(m, n) candidates; a switch touches
+    optimizer state alone, so W is the same to the bit. The counterpart of a switched vector starts
+    its moments again and is frozen for ``freeze_steps`` steps.
+
+    Args:
+        params: parameters, named parameters, or groups of either, as in
+            :class:`lowrank_optim.GaLoreAdamW`; also the groups of
+            :func:`lowrank_optim.nn.switchlora.convert`.
+        lr: learning rate (default: 1e-3). It acts on the factors, where entries of W move by about
+            ``lr sqrt(2) std / sqrt(r)``: published 2e-2, with dense parameters in the same group.
+        betas: decay of the two moments (default: (0.9, 0.999)).
+        eps: ε (default: 1e-8).
+        weight_decay: decoupled decay (default: 0.0). By default it acts on A and B, as LoRA's
+            does: it draws W towards the implicit W0, not towards zero. Frozen vectors do not decay.
+        interval: steps in which every slot is switched once, at first; at least twice
+            ``freeze_steps`` (default: 40).
+        total_steps: of the run; the frequency then falls. None keeps it (default: None).
+        descent_ratio: part of the run after which it is 0.3 of the first (default: 0.1).
+        descent: ``"exponential"`` or ``"Z"``, a sigmoid (default: "exponential").
+        freeze_steps: steps that the counterpart of a switched vector is frozen (default: 5).
+        freeze_step_counter: pause its step too, so that its first update is as any first one;
+            False lets it run, as released: .52, .68, .78, … of the step (default: True).
+        order: of candidates: ``"fifo"`` or ``"random"`` (default: "fifo").
+        pool_device: ``"cpu"`` (pinned where there is a GPU) or ``"param"`` (default: "cpu").
+        decay_on: ``"factors"`` or ``"weight"``, which is decoupled decay of W (default: "factors").
+        fan_in_fan_out: weights are stored (in, out), as in GPT-2's Conv1D (default: False).
+        restart_every: every so many steps B A is refactorised into balanced factors, which leaves
+            W as it is, and all moments start again (default: None, never).
+        **options: see :class:`lowrank_optim.optimizer.Options`; ``scale`` is LoRA's α, and is 1 by
+            default as in the release, so that s = 1 / r. No side is projected, no basis searched
+            and nothing carried over: ``proj_type``, ``projector``, ``update_proj_gap``, ``stagger``
+            and ``on_refresh`` mean nothing here.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim import SwitchLoRAAdamW
+        >>> model = torch.nn.Linear(64, 32)
+        >>> optimizer = SwitchLoRAAdamW(model.named_parameters(), lr=1e-2, rank=4)
+        >>> model(torch.randn(8, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> state = optimizer.state[model.weight]
+        >>> tuple(state["basis_A"].shape), tuple(state["host.pool_A"].shape)
+        ((4, 64), (32, 64))
+
+    Differs from the release: a dense weight instead of W0, A and B, which in bfloat16 does not
+    drift under switches; the paused counter; frozen vectors do not decay; never more switches than
+    vectors that are free; draws from a seeded generator of its own; candidates in the factors'
+    precision. ``rank=1`` never switches, nor does a rank that reaches min(m, n): plain LoRA.
+
+    References:
+        Zhou et al. (2024), arXiv:2406.06564; for ``restart_every`` arXiv:2505.22922.
+    """
+
+    rule_class: ClassVar[type[Rule]] = AdamW
+    preset: ClassVar[Options] = {"scale": 1.0}
+    """Defaults that differ from those of other methods."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        interval: int = 40,
+        total_steps: int | None = None,
+        descent_ratio: float = 0.1,
+        descent: str = "exponential",
+        freeze_steps: int = 5,
+        freeze_step_counter: bool = True,
+        order: str = "fifo",
+        pool_device: str = "cpu",
+        decay_on: str = "factors",
+        fan_in_fan_out: bool = False,
+        restart_every: int | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        own: Group = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        own |= {"interval": interval, "total_steps": total_steps, "descent_ratio": descent_ratio}
+        own |= {"descent": descent, "freeze_steps": freeze_steps, "order": order}
+        own |= {"freeze_step_counter": freeze_step_counter, "pool_device": pool_device}
+        own |= {"decay_on": decay_on, "fan_in_fan_out": fan_in_fan_out}
+        own |= {"restart_every": restart_every, "factor_starts": ()}
+        super().__init__(params, {**own, **with_defaults({**self.preset, **options})})
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group.
+
+        Raises:
+            ValueError: a value is out of range, or a parameter is complex.
+        """
+        if isinstance(param_group, dict):
+            check_switching({**self.defaults, **canonical(param_group)})
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of torch, once the pools in host memory have all that the device sent them."""
+        if any(p.is_cuda for group in self.param_groups for p in group["params"]):
+            torch.cuda.synchronize()
+        return super().state_dict()
+
+    def residual(self, group: Group) -> Residual:
+        """Only A and B are trained."""
+        return Drop()
+
+    def subspace(self, group: Group, view: MatrixView) -> Subspace:
+        """Factors of the weight."""
+        return Switched.from_group(group, view)
+
+    def _strategies(self, group: Group) -> Strategies:
+        """Every step may switch; every row counts its own steps."""
+        chosen = super()._strategies(group)
+        return replace(chosen, gap=1, stagger=False, on_refresh="keep", aged=True)
+
+    # ---------------------------------------------------------------- modules
+
+    def _warn_clamped(self, group: Group) -> None:
+        if not group["factor_starts"]:
+            super()._warn_clamped(group)
+
+    def _plan(self, group: Group) -> Iterator[Item]:
+        """A triple (A, B, W0) of a module counts as the one weight that it stands for."""
+        index = 0
+        for other in self.param_groups:
+            if other is group:
+                break
+            index += len(other["params"]) - 2 * len(other.get("factor_starts", ()))
+        params, starts, parts = group["params"], set(group["factor_starts"]), 0
+        for i, item in enumerate(super()._plan(group)):
+            if parts:
+                parts -= 1
+                yield PartItem(item.param, item.name, index, None, None)
+                continue
+            if i in starts:
+                b, base = params[i + 1 : i + 3]
+                view = matrix_view(base.shape, group["proj_type"])
+                assert view is not None
+                sub = SwitchedFactors.from_group(group, view)
+                yield FactorItem(item.param, item.name, index, view, sub, b=b, base=base)
+                parts = 2
+            else:
+                yield replace(item, index=index)
+            index += 1
+
+    def _state_of(self, item: Item, chosen: Strategies) -> State:
+        if isinstance(item, PartItem):
+            return {}
+        return super()._state_of(item, chosen)
+
+    def _step_items(self, items: list[Item], group: Group, chosen: Strategies) -> None:
+        own = [item for item in items if isinstance(item, FactorItem)]
+        rest = [item for item in items if not isinstance(item, FactorItem | PartItem)]
+        super()._step_items(rest, group, chosen)
+        buckets: dict[Any, list[tuple[Item, State]]] = {}
+        for item in own:
+            if item.b.grad is None:
+                raise RuntimeError(f"{item.name} has a gradient and its counterpart has none")
+            entry = self._as_weight(item, chosen)
+            buckets.setdefault((*entry[0].key, item.view, item.subspace), []).append(entry)
+        for bucket in buckets.values():
+            wholes, states = zip(*bucket, strict=True)
+            step_matrices(wholes, states, chosen, group["lr"], group["weight_decay"])
+
+    def _as_weight(self, item: FactorItem, chosen: Strategies) -> tuple[Item, State]:
+        """A triple as the weight W0 and a state that holds factors and gradients too."""
+        assert item.param.grad is not None and item.b.grad is not None
+        factors = {"basis_A": item.param.detach(), "basis_B": item.b.detach().mT}
+        grads = {"grad_A": item.param.grad, "grad_B": item.b.grad.mT}
+        weight = item.base.detach()
+        # a stand-in for a gradient of W, which is never made: its values are not read
+        weight.grad = weight.detach()
+        whole = Item(weight, item.name, item.index, item.view, item.subspace)
+        return whole, {**self._state_of(item, chosen), **factors, **grads}
+
+
+class SwitchLoRAAdamW8bit(SwitchLoRAAdamW):
+    r""":class:`SwitchLoRAAdamW` with its moments in 8 bits: ``state_dtype="8bit"`` by default.
+
+    A switch writes the codes of zero into the rows that start again; no other code changes.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim import SwitchLoRAAdamW8bit
+        >>> weight = torch.nn.Parameter(torch.zeros(64, 1024))
+        >>> optimizer = SwitchLoRAAdamW8bit([weight], rank=4)
+        >>> weight.grad = torch.randn(64, 1024)
+        >>> optimizer.step()
+        >>> optimizer.state[weight]["A.exp_avg"].dtype
+        torch.uint8
+    """
+
+    preset: ClassVar[Options] = {"scale": 1.0, "state_dtype": "8bit"}
+
+
+def check_switching(group: Group) -> None:
+    """Raise for values that no schedule could use.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+
+    def whole(key: str, least: int) -> None:
+        value = group[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{key} must be an int of at least {least}, got {value!r}")
+
+    whole("interval", 1)
+    whole("freeze_steps", 0)
+    for key in ("total_steps", "restart_every"):
+        if group[key] is not None:
+            whole(key, 1)
+    if not 0 < group["descent_ratio"] <= 1:
+        raise ValueError(f"descent_ratio must be in (0, 1], got {group['descent_ratio']}")
+    if group["interval"] < 2 * group["freeze_steps"]:
+        raise ValueError(
+            f"interval must be at least twice freeze_steps={group['freeze_steps']}, "
+            f"got {group['interval']}: more slots would be frozen than there are"
+        )
+    if group["factor_starts"] and not group["freeze_steps"]:
+        raise ValueError(
+            "modules need freeze_steps of at least 1, got 0: their gradients are older than a "
+            "switch, and that of a switched vector's counterpart must not be used"
+        )
+    if group.get("rank") is not None and not group["scale"] > 0:
+        raise ValueError(f"scale must be positive, got {group['scale']}: W would never move")

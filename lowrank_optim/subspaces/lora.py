@@ -1,0 +1,53 @@
+"""What is known of two factors of a weight: how to start them, and how to balance them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def published_stds(rows: int, cols: int, rank: int, alpha: float) -> tuple[float, float]:
+    r"""Standard deviations of A and of B for a weight of ``rows`` outputs and ``cols`` inputs.
+
+    .. math::
+        \sigma_A = (\sqrt{m} r / n^{3/2})^{1/4} g^{1/2}, \quad
+        \sigma_B = (r / \sqrt{m n})^{1/4} g^{1/2}, \quad g = 3^{-1/2}
+
+    so that s B A has the deviation of a default ``nn.Linear`` and both factors move it alike; both
+    divided by :math:`\sqrt{\alpha}`, so that this holds for any α.
+    """
+    gain = 3**-0.25 / math.sqrt(alpha)
+    return (
+        (math.sqrt(rows) * rank / cols**1.5) ** 0.25 * gain,
+        (rank / math.sqrt(rows * cols)) ** 0.25 * gain,
+    )
+
+
+def balance_(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Refactorise B A in place: :math:`B \leftarrow U S^{1/2}`, :math:`A \leftarrow S^{1/2} V^T`.
+
+    Exact, and without an m x n factorisation: with :math:`B = Q_b R_b` and :math:`A^T = Q_a R_a`
+    the SVD of the small :math:`R_b R_a^T` is that of B A. Then :math:`B^T B = A A^T`.
+
+    Args:
+        a: A ``(..., r, in)``.
+        b: B transposed ``(..., r, out)``.
+
+    Returns:
+        What turns gradients of the old A and of the old B transposed into those of the new.
+
+    References:
+        Scalable Parameter and Memory Efficient Pretraining (2025), arXiv:2505.22922.
+    """
+    qa, ra = torch.linalg.qr(a.mT)
+    qb, rb = torch.linalg.qr(b.mT)
+    u, s, vh = torch.linalg.svd(rb @ ra.mT)
+    root = s.sqrt().unsqueeze(-2)
+    b.copy_((qb @ (u * root)).mT)
+    a.copy_((qa @ (vh.mT * root)).mT)
+    # new B = B M and new A = M^-1 A with M = Ra^T V S^-1/2; a direction that B A lacks has no part
+    tiny = torch.finfo(s.dtype).eps * s[..., :1] * s.shape[-1]
+    inverse = torch.where(s > tiny, s.rsqrt(), 0.0).unsqueeze(-1)
+    return inverse * (vh @ ra), inverse * (u.mT @ rb)

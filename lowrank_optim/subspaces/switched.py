@@ -1,0 +1,281 @@
+"""SwitchLoRA: two factors of the weight, whose vectors are exchanged with pools of candidates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from lowrank_optim import ops
+from lowrank_optim.matrix import MatrixView
+from lowrank_optim.residuals import Term
+from lowrank_optim.rules.base import compute_dtype
+from lowrank_optim.subspaces import switching
+from lowrank_optim.subspaces.base import Context, Into, Moved, Reduce, State, Subspace
+from lowrank_optim.subspaces.lora import balance_, published_stds
+from lowrank_optim.subspaces.switching import Schedule, ring, runs
+
+SIDES = ("A", "B")
+"""Rows of A ``(r, in)`` and, transposed, columns of B ``(out, r)``."""
+
+
+@dataclass(frozen=True)
+class Switched(Subspace):
+    r"""Coordinates of :math:`W = W_0 + s B A`: :math:`g_A = s B^T G` and :math:`g_B = s G A^T`.
+
+    W is dense and is never touched by a switch: :math:`W_0 = W - s B A` is implicit, so exchanging
+    a vector of A or of B with one of its pool moves the difference into it by itself. Exchanging
+    row i of A makes gradient and moments of column i of B meaningless, and nothing else: those
+    moments start again from zero, and the column is frozen for ``freeze_steps`` steps.
+
+    State, with k = min(m, n), ``host.`` in host memory:
+
+    ==================== ============= =====================================================
+    ``basis_A``          (r, in)       A, in at least float32
+    ``basis_B``          (r, out)      B transposed
+    ``host.pool_A/B``    (k, in/out)   candidates; ``pool_A/B`` with ``pool_device="param"``
+    ``host.held``        (2, r)        the pool index that each slot of A and of B came from
+    ``host.frozen``      (2, r)        steps for which a slot stays frozen, this one included
+    ``host.head``        (2,)          the next slot to switch
+    ==================== ============= =====================================================
+
+    A batch of experts has factors and pools of its own for each, and one order for all.
+
+    Args:
+        rank: number r of vectors in each factor.
+        scale: LoRA's α; s = α / r.
+        interval: steps after which each slot has been switched once, at the initial frequency.
+        total_steps: of the run, for the frequency to fall; None keeps it.
+        descent_ratio: the part of the run after which it has fallen to 0.3 or, for Z, to half.
+        descent: ``"exponential"`` or ``"Z"``.
+        freeze_steps: steps N that the counterpart of a switched vector stays as it is.
+        freeze_step_counter: pause the counterpart's step too; False lets it run, as released.
+        order: ``"fifo"``, or ``"random"`` among the vectors not in use.
+        pool_device: ``"cpu"`` or ``"param"``, beside the weight.
+        decay_on: what weight decay acts on: ``"factors"`` or the whole ``"weight"``.
+        restart_every: steps after which B A is refactorised and all moments start again; or None.
+        flip: whether the canonical view is (in, out) rather than (out, in).
+    """
+
+    interval: int = 40
+    total_steps: int | None = None
+    descent_ratio: float = 0.1
+    descent: str = "exponential"
+    freeze_steps: int = 5
+    freeze_step_counter: bool = True
+    order: str = "fifo"
+    pool_device: str = "cpu"
+    decay_on: str = "factors"
+    restart_every: int | None = None
+    flip: bool = False
+
+    needs_grad: ClassVar[bool] = False
+
+    @classmethod
+    def from_group(cls, group: dict[str, Any], view: MatrixView) -> Self:
+        """Fields are group keys; ``fan_in_fan_out`` says that weights are stored (in, out)."""
+        return super().from_group({**group, "flip": view.flip != group["fan_in_fan_out"]}, view)
+
+    @property
+    def s(self) -> float:
+        """The factor of B A."""
+        return self.scale / self.rank
+
+    def sizes(self, view: MatrixView) -> tuple[int, int]:
+        """Lengths of A's rows and of B's columns: inputs and outputs."""
+        return (view.m, view.n) if self.flip else (view.n, view.m)
+
+    def natural(self, x: Tensor) -> Tensor:
+        """A canonical matrix as (out, in)."""
+        return x.mT if self.flip else x
+
+    def pool(self, state: State, side: int) -> Tensor:
+        """Candidates of A (0) or of B (1)."""
+        prefix = "host." if self.pool_device == "cpu" else ""
+        return state[f"{prefix}pool_{SIDES[side]}"]
+
+    def coord_shapes(self, view: MatrixView) -> dict[str, tuple[int, ...]]:
+        """``A (..., r, in)`` and ``B (..., r, out)``."""
+        sizes = zip(SIDES, self.sizes(view), strict=True)
+        return {side: (*view.batch, self.rank, size) for side, size in sizes}
+
+    def init(self, view: MatrixView, param: Tensor) -> State:
+        """Zeros, but for the order: the first step draws the numbers."""
+        k, dtype = view.full_rank, compute_dtype(param.dtype)
+        host = self.pool_device == "cpu"
+        state: State = {}
+        for side, shape in self.coord_shapes(view).items():
+            state[f"basis_{side}"] = param.new_zeros(shape, dtype=dtype)
+            device = torch.device("cpu") if host and not param.is_meta else param.device
+            pool = torch.zeros(
+                (*shape[:-2], k, shape[-1]),
+                dtype=dtype,
+                device=device,
+                pin_memory=host and param.is_cuda,
+            )
+            state[f"{'host.' if host else ''}pool_{side}"] = pool
+        state["host.held"] = switching.start_held(self.rank, k)
+        state["host.frozen"] = torch.zeros(2, self.rank, dtype=torch.int64)
+        state["host.head"] = torch.tensor([0, self.rank // 2])
+        return state
+
+    def draw(self, view: MatrixView, generator: torch.Generator) -> list[Tensor]:
+        """The candidates ``(k, in)`` and ``(k, out)`` at first: float32, the same on any device."""
+        cols, rows = self.sizes(view)
+        stds = published_stds(rows, cols, self.rank, self.scale or 1.0)
+        bounds = [math.sqrt(3) * std for std in stds]
+        shapes = [(view.full_rank, size) for size in (cols, rows)]
+        return [
+            torch.empty(shape).uniform_(-bound, bound, generator=generator)
+            for shape, bound in zip(shapes, bounds, strict=True)
+        ]
+
+    # ---------------------------------------------------------------- switching
+
+    def refresh_(self, state: State, grad: Tensor, ctx: Context) -> dict[str, Moved]:
+        """Every step: thaw, restart if due, switch. Cheap where nothing moves."""
+        if int(state["refresh_step"]) < 0:
+            self._start_(state, ctx)
+        before: list[list[int]] = state["host.frozen"].tolist()
+        fresh = [_thawing(x) if self.freeze_step_counter else set() for x in before]
+        frozen = [[max(0, n - 1) for n in own] for own in before]
+        if self.restart_every and ctx.count and ctx.count % self.restart_every == 0:
+            self._restart_(state)
+            fresh = [set(range(self.rank)) for _ in SIDES]
+            frozen = [[0] * self.rank for _ in SIDES]
+        for side, slots in enumerate(self._choose_(state, frozen, ctx)):
+            for slot in slots:
+                frozen[1 - side][slot] = self.freeze_steps
+            fresh[1 - side].update(slots)
+        if frozen != before:
+            state["host.frozen"].copy_(torch.tensor(frozen))
+        return {
+            name: Moved(fresh=[own for (own,) in runs(sorted(slots))] if slots else ())
+            for name, slots in zip(SIDES, fresh, strict=True)
+        }
+
+    def _start_(self, state: State, ctx: Context) -> None:
+        for side, drawn in enumerate(self.draw(ctx.view, ctx.generator)):
+            self.pool(state, side).copy_(drawn)
+            self._start_factor_(state, side, drawn)
+
+    def _start_factor_(self, state: State, side: int, drawn: Tensor) -> None:
+        state[f"basis_{SIDES[side]}"].copy_(drawn[state["host.held"][side]])
+
+    def _restart_(self, state: State) -> None:
+        balance_(state["basis_A"], state["basis_B"])
+
+    def _choose_(
+        self, state: State, frozen: Sequence[Sequence[int]], ctx: Context
+    ) -> list[list[int]]:
+        """Switch vectors of A, then of B; returns the slots of each."""
+        r, k = self.rank, ctx.view.full_rank
+        schedule = Schedule(self.interval, self.total_steps, self.descent_ratio, self.descent)
+        counts = [sum(n > 0 for n in own) for own in frozen]
+        count = schedule.count(ctx.count, r, ctx.generator)
+        count = min(count, switching.free_slots(r, k, counts))
+        if not count:
+            return [[], []]
+        generator = ctx.generator if self.order == "random" else None
+        chosen = []
+        for side, head in enumerate(state["host.head"].tolist()):
+            held: list[int] = state["host.held"][side].tolist()
+            slots = ring(head, count, r)
+            new = switching.incoming(held, head, count, k, generator)
+            self._exchange_(state, side, slots, [held[i] for i in slots], new, ctx)
+            state["host.held"][side, slots] = torch.tensor(new)
+            chosen.append(slots)
+        state["host.head"].add_(count).remainder_(r)
+        return chosen
+
+    def _exchange_(
+        self,
+        state: State,
+        side: int,
+        slots: Sequence[int],
+        old: Sequence[int],
+        new: Sequence[int],
+        ctx: Context,
+    ) -> None:
+        """Put the vectors of ``slots`` back into the pool and take others.
+
+        The copies are queued on the device's stream, between slices of pinned memory: the host
+        neither waits for them nor looks at what they bring.
+        """
+        factor, pool = state[f"basis_{SIDES[side]}"], self.pool(state, side)
+        for slot, entry in runs(slots, old):
+            pool[..., entry, :].copy_(factor[..., slot, :], non_blocking=True)
+        for slot, entry in runs(slots, new):
+            factor[..., slot, :].copy_(pool[..., entry, :], non_blocking=True)
+
+    # ---------------------------------------------------------------- every step
+
+    def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
+        """Gradients of A and of B transposed, zero where frozen."""
+        grad = self.natural(grad)
+        low = {
+            "A": ops.project(state["basis_B"].mT, grad),
+            "B": ops.project(state["basis_A"].mT, grad.mT),
+        }
+        return self.thawed(state, {side: reduce(x).mul_(self.s) for side, x in low.items()})
+
+    def thawed(self, state: State, coords: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``coords`` with frozen rows set to zero.
+
+        Their moments are zero since the switch and stay zero, so their direction is zero too.
+        """
+        for rows, x in zip(state["host.frozen"].tolist(), coords.values(), strict=True):
+            for own in _where(rows):
+                x[..., own, :].zero_()
+        return coords
+
+    def push_(self, into: Into, state: State, update: dict[str, Tensor], term: Term | None) -> None:
+        r""":math:`W \leftarrow W + s (B' A' - B A)` as one GEMM of inner dimension 2 r.
+
+        In terms of the moves: :math:`\Delta B A' + B \Delta A`, which does not cancel.
+        """
+        moved = self.move_(into, state, update)
+        (a, da), (b, db) = moved["A"], moved["B"]
+        left = torch.cat([db, b - db], -2).mT  # b is new already
+        param = self.natural(into.param)
+        ops.lift_add_(
+            param,
+            left if into.rounding is not None else left.to(param.dtype),
+            torch.cat([a, da], -2),
+            None,
+            into.guarded_decay() if self.decay_on == "weight" else 1.0,
+            self.s,
+            into.rounding,
+        )
+
+    def move_(
+        self, into: Into, state: State, update: dict[str, Tensor]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Step both factors in place; returns each with how far it came."""
+        decay = into.guarded_decay() if self.decay_on == "factors" else 1.0
+        out = {}
+        for rows, (side, step) in zip(state["host.frozen"].tolist(), update.items(), strict=True):
+            x = state[f"basis_{side}"]
+            old = x.clone()
+            if isinstance(decay, Tensor) or decay != 1:
+                x.mul_(decay)
+            x.sub_(step.to(x.dtype), alpha=into.lr)
+            for own in _where(rows):  # neither decay nor, with eps = 0, a direction of 0 / 0
+                x[..., own, :].copy_(old[..., own, :])
+            out[side] = x, x - old
+        return out
+
+
+def _where(frozen: Sequence[int]) -> list[slice]:
+    """Slices over the frozen slots."""
+    rows = [i for i, n in enumerate(frozen) if n]
+    return [own for (own,) in runs(rows)] if rows else []
+
+
+def _thawing(frozen: Sequence[int]) -> set[int]:
+    """Slots whose last frozen step is over: their step counts from here."""
+    return {i for i, n in enumerate(frozen) if n == 1}
