@@ -7,6 +7,7 @@ from lowrank_optim.importers import (
     import_bitsandbytes,
     import_galore_torch,
 )
+from lowrank_optim.in_backward import attach_in_backward
 from lowrank_optim.methods import (
     DCTAdamW,
     DCTAdamW8bit,
@@ -52,6 +53,7 @@ __all__ = [
     "SSTAdamW8bit",
     "SwitchLoRAAdamW",
     "SwitchLoRAAdamW8bit",
+    "attach_in_backward",
     "export_bitsandbytes",
     "import_bitsandbytes",
     "import_galore_torch",

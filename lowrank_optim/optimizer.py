@@ -266,13 +266,9 @@ class LowRankOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        first = not self.state
+        self._make_state()
         for group in self.param_groups:
             chosen, items = self._strategies(group), self._items(group)
-            if first:
-                for item in items:
-                    if item.param.requires_grad:
-                        self._state_of(item, chosen)
             ready = [i for i in items if i.param.grad is not None]
             if any(isinstance(i.subspace, Block) for i in ready):
                 for item in ready:
@@ -280,6 +276,16 @@ class LowRankOptimizer(Optimizer):
                 advance(items, self.state, chosen)
             self._step_items(ready, group, chosen)
         return loss
+
+    def _make_state(self) -> None:
+        """Before the first step, the state of all that can be trained, with a gradient or not."""
+        if self.state:
+            return
+        for group in self.param_groups:
+            chosen = self._strategies(group)
+            for item in self._items(group):
+                if item.param.requires_grad:
+                    self._state_of(item, chosen)
 
     @torch.no_grad()
     def step_param(self, param: Tensor) -> None:

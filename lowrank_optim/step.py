@@ -15,6 +15,7 @@ from torch.linalg import LinAlgError
 
 from lowrank_optim import ops, quant
 from lowrank_optim.matrix import MatrixView
+from lowrank_optim.projected import ProjectedGrad
 from lowrank_optim.quant import Moment, Quantized
 from lowrank_optim.residuals import Drop, Residual, Seen
 from lowrank_optim.rules.base import Rule, Slot, compute_dtype
@@ -51,7 +52,8 @@ class Item:
     @property
     def key(self) -> tuple[Any, ...]:
         """Items of a group with the same key can be stepped as one bucket."""
-        return self.kind, self.param.dtype, self.param.device
+        taken = isinstance(self.param.grad, ProjectedGrad)  # float32 whatever the gradient was
+        return self.kind, self.param.dtype, self.param.device, taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,12 @@ def refresh_due(step: int, last: int, gap: int, offset: int) -> bool:
     gap; a postponed one stays due until it succeeds.
     """
     return last < 0 or (step - offset) // gap > (last - offset) // gap
+
+
+def basis_due(item: Item, state: State, chosen: Strategies) -> bool:
+    """Whether the next step of a matrix refreshes its basis, if its gradient allows."""
+    offset = stagger_offset(item.index, chosen.gap) if chosen.stagger else 0
+    return refresh_due(int(state["step"]), int(state["refresh_step"]), chosen.gap, offset)
 
 
 def stagger_offset(index: int, gap: int) -> int:
@@ -229,16 +237,20 @@ def _project(item: Item, state: State, chosen: Strategies) -> Work:
     """Phases one and two: refresh the basis if it is due, then take coordinates."""
     view, subspace = item.view, item.subspace
     assert view is not None and subspace is not None and item.param.grad is not None
-    grad = chosen.residual.before(state, view.of(item.param.grad))
-    step, last = int(state["step"]), int(state["refresh_step"])
-    offset = stagger_offset(item.index, chosen.gap) if chosen.stagger else 0
+    grad, step = item.param.grad, int(state["step"])
     coords: dict[str, Tensor] = {}
-    if refresh_due(step, last, chosen.gap, offset) and refresh_(
-        item, state, grad, step, chosen, coords
-    ):
-        last = step
-    time = step + 1 - (max(last, 0) if chosen.on_refresh == "reset" else 0)
-    coords = coords or subspace.coords(state, grad, reduce=identity)
+    if isinstance(grad, ProjectedGrad):  # taken inside backward, in a basis that is not due
+        state.update(grad.fresh)
+        if int(state["refresh_step"]) < 0:
+            state["postponed"] += 1  # no gradient yet that says something
+        coords = {k: x.clone() if chosen.maximize else x for k, x in grad.coords.items()}
+    else:
+        grad = chosen.residual.before(state, view.of(grad))
+        if basis_due(item, state, chosen):
+            refresh_(item, state, grad, step, chosen, coords)
+        coords = coords or subspace.coords(state, grad, reduce=identity)
+    last = max(int(state["refresh_step"]), 0)
+    time = step + 1 - (last if chosen.on_refresh == "reset" else 0)
     if chosen.maximize:
         coords = {name: x.neg_() for name, x in coords.items()}
     return Work(item, state, grad, coords, float(time))

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lowrank_optim import SSTAdamW, SSTAdamW8bit, lowrank_groups, memory
 from lowrank_optim.nn import (
     CONVERTERS,
+    Converter,
     SpectralLinear,
     convert,
     merge,

@@ -1,0 +1,351 @@
+"""Gradients projected, or stepped, and freed as soon as backward has made them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from lowrank_optim import ops
+from lowrank_optim.groups import Group
+from lowrank_optim.optimizer import LowRankOptimizer
+from lowrank_optim.projected import Coords, ProjectedGrad
+from lowrank_optim.residuals import Drop
+from lowrank_optim.rules.base import compute_dtype
+from lowrank_optim.step import Item, State, Strategies, basis_due, refresh_
+from lowrank_optim.subspaces.base import identity
+
+_ATTACHED = "_in_backward"
+
+
+class InBackward:
+    """What :func:`attach_in_backward` returns. ``with`` removes it at the end.
+
+    Parameters unfrozen or added later are taken up at the next step.
+    """
+
+    def __init__(self, optimizer: LowRankOptimizer, max_norm: float | None) -> None:
+        if getattr(optimizer, _ATTACHED, None) is not None:
+            raise RuntimeError("the optimizer works inside backward already: remove() that first")
+        self.optimizer, self.max_norm = optimizer, max_norm
+        self._in_closure = False
+        self._check()
+        self._hooks: dict[Tensor, Any] = {}
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        setattr(optimizer, _ATTACHED, self)
+        self._hook_all()
+
+    def remove(self) -> None:
+        """Give every parameter its gradient back; a gradient already projected stays so."""
+        for handle in (*self._handles, *self._hooks.values()):
+            handle.remove()
+        self._hooks, self._handles = {}, []
+        if getattr(self.optimizer, _ATTACHED, None) is self:
+            setattr(self.optimizer, _ATTACHED, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _hook_all(self) -> None:
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                if param.requires_grad and param not in self._hooks:
+                    hook = param.register_post_accumulate_grad_hook(self._hook)
+                    self._hooks[param] = hook
+
+    def _items(self) -> Iterator[tuple[Group, Item]]:
+        for group in self.optimizer.param_groups:
+            for item in self.optimizer._items(group):
+                yield group, item
+
+    def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._settle()
+        # a closure that computes gradients is refused; Lightning passes one that does not
+        return tuple(map(self._guarded, args)), {k: self._guarded(x) for k, x in kwargs.items()}
+
+    def _guarded(self, x: Any) -> Any:
+        """An argument of ``step``; a closure is watched while it runs."""
+        if x is self.optimizer or not callable(x):
+            return x
+
+        def closure() -> Any:
+            self._in_closure = True
+            try:
+                return x()
+            finally:
+                self._in_closure = False
+
+        return closure
+
+    def _hook(self, param: Tensor) -> None:
+        if self._in_closure:
+            raise RuntimeError(
+                "step(closure) cannot compute gradients with attach_in_backward: call backward(), "
+                "then step(); in Lightning, use manual optimization"
+            )
+        self._arrived(param)
+
+    def _after_step(self, *_: Any) -> None:
+        self._hook_all()
+
+    def _check(self) -> None:
+        """Raise if the optimizer cannot work this way."""
+
+    def _settle(self) -> None:
+        """What is left to do between the last backward and the step."""
+
+    def _arrived(self, param: Tensor) -> None:
+        """A gradient is complete for this backward."""
+        raise NotImplementedError
+
+
+class _Projecting(InBackward):
+    """Each gradient becomes its coordinates; a step starts from them."""
+
+    def __init__(
+        self, optimizer: LowRankOptimizer, max_norm: float | None, first_basis: str
+    ) -> None:
+        self.first_basis = first_basis
+        self._plan: dict[Tensor, tuple[Group, list[Item], Item]] = {}
+        super().__init__(optimizer, max_norm)
+
+    def _check(self) -> None:
+        for group, item in self._items():
+            if item.subspace is None:
+                continue
+            residual = self.optimizer.residual(group)
+            if not isinstance(residual, Drop) or item.subspace.applies_grad(None):
+                raise ValueError(
+                    f"{type(self.optimizer).__name__} uses what its subspace does not see of the "
+                    f"gradient of {item.name}, which mode='project' frees: use mode='step'"
+                )
+
+    def _find(self, param: Tensor) -> tuple[Group, Item]:
+        """The group and item of a parameter, looked up again when groups were edited or loaded."""
+        known = self._plan.get(param)
+        if known is not None:
+            group, items, item = known
+            if any(g is group for g in self.optimizer.param_groups) and (
+                self.optimizer._items(group) is items
+            ):
+                return group, item
+        self._plan = {
+            item.param: (group, items, item)
+            for group in self.optimizer.param_groups
+            for items in [self.optimizer._items(group)]
+            for item in items
+        }
+        group, _, item = self._plan[param]
+        return group, item
+
+    @torch.no_grad()
+    def _arrived(self, param: Tensor) -> None:
+        grad = param.grad
+        if isinstance(grad, ProjectedGrad):
+            if grad.spill is None:
+                return
+            grad = param.grad = grad.spill  # it was zeroed in place: start again
+        assert grad is not None
+        group, item = self._find(param)
+        if item.subspace is None or grad.is_sparse:
+            return
+        chosen = self.optimizer._strategies(group)
+        state = self.optimizer.state.get(param) or _unborn(item)
+        first = int(state["refresh_step"]) < 0
+        if first and self.first_basis == "micro":
+            param.grad = _first(item, state, grad, chosen)
+        elif not basis_due(item, state, chosen):
+            param.grad = _projected(item, state, grad)
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Clip by the norm of what will be applied: bases that are due are refreshed before."""
+        if self.max_norm is None:
+            return
+        self.optimizer._make_state()
+        for group, item in self._items():
+            grad = item.param.grad
+            if item.subspace is None or grad is None or isinstance(grad, ProjectedGrad):
+                continue
+            assert item.view is not None
+            chosen = self.optimizer._strategies(group)
+            state = self.optimizer._state_of(item, chosen)
+            if basis_due(item, state, chosen):
+                refresh_(item, state, item.view.of(grad), int(state["step"]), chosen)
+            item.param.grad = _projected(item, state, grad)
+        clip_grad_norm_([item.param for _, item in self._items()], self.max_norm)
+
+
+def _unborn(item: Item) -> State:
+    """As much of the state of a parameter as a first basis needs; the moments come with a step."""
+    assert item.view is not None and item.subspace is not None
+    state = item.subspace.init(item.view, item.param)
+    counters = {"step": 0.0, "refresh_step": -1.0, "postponed": 0.0}
+    return {**{k: torch.tensor(x) for k, x in counters.items()}, **state}
+
+
+def _coords(item: Item, state: State, grad: Tensor) -> Coords:
+    """Coordinates in the dtype of arithmetic, with memory of their own."""
+    assert item.view is not None and item.subspace is not None
+    coords = item.subspace.coords(state, item.view.of(grad), reduce=identity)
+    return {name: x.to(compute_dtype(x.dtype)) for name, x in coords.items()}
+
+
+def _projected(item: Item, state: State, grad: Tensor) -> ProjectedGrad:
+    take = lambda _, more: _coords(item, state, more)  # noqa: E731
+    return ProjectedGrad(item.param, _coords(item, state, grad), take)
+
+
+def _first(item: Item, state: State, grad: Tensor, chosen: Strategies) -> ProjectedGrad:
+    """The gradient in a first basis found from itself, which only a step makes part of the state.
+
+    So a step that ``GradScaler`` skips leaves nothing behind. A gradient that is zero says nothing:
+    the next one is asked again. One that is not finite is not finite in any coordinates.
+    """
+    assert item.subspace is not None and item.view is not None
+    view, basis = item.view, item.subspace.init(item.view, item.param)
+    step = int(state["step"])
+
+    def take(held: ProjectedGrad | None, more: Tensor) -> Coords:
+        fresh = {} if held is None else held.fresh
+        norm = float(torch.linalg.vector_norm(ops.matrix_norm(view.of(more))))
+        if not fresh and norm != 0 and math.isfinite(norm):
+            counters = {k: state[k].clone() for k in ("refresh_step", "postponed")}
+            found = {**counters, **basis}
+            refresh_(item, found, view.of(more), step, chosen)
+            fresh.update(found)
+        coords = _coords(item, fresh or basis, more)
+        return coords if math.isfinite(norm) else {k: x.fill_(norm) for k, x in coords.items()}
+
+    fresh: State = {}
+    out = ProjectedGrad(item.param, {}, take)
+    out.fresh = fresh
+    out.coords = take(out, grad)
+    return out
+
+
+class _Stepping(InBackward):
+    """Each parameter is stepped, and its gradient freed, in the last backward before a step."""
+
+    def __init__(
+        self, optimizer: LowRankOptimizer, max_norm: float | None, accumulation_steps: int
+    ) -> None:
+        self.accumulation_steps = accumulation_steps
+        self._seen: dict[Tensor, int] = {}
+        super().__init__(optimizer, max_norm)
+        if max_norm is not None:
+            warnings.warn(
+                f"mode='step' clips the gradient of each parameter to norm {max_norm}, not their "
+                "global norm, which is known only when all of them exist",
+                stacklevel=4,
+            )
+
+    @torch.no_grad()
+    def _arrived(self, param: Tensor) -> None:
+        seen = self._seen[param] = self._seen.get(param, 0) + 1
+        if seen < self.accumulation_steps:
+            return
+        if seen > self.accumulation_steps:
+            raise RuntimeError(
+                f"a gradient arrived {seen} times before optimizer.step(), and its parameter was "
+                f"stepped at accumulation_steps={self.accumulation_steps}; a parameter that two "
+                "checkpointed segments share needs use_reentrant=False"
+            )
+        self.optimizer._make_state()
+        if self.max_norm is not None:
+            clip_grad_norm_([param], self.max_norm)
+        self.optimizer.step_param(param)
+        param.grad = None
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Parameters that some backward did not reach are stepped with the rest, by step()."""
+        if self.max_norm is not None:
+            for param in self._hooks:
+                if param.grad is not None:
+                    clip_grad_norm_([param], self.max_norm)
+
+    def _after_step(self, *_: Any) -> None:
+        self._seen = {}
+        super()._after_step()
+
+
+def attach_in_backward(
+    optimizer: LowRankOptimizer,
+    mode: Literal["project", "step"] = "project",
+    *,
+    accumulation_steps: int = 1,
+    max_norm: float | None = None,
+    first_basis: Literal["micro", "boundary"] = "micro",
+) -> InBackward:
+    r"""Free every gradient inside backward, so that whole gradients never coexist.
+
+    ``mode="project"`` replaces each gradient by its coordinates :math:`R = P^T G` as soon as it is
+    complete, and further micro-batches add theirs. Projection is linear, so the step equals that of
+    the un-split batch. A matrix whose basis is due keeps its whole gradient until the step, which
+    refreshes on the sum; staggering keeps these few. The training loop stays as it is:
+    ``step()``, ``zero_grad()``, schedulers, ``GradScaler``, and ``clip_grad_norm_``, to which the
+    gradient of a matrix is that of its subspace. Parameters without a subspace keep ``p.grad``.
+
+    ``mode="step"`` steps each parameter and frees its gradient during the last of
+    ``accumulation_steps`` backwards, for every method. ``optimizer.step()`` is still called: it
+    steps what a backward did not reach. Not for scaled losses: use bfloat16, or ``"project"``.
+
+    State and checkpoints are those of the optimizer without it.
+
+    Args:
+        optimizer: any optimizer of this package.
+        mode: ``"project"`` or ``"step"``.
+        accumulation_steps: calls of ``backward()`` before a step. ``mode="project"`` takes any
+            number without being told.
+        max_norm: ``mode="project"`` clips by the global norm of what will be applied, in
+            ``step()``: of coordinates, and of gradients that have none. ``mode="step"`` clips each
+            parameter alone, and warns that it does.
+        first_basis: where the very first basis of ``mode="project"`` comes from: ``"micro"``, the
+            first micro-batch, or ``"boundary"``, the accumulated gradient, which is exact and keeps
+            whole gradients during the first step.
+
+    Returns:
+        A handle with ``remove()``, and a context manager.
+
+    Raises:
+        ValueError: an argument is out of range, or ``mode="project"`` and the method uses what its
+            subspace does not see.
+        RuntimeError: the optimizer works inside backward already; later, ``step(closure)`` runs
+            backward in its closure.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim import GaLoreAdamW, attach_in_backward
+        >>> model = torch.nn.Linear(64, 32)
+        >>> optimizer = GaLoreAdamW(model.named_parameters(), lr=1e-2, rank=4)
+        >>> with attach_in_backward(optimizer, max_norm=1.0):
+        ...     for x in torch.randn(2, 8, 64):
+        ...         (model(x).square().mean() / 2).backward()
+        ...     print(model.weight.grad)
+        ...     optimizer.step()
+        ProjectedGrad((32, 64), coords={'low': (4, 64)})
+    """
+    if mode not in ("project", "step"):
+        raise ValueError(f"mode must be 'project' or 'step', got {mode!r}")
+    if first_basis not in ("micro", "boundary"):
+        raise ValueError(f"first_basis must be 'micro' or 'boundary', got {first_basis!r}")
+    whole = isinstance(accumulation_steps, int) and not isinstance(accumulation_steps, bool)
+    if not whole or accumulation_steps < 1:
+        raise ValueError(f"accumulation_steps must be a positive int, got {accumulation_steps!r}")
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"max_norm must be positive, got {max_norm!r}")
+    if mode == "project":
+        return _Projecting(optimizer, max_norm, first_basis)
+    return _Stepping(optimizer, max_norm, accumulation_steps)

@@ -1,0 +1,174 @@
+"""A gradient kept as its coordinates in a subspace, where ``param.grad`` is expected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Coords = dict[str, Tensor]
+aten = torch.ops.aten
+
+
+class ProjectedGrad(Tensor):
+    r"""``param.grad`` of which only :math:`R = P^T G` exists, in at least float32.
+
+    Its shape, dtype and device are the parameter's, its memory that of R. What a training loop does
+    with gradients, it does to R: autograd adds a whole gradient to it, ``clip_grad_norm_`` takes
+    its norm (that of :math:`P R`, as P is orthonormal) and scales it, ``GradScaler`` unscales it
+    and looks for infinities, ``zero_grad`` empties it. Any other operation is an error.
+
+    Args:
+        like: the parameter.
+        coords: R, one entry per coordinate.
+        measure: coordinates of one more whole gradient, in the same basis.
+    """
+
+    coords: Coords
+    measure: Callable[[ProjectedGrad, Tensor], Coords]
+    fresh: dict[str, Tensor]
+    """State that a step will put in place: a first basis, until then not part of the run."""
+    empty: bool
+    """Zeroed: the next gradient may go to another basis."""
+    spill: Tensor | None
+    """A whole gradient that came when empty."""
+
+    @staticmethod
+    def __new__(
+        cls, like: Tensor, coords: Coords, measure: Callable[[ProjectedGrad, Tensor], Coords]
+    ) -> ProjectedGrad:
+        """A tensor of the parameter's shape and dtype without memory of its own."""
+        return Tensor._make_wrapper_subclass(
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
+        )
+
+    def __init__(
+        self, like: Tensor, coords: Coords, measure: Callable[[ProjectedGrad, Tensor], Coords]
+    ) -> None:
+        self.coords, self.measure = coords, measure
+        self.fresh, self.empty, self.spill = {}, False, None
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        """Shape of the gradient and of its coordinates."""
+        shapes = {name: tuple(x.shape) for name, x in self.coords.items()}
+        return f"ProjectedGrad({tuple(self.shape)}, coords={shapes})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        """What tools that count memory look at: the coordinates."""
+        self.__dict__.update({f"_{name}": x for name, x in self.coords.items()})
+        return [f"_{name}" for name in self.coords], (self.measure, self.fresh, self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], context: Any, size: Any, stride: Any
+    ) -> ProjectedGrad:
+        """The inverse of :meth:`__tensor_flatten__`; what tracing a compiled model may ask for."""
+        measure, fresh, dtype = context
+        device = next(iter(inner.values())).device
+        like = torch.empty_strided(size, stride, dtype=dtype, device=device)
+        out = ProjectedGrad(like, {k[1:]: x for k, x in inner.items()}, measure)
+        out.fresh = fresh
+        return out
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """The operations of a training loop, on the coordinates."""
+        handler = HANDLERS.get(func.overloadpacket)
+        if handler is None:
+            raise NotImplementedError(
+                f"{func} needs a whole gradient, and this one is kept in its subspace by "
+                "attach_in_backward(mode='project')"
+            )
+        return handler(func, *args, **(kwargs or {}))
+
+    def copied(self) -> ProjectedGrad:
+        """Another with its own coordinates."""
+        out = ProjectedGrad(self, {k: x.clone() for k, x in self.coords.items()}, self.measure)
+        out.fresh, out.empty, out.spill = self.fresh, self.empty, self.spill
+        return out
+
+    def accumulate_(self, grad: Tensor, alpha: float = 1) -> ProjectedGrad:
+        """Add ``alpha`` times a whole gradient; if empty, keep it whole for its hook to decide."""
+        if self.empty:
+            self.spill, self.empty = grad if alpha == 1 else grad * alpha, False
+            return self
+        for name, x in self.measure(self, grad).items():
+            self.coords[name].add_(x, alpha=alpha)
+        return self
+
+
+def _each(func: Any, grad: ProjectedGrad, *args: Any, **kwargs: Any) -> Any:
+    """An operation linear in the gradient, in place."""
+    for x in grad.coords.values():
+        func(x, *args, **kwargs)
+    return grad
+
+
+def _zero_(func: Any, grad: ProjectedGrad) -> ProjectedGrad:
+    grad.empty, grad.fresh = True, {}
+    return _each(func, grad)  # type: ignore[no-any-return]
+
+
+def _add_(func: Any, grad: ProjectedGrad, other: Tensor, *, alpha: float = 1) -> Any:
+    return grad.accumulate_(other, alpha)
+
+
+def _add(func: Any, grad: Tensor, other: Tensor, *, alpha: float = 1) -> Any:
+    if not isinstance(grad, ProjectedGrad):
+        grad, other = other, grad
+    assert isinstance(grad, ProjectedGrad)
+    return grad.copied().accumulate_(other, alpha)
+
+
+def _norm(func: Any, grad: ProjectedGrad, order: Any = 2, *args: Any, **kwargs: Any) -> Tensor:
+    norms = [func(x, order, *args, **kwargs) for x in grad.coords.values()]
+    norm: Tensor = norms[0]
+    return norm if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), order)
+
+
+def _whole(grads: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors behind a list of gradients, whole or projected."""
+    return [
+        x
+        for grad in grads
+        for x in (grad.coords.values() if isinstance(grad, ProjectedGrad) else [grad])
+    ]
+
+
+def _listed(func: Any, grads: Sequence[Tensor], *args: Any, **kwargs: Any) -> None:
+    """A foreach operation in place, with the same arguments for all."""
+    func(_whole(grads), *args, **kwargs)
+
+
+def _zeroed(func: Any, grads: Sequence[Tensor]) -> None:
+    for grad in grads:
+        grad.zero_()
+
+
+def _unscale_(func: Any, grads: Sequence[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
+    """``GradScaler``: the coordinates are not finite where the gradient is not."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for x in _whole(grads):
+        by_dtype.setdefault(x.dtype, []).append(x)
+    for same in by_dtype.values():
+        func(same, found_inf, inv_scale)
+
+
+HANDLERS: dict[Any, Callable[..., Any]] = {
+    aten.add_: _add_,
+    aten.add: _add,
+    aten.mul_: _each,
+    aten.div_: _each,
+    aten.zero_: _zero_,
+    aten.linalg_vector_norm: _norm,
+    aten.detach: lambda func, grad: grad,
+    aten.clone: lambda func, grad, **kwargs: grad.copied(),
+    aten._foreach_zero_: _zeroed,
+    aten._foreach_mul_: _listed,
+    aten._amp_foreach_non_finite_check_and_unscale_: _unscale_,
+}
+"""Operation to what it does to coordinates."""

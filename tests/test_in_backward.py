@@ -1,0 +1,497 @@
+"""A step from inside backward is the step after it; memory is what it says."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.checkpoint import checkpoint
+
+from lowrank_optim import GaLoreAdamW, LowRankOptimizer, attach_in_backward
+from lowrank_optim.projected import ProjectedGrad
+from lowrank_optim.residuals import Drop
+from tests import cases
+from tests.compare import assert_close
+
+METHODS = cases.method_names()
+STEPS = 8
+
+
+class Net(nn.Module):
+    """Tied, reused, frozen and unused parameters; a convolution, experts, vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 8)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.twice = nn.Linear(8, 8)
+        self.up = nn.Linear(8, 14)
+        self.down = nn.Linear(14, 8, bias=False)
+        self.experts = nn.Parameter(torch.randn(2, 8, 10) / 3)
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.unused = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 9, bias=False)
+        self.head.weight = self.embed.weight
+        self.segment: Callable[..., Tensor] = lambda f, x: f(x)
+
+    def block(self, x: Tensor) -> Tensor:
+        x = x + self.twice(x).tanh()
+        return x + self.down(self.up(self.frozen(x)).tanh())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = x + self.conv(x.mT).mT
+        x = self.segment(self.block, x)
+        x = self.segment(self.block, x)
+        mixed = (x @ self.experts[0]).tanh() @ self.experts[1].T
+        return self.head(mixed + x)
+
+
+def make(name: str, seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any):
+    torch.manual_seed(seed)
+    model = Net().to(dtype)
+    return model, cases.build(name, model.parameters(), **options)
+
+
+def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.roll(1, -1).flatten())
+
+
+def batches(count: int = STEPS, size: int = 4) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(9, (size, 6), generator=generator) for _ in range(count)]
+
+
+def train(model: nn.Module, optimizer: LowRankOptimizer, pieces: int = 1, data=None) -> None:
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    for batch in batches() if data is None else data:
+        for piece in batch.chunk(pieces):
+            (loss_of(model, piece) / pieces).backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+
+def projectable(name: str) -> bool:
+    optimizer = make(name)[1]
+    return all(
+        isinstance(optimizer.residual(group), Drop)
+        and not any(i.subspace and i.subspace.applies_grad(None) for i in optimizer._items(group))
+        for group in optimizer.param_groups
+    )
+
+
+def tensors(optimizer: LowRankOptimizer) -> Iterator[Tensor]:
+    for state in optimizer.state_dict()["state"].values():
+        yield from state.values()
+
+
+def assert_same(one: Any, two: Any, equal: Callable[[Tensor, Tensor], Any]) -> None:
+    """Parameters and the whole state of two runs."""
+    for a, b in zip(one[0].parameters(), two[0].parameters(), strict=True):
+        equal(a, b)
+    kept = [list(tensors(x[1])) for x in (one, two)]
+    for a, b in zip(*kept, strict=True):
+        equal(a, b)
+
+
+def bitwise(a: Tensor, b: Tensor) -> None:
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("stagger", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", METHODS)
+def test_projecting_one_batch_is_the_step_to_the_bit(name, dtype, stagger) -> None:
+    """Without accumulation nothing is reordered: parameters and state are the same bits."""
+    if not projectable(name):
+        with pytest.raises(ValueError, match="use mode='step'"):
+            attach_in_backward(make(name)[1])
+        return
+    plain, inside = (make(name, dtype=dtype, stagger=stagger, projector="rsvd") for _ in range(2))
+    train(*plain)
+    with attach_in_backward(inside[1]):
+        train(*inside)
+    assert_same(plain, inside, bitwise)
+
+
+@pytest.mark.parametrize("proj_type", cases.PROJ_TYPES)
+def test_projecting_every_side(proj_type: str) -> None:
+    plain, inside = (
+        make("GaLoreAdamW", proj_type=proj_type, maximize=True, on_refresh="project")
+        for _ in range(2)
+    )
+    train(*plain)
+    with attach_in_backward(inside[1]):
+        train(*inside)
+    assert_same(plain, inside, bitwise)
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if projectable(n) and "Lion" not in n])
+def test_accumulated_coordinates_are_those_of_the_whole_batch(name: str) -> None:
+    """Four micro-batches, refreshes among the steps: the un-split batch, up to rounding."""
+    whole, split = make(name), make(name)
+    train(*whole)
+    with attach_in_backward(split[1], accumulation_steps=4, first_basis="boundary"):
+        train(*split, pieces=4)
+    assert_same(whole, split, assert_close)
+
+
+def test_the_first_basis_of_a_micro_batch_is_the_only_difference() -> None:
+    """An oracle that takes its first bases from the first piece alone, then sees whole batches."""
+    data = batches()
+    oracle, split = (make("GaLoreAdamW", update_proj_gap=3) for _ in range(2))
+    probe = make("GaLoreAdamW", update_proj_gap=3)
+    train(*probe, data=[data[0][:1]])
+    (loss_of(oracle[0], data[0])).backward()
+    model, optimizer = oracle
+    optimizer._make_state()
+    for p, q in zip(model.parameters(), probe[0].parameters(), strict=True):
+        if "basis" in probe[1].state[q]:
+            for key in ("basis", "refresh_step"):
+                optimizer.state[p][key] = probe[1].state[q][key].clone()
+    optimizer.zero_grad()
+    train(*oracle, data=data)
+    with attach_in_backward(split[1]):
+        train(*split, pieces=4, data=data)
+    for p, q in zip(model.parameters(), split[0].parameters(), strict=True):
+        assert_close(p, q)
+
+
+def test_clipping_takes_the_norm_of_what_is_applied() -> None:
+    """The oracle steps a copy to learn the basis of this step, and scales whole gradients.
+
+    ``|P^T G|`` of every matrix and ``|g|`` of every dense parameter make the global norm; a copy of
+    the run has refreshed what is due.
+    """
+    limit, clipped = 0.5, 0
+    model, optimizer = make("GaLoreAdamW")
+    inside = make("GaLoreAdamW")
+    with attach_in_backward(inside[1], max_norm=limit):
+        train(*inside)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    for batch in batches():
+        loss_of(model, batch).backward()
+        grads = [p.grad for p in model.parameters()]
+        ahead_model, ahead = copy.deepcopy((model, optimizer))
+        for p, g in zip(ahead_model.parameters(), grads, strict=True):
+            p.grad = None if g is None else g.clone()
+        ahead.step()
+        norms = []
+        for item in ahead._items(ahead.param_groups[0]):
+            if item.param.grad is None:
+                continue
+            x = item.param.grad
+            if item.view is not None:
+                x = ahead.state[item.param]["basis"].mT @ item.view.of(x)
+            norms.append(x.norm())
+        factor = (limit / (torch.stack(norms).norm() + 1e-6)).clamp(max=1.0)
+        clipped += int(factor < 1)
+        for g in grads:
+            if g is not None:
+                g.mul_(factor)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    assert clipped > 2
+    for p, q in zip(model.parameters(), inside[0].parameters(), strict=True):
+        assert_close(p, q)
+
+
+def test_torch_clips_coordinates() -> None:
+    """``clip_grad_norm_`` of a training loop: the norm is that of ``P R``, and R is scaled."""
+    model, optimizer = make("GaLoreAdamW", update_proj_gap=100)
+    attach_in_backward(optimizer)
+    train(model, optimizer, data=batches(1))
+    loss_of(model, batches(2)[1]).backward()
+    applied, pairs = [], []
+    for item in optimizer._items(optimizer.param_groups[0]):
+        g = item.param.grad
+        if g is None:
+            continue
+        pairs.append((g, g.coords["low"].clone() if isinstance(g, ProjectedGrad) else g.clone()))
+        applied.append(
+            optimizer.state[item.param]["basis"] @ pairs[-1][1] if item.view is not None else g
+        )
+    norm = torch.stack([x.norm() for x in applied]).norm()
+    assert_close(nn.utils.clip_grad_norm_(model.parameters(), 1e-3), norm)
+    for g, before in pairs:
+        now = g.coords["low"] if isinstance(g, ProjectedGrad) else g
+        assert_close(now, before * (1e-3 / (norm + 1e-6)))
+
+
+def amp_run(attach: bool, infinite: tuple[int, ...]) -> tuple[Any, list[Any]]:
+    """float32 under GradScaler; scales are powers of two, so that unscaling is exact."""
+    model, optimizer = make("GaLoreAdamW", dtype=torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    if attach:
+        attach_in_backward(optimizer)
+    seen = []
+    for n, batch in enumerate(batches()):
+        before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+        loss = loss_of(model, batch) * (float("inf") if n in infinite else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        seen.append((before, copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))))
+    return (model, optimizer), seen
+
+
+def test_grad_scaler_skips_and_nothing_changes() -> None:
+    """An infinite loss at the first step and at one where refreshes fall due.
+
+    Not a bit of weights or state changes then, no basis is made, and the run is that without
+    ``attach_in_backward`` to the bit.
+    """
+    infinite = (0, 4)
+    plain, _ = amp_run(False, infinite)
+    inside, seen = amp_run(True, infinite)
+    for n in infinite:
+        before, after = seen[n]
+        assert all(
+            torch.equal(a, b) for a, b in zip(before[0].values(), after[0].values(), strict=True)
+        )
+        assert before[1].keys() == after[1].keys()
+        for one, two in zip(before[1].values(), after[1].values(), strict=True):
+            assert all(torch.equal(one[k], two[k]) for k in one) and one.keys() == two.keys()
+    assert_same(plain, inside, bitwise)
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize("name", METHODS)
+def test_stepping_inside_backward_is_the_step(name: str, pieces: int) -> None:
+    """Every method, steps on the boundary only: the same bits as gradients that wait in p.grad."""
+    plain, inside = (make(name, stagger=True) for _ in range(2))
+    data = batches(size=3)
+    train(*plain, pieces=pieces, data=data)
+    with attach_in_backward(inside[1], "step", accumulation_steps=pieces):
+        train(*inside, pieces=pieces, data=data)
+    assert_same(plain, inside, bitwise)
+
+
+def test_stepping_frees_every_gradient_that_backward_reaches() -> None:
+    model, optimizer = make("GaLoreAdamW")
+    start = model.embed.weight.detach().clone()
+    attach_in_backward(optimizer, "step", accumulation_steps=2)
+    loss_of(model, batches(1)[0]).backward()
+    assert torch.equal(model.embed.weight, start) and model.embed.weight.grad is not None
+    loss_of(model, batches(1)[0]).backward()
+    assert not torch.equal(model.embed.weight, start)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_parameter_that_one_micro_batch_misses_is_stepped_by_step() -> None:
+    """It has fewer arrivals than the others; its gradient waits, and ``step()`` takes it."""
+    results = []
+    for attach in (False, True):
+        a, b = (nn.Parameter(cases.parameter((6, 9), seed=i).detach()) for i in (1, 2))
+        optimizer = cases.build("GaLoreAdamW", [a, b])
+        if attach:
+            attach_in_backward(optimizer, "step", accumulation_steps=2)
+        for _ in range(4):
+            (a.square().sum() + b.sin().sum()).backward()
+            a.cos().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append((a.detach(), b.detach()))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+def test_step_mode_clips_each_parameter_and_says_so() -> None:
+    a, b = (nn.Parameter(cases.parameter((6, 9), seed=i).detach()) for i in (1, 2))
+    c, d = (nn.Parameter(x.detach().clone()) for x in (a, b))
+    inside, plain = cases.build("GaLoreSGD", [a, b]), cases.build("GaLoreSGD", [c, d])
+    with pytest.warns(UserWarning, match="clips the gradient of each parameter"):
+        attach_in_backward(inside, "step", max_norm=0.1)
+    for _ in range(3):
+        (a.square().sum() + b.sin().sum()).backward()
+        inside.step()
+        (c.square().sum() + d.sin().sum()).backward()
+        for p in (c, d):
+            nn.utils.clip_grad_norm_([p], 0.1)
+        plain.step()
+        plain.zero_grad()
+    assert torch.equal(a, c) and torch.equal(b, d)
+
+
+@pytest.mark.parametrize("mode", ["project", "step"])
+def test_interrupted_and_resumed(mode: Any) -> None:
+    """One state_dict, read with weights_only, with and without the hooks on either side."""
+    data = batches(STEPS)
+    whole = make("GaLoreAdamW")
+    with attach_in_backward(whole[1], mode):
+        train(*whole, data=data[:5])
+        file = io.BytesIO()
+        torch.save([whole[0].state_dict(), whole[1].state_dict()], file)
+        train(*whole, data=data[5:])
+    for attach in (False, True):
+        file.seek(0)
+        weights, state = torch.load(file, weights_only=True)
+        resumed = make("GaLoreAdamW", seed=7)
+        if attach:
+            attach_in_backward(resumed[1], mode)
+        resumed[0].load_state_dict(weights)
+        resumed[1].load_state_dict(state)
+        train(*resumed, data=data[5:])
+        assert_same(whole, resumed, bitwise)
+
+
+@pytest.mark.parametrize("mode", ["project", "step"])
+@pytest.mark.parametrize("how", ["checkpoint", "compile"])
+def test_checkpointed_and_compiled_models(mode: Any, how: str) -> None:
+    plain, inside = make("GaLoreAdamW"), make("GaLoreAdamW")
+    train(*plain, pieces=2)
+    model, optimizer = inside
+    if how == "checkpoint":
+        model.segment = lambda f, x: checkpoint(f, x, use_reentrant=False)
+    run = torch.compile(model, backend="aot_eager") if how == "compile" else model
+    options = {"accumulation_steps": 2, "first_basis": "boundary"}
+    with attach_in_backward(optimizer, mode, **options):
+        train(run, optimizer, pieces=2)
+    assert_same(plain, inside, assert_close)
+
+
+def test_reentrant_checkpoints_that_share_a_parameter_are_refused() -> None:
+    """They deliver its gradient in two pieces, and no hook knows which is the last."""
+    model, optimizer = make("GaLoreAdamW")
+    model.segment = lambda f, x: checkpoint(f, x, use_reentrant=True)
+    attach_in_backward(optimizer, "step")
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        train(model, optimizer)
+
+
+def test_projecting_takes_the_pieces_of_reentrant_checkpoints() -> None:
+    plain, inside = make("GaLoreAdamW"), make("GaLoreAdamW")
+    train(*plain)
+    inside[0].segment = lambda f, x: checkpoint(f, x, use_reentrant=True)
+    with attach_in_backward(inside[1], first_basis="boundary"):
+        train(*inside)
+    assert_same(plain, inside, assert_close)
+
+
+@pytest.mark.parametrize("first_basis", ["micro", "boundary"])
+def test_gradients_zeroed_in_place(first_basis: Any) -> None:
+    """``zero_grad(set_to_none=False)`` leaves an empty gradient; refreshes still get whole ones."""
+    plain, inside = make("GaLoreAdamW"), make("GaLoreAdamW")
+    train(*plain)
+    attach_in_backward(inside[1], first_basis=first_basis)
+    inside[1].zero_grad = lambda: LowRankOptimizer.zero_grad(inside[1], set_to_none=False)
+    del inside[0].unused  # zeros are a gradient to torch
+    model, optimizer = inside
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    for batch in batches():
+        loss_of(model, batch).backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    del plain[0].unused
+    for a, b in zip(plain[0].parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_parameters_unfrozen_later_are_taken_up() -> None:
+    model, optimizer = make("GaLoreAdamW")
+    attach_in_backward(optimizer)
+    train(model, optimizer, data=batches(1))
+    model.frozen.requires_grad_(True)
+    train(model, optimizer, data=batches(1))
+    train(model, optimizer, data=batches(1))
+    loss_of(model, batches(1)[0]).backward()
+    assert int(optimizer.state[model.frozen.weight]["step"]) == 2
+    assert isinstance(model.frozen.weight.grad, ProjectedGrad)
+
+
+def test_misuse_is_an_error() -> None:
+    model, optimizer = make("GaLoreAdamW")
+    handle = attach_in_backward(optimizer)
+    with pytest.raises(RuntimeError, match=r"step\(closure\) cannot compute gradients"):
+        optimizer.step(lambda: loss_of(model, batches(1)[0]).backward())
+    optimizer.zero_grad()
+    assert optimizer.step(lambda: 3.0) == 3.0
+    with pytest.raises(RuntimeError, match="already"):
+        attach_in_backward(optimizer)
+    train(model, optimizer, data=batches(1))
+    loss_of(model, batches(1)[0]).backward()
+    with pytest.raises(NotImplementedError, match="needs a whole gradient"):
+        model.up.weight.grad.isnan()
+    optimizer.zero_grad()
+    handle.remove()
+    loss_of(model, batches(1)[0]).backward()
+    assert not any(isinstance(p.grad, ProjectedGrad) for p in model.parameters())
+    for bad in ({"mode": "both"}, {"accumulation_steps": 0}, {"max_norm": 0}, {"first_basis": 1}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            attach_in_backward(optimizer, **bad)
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=172, num_hidden_layers=8,
+        num_attention_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("mode", [None, "project", "step"])
+def test_peak_gradient_memory_is_the_largest_gradient(mode: Any) -> None:
+    """Counted by torch's MemTracker during the backwards of one accumulated step.
+
+    Weights do not change their size; what else lives at the peak of a backward is gradients,
+    coordinates and the activations, which a run without an optimizer shows.
+    """
+    model = llama()
+    params = list(model.parameters())
+    optimizer = GaLoreAdamW(model.named_parameters(), rank=4, update_proj_gap=1000, stagger=False)
+    tokens = torch.randint(64, (1, 8))
+
+    def backward() -> None:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+
+    backward()  # the first step makes every state and basis
+    optimizer.step()
+    optimizer.zero_grad()
+    whole = sum(p.numel() * 4 for p in params)
+    largest = max(p.numel() * 4 for p in params)
+    dense = sum(p.numel() * 4 for g in optimizer.param_groups for i in optimizer._items(g)
+                if i.subspace is None for p in [i.param])  # fmt: skip
+    coords = sum(s["low.exp_avg"].nbytes for s in optimizer.state.values() if "basis" in s)
+    if mode is not None:
+        attach_in_backward(optimizer, mode, accumulation_steps=1)
+    live: list[int] = []
+
+    def count(p: Tensor) -> None:
+        grads = [q.grad for q in params if q.grad is not None]
+        live.append(
+            sum(
+                sum(x.nbytes for x in g.coords.values())
+                if isinstance(g, ProjectedGrad)
+                else g.nbytes
+                for g in grads
+            )
+        )
+
+    for p in params:
+        p.register_post_accumulate_grad_hook(count)
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer)
+    with tracker:
+        start = tracker.get_tracker_snapshot("current")[torch.device("cpu")]["Total"]
+        backward()
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] - start
+    activations = 0.35 * whole
+    if mode is None:
+        assert live[-1] == whole and peak >= whole
+    elif mode == "project":
+        assert max(live) == dense + coords < 0.35 * whole
+        assert peak < dense + coords + largest + activations
+    else:
+        assert max(live) == 0
+        assert peak < 2 * largest + activations
