@@ -9,17 +9,17 @@ from dataclasses import replace
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.residuals import Seen
-from lowrank_optim.step import (
+from lowrank_optim.dense import step_dense
+from lowrank_optim.plan import (
     Item,
     State,
     Strategies,
     active_blocks,
     alloc_moments,
     branchless,
-    step_dense,
     weight_seed,
 )
+from lowrank_optim.residuals import Seen
 from lowrank_optim.stores import scale_key
 from lowrank_optim.subspaces.base import Into
 from lowrank_optim.subspaces.block import Block

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.groups import Group, canonical, check
-from lowrank_optim.step import Item, init_state, on_host
+from lowrank_optim.plan import Item, init_state, on_host
 from lowrank_optim.stores import scale_key
 
 if TYPE_CHECKING:

@@ -14,10 +14,11 @@ from torch.nn.utils import clip_grad_norm_
 from lowrank_optim import ops
 from lowrank_optim.groups import Group
 from lowrank_optim.optimizer import LowRankOptimizer
+from lowrank_optim.plan import Item, State, Strategies
 from lowrank_optim.projected import Coords, ProjectedGrad
+from lowrank_optim.refresh import basis_due, refresh_
 from lowrank_optim.residuals import Drop
 from lowrank_optim.rules.base import compute_dtype
-from lowrank_optim.step import Item, State, Strategies, basis_due, refresh_
 from lowrank_optim.subspaces.base import identity
 
 _ATTACHED = "_in_backward"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_optim.optimizer import LowRankOptimizer
-from lowrank_optim.step import on_host
+from lowrank_optim.plan import on_host
 
 GIB = 2**30
 

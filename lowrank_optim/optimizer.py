@@ -14,19 +14,13 @@ from torch.optim import Optimizer
 
 from lowrank_optim.blocks import advance, catch_up, placed, step_block
 from lowrank_optim.checkpoint import load_state_dict
+from lowrank_optim.dense import step_dense
 from lowrank_optim.groups import EMBEDDING_OR_HEAD, Group, canonical, check, check_rank
 from lowrank_optim.matrix import MatrixView
+from lowrank_optim.plan import Item, State, Strategies, branchless, init_state
 from lowrank_optim.residuals import Residual
 from lowrank_optim.rules.base import Rule
-from lowrank_optim.step import (
-    Item,
-    State,
-    Strategies,
-    branchless,
-    init_state,
-    step_dense,
-    step_matrices,
-)
+from lowrank_optim.step import step_matrices
 from lowrank_optim.stores import STORES
 from lowrank_optim.subspaces.base import PROJECTORS, Shared, Subspace, make_projector, view_for
 from lowrank_optim.subspaces.block import Block

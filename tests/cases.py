@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from lowrank_optim import PROJECTORS, LowRankOptimizer, methods
+from lowrank_optim import (
+    PROJECTORS,
+    LowRankOptimizer,
+    blocks,
+    dense,
+    methods,
+    plan,
+    refresh,
+    step,
+)
 from lowrank_optim.matrix import PROJ_TYPES
 
 __all__ = ["METHOD_ARGS", "PROJ_TYPES", "RULES", "SHAPES", "build", "gradients"]
@@ -118,3 +128,10 @@ def train(
     optimizer = build(name, [{"params": [param], "rank": options.pop("rank", RANK)}], **options)
     run(optimizer, [param], [[g] for g in grads])
     return param.detach(), optimizer
+
+
+def branching(patch: pytest.MonkeyPatch, branchless: Callable[[Tensor], bool]) -> None:
+    """Let the phases of a step take a tensor's device for one that hosts may not wait for."""
+    for phase in (plan, step, dense, refresh, blocks):
+        if hasattr(phase, "branchless"):
+            patch.setattr(phase, "branchless", branchless)

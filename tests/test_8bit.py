@@ -280,7 +280,7 @@ def test_a_nan_gradient_leaves_codes_and_scales(
 ) -> None:
     """On the CPU's path and on an accelerator's, which selects inside the op."""
     if forced:
-        monkeypatch.setattr("lowrank_optim.step.branchless", lambda tensor: True)
+        cases.branching(monkeypatch, lambda tensor: True)
     monkeypatch.setattr(quant, "MIN_SIZE", 1)
     params = matrices(torch.float32)[:2]
     extra = {"beta1": 0.9} if method == "GaLoreAdafactor" else {}

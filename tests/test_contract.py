@@ -269,7 +269,7 @@ def decay_reaches_bfloat16_weights(name: str) -> None:
     for forced in (False, True):
         with pytest.MonkeyPatch.context() as patch:
             if forced:
-                patch.setattr("lowrank_optim.step.branchless", lambda tensor: True)
+                cases.branching(patch, lambda tensor: True)
             for shape in [(64, 64), (3, 40, 40)]:
                 param = nn.Parameter(torch.ones(shape, dtype=torch.bfloat16))
                 options = {"stochastic_rounding": True, "lr": 1e-2, "weight_decay": 0.1}
@@ -289,7 +289,7 @@ def branchless_is_branching(name: str) -> None:
         for forced in (False, True):
             with pytest.MonkeyPatch.context() as patch:
                 if forced:
-                    patch.setattr("lowrank_optim.step.branchless", lambda tensor: True)
+                    cases.branching(patch, lambda tensor: True)
                 params = [p for p in fresh() if p.dim() >= 2]
                 optimizer = cases.build(name, params, weight_decay=0.1)
                 grads = [[g for g in row if g.dim() >= 2] for row in rows(7)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowrank_optim import PROJECTORS, Projector, register
 from lowrank_optim.matrix import MatrixView
-from lowrank_optim.step import seeded
+from lowrank_optim.plan import seeded
 from lowrank_optim.subspaces import Context, Moved, make_projector
 from lowrank_optim.subspaces.base import Into, Subspace, identity, view_for
 from tests import cases

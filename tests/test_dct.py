@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lowrank_optim import PROJECTORS, GaLoreAdamW
 from lowrank_optim.matrix import matrix_view
+from lowrank_optim.plan import seeded
 from lowrank_optim.residuals import Term
-from lowrank_optim.step import seeded
 from lowrank_optim.subspaces import DCT, Context, Hadamard
 from lowrank_optim.subspaces.base import Into, identity
 from lowrank_optim.subspaces.fixed import SPECTRUM_ELEMENTS, FixedBasis

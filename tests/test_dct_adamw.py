@@ -220,7 +220,7 @@ def test_a_bad_gradient_does_not_poison_the_memory(kept: str) -> None:
     for shape, forced in [((6, 11), False), ((11, 6), True), ((2, 6, 8), True)]:
         with pytest.MonkeyPatch.context() as patch:
             if forced:
-                patch.setattr("lowrank_optim.step.branchless", lambda tensor: True)
+                cases.branching(patch, lambda tensor: True)
             weight = torch.nn.Parameter(cases.parameter(shape, torch.float32).detach())
             optimizer = DCTAdamW([{"params": [weight], "rank": 3}], error_feedback=kept)
             for grad in cases.gradients(shape, 3, torch.float32):
@@ -243,7 +243,7 @@ def test_the_accelerators_path_of_the_memory(
     """Without looking at values, on the CPU: the same memory and weights."""
     results = []
     for forced in (False, on_device):
-        monkeypatch.setattr("lowrank_optim.step.branchless", lambda tensor, f=forced: f)
+        cases.branching(monkeypatch, lambda tensor, f=forced: f)
         monkeypatch.setattr("lowrank_optim.error_feedback.on_host", lambda tensor, f=forced: not f)
         for kept in ("float32", "8bit"):
             start, grads = cases.parameter((6, 11)).detach(), cases.gradients((6, 11), 6)

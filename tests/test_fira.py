@@ -218,7 +218,7 @@ def test_a_tensor_learning_rate_is_the_float(
         monkeypatch.setattr("lowrank_optim.residuals.Scaled.after", sign)
     start, grads = cases.parameter(shape, torch.float32), cases.gradients(shape, 5, torch.float32)
     want, _ = cases.train("FiraAdamW", start, grads, lr=0.01, weight_decay=0.1)
-    monkeypatch.setattr("lowrank_optim.step.branchless", lambda tensor: True)
+    cases.branching(monkeypatch, lambda tensor: True)
     got, _ = cases.train("FiraAdamW", start, grads, lr=torch.tensor(0.01), weight_decay=0.1)
     assert_close(got, want)
 

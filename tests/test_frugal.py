@@ -22,7 +22,7 @@ from lowrank_optim import (
     lowrank_groups,
 )
 from lowrank_optim.matrix import matrix_view
-from lowrank_optim.step import seeded
+from lowrank_optim.plan import seeded
 from lowrank_optim.subspaces import Context, make_projector
 from lowrank_optim.subspaces.entries import RandK, permuted
 from tests import cases
@@ -489,7 +489,7 @@ def test_tiles_are_the_fused_pass(projector: str, free: str, monkeypatch: Any) -
     monkeypatch.setattr("lowrank_optim.subspaces.coordinate.fusible", lambda into, term: False)
     got, *_ = follow("adamw", start, grads, **options)
     assert_close(got[-1], want[-1])
-    monkeypatch.setattr("lowrank_optim.step.branchless", lambda tensor: True)
+    cases.branching(monkeypatch, lambda tensor: True)
     got, *_ = follow("adamw", start, grads, lr=torch.tensor(0.1), **options)
     assert_close(got[-1], want[-1])
 
@@ -502,7 +502,7 @@ def test_a_bad_gradient_changes_nothing(projector: str) -> None:
         for forced in (False, True):
             with pytest.MonkeyPatch.context() as patch:
                 if forced:
-                    patch.setattr("lowrank_optim.step.branchless", lambda tensor: True)
+                    cases.branching(patch, lambda tensor: True)
                     patch.setattr("lowrank_optim.blocks.branchless", lambda tensor: True)
                 params = [nn.Parameter(cases.parameter((6, 11), torch.float32)) for _ in range(4)]
                 group = {"params": params, "density": 0.25, "projector": projector}

@@ -16,6 +16,7 @@ MODULES = {
     for path in ROOT.rglob("*.py")
 }
 ROLES = ("subspaces", "rules", "residuals", "transports", "stores")
+PHASES = ("plan", "refresh", "dense", "step")
 ACCELERATORS = {"triton", "ctypes", "bitsandbytes"}
 ALLOWED = {
     # what a layer may import of the package, besides itself; matrix is arithmetic on shapes
@@ -24,7 +25,7 @@ ALLOWED = {
     "matrix": set[str](),
     **{role: {*ROLES, "ops", "matrix", "quant"} for role in ROLES},
     "projected": set[str](),
-    "step": {*ROLES, "ops", "matrix", "quant", "projected"},
+    **{name: {*ROLES, *PHASES, "ops", "matrix", "quant", "projected"} for name in PHASES},
 }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError
 
 from lowrank_optim.matrix import matrix_view
-from lowrank_optim.step import seeded
+from lowrank_optim.plan import seeded
 from lowrank_optim.subspaces import Context, RandomizedSVD
 from tests import cases
 from tests.compare import assert_close

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowrank_optim import SSTAdamW, SSTAdamW8bit, memory
 from lowrank_optim.matrix import matrix_view
-from lowrank_optim.step import seeded
+from lowrank_optim.plan import seeded
 from lowrank_optim.subspaces.base import Context, identity
 from lowrank_optim.subspaces.factors import SAMPLING, order_of, sample, triplets
 from lowrank_optim.subspaces.spectral import Spectral

@@ -21,9 +21,10 @@ from torch import Tensor
 from lowrank_optim.groups import Group
 from lowrank_optim.matrix import MatrixView, matrix_view
 from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
+from lowrank_optim.plan import Item, State, Strategies
+from lowrank_optim.refresh import refresh_, refresh_due, stagger_offset
 from lowrank_optim.residuals import Drop, Residual
 from lowrank_optim.rules import AdamW, Rule
-from lowrank_optim.step import Item, State, Strategies, refresh_, refresh_due, stagger_offset
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.spectral import Spectral
 from lowrank_optim.subspaces.spectral_module import GRADIENTS, FactorView, SpectralModule

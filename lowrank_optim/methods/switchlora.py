@@ -21,9 +21,10 @@ from torch import Tensor
 from lowrank_optim.groups import Group, canonical
 from lowrank_optim.matrix import MatrixView, matrix_view
 from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
+from lowrank_optim.plan import Item, State, Strategies
 from lowrank_optim.residuals import Drop, Residual
 from lowrank_optim.rules import AdamW, Rule
-from lowrank_optim.step import Item, State, Strategies, step_matrices
+from lowrank_optim.step import step_matrices
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.factored import SwitchedFactors
 from lowrank_optim.subspaces.switched import Switched

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowrank_optim.groups import Group
 from lowrank_optim.matrix import MatrixView
 from lowrank_optim.optimizer import LowRankOptimizer
-from lowrank_optim.step import State
+from lowrank_optim.plan import State
 
 
 def is_conv1d(layer: nn.Module) -> bool:

@@ -13,7 +13,8 @@ from lowrank_optim.groups import Group, lowrank_groups
 from lowrank_optim.matrix import MatrixView, matrix_view
 from lowrank_optim.nn.base import CONVERTERS, FORMS, Factored, convertible, parent_of
 from lowrank_optim.optimizer import LowRankOptimizer
-from lowrank_optim.step import State, refresh_, refresh_due, stagger_offset
+from lowrank_optim.plan import State
+from lowrank_optim.refresh import refresh_, refresh_due, stagger_offset
 
 logger = logging.getLogger(__name__)
 

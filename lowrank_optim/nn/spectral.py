@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from lowrank_optim.groups import Group
 from lowrank_optim.matrix import MatrixView
 from lowrank_optim.nn.base import Factored, register_form
-from lowrank_optim.step import State, seeded
+from lowrank_optim.plan import State, seeded
 from lowrank_optim.subspaces.base import Context
 from lowrank_optim.subspaces.spectral import Spectral
 

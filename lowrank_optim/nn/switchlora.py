@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from lowrank_optim.groups import Group, lowrank_groups
 from lowrank_optim.matrix import MatrixView, matrix_view
+from lowrank_optim.plan import seeded
 from lowrank_optim.rules.base import compute_dtype
-from lowrank_optim.step import seeded
 from lowrank_optim.subspaces.switched import Switched
 
 

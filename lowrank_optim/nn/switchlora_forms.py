@@ -19,7 +19,7 @@ from lowrank_optim.nn.switchlora import (
     stored_transposed,
 )
 from lowrank_optim.optimizer import LowRankOptimizer
-from lowrank_optim.step import State
+from lowrank_optim.plan import State
 from lowrank_optim.subspaces.switched import Switched
 
 

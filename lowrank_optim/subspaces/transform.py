@@ -115,7 +115,7 @@ class CosineTransform(NamedTuple):
             values = values * self.sign[index].unsqueeze(1)
             parts = self._scattered(values.mT, self.place[index])
             return self._backward(parts).index_select(1, self.inverse)
-        v = values.new_zeros(values.shape[0], self.n)
+        v = values.new_zeros(values.shape[1], self.n)
         v.index_copy_(1, self.inverse[index], values.mT)
         return self._forward(v).index_select(1, self.place).mul_(self.sign)
 
