@@ -51,7 +51,17 @@ from torch.optim import Optimizer
 
 from benchmarks.common import Corpus, environment_line, llama, load_corpus, print_table
 from benchmarks.demo_report import HEADER, caption, table, write
-from lowrank_optim import GaLoreAdamW, GaLoreAdamW8bit, lowrank_groups, memory
+from lowrank_optim import (
+    DCTAdamW,
+    FiraAdamW,
+    FrugalAdamW,
+    GaLoreAdamW,
+    GaLoreAdamW8bit,
+    SSTAdamW,
+    SwitchLoRAAdamW,
+    lowrank_groups,
+    memory,
+)
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,23 @@ class Method:
     """Peak learning rate of the matrices; what is dense has the same for every method."""
     grid: tuple[float, ...] = ()
     """Where :mod:`benchmarks.compare` begins to search it."""
+    prepare: Callable[[nn.Module, Groups], Groups] | None = None
+    """What is done to the model first, and the groups that it has then."""
+
+
+def ranked(groups: Groups, rank: int | float, **keys: Any) -> Groups:
+    """The groups with another rank, or density, for the matrices."""
+    return [{**group, **({"rank": rank, **keys} if "rank" in group else {})} for group in groups]
+
+
+def lora(model: nn.Module, groups: Groups) -> Groups:
+    """LoRA of rank 35 in place of every matrix that the others train."""
+    from tests.oracles.lora import convert  # the baseline that the tests hold SwitchLoRA against
+
+    convert(model, 35, skip=("lm_head",))
+    dense = [group for group in groups if "rank" not in group]
+    factors = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    return [*dense, {"params": list(factors.values()), "param_names": list(factors)}]
 
 
 METHODS: dict[str, Method] = {
@@ -100,7 +127,45 @@ METHODS: dict[str, Method] = {
         lambda groups, lr: GaLoreAdamW(groups, lr=lr), lr=6e-4, grid=(3e-4, 6e-4, 1.2e-3)
     ),
     "GaLoreAdamW8bit": Method(lambda groups, lr: GaLoreAdamW8bit(groups, lr=lr), lr=6e-4),
+    "FiraAdamW": Method(
+        lambda groups, lr: FiraAdamW(groups, lr=lr), lr=3e-4, grid=(1.5e-4, 3e-4, 6e-4)
+    ),
+    "FrugalAdamW": Method(
+        lambda groups, lr: FrugalAdamW(
+            ranked(groups, 0.3), lr=lr, projector="block", block_order="descending"
+        ),
+        lr=1e-4,
+        grid=(5e-5, 1e-4, 2e-4),
+    ),
+    "DCTAdamW": Method(
+        lambda groups, lr: DCTAdamW(ranked(groups, 82, update_proj_gap=1), lr=lr),
+        lr=1e-4,
+        grid=(1e-4, 2e-4, 4e-4),
+    ),
+    "SSTAdamW": Method(
+        lambda groups, lr: SSTAdamW(
+            ranked(groups, 35), lr=lr, factors="active", steps_per_iteration=50, warmup_steps=5
+        ),
+        lr=1e-3,
+        grid=(5e-4, 1e-3, 2e-3),
+    ),
+    "SwitchLoRAAdamW": Method(
+        lambda groups, lr: SwitchLoRAAdamW(ranked(groups, 35), lr=lr, total_steps=200),
+        lr=2e-3,
+        grid=(2e-3, 4e-3, 8e-3),
+    ),
+    "LoRA": Method(
+        lambda groups, lr: torch.optim.AdamW(groups, lr=lr),
+        lr=1e-3,
+        grid=(1e-3, 2e-3, 4e-3),
+        prepare=lora,
+    ),
 }
+"""Ranks and densities hold about the state of GaLore at rank 64: 15.7 MiB.
+
+Of SST and SwitchLoRA that counts factors and moments (SwitchLoRA's pools, twice that, are in host
+memory), of LoRA its adapters and their moments, of FRUGAL the first turn of its blocks.
+"""
 
 DEMO = ("AdamW", "GaLoreAdamW")
 """What ``make demo`` trains; :mod:`benchmarks.compare` has all."""
@@ -128,7 +193,7 @@ class Run:
     """Steps taken, and nats per held-out token."""
     bits_per_byte: float = math.nan
     state: dict[str, int] = field(default_factory=dict)
-    """Bytes by storage: basis, moments, other, total."""
+    """Bytes by storage: basis, moments, other; total, on the device and with adapters if any."""
     optimizer_ms: float = math.nan
     """Median of one ``optimizer.step()``."""
     model_ms: float = math.nan
@@ -212,7 +277,8 @@ def train(
     lr = method.lr if lr is None else lr
     model = make_model(settings, corpus.vocab_size)
     windows = corpus.validation(settings.validation_windows, settings.context)
-    optimizer = method.make(make_groups(model, settings), lr)
+    groups = make_groups(model, settings)
+    optimizer = method.make(groups if method.prepare is None else method.prepare(model, groups), lr)
     scheduler = schedule(optimizer, settings)
     run = Run(name, settings.seed, lr, sum(p.numel() for p in model.parameters()))
     model_times, optimizer_times = [], []
@@ -240,7 +306,9 @@ def train(
             validate(step)
         watch(run)
     held = memory.report(optimizer)
-    run.state = {**held._asdict(), "total": held.total}
+    adapters = sum(p.nbytes for n, p in model.named_parameters() if "lora_" in n)
+    total = held.total - memory.host_bytes(optimizer) + adapters
+    run.state = {**held._asdict(), "total": total}
     run.optimizer_ms = statistics.median(optimizer_times)
     run.model_ms = statistics.median(model_times)
     run.seconds = time.perf_counter() - begun
