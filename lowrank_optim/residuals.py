@@ -133,7 +133,7 @@ class Scaled:
     def after(self, state: State, seen: Seen) -> Term:
         """One factor for every column of G."""
         low, direction = seen.low, seen.direction
-        by_column = self.columns and low.shape[-1] == seen.grad.shape[-1]
+        by_column = self.columns and seen.subspace.by_column
         batch = seen.grad.shape[:-2]
 
         def norm(x: Tensor) -> Tensor:

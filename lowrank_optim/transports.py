@@ -40,8 +40,9 @@ def project(moments: Moments, moved: Moved) -> None:
         Robert et al. (2024), arXiv:2410.16103.
     """
     if moved.carry is not None:
-        for _, x, _ in moments:
-            x.copy_(moved.carry(x))
+        for slot, x, _ in moments:
+            if slot.averaged != -1:  # the mean of all entries says nothing of any
+                x.copy_(moved.carry(x))
         return
     if moved.source is not None or moved.source_right is not None:
         _permute_(moments, moved)
@@ -101,7 +102,7 @@ def move_rows_(x: Tensor, source: Tensor, fill: int = 0) -> None:
         to = (source != torch.arange(source.shape[0])).nonzero().squeeze(1)
         if to.numel():
             new = x.index_select(-2, source[to].long().clamp(min=0))
-            new[source[to] < 0] = fill
+            new[..., source[to] < 0, :] = fill  # the experts of a batch share their indices
             x.index_copy_(-2, to, new)
         return
     new = take_rows(x, source)

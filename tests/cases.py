@@ -20,6 +20,8 @@ from lowrank_optim import (
     step,
 )
 from lowrank_optim.matrix import PROJ_TYPES
+from lowrank_optim.subspaces.base import Projector
+from lowrank_optim.subspaces.fixed import FixedBasis
 
 __all__ = ["METHOD_ARGS", "PROJ_TYPES", "RULES", "SHAPES", "build", "gradients"]
 
@@ -77,15 +79,56 @@ def projector_names() -> list[str]:
     return list(PROJECTORS)
 
 
+def basis_names() -> list[str]:
+    """Projectors on the columns of an orthonormal P."""
+    return [name for name, cls in PROJECTORS.items() if issubclass(cls, Projector)]
+
+
+def kept_basis_names() -> list[str]:
+    """Those that keep P, and find it from a gradient that says something."""
+    return [name for name in basis_names() if not issubclass(PROJECTORS[name], FixedBasis)]
+
+
+SINGLE = ("randk", "block")
+"""Projectors whose coordinates are entries by themselves: no row of them is a direction."""
+
+CROSSED = ("GaLoreAdamW", "FiraAdamW", "FrugalAdamW", "DCTAdamW")
+"""One method of each residual, which meet every projector."""
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Every projecting method on a basis and on a set of indices; one of each on every projector.
+
+    What a rule does to coordinates does not depend on where they are from, nor the other way.
+    """
+    return [
+        (name, projector)
+        for name in projecting_names()
+        for projector in projector_names()
+        if name in CROSSED or projector in ("svd", "columns")
+    ]
+
+
+def rank_for(projector: str | None, rank: Any) -> Any:
+    """Blocks take a density: that of a lone tensor must round to 1, and of several some idle."""
+    return 0.6 if projector == "block" and isinstance(rank, int) else rank
+
+
 def build(name: str, params: Any, **options: Any) -> LowRankOptimizer:
     """The method ``name``, deterministic in exact arithmetic: SVD, published cadence."""
     own = {"lr": 1e-2, "rank": RANK, "update_proj_gap": 3, "projector": "svd", "stagger": False}
-    rank = own["rank"] if "rank" not in options else options["rank"]
-    if options.get("projector") == "block" and isinstance(rank, int):
-        options = {**options, "rank": 0.5}  # of a block it is a density
-    cls = getattr(methods, name)
-    optimizer: LowRankOptimizer = cls(params, **{**own, **METHOD_ARGS.get(name, {}), **options})
+    chosen = {**own, **METHOD_ARGS.get(name, {}), **options}
+    chosen["rank"] = rank_for(chosen["projector"], chosen["rank"])
+    if not isinstance(params, Tensor):
+        params = [_ranked(entry, chosen["projector"]) for entry in params]
+    optimizer: LowRankOptimizer = getattr(methods, name)(params, **chosen)
     return optimizer
+
+
+def _ranked(entry: Any, projector: str) -> Any:
+    if isinstance(entry, dict) and "rank" in entry:
+        return {**entry, "rank": rank_for(entry.get("projector", projector), entry["rank"])}
+    return entry
 
 
 def gradients(

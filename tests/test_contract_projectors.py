@@ -22,17 +22,9 @@ SHAPES = [(12, 31), (33, 14), (16, 16), (3, 12, 20), (3, 9)]
 RANK = 4
 MIRRORED = {"rows": "columns", "columns": "rows"}
 """Projectors named by the stored axis: what the transpose of a matrix calls them."""
-NO_BASIS = ("randk", "block")
-"""Subspaces of single entries and of whole tensors, which no matrix P projects on."""
-
-
-def rank_for(projector: str, rank: int) -> int | float:
-    """Blocks take a density; half of one tensor is none, so that all of them are active."""
-    return 0.9 if projector == "block" else rank
-
 
 def setup(projector: str, proj_type: str, shape: tuple[int, ...]) -> tuple[MatrixView, Any]:
-    rank = rank_for(projector, RANK)
+    rank = cases.rank_for(projector, RANK)
     group = {"projector": projector, "rank": rank, "proj_type": proj_type, "scale": 1.0}
     view = view_for(group, shape)
     assert view is not None
@@ -155,7 +147,7 @@ def says_how_it_moved(projector: str, proj_type: str) -> None:
 
 def transposes(projector: str, proj_type: str) -> None:
     """The basis of ``G^T`` on the other side is the basis of G."""
-    if projector in NO_BASIS:
+    if projector in cases.SINGLE:
         return  # they see a matrix as it is stored
     mirrored = {"left": "right", "right": "left"}.get(proj_type, proj_type)
     twin = MIRRORED.get(projector, projector)
@@ -182,8 +174,8 @@ def survives_bad_gradients(projector: str, proj_type: str) -> None:
         for bad in (torch.zeros_like(good), good * float("nan"), good * float("inf")):
             param = torch.nn.Parameter(cases.parameter(shape).detach())
             options: dict[str, Any] = {"projector": projector, "proj_type": proj_type}
-            options |= {"update_proj_gap": 2, "rank": rank_for(projector, RANK)}
-            rank = rank_for(projector, min(RANK, *shape[-2:]))
+            options |= {"update_proj_gap": 2, "rank": cases.rank_for(projector, RANK)}
+            rank = cases.rank_for(projector, min(RANK, *shape[-2:]))
             group = {"params": [param], "rank": rank}
             optimizer = cases.build("GaLoreAdamW", [group], **options)
             cases.run(optimizer, [param], [[good], [good]])

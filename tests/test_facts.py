@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowrank_optim import PROJECTORS
 from lowrank_optim.matrix import matrix_view
 from lowrank_optim.rules import AdamW
+from lowrank_optim.subspaces.base import view_for
 from tests import cases
 from tests.compare import assert_close, relative
 
@@ -25,25 +27,28 @@ def view_of(x: Tensor, proj_type: str) -> Tensor:
 @pytest.mark.filterwarnings("ignore:rank 99 is clamped")
 @pytest.mark.parametrize("projector", cases.projector_names())
 @pytest.mark.parametrize("proj_type", cases.PROJ_TYPES)
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
-def test_fact_01_full_rank_sgd_is_sgd(
-    dtype: torch.dtype, bound: float, proj_type: str, projector: str
-) -> None:
+def test_fact_01_full_rank_sgd_is_sgd(proj_type: str, projector: str) -> None:
     """With all directions kept and a linear rule, ``dW = -lr G``.
 
-    Only where the projected side is the smaller: a basis of min(m, n) directions of the larger
-    side spans the gradient it was found from, so there the projector must look at the gradient.
+    A basis of min(m, n) directions of the larger side spans the gradient it was found from. One
+    that is not found from it leaves a part out there, and that part is orthogonal to the step:
+    ``|dW|^2 + |dW + lr G|^2 = |lr G|^2``.
     """
     for shape in [(6, 11), (13, 7), (8, 8)]:
-        view = matrix_view(shape, proj_type)
+        view = view_for({"projector": projector, "proj_type": proj_type}, shape)
         assert view is not None
         spans_all = view.m <= view.n and (proj_type != "full" or view.m == view.n)
-        if projector == "random" and not spans_all:
-            continue
-        start, (grad,) = torch.zeros(shape, dtype=dtype), cases.gradients(shape, 1, dtype)
-        options = {**PLAIN, "proj_type": proj_type, "projector": projector, "momentum": 0.0}
-        got, _ = cases.train("GaLoreSGD", start, [grad], rank=99, lr=0.5, **options)
-        assert relative(got, -0.5 * grad) < bound
+        spans_all |= projector not in cases.basis_names() or PROJECTORS[projector].fitted
+        for dtype, bound in [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)]:
+            start, (grad,) = torch.zeros(shape, dtype=dtype), cases.gradients(shape, 1, dtype)
+            options = {**PLAIN, "proj_type": proj_type, "projector": projector, "momentum": 0.0}
+            got, _ = cases.train("GaLoreSGD", start, [grad], rank=99, lr=0.5, **options)
+            left = relative(got, -0.5 * grad)
+            if spans_all:
+                assert left < bound
+            else:
+                moved = float(got.double().norm() / (0.5 * grad.double()).norm())
+                assert moved**2 + left**2 == pytest.approx(1.0, abs=4 * bound)
 
 
 @pytest.mark.filterwarnings("ignore:rank")
@@ -73,16 +78,27 @@ def test_fact_02_full_rank_adam_is_not_adam_but_momentum_is_momentum() -> None:
 def test_fact_03_first_adam_step_has_known_norm_and_rank(
     projector: str, shape: tuple[int, int]
 ) -> None:
-    """Every entry of the first direction is +-1 at eps = 0, so ``|dW| = lr scale sqrt(r l)``."""
-    lr, scale, rank = 1e-2, 0.25, 3
+    """Every entry of the first direction is +-1 at eps = 0, so ``|dW| = lr scale sqrt(r l)``.
+
+    r l is the number of coordinates: three directions times the other side. Single entries are as
+    many, but of full rank; a block has all, and no scale.
+    """
+    lr, rank = 1e-2, 3
     start, grads = cases.parameter(shape), cases.gradients(shape, 1)
-    options = {"lr": lr, "scale": scale, "rank": rank, "eps": 0.0, "weight_decay": 0.0}
+    options = {"lr": lr, "scale": 0.25, "rank": rank, "eps": 0.0, "weight_decay": 0.0}
     got, optimizer = cases.train("GaLoreAdamW", start, grads, projector=projector, **options)
+    (item,) = optimizer._items(optimizer.param_groups[0])
+    assert item.subspace is not None and item.view is not None
     step = got - start.detach()
-    assert float(step.norm()) == pytest.approx(lr * scale * (rank * max(shape)) ** 0.5, rel=1e-9)
+    size = lr if projector == "block" else lr * 0.25
+    count = {"block": start.numel(), "randk": rank * max(shape)}.get(projector, rank * item.view.n)
+    assert float(step.norm()) == pytest.approx(size * count**0.5, rel=1e-9)
+    if projector in cases.SINGLE:
+        assert int((step != 0).sum()) == count
+        return
     assert int(torch.linalg.matrix_rank(step, rtol=1e-9)) == rank
     (state,) = optimizer.state.values()
-    basis, step = state["basis"], view_of(step, "std")
+    (basis,), step = item.subspace.bases(state, item.view), item.view.of(step)
     assert float((step - basis @ (basis.mT @ step)).norm() / step.norm()) < 1e-12
 
 
@@ -148,7 +164,8 @@ def test_fact_07b_signs_of_the_svd_driver_do_not_matter(
     so a driver that flips signs from its first call on changes not one bit.
     """
     start, grads = cases.parameter((6, 11)), cases.gradients((6, 11), 8)
-    want, _ = cases.train(name, start, grads, proj_type=proj_type)
+    options = {"proj_type": proj_type, "projector": "svd"}
+    want, _ = cases.train(name, start, grads, **options)
     exact, calls = torch.linalg.svd, []
 
     def flipping(*args: Any, **kwargs: Any) -> Any:
@@ -158,7 +175,7 @@ def test_fact_07b_signs_of_the_svd_driver_do_not_matter(
         return torch.return_types.linalg_svd((u * signs.unsqueeze(-2), s, vh * signs.unsqueeze(-1)))
 
     monkeypatch.setattr(torch.linalg, "svd", flipping)
-    got, _ = cases.train(name, start, grads, proj_type=proj_type)
+    got, _ = cases.train(name, start, grads, **options)
     assert sum(calls[1:]) > 0
     assert torch.equal(got, want)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank_optim import GaLoreAdamW
+from lowrank_optim import PROJECTORS, GaLoreAdamW
 from tests import cases
 from tests.compare import assert_close
 
@@ -62,21 +62,27 @@ def snapshot(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Tenso
     return {**kept, "weights": param.detach().clone()}
 
 
-@pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("step", [3, 4])
-@pytest.mark.parametrize("shape", [SHAPE, (3, 6, 10)])
-@pytest.mark.parametrize("projector", cases.projector_names())
-@pytest.mark.parametrize("name", cases.projecting_names())
+@pytest.mark.parametrize(
+    ("shape", "step", "bad"),
+    [
+        (SHAPE, 3, math.nan),
+        (SHAPE, 4, math.inf),
+        ((3, 6, 10), 4, math.nan),
+        ((3, 6, 10), 3, -math.inf),
+    ],
+)
+@pytest.mark.parametrize(("name", "projector"), cases.pairs())
 def test_fact_15_a_bad_gradient_changes_nothing(
     name: str, projector: str, shape: tuple[int, ...], step: int, bad: float
 ) -> None:
     """One NaN or Inf, at a refresh (step 3) or not (4): weights, basis and moments stay.
 
-    The release hands it to the SVD, whose LinAlgError ends the run. The refresh stays due: the
-    next good gradient takes it.
+    The release hands it to the SVD, whose LinAlgError ends the run. A refresh that looks at the
+    gradient stays due: the next good one takes it. One that does not is taken all the same.
     """
     param = torch.nn.Parameter(cases.parameter(shape).detach())
-    optimizer = cases.build(name, [{"params": [param], "rank": 4}], projector=projector)
+    options = {"projector": projector, "on_refresh": "keep"}
+    optimizer = cases.build(name, [{"params": [param], "rank": 4}], **options)
     *grads, last = cases.gradients(shape, step + 1)
     cases.run(optimizer, [param], [[g] for g in grads])
     before = snapshot(optimizer, param)
@@ -84,13 +90,15 @@ def test_fact_15_a_bad_gradient_changes_nothing(
     poisoned.view(-1)[7] = bad
     cases.run(optimizer, [param], [[poisoned]])
     after = snapshot(optimizer, param)
+    waits = PROJECTORS[projector].needs_grad
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[k], after[k]) for k in before)
-    assert optimizer.postponed_refreshes() == ({"parameter 0": 1} if step == 3 else {})
+    kept = [k for k in before if waits or step == 4 or not k.startswith("index")]
+    assert all(torch.equal(before[k], after[k]) for k in kept)
+    late = waits and step == 3
+    assert optimizer.postponed_refreshes() == ({"parameter 0": 1} if late else {})
     cases.run(optimizer, [param], [[last]])
-    state = optimizer.state[param]
-    assert int(state["refresh_step"]) == (4 if step == 3 else 3)
-    assert torch.equal(state["basis"], before["basis"]) == (step == 4)
+    if projector != "block":  # its moments began with the first step
+        assert int(optimizer.state[param]["refresh_step"]) == (4 if late else 3)
     assert not torch.equal(param, before["weights"]) and bool(param.isfinite().all())
 
 
@@ -109,20 +117,21 @@ def test_fact_15_also_for_dense_parameters(name: str, shape: tuple[int, ...], ba
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-@pytest.mark.parametrize("projector", cases.projector_names())
 @pytest.mark.parametrize("shape", [SHAPE, (3, 6, 10)])
-@pytest.mark.parametrize("name", cases.projecting_names())
+@pytest.mark.parametrize(("name", "projector"), cases.pairs())
 def test_fact_16_a_zero_first_gradient_does_not_freeze_the_weights(
     name: str, shape: tuple[int, ...], projector: str
 ) -> None:
     """LoRA's A, unused experts: the first gradient is zero, the second is not.
 
     The release takes coordinate axes from the zero matrix and keeps them for a whole period; a
-    gradient outside those axes then moves nothing.
+    gradient outside those axes then moves nothing. A set drawn at random without looking is no
+    worse for a zero gradient, so there the whole second gradient is given.
     """
     start, grads = cases.parameter(shape), cases.gradients(shape, 1)
-    grad = grads[0].clone()
-    grad[..., :4, :] = grad[..., :4] = 0  # nothing along the axes an SVD of zero returns
+    grad, looks = grads[0].clone(), PROJECTORS[projector].needs_grad
+    if looks:
+        grad[..., :4, :] = grad[..., :4] = 0  # nothing along the axes an SVD of zero returns
     zero = torch.zeros_like(grad)
     options = {"projector": projector, "weight_decay": 0.0, "update_proj_gap": 100, "rank": 4}
     still, _ = cases.train(name, start, [zero], **options)
@@ -130,7 +139,7 @@ def test_fact_16_a_zero_first_gradient_does_not_freeze_the_weights(
     got, optimizer = cases.train(name, start, [zero, grad], **options)
     moved = (got - start).reshape(-1, *shape[-2:])
     assert bool((moved.norm(dim=(-2, -1)) > 1e-4).all())
-    assert optimizer.postponed_refreshes() == {"parameter 0": 1}
+    assert optimizer.postponed_refreshes() == ({"parameter 0": 1} if looks else {})
 
 
 ADAMW = list(

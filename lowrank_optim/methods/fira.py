@@ -100,7 +100,7 @@ class FiraAdamW(LowRankOptimizer):
     def residual(self, group: Group) -> Residual:
         """What the subspace does not see comes back scaled."""
         return Scaled(
-            columns=group["scaling"] == "column" and group["proj_type"] != "full",
+            columns=group["scaling"] == "column",
             limiter=group["limiter"],
             paper=group["alpha_mode"] == "paper",
         )

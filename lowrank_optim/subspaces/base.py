@@ -180,6 +180,11 @@ class Subspace(ABC):
         """Factor of the learning rate, ``since`` steps after the last refresh."""
         return 1.0
 
+    @property
+    def by_column(self) -> bool:
+        """Whether a column of the coordinates is the share of that column of the matrix."""
+        return True
+
     def applies_grad(self, term: Term | None) -> bool:
         """Whether :meth:`push_` adds something of the gradient itself."""
         return term is not None
@@ -255,6 +260,11 @@ class Projector(Subspace):
             return new_to_old(basis, before)
 
         return rotation
+
+    @property
+    def by_column(self) -> bool:
+        """Not of both sides: their columns are those of the other basis."""
+        return not self.two_sided
 
     def complete(self, m: int, n: int, fresh: bool) -> bool:
         """At full rank: of the space, or of the gradient that the basis was fitted to."""

@@ -96,8 +96,13 @@ class RandK(Subspace):
         return {"low": Moved(carry=carry)}
 
     def coord_shapes(self, view: MatrixView) -> dict[str, tuple[int, ...]]:
-        """One coordinate, ``low (..., k)``."""
-        return {"low": (*view.batch, self.rank)}
+        """One coordinate, ``low (..., 1, k)``: a matrix of one row, so that experts stay apart."""
+        return {"low": (*view.batch, 1, self.rank)}
+
+    @property
+    def by_column(self) -> bool:
+        """They are entries by themselves, also where k happens to be n."""
+        return False
 
     def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
         """The entries, in the order of the permutation."""
@@ -106,7 +111,7 @@ class RandK(Subspace):
         for tile in self.tiles(m, n, int(state["key"]), grad):
             piece = grad[..., tile.rows, :].flatten(-2)
             low[..., tile.slots] = piece.index_select(-1, tile.places)
-        return {"low": reduce(low)}
+        return {"low": reduce(low.unsqueeze(-2))}
 
     def tiles(self, m: int, n: int, key: int, like: Tensor) -> Iterator[Tile]:
         """The pieces of an ``(m, n)`` matrix and their entries, on the device of ``like``."""
@@ -119,7 +124,7 @@ class RandK(Subspace):
 
     def push_(self, into: Into, state: State, update: dict[str, Tensor], term: Term | None) -> None:
         """A pass over W and G in pieces: neither an index nor an update exists at full size."""
-        low, scale = update["low"], self.scale
+        low, scale = update["low"].squeeze(-2), self.scale
         m, n = into.param.shape[-2:]
         tiles = self.tiles(m, n, int(state["key"]), low)
 
