@@ -60,8 +60,8 @@ def methods(rank: int) -> dict[str, tuple[type[Optimizer] | str, dict[str, Any]]
         "GaLore fp32": (GaLoreAdamW, {"rank": rank}),
         "GaLore bf16": (GaLoreAdamW, {"rank": rank, "state_dtype": "bfloat16"}),
         "GaLore 8-bit": (GaLoreAdamW8bit, {"rank": rank}),
-        "DCT-AdamW fp32": (DCTAdamW, {"rank": rank}),
-        "DCT-AdamW 8-bit": (DCTAdamW8bit, {"rank": rank}),
+        "DCT fp32": (DCTAdamW, {"rank": rank}),
+        "DCT 8-bit": (DCTAdamW8bit, {"rank": rank}),
     }
 
 

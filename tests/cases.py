@@ -48,6 +48,7 @@ METHOD_ARGS: dict[str, dict[str, Any]] = {
     "DCTAdamW8bit": {"projector": "dct"},
     # its own step size would make ``lr`` meaningless
     "GaLoreAdafactor": {"relative_step": False, "scale_parameter": False},
+    "FrugalSGD": {"momentum": 0.9},
     "GaLoreSGD": {"momentum": 0.9},
     # what is drawn depends on a parameter's place among the others
     "SSTAdamW": {"steps_per_iteration": 3, "warmup_steps": 1, "sampling": "sequential"},

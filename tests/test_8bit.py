@@ -343,9 +343,11 @@ def test_the_contract_in_8_bits(
     clause(name)
 
 
-@pytest.mark.parametrize("proj_type", cases.PROJ_TYPES)
-@pytest.mark.parametrize("projector", cases.projector_names())
-@pytest.mark.parametrize("method", cases.method_names())
+NEAR = {(method, projector, "std"): None for method, projector in cases.pairs()}
+NEAR |= {(m, "svd", proj_type): None for m in cases.method_names() for proj_type in cases.PROJ_TYPES}
+
+
+@pytest.mark.parametrize(("method", "projector", "proj_type"), NEAR)
 def test_every_method_and_projector_is_near_float32(
     method: str, projector: str, proj_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -268,3 +268,60 @@ def test_a_new_projector_is_enrolled_and_held_to_the_contract(newcomer: tuple[st
 
 def test_the_throw_away_projectors_are_gone() -> None:
     assert not {"tmp_rows", "tmp_bad"} & set(cases.projector_names())
+
+
+RESIDUALS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dropped": ("GaLoreAdamW", {}),
+    "scaled": ("FiraAdamW", {}),
+    "scaled, paper": ("FiraAdamW", {"alpha_mode": "paper", "scaling": "matrix"}),
+    "sign": ("FrugalAdamW", {"free_rule": "sign"}),
+    "raw": ("FrugalAdamW", {"free_rule": "sgd"}),
+    "none": ("FrugalAdamW", {"free_rule": "none"}),
+    "kept": ("DCTAdamW", {"error_feedback": "float32"}),
+}
+
+
+@pytest.mark.parametrize("forced", [False, True], ids=["branching", "branchless"])
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("projector", cases.projector_names())
+def test_no_entry_of_a_bad_gradient_goes_unseen(
+    projector: str, residual: str, forced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN or Inf anywhere, in the subspace or not: no weight moves and nothing is remembered.
+
+    A set of indices does not see the entries outside it; what moves those is the gradient itself,
+    and one bad entry there would be in the weights for good. Three matrices and a batch, of which
+    some blocks are idle. An active block is a dense parameter, which on an accelerator follows
+    ``torch.optim`` and is not guarded.
+    """
+    if forced:
+        cases.branching(monkeypatch, lambda tensor: True)
+    shapes = [(6, 11), (13, 7), (8, 8), (2, 6, 5)]
+    params = [torch.nn.Parameter(cases.parameter(s, seed=i).detach()) for i, s in enumerate(shapes)]
+    name, own = RESIDUALS[residual]
+    options: dict[str, Any] = {"projector": projector, "update_proj_gap": 50, "rank": 3, **own}
+    optimizer = cases.build(name, params, weight_decay=0.1, **options)
+    good = [cases.gradients(s, 1, seed=i)[0] for i, s in enumerate(shapes)]
+    cases.run(optimizer, params, [good, good])
+
+    guarded = params
+    if projector == "block" and forced:
+        guarded = [p for p in params if int(optimizer.state[p]["refresh_step"]) < 0]
+        assert guarded
+
+    def held() -> list[Tensor]:
+        states = [optimizer.state[p] for p in guarded]
+        counters = ("step", "clock", "low.age")
+        kept = [v.clone() for s in states for k, v in s.items() if k not in counters]
+        return [p.detach().clone() for p in guarded] + kept
+
+    before = held()
+    for number, place in enumerate(range(0, 60, 7)):
+        bad = [g.clone() for g in good]
+        for g in bad:
+            g.view(-1)[place] = (float("nan"), float("inf"), -float("inf"))[number % 3]
+        cases.run(optimizer, params, [bad])
+        for a, b in zip(held(), before, strict=True):
+            assert torch.equal(a, b)
+    cases.run(optimizer, params, [good])
+    assert all(bool(p.isfinite().all()) for p in guarded)

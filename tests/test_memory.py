@@ -224,6 +224,9 @@ def test_llama_7b(rows):
         "GaLore fp32": [12.55, 1.75, 15.77],
         "GaLore bf16": [12.55, 1.75, 8.76],
         "GaLore 8-bit": [12.55, 1.75, 5.31],
+        # of bases there are indices, and one for all matrices of a width
+        "DCT fp32": [12.55, 0.0, 14.02],
+        "DCT 8-bit": [12.55, 0.0, 3.56],
     }
     largest = {row.freed.largest_gradient for row in rows.values()}
     assert largest == {32000 * 4096 * 2}  # the embedding, 0.24 GiB
@@ -234,10 +237,11 @@ def test_what_fits_24_gib(rows):
     budget = 24 * GIB
     assert all(row.live.weights + row.live.gradients > budget for row in rows.values())
     fit = [row.name for row in rows.values() if row.freed.fits(budget)]
-    assert fit == ["GaLore bf16", "GaLore 8-bit"]
+    assert fit == ["GaLore bf16", "GaLore 8-bit", "DCT 8-bit"]
     text = table.reading(list(rows.values()), budget)
     assert "With all gradients live, nothing fits in 24 GiB" in text
-    assert "GaLore bf16 and GaLore 8-bit fit" in text and "5.90 GiB" in text
+    assert "GaLore bf16, GaLore 8-bit and DCT 8-bit fit" in text and "7.64 GiB" in text
+    assert "GaLore bf16 and GaLore 8-bit fit" in table.reading(list(rows.values())[:5], budget)
     assert "only GaLore bf16 fits" in table.reading(list(rows.values())[:4], budget)
     assert "nothing fits" in table.reading(list(rows.values()), 8 * GIB).split(". ")[1]
 

@@ -10,8 +10,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowrank_optim import GaLoreAdamW
+from lowrank_optim import PROJECTORS, GaLoreAdamW
 from lowrank_optim.matrix import matrix_view
+from lowrank_optim.subspaces.base import view_for
 from tests import cases
 from tests.compare import assert_close, assert_mostly_close
 from tests.oracles.galore import galore
@@ -129,22 +130,34 @@ def test_how_parameters_are_split_into_groups_does_not_matter(
 def test_an_update_has_the_rank_asked_for_and_no_parameter_is_left_behind(
     shape: tuple[int, ...], rank: int | float, projector: str, stagger: bool
 ) -> None:
-    """Matrices move by a matrix of rank r; everything that is not one moves as in AdamW."""
+    """Matrices move by a matrix of rank r; everything that is not one moves as in AdamW.
+
+    Single entries are k in number, and a block moves whole or not at all.
+    """
     start, grads = cases.parameter(shape), cases.gradients(shape, 2)
     options: dict[str, Any] = {"lr": 0.1, "scale": 1.0, "weight_decay": 0.0, "stagger": stagger}
     options |= {"projector": projector, "rank": rank, "update_proj_gap": 100}
     got, _ = cases.train("GaLoreAdamW", start, grads, **options)
-    moved, view = got - start.detach(), matrix_view(shape)
+    moved = got - start.detach()
+    view = view_for({"projector": projector, "proj_type": "std"}, shape)
     if view is None:
         other = torch.nn.Parameter(start.detach().clone())
         adamw = torch.optim.AdamW([other], lr=0.1, weight_decay=0.0, foreach=False)
         cases.run(adamw, [other], [[g] for g in grads])
         assert torch.equal(got, other)
         return
+    cls, rank = PROJECTORS[projector], cases.rank_for(projector, rank)
+    count = min(cls.directions(rank, view), cls.limit(view))
+    if projector == "block":
+        assert isinstance(rank, float)
+        count = round(rank) * view.m * view.n
     for one in view.of(moved).reshape(-1, view.m, view.n):
+        if projector in cases.SINGLE:
+            assert int((one != 0).sum()) == count
+            continue
         found = torch.linalg.svdvals(one)
-        assert int((found > 1e-9 * found[0]).sum()) <= view.resolve_rank(rank)
-        assert float(found[0]) > 1e-3
+        assert int((found > 1e-9 * found[0]).sum()) <= count
+        assert (float(found[0]) > 1e-3) == (count > 0)
 
 
 @given(st.integers(1, 20), st.integers(1, 8), st.sampled_from(["float32", "bfloat16"]))

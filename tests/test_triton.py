@@ -266,6 +266,8 @@ def dequantized(codes: Tensor, scales: Tensor, table: Tensor) -> Tensor:
 def assert_quantized(x: Tensor, size: Tensor, codes: Tensor, scales: Tensor, table: Tensor) -> None:
     """Scales are block maxima, codes nearest entries but for 1e-6 of the value about midpoints.
 
+    A second moment above 0 takes the nearest of those above 0: as 0 it would let the next step
+    divide by eps alone.
     ``size`` sums the magnitudes that ``x`` was added up from: float32 errs by 2e-7 of it.
     """
     r, c, b = layout(tuple(x.shape))
@@ -277,6 +279,10 @@ def assert_quantized(x: Tensor, size: Tensor, codes: Tensor, scales: Tensor, tab
         assert (scale - top).abs() <= 1e-6 * top + error.max()
         unit = v / top if top > 0 else v
         distance = (unit[:, None] - table.double()).abs()
+        if bool((table >= 0).all()):
+            assert (table[code[v > error].long()] > 0).all()
+            distance[:, 0] = torch.where(v > error, torch.inf, distance[:, 0])
+            assert table[0] == 0
         chosen = distance.gather(1, code.long()[:, None])[:, 0]
         slack = 1e-6 * unit.abs() + 2 * error / top.clamp(min=1e-300)
         assert (chosen <= distance.min(1).values + slack).all()
