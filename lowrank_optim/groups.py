@@ -209,6 +209,10 @@ def check(group: Group, closed: bool = False) -> None:
                 "projector='block' takes a density (or a fraction as its rank), got "
                 f"rank={group['rank']}"
             )
+    if group.get("projector") == "block" and group.get("error_feedback") is not None:
+        raise ValueError(
+            "error_feedback does not go with projector='block': a block uses all or nothing"
+        )
     for key, least in COUNTS.items():
         count = group.get(key, 1)
         if count is None and key == "iterations_per_round":

@@ -344,7 +344,9 @@ def test_the_contract_in_8_bits(
 
 
 NEAR = {(method, projector, "std"): None for method, projector in cases.pairs()}
-NEAR |= {(m, "svd", proj_type): None for m in cases.method_names() for proj_type in cases.PROJ_TYPES}
+NEAR |= {
+    (m, "svd", proj_type): None for m in cases.method_names() for proj_type in cases.PROJ_TYPES
+}
 
 
 @pytest.mark.parametrize(("method", "projector", "proj_type"), NEAR)

@@ -23,6 +23,7 @@ RANK = 4
 MIRRORED = {"rows": "columns", "columns": "rows"}
 """Projectors named by the stored axis: what the transpose of a matrix calls them."""
 
+
 def setup(projector: str, proj_type: str, shape: tuple[int, ...]) -> tuple[MatrixView, Any]:
     rank = cases.rank_for(projector, RANK)
     group = {"projector": projector, "rank": rank, "proj_type": proj_type, "scale": 1.0}
@@ -300,6 +301,10 @@ def test_no_entry_of_a_bad_gradient_goes_unseen(
     params = [torch.nn.Parameter(cases.parameter(s, seed=i).detach()) for i, s in enumerate(shapes)]
     name, own = RESIDUALS[residual]
     options: dict[str, Any] = {"projector": projector, "update_proj_gap": 50, "rank": 3, **own}
+    if (projector, residual) == ("block", "kept"):  # raised at the first idle step, a KeyError
+        with pytest.raises(ValueError, match="error_feedback does not go with projector='block'"):
+            cases.build(name, params, **options)
+        return
     optimizer = cases.build(name, params, weight_decay=0.1, **options)
     good = [cases.gradients(s, 1, seed=i)[0] for i, s in enumerate(shapes)]
     cases.run(optimizer, params, [good, good])

@@ -336,6 +336,26 @@ def test_the_norm_identity_is_the_norm(
     assert_close(state["residual_norm"], s.norm())
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "projector, proj_type, rank", [("randk", "std", 1), ("svd", "full", 6), ("columns", "full", 3)]
+)
+def test_columns_are_told_apart_only_where_coordinates_have_them(
+    projector: str, proj_type: str, rank: int, mode: str
+) -> None:
+    """k entries of a matrix of k columns, or r directions of r, are not the columns of the matrix.
+
+    Their number was compared, so that ``scaling="column"`` scaled column j by entry j. Columns of
+    one side are columns whatever ``proj_type`` says.
+    """
+    start, grads = cases.parameter((6, 6)), cases.gradients((6, 6), 3)
+    options = {"projector": projector, "proj_type": proj_type, "rank": rank, "scale": 0.5}
+    options |= {"alpha_mode": mode, "update_proj_gap": 100}
+    column, _ = cases.train("FiraAdamW", start, grads, scaling="column", **options)
+    matrix, _ = cases.train("FiraAdamW", start, grads, scaling="matrix", **options)
+    assert torch.equal(column, matrix) == (projector != "columns")
+
+
 def test_a_bad_gradient_leaves_the_limiter_as_it_was() -> None:
     """On a device the host has not looked: NaN, Inf and what overflowed leave the memory alone."""
     view = matrix_view((6, 10))
