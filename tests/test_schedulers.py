@@ -84,9 +84,17 @@ def rates(optimizer: Optimizer, make: Callable[[Optimizer], Any], step: Callable
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.optim")
+SCHEDULED = [
+    (name, scheduler)
+    for name in cases.method_names()
+    for scheduler in SCHEDULERS
+    # what a scheduler writes into a group does not depend on who reads it
+    if name == "GaLoreAdamW" or scheduler in ("LambdaLR", "OneCycleLR")
+]
+
+
 @pytest.mark.parametrize("tensor_lr", [False, True])
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("name", cases.method_names())
+@pytest.mark.parametrize(("name", "scheduler"), SCHEDULED)
 def test_the_scheduled_rate_is_the_one_applied(name: str, scheduler: str, tensor_lr: bool) -> None:
     """The rates are torch.optim.AdamW's, and the weights decay by each of them.
 
