@@ -154,6 +154,7 @@ def lift_add_scaled_(
             low = torch.mm(left[start:stop], right, out=tile[: stop - start])
             args.factor = c.data_ptr() + (0 if by_rows else 4 * start)
             _apply("apply_scaled", w[start:stop], g[start:stop], low, low, args)
+        del tile, low, x, left, right  # before those of the next expert are made
 
 
 def lift_add_sign_(
@@ -199,6 +200,7 @@ def lift_add_sign_(
             low = torch.mm(*pairs[0], out=first[: stop - start])
             other = torch.mm(*pairs[1], out=second[: stop - start])
             _apply("apply_sign", w[rows], g[rows], low, other, args)
+        del first, second, low, other, pairs  # before those of the next expert are made
 
 
 def coordinate_add_(
