@@ -83,7 +83,6 @@ def rates(optimizer: Optimizer, make: Callable[[Optimizer], Any], step: Callable
     return seen
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:torch.optim")
 SCHEDULED = [
     (name, scheduler)
     for name in cases.method_names()
@@ -93,6 +92,7 @@ SCHEDULED = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.optim")
 @pytest.mark.parametrize("tensor_lr", [False, True])
 @pytest.mark.parametrize(("name", "scheduler"), SCHEDULED)
 def test_the_scheduled_rate_is_the_one_applied(name: str, scheduler: str, tensor_lr: bool) -> None:
