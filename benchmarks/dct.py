@@ -2,7 +2,8 @@
 
 Run as ``python -m benchmarks.dct``. P4: two gradients take turns, so that the index set changes at
 every step. Energies are those of the demo model's gradients after some steps of training, by the
-kind of layer, over the best possible ones (SVD) of the same rank. ``--plot`` draws them.
+kind of layer, over the best possible ones (SVD) of the same rank; two fixed bases that are no
+projectors stand beside them as controls. ``--plot`` draws them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,12 @@ from lowrank_optim.subspaces import Context
 from lowrank_optim.subspaces.transform import cosine_rows
 
 GALORE = "GaLoreAdamW, no refresh"
-BASES = ("dct", "rsvd", "svd", "random")
+PROJECTED = ("svd", "rsvd", "dct", "hadamard", "random")
+CHOSEN = ("axes", "any fixed")
+"""Controls: the best r of the axes, and of one random orthonormal basis."""
+OF_ALL = "svd of all"
+"""What the best basis captures of the whole gradient."""
+BASES = (*PROJECTED[:-1], *CHOSEN, PROJECTED[-1])
 
 
 def released(params: Sequence[Tensor], rank: int) -> Work:
@@ -88,13 +94,19 @@ def times(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def energies(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+def controls(m: int) -> tuple[Tensor, Tensor]:
+    """Orthonormal rows ``(m, m)``: the axes, and random ones that no gradient was looked at for."""
+    noise = torch.randn(m, m, generator=torch.Generator().manual_seed(1))
+    return torch.eye(m), torch.linalg.qr(noise).Q
+
+
+def energies(steps: int) -> dict[str, dict[str, float]]:
     """Captured energy of each basis over that of the SVD, mean over layers of a kind."""
     settings, corpus = replace(Settings(), gap=200), load_corpus()
     method, model = METHODS["GaLoreAdamW"], make_model(Settings(), corpus.vocab_size)
     optimizer = method.make(make_groups(model, settings), method.lr)
     scheduler = schedule(optimizer, settings)
-    batches = corpus.batches(args.steps + 1, settings.batch, settings.context, settings.seed)
+    batches = corpus.batches(steps + 1, settings.batch, settings.context, settings.seed)
     for window in batches:
         optimizer.zero_grad()
         losses(model, window).mean().backward()
@@ -109,10 +121,15 @@ def energies(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         rank = max(1, view.m // 8)
         ctx = Context(view, torch.Generator().manual_seed(0))
         best = float(torch.linalg.svdvals(grad)[:rank].square().sum())
-        for projector in BASES:
+        total = float(grad.square().sum())
+        kinds[name.split(".")[-2]][OF_ALL].append(best / total)
+        for projector in PROJECTED:
             basis = PROJECTORS[projector](rank).find(grad, None, ctx)  # type: ignore[attr-defined]
             energy = float((basis.mT @ grad).square().sum()) / best
             kinds[name.split(".")[-2]][projector].append(energy)
+        for control, rows in zip(CHOSEN, controls(view.m), strict=True):
+            energy = float((rows @ grad).square().sum(1).topk(rank).values.sum()) / best
+            kinds[name.split(".")[-2]][control].append(energy)
     return {k: {p: statistics.mean(x) for p, x in v.items()} for k, v in kinds.items()}
 
 
@@ -123,22 +140,33 @@ def plot(found: dict[str, dict[str, float]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 2.8))
+    width = 0.8 / len(BASES)
+    figure, axes = pyplot.subplots(figsize=(7.5, 2.8))
     for i, projector in enumerate(BASES):
-        at = [k + 0.2 * (i - 1.5) for k in range(len(found))]
-        axes.bar(at, [v[projector] for v in found.values()], 0.2, label=projector)
+        at = [k + width * (i - (len(BASES) - 1) / 2) for k in range(len(found))]
+        axes.bar(at, [v[projector] for v in found.values()], width, label=projector)
     axes.set_xticks(range(len(found)), list(found), fontsize=8)
     axes.set_ylabel("energy over SVD's")
-    axes.legend(fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    axes.legend(
+        fontsize=8, ncols=len(BASES), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=90)
+
+
+def show_energies(console: Console, found: dict[str, dict[str, float]], steps: int) -> None:
+    """One table."""
+    columns = (*BASES, OF_ALL)
+    rows = [(k, *(f"{v[p]:.3f}" for p in columns)) for k, v in found.items()]
+    title = f"Energy over the SVD's at rank m / 8, demo after {steps} steps"
+    print_table(console, title, ("layer", *columns), rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the tables, write the file."""
     parser = argparse.ArgumentParser(description="Time and captured energy of the cosine basis.")
     parser.add_argument("--layers", type=int, default=2, help="of LLaMA-130M (default: 2)")
-    parser.add_argument("--steps", type=int, default=100, help="of the demo before its gradients")
+    parser.add_argument("--steps", type=int, default=50, help="of the demo before its gradients")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, help="default: torch's choice")
     parser.add_argument("--only", choices=["times", "energies"])
@@ -158,10 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         title = f"P4: one step, {7 * args.layers} matrices of LLaMA-130M, float32, gap 1"
         print_table(console, title, ("", "ms", "over GaLore (target 0.5)"), rows)
     if args.only != "times":
-        results["energies"] = found = energies(args)
-        rows = [(k, *(f"{v[p]:.3f}" for p in BASES)) for k, v in found.items()]
-        title = f"Energy over the SVD's at rank m / 8, demo after {args.steps} steps"
-        print_table(console, title, ("layer", *BASES), rows)
+        results["energies"] = found = energies(args.steps)
+        show_energies(console, found, args.steps)
         if args.plot:
             plot(found, args.plot)
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,8 @@
 Run as ``python -m benchmarks.refresh``. Gradients are real: the demo model, and two layers of the
 shapes of LLaMA-130M, trained on the demo's text; the basis in use comes from one gradient, the
 refresh sees the one ``gap`` steps later. Synthetic matrices with a slowly decaying spectrum, where
-no basis captures nearly all, show the other case.
+no basis captures nearly all, show the other case. ``--by-layer`` shows instead what fixed bases
+capture beside these, by the kind of layer, and ``--plot`` draws it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from benchmarks.common import (
     load_corpus,
     print_table,
 )
+from benchmarks.dct import energies, plot, show_energies
 from benchmarks.pretrain import METHODS, Settings, losses, make_groups, make_model, schedule
 from benchmarks.timing import interleaved, ratio
 from lowrank_optim.matrix import matrix_view
@@ -203,6 +205,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32,bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="default: torch's choice")
+    parser.add_argument("--by-layer", action="store_true", help="energy alone, with fixed bases")
+    parser.add_argument("--plot", type=Path, help="where to draw that")
     parser.add_argument("--out", type=Path, default=Path("runs/refresh.json"))
     return parser.parse_args(arguments)
 
@@ -230,7 +234,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "arguments": {k: str(v) for k, v in vars(args).items()},
         "tables": [],
     }
-    for case in cases(args, load_corpus()):
+    if args.by_layer:
+        results["by_layer"] = found = energies(args.steps)
+        show_energies(console, found, args.steps)
+        if args.plot:
+            plot(found, args.plot)
+    for case in () if args.by_layer else cases(args, load_corpus()):
         for dtype in args.dtype.split(","):
             found = measure(case, getattr(torch, dtype), args.rounds)
             results["tables"].append(found)

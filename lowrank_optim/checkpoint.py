@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.groups import Group, canonical, check
-from lowrank_optim.plan import Item, init_state, on_host
+from lowrank_optim.plan import Item, alloc_moments, init_state, on_host
 from lowrank_optim.stores import scale_key
+from lowrank_optim.subspaces.block import Block
 
 if TYPE_CHECKING:
     from lowrank_optim.optimizer import LowRankOptimizer
@@ -72,6 +73,40 @@ def load_state_dict(
             handle.remove()
 
 
+def hold_blocks(optimizer: LowRankOptimizer) -> None:
+    """Give moments to idle blocks too, zeros, until the next step takes them back.
+
+    For readers that fill in the entries which an optimizer has and look for no others:
+    ``torch.distributed.checkpoint`` from disk, and flattened state. An optimizer that has not
+    stepped must have its state first (``get_optimizer_state_dict`` makes it).
+
+    Args:
+        optimizer: of groups with ``projector="block"``; nothing happens to others.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim import FrugalAdamW
+        >>> from lowrank_optim.checkpoint import hold_blocks
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+        >>> optimizer = FrugalAdamW([p for p in model.parameters() if p.dim() == 2], density=0.5)
+        >>> model(torch.randn(3, 8)).sum().backward()
+        >>> optimizer.step()
+        >>> sorted("exp_avg" in state for state in optimizer.state.values())
+        [False, True]
+        >>> hold_blocks(optimizer)
+        >>> sorted("exp_avg" in state for state in optimizer.state.values())
+        [True, True]
+    """
+    for group in optimizer.param_groups:
+        chosen = optimizer._strategies(group)
+        for item in optimizer._items(group):
+            state = optimizer.state.get(item.param)
+            if not isinstance(item.subspace, Block) or not state:
+                continue
+            if any(slot.name not in state for slot in chosen.rule.slots(item.param.shape)):
+                alloc_moments(item, chosen, state, item.param)
+
+
 def _without_params(group: Group) -> Group:
     """The keys that fill in for what a checkpoint of an older or another optimizer lacks."""
     return {k: v for k, v in group.items() if k not in ("params", "param_names")}
@@ -128,6 +163,7 @@ def check_fit(
                 meta = torch.empty_like(here.param, device="meta")
                 # a block's moments are there or not, by when the checkpoint was written
                 active = any(slot.name in found for slot in chosen.rule.slots(here.param.shape))
+                active |= int(found.get("refresh_step", -1)) >= 0  # must be: nobody else has them
                 expected = init_state(there, chosen, meta, active)
                 _same_shapes(optimizer, here, loaded, found, expected)
                 dtypes[n] = {k: v.dtype for k, v in expected.items()}

@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -18,14 +19,25 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from lowrank_optim import (
+    DCTAdamW,
+    DCTAdamW8bit,
+    FiraAdamW,
+    FrugalAdamW,
+    FrugalLion,
+    FrugalSGD,
     GaLoreAdafactor,
     GaLoreAdamW,
     GaLoreAdamW8bit,
     GaLoreLion,
     GaLoreSGD,
+    SSTAdamW,
+    SSTAdamW8bit,
+    SwitchLoRAAdamW,
+    SwitchLoRAAdamW8bit,
     lowrank_groups,
     quant,
 )
+from lowrank_optim.checkpoint import hold_blocks
 from lowrank_optim.optimizer import LowRankOptimizer
 from tests import runs
 
@@ -38,6 +50,18 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "lion 8bit": (GaLoreLion, {"state_dtype": "8bit"}),
     "sgd": (GaLoreSGD, {"momentum": 0.9}),
     "adafactor": (GaLoreAdafactor, {"beta1": 0.9}),
+    "fira": (FiraAdamW, {}),
+    "frugal columns": (FrugalAdamW, {"projector": "columns"}),
+    "frugal rows 8bit": (FrugalLion, {"projector": "rows", "state_dtype": "8bit"}),
+    "frugal randk": (FrugalAdamW, {"projector": "randk", "on_refresh": "project"}),
+    "frugal svd": (FrugalSGD, {"projector": "svd", "momentum": 0.9}),
+    "dct": (DCTAdamW, {"projector": "dct", "error_feedback": "4bit"}),
+    "dct 8bit": (DCTAdamW8bit, {"projector": "dct", "transform": "fft", "error_feedback": "8bit"}),
+    "hadamard": (GaLoreAdamW, {"projector": "hadamard", "on_refresh": "project"}),
+    "sst": (SSTAdamW, {"steps_per_iteration": 3, "iterations_per_round": 2}),
+    "sst active 8bit": (SSTAdamW8bit, {"steps_per_iteration": 3, "factors": "active"}),
+    "switchlora": (SwitchLoRAAdamW, {"interval": 4, "freeze_steps": 2}),
+    "switchlora 8bit": (SwitchLoRAAdamW8bit, {"interval": 4, "freeze_steps": 2}),
 }
 
 
@@ -46,10 +70,11 @@ def make(method: str, seed: int) -> tuple[nn.Module, LowRankOptimizer]:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(20, 12), nn.LayerNorm(12), nn.Linear(12, 9))
     cls, options = METHODS[method]
+    options = dict(options)
     groups = lowrank_groups(
         model,
         rank=3,
-        projector="rsvd",
+        projector=options.pop("projector", "rsvd"),
         overrides={"2": {"rank": 0.5, "proj_type": "full", "tags": ["late", "head"]}},
         no_decay="bias",
     )
@@ -61,6 +86,7 @@ def round_trip(
     target: tuple[nn.Module, LowRankOptimizer],
     flat: bool,
     path: Path | None,
+    **planner: Any,
 ) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     theirs = get_optimizer_state_dict(*source, options=options)
@@ -69,7 +95,7 @@ def round_trip(
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.save({"o": theirs}, checkpoint_id=path)
             target_state = {"o": get_optimizer_state_dict(*target, options=options)}
-            dcp.load(target_state, checkpoint_id=path)
+            dcp.load(target_state, checkpoint_id=path, **planner)
         theirs = target_state["o"]
     set_optimizer_state_dict(*target, optim_state_dict=theirs, options=options)
     target[0].load_state_dict(source[0].state_dict())
@@ -220,3 +246,88 @@ def test_on_disk_another_format_is_refused(saved: str, flat: bool, tmp_path: Pat
         message = "does not fit parameter 0 .* exp_avg is float32 there and 8bit here"
         with pytest.raises(ValueError, match=message):
             round_trip((model, optimizer), (twin, resumed), flat, tmp_path)
+
+
+def blocks(seed: int, **options: Any) -> tuple[nn.Module, LowRankOptimizer]:
+    """Four matrices of which two have moments, for three steps at a time."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(*(nn.Linear(9, 9) for _ in range(4)))
+    groups = lowrank_groups(model, density=0.5)
+    own = {"update_proj_gap": 3, "block_order": "ascending", **options}
+    return model, FrugalAdamW(groups, lr=0.05, **own)
+
+
+def active(model: nn.Module, optimizer: LowRankOptimizer) -> list[bool]:
+    return ["exp_avg" in optimizer.state[layer.weight] for layer in model]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "8bit"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_on_disk_blocks_of_any_age_are_read(
+    flat: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint whose active blocks are not the first: all entries are made, some stay zeros.
+
+    The reader fills in what the optimizer has, and a fresh one has moments of the first blocks
+    alone: it found none of the checkpoint's, and missed two that it looked for.
+    """
+    monkeypatch.setattr(quant, "MIN_SIZE", 30)
+    model, optimizer = blocks(0, state_dtype=dtype)
+    runs.train(list(model.parameters()), optimizer, range(SAVED))
+    assert active(model, optimizer) == [False, False, True, True]
+    twin, resumed = blocks(1, state_dtype=dtype)
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    theirs = get_optimizer_state_dict(model, optimizer, options=options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.save({"o": theirs}, checkpoint_id=tmp_path)
+        get_optimizer_state_dict(twin, resumed, options=options)  # makes the state
+        assert active(twin, resumed) == [True, True, False, False]
+        hold_blocks(resumed)
+        state = {"o": get_optimizer_state_dict(twin, resumed, options=options)}
+        dcp.load(
+            state,
+            checkpoint_id=tmp_path,
+            planner=DefaultLoadPlanner(allow_partial_load=True),
+        )
+    set_optimizer_state_dict(twin, resumed, optim_state_dict=state["o"], options=options)
+    twin.load_state_dict(model.state_dict())
+    for step in range(SAVED, STEPS):
+        runs.train(list(model.parameters()), optimizer, [step])
+        runs.train(list(twin.parameters()), resumed, [step])
+        runs.assert_same(twin.parameters(), model.parameters())
+        runs.assert_same_state(runs.entries(resumed), runs.entries(optimizer))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_on_disk_blocks_without_their_moments_are_refused(flat: bool, tmp_path: Path) -> None:
+    """Not made, and the reader says what it misses; nor passed over, where that is allowed.
+
+    A partial load without room for the moments lost them in silence: the blocks began again.
+    """
+    model, optimizer = blocks(0)
+    runs.train(list(model.parameters()), optimizer, range(SAVED))
+    with pytest.raises(CheckpointException, match=r"exp_avg"):
+        round_trip((model, optimizer), blocks(1), flat, tmp_path / "whole")
+    twin, resumed = blocks(1)
+    planner = DefaultLoadPlanner(allow_partial_load=True)
+    with pytest.raises(ValueError, match=r"does not fit 2.weight in FrugalAdamW: state is"):
+        round_trip((model, optimizer), (twin, resumed), flat, tmp_path / "part", planner=planner)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_in_memory_blocks_of_any_age_are_read(flat: bool) -> None:
+    """Nothing to prepare, unless torch reads by the entries that the optimizer has: flattened."""
+    model, optimizer = blocks(0)
+    runs.train(list(model.parameters()), optimizer, range(SAVED))
+    twin, resumed = blocks(1)
+    if flat:
+        with pytest.raises(ValueError, match=r"does not fit 2.weight in FrugalAdamW: state is"):
+            round_trip((model, optimizer), (twin, resumed), flat, None)
+        hold_blocks(resumed)
+    round_trip((model, optimizer), (twin, resumed), flat, None)
+    assert active(twin, resumed) == [False, False, True, True]
+    runs.train(list(model.parameters()), optimizer, range(SAVED, STEPS))
+    runs.train(list(twin.parameters()), resumed, range(SAVED, STEPS))
+    runs.assert_same(twin.parameters(), model.parameters())
+    runs.assert_same_state(runs.entries(resumed), runs.entries(optimizer))

@@ -265,33 +265,6 @@ def test_shared_weights_stay_dense() -> None:
         assert_close(a, b)
 
 
-def test_gpt2() -> None:
-    """A real model: targets and the order of draws are those of ``lowrank_groups``."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(
-        vocab_size=50, n_positions=8, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.0,
-        embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    dense = transformers.GPT2LMHeadModel(config).to(F64)
-    model = copy.deepcopy(dense)
-    # bias of zeros would be within eps of no gradient at all; they are trained as ever
-    first = SSTAdamW(lowrank_groups(dense, rank=4), eps=1e-3, **SST)
-    second = SSTAdamW(convert(model, "sst", rank=4), eps=1e-3, **SST)
-    assert sum(isinstance(m, SpectralLinear) for m in model.modules()) == 8
-    for step in range(10):
-        ids = torch.randint(50, (2, 8), generator=torch.Generator().manual_seed(step))
-        for net, optimizer in ((dense, first), (model, second)):
-            optimizer.zero_grad()
-            net(ids, labels=ids).loss.backward()
-            optimizer.step()
-    merge(model)
-    for (name, a), (_, b) in zip(
-        model.state_dict().items(), dense.state_dict().items(), strict=True
-    ):
-        assert float((a - b).abs().max()) < 1e-8, name
-
-
 def test_bfloat16_and_autocast() -> None:
     """Factors stay float32; products are in the input's dtype, or autocast's."""
     model = network(torch.bfloat16)

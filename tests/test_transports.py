@@ -161,3 +161,25 @@ def test_a_change_of_indices_permutes_rows_and_starts_new_ones_from_zero(
     expected = m @ turn.mT
     TRANSPORTS["project"]([(MEAN, m, 1.0), (SQUARE, v, 1.0)], Moved(source_right=source))
     assert_close(m, expected)
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_fact_28_between_index_sets_the_rule_of_ldadam_is_a_move_of_rows(
+    batch: tuple[int, ...],
+) -> None:
+    """With C a partial permutation ``(C o C)(v / b2 - (m / b1)^2) + (C m / b1)^2`` is ``C v / b2``.
+
+    So the path of bases and the path of indices are one: a basis whose columns are unit vectors of
+    a fixed one may be carried either way. A row that is new has a zero row in C, hence no moments.
+    """
+    source = torch.tensor([2, -1, 0, 3]).expand(*batch, R)
+    turn = torch.nn.functional.one_hot(source.clamp(min=0), R).double() * (source >= 0)[..., None]
+    m, v = moments(*batch)
+    by_index = m.clone(), v.clone()
+    project(m, v, turn)
+    kept = list(zip((MEAN, SQUARE), by_index, BIASES, strict=True))
+    TRANSPORTS["project"](kept, Moved(source=source))
+    assert_close(m, by_index[0])
+    assert_close(v, by_index[1])
+    new = source == -1
+    assert not m[new].any() and not v[new].any()

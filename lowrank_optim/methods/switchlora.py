@@ -58,7 +58,7 @@ class SwitchLoRAAdamW(LowRankOptimizer):
     Args:
         params: parameters, named parameters, or groups of either, as in
             :class:`lowrank_optim.GaLoreAdamW`; also the groups of
-            :func:`lowrank_optim.nn.switchlora.convert`.
+            :func:`lowrank_optim.nn.convert`.
         lr: learning rate (default: 1e-3). It acts on the factors, where entries of W move by about
             ``lr sqrt(2) std / sqrt(r)``: published 2e-2, with dense parameters in the same group.
         betas: decay of the two moments (default: (0.9, 0.999)).
@@ -192,7 +192,7 @@ class SwitchLoRAAdamW(LowRankOptimizer):
                 b, base = params[i + 1 : i + 3]
                 view = matrix_view(base.shape, group["proj_type"])
                 assert view is not None
-                sub = SwitchedFactors.from_group(group, view)
+                sub = SwitchedFactors.from_group(group, view).sharing(self._shared)
                 yield FactorItem(item.param, item.name, index, view, sub, b=b, base=base)
                 parts = 2
             else:

@@ -97,7 +97,8 @@ class Spectral(Subspace):
             device = torch.device("cpu") if self._offloads(param) else param.device
             for key, size in zip(self.rest_keys, sides.values(), strict=True):
                 shape = *view.batch, k - self.rank, size
-                state[key] = torch.zeros(shape, dtype=narrow, device=device)
+                pinned = self._offloads(param) and param.is_cuda
+                state[key] = torch.zeros(shape, dtype=narrow, device=device, pin_memory=pinned)
             order = torch.arange(k, dtype=torch.int32, device=param.device)
             state["basis_order"] = order.repeat(*view.batch, 1) if view.batch else order
         return state
@@ -137,7 +138,8 @@ class Spectral(Subspace):
         )
         for index, u, v in zip(*parts, strict=True):
             if index.numel():
-                yield index.squeeze(-1), u.to(like), v.to(like)
+                # from pinned memory: a later chunk is on its way while this one is used
+                yield index.squeeze(-1), *(x.to(like, non_blocking=True) for x in (u, v))
 
     # ---------------------------------------------------------------- refresh
 

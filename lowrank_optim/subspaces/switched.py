@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -14,10 +14,10 @@ from lowrank_optim import ops
 from lowrank_optim.matrix import MatrixView
 from lowrank_optim.residuals import Term
 from lowrank_optim.rules.base import compute_dtype
-from lowrank_optim.subspaces import switching
-from lowrank_optim.subspaces.base import Context, Into, Moved, Reduce, State, Subspace
+from lowrank_optim.subspaces import ahead, switching
+from lowrank_optim.subspaces.base import Context, Into, Moved, Reduce, Shared, State, Subspace
 from lowrank_optim.subspaces.lora import balance_, published_stds
-from lowrank_optim.subspaces.switching import Schedule, ring, runs
+from lowrank_optim.subspaces.switching import Schedule, ring, runs, thawing, where
 
 SIDES = ("A", "B")
 """Rows of A ``(r, in)`` and, transposed, columns of B ``(out, r)``."""
@@ -59,6 +59,7 @@ class Switched(Subspace):
         decay_on: what weight decay acts on: ``"factors"`` or the whole ``"weight"``.
         restart_every: steps after which B A is refactorised and all moments start again; or None.
         flip: whether the canonical view is (in, out) rather than (out, in).
+        shared: where the optimizer keeps candidates that were fetched ahead.
     """
 
     interval: int = 40
@@ -72,6 +73,7 @@ class Switched(Subspace):
     decay_on: str = "factors"
     restart_every: int | None = None
     flip: bool = False
+    shared: Shared = field(default_factory=Shared, compare=False, repr=False)
 
     needs_grad: ClassVar[bool] = False
 
@@ -79,6 +81,10 @@ class Switched(Subspace):
     def from_group(cls, group: dict[str, Any], view: MatrixView) -> Self:
         """Fields are group keys; ``fan_in_fan_out`` says that weights are stored (in, out)."""
         return super().from_group({**group, "flip": view.flip != group["fan_in_fan_out"]}, view)
+
+    def sharing(self, shared: Shared) -> Self:
+        """This subspace, with what it fetches ahead where the optimizer keeps it."""
+        return replace(self, shared=shared)
 
     @property
     def s(self) -> float:
@@ -141,7 +147,7 @@ class Switched(Subspace):
         if int(state["refresh_step"]) < 0:
             self._start_(state, ctx)
         before: list[list[int]] = state["host.frozen"].tolist()
-        fresh = [_thawing(x) if self.freeze_step_counter else set() for x in before]
+        fresh = [thawing(x) if self.freeze_step_counter else set() for x in before]
         frozen = [[max(0, n - 1) for n in own] for own in before]
         if self.restart_every and ctx.count and ctx.count % self.restart_every == 0:
             self._restart_(state)
@@ -179,6 +185,7 @@ class Switched(Subspace):
         count = schedule.count(ctx.count, r, ctx.generator)
         count = min(count, switching.free_slots(r, k, counts))
         if not count:
+            self._fetch_ahead_(state, schedule, ctx)
             return [[], []]
         generator = ctx.generator if self.order == "random" else None
         chosen = []
@@ -190,7 +197,25 @@ class Switched(Subspace):
             state["host.held"][side, slots] = torch.tensor(new)
             chosen.append(slots)
         state["host.head"].add_(count).remainder_(r)
+        self._fetch_ahead_(state, schedule, ctx)
         return chosen
+
+    def _ahead(self, state: State, ctx: Context) -> ahead.Ahead | None:
+        """What the device fetches while it computes: of a ring, whose order is known."""
+        if self.order != "fifo" or not ahead.apart(self.pool(state, 0), state["basis_A"]):
+            return None
+        return self.shared.get(("ahead", ctx.index), ahead.Ahead)  # type: ignore[no-any-return]
+
+    def _fetch_ahead_(self, state: State, schedule: Schedule, ctx: Context) -> None:
+        """Let it fetch the most that the next step can ask for."""
+        own, r, k = self._ahead(state, ctx), self.rank, ctx.view.full_rank
+        if own is None:
+            return
+        count = min(math.ceil(r * schedule.rate(ctx.count + 1) / self.interval), k - r)
+        for side, head in enumerate(state["host.head"].tolist()):
+            held: list[int] = state["host.held"][side].tolist()
+            new = switching.incoming(held, head, count, k, None)
+            own.stage(side, self.pool(state, side), new, state[f"basis_{SIDES[side]}"])
 
     def _exchange_(
         self,
@@ -207,8 +232,14 @@ class Switched(Subspace):
         neither waits for them nor looks at what they bring.
         """
         factor, pool = state[f"basis_{SIDES[side]}"], self.pool(state, side)
+        own = self._ahead(state, ctx)  # asked before the pool is written: none goes and comes
+        fetched = None if own is None else own.take(side, pool, new)
         for slot, entry in runs(slots, old):
             pool[..., entry, :].copy_(factor[..., slot, :], non_blocking=True)
+        if fetched is not None:
+            for slot, at in runs(slots, range(len(slots))):
+                factor[..., slot, :].copy_(fetched[..., at, :])
+            return
         for slot, entry in runs(slots, new):
             factor[..., slot, :].copy_(pool[..., entry, :], non_blocking=True)
 
@@ -229,7 +260,7 @@ class Switched(Subspace):
         Their moments are zero since the switch and stay zero, so their direction is zero too.
         """
         for rows, x in zip(state["host.frozen"].tolist(), coords.values(), strict=True):
-            for own in _where(rows):
+            for own in where(rows):
                 x[..., own, :].zero_()
         return coords
 
@@ -264,18 +295,7 @@ class Switched(Subspace):
             if isinstance(decay, Tensor) or decay != 1:
                 x.mul_(decay)
             x.sub_(step.to(x.dtype), alpha=into.lr)
-            for own in _where(rows):  # neither decay nor, with eps = 0, a direction of 0 / 0
+            for own in where(rows):  # neither decay nor, with eps = 0, a direction of 0 / 0
                 x[..., own, :].copy_(old[..., own, :])
             out[side] = x, x - old
         return out
-
-
-def _where(frozen: Sequence[int]) -> list[slice]:
-    """Slices over the frozen slots."""
-    rows = [i for i, n in enumerate(frozen) if n]
-    return [own for (own,) in runs(rows)] if rows else []
-
-
-def _thawing(frozen: Sequence[int]) -> set[int]:
-    """Slots whose last frozen step is over: their step counts from here."""
-    return {i for i, n in enumerate(frozen) if n == 1}

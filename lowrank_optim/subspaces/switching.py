@@ -98,3 +98,14 @@ def incoming(
     idle = sorted(set(range(size)) - set(held))
     order = torch.randperm(len(idle), generator=generator)
     return [idle[i] for i in order[:count].tolist()]
+
+
+def where(frozen: Sequence[int]) -> list[slice]:
+    """Slices over the frozen slots."""
+    rows = [i for i, n in enumerate(frozen) if n]
+    return [own for (own,) in runs(rows)] if rows else []
+
+
+def thawing(frozen: Sequence[int]) -> set[int]:
+    """Slots whose last frozen step is over: their step counts from here."""
+    return {i for i, n in enumerate(frozen) if n == 1}

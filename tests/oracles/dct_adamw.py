@@ -3,6 +3,9 @@
 The stored orientation is never transposed: ``Q[:, I]`` acts on the right of tall and square
 matrices, ``Q[:, I]^T`` on the left of wide ones. Moments are kept for **all** indices, in rows of
 the full spectrum, so that a permutation is nothing but zeroing what left.
+
+Checked by hand against ISTA-DASLab-Optimizers 1.1.15 (float64, 12 steps, three shapes): equal to
+6e-12 with its cosines made exact, its indices sorted and its rotation out of place.
 """
 
 import math

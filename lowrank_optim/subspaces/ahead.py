@@ -1,0 +1,72 @@
+"""Candidates that come next, copied to the device before they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.subspaces.switching import runs
+
+
+def apart(pool: Tensor, factor: Tensor) -> bool:
+    """Whether the device copies from pinned host memory while it computes: CUDA does."""
+    return factor.is_cuda and not pool.is_cuda
+
+
+class Staged(NamedTuple):
+    """Rows of a pool on the device, as they were at one version of it."""
+
+    pool: Tensor
+    version: int
+    entries: list[int]
+    rows: Tensor
+    """``(..., count, size)``."""
+
+
+class Ahead:
+    """The next candidates of one matrix, for A (0) and for B (1), on a stream of their own.
+
+    What is staged counts only while nothing was written to its pool since: after a checkpoint is
+    loaded, or a pool is changed by hand, the candidates come straight from the pool.
+    """
+
+    def __init__(self) -> None:
+        self._staged: dict[int, Staged] = {}
+        self._stream: torch.cuda.Stream | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """All that is held on the device."""
+        return (staged.rows for staged in self._staged.values())
+
+    def stage(self, side: int, pool: Tensor, entries: Sequence[int], like: Tensor) -> None:
+        """Begin to copy ``entries`` of a pool, after all that was sent to it."""
+        held, entries = self._staged.get(side), list(entries)
+        if not entries or self._find(side, pool, entries) is not None:
+            return
+        shape = *pool.shape[:-2], len(entries), pool.shape[-1]
+        rows = held.rows if held is not None and held.rows.shape == shape else like.new_empty(shape)
+        if rows.is_cuda:
+            self._stream = self._stream or torch.cuda.Stream(rows.device)  # type: ignore[no-untyped-call]
+            self._stream.wait_stream(torch.cuda.current_stream(rows.device))
+            rows.record_stream(self._stream)
+        with torch.cuda.stream(self._stream) if rows.is_cuda else nullcontext():
+            for at, entry in runs(range(len(entries)), entries):
+                rows[..., at, :].copy_(pool[..., entry, :], non_blocking=True)
+        self._staged[side] = Staged(pool, pool._version, entries, rows)
+
+    def take(self, side: int, pool: Tensor, entries: Sequence[int]) -> Tensor | None:
+        """``entries`` of a pool ``(..., count, size)``, or None if others are staged."""
+        rows = self._find(side, pool, entries)
+        if rows is not None and rows.is_cuda and self._stream is not None:
+            torch.cuda.current_stream(rows.device).wait_stream(self._stream)
+        return rows
+
+    def _find(self, side: int, pool: Tensor, entries: Sequence[int]) -> Tensor | None:
+        held, count = self._staged.get(side), len(entries)
+        if held is None or held.pool is not pool or held.version != pool._version:
+            return None
+        return held.rows[..., :count, :] if held.entries[:count] == list(entries) else None
