@@ -1,7 +1,8 @@
 """What a LLaMA needs with each optimizer, beside the memory of one card.
 
-Run as ``python -m benchmarks.memory --model llama-7b --rank 1024 --budget-gib 24``. Nothing is
-allocated: :func:`lowrank_optim.memory.estimate` makes the state on the meta device.
+Run as ``python -m benchmarks.memory --model llama-7b --rank 1024 --budget-gib 24``. With
+``--tokens 4096`` activations are in the peaks, of checkpointed layers with ``--checkpointing``.
+Nothing is allocated: :func:`lowrank_optim.memory.estimate` makes the state on the meta device.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from rich.text import Text
 from torch.optim import Optimizer
 
 from benchmarks.common import LLAMA_SHAPES, llama_config, print_table
-from lowrank_optim import DCTAdamW, DCTAdamW8bit, GaLoreAdamW, GaLoreAdamW8bit
+from lowrank_optim import DCTAdamW, DCTAdamW8bit, FrugalAdamW8bit, GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_optim.memory import GIB, Estimate, estimate
 
 HEADER = (
@@ -32,7 +33,7 @@ HEADER = (
     "peak, all\ngrads live",
     "peak, freed\nin backward",
 )
-PARTS = {"weights": "█", "gradient": "▓", "basis": "▒", "moments": "░"}
+PARTS = {"weights": "█", "gradient": "▓", "basis": "▒", "moments": "░", "activations": "▪"}
 LABEL = 16
 """Columns for the name of a bar."""
 COLOURS = {
@@ -40,6 +41,7 @@ COLOURS = {
     "gradient": "#c44e52",
     "basis": "#55a868",
     "moments": "#dd8452",
+    "activations": "#8172b3",
 }
 
 
@@ -60,22 +62,32 @@ def methods(rank: int) -> dict[str, tuple[type[Optimizer] | str, dict[str, Any]]
         "GaLore fp32": (GaLoreAdamW, {"rank": rank}),
         "GaLore bf16": (GaLoreAdamW, {"rank": rank, "state_dtype": "bfloat16"}),
         "GaLore 8-bit": (GaLoreAdamW8bit, {"rank": rank}),
+        "FRUGAL 8-bit": (FrugalAdamW8bit, {"rank": rank, "projector": "columns"}),
         "DCT fp32": (DCTAdamW, {"rank": rank}),
         "DCT 8-bit": (DCTAdamW8bit, {"rank": rank}),
     }
 
 
-def measure(model: str, rank: int) -> list[Row]:
+def measure(
+    model: str, rank: int, tokens: int | None = None, checkpointing: bool = False
+) -> list[Row]:
     """The rows of ``model``, a key of :data:`~benchmarks.common.LLAMA_SHAPES`."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):  # once for all rows
         module = AutoModelForCausalLM.from_config(llama_config(model), dtype=torch.bfloat16)
+    counted: dict[str | None, int] = {}
 
     def one(
         optimizer: type[Optimizer] | str, options: dict[str, Any], how: Literal["step"] | None
     ) -> Estimate:
-        return estimate(module, optimizer, in_backward=how, **options)
+        asked = {"tokens": tokens, "checkpointing": checkpointing} if how not in counted else {}
+        found = estimate(module, optimizer, in_backward=how, **asked, **options)
+        if tokens is None:
+            return found
+        # forward and backward know nothing of the optimizer: once is enough
+        activations = counted.setdefault(how, found.activations or 0)
+        return replace(found, activations=activations)
 
     return [
         Row(name, one(optimizer, options, None), one(optimizer, options, "step"))
@@ -120,11 +132,16 @@ def reading(rows: Sequence[Row], budget: float) -> str:
     )
     spare = budget - min(row.freed.peak for row in rows)
     left = f", {gib(spare)} GiB here," if spare >= 0 else ""
+    activations = rows[0].freed.activations
+    others = "Activations are not counted, nor what"
+    if activations is not None:
+        text += f". Activations take {gib(activations)} GiB of the latter peaks"
+        others = "Not counted is what"
+    if not left:
+        return f"{text}."
     return (
-        f"{text}. Activations are not counted, nor what a step, a refresh of the bases and the "
+        f"{text}. {others} a step, a refresh of the bases and the "
         f"allocator need in passing: what the least of these leaves{left} is for them."
-        if left
-        else f"{text}."
     )
 
 
@@ -134,7 +151,8 @@ def segments(e: Estimate) -> dict[str, int]:
         "weights": e.weights,
         "gradient": e.live_gradients,
         "basis": e.basis,
-        "moments": e.moments + e.other,
+        "moments": e.moments + e.other - e.host,
+        **({} if e.activations is None else {"activations": e.activations}),
     }
 
 
@@ -160,8 +178,8 @@ def bars(rows: Sequence[Row], budget: float, width: int) -> Text:
                 text.append(" " * (mark - drawn) + "│", "bold")
             text.append(f" {gib(e.peak)}\n")
     text.append(" " * (LABEL + mark) + f"│ {budget / GIB:g} GiB\n", "bold")
-    for part, glyph in PARTS.items():
-        text.append(f"{glyph} {part}   ", COLOURS[part])
+    for part in segments(rows[0].live):
+        text.append(f"{PARTS[part]} {part}   ", COLOURS[part])
     return text
 
 
@@ -187,10 +205,11 @@ def plot(rows: Sequence[Row], title: str, budget: float, path: Path) -> None:
     axes.set_yticks([y for y, _ in labels], [name for _, name in labels])
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("GiB, without activations")
+    known = rows[0].live.activations is not None
+    axes.set_xlabel("GiB" if known else "GiB, without activations")
     axes.set_title(title, loc="left")
     axes.margins(x=0.08)
-    axes.legend(ncols=5, loc="upper center", bbox_to_anchor=(0.45, -0.16), frameon=False)
+    axes.legend(ncols=6, loc="upper center", bbox_to_anchor=(0.45, -0.16), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -219,12 +238,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", choices=LLAMA_SHAPES, default="llama-7b")
     parser.add_argument("--rank", type=int, default=1024)
     parser.add_argument("--budget-gib", type=float, default=24.0)
+    parser.add_argument("--tokens", type=int, help="of one sequence: count activations too")
+    parser.add_argument("--checkpointing", action="store_true", help="of every layer")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, in bytes")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them")
     args = parser.parse_args(arguments)
-    rows, budget = measure(args.model, args.rank), round(args.budget_gib * GIB)
+    rows = measure(args.model, args.rank, args.tokens, args.checkpointing)
+    budget = round(args.budget_gib * GIB)
     name = args.model.replace("llama", "LLaMA").replace("m", "M").replace("b", "B")
     about = f"{name}, rank {args.rank}, bfloat16 weights"
+    if args.tokens:
+        about += f", {args.tokens} tokens" + ", checkpointed" * args.checkpointing
     title = f"{about}, beside {args.budget_gib:g} GiB (figures in GiB)"
     console = Console()
     print_table(console, title, HEADER, [cells(row, budget) for row in rows])

@@ -66,14 +66,28 @@ def advance(items: Sequence[Item], states: States, chosen: Strategies) -> None:
             state["clock"].fill_(now)
 
 
-def catch_up(item: Item, items: Sequence[Item], states: States, chosen: Strategies) -> None:
-    """The same before one block is stepped alone: the first that comes round again moves the clock.
+def catch_up(
+    item: Item,
+    items: Sequence[Item],
+    states: States,
+    chosen: Strategies,
+    begins: bool | None = None,
+) -> None:
+    """The same before one block is stepped alone.
 
     The others are switched with it, and marked when their own turn comes.
+
+    Args:
+        item: the block.
+        items: all of its group.
+        states: the optimizer's.
+        chosen: what the group chose.
+        begins: whether it is the first of its group in this step (default: if it comes round
+            again, which is a step late for one that the step before left out).
     """
     blocks = [i for i in items if isinstance(i.subspace, Block) and states.get(i.param)]
     now, state = _latest(blocks, states), states[item.param]
-    ticks = int(state["clock"]) == now
+    ticks = int(state["clock"]) == now if begins is None else begins
     now += ticks
     switches, phase = divmod(now - 1, chosen.gap)
     active = active_blocks(item, chosen, switches)

@@ -20,8 +20,15 @@ from lowrank_optim.refresh import basis_due, refresh_
 from lowrank_optim.residuals import Drop
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.base import identity
+from lowrank_optim.subspaces.block import Block
 
 _ATTACHED = "_in_backward"
+
+
+def _items(optimizer: LowRankOptimizer) -> Iterator[tuple[Group, Item]]:
+    for group in optimizer.param_groups:
+        for item in optimizer._items(group):
+            yield group, item
 
 
 class InBackward:
@@ -35,6 +42,7 @@ class InBackward:
             raise RuntimeError("the optimizer works inside backward already: remove() that first")
         self.optimizer, self.max_norm = optimizer, max_norm
         self._in_closure = False
+        self._plan: dict[Tensor, tuple[Group, list[Item], Item]] = {}
         self._check()
         self._hooks: dict[Tensor, Any] = {}
         self._handles = [
@@ -65,10 +73,23 @@ class InBackward:
                     hook = param.register_post_accumulate_grad_hook(self._hook)
                     self._hooks[param] = hook
 
-    def _items(self) -> Iterator[tuple[Group, Item]]:
-        for group in self.optimizer.param_groups:
-            for item in self.optimizer._items(group):
-                yield group, item
+    def _find(self, param: Tensor) -> tuple[Group, Item]:
+        """The group and item of a parameter, looked up again when groups were edited or loaded."""
+        known = self._plan.get(param)
+        if known is not None:
+            group, items, item = known
+            if any(g is group for g in self.optimizer.param_groups) and (
+                self.optimizer._items(group) is items
+            ):
+                return group, item
+        self._plan = {
+            item.param: (group, items, item)
+            for group in self.optimizer.param_groups
+            for items in [self.optimizer._items(group)]
+            for item in items
+        }
+        group, _, item = self._plan[param]
+        return group, item
 
     def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._settle()
@@ -111,6 +132,35 @@ class InBackward:
         raise NotImplementedError
 
 
+def check_projecting(optimizer: LowRankOptimizer) -> None:
+    """Raise if coordinates are not all that a step needs, or a gradient would always stay whole.
+
+    Raises:
+        ValueError: naming the parameter.
+    """
+    name = type(optimizer).__name__
+    for group, item in _items(optimizer):
+        if item.subspace is None or not item.alone:
+            continue
+        if isinstance(item.subspace, Block):
+            raise ValueError(
+                f"{name} takes {item.name} whole or not at all, and mode='project' frees "
+                "gradients for coordinates: use mode='step'"
+            )
+        residual = optimizer.residual(group)
+        if not isinstance(residual, Drop) or item.subspace.applies_grad(None):
+            raise ValueError(
+                f"{name} uses what its subspace does not see of the "
+                f"gradient of {item.name}, which mode='project' frees: use mode='step'"
+            )
+        if optimizer._strategies(group).gap == 1:
+            raise ValueError(
+                f"{name} moves the subspace of {item.name} at every step, and mode='project' "
+                "keeps a gradient whole where it is to move: use mode='step', or refresh less "
+                "often where the method allows it (update_proj_gap)"
+            )
+
+
 class _Projecting(InBackward):
     """Each gradient becomes its coordinates; a step starts from them."""
 
@@ -118,37 +168,10 @@ class _Projecting(InBackward):
         self, optimizer: LowRankOptimizer, max_norm: float | None, first_basis: str
     ) -> None:
         self.first_basis = first_basis
-        self._plan: dict[Tensor, tuple[Group, list[Item], Item]] = {}
         super().__init__(optimizer, max_norm)
 
     def _check(self) -> None:
-        for group, item in self._items():
-            if item.subspace is None:
-                continue
-            residual = self.optimizer.residual(group)
-            if not isinstance(residual, Drop) or item.subspace.applies_grad(None):
-                raise ValueError(
-                    f"{type(self.optimizer).__name__} uses what its subspace does not see of the "
-                    f"gradient of {item.name}, which mode='project' frees: use mode='step'"
-                )
-
-    def _find(self, param: Tensor) -> tuple[Group, Item]:
-        """The group and item of a parameter, looked up again when groups were edited or loaded."""
-        known = self._plan.get(param)
-        if known is not None:
-            group, items, item = known
-            if any(g is group for g in self.optimizer.param_groups) and (
-                self.optimizer._items(group) is items
-            ):
-                return group, item
-        self._plan = {
-            item.param: (group, items, item)
-            for group in self.optimizer.param_groups
-            for items in [self.optimizer._items(group)]
-            for item in items
-        }
-        group, _, item = self._plan[param]
-        return group, item
+        check_projecting(self.optimizer)
 
     @torch.no_grad()
     def _arrived(self, param: Tensor) -> None:
@@ -159,10 +182,10 @@ class _Projecting(InBackward):
             grad = param.grad = grad.spill  # it was zeroed in place: start again
         assert grad is not None
         group, item = self._find(param)
-        if item.subspace is None or grad.is_sparse:
+        if item.subspace is None or not item.alone or grad.is_sparse:
             return
         chosen = self.optimizer._strategies(group)
-        state = self.optimizer.state.get(param) or _unborn(item)
+        state = self.optimizer.state.get(param) or _unborn()
         first = int(state["refresh_step"]) < 0
         if first and self.first_basis == "micro":
             param.grad = _first(item, state, grad, chosen)
@@ -175,32 +198,36 @@ class _Projecting(InBackward):
         if self.max_norm is None:
             return
         self.optimizer._make_state()
-        for group, item in self._items():
+        for group, item in _items(self.optimizer):
             grad = item.param.grad
-            if item.subspace is None or grad is None or isinstance(grad, ProjectedGrad):
+            whole = grad is not None and not isinstance(grad, ProjectedGrad)
+            if item.subspace is None or not item.alone or not whole:
                 continue
             assert item.view is not None
             chosen = self.optimizer._strategies(group)
             state = self.optimizer._state_of(item, chosen)
             if basis_due(item, state, chosen):
-                refresh_(item, state, item.view.of(grad), int(state["step"]), chosen)
-            item.param.grad = _projected(item, state, grad)
-        clip_grad_norm_([item.param for _, item in self._items()], self.max_norm)
+                refresh_(item, state, item.view.of(item.param.grad), int(state["step"]), chosen)
+            item.param.grad = _projected(item, state, item.param.grad)
+        clip_grad_norm_([item.param for _, item in _items(self.optimizer)], self.max_norm)
 
 
-def _unborn(item: Item) -> State:
-    """As much of the state of a parameter as a first basis needs; the moments come with a step."""
-    assert item.view is not None and item.subspace is not None
-    state = item.subspace.init(item.view, item.param)
+def _unborn() -> State:
+    """As much of the state of a parameter as a first basis needs; the rest comes with a step."""
     counters = {"step": 0.0, "refresh_step": -1.0, "postponed": 0.0}
-    return {**{k: torch.tensor(x) for k, x in counters.items()}, **state}
+    return {k: torch.tensor(x) for k, x in counters.items()}
 
 
 def _coords(item: Item, state: State, grad: Tensor) -> Coords:
-    """Coordinates in the dtype of arithmetic, with memory of their own."""
+    """Coordinates in the dtype of arithmetic, not finite where the gradient is not."""
     assert item.view is not None and item.subspace is not None
-    coords = item.subspace.coords(state, item.view.of(grad), reduce=identity)
-    return {name: x.to(compute_dtype(x.dtype)) for name, x in coords.items()}
+    grad = item.view.of(grad)
+    coords = item.subspace.coords(state, grad, reduce=identity)
+    coords = {name: x.to(compute_dtype(x.dtype)) for name, x in coords.items()}
+    if not item.subspace.sees_all:
+        nothing = torch.linalg.vector_norm(ops.matrix_norm(grad)) * 0  # or NaN
+        coords = {name: x.add_(nothing) for name, x in coords.items()}
+    return coords
 
 
 def _projected(item: Item, state: State, grad: Tensor) -> ProjectedGrad:
@@ -217,13 +244,13 @@ def _first(item: Item, state: State, grad: Tensor, chosen: Strategies) -> Projec
     assert item.subspace is not None and item.view is not None
     view, basis = item.view, item.subspace.init(item.view, item.param)
     step = int(state["step"])
+    counters = {k: float(state[k]) for k in ("refresh_step", "postponed")}
 
     def take(held: ProjectedGrad | None, more: Tensor) -> Coords:
         fresh = {} if held is None else held.fresh
         norm = float(torch.linalg.vector_norm(ops.matrix_norm(view.of(more))))
         if not fresh and norm != 0 and math.isfinite(norm):
-            counters = {k: state[k].clone() for k in ("refresh_step", "postponed")}
-            found = {**counters, **basis}
+            found = {**{k: torch.tensor(x) for k, x in counters.items()}, **basis}
             refresh_(item, found, view.of(more), step, chosen)
             fresh.update(found)
         coords = _coords(item, fresh or basis, more)
@@ -244,7 +271,10 @@ class _Stepping(InBackward):
     ) -> None:
         self.accumulation_steps = accumulation_steps
         self._seen: dict[Tensor, int] = {}
+        self._begun: set[int] = set()
         super().__init__(optimizer, max_norm)
+        # else a scaler finds no gradient, and says so in words that do not help
+        optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
         if max_norm is not None:
             warnings.warn(
                 f"mode='step' clips the gradient of each parameter to norm {max_norm}, not their "
@@ -263,23 +293,50 @@ class _Stepping(InBackward):
                 f"stepped at accumulation_steps={self.accumulation_steps}; a parameter that two "
                 "checkpointed segments share needs use_reentrant=False"
             )
+        self._step(param)
+
+    def _step(self, param: Tensor) -> None:
+        """Step and free, unless it must wait for its siblings."""
+        group, item = self._find(param)
+        if not item.alone:
+            return
         self.optimizer._make_state()
         if self.max_norm is not None:
             clip_grad_norm_([param], self.max_norm)
-        self.optimizer.step_param(param)
+        begins = isinstance(item.subspace, Block) and id(group) not in self._begun
+        self._begun |= {id(group)} if begins else set()
+        self.optimizer._step_alone(item, group, begins)
         param.grad = None
 
     @torch.no_grad()
     def _settle(self) -> None:
-        """Parameters that some backward did not reach are stepped with the rest, by step()."""
+        """Parameters that some backward did not reach are stepped now.
+
+        Raises:
+            RuntimeError: a ``GradScaler`` steps: gradients were applied with its factor in them.
+        """
+        if hasattr(self.optimizer, "grad_scale"):
+            del self.optimizer.grad_scale, self.optimizer.found_inf
+            raise RuntimeError(
+                "the loss was scaled by a GradScaler, and mode='step' has applied its gradients as "
+                "they were, inside backward: start again with mode='project', or in bfloat16"
+            )
+        for param in self._hooks:
+            if param.grad is not None:
+                self._step(param)
         if self.max_norm is not None:
             for param in self._hooks:
                 if param.grad is not None:
                     clip_grad_norm_([param], self.max_norm)
 
     def _after_step(self, *_: Any) -> None:
-        self._seen = {}
+        self._seen, self._begun = {}, set()
         super()._after_step()
+
+    def remove(self) -> None:
+        """As of every mode."""
+        vars(self.optimizer).pop("_step_supports_amp_scaling", None)
+        super().remove()
 
 
 def attach_in_backward(

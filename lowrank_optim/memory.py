@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lowrank_optim.activations import Left, causal_lm, in_flight
+from lowrank_optim.in_backward import check_projecting
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.plan import on_host
+from lowrank_optim.rules.base import compute_dtype
 
 GIB = 2**30
 
@@ -88,7 +92,7 @@ def host_bytes(optimizer: Optimizer) -> int:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes that training will hold, activations and the temporaries of a step not counted."""
+    """Bytes that training will hold, the temporaries of a step not counted."""
 
     weights: int
     """Parameters, tied ones once; buffers are not counted."""
@@ -96,14 +100,18 @@ class Estimate:
     """One gradient of every trainable parameter."""
     largest_gradient: int
     """The largest of them: all that lives at once when each is stepped inside backward."""
+    live_gradients: int
+    """What of them lives at the worst moment: all, the largest, or coordinates beside it."""
     basis: int
     moments: int
     other: int
     """Counters, indices, the maps of quantised formats, and what is kept on the host."""
-    in_backward: Literal["step"] | None = None
-    """Whether gradients are stepped and freed inside backward; decides :attr:`peak`."""
+    in_backward: Literal["project", "step"] | None = None
+    """What happens to gradients inside backward; decides :attr:`live_gradients`."""
     host: int = 0
     """The part of ``other`` in host memory, such as SwitchLoRA's pools: not in the peak."""
+    activations: int | None = None
+    """What forward and backward need beside the live gradients; None where nobody asked."""
 
     @property
     def state(self) -> int:
@@ -111,30 +119,31 @@ class Estimate:
         return self.basis + self.moments + self.other
 
     @property
-    def live_gradients(self) -> int:
-        """Gradients alive at the worst moment."""
-        return self.largest_gradient if self.in_backward else self.gradients
-
-    @property
     def peak(self) -> int:
-        """Weights, state and live gradients, on the device."""
-        return self.weights + self.state - self.host + self.live_gradients
+        """Weights, state, live gradients and activations, on the device."""
+        held = self.weights + self.state - self.host
+        return held + self.live_gradients + (self.activations or 0)
 
     def fits(self, budget: float) -> bool:
-        """Whether the peak is within ``budget`` bytes, before any activation."""
+        """Whether the peak is within ``budget`` bytes; activations count if they are known."""
         return self.peak <= budget
 
     def __str__(self) -> str:
         """One figure a line."""
-        largest = "  (the largest: freed inside backward)" if self.in_backward else ""
+        note = "  (coordinates, dense ones, and the largest of the others)"
+        if self.in_backward != "project":
+            freed = self.in_backward is not None and self.live_gradients == self.largest_gradient
+            note = "  (the largest: freed inside backward)" if freed else ""
         rows = [
             ("weights", self.weights, ""),
-            ("gradients", self.live_gradients, largest),
+            ("gradients", self.live_gradients, note),
             ("basis", self.basis, ""),
             ("moments", self.moments, ""),
             ("other state", self.other, ""),
-            ("peak", self.peak, "  without activations"),
         ]
+        if self.activations is not None:
+            rows.append(("activations", self.activations, ""))
+        rows.append(("peak", self.peak, "  without activations" * (self.activations is None)))
         return "\n".join(f"{name:<12}{_binary(size):>12}{note}" for name, size, note in rows)
 
 
@@ -150,7 +159,10 @@ def estimate(
     optimizer_class: type[Optimizer] | str,
     *,
     groups: Callable[[nn.Module], Iterable[Any]] | None = None,
-    in_backward: Literal["step"] | None = None,
+    in_backward: Literal["project", "step"] | None = None,
+    accumulation_steps: int = 1,
+    tokens: int | tuple[int, int] | None = None,
+    checkpointing: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     **options: Any,
 ) -> Estimate:
@@ -169,12 +181,21 @@ def estimate(
         groups: makes the optimizer's first argument from the model, as a function such as
             ``functools.partial(lowrank_groups, rank=256)`` (default: its named parameters, so that
             embeddings and output heads stay dense).
-        in_backward: ``"step"`` if each gradient is stepped and freed inside backward.
+        in_backward: the mode of :func:`lowrank_optim.attach_in_backward`, if there is one. The
+            gradients that ``"project"`` keeps whole, of the few matrices whose basis is due, come
+            on top.
+        accumulation_steps: micro-batches of a step. ``"step"`` frees gradients in the last one.
+        tokens: count activations too: those of a micro-batch of one sequence of so many tokens, or
+            ``(sequences, length)``. Forward and backward run without memory, and every storage is
+            followed: bfloat16 weights mean bfloat16 activations, as without autocast. The model
+            must be one of ``transformers`` with its ``config``, or a configuration.
+        checkpointing: whether its layers are checkpointed.
         dtype: of the weights of a model made from a configuration (default: bfloat16).
         **options: arguments of the optimizer.
 
     Raises:
-        ValueError: ``in_backward`` or a named layout is not known.
+        ValueError: ``in_backward`` or a named layout is not known, the method has no such mode, or
+            activations are asked for of a model without a ``config``.
 
     Example:
         >>> import torch
@@ -188,9 +209,12 @@ def estimate(
         other state         12 B
         peak          104.00 MiB  without activations
     """
-    if in_backward not in (None, "step"):
-        raise ValueError(f"in_backward must be None or 'step', got {in_backward!r}")
-    module = model if isinstance(model, nn.Module) else _from_config(model, dtype)
+    if in_backward not in (None, "project", "step"):
+        raise ValueError(f"in_backward must be None, 'project' or 'step', got {in_backward!r}")
+    module = model
+    if not isinstance(model, nn.Module):
+        with torch.device("meta"):
+            module = causal_lm(model, dtype)
     twins = {id(p): _meta_twin(p) for p in module.parameters()}
     entries = module.named_parameters() if groups is None else groups(module)
     on_meta = [_on_meta(entry, twins) for entry in entries]
@@ -201,26 +225,70 @@ def estimate(
     optimizer = optimizer_class(on_meta, **options)
     _make_state(optimizer)
     held = report(optimizer)
-    gradients = [storage_bytes([p]) for p in twins.values() if p.requires_grad]
-    return Estimate(
+    sizes = {p: storage_bytes([p]) for p in twins.values() if p.requires_grad}
+    projected = _projected(optimizer) if in_backward == "project" else {}
+    gradients, largest = sum(sizes.values()), max(sizes.values(), default=0)
+    live = largest if in_backward == "step" and accumulation_steps == 1 else gradients
+    if projected:
+        live -= sum(sizes[p] for p in projected) - max(sizes[p] for p in projected)
+        live += sum(math.prod(x) * own.itemsize for xs, own in projected.values() for x in xs)
+    found = Estimate(
         weights=storage_bytes(twins.values()),
-        gradients=sum(gradients),
-        largest_gradient=max(gradients, default=0),
+        gradients=gradients,
+        largest_gradient=largest,
+        live_gradients=live,
         basis=held.basis,
         moments=held.moments,
         other=held.other,
         in_backward=in_backward,
         host=host_bytes(optimizer),
     )
+    if tokens is None:
+        return found
+    params = list(twins.values())
+
+    def left(i: int, last: bool) -> Left | None:
+        if in_backward == "step":
+            return ([], torch.float32) if last else None
+        return projected.get(params[i])
+
+    worst = in_flight(
+        _config_of(model),
+        tokens,
+        dtype=params[0].dtype,
+        checkpointing=checkpointing,
+        passes=min(accumulation_steps, 2),
+        trained=[p.requires_grad for p in params],
+        left=left,
+    )
+    return replace(found, activations=max(0, worst - found.live_gradients))
 
 
-def _from_config(config: Any, dtype: torch.dtype) -> nn.Module:
-    """The causal language model of a ``transformers`` configuration, on the meta device."""
-    from transformers import AutoModelForCausalLM  # optional, and slow to import
+def _projected(optimizer: Optimizer) -> dict[Tensor, Left]:
+    """Parameters whose gradients become coordinates, and those.
 
-    make: Callable[..., nn.Module] = AutoModelForCausalLM.from_config
-    with torch.device("meta"):
-        return make(config, dtype=dtype)
+    Raises:
+        ValueError: the optimizer cannot work so.
+    """
+    if not isinstance(optimizer, LowRankOptimizer):
+        raise ValueError(f"in_backward='project' is not for {type(optimizer).__name__}")
+    check_projecting(optimizer)
+    found = {}
+    for group in optimizer.param_groups:
+        for item in optimizer._items(group):
+            if item.subspace is not None and item.view is not None and item.param.requires_grad:
+                shapes = list(item.subspace.coord_shapes(item.view).values())
+                found[item.param] = shapes, compute_dtype(item.param.dtype)
+    return found
+
+
+def _config_of(model: Any) -> Any:
+    if not isinstance(model, nn.Module):
+        return model
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ValueError("tokens needs a transformers model, or the configuration of one")
+    return config
 
 
 def _meta_twin(param: Tensor) -> nn.Parameter:

@@ -246,6 +246,8 @@ class LowRankOptimizer(Optimizer):
 
     # ---------------------------------------------------------------- step
 
+    @torch._disable_dynamo  # one boundary: what a step does is decided by numbers on the host
+    @Optimizer.profile_hook_step  # within it, as hooks are host work too
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step.
@@ -291,14 +293,18 @@ class LowRankOptimizer(Optimizer):
         for group in self.param_groups:
             for item in self._items(group):
                 if item.param is param:
-                    chosen = self._strategies(group)
-                    items = [item] if param.grad is not None else []
-                    if items and isinstance(item.subspace, Block):
-                        self._state_of(item, chosen)
-                        catch_up(item, self._items(group), self.state, chosen)
-                    self._step_items(items, group, chosen)
+                    if param.grad is not None:
+                        self._step_alone(item, group)
                     return
         raise ValueError("the parameter is in none of the optimizer's groups")
+
+    def _step_alone(self, item: Item, group: Group, begins: bool | None = None) -> None:
+        """One item with a gradient; ``begins`` as of :func:`~lowrank_optim.blocks.catch_up`."""
+        chosen = self._strategies(group)
+        if isinstance(item.subspace, Block):
+            self._state_of(item, chosen)
+            catch_up(item, self._items(group), self.state, chosen, begins)
+        self._step_items([item], group, chosen)
 
     def _state_of(self, item: Item, chosen: Strategies) -> State:
         state: State = self.state[item.param]
@@ -345,6 +351,8 @@ class LowRankOptimizer(Optimizer):
                     counts[item.name] = count
         return counts
 
+
+LowRankOptimizer.step.hooked = True  # type: ignore[attr-defined]  # torch need not do it again
 
 _NOT_STRUCTURAL = {
     "params", "param_names", "lr", "initial_lr", "max_lr", "min_lr", "betas", "momentum",

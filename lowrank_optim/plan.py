@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ def on_host(key: str) -> bool:
 @dataclass(eq=False, slots=True)
 class Item:
     """One parameter with all that a step needs to know about it."""
+
+    alone: ClassVar[bool] = True
+    """Whether its gradient is all that its step needs: a factor of a module needs its siblings'."""
 
     param: Tensor
     name: str

@@ -130,6 +130,15 @@ def _norm(func: Any, grad: ProjectedGrad, order: Any = 2, *args: Any, **kwargs: 
     return norm if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), order)
 
 
+def _norms(func: Any, grads: Sequence[Tensor], order: Any = 2, dtype: Any = None) -> list[Tensor]:
+    def norm(grad: Tensor) -> Tensor:
+        if isinstance(grad, ProjectedGrad):
+            return _norm(torch.linalg.vector_norm, grad, order, dtype=dtype)
+        return torch.linalg.vector_norm(grad, order, dtype=dtype)  # type: ignore[no-any-return]
+
+    return [norm(grad) for grad in grads]
+
+
 def _whole(grads: Sequence[Tensor]) -> list[Tensor]:
     """The tensors behind a list of gradients, whole or projected."""
     return [
@@ -169,6 +178,7 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.clone: lambda func, grad, **kwargs: grad.copied(),
     aten._foreach_zero_: _zeroed,
     aten._foreach_mul_: _listed,
+    aten._foreach_norm: _norms,
     aten._amp_foreach_non_finite_check_and_unscale_: _unscale_,
 }
 """Operation to what it does to coordinates."""

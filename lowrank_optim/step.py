@@ -173,7 +173,9 @@ def _apply(
         # coordinates are those of -G, and so is all that is linear in them: turn both back
         update, low, lr_now = {k: -x for k, x in update.items()}, -low, -lr_now
     rounding = weight_seed(w.item, w.state, chosen) if chosen.rounding else None
-    into = Into(param, w.grad, low, lr_now, decay, rounding, sound)
+    # for one whose coordinates alone exist the weights stand in: nothing of it is applied
+    grad = param if isinstance(w.grad, ProjectedGrad) else w.grad
+    into = Into(param, grad, low, lr_now, decay, rounding, sound)
     subspace.push_(into, w.state, update, term)
     if param.data_ptr() != w.item.param.data_ptr():
         stored = param.mT if view.flip else param  # strides that allow no matrix view

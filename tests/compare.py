@@ -33,7 +33,14 @@ def errors(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
-    """Every entry within the tolerance of ``dtype`` (default: the narrower of the two)."""
+    """Every entry within the tolerance of ``dtype`` (default: the narrower of the two).
+
+    Whole numbers, as indices are, must be equal.
+    """
+    if not actual.is_floating_point():
+        if not torch.equal(actual, expected):
+            raise AssertionError(f"whole numbers differ: {actual}, {expected}")
+        return
     assert_mostly_close(actual, expected, dtype, max_error_rate=0.0)
 
 

@@ -9,15 +9,19 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import AutoModelForCausalLM
 
 from benchmarks import memory as table
-from benchmarks.common import LLAMA_SHAPES, llama_config
+from benchmarks.common import LLAMA_SHAPES, llama, llama_config
 from lowrank_optim import (
+    FiraAdamW,
     GaLoreAdafactor,
     GaLoreAdamW,
     GaLoreAdamW8bit,
     GaLoreLion,
     GaLoreSGD,
+    attach_in_backward,
     lowrank_groups,
 )
 from lowrank_optim.matrix import PROJ_TYPES
@@ -160,12 +164,84 @@ def test_a_scalar_parameter_keeps_its_counter_apart_from_its_moments():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="in_backward must be None or 'step', got 'project'"):
-        estimate(Model(), GaLoreAdamW, in_backward="project")
+    with pytest.raises(ValueError, match="in_backward must be None, 'project' or 'step', got 'al"):
+        estimate(Model(), GaLoreAdamW, in_backward="all")
+    with pytest.raises(ValueError, match="use mode='step'"):
+        estimate(Model(), FiraAdamW, rank=4, in_backward="project")
+    with pytest.raises(ValueError, match="'project' is not for AdamW"):
+        estimate(Model(), torch.optim.AdamW, in_backward="project")
+    with pytest.raises(ValueError, match="tokens needs a transformers model"):
+        estimate(Model(), GaLoreAdamW, tokens=8)
     with pytest.raises(ValueError, match="adamw-4bit"):
         estimate(Model(), "adamw-4bit")
     with pytest.raises(TypeError, match="lr"):
         estimate(Model(), "adamw-8bit", lr=1e-3)
+
+
+# ---------------------------------------------------------------- activations
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("mode", [None, "project", "step"])
+def test_peak_with_activations_is_what_torch_counts(mode, checkpointing, dtype):
+    """Against MemTracker on the real model and hooks: the second of two micro-batches of a step.
+
+    What each holds before it is known: weights, state, and what is left of the first gradients.
+    """
+    config = llama(64, 172, 4, 2, vocab_size=256)
+    options = {"rank": 4, "update_proj_gap": 100, "stagger": False}
+    found = estimate(
+        config, GaLoreAdamW, in_backward=mode, accumulation_steps=2, tokens=(4, 64),
+        checkpointing=checkpointing, dtype=dtype, **options,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = GaLoreAdamW(model.named_parameters(), **options)
+    batch = torch.zeros((4, 64), dtype=torch.long)
+
+    def micro_batch():
+        model(input_ids=batch, labels=batch).loss.backward()
+
+    micro_batch()
+    optimizer.step()  # bases and moments
+    optimizer.zero_grad()
+    if mode is not None:
+        attach_in_backward(optimizer, mode, accumulation_steps=2)
+    cpu, tracker = torch.device("cpu"), MemTracker()
+    tracker.track_external(model, optimizer, batch)
+    with tracker:
+        before = tracker.get_tracker_snapshot("current")[cpu]["Total"]
+        micro_batch()
+        tracker.reset_mod_stats()
+        micro_batch()
+    peak = tracker.get_tracker_snapshot("peak")[cpu]["Total"] - before
+    predicted = found.live_gradients + found.activations
+    assert predicted == pytest.approx(peak, rel=0.02)
+
+
+def test_in_backward_peaks_add_up():
+    """LLaMA-60M by hand: what each mode leaves alive of the gradients."""
+    config = llama_config("llama-60m")
+    parts = {
+        (mode, steps): estimate(
+            config, GaLoreAdamW, rank=128, in_backward=mode, accumulation_steps=steps
+        )
+        for mode in (None, "step", "project")
+        for steps in (1, 4)
+    }
+    live = {key: found.live_gradients for key, found in parts.items()}
+    whole = 2 * 58_073_600
+    coords = 8 * (4 * 128 * 512 + 3 * 128 * 1376) * 4  # float32
+    dense = 2 * (58_073_600 - 8 * (4 * 512 * 512 + 3 * 512 * 1376))
+    embedding, mlp = 2 * 32000 * 512, 2 * 512 * 1376
+    assert live[None, 1] == live[None, 4] == live["step", 4] == whole
+    assert live["step", 1] == embedding
+    assert live["project", 1] == live["project", 4] == coords + dense + mlp
+    assert "(coordinates, dense ones" in str(parts["project", 4])
+    assert "freed inside backward" in str(parts["step", 1])
+    assert "freed" not in str(parts["step", 4])
 
 
 # ---------------------------------------------------------------- published figures
@@ -224,6 +300,7 @@ def test_llama_7b(rows):
         "GaLore fp32": [12.55, 1.75, 15.77],
         "GaLore bf16": [12.55, 1.75, 8.76],
         "GaLore 8-bit": [12.55, 1.75, 5.31],
+        "FRUGAL 8-bit": [12.55, 0.0, 3.13],
         # of bases there are indices, and one for all matrices of a width
         "DCT fp32": [12.55, 0.0, 14.02],
         "DCT 8-bit": [12.55, 0.0, 3.56],
@@ -237,16 +314,36 @@ def test_what_fits_24_gib(rows):
     budget = 24 * GIB
     assert all(row.live.weights + row.live.gradients > budget for row in rows.values())
     fit = [row.name for row in rows.values() if row.freed.fits(budget)]
-    assert fit == ["GaLore bf16", "GaLore 8-bit", "DCT 8-bit"]
+    assert fit == ["GaLore bf16", "GaLore 8-bit", "FRUGAL 8-bit", "DCT 8-bit"]
     text = table.reading(list(rows.values()), budget)
     assert "With all gradients live, nothing fits in 24 GiB" in text
-    assert "GaLore bf16, GaLore 8-bit and DCT 8-bit fit" in text and "7.64 GiB" in text
+    assert "GaLore bf16, GaLore 8-bit, FRUGAL 8-bit and DCT 8-bit fit" in text
+    assert "8.07 GiB" in text
     assert "GaLore bf16 and GaLore 8-bit fit" in table.reading(list(rows.values())[:5], budget)
     assert "only GaLore bf16 fits" in table.reading(list(rows.values())[:4], budget)
     assert "nothing fits" in table.reading(list(rows.values()), 8 * GIB).split(". ")[1]
 
 
-def test_command_prints_writes_and_draws_the_same_figures(tmp_path, capsys):
+def test_peaks_with_activations(capsys):
+    """The same activations in every row, and the words change with them."""
+    found = table.measure("llama-60m", 128, tokens=256, checkpointing=True)
+    assert len({row.freed.activations for row in found}) == 1
+    first = found[0]
+    assert first.freed.peak == (
+        first.freed.weights + first.freed.state + first.freed.largest_gradient
+        + first.freed.activations
+    )  # fmt: skip
+    # a matrix of logits in float32, and at least the input of every layer
+    assert first.freed.activations > 4 * 256 * 32000 + 8 * 256 * 512 * 2
+    text = table.reading(found, GIB)
+    assert "Activations take" in text and "Not counted is what a step" in text
+    table.main(["--model", "llama-60m", "--rank", "128", "--tokens", "256", "--checkpointing"])
+    printed = capsys.readouterr().out
+    assert "256 tokens, checkpointed" in printed and "▪ activations" in printed
+
+
+def test_command_prints_writes_and_draws_the_same_figures(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")  # no figure breaks over two lines
     out = tmp_path / "deep" / "m.json"
     png = tmp_path / "m.png"
     arguments = ["--model", "llama-60m", "--rank", "128", "--budget-gib", "0.3"]

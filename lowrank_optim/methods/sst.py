@@ -37,6 +37,8 @@ NEVER = 2**62
 class Layer(Item):
     """A layer of factors, or one of its other parameters, which are stepped with the first."""
 
+    alone: ClassVar[bool] = False
+
     members: Sequence[Tensor] = ()
 
     def factors(self) -> State:

@@ -34,6 +34,8 @@ from lowrank_optim.subspaces.switched import Switched
 class FactorItem(Item):
     """A factor pair of a module: ``param`` is A, and the state is kept under it."""
 
+    alone: ClassVar[bool] = False
+
     b: Tensor
     base: Tensor
     """W0, frozen."""
@@ -42,6 +44,8 @@ class FactorItem(Item):
 @dataclass(eq=False, slots=True)
 class PartItem(Item):
     """B or W0 of a pair: stepped and kept with its A."""
+
+    alone: ClassVar[bool] = False
 
 
 class SwitchLoRAAdamW(LowRankOptimizer):
