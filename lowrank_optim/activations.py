@@ -20,7 +20,7 @@ class Alive(TorchDispatchMode):
     """Counts bytes of the storages that operations made and that still exist."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = 0
         self._known: set[int] = set()
 
@@ -114,11 +114,11 @@ def in_flight(
                     parts[param] = [torch.empty(tuple(s), dtype=own) for s in shapes]
                 param.grad = None
 
-        numbers = {p: i for i, p in enumerate(model.parameters())}
+        numbers: dict[Tensor, int] = {p: i for i, p in enumerate(model.parameters())}
         for param, gets in zip(numbers, trained, strict=True):
             param.requires_grad_(gets)
             if gets:
-                param.register_post_accumulate_grad_hook(arrived)
+                param.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
         with alive:
             alive.leave_out([*numbers, *model.buffers(), batch])
             for n in range(passes):

@@ -200,15 +200,16 @@ class _Projecting(InBackward):
         self.optimizer._make_state()
         for group, item in _items(self.optimizer):
             grad = item.param.grad
-            whole = grad is not None and not isinstance(grad, ProjectedGrad)
-            if item.subspace is None or not item.alone or not whole:
+            if item.subspace is None or not item.alone:
+                continue
+            if grad is None or isinstance(grad, ProjectedGrad):
                 continue
             assert item.view is not None
             chosen = self.optimizer._strategies(group)
             state = self.optimizer._state_of(item, chosen)
             if basis_due(item, state, chosen):
-                refresh_(item, state, item.view.of(item.param.grad), int(state["step"]), chosen)
-            item.param.grad = _projected(item, state, item.param.grad)
+                refresh_(item, state, item.view.of(grad), int(state["step"]), chosen)
+            item.param.grad = _projected(item, state, grad)
         clip_grad_norm_([item.param for _, item in _items(self.optimizer)], self.max_norm)
 
 
@@ -316,7 +317,8 @@ class _Stepping(InBackward):
             RuntimeError: a ``GradScaler`` steps: gradients were applied with its factor in them.
         """
         if hasattr(self.optimizer, "grad_scale"):
-            del self.optimizer.grad_scale, self.optimizer.found_inf
+            for name in ("grad_scale", "found_inf"):  # the scaler's, which cannot clean up now
+                delattr(self.optimizer, name)
             raise RuntimeError(
                 "the loss was scaled by a GradScaler, and mode='step' has applied its gradients as "
                 "they were, inside backward: start again with mode='project', or in bfloat16"

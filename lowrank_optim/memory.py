@@ -225,7 +225,7 @@ def estimate(
     optimizer = optimizer_class(on_meta, **options)
     _make_state(optimizer)
     held = report(optimizer)
-    sizes = {p: storage_bytes([p]) for p in twins.values() if p.requires_grad}
+    sizes: dict[Tensor, int] = {p: storage_bytes([p]) for p in twins.values() if p.requires_grad}
     projected = _projected(optimizer) if in_backward == "project" else {}
     gradients, largest = sum(sizes.values()), max(sizes.values(), default=0)
     live = largest if in_backward == "step" and accumulation_steps == 1 else gradients
@@ -273,7 +273,7 @@ def _projected(optimizer: Optimizer) -> dict[Tensor, Left]:
     if not isinstance(optimizer, LowRankOptimizer):
         raise ValueError(f"in_backward='project' is not for {type(optimizer).__name__}")
     check_projecting(optimizer)
-    found = {}
+    found: dict[Tensor, Left] = {}
     for group in optimizer.param_groups:
         for item in optimizer._items(group):
             if item.subspace is not None and item.view is not None and item.param.requires_grad:

@@ -246,7 +246,8 @@ class LowRankOptimizer(Optimizer):
 
     # ---------------------------------------------------------------- step
 
-    @torch._disable_dynamo  # one boundary: what a step does is decided by numbers on the host
+    # one boundary for compilers: what a step does is decided by numbers on the host
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @Optimizer.profile_hook_step  # within it, as hooks are host work too
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank_optim import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreLion, lowrank_groups
+from lowrank_optim import GaLoreAdamW, lowrank_groups, methods
 from lowrank_optim.integrations.transformers import parse_optim_args, trainer_optimizer
 from tests.compare import assert_close
 
@@ -123,13 +123,24 @@ def test_layer_wise_is_the_ordinary_run(tmp_path: Path) -> None:
     assert_equal_models(runs[0].model, runs[1].model)
 
 
-@pytest.mark.parametrize("method", [GaLoreAdamW8bit, GaLoreLion, GaLoreAdafactor])
-def test_other_methods_learn_at_the_given_rate(tmp_path: Path, method: Any) -> None:
+@pytest.mark.parametrize("name", [n for n in methods.__all__ if n != "GaLoreAdamW"])
+def test_other_methods_learn_at_the_given_rate(tmp_path: Path, name: str) -> None:
     """At learning rate 0 and no decay nothing moves; at another the loss falls."""
-    still = trainer(arguments(tmp_path, learning_rate=0.0, weight_decay=0.0), method=method)
+    method, more = getattr(methods, name), {"optim_args": "rank=4, update_proj_gap=2"}
+    if name.startswith("Frugal"):
+        more = {"optim_args": ""}  # blocks, and the density of the class
+    if name.startswith("SwitchLoRA"):
+        more = {"optim_args": "rank=4, interval=4, freeze_steps=1"}
+    if name.startswith("SST"):
+        more = {"optim_args": "rank=4, steps_per_iteration=4, warmup_steps=1"}
+    none = {"learning_rate": 0.0, "weight_decay": 0.0, "max_steps": 3}
+    still = trainer(arguments(tmp_path, **none, **more), method=method)
     still.train()
     assert_equal_models(still.model, model())
-    args = arguments(tmp_path, max_steps=12, learning_rate=3e-3)
+    low = [g["rank"] for g in still.optimizer.param_groups if g["rank"] is not None]
+    assert set(low) == ({0.25} if name.startswith("Frugal") else {4})
+    rate = 3e-3 if "SGD" not in name else 0.1
+    args = arguments(tmp_path, max_steps=12, learning_rate=rate, **more)
     moving = trainer(args, method=method)
     batch = {k: torch.stack([row[k] for row in data()]) for k in ("input_ids", "labels")}
     losses = []

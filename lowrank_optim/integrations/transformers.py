@@ -133,7 +133,9 @@ class TrainerOptimizer:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if in_backward and distributed and torch.distributed.get_world_size() > 1:
             raise NotImplementedError("in_backward works in one process only")
-        rank = options.get("rank", 128)
+        # FRUGAL's own default is a density
+        share = 0.25 if "density" in inspect.signature(method.__init__).parameters else 128
+        rank = options.get("rank", share)
         groups = lowrank_groups(
             model,
             rank=rank,
