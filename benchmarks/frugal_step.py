@@ -25,6 +25,7 @@ FUSED = "torch AdamW fused"
 PAIRS = {
     "FRUGAL svd + sign": (OURS, "<= 1.6"),
     "FRUGAL columns + sign": (FUSED, "<= 1.0"),
+    "FRUGAL rows + sign": (FUSED, ""),
     "FRUGAL randk + sign": (FUSED, ""),
     "FRUGAL block + sign": (FUSED, ""),
     "released: svd + sign": (OURS, ""),
@@ -86,6 +87,7 @@ def variants(params: Sequence[Any], rank: int, density: float) -> dict[str, Work
         # a step costs the same whatever the basis is
         "FRUGAL svd + sign": ours(rank=rank, projector="random"),
         "FRUGAL columns + sign": ours(density=density, projector="columns"),
+        "FRUGAL rows + sign": ours(density=density, projector="rows"),
         "FRUGAL randk + sign": ours(density=density, projector="randk"),
         "FRUGAL block + sign": ours(density=density, projector="block"),
         "released: svd + sign": released_step(params, project, lift, [base(p) for p in params]),
@@ -102,7 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--density", type=float, default=0.25)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, help="default: torch's choice")
     args = parser.parse_args(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     console = Console()
     console.print(environment_line(), highlight=False)
     params = linear_weights(args.model, args.layers, getattr(torch, args.dtype))

@@ -18,11 +18,13 @@
 struct lro_kernels {
 #define LRO_FIELD(name, args) int (*name)(const args*, int);
   LRO_OPS(LRO_FIELD)
+  LRO_CPU_OPS(LRO_FIELD)
 #undef LRO_FIELD
 };
 
 #define LRO_DECLARE_LOCAL(name, args) int LRO_LOCAL(lro_##name)(const args* a, int threads);
 LRO_OPS(LRO_DECLARE_LOCAL)
+LRO_CPU_OPS(LRO_DECLARE_LOCAL)
 #undef LRO_DECLARE_LOCAL
 
 static inline int64_t lro_min(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define LRO_ABI 2
+#define LRO_ABI 3
 
 enum { LRO_FLOAT32 = 0, LRO_BFLOAT16 = 1, LRO_FLOAT16 = 2 };
 enum { LRO_OK = 0, LRO_BAD_DTYPE = 1, LRO_BAD_BLOCK = 2, LRO_LAUNCH_FAILED = 3 };
@@ -121,8 +121,32 @@ typedef struct {
   int32_t weight_dtype, grad_dtype;
 } lro_coordinate;
 
-// sizeof of the six structs in the order above, then LRO_ABI.
-void lro_sizes(int64_t sizes[7]);
+// Rows in index: AdamW with moments (k, cols), W <- decay W - step N; others: W <- decay W -
+// free_step f(G). Of the CPU library alone.
+typedef struct {
+  int64_t count;
+  void* const* weights;
+  const void* const* grads;
+  const int32_t* const* index;  // k sorted rows
+  float* const* first;          // exp_avg, contiguous
+  float* const* second;         // exp_avg_sq
+  const int64_t* picked;        // k
+  const int64_t* rows;
+  const int64_t* cols;
+  const int64_t* weight_rows;  // strides in elements
+  const int64_t* weight_cols;
+  const int64_t* grad_rows;
+  const int64_t* grad_cols;
+  const float* eps;
+  const float* steps;
+  const float* free_steps;
+  double beta1, beta2, decay;
+  int32_t free_rule;
+  int32_t dtype;  // of weights and gradients
+} lro_coordinate_step;
+
+// sizeof of the seven structs in the order above, then LRO_ABI.
+void lro_sizes(int64_t sizes[8]);
 // "baseline", "avx2", "avx512"; null where LOWRANK_OPTIM_ISA asks for what this machine lacks.
 const char* lro_isa(void);
 
@@ -140,12 +164,15 @@ const char* lro_isa(void);
   X(apply_scaled, lro_apply)          \
   X(apply_sign, lro_apply)            \
   X(coordinate_add, lro_coordinate)
+// Of the CPU library alone.
+#define LRO_CPU_OPS(X) X(coordinate_adamw, lro_coordinate_step)
 
 #define LRO_DECLARE(name, args)               \
   int lro_##name(const args* a, int threads); \
   int lro_cuda_##name(const args* a, void* stream);
 LRO_OPS(LRO_DECLARE)
 #undef LRO_DECLARE
+int lro_coordinate_adamw(const lro_coordinate_step* a, int threads);
 
 #ifdef __cplusplus
 }

@@ -4,6 +4,6 @@
 extern const lro_kernels LRO_LOCAL(lro_kernels);
 const lro_kernels LRO_LOCAL(lro_kernels) = {
 #define LRO_ENTRY(name, args) LRO_LOCAL(lro_##name),
-    LRO_OPS(LRO_ENTRY)
+    LRO_OPS(LRO_ENTRY) LRO_CPU_OPS(LRO_ENTRY)
 #undef LRO_ENTRY
 };

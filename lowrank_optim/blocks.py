@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from lowrank_optim import ops
+from lowrank_optim import onepass, ops
 from lowrank_optim.dense import step_dense
 from lowrank_optim.plan import (
     Item,
@@ -126,6 +126,9 @@ def step_block(
     """One step of a block: by the rule, dense, while it is active, else by the residual alone."""
     began = int(state["refresh_step"])
     if began >= 0:
+        if onepass.takes_block(item, state, chosen, lr):
+            onepass.step_block_(item, state, chosen, lr, weight_decay, since=began)  # type: ignore[arg-type]
+            return
         step_dense(item, state, chosen, lr, weight_decay, since=began)
         return
     view = item.view

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lowrank_optim import ops
+from lowrank_optim import onepass, ops
 from lowrank_optim.plan import (
     Item,
     State,
@@ -58,6 +58,9 @@ def step_matrices(
     weight_decay: float,
 ) -> None:
     """One step of a bucket of matrices that share view, subspace, dtype and device."""
+    if onepass.takes(items, states, chosen, lr):
+        onepass.step_(items, states, chosen, lr, weight_decay)  # type: ignore[arg-type]
+        return
     work = [_project(item, state, chosen) for item, state in zip(items, states, strict=True)]
     torch._foreach_add_([w.state["step"] for w in work], [torch.ones(())] * len(work))
     _measure(work)

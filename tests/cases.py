@@ -15,6 +15,7 @@ from lowrank_optim import (
     blocks,
     dense,
     methods,
+    onepass,
     plan,
     refresh,
     step,
@@ -176,6 +177,6 @@ def train(
 
 def branching(patch: pytest.MonkeyPatch, branchless: Callable[[Tensor], bool]) -> None:
     """Let the phases of a step take a tensor's device for one that hosts may not wait for."""
-    for phase in (plan, step, dense, refresh, blocks):
+    for phase in (plan, step, dense, refresh, blocks, onepass):
         if hasattr(phase, "branchless"):
             patch.setattr(phase, "branchless", branchless)

@@ -105,6 +105,18 @@ void matrices(int dtype) {
   status = lro_coordinate_add(&k, 1);
   mix(w.at(), N * BYTES[dtype]);
   say("coordinate_add", dtype, status);
+  Buffer first(N, 0), second(N, 0, false, true);
+  float *m = (float*)first.at(), *v = (float*)second.at(), eps = 1e-3f, step = 0.1f, slow = 0.01f;
+  lro_coordinate_step t = {};
+  t.count = 1, t.weights = &weight, t.grads = &grad, t.index = &picks, t.picked = &picked;
+  t.first = &m, t.second = &v, t.rows = &r, t.cols = &n, t.weight_rows = t.grad_rows = &n;
+  t.weight_cols = t.grad_cols = &one, t.eps = &eps, t.steps = &step, t.free_steps = &slow;
+  t.beta1 = 0.9, t.beta2 = 0.99, t.decay = 0.98, t.free_rule = LRO_FREE_SIGN, t.dtype = dtype;
+  status = lro_coordinate_adamw(&t, 1);
+  t.weight_rows = t.grad_rows = &one, t.weight_cols = t.grad_cols = &n, t.rows = &n, t.cols = &r;
+  status |= lro_coordinate_adamw(&t, 1);
+  mix(w.at(), N * BYTES[dtype]), mix(m, 4 * N), mix(v, 4 * N);
+  say("coordinate_adamw", dtype, status);
   float* out = (float*)c.at();
   lro_norms x = {1, &grad, &out, &r, &n, &n, &one, dtype};
   status = lro_column_norms(&x, 1);

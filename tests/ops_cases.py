@@ -221,12 +221,33 @@ def matrices(
     return {name: found[name] for name in names(op)}
 
 
+def coordinate_steps(
+    dtype: torch.dtype,
+    *,
+    shapes: Sequence[tuple[int, ...]] = MATRICES,
+    how: str = "rows",
+    free: str = "sign",
+) -> Arguments:
+    """Half of the rows by AdamW in mid-run; factors of each matrix its own."""
+    a = matrices("coordinate_add_", dtype, shapes=shapes, how=how, free=free)
+    count = len(shapes)
+    a["exp_avgs"] = [0.1 * x for x in a["updates"]]
+    a["exp_avg_sqs"] = [x.square() for x in a["updates"]]
+    a["beta1"], a["beta2"] = BETA1, BETA2
+    a["eps"] = [1e-3 * (i + 1) for i in range(count)]
+    a["steps"] = [LR / (i + 1) for i in range(count)]
+    a["free_steps"] = [LR * GAIN / (i + 2) for i in range(count)]
+    return {name: a[name] for name in names("coordinate_adamw_")}
+
+
 def example(op: str) -> Arguments:
     """One call of any op in float32."""
     if op in ELEMENTWISE + BITS8:
         return elementwise(op, torch.float32, by_row="adamw" in op, unsound=4)
     if op in (*APPLIES, "column_norms"):
         return matrices(op, torch.float32, unsound=None if op == "column_norms" else 1)
+    if op == "coordinate_adamw_":
+        return coordinate_steps(torch.float32)
     return storage(op, torch.float32)
 
 
@@ -243,6 +264,8 @@ def expected(op: str, a: Arguments) -> Expected:
         signed = bool(a["table"][0] < 0)
         pairs = zip(a["codes"], a["scales"], strict=True)
         return {"outs": [(decode(c, s, signed), None) for c, s in pairs]}
+    if op == "coordinate_adamw_":
+        return _coordinate_steps(a)
     if op == "coordinate_add_":
         return {"params": _where_sound(a, [(x, None) for x in _coordinates(a)])}
     found: list[tuple[Tensor, Tensor | None]] = []
@@ -281,6 +304,24 @@ def _coordinates(a: Arguments) -> list[Tensor]:
             for j, row in enumerate(k2.tolist()):
                 new2[row] = DECAY * w2[row].double() - LR * SCALE * n2[j].double()
         found.append(new)
+    return found
+
+
+def _coordinate_steps(a: Arguments) -> Expected:
+    free = {"sign": torch.sign, "sgd": torch.clone, "none": torch.zeros_like}[a["free"]]
+    found: Expected = {"params": [], "exp_avgs": [], "exp_avg_sqs": []}
+    for i, (w, g, index) in enumerate(zip(a["params"], a["grads"], a["indices"], strict=True)):
+        picked = torch.zeros(w.shape[:-1], dtype=torch.bool).scatter_(-1, index.long(), True)
+        shape = a["exp_avgs"][i].shape
+        own = g.double()[picked].view(shape)
+        m = BETA1 * a["exp_avgs"][i].double() + (1 - BETA1) * own
+        v = BETA2 * a["exp_avg_sqs"][i].double() + (1 - BETA2) * own.square()
+        new = DECAY * w.double() - a["free_steps"][i] * free(g.double())
+        direction = m / (v.sqrt() + a["eps"][i])
+        moved = DECAY * w.double()[picked].view(shape) - a["steps"][i] * direction
+        new[picked] = moved.flatten(0, -2)
+        for name, x in (("params", new), ("exp_avgs", m), ("exp_avg_sqs", v)):
+            found[name].append((x, None))
     return found
 
 

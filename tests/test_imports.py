@@ -16,7 +16,7 @@ MODULES = {
     for path in ROOT.rglob("*.py")
 }
 ROLES = ("subspaces", "rules", "residuals", "transports", "stores")
-PHASES = ("plan", "refresh", "dense", "step")
+PHASES = ("plan", "refresh", "dense", "onepass", "step")
 ACCELERATORS = {"triton", "ctypes", "bitsandbytes"}
 ALLOWED = {
     # what a layer may import of the package, besides itself; matrix is arithmetic on shapes

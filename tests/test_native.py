@@ -489,6 +489,13 @@ def fingerprint() -> str:
             low = torch.randn(86, 301)
             native.coordinate_add_([w], [g[0]], [index], [low], 0.9, 0.1, 0.3, 0.7, "sign")
             results.append(w.contiguous())
+            moments = [torch.randn(86, 301)], [torch.rand(86, 301)]
+            factors = 0.9, 0.999, [1e-8], [0.1], [0.01], 0.99, "sign"
+            native.coordinate_adamw_([w], [g[0]], [index], *moments, *factors)
+            results += [w.contiguous(), *moments[0], *moments[1]]
+            across = g[0].mT.contiguous().mT  # stored as w is where that is by columns
+            native.coordinate_adamw_([w], [across], [index], *moments, *factors)
+            results += [w.contiguous(), *moments[0], *moments[1]]
         for x in results:
             digest.update(x.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -12,9 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 SOURCES = ["dispatch", "tables", "table", "kernels_update", "kernels_block", "kernels_matrix"]
+SOURCES += ["kernels_coordinate"]
 FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-DLRO_ISA=baseline", "-static", "-fopenmp"]
 FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", f"-I{CSRC}"]
-OPS = 13 + 1 - 2  # lines a format: both maps, quantise and dequantise in one, rounding apart
+OPS = 14 + 1 - 2  # lines a format: both maps, quantise and dequantise in one, rounding apart
 
 CROSS = "aarch64-linux-gnu-g++"
 OBJDUMP = "aarch64-linux-gnu-objdump"

@@ -152,6 +152,42 @@ def test_matrices(backend: str, op: str, how: str, dtype: torch.dtype) -> None:
         run(op, cases.matrices(op, dtype, how=how, free=free))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("how", HOW)
+def test_coordinate_steps(backend: str, how: str, dtype: torch.dtype) -> None:
+    """More picked rows than one buffer holds, fewer than are packed by masks, none, and all."""
+    shapes = [*cases.MATRICES, (1101, 35), (0, 5), (5, 0)]
+    for free in ("sign", "sgd", "none"):
+        run("coordinate_adamw_", cases.coordinate_steps(dtype, shapes=shapes, how=how, free=free))
+    for k in (0, 3, 130):
+        a = cases.coordinate_steps(dtype, shapes=[(130, 19)], how=how)
+        drawn = torch.randperm(130)[:k].sort().values.int()
+        a["indices"] = [drawn]
+        for name in ("exp_avgs", "exp_avg_sqs"):
+            a[name] = [torch.rand(k, 19)]
+        run("coordinate_adamw_", a)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("how", ["rows", "columns"])
+def test_a_coordinate_step_is_its_parts_to_the_bit(how: str, dtype: torch.dtype) -> None:
+    """Directions of the gathered rows, then their apply: the same arithmetic in one pass."""
+    a = cases.coordinate_steps(dtype, shapes=[(1101, 35), (70, 64)], how=how)
+    b = cases.on("cpu", a)
+    cases.call("coordinate_adamw_", a)
+    for i, (w, g, index) in enumerate(zip(b["params"], b["grads"], b["indices"], strict=True)):
+        low, out = g[index.long()].contiguous(), torch.empty_like(b["exp_avgs"][i])
+        moments = [b["exp_avgs"][i]], [b["exp_avg_sqs"][i]]
+        betas = cases.BETA1, cases.BETA2
+        native.adamw_direction_([low], *moments, [out], *betas, [b["eps"][i]], [], [], [])
+        gain = b["free_steps"][i] / b["steps"][i]
+        step = b["steps"][i]
+        native.coordinate_add_([w], [g], [index], [out], cases.DECAY, step, 1.0, gain, "sign")
+        for name in ("params", "exp_avgs", "exp_avg_sqs"):
+            assert torch.equal(a[name][i], b[name][i]), name
+
+
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", cases.APPLIES)
@@ -213,6 +249,8 @@ def test_float64(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
     if op in cases.ELEMENTWISE:
         run(op, cases.elementwise(op, torch.float64, by_row="adamw" in op))
+    elif op == "coordinate_adamw_":
+        run(op, cases.coordinate_steps(torch.float64))
     elif op != "stochastic_round_":
         run(op, cases.matrices(op, torch.float64))
 

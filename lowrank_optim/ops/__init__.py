@@ -222,6 +222,45 @@ def coordinate_add_(
     _ops.coordinate_add_(params, grads, indices, updates, decay, lr, scale, gain, free, sound)
 
 
+def coordinate_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: Sequence[float],
+    steps: Sequence[float],
+    free_steps: Sequence[float],
+    decay: float,
+    free: str,
+) -> None:
+    """A whole step of rows: :func:`adamw_direction_` and :func:`coordinate_add_` in one pass.
+
+    Rows in ``indices``: ``W <- decay W - step m / (sqrt(v) + eps)``; others: ``W <- decay W -
+    free_step f(G)``. Native on the CPU; on an accelerator the reference.
+
+    Args:
+        params: W ``(..., m, n)``, any strides.
+        grads: G ``(..., m, n)``, in W's dtype, any strides.
+        indices: ``(..., r)`` int32, sorted.
+        exp_avgs: m ``(..., r, n)`` float32, or wider with the reference; updated.
+        exp_avg_sqs: v, likewise.
+        beta1: decay of m.
+        beta2: decay of v.
+        eps: one a tensor.
+        steps: factor of the direction, one a tensor.
+        free_steps: factor of what moves the other rows, one a tensor.
+        decay: factor of the weights.
+        free: f: ``"sign"``, ``"sgd"`` (G itself) or ``"none"``.
+    """
+    if params:
+        state = indices, exp_avgs, exp_avg_sqs
+        scalars = beta1, beta2, eps, steps, free_steps, decay, free
+        _ops.coordinate_adamw_(params, grads, *state, *scalars)
+
+
 column_norms = _ops.column_norms
 
 __all__ = [
@@ -230,6 +269,7 @@ __all__ = [
     "adamw_direction_",
     "add_",
     "column_norms",
+    "coordinate_adamw_",
     "coordinate_add_",
     "dequantize",
     "lift_add_",

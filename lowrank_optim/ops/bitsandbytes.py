@@ -16,6 +16,7 @@ from lowrank_optim.ops import reference
 from lowrank_optim.ops.reference import (
     adamw_direction_,
     column_norms,
+    coordinate_adamw_,
     coordinate_add_,
     lift_add_scaled_,
     lift_add_sign_,
@@ -29,6 +30,7 @@ __all__ = [
     "adamw_direction_8bit_",
     "available",
     "column_norms",
+    "coordinate_adamw_",
     "coordinate_add_",
     "dequantize_blockwise_",
     "lift_add_scaled_",

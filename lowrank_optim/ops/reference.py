@@ -514,3 +514,28 @@ def coordinate_add_(
         rows = _wide(old).mul(decay).sub_(_wide(n), alpha=lr * scale).to(w.dtype)
         _tiles_with_(w, decay, lambda g: lr * gain * FREE[free](g), ok, g)
         w.scatter_(-2, at, rows if ok is None else torch.where(ok, rows, old))
+
+
+def coordinate_adamw_(
+    params: Tensors,
+    grads: Tensors,
+    indices: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    beta1: float,
+    beta2: float,
+    eps: Sequence[float],
+    steps: Sequence[float],
+    free_steps: Sequence[float],
+    decay: float,
+    free: str,
+) -> None:
+    """Rows in ``index``: AdamW on their moments; the others: ``W <- decay W - free_step f(G)``."""
+    matrices = zip(params, grads, indices, exp_avgs, exp_avg_sqs, strict=True)
+    factors = zip(eps, steps, free_steps, strict=True)
+    for (w, g, index, m, v), (e, step, free_step) in zip(matrices, factors, strict=True):
+        at = index.long().unsqueeze(-1).expand(m.shape)
+        rows = _wide(w.gather(-2, at)).mul(decay)
+        rows.sub_(_adamw(_wide(g.gather(-2, at)), m, v, beta1, beta2, e, None), alpha=step)
+        _tiles_with_(w, decay, lambda g, s=free_step: s * FREE[free](g), None, g)
+        w.scatter_(-2, at, rows.to(w.dtype))

@@ -48,6 +48,9 @@ SCHEMAS = {
     "float lr, float scale, float gain, Tensor[] sound) -> ()",
     "coordinate_add_": f"({_APPLY}, Tensor[] indices, Tensor[] updates, float decay, float lr, "
     "float scale, float gain, str free, Tensor[] sound) -> ()",
+    "coordinate_adamw_": f"({_APPLY}, Tensor[] indices, Tensor(b!)[] exp_avgs, "
+    "Tensor(c!)[] exp_avg_sqs, float beta1, float beta2, float[] eps, float[] steps, "
+    "float[] free_steps, float decay, str free) -> ()",
 }
 
 

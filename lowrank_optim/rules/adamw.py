@@ -54,7 +54,7 @@ class AdamW(Rule):
                 self._rows(age, compute_dtype(g.dtype)) for age, g in zip(ages, grads, strict=True)
             ]
             rows = Rows(*zip(*own, strict=True))
-        roots = [(1 - beta2**t) ** 0.5 for t in steps]
+        factors = [self.factors(t) for t in steps]
         outs = directions_like(grads, dtype)
         ops.adamw_direction_(
             grads,
@@ -63,13 +63,18 @@ class AdamW(Rule):
             outs,
             beta1,
             beta2,
-            [self.eps * root for root in roots],
+            [eps for eps, _ in factors],
             rows,
             sound,
         )
         if ages:
             return outs, [1.0] * len(outs)
-        return outs, [root / (1 - beta1**t) for root, t in zip(roots, steps, strict=True)]
+        return outs, [correction for _, correction in factors]
+
+    def factors(self, step: float) -> tuple[float, float]:
+        """Eps times ``root``, and the bias correction of the direction."""
+        root = (1 - self.betas[1] ** step) ** 0.5
+        return self.eps * root, root / (1 - self.betas[0] ** step)
 
     def _rows(self, age: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What eps and the direction of each row are multiplied by; a row of age 0 stays still."""

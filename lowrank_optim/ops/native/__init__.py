@@ -7,6 +7,7 @@ call serves a whole list. float64 raises TypeError: it is served by the referenc
 from lowrank_optim.ops.native.loader import available, isa
 from lowrank_optim.ops.native.matrices import (
     column_norms,
+    coordinate_adamw_,
     coordinate_add_,
     lift_add_scaled_,
     lift_add_sign_,
@@ -30,6 +31,7 @@ __all__ = [
     "adamw_direction_8bit_",
     "available",
     "column_norms",
+    "coordinate_adamw_",
     "coordinate_add_",
     "dequantize_blockwise_",
     "isa",

@@ -17,7 +17,7 @@ ERRORS = {
     2: "a block size outside 1..4096 (256 on CUDA)",
     3: "the launch failed",
 }
-ABI = 2
+ABI = 3
 
 
 def _struct(name: str, fields: str) -> Any:
@@ -47,7 +47,12 @@ Coordinate: Any = _struct(
     "count:q weights grads index lows picked rows cols weight_rows weight_cols grad_rows grad_cols"
     " low_rows low_cols sound decay:d lr:d scale:d gain:d free_rule:i weight_dtype:i grad_dtype:i",
 )
-STRUCTS = (Update, Blockwise, Rounding, Norms, Apply, Coordinate)
+CoordinateStep: Any = _struct(
+    "CoordinateStep",
+    "count:q weights grads index first second picked rows cols weight_rows weight_cols grad_rows"
+    " grad_cols eps steps free_steps beta1:d beta2:d decay:d free_rule:i dtype:i",
+)
+STRUCTS = (Update, Blockwise, Rounding, Norms, Apply, Coordinate, CoordinateStep)
 
 
 def _paths(name: str) -> Iterator[Path]:
@@ -68,7 +73,7 @@ def _load(name: str) -> tuple[ctypes.CDLL | None, str]:
         library = _open(path)
     except OSError as error:
         return None, f"{path} does not load: {error}"
-    sizes = (ctypes.c_int64 * 7)()
+    sizes = (ctypes.c_int64 * 8)()
     library.lro_sizes(sizes)
     if list(sizes) != [*map(ctypes.sizeof, STRUCTS), ABI]:
         return None, f"{path} was built from another version of the sources"

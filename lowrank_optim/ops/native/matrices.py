@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops import reference
 from lowrank_optim.ops.native.arrays import (
     DTYPES,
     Arrays,
     dtype_of,
+    exactly,
     same,
 )
 from lowrank_optim.ops.native.loader import (
     Apply,
     Coordinate,
+    CoordinateStep,
     Norms,
     run,
 )
@@ -223,17 +226,8 @@ def coordinate_add_(
     same(len(W), G=G, index=index, N=N)
     dtype_of([*W, *G], "weights and gradients")
     ws, gs, lows = _matrices(W), _matrices(G), [x.float() for x in _matrices(N)]
-    picks: list[Tensor] = []
-    for k, w in zip(index, W, strict=True):
-        if k.dtype != torch.int32:
-            raise TypeError(f"index must be int32, got {k.dtype}")
-        batch = w.shape[:-2]
-        rows = k.contiguous().expand(*batch, k.shape[-1]).reshape(math.prod(batch), k.shape[-1])
-        picks += rows.unbind(0)
-    for w, g, k, low in zip(ws, gs, picks, lows, strict=True):
-        if g.shape != w.shape or low.shape != (k.shape[0], w.shape[1]):
-            shapes = [tuple(x.shape) for x in (w, g, k, low)]
-            raise ValueError(f"shapes do not fit: W, G, index and N {shapes}")
+    picks = _picks(index, W)
+    _fit(ws, gs, picks, lows)
     flags: Sequence[Tensor | None] = _flags(sound, W) or [None] * len(ws)
     scalars = {"decay": decay, "lr": lr, "scale": scale, "gain": gain, "free_rule": FREE[free]}
     calls = list(zip(ws, gs, picks, lows, flags, strict=True))
@@ -242,6 +236,76 @@ def coordinate_add_(
         if not _along(w, low):
             for here, own in _strips(low):
                 _coordinates([(w[:, here], g[:, here], k, own, flag)], scalars)
+
+
+def _picks(index: Sequence[Tensor], W: Sequence[Tensor]) -> list[Tensor]:
+    """The rows of every matrix of a list of batches, which may share them."""
+    picks: list[Tensor] = []
+    for k, w in zip(index, W, strict=True):
+        if k.dtype != torch.int32:
+            raise TypeError(f"index must be int32, got {k.dtype}")
+        batch = w.shape[:-2]
+        rows = k.contiguous().expand(*batch, k.shape[-1]).reshape(math.prod(batch), k.shape[-1])
+        picks += rows.unbind(0)
+    return picks
+
+
+def _fit(
+    ws: Sequence[Tensor], gs: Sequence[Tensor], picks: Sequence[Tensor], lows: Sequence[Tensor]
+) -> None:
+    for w, g, k, low in zip(ws, gs, picks, lows, strict=True):
+        if g.shape != w.shape or low.shape != (k.shape[0], w.shape[1]):
+            shapes = [tuple(x.shape) for x in (w, g, k, low)]
+            raise ValueError(f"shapes do not fit: W, G, index and N {shapes}")
+
+
+def coordinate_adamw_(
+    W: Sequence[Tensor],
+    G: Sequence[Tensor],
+    index: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: Sequence[float],
+    steps: Sequence[float],
+    free_steps: Sequence[float],
+    decay: float,
+    free: str,
+) -> None:
+    """Rows in ``index`` by AdamW, moments updated; others ``W <- decay W - free_step f(G)``.
+
+    On the CPU; elsewhere the reference.
+    """
+    if free not in FREE:
+        raise ValueError(f"free must be one of {sorted(FREE)}, got {free!r}")
+    if not W:
+        return
+    if W[0].device.type != "cpu":
+        scalars = beta1, beta2, eps, steps, free_steps, decay, free
+        reference.coordinate_adamw_(W, G, index, exp_avgs, exp_avg_sqs, *scalars)
+        return
+    same(len(W), G=G, index=index, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
+    same(len(W), eps=eps, steps=steps, free_steps=free_steps)
+    dtype = dtype_of([*W, *G], "weights and gradients")
+    ws, gs, picks = _matrices(W), _matrices(G), _picks(index, W)
+    arrays = Arrays()
+    args = CoordinateStep(count=len(ws), beta1=beta1, beta2=beta2, decay=decay, dtype=dtype)
+    args.free_rule = FREE[free]
+    for name, moments in (("first", exp_avgs), ("second", exp_avg_sqs)):
+        exactly(moments, torch.float32, name)
+        own = _matrices(moments)
+        _fit(ws, gs, picks, own)
+        setattr(args, name, arrays.pointers(own))
+    args.weights, args.grads = arrays.pointers(ws), arrays.pointers(gs)
+    args.index, args.picked = arrays.pointers(picks), arrays.int64([k.shape[0] for k in picks])
+    args.rows, args.cols = (arrays.int64([w.shape[d] for w in ws]) for d in (0, 1))
+    args.weight_rows, args.weight_cols = (arrays.int64([w.stride(d) for w in ws]) for d in (0, 1))
+    args.grad_rows, args.grad_cols = (arrays.int64([g.stride(d) for g in gs]) for d in (0, 1))
+    for name, values in (("eps", eps), ("steps", steps), ("free_steps", free_steps)):
+        each = [x for x, w in zip(values, W, strict=True) for _ in range(math.prod(w.shape[:-2]))]
+        setattr(args, name, arrays.float32(each))
+    run("coordinate_adamw", W[0].device, args)
 
 
 _Call = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]

@@ -27,6 +27,7 @@ _MODULES = {
     "lift_add_scaled_": "lift",
     "lift_add_sign_": "lift",
     "coordinate_add_": "coordinate",
+    "coordinate_adamw_": "coordinate",
 }
 OPS = tuple(_MODULES)
 """Names of the launchers."""

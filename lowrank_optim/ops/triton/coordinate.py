@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_optim.ops.reference import coordinate_adamw_  # noqa: F401  (not yet a kernel)
 from lowrank_optim.ops.triton.elements import sign
 from lowrank_optim.ops.triton.launch import flags, guard, warps
 from lowrank_optim.ops.triton.matrices import (
