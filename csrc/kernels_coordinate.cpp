@@ -120,7 +120,8 @@ void adam_run(W* w, int64_t ws, const G* g, int64_t gs, float* __restrict m, flo
   }
 }
 
-// A piece of W and of all that belongs to it: `runs` stored runs, the picked rows scattered in each.
+// A piece of W and of all that belongs to it: `runs` stored runs, the picked rows scattered in
+// each.
 template <class T>
 struct Piece {
   T* w;
