@@ -8,7 +8,7 @@ demo: .venv/.bench  ## what LLaMA-7B needs, then AdamW against GaLore on real te
 	$(BIN)/python -m benchmarks.pretrain
 
 test: .venv/.dev  ## the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-slow: .venv/.dev  ## what takes minutes
 	$(BIN)/python -m pytest -m slow
