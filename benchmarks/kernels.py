@@ -34,6 +34,7 @@ TARGETS = {
     ("lift_add_scaled_", ADDMM): 1.15,
     ("lift_add_sign_", ADDMM): 1.6,
     ("coordinate_add_", FUSED): 1.0,
+    ("coordinate_adamw_", FUSED): 1.0,
 }
 HOST_MS = 2.0
 
@@ -155,6 +156,11 @@ def applies(args: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
         "lift_add_sign_": (weights, grads, bases, lows, lows, *small, 1.0),
         "coordinate_add_": (weights, grads, index, lows, *small, 1.0, "sign"),
     }
+    moments = [[torch.zeros_like(x, dtype=torch.float32) for x in lows] for _ in range(2)]
+    each = [[x] * len(lows) for x in (1e-8, 1e-9, 1e-9)]
+    arguments["coordinate_adamw_"] = (
+        weights, grads, index, *moments, 0.9, 0.999, *each, 0.999, "sign",
+    )  # fmt: skip
 
     def addmm() -> None:
         for w, p, n in zip(weights, bases, narrow, strict=True):
@@ -182,6 +188,8 @@ def _apply_bytes(op: str, weights: Sequence[Tensor], r: int) -> int:
         (m, n), each = w.shape, w.element_size()
         if op == "coordinate_add_":
             total += 3 * each * m * n - each * r * n + 4 * r * n
+        elif op == "coordinate_adamw_":
+            total += 3 * each * m * n + 16 * r * n
         else:
             total += 3 * each * m * n + each * m * r + 8 * r * n
     return total

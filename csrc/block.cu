@@ -64,9 +64,8 @@ __device__ void encode(const Tables& t, const float* x, uint8_t* codes, float* s
   for (int k = 0; k < ITEMS; ++k) {
     int j = lane + 32 * k;
     float y = plain ? lro_normalise(x[k], inverse) : 0.0f;
-    unsigned code = lro_nearest(t.thresholds, y);
-    if (SQUARES) code += code == 0 && plain && x[k] > 0.0f;
-    if (j < length) codes[j] = (uint8_t)code;
+    if (SQUARES && plain && x[k] > 0.0f) y = y > t.map[1] ? y : t.map[1];
+    if (j < length) codes[j] = (uint8_t)lro_nearest(t.thresholds, y);
   }
   if (lane == 0) *scale = absmax;
 }
