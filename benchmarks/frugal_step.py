@@ -95,6 +95,25 @@ def variants(params: Sequence[Any], rank: int, density: float) -> dict[str, Work
     }
 
 
+def measure(args: argparse.Namespace, dtype: str, console: Console) -> dict[str, dict[str, float]]:
+    """P3: one table, of ``args.model, layers, rank, rounds`` and, if it has one, ``density``."""
+    params = linear_weights(args.model, args.layers, getattr(torch, dtype))
+    density = getattr(args, "density", 0.25)
+    times = interleaved(variants(params, args.rank, density), args.rounds, warmup=2)
+    found = {
+        name: {"ms": statistics.median(times[name]), "ratio": ratio(times, name, base)}
+        for name, (base, _) in PAIRS.items()
+    }
+    rows = [
+        (name, f"{found[name]['ms']:.1f}", base, f"{found[name]['ratio']:.2f}", goal)
+        for name, (base, goal) in PAIRS.items()
+    ]
+    rows += [(n, f"{statistics.median(times[n]):.1f}", "", "", "") for n in (OURS, FUSED)]
+    title = f"P3: one step, {dtype}, {len(params)} matrices of {args.model}, no refresh"
+    print_table(console, title, ("", "ms", "over", "ratio", "target"), rows)
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description="Step time of FRUGAL, side by side.")
@@ -110,25 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     console = Console()
     console.print(environment_line(), highlight=False)
-    params = linear_weights(args.model, args.layers, getattr(torch, args.dtype))
-    times = interleaved(variants(params, args.rank, args.density), args.rounds, warmup=2)
-
-    def ms(name: str) -> str:
-        return f"{statistics.median(times[name]):.1f}"
-
-    rows = [
-        (
-            name,
-            f"{statistics.median(times[name]):.1f}",
-            base,
-            f"{ratio(times, name, base):.2f}",
-            goal,
-        )
-        for name, (base, goal) in PAIRS.items()
-    ]
-    rows += [(n, ms(n), "", "", "") for n in (OURS, FUSED)]
-    title = f"P3: one step, {args.dtype}, {len(params)} matrices of {args.model}, no refresh"
-    print_table(console, title, ("", "ms", "over", "ratio", "target"), rows)
+    measure(args, args.dtype, console)
 
 
 if __name__ == "__main__":

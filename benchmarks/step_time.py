@@ -249,6 +249,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "scaling": scaling(args),
     }
     show(console, results, args)
+    from benchmarks import frugal_step  # which takes its matrices from here
+
+    results["frugal"] = {d: frugal_step.measure(args, d, console) for d in args.dtype.split(",")}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(results, indent=1) + "\n")
     console.print(f"written: {args.out}", highlight=False)
