@@ -20,12 +20,14 @@ OPS = 14 + 1 - 2  # lines a format: both maps, quantise and dequantise in one, r
 CROSS = "aarch64-linux-gnu-g++"
 OBJDUMP = "aarch64-linux-gnu-objdump"
 QEMU = "qemu-aarch64-static"
+# a block's buffers are filled as far as they are read, which g++ 12 does not always see
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized"]
 
 
 def build(compiler: str, out: Path) -> Path:
     sources = [str(CSRC / f"{name}.cpp") for name in SOURCES]
     driver = str(ROOT / "tests" / "fingerprint.cpp")
-    command = [compiler, *FLAGS, "-Wall", "-Wextra", "-Werror", "-o", str(out), driver, *sources]
+    command = [compiler, *FLAGS, *WARNINGS, "-o", str(out), driver, *sources]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return out
