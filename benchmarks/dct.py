@@ -28,7 +28,7 @@ from benchmarks.timing import interleaved, ratio
 from lowrank_optim import PROJECTORS, DCTAdamW
 from lowrank_optim.matrix import matrix_view
 from lowrank_optim.subspaces import Context
-from lowrank_optim.subspaces.transform import cosine_rows
+from lowrank_optim.ops.cosine import cosine_rows
 
 GALORE = "GaLoreAdamW, no refresh"
 PROJECTED = ("svd", "rsvd", "dct", "hadamard", "random")

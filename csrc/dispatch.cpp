@@ -47,9 +47,7 @@ LRO_CPU_OPS(LRO_FORWARD)
 
 LRO_EXPORT const char* lro_isa(void) { return choice.name; }
 
-LRO_EXPORT void lro_sizes(int64_t sizes[8]) {
-  const int64_t all[8] = {
-      sizeof(lro_update), sizeof(lro_blockwise),  sizeof(lro_rounding),        sizeof(lro_norms),
-      sizeof(lro_apply),  sizeof(lro_coordinate), sizeof(lro_coordinate_step), LRO_ABI};
+LRO_EXPORT void lro_sizes(int64_t sizes[10]) {
+  const int64_t all[10] = LRO_SIZES;
   memcpy(sizes, all, sizeof all);
 }

@@ -6,11 +6,12 @@
 #endif
 
 #include "kernels.h"
+#include "turn.h"
 
 namespace {
 
 const int64_t ROW_TASK = 1 << 15;  // elements of one task, in whole rows
-const int64_t RUNS = 16;           // stored runs that are stepped together where rows are scattered
+const int64_t RUNS = TURNED;       // stored runs that are stepped together where rows are scattered
 const int64_t PICKED = 256;        // picked entries of each that are gathered at a time
 
 // One row, all of it by the free rule.
@@ -135,30 +136,6 @@ struct Piece {
   float free_step;
   Adam adam;
 };
-
-// 16 x 16 numbers turned, rows of x and of out `xs` and `os` apart.
-void turn(const float* x, int64_t xs, float* out, int64_t os) {
-#ifdef __AVX512F__
-  typedef float Row __attribute__((vector_size(64)));
-  typedef int32_t Order __attribute__((vector_size(64)));
-  const Order low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-  const Order high = low + 8;
-  Row a[RUNS], b[RUNS];
-  for (int i = 0; i < RUNS; ++i) memcpy(&a[i], x + i * xs, sizeof a[i]);
-  for (int round = 0; round < 4; ++round) {  // four perfect shuffles of 16 rows turn them
-    for (int i = 0; i < RUNS / 2; ++i) {
-      b[2 * i] = __builtin_shuffle(a[i], a[i + RUNS / 2], low);
-      b[2 * i + 1] = __builtin_shuffle(a[i], a[i + RUNS / 2], high);
-    }
-    for (int i = 0; i < RUNS; ++i) a[i] = b[i];
-  }
-  for (int i = 0; i < RUNS; ++i) memcpy(out + i * os, &a[i], sizeof a[i]);
-#else
-  for (int64_t i = 0; i < RUNS; ++i) {
-    for (int64_t j = 0; j < RUNS; ++j) out[j * os + i] = x[i * xs + j];
-  }
-#endif
-}
 
 // AdamW on 16 picked rows of a piece, whose W and G were gathered by runs.
 template <class T>

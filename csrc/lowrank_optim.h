@@ -13,11 +13,20 @@
 extern "C" {
 #endif
 
-#define LRO_ABI 3
+#define LRO_ABI 4
 
 enum { LRO_FLOAT32 = 0, LRO_BFLOAT16 = 1, LRO_FLOAT16 = 2 };
-enum { LRO_OK = 0, LRO_BAD_DTYPE = 1, LRO_BAD_BLOCK = 2, LRO_LAUNCH_FAILED = 3 };
+enum {
+  LRO_OK = 0,
+  LRO_BAD_DTYPE = 1,
+  LRO_BAD_BLOCK = 2,
+  LRO_LAUNCH_FAILED = 3,
+  LRO_BAD_LENGTH = 4,
+  LRO_NO_MEMORY = 5
+};
 enum { LRO_FREE_NONE = 0, LRO_FREE_SIGN = 1, LRO_FREE_IDENTITY = 2 };
+enum { LRO_DCT2 = 0, LRO_DCT3 = 1 };
+enum { LRO_L2 = 0, LRO_L1 = 1 };
 enum { LRO_MAX_BLOCK = 4096, LRO_MAX_BLOCK_CUDA = 256 };
 
 // Moment updates: adamw_direction, lion_direction, moment, each with float32 or 8-bit moments.
@@ -145,8 +154,63 @@ typedef struct {
   int32_t dtype;  // of weights and gradients
 } lro_coordinate_step;
 
-// sizeof of the seven structs in the order above, then LRO_ABI.
-void lro_sizes(int64_t sizes[8]);
+// Cosine transforms of columns, all of one length with no prime factor above 61.
+//   scores:   the sum of squares (l2) or of absolute values (l1) of each coefficient
+//   project:  lows <- the coefficients in index
+//   lift_add: W <- decay W - step (columns with coefficients lows at index, and zeros elsewhere)
+//   adamw:    project, AdamW with moments (k, cols), lift_add. Of the CPU library alone.
+typedef struct {
+  int64_t count;
+  int64_t rows;                  // of every matrix: the length of the transforms
+  void* const* weights;          // lift_add, adamw
+  const void* const* grads;      // scores, project, adamw
+  const int32_t* const* index;   // k sorted coefficients
+  const int32_t* const* source;  // adamw; null, or where the moments of each stood, -1 for nowhere
+  float* const* lows;            // (k, cols), contiguous
+  float* const* first;           // exp_avg, contiguous
+  float* const* second;          // exp_avg_sq
+  float* const* scores;          // (rows)
+  const int64_t* picked;         // k
+  const int64_t* cols;
+  const int64_t* weight_rows;  // strides in elements
+  const int64_t* weight_cols;
+  const int64_t* grad_rows;
+  const int64_t* grad_cols;
+  const float* eps;               // adamw
+  const float* const* row_eps;    // null, or one float per coefficient
+  const float* const* row_scale;  // null exactly where row_eps is
+  const float* steps;
+  const float*
+      turns;  // rows pairs (cos, -sin) of 2 pi k / rows, then rows / 2 + 1 pairs (cos, sin)
+              // of pi k / (2 rows) times sqrt(2 / rows), the first times sqrt(1 / rows)
+  double beta1, beta2, decay;
+  int32_t basis, norm;
+  int32_t dtype;  // of weights and gradients
+} lro_cosine;
+
+// The indices of the largest scores, ascending, the lowest among equals. Of the CPU library alone.
+typedef struct {
+  int64_t count;
+  const float* const* scores;  // (rows), not negative
+  int32_t* const* index;       // (picked), ascending: the old ones, and then the new
+  int32_t* const* source;      // (picked), written: where each stood among the old, or -1
+  const int64_t* rows;
+  const int64_t* picked;
+} lro_top;
+
+// sizeof of the nine structs in the order above, then LRO_ABI.
+void lro_sizes(int64_t sizes[10]);
+#define LRO_SIZES               \
+  {sizeof(lro_update),          \
+   sizeof(lro_blockwise),       \
+   sizeof(lro_rounding),        \
+   sizeof(lro_norms),           \
+   sizeof(lro_apply),           \
+   sizeof(lro_coordinate),      \
+   sizeof(lro_coordinate_step), \
+   sizeof(lro_cosine),          \
+   sizeof(lro_top),             \
+   LRO_ABI}
 // "baseline", "avx2", "avx512"; null where LOWRANK_OPTIM_ISA asks for what this machine lacks.
 const char* lro_isa(void);
 
@@ -165,14 +229,22 @@ const char* lro_isa(void);
   X(apply_sign, lro_apply)            \
   X(coordinate_add, lro_coordinate)
 // Of the CPU library alone.
-#define LRO_CPU_OPS(X) X(coordinate_adamw, lro_coordinate_step)
+#define LRO_CPU_OPS(X)                     \
+  X(coordinate_adamw, lro_coordinate_step) \
+  X(cosine_scores, lro_cosine)             \
+  X(cosine_project, lro_cosine)            \
+  X(cosine_lift_add, lro_cosine)           \
+  X(cosine_adamw, lro_cosine)              \
+  X(top_rows, lro_top)
 
 #define LRO_DECLARE(name, args)               \
   int lro_##name(const args* a, int threads); \
   int lro_cuda_##name(const args* a, void* stream);
 LRO_OPS(LRO_DECLARE)
 #undef LRO_DECLARE
-int lro_coordinate_adamw(const lro_coordinate_step* a, int threads);
+#define LRO_DECLARE(name, args) int lro_##name(const args* a, int threads);
+LRO_CPU_OPS(LRO_DECLARE)
+#undef LRO_DECLARE
 
 #ifdef __cplusplus
 }

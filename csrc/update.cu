@@ -138,9 +138,7 @@ LRO_EXPORT int lro_cuda_stochastic_round(const lro_rounding* a, void* stream) {
 
 LRO_EXPORT const char* lro_isa(void) { return "cuda"; }
 
-LRO_EXPORT void lro_sizes(int64_t sizes[8]) {
-  const int64_t all[8] = {
-      sizeof(lro_update), sizeof(lro_blockwise),  sizeof(lro_rounding),        sizeof(lro_norms),
-      sizeof(lro_apply),  sizeof(lro_coordinate), sizeof(lro_coordinate_step), LRO_ABI};
+LRO_EXPORT void lro_sizes(int64_t sizes[10]) {
+  const int64_t all[10] = LRO_SIZES;
   memcpy(sizes, all, sizeof all);
 }

@@ -1,4 +1,4 @@
-"""AdamW on rows or whole tensors in one pass over W and G, where the host can look at a gradient.
+"""AdamW on rows, cosines or whole tensors in one pass over W and G, on a host that can look at G.
 
 What the phases of a step do in turn (coordinates, directions, apply), without a buffer between
 them: the same numbers, as the arithmetic of each element is the same.
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.plan import Item, State, Strategies, branchless, slot_key
+from lowrank_optim.ops import Rows
+from lowrank_optim.plan import Item, State, Strategies, age_key, branchless, slot_key
 from lowrank_optim.projected import ProjectedGrad
 from lowrank_optim.refresh import basis_due, refresh_
 from lowrank_optim.residuals import Drop, Free, Seen
@@ -22,6 +23,7 @@ from lowrank_optim.rules.adamw import AdamW
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.stores import FloatStore
 from lowrank_optim.subspaces.coordinate import FREE, Coordinates
+from lowrank_optim.subspaces.dct import DCT
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +31,18 @@ logger = logging.getLogger(__name__)
 def takes(
     items: Sequence[Item], states: Sequence[State], chosen: Strategies, lr: float | Tensor
 ) -> bool:
-    """Whether a bucket of rows can be stepped so."""
-    if not isinstance(items[0].subspace, Coordinates) or not _plain(chosen, items[0].param, lr):
+    """Whether a bucket of rows, or of cosines that kernels transform, can be stepped so."""
+    subspace, view, param = items[0].subspace, items[0].view, items[0].param
+    assert view is not None
+    if isinstance(subspace, DCT):
+        alone = not subspace.two_sided and not view.batch and type(chosen.residual) is Drop
+        fits = alone and subspace.fused(view.m, param)
+    else:
+        fits = isinstance(subspace, Coordinates) and not chosen.aged
+    if not fits or not _plain(chosen, param, lr):
         return False
     kept = states[0][slot_key("low", "exp_avg")].dtype
-    return kept == compute_dtype(items[0].param.dtype) and all(_stored(item) for item in items)
+    return kept == compute_dtype(param.dtype) and all(_stored(item) for item in items)
 
 
 def takes_block(item: Item, state: State, chosen: Strategies, lr: float | Tensor) -> bool:
@@ -47,7 +56,7 @@ def _plain(chosen: Strategies, param: Tensor, lr: float | Tensor) -> bool:
     """Whether factors are numbers on the host, and moments are updated where they are."""
     plain = type(chosen.rule) is AdamW and type(chosen.residual) in (Drop, Free)
     rounds = chosen.rounding and param.dtype == torch.bfloat16
-    if not plain or rounds or chosen.maximize or chosen.aged or isinstance(lr, Tensor):
+    if not plain or rounds or chosen.maximize or isinstance(lr, Tensor):
         return False
     return type(chosen.store) is FloatStore and not branchless(param)
 
@@ -69,6 +78,9 @@ def step_(
     """A step of each, its rows drawn again if it is time."""
     rule = chosen.rule
     assert isinstance(rule, AdamW)
+    if isinstance(items[0].subspace, DCT):
+        _step_cosines_(items, states, chosen, lr, weight_decay)
+        return
     for item, state in zip(items, states, strict=True):
         view, subspace = item.view, item.subspace
         assert view is not None and subspace is not None and item.param.grad is not None
@@ -76,13 +88,9 @@ def step_(
         if basis_due(item, state, chosen):
             refresh_(item, state, grad, step, chosen)
         state["step"] += 1
-        (norm,) = ops.total_norms([grad])
-        if not math.isfinite(norm):
-            logger.warning("the gradient of %s is not finite: its step is skipped", item.name)
+        if not _sound(item, grad):
             continue
-        last = max(int(state["refresh_step"]), 0)
-        time = step + 1 - (last if chosen.on_refresh == "reset" else 0)
-        eps, correction = rule.factors(float(time))
+        eps, correction = rule.factors(_time(state, chosen))
         seen = Seen(grad, grad, grad, correction, subspace, None)
         term = chosen.residual.after(state, seen)
         size = lr * chosen.lr_scale * correction
@@ -96,6 +104,72 @@ def step_(
             [view.of(item.param)], [grad], [state["index"]], [first], [second], *rule.betas,
             [eps], [size * subspace.scale], [size * gain], 1 - lr * weight_decay, free,
         )  # fmt: skip
+
+
+def _step_cosines_(
+    items: Sequence[Item],
+    states: Sequence[State],
+    chosen: Strategies,
+    lr: float,
+    weight_decay: float,
+) -> None:
+    """Cosines are chosen again where it is time; the step itself reads moments where they stood."""
+    rule, subspace, view = chosen.rule, items[0].subspace, items[0].view
+    assert isinstance(rule, AdamW) and isinstance(subspace, DCT) and view is not None
+    grads = [view.of(item.param.grad) for item in items if item.param.grad is not None]
+    sources, looked = _chosen_again(items, states, grads, chosen)
+    torch._foreach_add_([state["step"] for state in states], [torch.ones(())] * len(items))
+    at = [n for n, ok in enumerate(looked) if ok or _sound(items[n], grads[n])]
+    if not at:
+        return
+    factors = [rule.factors(_time(states[n], chosen)) for n in at]
+    rows, corrections = Rows(), [correction for _, correction in factors]
+    if chosen.aged:
+        rows = rule.rows([states[n][age_key("low")].add_(1) for n in at], torch.float32)
+        corrections = [1.0] * len(at)
+    moments = ([states[n][slot_key("low", x)] for n in at] for x in ("exp_avg", "exp_avg_sq"))
+    size = lr * chosen.lr_scale * subspace.scale
+    ops.cosine_adamw_(
+        [view.of(items[n].param) for n in at], [grads[n] for n in at],
+        [states[n]["basis_index"] for n in at], [sources[n] for n in at] if sources else [],
+        *moments, *rule.betas, [eps for eps, _ in factors], rows,
+        [size * correction for correction in corrections], subspace.plan(view.m, grads[0]),
+        subspace.basis, 1 - lr * weight_decay,
+    )  # fmt: skip
+
+
+def _chosen_again(
+    items: Sequence[Item], states: Sequence[State], grads: Sequence[Tensor], chosen: Strategies
+) -> tuple[list[Tensor], list[bool]]:
+    """Where the moments of each row stand, if any moved; and whose gradient was looked at."""
+    subspace = items[0].subspace
+    assert isinstance(subspace, DCT)
+    due = [n for n, item in enumerate(items) if basis_due(item, states[n], chosen)]
+    looks = dict(zip(due, subspace.look_at([grads[n] for n in due]), strict=True))
+    found: dict[int, Tensor] = {}
+    looked = [False] * len(items)
+    for n, look in looks.items():
+        own: dict[str, Tensor] = {}
+        step = int(states[n]["step"])
+        looked[n] = refresh_(items[n], states[n], grads[n], step, chosen, sources=own, look=look)
+        found.update({n: source for source in own.values()})
+    if not found:
+        return [], looked
+    stay = torch.arange(subspace.rank, dtype=torch.int32)
+    return [found.get(n, stay) for n in range(len(items))], looked
+
+
+def _sound(item: Item, grad: Tensor) -> bool:
+    sound = math.isfinite(ops.total_norms([grad])[0])
+    if not sound:
+        logger.warning("the gradient of %s is not finite: its step is skipped", item.name)
+    return sound
+
+
+def _time(state: State, chosen: Strategies) -> float:
+    """Steps that the moments have seen, the one being taken included and counted already."""
+    last = max(int(state["refresh_step"]), 0)
+    return float(state["step"]) - (last if chosen.on_refresh == "reset" else 0)
 
 
 def step_block_(
@@ -114,10 +188,8 @@ def step_block_(
     rule, view = chosen.rule, item.view
     assert isinstance(rule, AdamW) and view is not None and item.param.grad is not None
     grad = view.of(item.param.grad)
-    (norm,) = ops.total_norms([grad])
     state["step"] += 1
-    if not math.isfinite(norm):
-        logger.warning("the gradient of %s is not finite: its step is skipped", item.name)
+    if not _sound(item, grad):
         return
     eps, correction = rule.factors(float(state["step"]) - since)
     rows = torch.arange(view.m, dtype=torch.int32)

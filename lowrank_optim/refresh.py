@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError
 
-from lowrank_optim import ops, quant
+from lowrank_optim import quant
 from lowrank_optim.plan import Item, State, Strategies, age_key, mixed, seeded, slot_key
 from lowrank_optim.rules.base import Slot
 from lowrank_optim.subspaces.base import Context, Moved
@@ -49,20 +50,27 @@ def refresh_(
     step: int,
     chosen: Strategies,
     found: dict[str, Tensor] | None = None,
+    sources: dict[str, Tensor] | None = None,
+    look: tuple[Tensor, Any] | None = None,
 ) -> bool:
     """Refresh one basis and carry its moments over; False if it had to be postponed.
 
-    Coordinates that the search came by are put in ``found``.
+    Coordinates that the search came by are put in ``found``; where rows of moments come from, in
+    ``sources`` if it is given, and then whoever reads them next is to move them. ``look`` is what
+    the subspace saw, where it has looked already.
 
     A gradient that is zero or not finite says nothing about a basis, and one that no factorisation
     can take must not end a run: the refresh is counted as postponed and stays due.
     """
     view, subspace = item.view, item.subspace
     assert view is not None and subspace is not None
-    if subspace.needs_grad and not _tells(item, state, grad, step):
-        return False
+    seen = None
+    if subspace.needs_grad:
+        norm, seen = look or subspace.look(grad)
+        if not _tells(item, state, float(norm), step):
+            return False
     generator = seeded(chosen.seed, item.index, step)
-    ctx = Context(view, generator, item.index, step, param=view.of(item.param))
+    ctx = Context(view, generator, item.index, step, param=view.of(item.param), seen=seen)
     try:
         moved = subspace.refresh_(state, grad, ctx)
     except LinAlgError as error:
@@ -75,6 +83,10 @@ def refresh_(
         for coord, shape in subspace.coord_shapes(view).items():
             if chosen.aged:
                 _carry_ages_(state[age_key(coord)], moved[coord], chosen.on_refresh)
+            source = moved[coord].source
+            if sources is not None and source is not None and chosen.on_refresh == "project":
+                sources[coord] = source
+                continue
             _transport(item, state, coord, shape, moved[coord], float(time), chosen)
     for coord, own in moved.items():
         if own.fresh:
@@ -85,9 +97,8 @@ def refresh_(
     return True
 
 
-def _tells(item: Item, state: State, grad: Tensor, step: int) -> bool:
+def _tells(item: Item, state: State, norm: float, step: int) -> bool:
     """Whether a gradient says something about a basis; if not, the refresh counts as postponed."""
-    norm = float(torch.linalg.vector_norm(ops.matrix_norm(grad)))
     if norm != 0 and math.isfinite(norm):
         return True
     state["postponed"] += 1

@@ -242,12 +242,18 @@ def coordinate_steps(
 
 def example(op: str) -> Arguments:
     """One call of any op in float32."""
+    from tests import ops_cosines  # which are made of what is above
+
     if op in ELEMENTWISE + BITS8:
         return elementwise(op, torch.float32, by_row="adamw" in op, unsound=4)
     if op in (*APPLIES, "column_norms"):
         return matrices(op, torch.float32, unsound=None if op == "column_norms" else 1)
     if op == "coordinate_adamw_":
         return coordinate_steps(torch.float32)
+    if op == "top_rows_":
+        return ops_cosines.top(torch.float32)
+    if op in ops_cosines.COSINES:
+        return ops_cosines.arguments(op, torch.float32)
     return storage(op, torch.float32)
 
 
@@ -256,6 +262,12 @@ def example(op: str) -> Arguments:
 
 def expected(op: str, a: Arguments) -> Expected:
     """Every output, computed one tensor at a time in float64."""
+    from tests import ops_cosines
+
+    if op == "top_rows_":
+        return ops_cosines.expected_top(a)
+    if op in ops_cosines.COSINES:
+        return ops_cosines.expected(op, a)
     if op in ELEMENTWISE + BITS8:
         return _directions(op, a)
     if op == "column_norms":

@@ -21,7 +21,7 @@ from lowrank_optim.residuals import Term
 from lowrank_optim.subspaces import DCT, Context, Hadamard
 from lowrank_optim.subspaces.base import Into, identity
 from lowrank_optim.subspaces.fixed import SPECTRUM_ELEMENTS, FixedBasis
-from lowrank_optim.subspaces.transform import BASES, CosineTransform, cosine_rows
+from lowrank_optim.ops.cosine import BASES, CosineTransform, cosine_rows
 from tests import cases, test_contract_projectors
 from tests.compare import assert_close, relative
 
@@ -216,8 +216,9 @@ def test_ties_and_zero_scores_take_the_lowest_indices() -> None:
         rows = cosine_rows(9, "dct2", torch.float64, CPU)
         grad = torch.outer(rows[6], torch.ones(20, dtype=torch.float64)) * 2.0**40
         grad = (grad / 2.0**40).round(decimals=14)
-        index, _ = sub._choose(view.of(torch.zeros_like(grad)))
-        assert index.tolist() == [0, 1, 2, 3, 4]
+        state = {"basis_index": torch.arange(4, 9, dtype=torch.int32)}
+        sub.refresh_(state, view.of(torch.zeros_like(grad)), Context(view, seeded(0)))
+        assert state["basis_index"].tolist() == [0, 1, 2, 3, 4]
         assert 6 in refreshed(view, sub, grad)[0]["basis_index"].tolist()
 
 
@@ -261,7 +262,7 @@ def test_a_spectrum_too_large_to_keep_is_made_twice(monkeypatch: pytest.MonkeyPa
     view, sub = subspace("dct", (30, 40), 5, transform="fft")
     state, moved = refreshed(view, sub, randn(30, 40))
     monkeypatch.setattr("lowrank_optim.subspaces.fixed.SPECTRUM_ELEMENTS", 100)
-    monkeypatch.setattr("lowrank_optim.subspaces.fixed.TILE_ELEMENTS", {False: 64, True: 64})
+    monkeypatch.setattr("lowrank_optim.ops.cosine.TILE_ELEMENTS", {False: 64, True: 64})
     other, tiled = refreshed(view, sub, randn(30, 40))
     assert tiled.low is None and torch.equal(state["basis_index"], other["basis_index"])
     low = sub.coords(other, randn(30, 40), reduce=identity)["low"]

@@ -16,7 +16,7 @@ from lowrank_optim import DCTAdamW, DCTAdamW8bit, lowrank_groups, memory
 from lowrank_optim.error_feedback import ErrorFeedback, Levels
 from lowrank_optim.matrix import matrix_view
 from lowrank_optim.subspaces import DCT
-from lowrank_optim.subspaces.transform import cosine_rows
+from lowrank_optim.ops.cosine import cosine_rows
 from tests import cases
 from tests.compare import assert_close, relative
 from tests.oracles.dct_adamw import dct_adamw
@@ -383,8 +383,8 @@ def test_memory_by_storage_is_the_formula(cls: type[DCTAdamW], transform: str) -
     assert held.moments == sum(each) + sum(scales) + 4 * 4 * rank
     widths = [512, 256]
     shared = sum(4 * n * n for n in widths)
-    if transform == "fft":  # three int64 and a sign each, two complex factors of half
-        shared = sum((3 * 8 + 4) * n + 2 * 8 * (n // 2 + 1) for n in widths)
+    if transform == "fft":  # three int64, a sign, a root of unity; three complex factors of half
+        shared = sum((3 * 8 + 4 + 8) * n + 3 * 8 * (n // 2 + 1) for n in widths)
     assert held.basis == 4 * 4 * rank + shared
 
 

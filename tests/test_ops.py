@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.ops import dispatch, native, reference
+from lowrank_optim.ops import dispatch, native, reference, schema
 from lowrank_optim.ops.schema import SCHEMAS
 from lowrank_optim.quant import Quantized, dynamic_map, layout, zero_code
 from tests import ops_cases as cases
+from tests import ops_cosines
 
 READY, REASON = native.available("cpu")
 needs_native = pytest.mark.skipif(not READY, reason=REASON)
@@ -51,7 +52,7 @@ def check(actual: Tensor, wanted: tuple[Tensor, Tensor | None], what: str) -> No
     """Within a unit of the format and of the tensor's largest value, where it is meant."""
     expected, firm = wanted
     assert actual.shape == expected.shape, what
-    unit = UNITS[actual.dtype]
+    unit = UNITS.get(actual.dtype, 0.0)
     top = expected.abs().max() if expected.numel() else expected.sum()
     gap = (actual.double() - expected).abs()
     wrong = ~(gap <= unit * (expected.abs() + top))
@@ -77,7 +78,7 @@ def run(op: str, a: cases.Arguments) -> None:
     """Call and compare everything the op writes."""
     wanted = cases.expected(op, a)
     result = cases.call(op, a)
-    if op == "column_norms":
+    if op in schema.FOUND:
         assert result is not None
         for got, want in zip(result, wanted[""], strict=True):
             check(got, want, op)
@@ -168,6 +169,40 @@ def test_coordinate_steps(backend: str, how: str, dtype: torch.dtype) -> None:
         run("coordinate_adamw_", a)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("basis", ["dct2", "dct3"])
+@pytest.mark.parametrize("op", ops_cosines.COSINES)
+def test_cosines(backend: str, op: str, basis: str, how: str, dtype: torch.dtype) -> None:
+    """Every kind of factor, tiles and their tails; with rows' own steps and moves, and without."""
+    for n in (1, 2, 12, 35, 64, 97):  # 97: no kernel has a stage for it
+        for flag in (False, True):
+            keys = {"by_row": flag, "moved": flag, "ranking": ("l1", "l2")[flag]}
+            run(op, ops_cosines.arguments(op, dtype, n=n, how=how, basis=basis, **keys))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_unsound_lift_writes_nothing(backend: str, dtype: torch.dtype) -> None:
+    for unsound in (0, 3):
+        a = ops_cosines.arguments("cosine_lift_add_", dtype, unsound=unsound)
+        before = [w.clone() for w in a["params"]]
+        run("cosine_lift_add_", a)
+        for i, (w, old) in enumerate(zip(a["params"], before, strict=True)):
+            assert torch.equal(w, old) == (i == unsound)
+
+
+def test_top_rows(backend: str) -> None:
+    """Among equals the lowest; with nothing to choose, and with everything."""
+    for _ in range(20):
+        run("top_rows_", ops_cosines.top(torch.float32))
+    a = ops_cosines.top(torch.float32)
+    a["indices"] = [torch.arange(x.numel()).int() for x in a["scores"]]
+    a["sources"] = [torch.full_like(x, 77) for x in a["indices"]]
+    run("top_rows_", a)
+    a["indices"], a["sources"] = ([x[:0] for x in a[k]] for k in ("indices", "sources"))
+    run("top_rows_", a)
+
+
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("how", ["rows", "columns"])
@@ -240,7 +275,7 @@ def test_matrices_of_no_elements_and_of_huge_ones(backend: str, op: str) -> None
 def test_no_tensors(backend: str, op: str) -> None:
     """An empty list is nothing to do, on every backend: it was an IndexError in the dispatcher."""
     a = {k: [] if isinstance(x, list) else x for k, x in cases.example(op).items()}
-    assert cases.call(op, a) == ([] if op == "column_norms" else None)
+    assert cases.call(op, a) == ([] if op in schema.FOUND else None)
 
 
 @pytest.mark.parametrize("op", [o for o in SCHEMAS if "8bit" not in o and "blockwise" not in o])
@@ -251,6 +286,10 @@ def test_float64(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
         run(op, cases.elementwise(op, torch.float64, by_row="adamw" in op))
     elif op == "coordinate_adamw_":
         run(op, cases.coordinate_steps(torch.float64))
+    elif op == "top_rows_":
+        run(op, ops_cosines.top(torch.float64))
+    elif op in ops_cosines.COSINES:
+        run(op, ops_cosines.arguments(op, torch.float64))
     elif op != "stochastic_round_":
         run(op, cases.matrices(op, torch.float64))
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops import native
 from lowrank_optim.ops import schema as _schema  # noqa: F401  (defines the ops)
 from lowrank_optim.ops.composite import (
     add_,
@@ -18,6 +19,7 @@ from lowrank_optim.ops.composite import (
     stochastic_round,
     total_norms,
 )
+from lowrank_optim.ops.dispatch import backend
 from lowrank_optim.ops.reference import TILE_ELEMENTS, keep_positive_
 from lowrank_optim.quant import Moment, Quantized
 
@@ -261,7 +263,73 @@ def coordinate_adamw_(
         _ops.coordinate_adamw_(params, grads, *state, *scalars)
 
 
+def cosine_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: Sequence[float],
+    rows: Rows,
+    steps: Sequence[float],
+    plan: Sequence[Tensor],
+    basis: str,
+    decay: float,
+) -> None:
+    """A whole step in cosines: :func:`cosine_project_`, AdamW and :func:`cosine_lift_add_`.
+
+    Native on the CPU, where a tile of columns stays in the cache from its gradient to its weights.
+
+    Args:
+        params: W ``(m, n)``, any strides; all of one m.
+        grads: G ``(m, n)``, in W's dtype, any strides.
+        indices: coefficients ``(r,)`` int32, sorted.
+        sources: ``(r,)`` int32, where the moments of each stood, -1 for nowhere (zeros); none where
+            all stay.
+        exp_avgs: m ``(r, n)`` float32, or wider with the reference; updated.
+        exp_avg_sqs: v, likewise.
+        beta1: decay of m.
+        beta2: decay of v.
+        eps: one a tensor.
+        rows: steps of each row, where rows have ages of their own.
+        steps: factor of the direction, one a tensor.
+        plan: of :class:`~lowrank_optim.ops.cosine.CosineTransform`.
+        basis: "dct2" or "dct3".
+        decay: factor of the weights.
+    """
+    if params:
+        state = indices, sources, exp_avgs, exp_avg_sqs
+        scalars = beta1, beta2, eps, *rows, steps, plan, basis, decay
+        _ops.cosine_adamw_(params, grads, *state, *scalars)
+
+
+def fuses_cosine(like: Tensor, n: int) -> bool:
+    """Whether columns of length ``n`` are transformed inside kernels, not through torch."""
+    return backend(like) is native and like.is_cpu and native.takes_length(n)
+
+
 column_norms = _ops.column_norms
+cosine_lift_add_ = _ops.cosine_lift_add_
+cosine_project_ = _ops.cosine_project_
+cosine_scores = _ops.cosine_scores
+
+
+def top_rows_(
+    scores: Sequence[Tensor], indices: Sequence[Tensor], sources: Sequence[Tensor]
+) -> None:
+    """The indices of the r largest scores, ascending; among equals the lowest.
+
+    Args:
+        scores: ``(m,)``, not negative, finite.
+        indices: ``(r,)`` int32: the old ones, ascending, and then the new.
+        sources: ``(r,)`` int32, written: where each new one stood among the old, -1 for nowhere.
+    """
+    if scores:
+        _ops.top_rows_(scores, indices, sources)
+
 
 __all__ = [
     "TILE_ELEMENTS",
@@ -271,7 +339,12 @@ __all__ = [
     "column_norms",
     "coordinate_adamw_",
     "coordinate_add_",
+    "cosine_adamw_",
+    "cosine_lift_add_",
+    "cosine_project_",
+    "cosine_scores",
     "dequantize",
+    "fuses_cosine",
     "lift_add_",
     "lift_add_scaled_",
     "lift_add_sign_",
@@ -282,5 +355,6 @@ __all__ = [
     "project",
     "quantize_",
     "stochastic_round",
+    "top_rows_",
     "total_norms",
 ]

@@ -18,11 +18,16 @@ from lowrank_optim.ops.reference import (
     column_norms,
     coordinate_adamw_,
     coordinate_add_,
+    cosine_adamw_,
+    cosine_lift_add_,
+    cosine_project_,
+    cosine_scores,
     lift_add_scaled_,
     lift_add_sign_,
     lion_direction_,
     moment_,
     stochastic_round_,
+    top_rows_,
 )
 
 __all__ = [
@@ -32,6 +37,10 @@ __all__ = [
     "column_norms",
     "coordinate_adamw_",
     "coordinate_add_",
+    "cosine_adamw_",
+    "cosine_lift_add_",
+    "cosine_project_",
+    "cosine_scores",
     "dequantize_blockwise_",
     "lift_add_scaled_",
     "lift_add_sign_",
@@ -41,6 +50,7 @@ __all__ = [
     "moment_8bit_",
     "quantize_blockwise_",
     "stochastic_round_",
+    "top_rows_",
 ]
 
 BLOCK = 256

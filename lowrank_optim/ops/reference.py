@@ -8,6 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.cosine import (  # noqa: F401  (ops of this backend)
+    cosine_adamw_,
+    cosine_lift_add_,
+    cosine_project_,
+    cosine_scores,
+)
+
 TILE_ELEMENTS = 1 << 18
 """Elements of a tile buffer, so that a temporary never grows with the parameter."""
 
@@ -539,3 +546,15 @@ def coordinate_adamw_(
         rows.sub_(_adamw(_wide(g.gather(-2, at)), m, v, beta1, beta2, e, None), alpha=step)
         _tiles_with_(w, decay, lambda g, s=free_step: s * FREE[free](g), None, g)
         w.scatter_(-2, at, rows.to(w.dtype))
+
+
+def top_rows_(scores: Tensors, indices: Tensors, sources: Tensors) -> None:
+    """The indices of the largest scores in place of ``indices``, and where each stood."""
+    for score, index, source in zip(scores, indices, sources, strict=True):
+        # sorted stably: among equals the lowest index, on every device
+        best = torch.sort(score, descending=True, stable=True).indices[: index.shape[0]]
+        new = best.sort().values.to(torch.int32)
+        if index.shape[0]:
+            at = torch.searchsorted(index, new).clamp_(max=index.shape[0] - 1)
+            source.copy_(torch.where(index[at] == new, at, -1))
+        index.copy_(new)

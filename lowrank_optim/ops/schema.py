@@ -1,7 +1,7 @@
 """The op vocabulary: schemas, checks and fakes. What an op computes is in ``reference.py``.
 
-Every op takes parallel lists of tensors, mutates its outputs and returns nothing (column norms are
-the exception), so its fake has nothing to compute. ``define`` and ``impl`` cost 3.3 us a call where
+Every op takes parallel lists of tensors, mutates its outputs and returns nothing (column norms and
+scores are the exception), so its fake has nothing to compute. ``define`` and ``impl`` cost 3.3 us a call where
 ``custom_op`` costs 19.7.
 """
 
@@ -51,7 +51,19 @@ SCHEMAS = {
     "coordinate_adamw_": f"({_APPLY}, Tensor[] indices, Tensor(b!)[] exp_avgs, "
     "Tensor(c!)[] exp_avg_sqs, float beta1, float beta2, float[] eps, float[] steps, "
     "float[] free_steps, float decay, str free) -> ()",
+    "top_rows_": "(Tensor[] scores, Tensor(a!)[] indices, Tensor(b!)[] sources) -> ()",
+    "cosine_scores": "(Tensor[] grads, Tensor[] plan, str basis, str ranking) -> Tensor[]",
+    "cosine_project_": "(Tensor[] grads, Tensor[] indices, Tensor(a!)[] outs, Tensor[] plan, "
+    "str basis) -> ()",
+    "cosine_lift_add_": "(Tensor(a!)[] params, Tensor[] indices, Tensor[] updates, Tensor[] plan, "
+    "str basis, float decay, float[] steps, Tensor[] sound) -> ()",
+    "cosine_adamw_": f"({_APPLY}, Tensor[] indices, Tensor[] sources, Tensor(b!)[] exp_avgs, "
+    "Tensor(c!)[] exp_avg_sqs, float beta1, float beta2, float[] eps, Tensor[] row_eps, "
+    "Tensor[] row_scale, float[] steps, Tensor[] plan, str basis, float decay) -> ()",
 }
+
+PLAN = "plan"
+"""What all matrices of a call share: not one a matrix."""
 
 
 ROLES = {"codes": torch.uint8, "scales": torch.float32, "sound": torch.bool}
@@ -72,7 +84,8 @@ def _check(
     """
     count = len(values[0])
     for argument, value in zip(arguments, values, strict=True):
-        if not (isinstance(value, list) and value and isinstance(value[0], Tensor)):
+        listed = isinstance(value, list) and value and isinstance(value[0], Tensor)
+        if not listed or argument == PLAN:
             continue
         if len(value) != count:
             raise ValueError(f"{name}: {argument} has {len(value)} tensors, not {count}")
@@ -96,7 +109,7 @@ def _define(name: str, schema: str) -> None:
     def run(*args: Any) -> Any:
         _check(name, arguments, packed, args)
         if not args[0]:
-            return [] if name == "column_norms" else None
+            return [] if name in FOUND else None
         call = getattr(backend(args[0][0]), name)
         if flat and not all([x.is_contiguous() for x in args[0]]):
             by_tiles(call, arguments, args)
@@ -105,9 +118,7 @@ def _define(name: str, schema: str) -> None:
 
     def fake(*args: Any) -> Any:
         _check(name, arguments, packed, args)
-        if name == "column_norms":
-            return [_norms_like(x) for x in args[0]]
-        return None
+        return [FOUND[name](x) for x in args[0]] if name in FOUND else None
 
     torch.library.impl(qualified, "CompositeExplicitAutograd")(run)
     torch.library.register_fake(qualified)(fake)
@@ -117,6 +128,13 @@ def _norms_like(x: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty((*x.shape[:-2], 1, x.shape[-1]), dtype=dtype)
 
+
+def _scores_like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+FOUND = {"column_norms": _norms_like, "cosine_scores": _scores_like}
+"""Ops that return tensors, and how they look."""
 
 for _name, _schema in SCHEMAS.items():
     _define(_name, _schema)

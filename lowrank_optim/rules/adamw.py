@@ -50,10 +50,7 @@ class AdamW(Rule):
         beta1, beta2 = self.betas
         rows = Rows()
         if ages:
-            own = [
-                self._rows(age, compute_dtype(g.dtype)) for age, g in zip(ages, grads, strict=True)
-            ]
-            rows = Rows(*zip(*own, strict=True))
+            rows = self.rows(ages, compute_dtype(grads[0].dtype))
         factors = [self.factors(t) for t in steps]
         outs = directions_like(grads, dtype)
         ops.adamw_direction_(
@@ -76,13 +73,16 @@ class AdamW(Rule):
         root = (1 - self.betas[1] ** step) ** 0.5
         return self.eps * root, root / (1 - self.betas[0] ** step)
 
-    def _rows(self, age: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What eps and the direction of each row are multiplied by; a row of age 0 stays still."""
+    def rows(self, ages: Sequence[Tensor], dtype: torch.dtype) -> Rows:
+        """What eps and the direction of each row are multiplied by; one of age 0 stays still."""
         beta1, beta2 = self.betas
-        time = age.double().clamp(min=1)  # 1 - 0.999^t has lost half its digits in float32
+        # 1 - 0.999^t has lost half its digits in float32
+        every = torch.cat([age.reshape(-1) for age in ages]).double()
+        time = every.clamp(min=1)
         root = (1 - beta2**time).sqrt()
-        scale = torch.where(age > 0, root / (1 - beta1**time), 0.0)
-        return (self.eps * root).to(dtype).reshape(-1), scale.to(dtype).reshape(-1)
+        scale = torch.where(every > 0, root / (1 - beta1**time), 0.0)
+        sizes = [age.numel() for age in ages]
+        return Rows((self.eps * root).to(dtype).split(sizes), scale.to(dtype).split(sizes))
 
     def biases(self, step: float) -> tuple[float, ...]:
         """``1 - b1^t`` and ``1 - b2^t``."""

@@ -74,6 +74,8 @@ class Context:
     """Sum over the ranks that share this matrix."""
     param: Tensor | None = None
     """W ``(..., m, n)``, for subspaces that are factors of it."""
+    seen: Any = None
+    """What :meth:`Subspace.look` found on its way."""
 
 
 class Into(NamedTuple):
@@ -155,6 +157,10 @@ class Subspace(ABC):
     @abstractmethod
     def init(self, view: MatrixView, param: Tensor) -> State:
         """State of one matrix before its first refresh."""
+
+    def look(self, grad: Tensor) -> tuple[Tensor, Any]:
+        """A number that is 0 or not finite where ``grad`` tells nothing, and what else was seen."""
+        return torch.linalg.vector_norm(ops.matrix_norm(grad)), None
 
     @abstractmethod
     def refresh_(self, state: State, grad: Tensor, ctx: Context) -> dict[str, Moved]:

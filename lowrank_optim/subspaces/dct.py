@@ -16,7 +16,7 @@ from lowrank_optim.residuals import Term
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.base import Into, Reduce, State, register
 from lowrank_optim.subspaces.fixed import FixedBasis
-from lowrank_optim.subspaces.transform import CosineTransform, cosine_rows
+from lowrank_optim.ops.cosine import CosineTransform, column_tiles, cosine_rows
 
 TRANSFORMS = ("auto", "matmul", "fft")
 FFT_COST: dict[tuple[str, torch.dtype], float] = {
@@ -79,6 +79,10 @@ class DCT(FixedBasis):
     def _variant(self) -> tuple[Any, ...]:
         return (self.basis,)
 
+    def plan(self, n: int, like: Tensor) -> list[Tensor]:
+        """What the ops need of the transform of vectors of length ``n``."""
+        return self._plan(n, like).plan
+
     def _plan(self, n: int, like: Tensor) -> CosineTransform:
         dtype, device = compute_dtype(like.dtype), like.device
         key = ("fft", self.basis, n, dtype, device)
@@ -86,6 +90,29 @@ class DCT(FixedBasis):
             key, lambda: CosineTransform.make(n, self.basis, dtype, device)
         )
         return plan
+
+    def fused(self, n: int, like: Tensor) -> bool:
+        """Whether kernels transform vectors of length ``n`` without a spectrum in memory."""
+        return ops.fuses_cosine(like, n) and self.fast(n, like)
+
+    def look(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The scores say as much as the norm, and kernels need no spectrum for them."""
+        if grad.dim() > 2 or not self.fused(grad.shape[0], grad):
+            return super().look(grad)
+        return self.look_at([grad])[0]
+
+    def look_at(self, grads: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """:meth:`look` of several of one shape, fused."""
+        if not grads:
+            return []
+        plan = self.plan(grads[0].shape[0], grads[0])
+        scores = ops.cosine_scores(grads, plan, self.basis, self.ranking)
+        return list(zip(torch.stack(scores).sum(1).unbind(0), scores, strict=True))
+
+    def _scores(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
+        if grad.dim() > 2 or not self.fused(grad.shape[0], grad):
+            return super()._scores(grad)
+        return self.look_at([grad])[0][1], []
 
     def _analyse(self, x: Tensor) -> Tensor:
         if not self.fast(x.shape[0], x):
@@ -117,10 +144,8 @@ class DCT(FixedBasis):
             pairs = zip(index.unbind(0), x.unbind(0), strict=True)
             return torch.stack([self._project(i, each) for i, each in pairs])
         plan = self._plan(x.shape[0], x)
-        index = index.long()
         low = torch.empty(self.rank, x.shape[1], dtype=plan.sign.dtype, device=x.device)
-        for columns in self._tiles(x):
-            low[:, columns] = plan.take(plan.analyse(x[:, columns]), index).mT
+        ops.cosine_project_([x], [index], [low], plan.plan, self.basis)
         return low
 
     def push_(self, into: Into, state: State, update: dict[str, Tensor], term: Term | None) -> None:
@@ -142,7 +167,15 @@ class DCT(FixedBasis):
             columns = None
             if term is not None and term.columns is not None:
                 columns = term.columns if param is into.param else term.columns[n]
-            self._push_one_(one, own.long(), x, term, columns)
+            rounds = seed is not None and param.dtype == torch.bfloat16
+            if term is None and isinstance(into.decay, float) and not rounds:
+                sound = [] if into.sound is None else [into.sound]
+                ops.cosine_lift_add_(
+                    [param], [own], [x], self.plan(param.shape[0], param), self.basis, into.decay,
+                    [into.lr * self.scale], sound,
+                )  # fmt: skip
+            else:
+                self._push_one_(one, own.long(), x, term, columns)
 
     def _widened(self, low: Tensor, state: State, param: Tensor) -> Tensor:
         """``N Q^T (..., r, n)`` of ``N (..., r, r)``."""
@@ -160,7 +193,7 @@ class DCT(FixedBasis):
         self, into: Into, index: Tensor, low: Tensor, term: Term | None, columns: Tensor | None
     ) -> None:
         plan = self._plan(into.param.shape[0], into.param)
-        for tile, at in enumerate(self._tiles(into.param)):
+        for tile, at in enumerate(column_tiles(into.param)):
             if term is None:
                 step, size = plan.lift(low[:, at], index), into.lr * self.scale
             else:

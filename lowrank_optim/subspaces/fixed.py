@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -12,12 +12,11 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.matrix import MatrixView
+from lowrank_optim.ops.cosine import column_tiles
 from lowrank_optim.residuals import Term
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.base import Context, Into, Moved, Projector, Reduce, Shared, State
 
-TILE_ELEMENTS = {False: 1 << 18, True: 1 << 24}
-"""Elements transformed at once: within a CPU's cache, or enough to fill an accelerator."""
 SPECTRUM_ELEMENTS = 1 << 24
 """Spectra up to this size (64 MiB) are kept while the best of them are chosen."""
 RANKINGS = ("l2", "l1")
@@ -79,28 +78,35 @@ class FixedBasis(Projector):
 
     def find(self, grad: Tensor, previous: Tensor | None, ctx: Context) -> Tensor:
         """The columns that a refresh would choose."""
-        index, _ = self._choose(grad)
+        index = torch.zeros(*grad.shape[:-2], self.rank, dtype=torch.int32, device=grad.device)
+        self._choose_(index, self._scores(grad)[0])
         return self._columns(grad, index)
 
     def refresh_(self, state: State, grad: Tensor, ctx: Context) -> dict[str, Moved]:
         """Choose indices, and say where the rows of the old ones are."""
-        rotation, source, low = self._replace_(state["basis_index"], grad)
+        rotation, source, low = self._replace_(state["basis_index"], grad, ctx.seen)
         if not self.two_sided:
             return {"low": Moved(rotation, source=source, low=low)}
-        right, source_right, _ = self._replace_(state["basis_index_right"], grad.mT)
+        right, source_right, _ = self._replace_(state["basis_index_right"], grad.mT, None)
         return {"low": Moved(rotation, right, source, source_right)}
 
     def _replace_(
-        self, index: Tensor, grad: Tensor
+        self, index: Tensor, grad: Tensor, scores: Tensor | None
     ) -> tuple[Callable[[], Tensor], Tensor, Tensor | None]:
-        old = index.clone()
-        new, low = self._choose(grad)
+        old, parts = index.clone(), []
+        if scores is None:
+            scores, parts = self._scores(grad)
+        source = self._choose_(index, scores)
         if index.dim() > 1:  # an expert without tokens keeps its indices
-            new = torch.where(ops.matrix_norm(grad).squeeze(-1) > 0, new, old)
-            low = None
-        index.copy_(new)
-        at = torch.searchsorted(old, index).clamp_(max=self.rank - 1)
-        source = torch.where(old.gather(-1, at) == index, at, -1)
+            idle = ops.matrix_norm(grad).squeeze(-1) == 0
+            index.copy_(torch.where(idle, old, index))
+            stay = torch.arange(self.rank, dtype=source.dtype, device=source.device)
+            source = torch.where(idle, stay, source)
+        low = None
+        if parts:
+            low = torch.empty(self.rank, grad.shape[1], dtype=scores.dtype, device=grad.device)
+            for columns, part in zip(column_tiles(grad), parts, strict=True):
+                low[:, columns] = self._take(grad, part, index.long()).mT
 
         def rotation() -> Tensor:
             dtype = compute_dtype(grad.dtype)
@@ -108,14 +114,23 @@ class FixedBasis(Projector):
 
         return rotation, source, low
 
-    def _choose(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Indices ``(..., r)`` in int32, and the coordinates where they cost nothing more."""
+    def _choose_(self, index: Tensor, scores: Tensor) -> Tensor:
+        """Indices ``(..., r)`` of the largest ``scores (..., m)``, and the places of the old."""
+        source = torch.empty_like(index)
+        if index.dim() == 1:
+            ops.top_rows_([scores], [index], [source])
+        else:
+            ops.top_rows_([*scores.unbind(0)], [*index.unbind(0)], [*source.unbind(0)])
+        return source
+
+    def _scores(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """``(..., m)``, and what was transformed where keeping it saves doing it again."""
         if grad.dim() > 2:
-            return torch.stack([self._choose(x)[0] for x in grad.unbind(0)]), None
+            return torch.stack([self._scores(x)[0] for x in grad.unbind(0)]), []
         keep = self.update_proj_gap == 1 and not self.two_sided
         keep = keep and grad.numel() <= SPECTRUM_ELEMENTS
         parts, scores, sizes = [], None, None
-        for columns in self._tiles(grad):
+        for columns in column_tiles(grad):
             part = self._analyse(grad[:, columns])
             if sizes is None or sizes.shape != part.shape:
                 sizes = torch.empty_like(part)
@@ -123,22 +138,7 @@ class FixedBasis(Projector):
             scores = sizes.sum(0) if scores is None else scores.add_(sizes.sum(0))
             parts += [part] if keep else []
         assert scores is not None
-        scores = self._in_order(grad, scores)
-        # sorted stably: among equals the lowest index, on every device
-        best = torch.sort(scores, descending=True, stable=True).indices[: self.rank]
-        index = best.sort().values
-        low = None
-        if keep:
-            low = torch.empty(self.rank, grad.shape[1], dtype=scores.dtype, device=grad.device)
-            for columns, part in zip(self._tiles(grad), parts, strict=True):
-                low[:, columns] = self._take(grad, part, index).mT
-        return index.to(torch.int32), low
-
-    def _tiles(self, x: Tensor) -> Iterator[slice]:
-        """Slices of the columns of ``x (m, n)``."""
-        width = max(1, TILE_ELEMENTS[x.device.type != "cpu"] // x.shape[0])
-        for start in range(0, x.shape[1], width):
-            yield slice(start, min(start + width, x.shape[1]))
+        return self._in_order(grad, scores), parts
 
     def _rows(self, n: int, like: Tensor) -> Tensor:
         """Q of the shared ones, a vector a row, in at least float32."""

@@ -4,6 +4,14 @@ The library knows nothing of torch; this package turns lists of tensors into arr
 call serves a whole list. float64 raises TypeError: it is served by the reference.
 """
 
+from lowrank_optim.ops.native.cosine import (
+    cosine_adamw_,
+    cosine_lift_add_,
+    cosine_project_,
+    cosine_scores,
+    takes_length,
+    top_rows_,
+)
 from lowrank_optim.ops.native.loader import available, isa
 from lowrank_optim.ops.native.matrices import (
     column_norms,
@@ -33,6 +41,10 @@ __all__ = [
     "column_norms",
     "coordinate_adamw_",
     "coordinate_add_",
+    "cosine_adamw_",
+    "cosine_lift_add_",
+    "cosine_project_",
+    "cosine_scores",
     "dequantize_blockwise_",
     "isa",
     "lift_add_scaled_",
@@ -43,4 +55,6 @@ __all__ = [
     "moment_8bit_",
     "quantize_blockwise_",
     "stochastic_round_",
+    "takes_length",
+    "top_rows_",
 ]

@@ -16,8 +16,10 @@ ERRORS = {
     1: "dtypes that the library does not take",
     2: "a block size outside 1..4096 (256 on CUDA)",
     3: "the launch failed",
+    4: "a length with a prime factor above 61",
+    5: "no memory for its buffers",
 }
-ABI = 3
+ABI = 4
 
 
 def _struct(name: str, fields: str) -> Any:
@@ -52,7 +54,14 @@ CoordinateStep: Any = _struct(
     "count:q weights grads index first second picked rows cols weight_rows weight_cols grad_rows"
     " grad_cols eps steps free_steps beta1:d beta2:d decay:d free_rule:i dtype:i",
 )
-STRUCTS = (Update, Blockwise, Rounding, Norms, Apply, Coordinate, CoordinateStep)
+Cosine: Any = _struct(
+    "Cosine",
+    "count:q n:q weights grads index source lows first second scores picked cols weight_rows"
+    " weight_cols grad_rows grad_cols eps row_eps row_scale steps turns beta1:d beta2:d decay:d"
+    " basis:i norm:i dtype:i",
+)
+Top: Any = _struct("Top", "count:q scores index source rows picked")
+STRUCTS = (Update, Blockwise, Rounding, Norms, Apply, Coordinate, CoordinateStep, Cosine, Top)
 
 
 def _paths(name: str) -> Iterator[Path]:
@@ -73,7 +82,7 @@ def _load(name: str) -> tuple[ctypes.CDLL | None, str]:
         library = _open(path)
     except OSError as error:
         return None, f"{path} does not load: {error}"
-    sizes = (ctypes.c_int64 * 8)()
+    sizes = (ctypes.c_int64 * (len(STRUCTS) + 1))()
     library.lro_sizes(sizes)
     if list(sizes) != [*map(ctypes.sizeof, STRUCTS), ABI]:
         return None, f"{path} was built from another version of the sources"

@@ -28,6 +28,11 @@ _MODULES = {
     "lift_add_sign_": "lift",
     "coordinate_add_": "coordinate",
     "coordinate_adamw_": "coordinate",
+    "top_rows_": "cosine",
+    "cosine_scores": "cosine",
+    "cosine_project_": "cosine",
+    "cosine_lift_add_": "cosine",
+    "cosine_adamw_": "cosine",
 }
 OPS = tuple(_MODULES)
 """Names of the launchers."""

@@ -1,8 +1,9 @@
-"""Orthonormal cosine transforms of any length, by one real FFT or as a matrix."""
+"""Orthonormal cosine transforms of any length, by one real FFT or as a matrix; their ops in torch."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,15 @@ from torch import Tensor
 
 BASES = ("dct2", "dct3")
 """Rows of the DCT-II matrix C (cosines), or its columns."""
+TILE_ELEMENTS = {False: 1 << 18, True: 1 << 24}
+"""Elements transformed at once: within a CPU's cache, or enough to fill an accelerator."""
+
+
+def column_tiles(x: Tensor) -> Iterator[slice]:
+    """Slices of the columns of ``x (m, n)``."""
+    width = max(1, TILE_ELEMENTS[x.device.type != "cpu"] // max(1, x.shape[0]))
+    for start in range(0, x.shape[1], width):
+        yield slice(start, min(start + width, x.shape[1]))
 
 
 def cosine_rows(n: int, basis: str, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -63,6 +73,9 @@ class CosineTransform(NamedTuple):
     twiddle: Tensor
     """``(n // 2 + 1,)`` complex."""
     untwiddle: Tensor
+    turns: Tensor
+    """Pairs of float32, n and then n // 2 + 1: what kernels with an FFT of their own turn by,
+    exp(-2 pi i k / n) and then the conjugate of ``twiddle``."""
 
     @classmethod
     def make(cls, n: int, basis: str, dtype: torch.dtype, device: torch.device) -> CosineTransform:
@@ -79,8 +92,24 @@ class CosineTransform(NamedTuple):
         size[0] = math.sqrt(1 / n)
         wide = torch.complex128 if dtype == torch.float64 else torch.complex64
         twiddle, untwiddle = (turn * size).to(wide), (turn.conj() / size).to(wide)
-        parts = order, inverse, place, sign, twiddle, untwiddle.resolve_conj()
+        angle = every.double() * (-2 * math.pi / n)
+        circle = torch.polar(torch.ones_like(angle), angle)
+        turns = torch.view_as_real(torch.cat([circle, (turn * size).conj()]).resolve_conj())
+        parts = (
+            order,
+            inverse,
+            place,
+            sign,
+            twiddle,
+            untwiddle.resolve_conj(),
+            turns.float().flatten(),
+        )
         return cls(n, basis, *(x.to(device) for x in parts))
+
+    @property
+    def plan(self) -> list[Tensor]:
+        """All tensors: what an op is given, and rebuilds this from."""
+        return list(self[2:])
 
     @property
     def slots(self) -> Tensor:
@@ -134,3 +163,97 @@ class CosineTransform(NamedTuple):
         if self.n % 2 == 0:  # the middle coefficient is a real part and an imaginary one
             parts[:, self.n + 1] = -parts[:, self.n]
         return parts
+
+
+# ---------------------------------------------------------------- ops
+
+
+def cosine_scores(
+    grads: Sequence[Tensor], plan: Sequence[Tensor], basis: str, ranking: str
+) -> list[Tensor]:
+    """``(m,)`` of each: sums of squares ("l2") or of absolute values ("l1") of coefficients."""
+    found = []
+    for grad in grads:
+        transform = CosineTransform(grad.shape[0], basis, *plan)
+        every, scores = torch.arange(grad.shape[0], device=grad.device), None
+        for columns in column_tiles(grad):
+            part = transform.take(transform.analyse(grad[:, columns]), every)
+            own = (part.abs_() if ranking == "l1" else part.square_()).sum(0)
+            scores = own if scores is None else scores.add_(own)
+        found.append(transform.sign.new_zeros(grad.shape[0]) if scores is None else scores)
+    return found
+
+
+def cosine_project_(
+    grads: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    plan: Sequence[Tensor],
+    basis: str,
+) -> None:
+    """Coefficients ``indices (r,)`` of the columns of ``grads (m, n)`` into ``outs (r, n)``."""
+    for grad, index, out in zip(grads, indices, outs, strict=True):
+        transform = CosineTransform(grad.shape[0], basis, *plan)
+        for columns in column_tiles(grad):
+            parts = transform.analyse(grad[:, columns])
+            out[:, columns] = transform.take(parts, index.long()).mT
+
+
+def cosine_lift_add_(
+    params: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    plan: Sequence[Tensor],
+    basis: str,
+    decay: float,
+    steps: Sequence[float],
+    sound: Sequence[Tensor] = (),
+) -> None:
+    """``W <- decay W - step P N``: one inverse transform of the scattered rows of ``updates``."""
+    for i, (w, index, low, step) in enumerate(zip(params, indices, updates, steps, strict=True)):
+        transform = CosineTransform(w.shape[0], basis, *plan)
+        for columns in column_tiles(w):
+            lifted, own = transform.lift(low[:, columns], index.long()), w.mT[columns]
+            if sound:
+                new = own.to(lifted.dtype).mul(decay).add_(lifted, alpha=-step)
+                own.copy_(torch.where(sound[i], new.to(own.dtype), own))
+            elif own.dtype == lifted.dtype:
+                (own if decay == 1 else own.mul_(decay)).add_(lifted, alpha=-step)
+            else:
+                own.copy_(own.to(lifted.dtype).mul_(decay).add_(lifted, alpha=-step))
+
+
+def cosine_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: Sequence[float],
+    row_eps: Sequence[Tensor],
+    row_scale: Sequence[Tensor],
+    steps: Sequence[float],
+    plan: Sequence[Tensor],
+    basis: str,
+    decay: float,
+) -> None:
+    """Coefficients, AdamW on moments whose rows come from ``sources``, and the lift."""
+    for i, (grad, index, m, v) in enumerate(
+        zip(grads, indices, exp_avgs, exp_avg_sqs, strict=True)
+    ):
+        for x in (m, v) if sources else ():
+            moved = x[sources[i].long().clamp(min=0)]
+            x.copy_(moved.masked_fill_((sources[i] < 0).unsqueeze(-1), 0))
+        low = torch.empty_like(m)
+        cosine_project_([grad], [index], [low], plan, basis)
+        m.lerp_(low, 1 - beta1)
+        v.mul_(beta2).addcmul_(low, low, value=1 - beta2)
+        if row_eps:
+            own_eps, scale = row_eps[i].view(-1, 1), row_scale[i].view(-1, 1)
+            direction = scale * m / (v.sqrt() + own_eps)
+        else:
+            direction = m / (v.sqrt() + eps[i])
+        cosine_lift_add_([params[i]], [index], [direction], plan, basis, decay, [steps[i]])
