@@ -27,8 +27,8 @@ from benchmarks.step_time import Work, galore, linear_weights
 from benchmarks.timing import interleaved, ratio
 from lowrank_optim import PROJECTORS, DCTAdamW
 from lowrank_optim.matrix import matrix_view
-from lowrank_optim.subspaces import Context
 from lowrank_optim.ops.cosine import cosine_rows
+from lowrank_optim.subspaces import Context
 
 GALORE = "GaLoreAdamW, no refresh"
 PROJECTED = ("svd", "rsvd", "dct", "hadamard", "random")

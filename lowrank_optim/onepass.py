@@ -127,12 +127,12 @@ def _step_cosines_(
     if chosen.aged:
         rows = rule.rows([states[n][age_key("low")].add_(1) for n in at], torch.float32)
         corrections = [1.0] * len(at)
-    moments = ([states[n][slot_key("low", x)] for n in at] for x in ("exp_avg", "exp_avg_sq"))
+    first, second = ([states[n][slot_key("low", x)] for n in at] for x in ("exp_avg", "exp_avg_sq"))
     size = lr * chosen.lr_scale * subspace.scale
     ops.cosine_adamw_(
         [view.of(items[n].param) for n in at], [grads[n] for n in at],
         [states[n]["basis_index"] for n in at], [sources[n] for n in at] if sources else [],
-        *moments, *rule.betas, [eps for eps, _ in factors], rows,
+        first, second, *rule.betas, [eps for eps, _ in factors], rows,
         [size * correction for correction in corrections], subspace.plan(view.m, grads[0]),
         subspace.basis, 1 - lr * weight_decay,
     )  # fmt: skip
@@ -152,7 +152,8 @@ def _chosen_again(
         own: dict[str, Tensor] = {}
         step = int(states[n]["step"])
         looked[n] = refresh_(items[n], states[n], grads[n], step, chosen, sources=own, look=look)
-        found.update({n: source for source in own.values()})
+        if own:
+            (found[n],) = own.values()
     if not found:
         return [], looked
     stay = torch.arange(subspace.rank, dtype=torch.int32)

@@ -15,8 +15,8 @@ from torch import Tensor
 from lowrank_optim import DCTAdamW, DCTAdamW8bit, lowrank_groups, memory
 from lowrank_optim.error_feedback import ErrorFeedback, Levels
 from lowrank_optim.matrix import matrix_view
-from lowrank_optim.subspaces import DCT
 from lowrank_optim.ops.cosine import cosine_rows
+from lowrank_optim.subspaces import DCT
 from tests import cases
 from tests.compare import assert_close, relative
 from tests.oracles.dct_adamw import dct_adamw

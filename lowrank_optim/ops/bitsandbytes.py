@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops import reference
+from lowrank_optim.ops.cosine import (
+    cosine_adamw_,
+    cosine_lift_add_,
+    cosine_project_,
+    cosine_scores,
+)
 from lowrank_optim.ops.reference import (
     adamw_direction_,
     column_norms,
     coordinate_adamw_,
     coordinate_add_,
-    cosine_adamw_,
-    cosine_lift_add_,
-    cosine_project_,
-    cosine_scores,
     lift_add_scaled_,
     lift_add_sign_,
     lion_direction_,

@@ -1,4 +1,4 @@
-"""Orthonormal cosine transforms of any length, by one real FFT or as a matrix; their ops in torch."""
+"""Orthonormal cosine transforms of any length, by one real FFT or as a matrix; ops in torch."""
 
 from __future__ import annotations
 

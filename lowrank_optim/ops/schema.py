@@ -1,8 +1,8 @@
 """The op vocabulary: schemas, checks and fakes. What an op computes is in ``reference.py``.
 
 Every op takes parallel lists of tensors, mutates its outputs and returns nothing (column norms and
-scores are the exception), so its fake has nothing to compute. ``define`` and ``impl`` cost 3.3 us a call where
-``custom_op`` costs 19.7.
+scores are the exception), so its fake has nothing to compute. ``define`` and ``impl`` cost 3.3 us a
+call where ``custom_op`` costs 19.7.
 """
 
 from __future__ import annotations

@@ -82,7 +82,8 @@ class AdamW(Rule):
         root = (1 - beta2**time).sqrt()
         scale = torch.where(every > 0, root / (1 - beta1**time), 0.0)
         sizes = [age.numel() for age in ages]
-        return Rows((self.eps * root).to(dtype).split(sizes), scale.to(dtype).split(sizes))
+        eps = (self.eps * root).to(dtype)
+        return Rows(torch.split(eps, sizes), torch.split(scale.to(dtype), sizes))
 
     def biases(self, step: float) -> tuple[float, ...]:
         """``1 - b1^t`` and ``1 - b2^t``."""

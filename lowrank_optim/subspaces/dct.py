@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.matrix import MatrixView
+from lowrank_optim.ops.cosine import CosineTransform, column_tiles, cosine_rows
 from lowrank_optim.residuals import Term
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.base import Into, Reduce, State, register
 from lowrank_optim.subspaces.fixed import FixedBasis
-from lowrank_optim.ops.cosine import CosineTransform, column_tiles, cosine_rows
 
 TRANSFORMS = ("auto", "matmul", "fft")
 FFT_COST: dict[tuple[str, torch.dtype], float] = {
@@ -26,6 +26,9 @@ FFT_COST: dict[tuple[str, torch.dtype], float] = {
     ("cpu", torch.float16): 192.0,
 }
 """Rank at which a product with r columns takes as long as one transform in tiles."""
+FUSED_COST = {torch.float32: (36, 24), torch.bfloat16: (160, 10), torch.float16: (160, 10)}
+"""The same of kernels on the CPU: at most the first, and the length over the second if that is
+less. Products of bfloat16 are those of a CPU that has instructions for them."""
 FFT_COST_ACCELERATOR = 512.0
 SLOW_LENGTH = 4.0
 """Factor of a length with a prime factor above 13."""
@@ -62,11 +65,14 @@ class DCT(FixedBasis):
         """Whether vectors of length ``n`` are transformed, not multiplied."""
         if self.transform != "auto":
             return self.transform == "fft"
-        cost = FFT_COST.get((like.device.type, like.dtype), FFT_COST_ACCELERATOR)
-        if _largest_prime(n) > 13:
-            cost *= SLOW_LENGTH
-        refresh = n / self.update_proj_gap  # a product with all columns
-        return 2 * cost < 2 * self.rank + refresh
+        if like.is_cpu and like.dtype in FUSED_COST and ops.fuses_cosine(like, n):
+            most, share = FUSED_COST[like.dtype]
+            cost = min(most, n / share)
+        else:
+            cost = FFT_COST.get((like.device.type, like.dtype), FFT_COST_ACCELERATOR)
+            cost *= SLOW_LENGTH if _largest_prime(n) > 13 else 1
+        # a refresh takes a transform, or a product with all columns
+        return (2 + 1 / self.update_proj_gap) * cost < 2 * self.rank + n / self.update_proj_gap
 
     def prepare(self, view: MatrixView, like: Tensor) -> None:
         """Build the matrices or the factors of the transforms."""

@@ -93,7 +93,8 @@ class FixedBasis(Projector):
     def _replace_(
         self, index: Tensor, grad: Tensor, scores: Tensor | None
     ) -> tuple[Callable[[], Tensor], Tensor, Tensor | None]:
-        old, parts = index.clone(), []
+        old = index.clone()
+        parts: list[Tensor] = []
         if scores is None:
             scores, parts = self._scores(grad)
         source = self._choose_(index, scores)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.cosine import cosine_rows
 from lowrank_optim.subspaces.base import register
 from lowrank_optim.subspaces.fixed import FixedBasis
-from lowrank_optim.ops.cosine import cosine_rows
 
 
 @register("hadamard")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops import cosine as reference
-from lowrank_optim.ops.reference import top_rows_ as reference_top_rows_
 from lowrank_optim.ops.native.arrays import Arrays, dtype_of, exactly, same
 from lowrank_optim.ops.native.loader import Cosine, Top, run
+from lowrank_optim.ops.reference import top_rows_ as reference_top_rows_
 
 BASES = {"dct2": 0, "dct3": 1}
 RANKINGS = {"l2": 0, "l1": 1}
