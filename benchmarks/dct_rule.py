@@ -1,4 +1,4 @@
-"""Products or transforms: what ``transform="auto"`` of the cosine basis chooses, and what is faster.
+"""Products or transforms: what ``transform="auto"`` of the cosine basis takes, and what is faster.
 
 Run as ``python -m benchmarks.dct_rule``. One square matrix; a step that refreshes its indices and
 one that does not are timed with both forms in turns, and a gap costs one of the first and the rest

@@ -249,8 +249,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "scaling": scaling(args),
     }
     show(console, results, args)
-    from benchmarks import frugal_step  # which takes its matrices from here
+    from benchmarks import dct, frugal_step  # which take their matrices from here
 
+    results["dct"] = dct.measure(args, console)
     results["frugal"] = {d: frugal_step.measure(args, d, console) for d in args.dtype.split(",")}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(results, indent=1) + "\n")

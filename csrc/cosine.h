@@ -67,7 +67,8 @@ struct Ahead {
   }
 };
 
-// --- FFT: Stockham's stages, from one buffer to the other -------------------------------------
+// --- FFT: split in place until it fits the cache, then Stockham's stages
+// -------------------------------------
 
 template <int R>
 struct Butterfly {  // an odd prime; R == 0: any, given at run time
@@ -134,9 +135,18 @@ struct Butterfly<8> {
   }
 };
 
+// Where entry i of a sequence goes: the FFT of a part of another is spread over its coefficients.
+struct Out {
+  Pair* at;
+  int64_t spread;
+
+  LRO_INLINE_METHOD Pair& operator[](int64_t i) const { return at[i * spread]; }
+};
+
+// `stride` sequences of a length side by side, their points `apart`, the first `turn` steps on.
 template <int R, bool TURN>
-LRO_INLINE void butterflies(const Pair* x, Pair* y, int64_t r, int64_t apart, int64_t stride,
-                            int64_t p, const Transform& t, Ahead& ahead) {
+LRO_INLINE void butterflies(const Pair* x, Out y, int64_t r, int64_t apart, int64_t stride,
+                            int64_t turn, const Transform& t, Ahead& ahead) {
   Pair own[R ? R : LARGEST_FACTOR];
   for (int64_t q = 0; q < stride; ++q) {
     ahead.next();
@@ -144,20 +154,31 @@ LRO_INLINE void butterflies(const Pair* x, Pair* y, int64_t r, int64_t apart, in
     Butterfly<R>::run(own, r, t);
     y[q] = own[0];
     for (int64_t j = 1; j < r; ++j) {
-      const float* w = t.unit + 2 * j * p * stride;
+      const float* w = t.unit + 2 * j * turn;
       y[q + j * stride] = TURN ? mul(own[j], w[0], w[1]) : own[j];
     }
   }
 }
 
-// Sequences of length `length`, `stride` of them interleaved, become r times as many.
+// One of Stockham's stages: sequences of length `length`, `stride` of them interleaved, become r
+// times as many. `step` is n over the length of the whole sequence.
 template <int R>
-void stage(const Pair* x, Pair* y, int64_t given, int64_t length, int64_t stride,
+void stage(const Pair* x, Out y, int64_t given, int64_t length, int64_t stride, int64_t step,
            const Transform& t, Ahead& ahead) {
   const int64_t r = R ? R : given, shorter = length / r, apart = shorter * stride;
   butterflies<R, false>(x, y, r, apart, stride, 0, t, ahead);
   for (int64_t p = 1; p < shorter; ++p) {
-    butterflies<R, true>(x + p * stride, y + p * stride * r, r, apart, stride, p, t, ahead);
+    Out to = {&y[p * stride * r], y.spread};
+    butterflies<R, true>(x + p * stride, to, r, apart, stride, p * stride * step, t, ahead);
+  }
+}
+
+// The same in place, for what does not fit the first-level cache: r sequences one after the other.
+template <int R>
+void split(Pair* x, int64_t given, int64_t length, int64_t step, const Transform& t, Ahead& ahead) {
+  const int64_t r = R ? R : given, shorter = length / r;
+  for (int64_t p = 0; p < shorter; ++p) {
+    butterflies<R, true>(x + p, {x + p, shorter}, r, shorter, 1, p * step, t, ahead);
   }
 }
 
@@ -170,36 +191,67 @@ LRO_INLINE int64_t next_factor(int64_t n) {
   return n;
 }
 
-// The FFT of what is in `z`, in one of the two buffers.
-Pair* fft(Pair* z, Pair* other, const Transform& t, Ahead& ahead) {
-  for (int64_t length = t.n, stride = 1; length > 1;) {
-    int64_t r = next_factor(length);
-    switch (r) {
-      case 2:
-        stage<2>(z, other, r, length, stride, t, ahead);
-        break;
-      case 3:
-        stage<3>(z, other, r, length, stride, t, ahead);
-        break;
-      case 4:
-        stage<4>(z, other, r, length, stride, t, ahead);
-        break;
-      case 5:
-        stage<5>(z, other, r, length, stride, t, ahead);
-        break;
-      case 8:
-        stage<8>(z, other, r, length, stride, t, ahead);
-        break;
-      default:
-        stage<0>(z, other, r, length, stride, t, ahead);
-    }
+#define LRO_WITH_FACTOR(r, call) \
+  switch (r) {                   \
+    case 2:                      \
+      call(2);                   \
+      break;                     \
+    case 3:                      \
+      call(3);                   \
+      break;                     \
+    case 4:                      \
+      call(4);                   \
+      break;                     \
+    case 5:                      \
+      call(5);                   \
+      break;                     \
+    case 8:                      \
+      call(8);                   \
+      break;                     \
+    default:                     \
+      call(0);                   \
+  }
+
+const int64_t SHORT = 128;  // two buffers of this length fit the first-level cache
+
+// The FFT of `length` numbers to every n / length-th of `out`.
+void short_fft(const Pair* x, int64_t whole, Out out, Pair* buffer, const Transform& t,
+               Ahead& ahead) {
+  const int64_t step = t.n / whole;
+  if (whole == 1) out[0] = x[0];
+  Pair* other = buffer + SHORT;
+  for (int64_t length = whole, stride = 1; length > 1;) {
+    const int64_t r = next_factor(length);
+    const Out to = length == r ? out : Out{other, 1};
+#define LRO_STAGE(R) stage<R>(x, to, r, length, stride, step, t, ahead)
+    LRO_WITH_FACTOR(r, LRO_STAGE)
+#undef LRO_STAGE
     length /= r;
     stride *= r;
-    Pair* swap = z;
-    z = other;
-    other = swap;
+    x = other;
+    other = other == buffer ? buffer + SHORT : buffer;
   }
-  return z;
+}
+
+void fft(Pair* x, int64_t length, Out out, Pair* buffer, const Transform& t, Ahead& ahead) {
+  if (length <= SHORT) {
+    short_fft(x, length, out, buffer, t, ahead);
+    return;
+  }
+  const int64_t r = next_factor(length), shorter = length / r;
+#define LRO_SPLIT(R) split<R>(x, r, length, t.n / length, t, ahead)
+  LRO_WITH_FACTOR(r, LRO_SPLIT)
+#undef LRO_SPLIT
+  for (int64_t j = 0; j < r; ++j) {
+    fft(x + j * shorter, shorter, {&out[j], out.spread * r}, buffer, t, ahead);
+  }
+}
+
+// From one buffer, which is overwritten, to the other.
+Pair* fft(Pair* z, Pair* other, const Transform& t, Ahead& ahead) {
+  alignas(64) Pair buffer[2 * SHORT];
+  fft(z, t.n, {other, 1}, buffer, t, ahead);
+  return other;
 }
 
 // --- the transform: Makhoul's order, one FFT, one pass over pairs of coefficients --------------
