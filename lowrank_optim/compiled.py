@@ -23,7 +23,7 @@ from lowrank_optim.groups import Group
 if TYPE_CHECKING:
     from lowrank_optim.optimizer import LowRankOptimizer
 
-_SCHEMA = "(str optimizer, Tensor(a!)[] params, Tensor[] grads, int[] which) -> ()"
+_SCHEMA = "(str optimizer, Tensor(a!)[] params, Tensor[] grads, int[] which, bool grad_mode) -> ()"
 _NAME = "lowrank_optim::step_"
 _PLAIN = (Tensor, Parameter)
 
@@ -70,8 +70,9 @@ class Traced:
                 params.append(param)
         if any([type(x) not in _PLAIN for x in [*params, *grads]]):
             return False
-        with torch.no_grad():
-            torch.ops.lowrank_optim.step_(self.name, params, grads, which)
+        grad_mode = torch.is_grad_enabled()
+        with torch.no_grad():  # else compilers give copies of the parameters
+            torch.ops.lowrank_optim.step_(self.name, params, grads, which, grad_mode)
         return True
 
     def free_gradients(self) -> None:
@@ -86,13 +87,32 @@ def _parameters(groups: list[Group]) -> list[Tensor]:
 
 
 def _run(
-    name: str, params: Sequence[Tensor], grads: Sequence[Tensor], which: Sequence[int]
+    name: str,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    which: Sequence[int],
+    grad_mode: bool,
 ) -> None:
     """The step of an optimizer on these values of its parameters and of their gradients.
+
+    Args:
+        name: of the optimizer.
+        params: the memory that its parameters are in now, in their order.
+        grads: of some of them.
+        which: places of those.
+        grad_mode: what an error must restore, as graphs switch it without a ``finally``.
 
     Raises:
         RuntimeError: the optimizer is gone, or has other parameters than the graph.
     """
+    try:
+        _step(name, params, dict(zip(which, grads, strict=True)))
+    except BaseException:
+        torch.set_grad_enabled(grad_mode)
+        raise
+
+
+def _step(name: str, params: Sequence[Tensor], given: dict[int, Tensor]) -> None:
     optimizer = _optimizers.get(name)
     if optimizer is None:
         raise RuntimeError("the optimizer of this compiled step does not exist any more")
@@ -103,7 +123,6 @@ def _run(
             "param_groups was replaced by a list of other parameters, which a compiled step cannot "
             "see: from the next call on it steps those"
         )
-    given = dict(zip(which, grads, strict=True))
     with _standing_in(own, params, [given.get(i) for i in range(len(own))]):
         optimizer._step_eagerly()
 

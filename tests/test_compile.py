@@ -381,21 +381,45 @@ def test_the_op_changes_what_its_schema_says(name: str) -> None:
     values, grads = [p.detach().clone() for p in params], [p.grad.clone() for p in params]
     before = [p.detach().clone() for p in params]
     held = [p.grad for p in params]
-    arguments = (optimizer._traced.name, values, grads, list(range(len(params))))
+    arguments = (optimizer._traced.name, values, grads, list(range(len(params))), True)
     tests = ("test_schema", "test_faketensor")
     op = torch.ops.lowrank_optim.step_.default
     assert torch.library.opcheck(op, arguments, test_utils=tests) == dict.fromkeys(tests, "SUCCESS")
     runs.assert_same(params, before)
     assert all(p.grad is grad for p, grad in zip(params, held, strict=True))
     optimizer = cases.build(name, params)
-    op(optimizer._traced.name, values, grads, list(range(len(params))))
+    op(optimizer._traced.name, values, grads, list(range(len(params))), True)
     runs.assert_same(params, before)
     optimizer = cases.build(name, params)
     optimizer.step()
     runs.assert_same(params, values)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_step_that_raises(backend: str) -> None:
+    """Gradients stay enabled, the parameters where they are, and the next step is the first."""
+    model, optimizer = made("GaLoreAdamW")
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(around(model, optimizer), backend=counter, fullgraph=True)
+    group, params = optimizer.param_groups[0], list(model.parameters())
+    places = [p.data_ptr() for p in params]
+    loss_of(model, rows()[0]).backward()
+    grads = [p.grad for p in params]
+    gap, group["update_proj_gap"] = group["update_proj_gap"], "never"
+    with pytest.raises(ValueError, match="never"):
+        compiled()
+    assert torch.is_grad_enabled()
+    assert [p.data_ptr() for p in params] == places
+    assert all(p.grad is g for p, g in zip(params, grads, strict=True))
+    group["update_proj_gap"] = gap
+    optimizer.zero_grad()
+    twin, plain = made("GaLoreAdamW")
+    expected = train(twin, plain, around(twin, plain))
+    for got, want in zip(train(model, optimizer, compiled), expected, strict=True):
+        runs.assert_same(got, want)
+
+
 def test_an_optimizer_that_is_gone() -> None:
     name = GaLoreAdamW([nn.Parameter(torch.zeros(3, 4))], lr=1e-2, rank=2)._traced.name
     with pytest.raises(RuntimeError, match="does not exist any more"):
-        torch.ops.lowrank_optim.step_(name, [], [], [])
+        torch.ops.lowrank_optim.step_(name, [], [], [], True)
