@@ -64,12 +64,14 @@ class Traced:
         which: list[int] = []
         for group in self.groups:
             for param in group["params"]:
+                if type(param) not in _PLAIN:
+                    return False
                 if param.grad is not None:
+                    if type(param.grad) is not Tensor:
+                        return False
                     which.append(len(params))
                     grads.append(param.grad)
                 params.append(param)
-        if any([type(x) not in _PLAIN for x in [*params, *grads]]):
-            return False
         grad_mode = torch.is_grad_enabled()
         with torch.no_grad():  # else compilers give copies of the parameters
             torch.ops.lowrank_optim.step_(self.name, params, grads, which, grad_mode)

@@ -144,6 +144,32 @@ def test_inductor(name: str) -> None:
     assert_compiles_once(make, "inductor")
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_parameters_of_every_kind(backend: str, dtype: torch.dtype, dynamic: bool | None) -> None:
+    """Batches, scalars, transposed and sliced storage: a copy of one is stepped as itself is."""
+    ends = []
+    counter = CompileCounterWithBackend(backend)
+    for compiled in (False, True):
+        params = list(runs.parameters(dtype).values())
+        generator = torch.Generator().manual_seed(3)
+        base = torch.randn(20, 30, generator=generator).to(dtype)
+        params += [nn.Parameter(base[:8, :12].clone().mT), nn.Parameter(base[2:12, 3:17])]
+        rounding = dtype == torch.bfloat16
+        optimizer = cases.build("FiraAdamW", params, stochastic_rounding=rounding)
+        step: Any = optimizer.step
+        if compiled:
+            step = torch.compile(step, backend=counter, fullgraph=True, dynamic=dynamic)
+        for n in range(STEPS):
+            runs.set_grads(params, n)
+            step()
+        states = [x for entry in runs.entries(optimizer) for x in entry.values()]
+        ends.append([*params, base, *states])
+    runs.assert_same(*ends)
+    assert counter.frame_count == 1
+
+
 def test_a_learning_rate_that_is_a_tensor() -> None:
     assert_compiles_once(lambda: made("FiraAdamW", lr=torch.tensor(1e-2)), "aot_eager")
 
@@ -285,6 +311,33 @@ def test_inside_backward_is_one_boundary(mode: Any) -> None:
     for compiled in (False, True):
         model, optimizer = made("GaLoreAdamW")
         attach_in_backward(optimizer, mode)
+        count = torch.zeros(())
+
+        def loop(optimizer: Any = optimizer, count: Tensor = count) -> list[Tensor]:
+            count.add_(1)
+            optimizer.step()
+            return [count * 2]
+
+        if compiled:
+            assert boundaries(optimizer, loop, model) == (2, 1)
+        else:
+            train(model, optimizer, loop)
+        ends.append(list(model.parameters()))
+    runs.assert_same(*ends)
+
+
+def test_a_subclass_of_parameter_is_one_boundary() -> None:
+    """What its operations do, a compiler would have to be told."""
+
+    class Marked(nn.Parameter):
+        pass
+
+    ends = []
+    for compiled in (False, True):
+        model, optimizer = made("GaLoreAdamW")
+        for layer in (model[0], model[2]):
+            layer.weight = Marked(layer.weight.detach().clone())
+        optimizer = cases.build("GaLoreAdamW", model.parameters())
         count = torch.zeros(())
 
         def loop(optimizer: Any = optimizer, count: Tensor = count) -> list[Tensor]:
