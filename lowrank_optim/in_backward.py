@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from lowrank_optim import ops
 from lowrank_optim.groups import Group
 from lowrank_optim.optimizer import LowRankOptimizer
+from lowrank_optim.parallel import MESSAGE, in_ddp
 from lowrank_optim.plan import Item, State, Strategies
 from lowrank_optim.projected import Coords, ProjectedGrad
 from lowrank_optim.refresh import basis_due, refresh_
@@ -42,6 +43,7 @@ class InBackward:
             raise RuntimeError("the optimizer works inside backward already: remove() that first")
         self.optimizer, self.max_norm = optimizer, max_norm
         self._in_closure = False
+        self._checked = False
         self._plan: dict[Tensor, tuple[Group, list[Item], Item]] = {}
         self._check()
         self._hooks: dict[Tensor, Any] = {}
@@ -116,6 +118,10 @@ class InBackward:
                 "step(closure) cannot compute gradients with attach_in_backward: call backward(), "
                 "then step(); in Lightning, use manual optimization"
             )
+        if not self._checked:
+            if in_ddp(self._hooks):
+                raise RuntimeError(MESSAGE)
+            self._checked = True
         self._arrived(param)
 
     def _after_step(self, *_: Any) -> None:
@@ -314,7 +320,8 @@ class _Stepping(InBackward):
         """Parameters that some backward did not reach are stepped now.
 
         Raises:
-            RuntimeError: a ``GradScaler`` steps: gradients were applied with its factor in them.
+            RuntimeError: a ``GradScaler`` steps: gradients were applied with its factor in them;
+            or somebody wrote the gradient of a parameter that has been stepped.
         """
         if hasattr(self.optimizer, "grad_scale"):
             for name in ("grad_scale", "found_inf"):  # the scaler's, which cannot clean up now
@@ -325,6 +332,11 @@ class _Stepping(InBackward):
             )
         for param in self._hooks:
             if param.grad is not None:
+                if (
+                    self._seen.get(param, 0) >= self.accumulation_steps
+                    and self._find(param)[1].alone
+                ):
+                    raise RuntimeError(f"a gradient is back after its step: {MESSAGE}")
                 self._step(param)
         if self.max_norm is not None:
             for param in self._hooks:
@@ -364,6 +376,12 @@ def attach_in_backward(
 
     State and checkpoints are those of the optimizer without it.
 
+    Not for ``DistributedDataParallel``: it averages gradients after these hooks, and keeps them all
+    in its buckets. Train the module itself on every rank instead. For ``"step"``, average in a hook
+    on each parameter that is registered before; for ``"project"``, with ``first_basis="boundary"``,
+    before ``step()``, where ``p.grad.coords`` is all there is to send of a matrix
+    (``docs/performance.md``).
+
     Args:
         optimizer: any optimizer of this package.
         mode: ``"project"`` or ``"step"``.
@@ -383,7 +401,7 @@ def attach_in_backward(
         ValueError: an argument is out of range, or ``mode="project"`` and the method uses what its
             subspace does not see.
         RuntimeError: the optimizer works inside backward already; later, ``step(closure)`` runs
-            backward in its closure.
+            backward in its closure, or the first backward is that of ``DistributedDataParallel``.
 
     Example:
         >>> import torch

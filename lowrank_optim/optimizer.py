@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lowrank_optim.blocks import advance, catch_up, placed, step_block
 from lowrank_optim.checkpoint import load_state_dict
+from lowrank_optim.compiled import Traced
 from lowrank_optim.dense import step_dense
 from lowrank_optim.groups import EMBEDDING_OR_HEAD, Group, canonical, check, check_rank
 from lowrank_optim.matrix import MatrixView
@@ -108,6 +109,7 @@ class LowRankOptimizer(Optimizer):
         self._plans: dict[int, tuple[Any, list[Item]]] = {}
         self._shared = Shared()
         super().__init__(groups, defaults)
+        self._traced = Traced(self)
 
     def residual(self, group: Group) -> Residual:
         """What happens outside the subspace, for parameters of ``group``."""
@@ -126,6 +128,7 @@ class LowRankOptimizer(Optimizer):
         super().__setstate__(state)
         self._plans = {}
         self._shared = Shared()
+        self._traced = Traced(self, self.__dict__.get("_traced"))
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 if key != "differentiable":  # torch's own addition, not a group key of ours
@@ -246,12 +249,8 @@ class LowRankOptimizer(Optimizer):
 
     # ---------------------------------------------------------------- step
 
-    # one boundary for compilers: what a step does is decided by numbers on the host
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    @Optimizer.profile_hook_step  # within it, as hooks are host work too
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step.
+        """One step. In a compiled graph it is one op, unless there is a closure or a hook.
 
         Args:
             closure: re-evaluates the model and returns the loss, with gradients enabled.
@@ -259,6 +258,18 @@ class LowRankOptimizer(Optimizer):
         Returns:
             The closure's loss, or None.
         """
+        if torch.compiler.is_dynamo_compiling():
+            if closure is None and self._traced.step():
+                return None
+            torch._dynamo.skip_frame("step() with a closure, hooks or tensor subclasses")
+        return self._step_eagerly(closure)
+
+    # one boundary for compilers: what a step does is decided by numbers on the host
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @Optimizer.profile_hook_step  # within it, as hooks are host work too
+    @torch.no_grad()
+    def _step_eagerly(self, closure: Callable[[], Any] | None = None) -> Any:
+        self._opt_called = True
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -332,6 +343,13 @@ class LowRankOptimizer(Optimizer):
                 states = [self._state_of(item, chosen) for item in chunk]
                 step_matrices(chunk, states, chosen, lr, weight_decay)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in ``torch.optim``; within a compiled graph too, where gradients are let go of."""
+        if torch.compiler.is_dynamo_compiling() and set_to_none:
+            self._traced.free_gradients()
+        else:
+            super().zero_grad(set_to_none)
+
     # ---------------------------------------------------------------- state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -354,6 +372,8 @@ class LowRankOptimizer(Optimizer):
 
 
 LowRankOptimizer.step.hooked = True  # type: ignore[attr-defined]  # torch need not do it again
+# nor need schedulers wrap it to see it called, in a file that compilers skip
+LowRankOptimizer.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
 _NOT_STRUCTURAL = {
     "params", "param_names", "lr", "initial_lr", "max_lr", "min_lr", "betas", "momentum",
