@@ -476,3 +476,9 @@ def test_an_optimizer_that_is_gone() -> None:
     name = GaLoreAdamW([nn.Parameter(torch.zeros(3, 4))], lr=1e-2, rank=2)._traced.name
     with pytest.raises(RuntimeError, match="does not exist any more"):
         torch.ops.lowrank_optim.step_(name, [], [], [], True)
+
+
+def test_a_transform_that_is_planned_inside_the_op() -> None:
+    """Its factors held a lazy conjugate, which is dropped below the dispatch keys of a graph."""
+    keys = {"transform": "fft", "update_proj_gap": 1}
+    assert_compiles_once(lambda: made("DCTAdamW", **keys), "inductor")

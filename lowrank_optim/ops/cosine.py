@@ -86,24 +86,20 @@ class CosineTransform(NamedTuple):
         low = every <= n // 2
         place = torch.where(low, 2 * every, 2 * (n - every) + 1)
         sign = torch.where(low, 1.0, -1.0).to(dtype)
-        k = torch.arange(n // 2 + 1, dtype=torch.float64)
-        turn = torch.polar(torch.ones_like(k), -math.pi * k / (2 * n))
-        size = torch.full_like(k, math.sqrt(2 / n))
+        angle = torch.arange(n // 2 + 1, dtype=torch.float64) * (math.pi / (2 * n))
+        size = torch.full_like(angle, math.sqrt(2 / n))
         size[0] = math.sqrt(1 / n)
         wide = torch.complex128 if dtype == torch.float64 else torch.complex64
-        twiddle, untwiddle = (turn * size).to(wide), (turn.conj() / size).to(wide)
-        angle = every.double() * (-2 * math.pi / n)
-        circle = torch.polar(torch.ones_like(angle), angle)
-        turns = torch.view_as_real(torch.cat([circle, (turn * size).conj()]).resolve_conj())
-        parts = (
-            order,
-            inverse,
-            place,
-            sign,
-            twiddle,
-            untwiddle.resolve_conj(),
-            turns.float().flatten(),
+        # no conjugates: they are lazy, and below some dispatch keys nobody makes them good
+        twiddle, untwiddle = (
+            torch.polar(size, -angle).to(wide),
+            torch.polar(1 / size, angle).to(wide),
         )
+        circle = torch.polar(
+            torch.ones(n, dtype=torch.float64), every.double() * (-2 * math.pi / n)
+        )
+        turns = torch.view_as_real(torch.cat([circle, torch.polar(size, angle)]))
+        parts = order, inverse, place, sign, twiddle, untwiddle, turns.float().flatten()
         return cls(n, basis, *(x.to(device) for x in parts))
 
     @property
