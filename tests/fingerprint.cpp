@@ -124,6 +124,56 @@ void matrices(int dtype) {
   say("column_norms", dtype, status);
 }
 
+// Lengths of every kind of stage, both bases, rows and columns stored. Bits need no true cosines.
+void cosines(int dtype) {
+  const char* names[] = {"cosine_scores", "cosine_project", "cosine_lift_add", "cosine_adamw"};
+  int (*ops[])(const lro_cosine*, int) = {lro_cosine_scores, lro_cosine_project,
+                                          lro_cosine_lift_add, lro_cosine_adamw};
+  for (int op = 0; op < 4; ++op) {
+    int status = 0;
+    for (int64_t rows : {35, 36, 37, 40, 256}) {
+      Buffer w(N, dtype), g(N, dtype), low(N, 0), first(N, 0), second(N, 0, false, true);
+      Buffer turns(4 * rows, 0), scores(rows, 0), scale(rows, 0, false, true);
+      int32_t index[] = {0, 3, 4, 20, 34}, source[] = {1, -1, 2, 4, 3};
+      const int32_t *picks = index, *from = source;
+      int64_t picked = 5, one = 1, n = N / rows;
+      void* weight = w.at();
+      const void* grad = g.at();
+      float *l = (float*)low.at(), *m = (float*)first.at(), *v = (float*)second.at();
+      float *s = (float*)scores.at(), eps = 1e-3f, step = 0.1f;
+      const float* by_row = (const float*)scale.at();
+      lro_cosine a = {};
+      a.count = 1, a.rows = rows, a.weights = &weight, a.grads = &grad, a.index = &picks;
+      a.source = &from, a.lows = &l, a.first = &m, a.second = &v, a.scores = &s;
+      a.picked = &picked, a.cols = &n, a.weight_rows = a.grad_rows = &n;
+      a.weight_cols = a.grad_cols = &one, a.eps = &eps, a.row_eps = a.row_scale = &by_row;
+      a.steps = &step, a.turns = (const float*)turns.at();
+      a.beta1 = 0.9, a.beta2 = 0.99, a.decay = 0.98, a.dtype = dtype;
+      for (int basis = 0; basis < 2; ++basis) {
+        a.basis = a.norm = basis;
+        status |= ops[op](&a, 1);
+        a.weight_cols = a.grad_cols = &rows, a.weight_rows = a.grad_rows = &one;
+        mix(s, 4 * rows), mix(l, 4 * picked * n), mix(m, 4 * picked * n), mix(v, 4 * picked * n);
+        mix(w.at(), N * BYTES[dtype]);
+      }
+    }
+    say(names[op], dtype, status);
+  }
+}
+
+void top_rows() {
+  Buffer scores(N, 0, false, true);
+  const float* x = (const float*)scores.at();
+  std::vector<int32_t> index(100), source(100);
+  for (int i = 0; i < 100; ++i) index[i] = 7 * i;
+  int32_t *picks = index.data(), *from = source.data();
+  int64_t rows = N, picked = 100;
+  lro_top a = {1, &x, &picks, &from, &rows, &picked};
+  int status = lro_top_rows(&a, 1);
+  mix(picks, 400), mix(from, 400);
+  say("top_rows", 0, status);
+}
+
 void storage(int dtype, const float* map, const char* name) {
   Buffer values(N, dtype, true), scales(BLOCKS, 0);
   std::vector<uint8_t> codes(N);
@@ -163,7 +213,9 @@ int main() {
     storage(d, maps, "quantize signed");
     storage(d, maps + 256, "quantize unsigned");
     matrices(d);
+    cosines(d);
   }
+  top_rows();
   Buffer x(N, 0, true), out(N, 1);
   const float* from = (const float*)x.at();
   uint16_t* to = (uint16_t*)out.at();

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops import native
+from tests import ops_cases, ops_cosines
 
 AVAILABLE, REASON = native.available("cpu")
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason=REASON)
@@ -462,6 +463,9 @@ def test_what_the_library_does_not_take_raises() -> None:
     assert native.available("mps")[0] is False
 
 
+WRITTEN = ("params", "outs", "exp_avgs", "exp_avg_sqs")
+
+
 def fingerprint() -> str:
     """A hash over the bits of every op's results on fixed data."""
     torch.manual_seed(1)
@@ -496,6 +500,12 @@ def fingerprint() -> str:
             across = g[0].mT.contiguous().mT  # stored as w is where that is by columns
             native.coordinate_adamw_([w], [across], [index], *moments, *factors)
             results += [w.contiguous(), *moments[0], *moments[1]]
+        for op in ops_cosines.COSINES:
+            for n, basis in ((35, "dct2"), (62, "dct3"), (256, "dct2"), (192, "dct3")):
+                for how in ("rows", "columns", "slice"):
+                    a = ops_cosines.arguments(op, dtype, n=n, basis=basis, how=how)
+                    results += ops_cases.call(op, a) or []
+                    results += [x for k in WRITTEN if k in a for x in a[k]]
         for x in results:
             digest.update(x.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
