@@ -56,7 +56,7 @@ def released(params: Sequence[Tensor], rank: int, fast: bool) -> Work:
         size = torch.full((m,), (2 / m) ** 0.5).index_fill_(0, torch.tensor(0), (1 / m) ** 0.5)
         turns[m] = torch.polar(size, -torch.pi * every / (2 * m))
         low = (param.shape[0], rank) if param.shape[0] >= param.shape[1] else (rank, param.shape[1])
-        states.append((torch.zeros(low), torch.zeros(low)))
+        states.append((torch.zeros(low, dtype=param.dtype), torch.zeros(low, dtype=param.dtype)))
 
     def transformed(x: Tensor) -> Tensor:
         m = x.shape[1]
@@ -82,9 +82,9 @@ def released(params: Sequence[Tensor], rank: int, fast: bool) -> Work:
     return run
 
 
-def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """P4, and the same at other ranks."""
-    params = linear_weights("llama-130m", args.layers, torch.float32)
+def measure(args: argparse.Namespace, console: Console, dtype: str = "float32") -> dict[str, Any]:
+    """P4, and the same at other ranks; the release has no FFT of bfloat16."""
+    params = linear_weights("llama-130m", args.layers, getattr(torch, dtype))
     other = [torch.randn_like(p) for p in params]
 
     def alternating(step: Work) -> Work:
@@ -102,11 +102,12 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             works[f"DCTAdamW, {transform}, rank {rank}"] = alternating(
                 DCTAdamW([group], lr=1e-9).step
             )
-    for fast in (False, True):
+    for fast in (False, True)[: 2 if dtype == "float32" else 1]:
         works[RELEASED[fast]] = alternating(released(params, 256, fast))
     with torch.no_grad():
         times = interleaved(works, args.rounds)
-    faster = min(RELEASED.values(), key=lambda name: statistics.median(times[name]))
+    ran = [name for name in RELEASED.values() if name in works]
+    faster = min(ran, key=lambda name: statistics.median(times[name]))
     found = {
         name: {
             "ms": statistics.median(t),
@@ -119,7 +120,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         (k, f"{v['ms']:.1f}", f"{v['over_galore']:.2f}", f"{v['over_release']:.3f}")
         for k, v in found.items()
     ]
-    title = f"P4: one step, {7 * args.layers} matrices of LLaMA-130M, float32, gap 1, rank 256"
+    title = f"P4: one step, {7 * args.layers} matrices of LLaMA-130M, {dtype}, gap 1, rank 256"
     header = ("", "ms", "over GaLore\n(target 0.5)", "over the release's\nfaster mode (0.25)")
     print_table(console, title, header, rows)
     return found
@@ -198,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time and captured energy of the cosine basis.")
     parser.add_argument("--layers", type=int, default=2, help="of LLaMA-130M (default: 2)")
     parser.add_argument("--steps", type=int, default=50, help="of the demo before its gradients")
+    parser.add_argument("--dtype", default="float32", help="of the steps: float32,bfloat16")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, help="default: torch's choice")
     parser.add_argument("--only", choices=["times", "energies"])
@@ -210,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(environment_line(), highlight=False)
     results: dict[str, Any] = {"environment": environment()}
     if args.only != "energies":
-        results["times"] = measure(args, console)
+        results["times"] = {d: measure(args, console, d) for d in args.dtype.split(",")}
     if args.only != "times":
         results["energies"] = found = energies(args.steps)
         show_energies(console, found, args.steps)
