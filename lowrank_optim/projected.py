@@ -7,9 +7,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 
 Coords = dict[str, Tensor]
 aten = torch.ops.aten
+
+
+class _Untraced:
+    """A method that is not there while a compiler traces.
+
+    A model that is compiled again between two micro-batches, for another length say, has such
+    gradients. The compiler copies each as a tensor of its shape, which is all that it needs; one
+    that can be taken apart it takes apart, by the symbolic shapes of the parameter, and fails.
+    """
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.method = method
+
+    def __get__(self, grad: Any, kind: Any = None) -> Any:
+        if TracingContext.try_get() is not None:
+            raise AttributeError("not while a compiler traces")
+        return self.method.__get__(grad, kind)
 
 
 class ProjectedGrad(Tensor):
@@ -55,6 +73,7 @@ class ProjectedGrad(Tensor):
         shapes = {name: tuple(x.shape) for name, x in self.coords.items()}
         return f"ProjectedGrad({tuple(self.shape)}, coords={shapes})"
 
+    @_Untraced
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """What tools that count memory look at: the coordinates."""
         self.__dict__.update({f"_{name}": x for name, x in self.coords.items()})
@@ -64,7 +83,7 @@ class ProjectedGrad(Tensor):
     def __tensor_unflatten__(
         inner: dict[str, Tensor], context: Any, size: Any, stride: Any
     ) -> ProjectedGrad:
-        """The inverse of :meth:`__tensor_flatten__`; what tracing a compiled model may ask for."""
+        """The inverse of :meth:`__tensor_flatten__`."""
         measure, fresh, dtype = context
         device = next(iter(inner.values())).device
         like = torch.empty_strided(size, stride, dtype=dtype, device=device)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.checkpoint import checkpoint
 
@@ -534,6 +535,30 @@ def test_checkpointed_and_compiled_models(mode: Any, how: str) -> None:
     with attach_in_backward(optimizer, mode, **options):
         train(run, optimizer, pieces=2)
     assert_same(plain, inside, assert_close)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_model_is_compiled_again_between_two_micro_batches(backend: str) -> None:
+    """For another length, while gradients are coordinates: that was an error of the compiler's."""
+    found, kinds = [], set()
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 12))
+        optimizer = GaLoreAdamW(model.parameters(), lr=1e-2, rank=4, update_proj_gap=3)
+        counter = CompileCounterWithBackend(backend)
+        run = torch.compile(model, backend=counter, dynamic=False) if compiled else model
+        with attach_in_backward(optimizer, accumulation_steps=2):
+            for lengths in ((4, 5), (4, 6), (7, 4)):
+                for n in lengths:
+                    run(torch.arange(12.0 * n).sin().view(n, 12)).square().mean().backward()
+                kinds.add(type(model[0].weight.grad))
+                optimizer.step()
+                optimizer.zero_grad()
+        assert counter.frame_count == 4 * compiled
+        found.append([p.detach().clone() for p in model.parameters()])
+    assert ProjectedGrad in kinds
+    for a, b in zip(*found, strict=True):
+        assert_close(b, a)
 
 
 def test_reentrant_checkpoints_that_share_a_parameter_are_refused() -> None:
