@@ -35,7 +35,10 @@ def test_fact_11_state_holds_k_r_and_2_l_r_numbers_by_storage(
     prefix = "" if projector == "block" else "low."
     for key in ("exp_avg", "exp_avg_sq"):
         assert state[prefix + key].untyped_storage().nbytes() == low
+    (item,) = optimizer._items(optimizer.param_groups[0])
     fixed = {"dct": (4 * r, 4 * k * k), "hadamard": (4 * r, 4 * k * k)}
+    if projector == "dct" and item.subspace.fast(k, state["basis_index"].float()):
+        fixed["dct"] = 4 * r, 36 * k + 24 * (k // 2 + 1)  # factors of the transform
     basis, shared = fixed.get(projector, (4 * k * r, 0))
     basis = basis if projector in cases.basis_names() else 0
     counters = 12 + {"rows": 4 * r, "columns": 4 * r, "randk": 8}.get(projector, 0)

@@ -33,7 +33,16 @@ def test_conformance_under_sanitizers(tmp_path: Path) -> None:
     subprocess.run(["cmake", "--build", str(tmp_path), "--parallel", "2"], check=True)
     done = subprocess.run(
         # `-s`: a report goes to the real stderr. Python and torch do not free what they hold.
-        [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", "tests/test_native.py"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-s",
+            "-p",
+            "no:cacheprovider",
+            "tests/test_native.py",
+            "tests/test_dct_fused.py",
+        ],
         cwd=ROOT,
         env={
             **os.environ,

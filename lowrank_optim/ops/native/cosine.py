@@ -151,7 +151,8 @@ def cosine_lift_add_(
         call = _Call(params, plan, basis)
         call.matrices("weights", params)
         call.index(indices)
-        call.rows("lows", [x.float().contiguous() for x in updates])
+        lows = [x.float().contiguous() for x in updates]  # alive until the call is over
+        call.rows("lows", lows)
         call.numbers("steps", steps)
         call.args.decay = decay
         call.run("cosine_lift_add")
