@@ -240,9 +240,8 @@ def cosine_adamw_(
     for i, (grad, index, m, v) in enumerate(
         zip(grads, indices, exp_avgs, exp_avg_sqs, strict=True)
     ):
-        for x in (m, v) if sources else ():
-            moved = x[sources[i].long().clamp(min=0)]
-            x.copy_(moved.masked_fill_((sources[i] < 0).unsqueeze(-1), 0))
+        if sources:
+            move_rows_((m, v), sources[i])
         low = torch.empty_like(m)
         cosine_project_([grad], [index], [low], plan, basis)
         m.lerp_(low, 1 - beta1)
@@ -253,3 +252,10 @@ def cosine_adamw_(
         else:
             direction = m / (v.sqrt() + eps[i])
         cosine_lift_add_([params[i]], [index], [direction], plan, basis, decay, [steps[i]])
+
+
+def move_rows_(moments: Sequence[Tensor], source: Tensor) -> None:
+    """Rows of each ``(r, n)`` from where ``source (r,)`` says that they stood; zeros for -1."""
+    for x in moments:
+        moved = x[source.long().clamp(min=0)]
+        x.copy_(moved.masked_fill_((source < 0).unsqueeze(-1), 0))

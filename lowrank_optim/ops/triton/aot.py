@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from lowrank_optim.ops.triton import (
     coordinate,
+    cosine,
     direction,
     direction8,
     lift,
@@ -65,9 +66,10 @@ _POINTERS = {
     "moment": "*fp32", "out": "*fp32", "row_eps": "*fp32", "row_scale": "*fp32", "sound": "*u8",
     "codes": "*u8", "codes2": "*u8", "scales": "*fp32", "scales2": "*fp32", "entries": "*fp32",
     "signed_map": "*fp32", "unsigned_map": "*fp32", "w": "*bf16", "g": "*bf16", "p": "*bf16",
-    "n_": "*fp32", "r_": "*fp32", "c": "*fp32", "index": "*i32",
+    "n_": "*fp32", "r_": "*fp32", "c": "*fp32", "index": "*i32", "turn": "*i64",
+    "places": "*i32",
 }  # fmt: skip
-_NUMBERS = {"decay", "lr", "scale", "gain", "weight", "weight1", "weight2", "beta2"}
+_NUMBERS = {"decay", "lr", "scale", "gain", "weight", "weight1", "weight2", "beta2", "step"}
 
 
 def _variant(
@@ -151,9 +153,46 @@ def _matrices() -> Iterator[Variant]:
             )  # fmt: skip
 
 
+def _cosines() -> Iterator[Variant]:
+    tile = {"BC": cosine.COLUMNS, "BQ": cosine.PAIRS}
+    yield _variant(
+        "cosine_place", cosine.cosine_place_kernel, 4, DEPTH=11, BLOCK=256,
+        pointers={"out": "*i32"},
+    )  # fmt: skip
+    for half in (False, True):
+        name = "half" if half else "folded"
+        left = {"parts": "*i64" if half else "*fp32"}  # what a transform left, or is given
+        given = {"out": left["parts"]}
+        yield _variant(
+            f"cosine_fold picked/{name}", cosine.cosine_fold_kernel, 4, **tile, HALF=half,
+            PICKED=True, WIDE=False, xj=1, pointers=given,
+        )  # fmt: skip
+        for layout in ("rows", "columns"):
+            side = "i" if layout == "columns" else "j"
+            unit: dict[str, Any] = {"x" + side: 1}
+            yield _variant(
+                f"cosine_fold {name}/{layout}", cosine.cosine_fold_kernel, 4, **tile, HALF=half,
+                PICKED=False, WIDE=False, places=None, **unit,
+                pointers={**given, "x": "*bf16"},
+            )  # fmt: skip
+            yield _variant(
+                f"cosine_add {name}/{layout}", cosine.cosine_add_kernel, 4, **tile, HALF=half,
+                WIDE=False, SOUND=layout == "rows", **{"w" + side: 1}, pointers=left,
+            )  # fmt: skip
+        for l1 in (False, True):
+            yield _variant(
+                f"cosine_score {'l1' if l1 else 'l2'}/{name}", cosine.cosine_score_kernel, 4,
+                **tile, HALF=half, L1=l1, SPAN=cosine.SPAN, pointers=left,
+            )  # fmt: skip
+        yield _variant(
+            f"cosine_pick/{name}", cosine.cosine_pick_kernel, 4, BC=cosine.PICKED_COLUMNS,
+            BR=cosine.PICKED_ROWS, HALF=half, pointers=left,
+        )  # fmt: skip
+
+
 def variants() -> list[Variant]:
     """Every kernel, in the forms that a launcher asks for."""
-    return [*_lists(), *_matrices()]
+    return [*_lists(), *_matrices(), *_cosines()]
 
 
 def build(variant: Variant, target: GPUTarget) -> Any:
