@@ -323,7 +323,8 @@ def _coordinate_steps(a: Arguments) -> Expected:
     free = {"sign": torch.sign, "sgd": torch.clone, "none": torch.zeros_like}[a["free"]]
     found: Expected = {"params": [], "exp_avgs": [], "exp_avg_sqs": []}
     for i, (w, g, index) in enumerate(zip(a["params"], a["grads"], a["indices"], strict=True)):
-        picked = torch.zeros(w.shape[:-1], dtype=torch.bool).scatter_(-1, index.long(), True)
+        picked = torch.zeros(w.shape[:-1], dtype=torch.bool, device=w.device)
+        picked.scatter_(-1, index.long(), True)
         shape = a["exp_avgs"][i].shape
         own = g.double()[picked].view(shape)
         m = BETA1 * a["exp_avgs"][i].double() + (1 - BETA1) * own

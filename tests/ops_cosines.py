@@ -80,7 +80,7 @@ def expected(op: str, a: Arguments) -> Expected:
         found.setdefault(name, []).append((x, None))
 
     for i, x in enumerate(a.get("grads", a.get("params"))):
-        q = rows(x.shape[0], a["basis"])
+        q = rows(x.shape[0], a["basis"]).to(x.device)
         if op == "cosine_scores":
             s = (q @ x.double()).abs()
             say("", s.sum(1) if a["ranking"] == "l1" else s.square().sum(1))
@@ -127,6 +127,6 @@ def expected_top(a: Arguments) -> Expected:
         order = sorted(range(score.numel()), key=lambda k: (-float(score[k]), k))
         new = sorted(order[: old.numel()])
         place = {k: i for i, k in enumerate(old.tolist())}
-        found["indices"].append((torch.tensor(new).double(), None))
-        found["sources"].append((torch.tensor([place.get(k, -1) for k in new]).double(), None))
+        for name, values in (("indices", new), ("sources", [place.get(k, -1) for k in new])):
+            found[name].append((torch.tensor(values).double().to(score.device), None))
     return found

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops import native
+from lowrank_optim.ops import native, triton
 from lowrank_optim.ops import schema as _schema  # noqa: F401  (defines the ops)
 from lowrank_optim.ops.composite import (
     add_,
@@ -281,7 +281,8 @@ def cosine_adamw_(
 ) -> None:
     """A whole step in cosines: :func:`cosine_project_`, AdamW and :func:`cosine_lift_add_`.
 
-    Native on the CPU, where a tile of columns stays in the cache from its gradient to its weights.
+    Native on the CPU, where a tile of columns stays in the cache from its gradient to its weights;
+    elsewhere the three in turn.
 
     Args:
         params: W ``(m, n)``, any strides; all of one m.
@@ -307,8 +308,14 @@ def cosine_adamw_(
 
 
 def fuses_cosine(like: Tensor, n: int) -> bool:
-    """Whether columns of length ``n`` are transformed inside kernels, not through torch."""
-    return backend(like) is native and like.is_cpu and native.takes_length(n)
+    """Whether kernels serve the cosine ops for columns of length ``n``.
+
+    Native ones have an FFT of their own, on the CPU; Triton's are what is around torch's.
+    """
+    chosen = backend(like)
+    if chosen is native:
+        return like.is_cpu and native.takes_length(n)
+    return chosen is triton
 
 
 column_norms = _ops.column_norms

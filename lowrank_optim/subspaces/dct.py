@@ -98,11 +98,11 @@ class DCT(FixedBasis):
         return plan
 
     def fused(self, n: int, like: Tensor) -> bool:
-        """Whether kernels transform vectors of length ``n`` without a spectrum in memory."""
+        """Whether vectors of length ``n`` are transformed, and kernels read what comes of it."""
         return ops.fuses_cosine(like, n) and self.fast(n, like)
 
     def look(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The scores say as much as the norm, and kernels need no spectrum for them."""
+        """The scores say as much as the norm, and cost kernels one pass less than both."""
         if grad.dim() > 2 or not self.fused(grad.shape[0], grad):
             return super().look(grad)
         return self.look_at([grad])[0]

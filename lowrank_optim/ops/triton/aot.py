@@ -28,6 +28,7 @@ from lowrank_optim.ops.triton import (
     quantize,
     rounding,
 )
+from lowrank_optim.ops.triton import cosine_kernels as kernels
 from lowrank_optim.ops.triton.launch import ELEMENTS, WARPS
 
 TARGETS = {
@@ -156,7 +157,7 @@ def _matrices() -> Iterator[Variant]:
 def _cosines() -> Iterator[Variant]:
     tile = {"BC": cosine.COLUMNS, "BQ": cosine.PAIRS}
     yield _variant(
-        "cosine_place", cosine.cosine_place_kernel, 4, DEPTH=11, BLOCK=256,
+        "cosine_place", kernels.cosine_place_kernel, 4, DEPTH=11, BLOCK=cosine.PLACES,
         pointers={"out": "*i32"},
     )  # fmt: skip
     for half in (False, True):
@@ -164,28 +165,28 @@ def _cosines() -> Iterator[Variant]:
         left = {"parts": "*i64" if half else "*fp32"}  # what a transform left, or is given
         given = {"out": left["parts"]}
         yield _variant(
-            f"cosine_fold picked/{name}", cosine.cosine_fold_kernel, 4, **tile, HALF=half,
+            f"cosine_fold picked/{name}", kernels.cosine_fold_kernel, 4, **tile, HALF=half,
             PICKED=True, WIDE=False, xj=1, pointers=given,
         )  # fmt: skip
         for layout in ("rows", "columns"):
             side = "i" if layout == "columns" else "j"
             unit: dict[str, Any] = {"x" + side: 1}
             yield _variant(
-                f"cosine_fold {name}/{layout}", cosine.cosine_fold_kernel, 4, **tile, HALF=half,
+                f"cosine_fold {name}/{layout}", kernels.cosine_fold_kernel, 4, **tile, HALF=half,
                 PICKED=False, WIDE=False, places=None, **unit,
                 pointers={**given, "x": "*bf16"},
             )  # fmt: skip
             yield _variant(
-                f"cosine_add {name}/{layout}", cosine.cosine_add_kernel, 4, **tile, HALF=half,
+                f"cosine_add {name}/{layout}", kernels.cosine_add_kernel, 4, **tile, HALF=half,
                 WIDE=False, SOUND=layout == "rows", **{"w" + side: 1}, pointers=left,
             )  # fmt: skip
         for l1 in (False, True):
             yield _variant(
-                f"cosine_score {'l1' if l1 else 'l2'}/{name}", cosine.cosine_score_kernel, 4,
+                f"cosine_score {'l1' if l1 else 'l2'}/{name}", kernels.cosine_score_kernel, 4,
                 **tile, HALF=half, L1=l1, SPAN=cosine.SPAN, pointers=left,
             )  # fmt: skip
         yield _variant(
-            f"cosine_pick/{name}", cosine.cosine_pick_kernel, 4, BC=cosine.PICKED_COLUMNS,
+            f"cosine_pick/{name}", kernels.cosine_pick_kernel, 4, BC=cosine.PICKED_COLUMNS,
             BR=cosine.PICKED_ROWS, HALF=half, pointers=left,
         )  # fmt: skip
 
