@@ -260,17 +260,23 @@ Pair* fft(Pair* z, Pair* other, const Transform& t, Ahead& ahead) {
 // ones descending.
 LRO_INLINE int64_t folded(int64_t j, int64_t n) { return j % 2 == 0 ? j / 2 : n - 1 - j / 2; }
 
-// Entries in folded order to coefficients in their own.
-Pair* analyse(Pair* z, Pair* other, const Transform& t, Ahead& ahead) {
-  Pair* x = fft(z, other, t, ahead);
+// Calls f(k, coefficient k) on what the FFT of entries in folded order left in x.
+template <class F>
+LRO_INLINE void coefficients(const Pair* x, const Transform& t, F f) {
   for (int64_t k = 0, n = t.n; 2 * k <= n; ++k) {
     int64_t back = k == 0 ? 0 : n - k;
     float c = 0.5f * t.twiddle[2 * k], s = 0.5f * t.twiddle[2 * k + 1];
     Pair p = x[k], q = x[back];
     Vec re_a = p.a + q.a, im_a = p.b - q.b, re_b = p.b + q.b, im_b = q.a - p.a;
-    if (back != k) x[back] = {s * re_a - c * im_a, s * re_b - c * im_b};
-    x[k] = {c * re_a + s * im_a, c * re_b + s * im_b};
+    if (back != k) f(back, Pair{s * re_a - c * im_a, s * re_b - c * im_b});
+    f(k, Pair{c * re_a + s * im_a, c * re_b + s * im_b});
   }
+}
+
+// Entries in folded order to coefficients in their own.
+Pair* analyse(Pair* z, Pair* other, const Transform& t, Ahead& ahead) {
+  Pair* x = fft(z, other, t, ahead);
+  coefficients(x, t, [x](int64_t k, const Pair& c) { x[k] = c; });
   return x;
 }
 

@@ -243,17 +243,23 @@ void add_scores(const Strip& s, float* out) {
   const int64_t rows = s.a->rows;
   Vec* sums = s.own->sums;
   memset((void*)sums, 0, sizeof(Vec) * rows);
+  const bool l1 = s.a->norm == LRO_L1;
+  auto count = [&](int64_t k, const Pair& c) {
+    if (l1) {
+      sums[k] += (Vec)((Bits)c.a & positive) + (Vec)((Bits)c.b & positive);
+    } else {
+      sums[k] += c.a * c.a + c.b * c.b;
+    }
+  };
   s.tiles([&](const Tile& t) {
     Ahead ahead;
     t.expect_grad<T>(&ahead);
-    const Pair* x = t.coefficients<T>(&ahead);
-    for (int64_t k = 0; k < rows; ++k) {
-      const Pair& c = x[t.slot(k)];
-      if (s.a->norm == LRO_L1) {
-        sums[k] += (Vec)((Bits)c.a & positive) + (Vec)((Bits)c.b & positive);
-      } else {
-        sums[k] += c.a * c.a + c.b * c.b;
-      }
+    if (t.dct2()) {  // as they are made: they are not written
+      load(t.own->one, t.grad_from<T>(t.begin), t.grad());
+      coefficients(fft(t.own->one, t.own->two, t.transform, ahead), t.transform, count);
+    } else {
+      const Pair* x = t.coefficients<T>(&ahead);
+      for (int64_t k = 0; k < rows; ++k) count(k, x[t.slot(k)]);
     }
   });
   for (int64_t k = 0; k < rows; ++k) {
