@@ -48,7 +48,7 @@ def takes(
 def takes_block(item: Item, state: State, chosen: Strategies, lr: float | Tensor) -> bool:
     """Whether an active block can be stepped so: one that is not torch's AdamW to the bit."""
     kept, dtype = state["exp_avg"].dtype if "exp_avg" in state else None, item.param.dtype
-    same = kept == compute_dtype(dtype) != dtype
+    same = kept == compute_dtype(dtype) != dtype and not chosen.aged
     return same and _plain(chosen, item.param, lr) and _stored(item)
 
 
