@@ -21,7 +21,7 @@ struct Place {
 };
 
 template <class T>
-void load_entry(Pair* z, const T* x, const Place& p, int64_t row, int64_t from) {
+void load_entry(Row* z, const T* x, const Place& p, int64_t row, int64_t from) {
   float* out = (float*)&z[p.at(row)];
   for (int64_t l = from; l < lro_min(from + LANES, p.width); ++l) {
     out[l] = lro_load(x[row * p.rows + l * p.cols]);
@@ -30,7 +30,7 @@ void load_entry(Pair* z, const T* x, const Place& p, int64_t row, int64_t from) 
 
 // Columns `from` to `from + 16`, stored one after the other.
 template <class T>
-void load_columns(Pair* z, const T* x, const Place& p, int64_t from) {
+void load_columns(Row* z, const T* x, const Place& p, int64_t from) {
   alignas(64) float own[LANES * TURNED], other[LANES * TURNED];
   int64_t row = 0;
   for (; from + LANES <= p.width && row + TURNED <= p.n; row += TURNED) {
@@ -48,7 +48,7 @@ void load_columns(Pair* z, const T* x, const Place& p, int64_t from) {
 }
 
 template <class T>
-void load(Pair* z, const T* x, const Place& p) {
+void load(Row* z, const T* x, const Place& p) {
   if (p.by_row()) {
     for (int64_t row = 0; row < p.n; ++row) {
       const T* run = x + row * p.rows;
@@ -58,7 +58,7 @@ void load(Pair* z, const T* x, const Place& p) {
     }
     return;
   }
-  if (p.width < COLUMNS) memset((void*)z, 0, sizeof(Pair) * p.n);
+  if (p.width < COLUMNS) memset((void*)z, 0, sizeof(Row) * p.n);
   for (int64_t from = 0; from < p.width; from += LANES) {
     if (p.by_column()) {
       load_columns(z, x, p, from);
@@ -73,7 +73,7 @@ struct Step {
 };
 
 template <class T>
-void push_entry(T* w, const Pair* z, const Place& p, int64_t row, int64_t from, Step s) {
+void push_entry(T* w, const Row* z, const Place& p, int64_t row, int64_t from, Step s) {
   const float* x = (const float*)&z[p.at(row)];
   for (int64_t l = from; l < lro_min(from + LANES, p.width); ++l) {
     T* own = &w[row * p.rows + l * p.cols];
@@ -82,7 +82,7 @@ void push_entry(T* w, const Pair* z, const Place& p, int64_t row, int64_t from, 
 }
 
 template <class T>
-void push_columns(T* w, const Pair* z, const Place& p, int64_t from, Step s) {
+void push_columns(T* w, const Row* z, const Place& p, int64_t from, Step s) {
   alignas(64) float own[LANES * TURNED], other[LANES * TURNED];
   int64_t row = 0;
   for (; from + LANES <= p.width && row + TURNED <= p.n; row += TURNED) {
@@ -104,7 +104,7 @@ void push_columns(T* w, const Pair* z, const Place& p, int64_t from, Step s) {
 
 // W <- decay W - size z.
 template <class T>
-void push(T* w, const Pair* z, const Place& p, Step s) {
+void push(T* w, const Row* z, const Place& p, Step s) {
   if (p.by_row()) {
     for (int64_t row = 0; row < p.n; ++row) {
       T* run = w + row * p.rows;

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <stdint.h>
+#include <string.h>
 
 #include "elements.h"
 
@@ -13,16 +14,39 @@ namespace {
 
 const int64_t LANES = 16;
 const int64_t COLUMNS = 2 * LANES;  // of one tile
+#if defined(__AVX512F__)
+const int64_t WIDTH = 16;  // lanes of one vector: wider ones than the machine's go through memory
+#elif defined(__AVX2__)
+const int64_t WIDTH = 8;
+#else
+const int64_t WIDTH = 4;
+#endif
 const int64_t LARGEST_FACTOR = 61;  // a stage of a prime p takes p / 2 products a number
 
 #define LRO_INLINE_METHOD inline __attribute__((always_inline))
 #define LRO_INLINE static LRO_INLINE_METHOD
 
-typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef float Vec __attribute__((vector_size(4 * WIDTH)));
 
-struct Pair {
-  Vec a, b;  // 16 columns and 16 more, or real and imaginary parts
+struct Row {  // in memory: 16 columns and 16 more
+  alignas(64) float a[LANES], b[LANES];
 };
+
+struct Pair {  // some of both, in registers: real and imaginary parts
+  Vec a, b;
+};
+
+LRO_INLINE Vec get(const float* x) {
+  Vec v;
+  memcpy(&v, x, sizeof v);
+  return v;
+}
+LRO_INLINE void put(float* x, const Vec& v) { memcpy(x, &v, sizeof v); }
+LRO_INLINE Pair get(const Row& x, int64_t lane) { return {get(x.a + lane), get(x.b + lane)}; }
+LRO_INLINE void put(Row* x, int64_t lane, const Pair& p) {
+  put(x->a + lane, p.a);
+  put(x->b + lane, p.b);
+}
 
 LRO_INLINE Pair add(const Pair& x, const Pair& y) { return {x.a + y.a, x.b + y.b}; }
 LRO_INLINE Pair sub(const Pair& x, const Pair& y) { return {x.a - y.a, x.b - y.b}; }
@@ -67,8 +91,7 @@ struct Ahead {
   }
 };
 
-// --- FFT: split in place until it fits the cache, then Stockham's stages
-// -------------------------------------
+// --- FFT: split in place until it fits the cache, then Stockham's stages ----------------------
 
 template <int R>
 struct Butterfly {  // an odd prime; R == 0: any, given at run time
@@ -137,25 +160,27 @@ struct Butterfly<8> {
 
 // Where entry i of a sequence goes: the FFT of a part of another is spread over its coefficients.
 struct Out {
-  Pair* at;
+  Row* at;
   int64_t spread;
 
-  LRO_INLINE_METHOD Pair& operator[](int64_t i) const { return at[i * spread]; }
+  LRO_INLINE_METHOD Row& operator[](int64_t i) const { return at[i * spread]; }
 };
 
 // `stride` sequences of a length side by side, their points `apart`, the first `turn` steps on.
 template <int R, bool TURN>
-LRO_INLINE void butterflies(const Pair* x, Out y, int64_t r, int64_t apart, int64_t stride,
+LRO_INLINE void butterflies(const Row* x, Out y, int64_t r, int64_t apart, int64_t stride,
                             int64_t turn, const Transform& t, Ahead& ahead) {
   Pair own[R ? R : LARGEST_FACTOR];
   for (int64_t q = 0; q < stride; ++q) {
     ahead.next();
-    for (int64_t j = 0; j < r; ++j) own[j] = x[q + j * apart];
-    Butterfly<R>::run(own, r, t);
-    y[q] = own[0];
-    for (int64_t j = 1; j < r; ++j) {
-      const float* w = t.unit + 2 * j * turn;
-      y[q + j * stride] = TURN ? mul(own[j], w[0], w[1]) : own[j];
+    for (int64_t lane = 0; lane < LANES; lane += WIDTH) {
+      for (int64_t j = 0; j < r; ++j) own[j] = get(x[q + j * apart], lane);
+      Butterfly<R>::run(own, r, t);
+      put(&y[q], lane, own[0]);
+      for (int64_t j = 1; j < r; ++j) {
+        const float* w = t.unit + 2 * j * turn;
+        put(&y[q + j * stride], lane, TURN ? mul(own[j], w[0], w[1]) : own[j]);
+      }
     }
   }
 }
@@ -163,7 +188,7 @@ LRO_INLINE void butterflies(const Pair* x, Out y, int64_t r, int64_t apart, int6
 // One of Stockham's stages: sequences of length `length`, `stride` of them interleaved, become r
 // times as many. `step` is n over the length of the whole sequence.
 template <int R>
-void stage(const Pair* x, Out y, int64_t given, int64_t length, int64_t stride, int64_t step,
+void stage(const Row* x, Out y, int64_t given, int64_t length, int64_t stride, int64_t step,
            const Transform& t, Ahead& ahead) {
   const int64_t r = R ? R : given, shorter = length / r, apart = shorter * stride;
   butterflies<R, false>(x, y, r, apart, stride, 0, t, ahead);
@@ -175,7 +200,7 @@ void stage(const Pair* x, Out y, int64_t given, int64_t length, int64_t stride, 
 
 // The same in place, for what does not fit the first-level cache: r sequences one after the other.
 template <int R>
-void split(Pair* x, int64_t given, int64_t length, int64_t step, const Transform& t, Ahead& ahead) {
+void split(Row* x, int64_t given, int64_t length, int64_t step, const Transform& t, Ahead& ahead) {
   const int64_t r = R ? R : given, shorter = length / r;
   for (int64_t p = 0; p < shorter; ++p) {
     butterflies<R, true>(x + p, {x + p, shorter}, r, shorter, 1, p * step, t, ahead);
@@ -215,11 +240,11 @@ LRO_INLINE int64_t next_factor(int64_t n) {
 const int64_t SHORT = 128;  // two buffers of this length fit the first-level cache
 
 // The FFT of `length` numbers to every n / length-th of `out`.
-void short_fft(const Pair* x, int64_t whole, Out out, Pair* buffer, const Transform& t,
+void short_fft(const Row* x, int64_t whole, Out out, Row* buffer, const Transform& t,
                Ahead& ahead) {
   const int64_t step = t.n / whole;
   if (whole == 1) out[0] = x[0];
-  Pair* other = buffer + SHORT;
+  Row* other = buffer + SHORT;
   for (int64_t length = whole, stride = 1; length > 1;) {
     const int64_t r = next_factor(length);
     const Out to = length == r ? out : Out{other, 1};
@@ -233,7 +258,7 @@ void short_fft(const Pair* x, int64_t whole, Out out, Pair* buffer, const Transf
   }
 }
 
-void fft(Pair* x, int64_t length, Out out, Pair* buffer, const Transform& t, Ahead& ahead) {
+void fft(Row* x, int64_t length, Out out, Row* buffer, const Transform& t, Ahead& ahead) {
   if (length <= SHORT) {
     short_fft(x, length, out, buffer, t, ahead);
     return;
@@ -248,8 +273,8 @@ void fft(Pair* x, int64_t length, Out out, Pair* buffer, const Transform& t, Ahe
 }
 
 // From one buffer, which is overwritten, to the other.
-Pair* fft(Pair* z, Pair* other, const Transform& t, Ahead& ahead) {
-  alignas(64) Pair buffer[2 * SHORT];
+Row* fft(Row* z, Row* other, const Transform& t, Ahead& ahead) {
+  Row buffer[2 * SHORT];
   fft(z, t.n, {other, 1}, buffer, t, ahead);
   return other;
 }
@@ -260,40 +285,45 @@ Pair* fft(Pair* z, Pair* other, const Transform& t, Ahead& ahead) {
 // ones descending.
 LRO_INLINE int64_t folded(int64_t j, int64_t n) { return j % 2 == 0 ? j / 2 : n - 1 - j / 2; }
 
-// Calls f(k, coefficient k) on what the FFT of entries in folded order left in x.
+// Calls f(k, lane, coefficient k from that lane on) on what the FFT of entries in folded order
+// left.
 template <class F>
-LRO_INLINE void coefficients(const Pair* x, const Transform& t, F f) {
+LRO_INLINE void coefficients(const Row* x, const Transform& t, F f) {
   for (int64_t k = 0, n = t.n; 2 * k <= n; ++k) {
     int64_t back = k == 0 ? 0 : n - k;
     float c = 0.5f * t.twiddle[2 * k], s = 0.5f * t.twiddle[2 * k + 1];
-    Pair p = x[k], q = x[back];
-    Vec re_a = p.a + q.a, im_a = p.b - q.b, re_b = p.b + q.b, im_b = q.a - p.a;
-    if (back != k) f(back, Pair{s * re_a - c * im_a, s * re_b - c * im_b});
-    f(k, Pair{c * re_a + s * im_a, c * re_b + s * im_b});
+    for (int64_t lane = 0; lane < LANES; lane += WIDTH) {
+      Pair p = get(x[k], lane), q = get(x[back], lane);
+      Vec re_a = p.a + q.a, im_a = p.b - q.b, re_b = p.b + q.b, im_b = q.a - p.a;
+      if (back != k) f(back, lane, Pair{s * re_a - c * im_a, s * re_b - c * im_b});
+      f(k, lane, Pair{c * re_a + s * im_a, c * re_b + s * im_b});
+    }
   }
 }
 
 // Entries in folded order to coefficients in their own.
-Pair* analyse(Pair* z, Pair* other, const Transform& t, Ahead& ahead) {
-  Pair* x = fft(z, other, t, ahead);
-  coefficients(x, t, [x](int64_t k, const Pair& c) { x[k] = c; });
+Row* analyse(Row* z, Row* other, const Transform& t, Ahead& ahead) {
+  Row* x = fft(z, other, t, ahead);
+  coefficients(x, t, [x](int64_t k, int64_t lane, const Pair& c) { put(&x[k], lane, c); });
   return x;
 }
 
 // Coefficients in their own order to entries in folded order: the inverse, and the transpose.
-Pair* synthesise(Pair* x, Pair* other, const Transform& t, Ahead& ahead) {
+Row* synthesise(Row* x, Row* other, const Transform& t, Ahead& ahead) {
   const Vec zero = {};
   for (int64_t k = 0, n = t.n; 2 * k <= n; ++k) {
     int64_t back = k == 0 ? 0 : n - k;
     float c = k == 0 ? t.twiddle[0] : 0.5f * t.twiddle[2 * k];
     float s = 0.5f * t.twiddle[2 * k + 1];
-    Pair p = x[k], q = x[back];
-    if (k == 0) q = {zero, zero};
-    // of column l, V = (p - i q) exp(i pi k / 2n); the FFT of i conj(V_b + i V_a) has both
-    Vec re_a = c * p.a + s * q.a, im_a = s * p.a - c * q.a;
-    Vec re_b = c * p.b + s * q.b, im_b = s * p.b - c * q.b;
-    if (back != k) x[back] = {re_a - im_b, re_b + im_a};
-    x[k] = {re_a + im_b, re_b - im_a};
+    for (int64_t lane = 0; lane < LANES; lane += WIDTH) {
+      Pair p = get(x[k], lane), q = get(x[back], lane);
+      if (k == 0) q = {zero, zero};
+      // of column l, V = (p - i q) exp(i pi k / 2n); the FFT of i conj(V_b + i V_a) has both
+      Vec re_a = c * p.a + s * q.a, im_a = s * p.a - c * q.a;
+      Vec re_b = c * p.b + s * q.b, im_b = s * p.b - c * q.b;
+      if (back != k) put(&x[back], lane, {re_a - im_b, re_b + im_a});
+      put(&x[k], lane, {re_a + im_b, re_b - im_a});
+    }
   }
   return fft(x, other, t, ahead);
 }

@@ -34,14 +34,14 @@ thread_local Scratch scratch;
 
 // What a thread holds of a strip of columns.
 struct Buffers {
-  Pair *one, *two;  // a tile, n each
-  Vec* sums;        // n
-  float* picked;    // coefficients, STRIP a row
+  Row *one, *two;  // a tile, n each
+  float* sums;     // LANES a row
+  float* picked;   // coefficients, STRIP a row
 
   bool get(int64_t n, int64_t count) {
-    size_t bytes = (2 * sizeof(Pair) + sizeof(Vec)) * n + 4 * STRIP * count;
-    one = (Pair*)scratch.get(bytes), two = one + n;
-    sums = (Vec*)(two + n), picked = (float*)(sums + n);
+    size_t bytes = (2 * sizeof(Row) + 4 * LANES) * n + 4 * STRIP * count;
+    one = (Row*)scratch.get(bytes), two = one + n;
+    sums = (float*)(two + n), picked = sums + LANES * n;
     return one != nullptr;
   }
 };
@@ -88,18 +88,18 @@ struct Tile {
   }
 
   template <class T>
-  Pair* coefficients(Ahead* ahead) const {
+  Row* coefficients(Ahead* ahead) const {
     load(own->one, grad_from<T>(begin), grad());
     return dct2() ? analyse(own->one, own->two, transform, *ahead)
                   : synthesise(own->one, own->two, transform, *ahead);
   }
 
-  Pair* other(const Pair* z) const { return z == own->one ? own->two : own->one; }
+  Row* other(const Row* z) const { return z == own->one ? own->two : own->one; }
 
   template <class T>
-  void lift(Pair* z, Step step, Ahead* ahead) const {
-    Pair* x = dct2() ? synthesise(z, other(z), transform, *ahead)
-                     : analyse(z, other(z), transform, *ahead);
+  void lift(Row* z, Step step, Ahead* ahead) const {
+    Row* x = dct2() ? synthesise(z, other(z), transform, *ahead)
+                    : analyse(z, other(z), transform, *ahead);
     push(weight_from<T>(begin), x, weight(), step);
   }
 };
@@ -121,17 +121,18 @@ struct Strip {
 
 template <class T>
 void add_scores(const Strip& s, float* out) {
-  typedef int32_t Bits __attribute__((vector_size(4 * LANES)));
+  typedef int32_t Bits __attribute__((vector_size(4 * WIDTH)));
   const int32_t positive = 0x7fffffff;
   const int64_t rows = s.a->rows;
-  Vec* sums = s.own->sums;
-  memset((void*)sums, 0, sizeof(Vec) * rows);
   const bool l1 = s.a->norm == LRO_L1;
-  auto count = [&](int64_t k, const Pair& c) {
+  float* sums = s.own->sums;
+  memset(sums, 0, 4 * LANES * rows);
+  auto count = [&](int64_t k, int64_t lane, const Pair& c) {
+    float* own = sums + k * LANES + lane;
     if (l1) {
-      sums[k] += (Vec)((Bits)c.a & positive) + (Vec)((Bits)c.b & positive);
+      put(own, get(own) + ((Vec)((Bits)c.a & positive) + (Vec)((Bits)c.b & positive)));
     } else {
-      sums[k] += c.a * c.a + c.b * c.b;
+      put(own, get(own) + (c.a * c.a + c.b * c.b));
     }
   };
   s.tiles([&](const Tile& t) {
@@ -140,14 +141,18 @@ void add_scores(const Strip& s, float* out) {
     if (t.dct2()) {  // as they are made: they are not written
       load(t.own->one, t.grad_from<T>(t.begin), t.grad());
       coefficients(fft(t.own->one, t.own->two, t.transform, ahead), t.transform, count);
-    } else {
-      const Pair* x = t.coefficients<T>(&ahead);
-      for (int64_t k = 0; k < rows; ++k) count(k, x[t.slot(k)]);
+      return;
+    }
+    const Row* x = t.coefficients<T>(&ahead);
+    for (int64_t k = 0; k < rows; ++k) {
+      for (int64_t lane = 0; lane < LANES; lane += WIDTH) {
+        count(k, lane, get(x[t.slot(k)], lane));
+      }
     }
   });
   for (int64_t k = 0; k < rows; ++k) {
     float sum = 0.0f;
-    for (int64_t l = 0; l < LANES; ++l) sum += sums[k][l];
+    for (int64_t l = 0; l < LANES; ++l) sum += sums[k * LANES + l];
     out[k] = sum;
   }
 }
@@ -158,7 +163,7 @@ void project(const Strip& s) {
   s.tiles([&](const Tile& t) {
     Ahead ahead;
     t.expect_grad<T>(&ahead);
-    const Pair* x = t.coefficients<T>(&ahead);
+    const Row* x = t.coefficients<T>(&ahead);
     for (int64_t k = 0; k < a->picked[s.i]; ++k) {
       memcpy(a->lows[s.i] + k * t.cols() + t.begin, &x[t.slot(a->index[s.i][k])], 4 * t.width);
     }
@@ -169,8 +174,8 @@ template <class T>
 void lift_add(const Strip& s) {
   const lro_cosine* a = s.a;
   s.tiles([&](const Tile& t) {
-    Pair* z = t.own->one;
-    memset((void*)z, 0, sizeof(Pair) * a->rows);
+    Row* z = t.own->one;
+    memset((void*)z, 0, sizeof(Row) * a->rows);
     for (int64_t k = 0; k < a->picked[s.i]; ++k) {
       const float* in = a->lows[s.i] + k * t.cols() + t.begin;
       memcpy((void*)&z[t.slot(a->index[s.i][k])], in, 4 * t.width);
@@ -241,19 +246,19 @@ void step(const Strip& s, Adam adam) {
   s.tiles([&](const Tile& t) {
     Ahead ahead;
     t.expect_grad<T>(&ahead);
-    const Pair* x = t.coefficients<T>(&ahead);
+    const Row* x = t.coefficients<T>(&ahead);
     float* out = s.own->picked + (t.begin - s.begin);
     for (int64_t k = 0; k < picked; ++k) {
-      memcpy(out + k * STRIP, &x[t.slot(a->index[i][k])], sizeof(Pair));
+      memcpy(out + k * STRIP, &x[t.slot(a->index[i][k])], sizeof(Row));
     }
   });
   Moments{a, i, s.begin, s.width, s.own->picked, adam}.rows();
   s.tiles([&](const Tile& t) {
-    Pair* z = t.own->one;
+    Row* z = t.own->one;
     const float* in = s.own->picked + (t.begin - s.begin);
-    memset((void*)z, 0, sizeof(Pair) * a->rows);
+    memset((void*)z, 0, sizeof(Row) * a->rows);
     for (int64_t k = 0; k < picked; ++k) {
-      memcpy((void*)&z[t.slot(a->index[i][k])], in + k * STRIP, sizeof(Pair));
+      memcpy((void*)&z[t.slot(a->index[i][k])], in + k * STRIP, sizeof(Row));
     }
     Ahead ahead;
     t.expect_weight<T>(&ahead);
