@@ -211,7 +211,7 @@ struct Moments {
 
   void row(int64_t k, int64_t from) const {
     const int64_t n = a->cols[i];
-    const float zeros[STRIP] = {};
+    static const float zeros[STRIP] = {};
     float *m = a->first[i] + k * n + begin, *v = a->second[i] + k * n + begin;
     const float* m_in = from < 0 ? zeros : a->first[i] + from * n + begin;
     const float* v_in = from < 0 ? zeros : a->second[i] + from * n + begin;

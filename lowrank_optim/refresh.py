@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.linalg import LinAlgError
 
 from lowrank_optim import quant
+from lowrank_optim.ops.rows import take_rows
 from lowrank_optim.plan import Item, State, Strategies, age_key, mixed, seeded, slot_key
 from lowrank_optim.rules.base import Slot
 from lowrank_optim.subspaces.base import Context, Moved
-from lowrank_optim.transports import TRANSPORTS, take_rows
+from lowrank_optim.transports import TRANSPORTS
 
 logger = logging.getLogger(__name__)
 

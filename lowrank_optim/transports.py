@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.rows import take_rows
 from lowrank_optim.rules.base import Slot
 from lowrank_optim.subspaces.base import Moved
 
@@ -73,24 +74,6 @@ def project(moments: Moments, moved: Moved) -> None:
         else:
             centred = turn(x / bias - (mean / mean_bias).square(), 2)
             x.copy_((centred + (turn(mean, 1) / mean_bias).square()).abs() * bias)
-
-
-def take_rows(x: Tensor, source: Tensor, dim: int = -2) -> Tensor:
-    """Rows of ``x`` by old index along ``dim``, zeros where it is -1.
-
-    Args:
-        x: ``(..., r, n)`` with ``dim=-2``, or ``(..., r)`` with ``dim=-1``.
-        source: ``(r,)``, or with the leading dimensions of ``x``.
-        dim: the dimension of the rows.
-    """
-    if source.dim() == 1 and x.dim() == -dim:  # whole rows: a copy of memory
-        taken = x.index_select(dim, source.long().clamp(min=0))
-        return taken.masked_fill_((source < 0).reshape([-1] + [1] * (-1 - dim)), 0)
-    at = source.long() if dim == -1 else source.long().unsqueeze(-1)
-    shape = list(x.shape)
-    shape[dim] = source.shape[-1]
-    at = at.expand(shape)
-    return x.gather(dim, at.clamp(min=0)).masked_fill_(at < 0, 0)
 
 
 def move_rows_(x: Tensor, source: Tensor, fill: int = 0) -> None:

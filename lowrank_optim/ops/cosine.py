@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.rows import take_rows
+
 BASES = ("dct2", "dct3")
 """Rows of the DCT-II matrix C (cosines), or its columns."""
 TILE_ELEMENTS = {False: 1 << 18, True: 1 << 24}
@@ -257,5 +259,4 @@ def cosine_adamw_(
 def move_rows_(moments: Sequence[Tensor], source: Tensor) -> None:
     """Rows of each ``(r, n)`` from where ``source (r,)`` says that they stood; zeros for -1."""
     for x in moments:
-        moved = x[source.long().clamp(min=0)]
-        x.copy_(moved.masked_fill_((source < 0).unsqueeze(-1), 0))
+        x.copy_(take_rows(x, source))
