@@ -61,6 +61,8 @@ def load_state_dict(
                 optimizer.state[param] = {
                     k: _placed(k, saved[n][k], param, dtype) for k, dtype in dtypes[n].items()
                 }
+        for group in optimizer.param_groups:
+            optimizer._items(group)  # from here on edits are noticed
 
     handles = [
         optimizer.register_load_state_dict_pre_hook(take),
@@ -156,7 +158,7 @@ def check_fit(
         if "param_names" in mine:
             merged.setdefault("param_names", mine["param_names"])
         chosen = optimizer._strategies(merged)
-        for here, there in zip(optimizer._items(mine), optimizer._plan(merged), strict=True):
+        for here, there in zip(optimizer._planned(mine), optimizer._planned(merged), strict=True):
             if n in saved:
                 found = saved[n]
                 _same_structure(optimizer, here, there, mine, merged, found)

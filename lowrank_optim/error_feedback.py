@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,14 +84,17 @@ class ErrorFeedback:
 
     Nothing of a gradient is lost, it only waits:
     :math:`\sum_t P_t P_t^T A_t + E_T = \sum_t G_t`. The memory is kept as ``(..., n, m)``, the
-    projected dimension last, whatever side is projected. In float32 it becomes A in place, and no
-    other matrix of that size exists; narrower formats make A for the time of the step.
+    projected dimension last, whatever side is projected. A exists for the time of the step, so that
+    E is as it was if the step cannot end.
 
     Args:
         kept: "float32", "bfloat16", "8bit" or "4bit" (levels between the least and the largest
             entry of each row of m).
         maximize: whether coordinates are those of -A.
     """
+
+    stepped: ClassVar[Sequence[str]] = ()
+    whole: ClassVar[bool] = True
 
     kept: str = "float32"
     maximize: bool = False
@@ -106,43 +109,28 @@ class ErrorFeedback:
         return {"error": torch.zeros(shape, dtype=dtype, device=like.device)}
 
     def before(self, state: State, grad: Tensor) -> Tensor:
-        """``G + E``; a gradient that is not finite is returned as it is, and E not touched."""
-        sound = ops.matrix_norm(grad).isfinite().all()
-        host = on_host(grad)
-        if host and not bool(sound):
+        """``G + E``; a gradient that is not finite is returned as it is."""
+        if on_host(grad) and not bool(ops.matrix_norm(grad).isfinite().all()):
             return grad
-        in_place = self._in_place(state, grad)
-        wide = compute_dtype(grad.dtype)
-        out = state["error"] if in_place else torch.empty_like(state["error"], dtype=wide)
-        if self.kept in BITS:
-            out = grad.new_empty(grad.mT.shape, dtype=wide)
+        out = torch.empty(grad.mT.shape, dtype=compute_dtype(grad.dtype), device=grad.device)
         for at in self._tiles(grad):
-            g = grad.mT[..., at, :].to(wide)
-            if in_place:
-                out[..., at, :] += g if host else torch.where(sound, g, 0)
-            else:
-                out[..., at, :] = self._error(state, at, grad.shape[-2]).add(g)
-        if in_place and not host:  # the step must see what is wrong with it
-            return torch.where(sound, out.mT, grad.to(wide))
+            out[..., at, :] = self._error(state, at, grad.shape[-2]).add(grad.mT[..., at, :])
         return out.mT
 
     def after(self, state: State, seen: Seen) -> Term | None:
-        """``E <- A - P R``, and no term."""
-        subspace = replace(seen.subspace, scale=1.0)
-        in_place = self._in_place(state, seen.grad)
-        rest = state["error"].mT if in_place else seen.grad
+        """``A <- A - P R``, and no term."""
+        rest, subspace = seen.grad, replace(seen.subspace, scale=1.0)
         low = seen.low.to(rest.dtype)
         if seen.sound is not None:
             low = torch.where(seen.sound, low, 0)
         into = Into(rest, rest, None, lr=-1.0 if self.maximize else 1.0)
         subspace.push_(into, state, {"low": low}, None)
-        if not in_place:
-            for at in self._tiles(rest):
-                self._keep_(state, at, rest.mT[..., at, :], seen.sound)
         return None
 
-    def _in_place(self, state: State, grad: Tensor) -> bool:
-        return self.kept not in BITS and state["error"].dtype == compute_dtype(grad.dtype)
+    def keep_(self, state: State, grad: Tensor, sound: Tensor | None) -> None:
+        """``E <- A - P R``."""
+        for at in self._tiles(grad):
+            self._keep_(state, at, grad.mT[..., at, :], sound)
 
     def _tiles(self, grad: Tensor) -> Iterator[slice]:
         rows = max(1, TILE_ELEMENTS * grad.shape[-1] // max(1, grad.numel()))
@@ -156,7 +144,9 @@ class ErrorFeedback:
     def _error(self, state: State, at: slice, k: int) -> Tensor:
         if self.kept in BITS:
             return self._levels(state, at).read(BITS[self.kept], k)
-        return state["error"][..., at, :].float()
+        return state["error"][..., at, :].to(
+            torch.promote_types(state["error"].dtype, torch.float32)
+        )
 
     def _keep_(self, state: State, at: slice, x: Tensor, sound: Tensor | None) -> None:
         if self.kept not in BITS:

@@ -24,6 +24,7 @@ from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.stores import FloatStore
 from lowrank_optim.subspaces.coordinate import FREE, Coordinates
 from lowrank_optim.subspaces.dct import DCT
+from lowrank_optim.undo import Undo
 
 logger = logging.getLogger(__name__)
 
@@ -74,18 +75,21 @@ def step_(
     chosen: Strategies,
     lr: float,
     weight_decay: float,
+    undo: Undo,
 ) -> None:
     """A step of each, its rows drawn again if it is time."""
     rule = chosen.rule
     assert isinstance(rule, AdamW)
     if isinstance(items[0].subspace, DCT):
-        _step_cosines_(items, states, chosen, lr, weight_decay)
+        _step_cosines_(items, states, chosen, lr, weight_decay, undo)
         return
     for item, state in zip(items, states, strict=True):
         view, subspace = item.view, item.subspace
         assert view is not None and subspace is not None and item.param.grad is not None
+        undo.begin(state)
         grad, step = view.of(item.param.grad), int(state["step"])
         if basis_due(item, state, chosen):
+            undo.keep(state, subspace.refreshed(state))
             refresh_(item, state, grad, step, chosen)
         state["step"] += 1
         if not _sound(item, grad):
@@ -104,6 +108,7 @@ def step_(
             [view.of(item.param)], [grad], [state["index"]], [first], [second], *rule.betas,
             [eps], [size * subspace.scale], [size * gain], 1 - lr * weight_decay, free,
         )  # fmt: skip
+        undo.done(state)
 
 
 def _step_cosines_(
@@ -112,12 +117,16 @@ def _step_cosines_(
     chosen: Strategies,
     lr: float,
     weight_decay: float,
+    undo: Undo,
 ) -> None:
     """Cosines are chosen again where it is time; the step itself reads moments where they stood."""
     rule, subspace, view = chosen.rule, items[0].subspace, items[0].view
     assert isinstance(rule, AdamW) and isinstance(subspace, DCT) and view is not None
     grads = [view.of(item.param.grad) for item in items if item.param.grad is not None]
-    sources, looked = _chosen_again(items, states, grads, chosen)
+    for state in states:
+        undo.begin(state)
+        undo.keep(state, ("basis_index", age_key("low")))  # moments move in the step itself
+    sources, looked = _chosen_again(items, states, grads, chosen, undo)
     torch._foreach_add_([state["step"] for state in states], [torch.ones(())] * len(items))
     at = [n for n, ok in enumerate(looked) if ok or _sound(items[n], grads[n])]
     if not at:
@@ -139,7 +148,11 @@ def _step_cosines_(
 
 
 def _chosen_again(
-    items: Sequence[Item], states: Sequence[State], grads: Sequence[Tensor], chosen: Strategies
+    items: Sequence[Item],
+    states: Sequence[State],
+    grads: Sequence[Tensor],
+    chosen: Strategies,
+    undo: Undo,
 ) -> tuple[list[Tensor], list[bool]]:
     """Where the moments of each row stand, if any moved; and whose gradient was looked at."""
     subspace = items[0].subspace
@@ -150,6 +163,8 @@ def _chosen_again(
     looked = [False] * len(items)
     for n, look in looks.items():
         own: dict[str, Tensor] = {}
+        if chosen.on_refresh == "reset":
+            undo.keep(states[n], subspace.refreshed(states[n]))
         step = int(states[n]["step"])
         looked[n] = refresh_(items[n], states[n], grads[n], step, chosen, sources=own, look=look)
         if own:

@@ -19,12 +19,21 @@ from lowrank_optim.dense import step_dense
 from lowrank_optim.groups import EMBEDDING_OR_HEAD, Group, canonical, check, check_rank
 from lowrank_optim.matrix import MatrixView
 from lowrank_optim.plan import Item, State, Strategies, branchless, init_state
+from lowrank_optim.preflight import (
+    Plan,
+    check_edits,
+    check_gradients,
+    check_moved,
+    moved,
+    structure,
+)
 from lowrank_optim.residuals import Residual
 from lowrank_optim.rules.base import Rule
 from lowrank_optim.step import step_matrices
 from lowrank_optim.stores import STORES
 from lowrank_optim.subspaces.base import PROJECTORS, Shared, Subspace, make_projector, view_for
 from lowrank_optim.subspaces.block import Block
+from lowrank_optim.undo import Undo
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +115,7 @@ class LowRankOptimizer(Optimizer):
         if any(isinstance(g, dict) and "rank" in canonical(g) for g in groups):
             defaults = {**defaults, "rank": None}
         defaults["method"] = type(self).__name__
-        self._plans: dict[int, tuple[Any, list[Item]]] = {}
+        self._plans: dict[int, Plan] = {}
         self._shared = Shared()
         super().__init__(groups, defaults)
         self._traced = Traced(self)
@@ -154,10 +163,9 @@ class LowRankOptimizer(Optimizer):
                 raise ValueError(
                     f"{type(self).__name__} does not support complex parameters: {name}"
                 )
-        self._plans = {}
         if group["projector"] == "block":
             try:
-                self._items(group)
+                self._items(self.param_groups[-1])
             except ValueError:  # as many blocks as their order cannot take
                 self.param_groups.pop()
                 raise
@@ -187,13 +195,38 @@ class LowRankOptimizer(Optimizer):
     # ---------------------------------------------------------------- plan
 
     def _items(self, group: Group) -> list[Item]:
-        """The group's parameters, viewed and with subspaces; rebuilt when a key changed."""
-        projector = {k: v for k, v in group.items() if k not in _NOT_STRUCTURAL}
-        key = (tuple(map(id, group["params"])), repr(projector))
-        cached = self._plans.get(id(group))
-        if cached is None or cached[0] != key:
-            cached = self._plans[id(group)] = key, placed(list(self._plan(group)))
-        return cached[1]
+        """The group's parameters, viewed and with subspaces; made anew when a key changed.
+
+        Raises:
+            ValueError: the group was edited in a way that the state of its parameters, or anything,
+                cannot follow.
+            RuntimeError: a parameter changed its shape, dtype or device under its state.
+        """
+        now = structure(group)
+        key = tuple(map(id, group["params"])), tuple(now.items())
+        plan = self._plans.get(id(group))
+        if plan is None or plan.key != key or any(map(moved, plan.items)):
+            before = {} if plan is None else plan.structure
+            was = [] if plan is None else plan.items
+            self._check_group(group)
+            if plan is not None:
+                check_moved([item for item in was if item.param in self.state])
+            items = self._planned(group)
+            check_edits(items, was, self.state, self._strategies(group), before, now)
+            plan = self._plans[id(group)] = Plan(key, now, items)
+        return plan.items
+
+    def _check_group(self, group: Group) -> None:
+        """Raise for values that no step could use.
+
+        Raises:
+            ValueError: a hyper-parameter is out of range.
+        """
+        check(group)
+
+    def _planned(self, group: Group) -> list[Item]:
+        """Items of a group as it is, whatever state there is."""
+        return placed(list(self._plan(group)))
 
     def _plan(self, group: Group) -> Iterator[Item]:
         start = 0
@@ -274,16 +307,51 @@ class LowRankOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        work = [self._checked(group) for group in self.param_groups]
         self._make_state()
-        for group in self.param_groups:
-            chosen, items = self._strategies(group), self._items(group)
-            ready = [i for i in items if i.param.grad is not None]
-            if any(isinstance(i.subspace, Block) for i in ready):
-                for item in ready:
-                    self._state_of(item, chosen)
-                advance(items, self.state, chosen)
-            self._step_items(ready, group, chosen)
+        undo = Undo()
+        try:
+            for group, (chosen, items, ready) in zip(self.param_groups, work, strict=True):
+                with undo:
+                    self._advance(items, ready, chosen, undo)
+                    self._step_items(ready, group, chosen, undo)
+        except BaseException as error:
+            count = sum(i.alone or i.subspace is not None for *_, ready in work for i in ready)
+            error.add_note(
+                f"{undo.taken} of {count} parameters had taken this step of {type(self).__name__}; "
+                "the others are as they were"
+            )
+            raise
         return loss
+
+    def _checked(self, group: Group) -> tuple[Strategies, list[Item], list[Item]]:
+        """What a group chose, its items, and those with a gradient that can be stepped.
+
+        Raises:
+            RuntimeError: a gradient, or a parameter, is not what a step can use.
+            ValueError: the group was edited in a way that its state cannot follow.
+        """
+        items = self._items(group)
+        chosen = self._strategies(group)
+        ready = [item for item in items if item.param.grad is not None]
+        check_gradients(ready, type(self).__name__)
+        return chosen, items, ready
+
+    def _advance(
+        self, items: list[Item], ready: list[Item], chosen: Strategies, undo: Undo
+    ) -> None:
+        """Blocks of a group take turns before it steps."""
+        if not any(isinstance(item.subspace, Block) for item in ready):
+            return
+        for item in ready:
+            self._state_of(item, chosen)
+        self._begin_blocks(items, undo)
+        advance(items, self.state, chosen)
+
+    def _begin_blocks(self, items: list[Item], undo: Undo) -> None:
+        for item in items:
+            if isinstance(item.subspace, Block) and item.param in self.state:
+                undo.begin(self.state[item.param])
 
     def _make_state(self) -> None:
         """Before the first step, the state of all that can be trained, with a gradient or not."""
@@ -313,10 +381,14 @@ class LowRankOptimizer(Optimizer):
     def _step_alone(self, item: Item, group: Group, begins: bool | None = None) -> None:
         """One item with a gradient; ``begins`` as of :func:`~lowrank_optim.blocks.catch_up`."""
         chosen = self._strategies(group)
-        if isinstance(item.subspace, Block):
-            self._state_of(item, chosen)
-            catch_up(item, self._items(group), self.state, chosen, begins)
-        self._step_items([item], group, chosen)
+        check_gradients([item], type(self).__name__)
+        with Undo() as undo:
+            if isinstance(item.subspace, Block):
+                self._state_of(item, chosen)
+                items = self._items(group)
+                self._begin_blocks(items, undo)
+                catch_up(item, items, self.state, chosen, begins)
+            self._step_items([item], group, chosen, undo)
 
     def _state_of(self, item: Item, chosen: Strategies) -> State:
         state: State = self.state[item.param]
@@ -324,24 +396,24 @@ class LowRankOptimizer(Optimizer):
             state.update(init_state(item, chosen, item.param))
         return state
 
-    def _step_items(self, items: list[Item], group: Group, chosen: Strategies) -> None:
+    def _step_items(self, items: list[Item], group: Group, chosen: Strategies, undo: Undo) -> None:
         lr, weight_decay = group["lr"], group["weight_decay"]
         buckets: dict[Any, list[Item]] = {}
-        if any([item.param.grad.is_sparse for item in items if item.param.grad is not None]):
-            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
         for item in items:
-            if item.subspace is None:
-                step_dense(item, self._state_of(item, chosen), chosen, lr, weight_decay)
-            elif isinstance(item.subspace, Block):
-                step_block(item, self._state_of(item, chosen), chosen, lr, weight_decay)
-            else:
+            if item.subspace is not None and not isinstance(item.subspace, Block):
                 buckets.setdefault(item.key, []).append(item)
+                continue
+            step_one = step_dense if item.subspace is None else step_block
+            state = self._state_of(item, chosen)
+            undo.begin(state)
+            step_one(item, state, chosen, lr, weight_decay)
+            undo.done(state)
         for bucket in buckets.values():
-            size = _chunk_size(bucket[0])
+            size = _chunk_size(bucket[0], chosen)
             for i in range(0, len(bucket), size):
                 chunk = bucket[i : i + size]
                 states = [self._state_of(item, chosen) for item in chunk]
-                step_matrices(chunk, states, chosen, lr, weight_decay)
+                step_matrices(chunk, states, chosen, lr, weight_decay, undo)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in ``torch.optim``; within a compiled graph too, where gradients are let go of."""
@@ -375,20 +447,16 @@ LowRankOptimizer.step.hooked = True  # type: ignore[attr-defined]  # torch need 
 # nor need schedulers wrap it to see it called, in a file that compilers skip
 LowRankOptimizer.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
-_NOT_STRUCTURAL = {
-    "params", "param_names", "lr", "initial_lr", "max_lr", "min_lr", "betas", "momentum",
-    "max_momentum", "min_momentum", "base_momentum", "weight_decay",
-}  # fmt: skip
-"""Group keys that views and subspaces do not depend on; schedulers edit some every step."""
-
 
 def _name(group: Group, i: int) -> str:
     names = group.get("param_names")
     return names[i] if names else f"parameter {i}"
 
 
-def _chunk_size(item: Item) -> int:
+def _chunk_size(item: Item, chosen: Strategies) -> int:
     assert item.subspace is not None and item.view is not None
     shapes = item.subspace.coord_shapes(item.view).values()
     size = 4 * sum(math.prod(shape) for shape in shapes)
+    if chosen.residual.whole:
+        size += 4 * item.param.numel()
     return max(1, CHUNK_BYTES[branchless(item.param)] // max(1, size))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -44,6 +44,11 @@ class Item:
     subspace: Subspace | None
     kind: int = 0
     """Number of its (view, subspace) among those of its group: hashing them takes a microsecond."""
+    made: tuple[torch.Size, torch.dtype, torch.device] = field(init=False)
+    """Shape, dtype and device that the parameter had then: its state is made for them."""
+
+    def __post_init__(self) -> None:
+        self.made = self.param.shape, self.param.dtype, self.param.device
 
     @property
     def key(self) -> tuple[Any, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -60,7 +61,12 @@ class Seen(NamedTuple):
 
 
 class Residual(Protocol):
-    """Asked twice a step: for the gradient to project, and for the part to add back."""
+    """Asked three times a step: what to project, what to add back, and what to remember."""
+
+    stepped: ClassVar[Sequence[str]]
+    """State keys that :meth:`after` overwrites."""
+    whole: ClassVar[bool]
+    """Whether :meth:`before` makes a matrix of the size of G that lives as long as the step."""
 
     def init(self, view: MatrixView, like: Tensor) -> State:
         """What it remembers of one matrix, zeros."""
@@ -74,17 +80,31 @@ class Residual(Protocol):
         """The term that joins the update."""
         ...
 
+    def keep_(self, state: State, grad: Tensor, sound: Tensor | None) -> None:
+        """Remember what is left of ``grad``, as ``before`` gave it: the weights are written."""
+        ...
 
-class Drop:
+
+class Forgetful:
+    """What residuals have in common that remember nothing of a gradient."""
+
+    stepped: ClassVar[Sequence[str]] = ()
+    whole: ClassVar[bool] = False
+
+    def before(self, state: State, grad: Tensor) -> Tensor:
+        """The gradient as it is."""
+        return grad
+
+    def keep_(self, state: State, grad: Tensor, sound: Tensor | None) -> None:
+        """Nothing."""
+
+
+class Drop(Forgetful):
     """GaLore: what the subspace does not see is not used."""
 
     def init(self, view: MatrixView, like: Tensor) -> State:
         """Nothing."""
         return {}
-
-    def before(self, state: State, grad: Tensor) -> Tensor:
-        """The gradient as it is."""
-        return grad
 
     def after(self, state: State, seen: Seen) -> Term | None:
         """Nothing."""
@@ -96,7 +116,7 @@ TINY = 1e-8
 
 
 @dataclass(frozen=True)
-class Scaled:
+class Scaled(Forgetful):
     r"""Fira: what the subspace does not see, scaled as the rule scaled what it does see.
 
     .. math::
@@ -114,6 +134,8 @@ class Scaled:
         paper: b = 1, and the update is ``a (P N + S)``; else as released, b = a and ``a P N + S``.
     """
 
+    stepped: ClassVar[Sequence[str]] = ("residual_norm",)
+
     columns: bool = True
     limiter: float | None = 1.01
     paper: bool = False
@@ -125,10 +147,6 @@ class Scaled:
         """
         dtype = torch.promote_types(like.dtype, torch.float32)
         return {"residual_norm": like.new_zeros(view.batch, dtype=dtype)}
-
-    def before(self, state: State, grad: Tensor) -> Tensor:
-        """The gradient as it is."""
-        return grad
 
     def after(self, state: State, seen: Seen) -> Term:
         """One factor for every column of G."""
@@ -183,7 +201,7 @@ class Scaled:
 
 
 @dataclass(frozen=True)
-class Free:
+class Free(Forgetful):
     """FRUGAL: the rest of the gradient moves the weights by a rule that keeps no state.
 
     Args:
@@ -197,10 +215,6 @@ class Free:
     def init(self, view: MatrixView, like: Tensor) -> State:
         """Nothing."""
         return {}
-
-    def before(self, state: State, grad: Tensor) -> Tensor:
-        """The gradient as it is."""
-        return grad
 
     def after(self, state: State, seen: Seen) -> Term | None:
         """``gain f(G - P R)``; nothing where that is rounding, of which a sign makes full steps."""

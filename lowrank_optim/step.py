@@ -26,7 +26,9 @@ from lowrank_optim.projected import ProjectedGrad
 from lowrank_optim.refresh import basis_due, refresh_
 from lowrank_optim.residuals import Drop, Seen
 from lowrank_optim.rules.base import compute_dtype
+from lowrank_optim.stores import scale_key
 from lowrank_optim.subspaces.base import Into, identity
+from lowrank_optim.undo import Undo
 
 logger = logging.getLogger(__name__)
 
@@ -56,24 +58,26 @@ def step_matrices(
     chosen: Strategies,
     lr: float | Tensor,
     weight_decay: float,
+    undo: Undo,
 ) -> None:
     """One step of a bucket of matrices that share view, subspace, dtype and device."""
-    if onepass.takes(items, states, chosen, lr):
-        onepass.step_(items, states, chosen, lr, weight_decay)  # type: ignore[arg-type]
-        return
-    work = [_project(item, state, chosen) for item, state in zip(items, states, strict=True)]
-    torch._foreach_add_([w.state["step"] for w in work], [torch.ones(())] * len(work))
-    _measure(work)
-    if not branchless(work[0].grad):
-        work = [w for w in work if _sound(w)]
-    if not work:
-        return
-    directions: list[dict[str, tuple[Tensor, float]]] = [{} for _ in work]
-    for coord in work[0].coords:
-        for own, result in zip(directions, _adapt(work, coord, chosen), strict=True):
-            own[coord] = result
-    for w, own in zip(work, directions, strict=True):
-        _apply(w, own, chosen, lr, weight_decay)
+    with undo:
+        if onepass.takes(items, states, chosen, lr):
+            onepass.step_(items, states, chosen, lr, weight_decay, undo)  # type: ignore[arg-type]
+            return
+        work = [_project(i, state, chosen, undo) for i, state in zip(items, states, strict=True)]
+        torch._foreach_add_([w.state["step"] for w in work], [torch.ones(())] * len(work))
+        _measure(work)
+        if not branchless(work[0].grad):
+            work = [w for w in work if _sound(w)]
+        if not work:
+            return
+        directions: list[dict[str, tuple[Tensor, float]]] = [{} for _ in work]
+        for coord in work[0].coords:
+            for own, result in zip(directions, _adapt(work, coord, chosen, undo), strict=True):
+                own[coord] = result
+        for w, own in zip(work, directions, strict=True):
+            _apply(w, own, chosen, lr, weight_decay, undo)
 
 
 def _measure(work: Sequence[Work]) -> None:
@@ -93,8 +97,9 @@ def _sound(w: Work) -> bool:
     return sound
 
 
-def _project(item: Item, state: State, chosen: Strategies) -> Work:
+def _project(item: Item, state: State, chosen: Strategies, undo: Undo) -> Work:
     """Phases one and two: refresh the basis if it is due, then take coordinates."""
+    undo.begin(state)
     view, subspace = item.view, item.subspace
     assert view is not None and subspace is not None and item.param.grad is not None
     grad, step = item.param.grad, int(state["step"])
@@ -107,6 +112,7 @@ def _project(item: Item, state: State, chosen: Strategies) -> Work:
     else:
         grad = chosen.residual.before(state, view.of(grad))
         if basis_due(item, state, chosen):
+            undo.keep(state, subspace.refreshed(state))
             refresh_(item, state, grad, step, chosen, coords)
         coords = coords or subspace.coords(state, grad, reduce=identity)
     last = max(int(state["refresh_step"]), 0)
@@ -116,10 +122,17 @@ def _project(item: Item, state: State, chosen: Strategies) -> Work:
     return Work(item, state, grad, coords, float(time))
 
 
-def _adapt(work: Sequence[Work], coord: str, chosen: Strategies) -> list[tuple[Tensor, float]]:
+def _adapt(
+    work: Sequence[Work], coord: str, chosen: Strategies, undo: Undo
+) -> list[tuple[Tensor, float]]:
     """Phase three: directions of one coordinate, moments read, updated and written back."""
     grads = [w.coords[coord] for w in work]
     keys = slot_keys(coord, grads[0].shape, chosen)
+    if not branchless(grads[0]):  # there a copy costs a tenth of a step, and only memory can fail
+        overwritten = [key for key, _ in keys]
+        overwritten += [scale_key(key) for key in overwritten] + [age_key(coord)]
+        for w in work:
+            undo.keep(w.state, overwritten)
     held = [read_slots(w.item, w.state, keys, chosen) for w in work]
     # no host may wait for `sound`: the ops select on the device
     sound = [w.sound for w in work] if branchless(grads[0]) else []
@@ -147,6 +160,7 @@ def _apply(
     chosen: Strategies,
     lr: float | Tensor,
     weight_decay: float,
+    undo: Undo,
 ) -> None:
     """Phase four: lift the direction and add it to the weights."""
     view, subspace = w.item.view, w.item.subspace
@@ -154,6 +168,7 @@ def _apply(
     param = view.of(w.item.param)
     low = w.coords.get("low")
     sound = w.sound if branchless(param) else None
+    undo.keep(w.state, chosen.residual.stepped)
     term = None
     if low is not None:
         seen = Seen(w.grad, low, *directions["low"], subspace, sound)
@@ -183,3 +198,5 @@ def _apply(
     if param.data_ptr() != w.item.param.data_ptr():
         stored = param.mT if view.flip else param  # strides that allow no matrix view
         w.item.param.copy_(stored.reshape(view.shape))
+    chosen.residual.keep_(w.state, w.grad, sound)
+    undo.done(w.state)

@@ -106,9 +106,10 @@ def product_scratch(param: torch.Tensor, proj_type: str) -> int:
     ids=str,
 )
 def test_a_step_allocates_what_its_low_rank_parts_do(case: Case, rounding: bool) -> None:
-    """Projected gradient, direction, and their casts: nothing grows with the matrix.
+    """Projected gradient, direction, their casts, and copies of moments: nothing grows with W.
 
-    Stochastic rounding may hold tiles, of a size that does not depend on the matrix either.
+    The moments are copied so that a step that fails can put them back. Stochastic rounding may hold
+    tiles, of a size that does not depend on the matrix either.
     """
     optimizer = case.optimizer(projector="random", stochastic_rounding=rounding)
     optimizer.step()
@@ -119,7 +120,7 @@ def test_a_step_allocates_what_its_low_rank_parts_do(case: Case, rounding: bool)
     scratch = product_scratch(param, case.proj_type)
     found = allocations(optimizer.step)
     assert 0 < found.largest <= max(low, scratch, tile)
-    assert found.peak <= 3 * low + scratch + 6 * tile
+    assert found.peak <= 5 * low + scratch + 6 * tile
     if not rounding:
         assert found.peak < full_bytes(param) / 4
 
@@ -158,8 +159,9 @@ def test_a_refresh_allocates_what_its_sketch_does(case: Case) -> None:
     sketch = low_rank_bytes(SHAPES[case.shape], case.proj_type, RANK + OVERSAMPLE)
     tile = 4 * param.numel() // 8 if case.dtype == torch.bfloat16 else 0
     assert 0 < found.largest <= max(sketch, tile)
-    # of sketch, image, whitened image and rotation, each one side or the other of `sketch`
-    assert found.peak <= 5 * sketch + tile
+    # of sketch, image, whitened image and rotation, each one side or the other of `sketch`, beside
+    # the basis and the moments as they were, for a step that fails
+    assert found.peak <= 6 * sketch + tile
     assert found.peak < full_bytes(param) / 2
 
 

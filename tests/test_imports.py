@@ -16,13 +16,14 @@ MODULES = {
     for path in ROOT.rglob("*.py")
 }
 ROLES = ("subspaces", "rules", "residuals", "transports", "stores")
-PHASES = ("plan", "refresh", "dense", "onepass", "step")
+PHASES = ("plan", "refresh", "dense", "onepass", "step", "undo")
 ACCELERATORS = {"triton", "ctypes", "bitsandbytes"}
 ALLOWED = {
     # what a layer may import of the package, besides itself; matrix is arithmetic on shapes
     "quant": set[str](),
     "ops": {"quant"},
     "matrix": set[str](),
+    "undo": set[str](),
     **{role: {*ROLES, "ops", "matrix", "quant"} for role in ROLES},
     "projected": set[str](),
     **{name: {*ROLES, *PHASES, "ops", "matrix", "quant", "projected"} for name in PHASES},

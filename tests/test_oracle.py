@@ -90,7 +90,7 @@ def test_adafactor_with_its_own_step_size_is_the_oracle(proj_type: str) -> None:
     start, grads = cases.parameter(size), cases.gradients(size, STEPS)
     hyper = {"scale": 0.7, "weight_decay": 0.1, "proj_type": proj_type, "relative_step": True}
     want = expected(start, grads, 4, rule="adafactor", lr=0.0, gap=3, **hyper)
-    got, _ = cases.train("GaLoreAdafactor", start, grads, scale_parameter=True, **hyper)
+    got, _ = cases.train("GaLoreAdafactor", start, grads, lr=None, scale_parameter=True, **hyper)
     assert_close(got, want[-1])
 
 

@@ -165,3 +165,60 @@ def test_rows_of_different_ages_are_corrected_one_by_one(dtype: torch.dtype) -> 
     assert_close(together[0], direction(grad[0], 1.0))
     assert_close(together[1], direction(grad[1], 5.0))
     assert not together[2].any()
+
+
+# ------------------------------------------------------------------ Adafactor's learning rate
+
+
+def adafactor_ends(**options: Any) -> torch.Tensor:
+    param = torch.nn.Parameter(torch.ones(8, 6))
+    optimizer = GaLoreAdafactor([param], rank=2, **options)
+    param.grad = torch.ones(8, 6)
+    optimizer.step()
+    return 1 - param.detach()
+
+
+def test_a_learning_rate_alone_is_obeyed() -> None:
+    """1e-9 and 1.0 ended alike: ``relative_step`` was on, and nothing said so."""
+    small, large = (adafactor_ends(lr=lr, scale_parameter=False).norm() for lr in (1e-3, 1e-1))
+    torch.testing.assert_close(large / small, torch.tensor(100.0), rtol=1e-3, atol=0)
+    assert adafactor_ends().equal(adafactor_ends(relative_step=True))
+
+
+def test_a_learning_rate_that_nothing_reads_is_refused() -> None:
+    param = torch.nn.Parameter(torch.ones(8, 6))
+    for call in (
+        lambda: GaLoreAdafactor([param], lr=0.1, relative_step=True),
+        lambda: GaLoreAdafactor([{"params": [param], "lr": 0.1, "relative_step": True}]),
+    ):
+        with pytest.raises(ValueError, match=r"lr=0\.1 has no effect with relative_step=True"):
+            call()
+    with pytest.raises(ValueError, match="relative_step=False needs a learning rate"):
+        GaLoreAdafactor([param], relative_step=False)
+    with pytest.raises(ValueError, match="warmup_init=True has no effect"):
+        GaLoreAdafactor([param], lr=0.1, warmup_init=True)
+    optimizer = GaLoreAdafactor([param])
+    param.grad = torch.ones(8, 6)
+    optimizer.param_groups[0]["lr"] = 0.1  # by whoever thinks that it is read
+    with pytest.raises(ValueError, match=r"lr=0\.1 has no effect"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_groups_may_differ_in_whose_step_sizes_they_take() -> None:
+    params = [torch.nn.Parameter(torch.ones(8, 6)) for _ in range(2)]
+    optimizer = GaLoreAdafactor([{"params": params[:1], "lr": 0.1}, {"params": params[1:]}])
+    assert [(g["lr"], g["relative_step"]) for g in optimizer.param_groups] == [
+        (0.1, False),
+        (None, True),
+    ]
+
+
+def test_an_older_checkpoint_of_relative_steps_loads() -> None:
+    """It has an ``lr`` that nothing read."""
+    param = torch.nn.Parameter(torch.ones(8, 6))
+    optimizer = GaLoreAdafactor([param], rank=2)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["lr"] = 1e-3
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] is None

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lowrank_optim.groups import Group
 from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
+from lowrank_optim.plan import Strategies
 from lowrank_optim.residuals import Drop, Residual
 from lowrank_optim.rules import SGD, Adafactor, AdamW, Lion, Rule
 
@@ -206,19 +207,22 @@ class GaLoreAdafactor(_GaLore):
 
     Args:
         params: as in :class:`GaLoreAdamW`; groups without a rank are Adafactor.
-        lr: learning rate; unused with ``relative_step`` (default: 1e-3).
+        lr: learning rate, a float or a 0-d tensor; None for step sizes of its own,
+            ``relative_step`` (default: None).
         eps: added to the square, and floor of the parameter scale (default: (1e-30, 1e-3)).
         clip_threshold: RMS to which a direction is clipped (default: 1.0).
         decay_rate: the second moment decays by ``1 - t**decay_rate`` (default: -0.8).
         beta1: decay of a first moment; None keeps none (default: None).
         weight_decay: decoupled decay (default: 0.0).
         scale_parameter: multiply the learning rate by the weights' RMS (default: True).
-        relative_step: learning rate ``min(1e-2, 1/sqrt(t))`` (default: True).
+        relative_step: learning rate ``min(1e-2, 1/sqrt(t))``, in place of ``lr`` (default: None,
+            which is whether there is no ``lr``).
         warmup_init: ``min(1e-6 t, 1/sqrt(t))`` instead (default: False).
         **options: see :class:`lowrank_optim.optimizer.Options`.
 
     Raises:
-        ValueError: a hyper-parameter is out of range.
+        ValueError: a hyper-parameter is out of range, or would have no effect: ``lr`` beside
+            ``relative_step=True``, ``warmup_init`` without it. A group may name either, too.
 
     Example:
         >>> import torch
@@ -231,7 +235,8 @@ class GaLoreAdafactor(_GaLore):
         ['low.exp_avg_sq_col', 'low.exp_avg_sq_row']
 
     Differs from the release: the first moment averages directions, not directions times the
-    learning rate, so that a scheduler acts at once; ``lr`` next to ``relative_step`` is no error.
+    learning rate, so that a scheduler acts at once; an ``lr`` alone is obeyed, where the release
+    asks for ``relative_step=False`` beside it.
 
     References:
         Shazeer and Stern (2018), arXiv:1804.04235.
@@ -242,14 +247,14 @@ class GaLoreAdafactor(_GaLore):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor | None = None,
         eps: tuple[float, float] = (1e-30, 1e-3),
         clip_threshold: float = 1.0,
         decay_rate: float = -0.8,
         beta1: float | None = None,
         weight_decay: float = 0.0,
         scale_parameter: bool = True,
-        relative_step: bool = True,
+        relative_step: bool | None = None,
         warmup_init: bool = False,
         **options: Unpack[Options],
     ) -> None:
@@ -262,3 +267,44 @@ class GaLoreAdafactor(_GaLore):
         own |= {"beta1": beta1, "weight_decay": weight_decay, "warmup_init": warmup_init}
         own |= {"scale_parameter": scale_parameter, "relative_step": relative_step}
         super().__init__(params, {**own, **with_defaults(options)})
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group; an ``lr`` of its own is obeyed.
+
+        Raises:
+            ValueError: a value is out of range, or has no effect.
+        """
+        if isinstance(param_group, dict):
+            param_group = {**param_group, "relative_step": self._relative(param_group)}
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore; groups of older checkpoints had an ``lr`` that nothing read."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            if group["relative_step"]:
+                group["lr"] = None
+
+    def _strategies(self, group: Group) -> Strategies:
+        self._relative(group)
+        return super()._strategies(group)
+
+    def _relative(self, group: Group) -> bool:
+        """Whether a group takes steps of its own size."""
+        lr = group.get("lr", self.defaults["lr"])
+        relative = group.get(
+            "relative_step", None if "lr" in group else self.defaults["relative_step"]
+        )
+        if relative is None:
+            relative = lr is None
+        unset = lr is None or (isinstance(lr, float) and lr == 0)  # a loader's first step
+        if relative and not unset:
+            raise ValueError(
+                f"lr={lr} has no effect with relative_step=True, whose step sizes are its own: "
+                "leave one of them out"
+            )
+        if not relative and lr is None:
+            raise ValueError("relative_step=False needs a learning rate: give lr, such as lr=1e-3")
+        if group.get("warmup_init", self.defaults["warmup_init"]) and not relative:
+            raise ValueError("warmup_init=True has no effect without relative_step=True")
+        return bool(relative)

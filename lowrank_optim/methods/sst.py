@@ -28,6 +28,7 @@ from lowrank_optim.rules import AdamW, Rule
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.spectral import Spectral
 from lowrank_optim.subspaces.spectral_module import GRADIENTS, FactorView, SpectralModule
+from lowrank_optim.undo import Undo
 
 NEVER = 2**62
 """A gap that no run reaches."""
@@ -192,13 +193,13 @@ class SSTAdamW(LowRankOptimizer):
             return {}
         return {**super()._state_of(item, chosen), **item.factors()}
 
-    def _step_items(self, items: list[Item], group: Group, chosen: Strategies) -> None:
+    def _step_items(self, items: list[Item], group: Group, chosen: Strategies, undo: Undo) -> None:
         """A layer's gradients are those of the vectors in use: it draws others after the step."""
         if group.get("form") is None:
-            super()._step_items(items, group, chosen)
+            super()._step_items(items, group, chosen, undo)
             return
         leaders = [item for item in items if item.subspace is not None]
-        super()._step_items(leaders, group, replace(chosen, gap=NEVER, stagger=False))
+        super()._step_items(leaders, group, replace(chosen, gap=NEVER, stagger=False), undo)
         for item in leaders:
             state = self._state_of(item, chosen)
             step, last = int(state["step"]), int(state["refresh_step"])

@@ -28,6 +28,7 @@ from lowrank_optim.step import step_matrices
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.factored import SwitchedFactors
 from lowrank_optim.subspaces.switched import Switched
+from lowrank_optim.undo import Undo
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -154,6 +155,10 @@ class SwitchLoRAAdamW(LowRankOptimizer):
             check_switching({**self.defaults, **canonical(param_group)})
         super().add_param_group(param_group)
 
+    def _check_group(self, group: Group) -> None:
+        check_switching(group)
+        super()._check_group(group)
+
     def state_dict(self) -> dict[str, Any]:
         """As of torch, once the pools in host memory have all that the device sent them."""
         if any(p.is_cuda for group in self.param_groups for p in group["params"]):
@@ -208,19 +213,30 @@ class SwitchLoRAAdamW(LowRankOptimizer):
             return {}
         return super()._state_of(item, chosen)
 
-    def _step_items(self, items: list[Item], group: Group, chosen: Strategies) -> None:
+    def _checked(self, group: Group) -> tuple[Strategies, list[Item], list[Item]]:
+        """As of every method; a factor has a gradient if its counterpart has one.
+
+        Raises:
+            RuntimeError: a gradient is not what a step can use.
+            ValueError: the group was edited in a way that its state cannot follow.
+        """
+        chosen, items, ready = super()._checked(group)
+        for item in ready:
+            if isinstance(item, FactorItem) and item.b.grad is None:
+                raise RuntimeError(f"{item.name} has a gradient and its counterpart has none")
+        return chosen, items, ready
+
+    def _step_items(self, items: list[Item], group: Group, chosen: Strategies, undo: Undo) -> None:
         own = [item for item in items if isinstance(item, FactorItem)]
         rest = [item for item in items if not isinstance(item, FactorItem | PartItem)]
-        super()._step_items(rest, group, chosen)
+        super()._step_items(rest, group, chosen, undo)
         buckets: dict[Any, list[tuple[Item, State]]] = {}
         for item in own:
-            if item.b.grad is None:
-                raise RuntimeError(f"{item.name} has a gradient and its counterpart has none")
             entry = self._as_weight(item, chosen)
             buckets.setdefault((*entry[0].key, item.view, item.subspace), []).append(entry)
         for bucket in buckets.values():
             wholes, states = zip(*bucket, strict=True)
-            step_matrices(wholes, states, chosen, group["lr"], group["weight_decay"])
+            step_matrices(wholes, states, chosen, group["lr"], group["weight_decay"], undo)
 
     def _as_weight(self, item: FactorItem, chosen: Strategies) -> tuple[Item, State]:
         """A triple as the weight W0 and a state that holds factors and gradients too."""

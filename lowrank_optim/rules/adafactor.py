@@ -46,7 +46,7 @@ class Adafactor(Rule):
     decay_rate: float = -0.8
     beta1: float | None = None
     scale_parameter: bool = True
-    relative_step: bool = True
+    relative_step: bool = False
     warmup_init: bool = False
 
     @classmethod
@@ -111,9 +111,10 @@ class Adafactor(Rule):
         """The decay of the second moment corrects itself; the first is used as it is."""
         return 1.0, 1.0, 1.0
 
-    def step_size(self, lr: float | Tensor, step: float, param: Tensor) -> float | Tensor:
+    def step_size(self, lr: float | Tensor | None, step: float, param: Tensor) -> float | Tensor:
         """``lr``, or ``min(1e-2, 1/sqrt(t))``; times the weights' RMS if ``scale_parameter``."""
         if self.relative_step:
             relative = min(1e-6 * step if self.warmup_init else 1e-2, step**-0.5)
-            lr = (lr != 0) * relative  # a loader's first step has lr = 0 and must move nothing
+            lr = relative if lr is None else 0.0  # a loader's first step must move nothing
+        assert lr is not None
         return lr * matrix_rms(param).clamp(min=self.eps[1]) if self.scale_parameter else lr

@@ -84,8 +84,9 @@ class Rule:
         """``1 - beta^step`` of each slot: how far its moving mean has come from zero."""
         raise NotImplementedError
 
-    def step_size(self, lr: float | Tensor, step: float, param: Tensor) -> float | Tensor:
+    def step_size(self, lr: float | Tensor | None, step: float, param: Tensor) -> float | Tensor:
         """The learning rate of one parameter; Adafactor's depends on the step and the weights."""
+        assert lr is not None  # Adafactor alone has step sizes of its own
         return lr
 
     def step_dense_(

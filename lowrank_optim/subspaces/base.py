@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
@@ -120,6 +120,15 @@ class Subspace(ABC):
     fitted: ClassVar[bool] = False
     """Whether a basis of full rank spans the very gradient that it was found from."""
 
+    @property
+    def meaning(self) -> tuple[Any, ...]:
+        """What coordinates refer to: state kept under one subspace is that of another if equal."""
+        return type(self).__name__, self.rank
+
+    def refreshed(self, state: State) -> Iterable[str]:
+        """State keys that :meth:`refresh_`, or moments that follow it, may overwrite."""
+        return list(state)
+
     @classmethod
     def side(cls, proj_type: str) -> str:
         """The side that it projects where a group asks for ``proj_type``."""
@@ -180,7 +189,7 @@ class Subspace(ABC):
 
     @abstractmethod
     def push_(self, into: Into, state: State, update: dict[str, Tensor], term: Term | None) -> None:
-        """``W <- decay W - lr (lift(update) + term)``."""
+        """``W <- decay W - lr (lift(update) + term)``; state changes when W has, or not at all."""
 
     def lr_factor(self, since: int) -> float:
         """Factor of the learning rate, ``since`` steps after the last refresh."""
@@ -220,6 +229,11 @@ class Projector(Subspace):
     """
 
     two_sided: bool = False
+
+    @property
+    def meaning(self) -> tuple[Any, ...]:
+        """A kept basis, however it was found."""
+        return "basis", self.rank, self.two_sided
 
     @classmethod
     def from_group(cls, group: dict[str, Any], view: MatrixView) -> Self:

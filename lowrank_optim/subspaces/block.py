@@ -80,6 +80,11 @@ class Block(Subspace):
         return cls(rank=view.m, density=float(group["rank"]), block_order=order)
 
     @property
+    def meaning(self) -> tuple[Any, ...]:
+        """All of the tensor: how many are active, and in which order, may change in mid-run."""
+        return (type(self).__name__,)
+
+    @property
     def size(self) -> int:
         """How many are active at a time."""
         return round(self.density * self.count)

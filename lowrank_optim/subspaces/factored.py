@@ -71,6 +71,7 @@ class SwitchedFactors(Switched):
 
     def push_(self, into: Into, state: State, update: dict[str, Tensor], term: Term | None) -> None:
         """Step both factors; W0 only if decay acts on the weight, which it is a part of."""
+        moved = self.moved(into, state, update)
         decay = into.guarded_decay() if self.decay_on == "weight" else 1.0
         if isinstance(decay, Tensor) or decay != 1:
             weight = self.natural(into.param)
@@ -84,4 +85,4 @@ class SwitchedFactors(Switched):
                 self.s,
                 into.rounding,
             )
-        self.move_(into, state, update)
+        self.keep_(state, moved)

@@ -51,6 +51,11 @@ class FixedBasis(Projector):
     def vectors(self, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Q ``(n, n)``, one vector a **row**."""
 
+    @property
+    def meaning(self) -> tuple[Any, ...]:
+        """Indices of this very basis."""
+        return type(self).__name__, *self._variant(), self.rank, self.two_sided
+
     def sharing(self, shared: Shared) -> Self:
         """This subspace, with its basis where the optimizer keeps it."""
         return replace(self, shared=shared)

@@ -22,7 +22,16 @@ CHUNK = 256
 
 
 class Change(NamedTuple):
-    """What one step does to the factors."""
+    """What one step does to the factors, which it has not touched yet."""
+
+    u: Tensor
+    """The active u of the next step ``(..., r, m)``."""
+    v: Tensor
+    """The active v ``(..., r, n)``."""
+    s: Tensor
+    """All singular values ``(..., k)``."""
+    sign: Tensor | None
+    """Of each, where ``negative="flip"`` turns some u around, in use or not."""
 
     turned: Tensor
     """Change of the active u ``(..., r, m)``."""
@@ -260,10 +269,10 @@ class Spectral(Subspace):
             gu, gv = gu * s, gv * s
         return {"u": reduce(gu), "s": reduce(gs.unsqueeze(-2)), "v": reduce(gv)}
 
-    def advance_(
+    def advanced(
         self, state: State, update: dict[str, Tensor], lr: float, decay: float | Tensor
     ) -> Change:
-        """Step the factors: unit vectors, singular values not below zero, decay on s alone."""
+        """A step of the factors: unit vectors, singular values not below zero, decay on s alone."""
         u, v, s = state["basis_u"], state["basis_v"], state["basis_s"]
         decayed = s * decay.reshape(-1)[:1] if isinstance(decay, Tensor) else s * decay
         new_s = decayed - (lr * self.s_lr_scale) * update["s"].squeeze(-2)
@@ -276,11 +285,14 @@ class Spectral(Subspace):
         turned = new_u - u
         if sign is not None:
             new_s, new_u = new_s.abs(), new_u * self._of_active(state, sign)
-            self._flip_rest_(state, sign)
-        u.copy_(new_u)
-        v.copy_(new_v)
-        s.copy_(new_s.clamp(min=0))
-        return Change(turned, before, after, gained)
+        return Change(new_u, new_v, new_s.clamp(min=0), sign, turned, before, after, gained)
+
+    def keep_(self, state: State, change: Change) -> None:
+        """Write what :meth:`advanced` found."""
+        for key, x in zip(("basis_u", "basis_v", "basis_s"), change[:3], strict=True):
+            state[key].copy_(x)
+        if change.sign is not None:
+            self._flip_rest_(state, change.sign)
 
     def _of_active(self, state: State, values: Tensor) -> Tensor:
         """Entries ``(..., r, 1)`` of ``(..., k)`` that belong to the vectors in use."""
@@ -298,14 +310,11 @@ class Spectral(Subspace):
 
         The difference is taken of the factors, not of the products: a step of zero is no step.
         """
-        old_u, decay = state["basis_u"].clone(), into.guarded_decay()
-        others = list(self.rest(state))
-        if self.negative == "flip":  # turns some of them
-            others = [(where, u.clone(), v) for where, u, v in others]
-        change = self.advance_(state, update, into.lr, decay)
+        old_u, decay = state["basis_u"], into.guarded_decay()
+        change = self.advanced(state, update, into.lr, decay)
         lefts = [torch.cat([change.turned, old_u], -2)]
         rights = [torch.cat([change.after, change.after - change.before], -2)]
-        for where, u, v in others:
+        for where, u, v in self.rest(state):
             lefts.append(u)
             rights.append(v * change.gained.gather(-1, where).unsqueeze(-1))
         if into.param.dtype != old_u.dtype:
@@ -314,3 +323,4 @@ class Spectral(Subspace):
             basis = left.mT.to(into.param.dtype)
             ops.lift_add_(into.param, basis, right, None, decay, 1.0, into.rounding)
             decay = 1.0
+        self.keep_(state, change)

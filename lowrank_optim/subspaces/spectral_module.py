@@ -53,4 +53,4 @@ class SpectralModule(Spectral):
 
     def push_(self, into: Into, state: State, update: dict[str, Tensor], term: Term | None) -> None:
         """The factors alone."""
-        self.advance_(state, update, into.lr, into.guarded_decay())
+        self.keep_(state, self.advanced(state, update, into.lr, into.guarded_decay()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -76,6 +76,15 @@ class Switched(Subspace):
     shared: Shared = field(default_factory=Shared, compare=False, repr=False)
 
     needs_grad: ClassVar[bool] = False
+
+    @property
+    def meaning(self) -> tuple[Any, ...]:
+        """Factors of the weight stored this way round, with this s in front of them."""
+        return *super().meaning, self.scale, self.flip
+
+    def refreshed(self, state: State) -> Iterable[str]:
+        """All but the pools: what a switch writes there nobody reads while the vector is in use."""
+        return [key for key in super().refreshed(state) if "pool_" not in key]
 
     @classmethod
     def from_group(cls, group: dict[str, Any], view: MatrixView) -> Self:
@@ -269,7 +278,7 @@ class Switched(Subspace):
 
         In terms of the moves: :math:`\Delta B A' + B \Delta A`, which does not cancel.
         """
-        moved = self.move_(into, state, update)
+        moved = self.moved(into, state, update)
         (a, da), (b, db) = moved["A"], moved["B"]
         left = torch.cat([db, b - db], -2).mT  # b is new already
         param = self.natural(into.param)
@@ -282,20 +291,26 @@ class Switched(Subspace):
             self.s,
             into.rounding,
         )
+        self.keep_(state, moved)
 
-    def move_(
+    def moved(
         self, into: Into, state: State, update: dict[str, Tensor]
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Step both factors in place; returns each with how far it came."""
+        """Both factors after the step, each with how far it came."""
         decay = into.guarded_decay() if self.decay_on == "factors" else 1.0
         out = {}
         for rows, (side, step) in zip(state["host.frozen"].tolist(), update.items(), strict=True):
-            x = state[f"basis_{side}"]
-            old = x.clone()
+            old = state[f"basis_{side}"]
+            new = old.clone()
             if isinstance(decay, Tensor) or decay != 1:
-                x.mul_(decay)
-            x.sub_(step.to(x.dtype), alpha=into.lr)
+                new.mul_(decay)
+            new.sub_(step.to(new.dtype), alpha=into.lr)
             for own in where(rows):  # neither decay nor, with eps = 0, a direction of 0 / 0
-                x[..., own, :].copy_(old[..., own, :])
-            out[side] = x, x - old
+                new[..., own, :].copy_(old[..., own, :])
+            out[side] = new, new - old
         return out
+
+    def keep_(self, state: State, moved: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Write the factors of :meth:`moved`."""
+        for side, (new, _) in moved.items():
+            state[f"basis_{side}"].copy_(new)

@@ -1,0 +1,71 @@
+"""What a step in flight has overwritten of a matrix's state: put back if the step raises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Self
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+COUNTERS = ("step", "refresh_step", "postponed", "clock")
+"""Entries that every step may change: kept as numbers, which costs less than a copy."""
+
+
+class Undo:
+    """Puts the state of matrices back, bit for bit, if its ``with`` block raises.
+
+    A phase says what it is about to overwrite. A matrix whose weights have been written is done:
+    from then on its new state is the right one.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[State, State, list[float], State]] = {}
+        self._spare: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        """Memory of copies that are not needed any more: to get it anew costs more than a copy."""
+        self.taken = 0
+        """Parameters that have taken the whole step."""
+
+    def begin(self, state: State) -> None:
+        """Remember which tensors a state has, and its counters."""
+        if id(state) not in self._kept:
+            counters = [float(state[key]) for key in COUNTERS if key in state]
+            self._kept[id(state)] = state, dict(state), counters, {}
+
+    def keep(self, state: State, keys: Iterable[str]) -> None:
+        """Copy entries that are about to be overwritten, unless that was done."""
+        copies = self._kept[id(state)][-1]
+        for key in keys:
+            if key not in copies and key in state:
+                entry = state[key].detach()
+                spare = self._spare.get((entry.shape, entry.dtype))
+                copies[key] = spare.pop().copy_(entry) if spare else entry.clone()
+
+    def done(self, state: State) -> None:
+        """The weights have been written."""
+        self.taken += 1
+        self._forget(id(state))
+
+    def _forget(self, number: int) -> None:
+        copies = self._kept.pop(number)[-1]
+        for copy in copies.values():
+            self._spare.setdefault((copy.shape, copy.dtype), []).append(copy)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            for number in list(self._kept):
+                self._forget(number)
+            return
+        kept, self._kept = self._kept, {}
+        for state, entries, counters, copies in kept.values():
+            state.clear()
+            state.update(entries)
+            present = [k for k in COUNTERS if k in state]
+            for key, value in zip(present, counters, strict=True):
+                state[key].fill_(value)
+            for key, copy in copies.items():
+                state[key].detach().copy_(copy)
