@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowrank_optim import onepass, ops
 from lowrank_optim.dense import step_dense
+from lowrank_optim.matrix import shares_memory
 from lowrank_optim.plan import (
     Item,
     State,
@@ -151,5 +152,5 @@ def step_block(
     size_now = size * chosen.lr_scale * sign
     into = Into(param, grad, low, size_now, 1 - size * weight_decay, rounding, sound)  # type: ignore[arg-type]
     none.push_(into, own, {"low": low}, term)
-    if param.untyped_storage().data_ptr() != item.param.untyped_storage().data_ptr():
+    if not shares_memory(param, item.param):
         item.param.copy_(param.reshape(view.shape))

@@ -8,6 +8,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+
+def shares_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are in the same storage, that of tensors without data included."""
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+
+
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
+from lowrank_optim.matrix import shares_memory
 from lowrank_optim.ops import Rows
 from lowrank_optim.plan import Item, State, Strategies, age_key, branchless, slot_key
 from lowrank_optim.projected import ProjectedGrad
@@ -66,7 +67,7 @@ def _stored(item: Item) -> bool:
     """Whether its matrix is a view of the parameter, and its gradient a whole one."""
     assert item.view is not None
     whole = not isinstance(item.param.grad, ProjectedGrad)
-    return whole and item.view.of(item.param).data_ptr() == item.param.data_ptr()
+    return whole and shares_memory(item.view.of(item.param), item.param)
 
 
 def step_(

@@ -6,12 +6,14 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lowrank_optim import tracing
 from lowrank_optim.blocks import advance, catch_up, placed, step_block
 from lowrank_optim.checkpoint import load_state_dict
 from lowrank_optim.compiled import Traced
@@ -308,13 +310,14 @@ class LowRankOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         work = [self._checked(group) for group in self.param_groups]
-        self._make_state()
         undo = Undo()
         try:
-            for group, (chosen, items, ready) in zip(self.param_groups, work, strict=True):
-                with undo:
-                    self._advance(items, ready, chosen, undo)
-                    self._step_items(ready, group, chosen, undo)
+            with tracing.hosted():
+                self._make_state()
+                for group, (chosen, items, ready) in zip(self.param_groups, work, strict=True):
+                    with undo:
+                        self._advance(items, ready, chosen, undo)
+                        self._step_items(ready, group, chosen, undo)
         except BaseException as error:
             count = sum(i.alone or i.subspace is not None for *_, ready in work for i in ready)
             error.add_note(
@@ -382,7 +385,7 @@ class LowRankOptimizer(Optimizer):
         """One item with a gradient; ``begins`` as of :func:`~lowrank_optim.blocks.catch_up`."""
         chosen = self._strategies(group)
         check_gradients([item], type(self).__name__)
-        with Undo() as undo:
+        with tracing.hosted(), Undo() as undo:
             if isinstance(item.subspace, Block):
                 self._state_of(item, chosen)
                 items = self._items(group)
@@ -394,6 +397,9 @@ class LowRankOptimizer(Optimizer):
         state: State = self.state[item.param]
         if not state:
             state.update(init_state(item, chosen, item.param))
+            if tracing.fake_mode() is not None:
+                make = partial(init_state, item, chosen)
+                state.update(tracing.real_entries(make, item.param))
         return state
 
     def _step_items(self, items: list[Item], group: Group, chosen: Strategies, undo: Undo) -> None:

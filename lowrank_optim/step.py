@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import onepass, ops
+from lowrank_optim.matrix import shares_memory
 from lowrank_optim.plan import (
     Item,
     State,
@@ -195,7 +196,7 @@ def _apply(
     grad = param if isinstance(w.grad, ProjectedGrad) else w.grad
     into = Into(param, grad, low, lr_now, decay, rounding, sound)
     subspace.push_(into, w.state, update, term)
-    if param.data_ptr() != w.item.param.data_ptr():
+    if not shares_memory(param, w.item.param):
         stored = param.mT if view.flip else param  # strides that allow no matrix view
         w.item.param.copy_(stored.reshape(view.shape))
     chosen.residual.keep_(w.state, w.grad, sound)

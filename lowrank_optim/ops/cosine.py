@@ -36,14 +36,17 @@ def cosine_rows(n: int, basis: str, dtype: torch.dtype, device: torch.device) ->
     table *= math.sqrt(2 / n)
     first = torch.arange(n)
     out = torch.empty(n, n, dtype=dtype, device=device)
-    for rows in torch.split(first, max(1, (1 << 20) // n)):
-        phase = (rows[:, None] * (2 * first + 1)) % (4 * n)
+    count = max(1, (1 << 20) // n)
+    for start in range(0, n, count):
+        at = slice(start, min(start + count, n))
+        phase = (first[at, None] * (2 * first + 1)) % (4 * n)
         tile = table[phase]
-        tile[rows == 0] = math.sqrt(1 / n)
+        if start == 0:
+            tile[0] = math.sqrt(1 / n)
         if basis == "dct2":
-            out[rows[0] : rows[-1] + 1] = tile.to(device, dtype)
+            out[at] = tile.to(device, dtype)
         else:
-            out[:, rows[0] : rows[-1] + 1] = tile.mT.to(device, dtype)
+            out[:, at] = tile.mT.to(device, dtype)
     return out
 
 

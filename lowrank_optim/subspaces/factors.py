@@ -49,9 +49,9 @@ def sample(how: str, s: Tensor, rank: int, iteration: int, noise: Tensor) -> Ten
 
 def order_of(chosen: Tensor, k: int) -> Tensor:
     """The chosen indices, then all others, both ascending."""
-    others = torch.ones(k, dtype=torch.bool, device=chosen.device)
-    others[chosen] = False
-    return torch.cat([chosen, others.nonzero().squeeze(-1)])
+    later = torch.ones(k, dtype=torch.uint8, device=chosen.device)
+    later[chosen] = 0
+    return later.sort(stable=True).indices
 
 
 def unit(x: Tensor) -> Tensor:

@@ -1,0 +1,109 @@
+"""Steps of tensors without data: what torch's memory tools trace is what a real run does."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from lowrank_optim import GaLoreAdamW, attach_in_backward, memory, methods
+from tests import cases
+
+SHAPES = [(12, 40), (7,), (3, 8, 24), (24, 24)]
+KINDS = [
+    *[(name, projector, {}) for name, projector in cases.pairs()],
+    *[
+        (name, "svd", {"state_dtype": "8bit"})
+        for name in cases.method_names()
+        if "8bit" not in name
+    ],
+    *[(name, "svd", {"state_dtype": "bfloat16"}) for name in ("GaLoreLion", "FiraAdamW")],
+    ("DCTAdamW", "dct", {"error_feedback": "4bit"}),
+    ("SSTAdamW", "svd", {"factors": "active", "negative": "flip"}),
+    ("SSTAdamW", "svd", {"sampling": "mixed", "offload_inactive": True}),
+    ("GaLoreAdamW", "svd", {"stochastic_rounding": True, "maximize": True}),
+    ("GaLoreAdamW", "rsvd", {"on_refresh": "project"}),
+]
+
+
+def states(
+    name: str, projector: str, options: dict[str, Any], dtype: torch.dtype
+) -> list[dict[str, torch.Tensor]]:
+    """State of every parameter after four steps."""
+    params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
+    on_refresh = {} if name.startswith(("SST", "Switch")) else {"on_refresh": "reset"}
+    optimizer = cases.build(name, params, **{"projector": projector, **on_refresh, **options})
+    for _ in range(4):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    return [optimizer.state[p] for p in params]
+
+
+def layout(states: list[dict[str, torch.Tensor]]) -> list[dict[str, Any]]:
+    """Shape, dtype and device of every entry, and the values of counters."""
+    found = []
+    for state in states:
+        found.append({k: (tuple(x.shape), x.dtype, x.device) for k, x in state.items()})
+        for key in ("step", "refresh_step", "clock", "host.iteration"):
+            if key in state:
+                assert not isinstance(state[key], FakeTensor)
+                found[-1][f"value of {key}"] = float(state[key])
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "projector", "options"), KINDS, ids=[f"{a}-{b}-{c}" for a, b, c in KINDS]
+)
+def test_a_fake_step_is_a_real_one(
+    name: str, projector: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Counters count, refreshes come when they are due, and every entry is where it would be."""
+    real = states(name, projector, options, dtype)
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fake = states(name, projector, options, dtype)
+    assert layout(fake) == layout(real)
+
+
+@pytest.mark.parametrize("name", ["GaLoreAdamW", "GaLoreAdamW8bit", "SSTAdamW", "DCTAdamW"])
+def test_the_memory_tracker_of_torch_sees_our_state(name: str) -> None:
+    """The bytes it finds in states are those that a real optimizer reports."""
+
+    def trained(tracker: MemTracker | None = None) -> Any:
+        model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256))
+        optimizer = getattr(methods, name)(model.parameters(), rank=16)
+        if tracker is not None:
+            tracker.track_external(model, optimizer)
+        with tracker or warnings.catch_warnings():
+            model(torch.randn(4, 256)).square().mean().backward()
+            optimizer.step()
+            if tracker is not None:
+                return tracker.get_tracker_snapshot("current")
+        return memory.report(optimizer).total
+
+    with FakeTensorMode():
+        snapshot = trained(MemTracker())
+    (counts,) = snapshot.values()
+    (kind,) = [k for k in counts if str(k).lower().endswith(("opt", "optstate", "optimizer"))]
+    counters = 256  # the tracker rounds every tensor up, counters too, and a report does not
+    assert abs(counts[kind] - trained()) <= 32 * counters
+
+
+@pytest.mark.parametrize("mode", ["project", "step"])
+def test_inside_backward(mode: Any) -> None:
+    with FakeTensorMode():
+        weight = nn.Parameter(torch.randn(32, 64))
+        optimizer = GaLoreAdamW([weight], rank=4)
+        attach_in_backward(optimizer, mode)
+        for _ in range(3):
+            (torch.randn(5, 64) @ weight.T).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert float(optimizer.state[weight]["step"]) == 3
