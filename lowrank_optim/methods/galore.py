@@ -80,7 +80,7 @@ class GaLoreAdamW(_GaLore):
         **options: Unpack[Options],
     ) -> None:
         own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**own, **with_defaults({**self.preset, **options})})
+        super().__init__(params, {**own, **with_defaults(type(self), {**self.preset, **options})})
 
 
 class GaLoreAdamW8bit(GaLoreAdamW):
@@ -152,7 +152,7 @@ class GaLoreLion(_GaLore):
         **options: Unpack[Options],
     ) -> None:
         own = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
-        super().__init__(params, {**own, **with_defaults(options)})
+        super().__init__(params, {**own, **with_defaults(type(self), options)})
 
 
 class GaLoreSGD(_GaLore):
@@ -198,7 +198,7 @@ class GaLoreSGD(_GaLore):
     ) -> None:
         own = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         own |= {"dampening": dampening, "nesterov": nesterov}
-        super().__init__(params, {**own, **with_defaults(options)})
+        super().__init__(params, {**own, **with_defaults(type(self), options)})
 
 
 class GaLoreAdafactor(_GaLore):
@@ -261,4 +261,4 @@ class GaLoreAdafactor(_GaLore):
         }
         own |= {"beta1": beta1, "weight_decay": weight_decay, "warmup_init": warmup_init}
         own |= {"scale_parameter": scale_parameter, "relative_step": relative_step}
-        super().__init__(params, {**own, **with_defaults(options)})
+        super().__init__(params, {**own, **with_defaults(type(self), options)})
