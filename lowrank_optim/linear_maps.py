@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from lowrank_optim.matrix import matrix_view
+
 EMBEDDING = re.compile(
     r"(^|\.)(\w*embed\w*|\w*_emb|emb|wte|wpe|shared|relative_attention_bias)\.weight$"
 )
@@ -118,7 +120,7 @@ def linear_maps(model: nn.Module) -> set[int]:
 def _is_map(module: nn.Module, name: str, param: Tensor) -> bool:
     """Whether a module's own parameter is a linear map."""
     kind, shape = type(module).__name__, param.shape
-    if len(shape) < 2:
+    if matrix_view(shape, flatten=isinstance(module, _ConvNd)) is None:
         return False
     if isinstance(module, nn.Linear) or kind == "Conv1D":
         return name == "weight"
