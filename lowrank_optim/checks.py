@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_optim.matrix import PROJ_TYPES
 from lowrank_optim.stores import STORES
@@ -168,6 +168,16 @@ def density(value: Any) -> float | None:
     return float(value)
 
 
+def check_module(model: object) -> None:
+    """Raise unless ``model`` is a module.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def check_rank(rank: Any, closed: bool = False) -> None:
     """Raise unless ``rank`` is a positive int or a fraction in (0, 1).
 
@@ -197,15 +207,6 @@ def check(group: Group, closed: bool = False) -> None:
     _check_rule(group)
     if group.get("rank") is not None:
         check_rank(group["rank"], closed or "free_rule" in group)
-        if group.get("projector") == "block" and not isinstance(group["rank"], float):
-            raise ValueError(
-                "projector='block' takes a density (or a fraction as its rank), got "
-                f"rank={group['rank']}"
-            )
-    if group.get("projector") == "block" and group.get("error_feedback") is not None:
-        raise ValueError(
-            "error_feedback does not go with projector='block': a block uses all or nothing"
-        )
     for key, allowed in VALUES.items():
         if key in group and not allowed.holds(group[key]):
             raise ValueError(f"{key} must be {allowed.text}, got {shown(group[key])}")
@@ -213,6 +214,24 @@ def check(group: Group, closed: bool = False) -> None:
         if key in group and not any(group[key] is x or _same(group[key], x) for x in names):
             listed = ", ".join(repr(name) for name in names)
             raise ValueError(f"{key} must be one of {listed}, got {group[key]!r}")
+    _check_pairs(group)
+
+
+def _check_pairs(group: Group) -> None:
+    """Values that do not go together.
+
+    Raises:
+        ValueError: two of them do not.
+    """
+    rank = group.get("rank")
+    if group.get("projector") == "block" and rank is not None and not isinstance(rank, float):
+        raise ValueError(
+            f"projector='block' takes a density (or a fraction as its rank), got rank={rank}"
+        )
+    if group.get("projector") == "block" and group.get("error_feedback") is not None:
+        raise ValueError(
+            "error_feedback does not go with projector='block': a block uses all or nothing"
+        )
     if group.get("warmup_init") and not group.get("relative_step", True):
         raise ValueError(
             "warmup_init=True has no effect with relative_step=False, which takes lr as it is: "
@@ -257,7 +276,9 @@ def _check_eps(group: Group) -> None:
     Raises:
         ValueError: it is something else.
     """
-    eps = group.get("eps", 0.0)
+    if "eps" not in group:
+        return
+    eps = group["eps"]
     pair = isinstance(eps, list | tuple) and len(eps) == 2 and all(map(_NOT_NEGATIVE.holds, eps))
     wants_pair = "decay_rate" in group
     fine = pair if wants_pair else _NOT_NEGATIVE.holds(eps)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lowrank_optim.checks import Group, check, check_rank
+from lowrank_optim.checks import Group, check, check_module, check_rank
 from lowrank_optim.keys import (
     builtin,
     canonical,
@@ -132,8 +132,7 @@ def lowrank_groups(
         >>> [(g.get("rank"), g["param_names"]) for g in groups]
         [(4, ['0.weight']), (None, ['0.bias', '1.bias']), (2, ['1.weight'])]
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     overrides = _checked_overrides(overrides)
     asked, options = options, _checked_options(options)
     rank = builtin(options.pop("rank", rank))

@@ -93,7 +93,7 @@ FOREIGN: dict[str, str] = {
 """Keys of other packages that would mean nothing here, and what to do."""
 
 METHODS: dict[str, type[Any]] = {}
-"""Every optimizer class by name, as they are defined: messages say which of them reads a key."""
+"""Public optimizer classes by name, as they are defined: messages say which reads a key."""
 
 _NOT_KEYS = ("rank", "scale", "two_sided", "shared", "density", "position", "count", "first")
 """Fields of projectors that have another source than a group key of that name."""
@@ -111,7 +111,8 @@ def canonical(group: Mapping[str, Any]) -> Group:
     if not group.get("correct_bias", True):
         raise ValueError("correct_bias=False is not supported: moments are always corrected")
     group = {k: builtin(v) for k, v in group.items()}
-    if group.get("proj_type") in ("svd", "random"):  # FRUGAL's name of the projector
+    side = group.get("proj_type")
+    if isinstance(side, str) and side in ("svd", "random"):  # FRUGAL's name of the projector
         group["projector"] = group.pop("proj_type")
     if not group.pop("is_proj_params", True):  # FRUGAL: a group of dense parameters
         group = {k: v for k, v in group.items() if k != "density"} | {"rank": None}
@@ -229,8 +230,7 @@ def remedy(given: Any, allowed: Iterable[str]) -> str:
     key = ALIASES[given][0] if given in ALIASES else given
     if key != given and key in allowed:
         return f"; here it is {key!r}"
-    public = {name: cls for name, cls in METHODS.items() if not name.startswith("_")}
-    readers = [name for name, cls in public.items() if key in cls.group_keys()]
+    readers = [name for name, cls in METHODS.items() if key in cls.group_keys()]
     if readers:
         more = f" and {len(readers) - 3} more" if len(readers) > 3 else ""
         return f": {', '.join(readers[:3])}{more} read{'s' * (len(readers) == 1)} {key!r}"

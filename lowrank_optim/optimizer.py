@@ -128,7 +128,8 @@ class LowRankOptimizer(Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        METHODS[cls.__name__] = cls
+        if not cls.__name__.startswith("_"):
+            METHODS[cls.__name__] = cls
 
     @classmethod
     def group_keys(cls) -> set[str]:

@@ -1,4 +1,4 @@
-"""Which parameters of real models are projected by default, and how kernels and experts are seen."""
+"""Which parameters of real models are projected by default, and how kernels are seen."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ MODELS: dict[str, tuple[Any, set[str]]] = {
          "A_log"},
     ),
 }  # fmt: skip
-"""Models, and the parameters of two and more dimensions that stay dense: all others are projected."""
+"""Models, and their parameters of two and more dimensions that stay dense, unlike all others."""
 
 
 @functools.cache
@@ -291,7 +291,7 @@ def test_a_checkpoint_does_not_cross_the_two_views() -> None:
         return optimizer
 
     with pytest.raises(
-        ValueError, match="does not fit parameter 0 .* flatten is False there and True here"
+        ValueError, match=r"does not fit parameter 0 .* flatten is False there and True here"
     ):
         make(True).load_state_dict(make(False).state_dict())
 
