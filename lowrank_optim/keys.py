@@ -203,7 +203,8 @@ def refuse_apollo(given: Mapping[str, Any], owner: str, place: str) -> None:
     if found:
         scale = f" {given['scale']}" if "scale" in given else ""
         raise ValueError(
-            f"{owner}: {', '.join(map(repr, found))} in {place} are APOLLO's, whose scale{scale} "
+            f"{owner}: {', '.join(map(repr, found))} in {place} "
+            f"{'is' if len(found) == 1 else 'are'} APOLLO's, whose scale{scale} "
             "multiplies another update: train with APOLLO's own package, or drop these keys and "
             "give rank, update_proj_gap, proj_type and scale of GaLore (published: scale=0.25)"
         )

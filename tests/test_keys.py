@@ -179,12 +179,12 @@ def test_groups_of_apollo_are_refused(cls: Any, keys: dict[str, Any]) -> None:
     )
     with pytest.raises(ValueError, match=message):
         cls([{"params": [weight(3)]}, {"params": [weight()], **keys}])
-    with pytest.raises(ValueError, match="are APOLLO's"):
+    with pytest.raises(ValueError, match="'scale_type' in the constructor is APOLLO's"):
         cls([weight()], scale_type="tensor")
     model = nn.Sequential(nn.Linear(8, 8))
-    with pytest.raises(ValueError, match="'scale_type' in its options are APOLLO's"):
+    with pytest.raises(ValueError, match="'scale_type' in its options is APOLLO's"):
         lowrank_groups(model, scale_type="tensor")
-    with pytest.raises(ValueError, match="'proj' in the override of '0' are APOLLO's"):
+    with pytest.raises(ValueError, match="'proj' in the override of '0' is APOLLO's"):
         lowrank_groups(model, overrides={"0": {"proj": "random"}})
 
 

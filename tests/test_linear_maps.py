@@ -186,7 +186,7 @@ def test_mixtral_8x7b_holds_the_state_of_low_rank_experts() -> None:
         moments += 8 * batch * 128 * max(rows, cols)
     found = memory.estimate(model.bfloat16(), GaLoreAdamW, groups=groups)
     assert (found.basis, found.moments) == (basis, moments)
-    assert found.state < 14 * memory.GIB
+    assert found.state / memory.GIB == pytest.approx(13.54, abs=0.01)
 
 
 def test_embeddings_and_heads_by_type_tie_and_accessor_not_by_an_ancestors_name() -> None:
