@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,9 @@ Group = dict[str, Any]
 Asked = Callable[[Group, int], bool]
 """Whether something holds of parameter ``i`` of a group."""
 
+LIBRARIES = ("lowrank_optim.", "torch.optim.")
+"""Modules that a warning does not point at."""
+
 WORTH_SAYING = 0.01
 """Share of a group's matrices below which a notice about them would be noise."""
 
@@ -21,6 +25,17 @@ def param_name(group: Group, i: int) -> str:
     """Name of parameter ``i`` of a group, or its position."""
     names = group.get("param_names")
     return names[i] if names else f"parameter {i}"
+
+
+def users_level() -> int:
+    """``stacklevel`` of the line that constructs the optimizer, or adds a group to it.
+
+    For a warning that the caller of this function gives: classes differ in how deep they call.
+    """
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(LIBRARIES):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def clamped(group: Group) -> str | None:

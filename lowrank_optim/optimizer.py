@@ -234,7 +234,7 @@ class LowRankOptimizer(Optimizer):
         for kind, text in texts.items():
             if text is not None and (kind == "clamped" or kind not in told):
                 told.add(kind)
-                warnings.warn(text, stacklevel=6)  # the line that constructs the optimizer
+                warnings.warn(text, stacklevel=notices.users_level())
 
     # ---------------------------------------------------------------- plan
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_optim import GaLoreAdamW, GaLoreSGD, lowrank_groups, memory
+from lowrank_optim import FrugalAdamW, GaLoreAdamW, GaLoreSGD, SSTAdamW, lowrank_groups, memory
 from lowrank_optim.linear_maps import is_linear_map, looks_like_vocabulary
 from lowrank_optim.matrix import matrix_view
 from tests.compare import assert_close
@@ -344,6 +344,16 @@ def test_an_embedding_without_a_name_warns_once_with_the_remedy() -> None:
         optimizer.add_param_group({"params": [nn.Parameter(torch.empty(32001, 3, device="meta"))]})
         GaLoreAdamW(llama.named_parameters(), rank=2)
         GaLoreAdamW(lowrank_groups(llama, rank=2))
+
+
+@pytest.mark.parametrize("cls", [GaLoreAdamW, FrugalAdamW, SSTAdamW])
+def test_a_warning_points_at_the_line_that_made_the_group(cls: Any) -> None:
+    options = {"projector": "svd"} if cls is FrugalAdamW else {}
+    with pytest.warns(UserWarning, match="rank 6 is clamped to 4") as caught:
+        optimizer = cls([{"params": [nn.Parameter(torch.ones(4, 30))], "rank": 6}], **options)
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4, 30))], "rank": 6})
+    lines = {w.lineno for w in caught if "clamped" in str(w.message)}
+    assert len(lines) == 2 and {w.filename for w in caught} == {__file__}
 
 
 def test_a_rank_that_covers_much_of_a_model_warns_once() -> None:
