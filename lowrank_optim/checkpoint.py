@@ -20,7 +20,7 @@ StateDict = dict[str, Any]
 Entries = dict[str, Any]
 """The saved state of one parameter."""
 
-STRUCTURE = ("rank", "proj_type", "projector", "basis")
+STRUCTURE = ("rank", "proj_type", "projector", "basis", "flatten")
 """Group keys that shape the state: a checkpoint may not change them silently."""
 
 

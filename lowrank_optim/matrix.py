@@ -57,7 +57,9 @@ class MatrixView(NamedTuple):
         return min(self.directions(rank), self.full_rank)
 
 
-def matrix_view(shape: Sequence[int], proj_type: str = "std") -> MatrixView | None:
+def matrix_view(
+    shape: Sequence[int], proj_type: str = "std", flatten: bool = False
+) -> MatrixView | None:
     """The matrix that a parameter of ``shape`` stands for, or None where there is none.
 
     ========================= =======================================
@@ -65,6 +67,7 @@ def matrix_view(shape: Sequence[int], proj_type: str = "std") -> MatrixView | No
     ========================= =======================================
     ``(m, n)``                one matrix
     ``(experts, m, n)``       a batch of matrices
+    ``(out, in, k)``          with ``flatten``: one matrix ``(out, in * k)``
     ``(out, in, kh, kw)``, …  one matrix ``(out, in * kh * kw)``
     0-d, 1-d, a side of 1     None: nothing to project
     ========================= =======================================
@@ -74,15 +77,14 @@ def matrix_view(shape: Sequence[int], proj_type: str = "std") -> MatrixView | No
         proj_type: ``"std"`` projects the smaller side (a square matrix on the right, as released),
             ``"reverse_std"`` the larger, ``"left"`` the rows, ``"right"`` the columns, ``"full"``
             both.
+        flatten: see three dimensions as one matrix, as the kernel of a ``Conv1d`` (default: False).
     """
     shape = tuple(shape)
     if len(shape) < 2 or math.prod(shape) == 0:
         return None
-    if len(shape) == 3:
-        rows, cols = shape[1:]
-    else:
-        rows, cols = shape[0], math.prod(shape[1:])
-    batch = shape[:1] if len(shape) == 3 else ()
+    batch = shape[:1] if len(shape) == 3 and not flatten else ()
+    rows, *rest = shape[len(batch) :]
+    cols = math.prod(rest)
     if min(rows, cols) == 1:
         return None
     right = {

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_optim.activations import Left, causal_lm, in_flight
+from lowrank_optim.checks import whole
 from lowrank_optim.in_backward import check_projecting
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.plan import on_host
@@ -209,8 +210,8 @@ def estimate(
         other state         12 B
         peak          104.00 MiB  without activations
     """
-    if in_backward not in (None, "project", "step"):
-        raise ValueError(f"in_backward must be None, 'project' or 'step', got {in_backward!r}")
+    _check(model, groups, in_backward, accumulation_steps, tokens, checkpointing, dtype)
+    optimizer_class = _class_of(optimizer_class)
     module = model
     if not isinstance(model, nn.Module):
         with torch.device("meta"):
@@ -218,10 +219,6 @@ def estimate(
     twins = {id(p): _meta_twin(p) for p in module.parameters()}
     entries = module.named_parameters() if groups is None else groups(module)
     on_meta = [_on_meta(entry, twins) for entry in entries]
-    if isinstance(optimizer_class, str):
-        if optimizer_class not in LAYOUTS:
-            raise ValueError(f"optimizer must be a class or in {[*LAYOUTS]}: {optimizer_class!r}")
-        optimizer_class = LAYOUTS[optimizer_class]
     optimizer = optimizer_class(on_meta, **options)
     _make_state(optimizer)
     held = report(optimizer)
@@ -262,6 +259,65 @@ def estimate(
         left=left,
     )
     return replace(found, activations=max(0, worst - found.live_gradients))
+
+
+def _check(
+    model: Any,
+    groups: Any,
+    in_backward: Any,
+    accumulation_steps: Any,
+    tokens: Any,
+    checkpointing: Any,
+    dtype: Any,
+) -> None:
+    """The arguments of :func:`estimate`, but for the class of the optimizer.
+
+    Raises:
+        TypeError: one is of a wrong type.
+        ValueError: one is out of range.
+    """
+    if not isinstance(model, nn.Module) and not hasattr(model, "to_dict"):
+        kind = type(model).__name__
+        raise TypeError(
+            f"model must be an nn.Module or a configuration of transformers, got {kind}"
+        )
+    if groups is not None and not callable(groups):
+        raise TypeError(f"groups must be a function of the model, got {groups!r}")
+    if in_backward is not None and not (
+        isinstance(in_backward, str) and in_backward in ("project", "step")
+    ):
+        raise ValueError(f"in_backward must be None, 'project' or 'step', got {in_backward!r}")
+    if not _positive(accumulation_steps):
+        raise ValueError(f"accumulation_steps must be a positive int, got {accumulation_steps!r}")
+    pair = isinstance(tokens, tuple | list) and len(tokens) == 2 and all(map(_positive, tokens))
+    if tokens is not None and not (_positive(tokens) or pair):
+        raise ValueError(f"tokens must be None, a positive int or a pair of them, got {tokens!r}")
+    if not isinstance(checkpointing, bool):
+        raise ValueError(f"checkpointing must be True or False, got {checkpointing!r}")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+
+
+def _positive(value: Any) -> bool:
+    return whole(1).holds(value)
+
+
+def _class_of(given: Any) -> type[Optimizer]:
+    """The class of an optimizer, or of a layout by its name.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: there is no layout of that name.
+    """
+    if isinstance(given, str):
+        if given not in LAYOUTS:
+            raise ValueError(f"optimizer_class must be a class or in {[*LAYOUTS]}, got {given!r}")
+        return LAYOUTS[given]
+    if not (isinstance(given, type) and issubclass(given, Optimizer)):
+        raise TypeError(
+            f"optimizer_class must be a class of optimizers or in {[*LAYOUTS]}, got {given!r}"
+        )
+    return given
 
 
 def _projected(optimizer: Optimizer) -> dict[Tensor, Left]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar, TypedDict
 
@@ -13,13 +14,25 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowrank_optim import tracing
+from lowrank_optim import notices, tracing
 from lowrank_optim.blocks import advance, catch_up, placed, step_block
 from lowrank_optim.checkpoint import load_state_dict
 from lowrank_optim.compiled import Traced
 from lowrank_optim.dense import step_dense
-from lowrank_optim.groups import EMBEDDING_OR_HEAD, Group, canonical, check, check_rank
+from lowrank_optim.groups import Group, canonical, check, check_rank
+from lowrank_optim.keys import (
+    METHODS,
+    PLACES,
+    TORCH_FLAGS,
+    check_known,
+    projector_keys,
+    refuse_apollo,
+    remedy,
+    without_torch_flags,
+)
+from lowrank_optim.linear_maps import is_linear_map
 from lowrank_optim.matrix import MatrixView
+from lowrank_optim.notices import param_name as _name
 from lowrank_optim.plan import Item, State, Strategies, branchless, init_state
 from lowrank_optim.preflight import (
     Plan,
@@ -66,6 +79,9 @@ class Options(TypedDict, total=False):
     """Spread refreshes over the gap; False refreshes all at 0, T, 2T (default: True)."""
     maximize: bool
     """Ascend (default: False)."""
+    flatten: bool
+    """See a 3-d parameter as one matrix (out, rest), as of Conv1d, not as a batch, as of experts
+    (default: False; :func:`lowrank_optim.lowrank_groups` sets it by module)."""
     seed: int
     """Of random bases and stochastic rounding (default: 0)."""
 
@@ -81,20 +97,28 @@ DEFAULTS: Options = {
     "stochastic_rounding": False,
     "stagger": True,
     "maximize": False,
+    "flatten": False,
     "seed": 0,
 }
 
 
-def with_defaults(options: Options) -> Group:
-    """``options`` completed.
+def with_defaults(cls: type[LowRankOptimizer], options: Options) -> Group:
+    """``options`` of a constructor completed, without torch's that have no effect here.
 
     Raises:
         TypeError: an option is not known.
+        ValueError: an argument of torch asks for something that no optimizer here does.
     """
-    unknown = options.keys() - DEFAULTS.keys()
+    name = cls.__name__
+    refuse_apollo(options, name, "the constructor")
+    given = without_torch_flags(options, name)
+    unknown = [key for key in given if key not in DEFAULTS]
     if unknown:
-        raise TypeError(f"unexpected keyword argument {sorted(unknown)[0]!r}")
-    return {**DEFAULTS, **options}
+        key, allowed = unknown[0], cls.group_keys() | TORCH_FLAGS.keys()
+        raise TypeError(
+            f"{name}() got an unexpected keyword argument {key!r}{remedy(key, allowed)}"
+        )
+    return {**DEFAULTS, **given}
 
 
 class LowRankOptimizer(Optimizer):
@@ -107,20 +131,53 @@ class LowRankOptimizer(Optimizer):
 
     rule_class: ClassVar[type[Rule]]
 
+    extra_keys: ClassVar[tuple[str, ...]] = ()
+    """Group keys that it reads beside the arguments of its constructor."""
+    unused: ClassVar[Mapping[str, str]] = {}
+    """Arguments of every optimizer that mean nothing to this one, and why."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not cls.__name__.startswith("_"):
+            METHODS[cls.__name__] = cls
+
+    @classmethod
+    def group_keys(cls) -> set[str]:
+        """Keys of parameter groups that this class reads: the arguments of its constructor."""
+        own = inspect.signature(cls.__init__).parameters.values()
+        named = {x.name for x in own if x.kind is not x.VAR_KEYWORD}
+        return (named | DEFAULTS.keys() | {*cls.extra_keys}) - {"self", "params"}
+
     def __init__(self, params: Iterable[Any], defaults: Group) -> None:
+        defaults = {**canonical(defaults), "method": type(self).__name__}
+        self._check(defaults)
+        check_rank(defaults["rank"], "free_rule" in defaults)
         if isinstance(params, Tensor):
             super().__init__(params, defaults)  # torch's own error
-        groups = list(params)
-        defaults = canonical(defaults)
-        check(defaults)
-        check_rank(defaults["rank"], "free_rule" in defaults)
+        groups = self._entries(params, defaults)
         if any(isinstance(g, dict) and "rank" in canonical(g) for g in groups):
             defaults = {**defaults, "rank": None}
-        defaults["method"] = type(self).__name__
         self._plans: dict[int, Plan] = {}
         self._shared = Shared()
         super().__init__(groups, defaults)
         self._traced = Traced(self)
+
+    def _entries(self, params: Iterable[Any], defaults: Group) -> list[Any]:
+        """What ``params`` yields; nothing is read before the hyper-parameters are checked."""
+        return list(params)
+
+    def _check(self, group: Group) -> None:
+        """Raise for values that no step could use: of the constructor, or of a completed group.
+
+        Raises:
+            ValueError: one is out of range.
+        """
+        check(group)
+
+    def _allowed(self, group: Group) -> set[str]:
+        """Keys that a group may have: those that something reads."""
+        projector = group.get("projector", self.defaults["projector"])
+        return {*self.group_keys(), *self.defaults, *PLACES, *projector_keys(projector)}
 
     def residual(self, group: Group) -> Residual:
         """What happens outside the subspace, for parameters of ``group``."""
@@ -147,24 +204,25 @@ class LowRankOptimizer(Optimizer):
             group.setdefault("targets", "auto")
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group; released keys are renamed, and values checked.
+        """Add a group; released keys are renamed, and keys and values checked.
 
         Raises:
-            ValueError: a value is out of range, or a parameter is complex.
+            ValueError: a key is not known or has no effect here, a value is out of range, or a
+                parameter is complex.
         """
         if not isinstance(param_group, dict):
             super().add_param_group(param_group)  # torch's own error
-        group = canonical(param_group)
-        check({**self.defaults, **group})
+        name, place = type(self).__name__, f"group {len(self.param_groups)}"
+        given = without_torch_flags(param_group, name)
+        check_known(given, self._allowed(given), name, place)
+        group = {**canonical(given), "method": name}
+        self._check({**self.defaults, **group})
         group.setdefault("targets", "all" if group.get("rank") is not None else "auto")
         super().add_param_group(group)
         for i, param in enumerate(group["params"]):
             if param.is_complex():
                 self.param_groups.pop()
-                name = _name(group, i)
-                raise ValueError(
-                    f"{type(self).__name__} does not support complex parameters: {name}"
-                )
+                raise ValueError(f"{name} does not support complex parameters: {_name(group, i)}")
         if group["projector"] == "block":
             try:
                 self._items(self.param_groups[-1])
@@ -174,25 +232,18 @@ class LowRankOptimizer(Optimizer):
         self._warn_clamped(group)
 
     def _warn_clamped(self, group: Group) -> None:
-        """One warning a group for ranks that its matrices cannot have; the release is silent."""
-        rank = group["rank"]
-        if rank is None or group["targets"] != "all":
-            return
-        projector = PROJECTORS[group["projector"]]
-        views = [view_for(group, p.shape) for p in group["params"]]
-        small = [
-            (i, view)
-            for i, view in enumerate(views)
-            if view is not None and projector.directions(rank, view) > projector.limit(view)
-        ]
-        if small:
-            i, view = small[0]
-            more = f" and {len(small) - 1} more" if len(small) > 1 else ""
-            warnings.warn(
-                f"rank {rank} is clamped to {projector.limit(view)} for {_name(group, i)} of shape "
-                f"{view.shape}{more}",
-                stacklevel=6,  # the line that constructs the optimizer
-            )
+        """What a user may not expect of a group: said once, and of the defaults once in all."""
+        told = self.__dict__.setdefault("_told", set())
+        texts = {
+            "clamped": notices.clamped(group),
+            "vocabulary": notices.vocabulary(group, self._wants),
+            "covered": notices.covered(group, self._is_map),
+            "unused": notices.unused(group, type(self).__name__, self._unused()),
+        }
+        for kind, text in texts.items():
+            if text is not None and (kind == "clamped" or kind not in told):
+                told.add(kind)
+                warnings.warn(text, stacklevel=notices.users_level())
 
     # ---------------------------------------------------------------- plan
 
@@ -210,21 +261,15 @@ class LowRankOptimizer(Optimizer):
         if plan is None or plan.key != key or any(map(moved, plan.items)):
             before = {} if plan is None else plan.structure
             was = [] if plan is None else plan.items
-            self._check_group(group)
+            self._check(group)
             if plan is not None:
+                added = {k: v for k, v in group.items() if k in now and k not in before}
+                check_known(added, self._allowed(group), type(self).__name__, "an edited group")
                 check_moved([item for item in was if item.param in self.state])
             items = self._planned(group)
             check_edits(items, was, self.state, self._strategies(group), before, now)
             plan = self._plans[id(group)] = Plan(key, now, items)
         return plan.items
-
-    def _check_group(self, group: Group) -> None:
-        """Raise for values that no step could use.
-
-        Raises:
-            ValueError: a hyper-parameter is out of range.
-        """
-        check(group)
 
     def _planned(self, group: Group) -> list[Item]:
         """Items of a group as it is, whatever state there is."""
@@ -265,8 +310,19 @@ class LowRankOptimizer(Optimizer):
         view, projector = view_for(group, param.shape), PROJECTORS[group["projector"]]
         if view is None or (rank != 1.0 and projector.covers(rank, view)):
             return False  # a density of 1 is asked for
+        return self._is_map(group, i)
+
+    def _unused(self) -> dict[str, tuple[Any, str]]:
+        """Keys without a meaning here, their defaults, and what has it."""
+        own = {**DEFAULTS, **getattr(self, "preset", {})}
+        return {key: (own[key], why) for key, why in self.unused.items()}
+
+    def _is_map(self, group: Group, i: int) -> bool:
+        """Whether parameter ``i`` is a linear map, as far as its name and shape tell."""
         names = group.get("param_names")
-        return names is None or EMBEDDING_OR_HEAD.search(names[i]) is None
+        shape = group["params"][i].shape
+        flatten = group.get("flatten", False)  # of an older pickle
+        return is_linear_map(None if names is None else names[i], shape, flatten)
 
     def _strategies(self, group: Group) -> Strategies:
         return Strategies(
@@ -452,11 +508,6 @@ class LowRankOptimizer(Optimizer):
 LowRankOptimizer.step.hooked = True  # type: ignore[attr-defined]  # torch need not do it again
 # nor need schedulers wrap it to see it called, in a file that compilers skip
 LowRankOptimizer.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-
-
-def _name(group: Group, i: int) -> str:
-    names = group.get("param_names")
-    return names[i] if names else f"parameter {i}"
 
 
 def _chunk_size(item: Item, chosen: Strategies) -> int:

@@ -37,7 +37,7 @@ _FRUGAL_GLUE |= {"qqp": 5e-5, "rte": 2e-4, "sst2": 5e-5, "stsb": 1e-4}
 def _one(table: Any, key: Any, what: str) -> Any:
     """``table[key]``, or an error that says what there is."""
     found = key.lower().replace("-", "") if isinstance(key, str) else key
-    if found not in table:
+    if not any(type(found) is type(name) and found == name for name in table):
         known = ", ".join(map(repr, table))
         raise ValueError(f"no published {what} {key!r}; there are {known}")
     return table[found] if isinstance(table, dict) else found

@@ -75,7 +75,7 @@ def make(method: str, seed: int) -> tuple[nn.Module, LowRankOptimizer]:
         model,
         rank=3,
         projector=options.pop("projector", "rsvd"),
-        overrides={"2": {"rank": 0.5, "proj_type": "full", "tags": ["late", "head"]}},
+        overrides={"2": {"rank": 0.5, "proj_type": "full", "_tags": ["late", "head"]}},
         no_decay="bias",
     )
     return model, cls(groups, lr=0.05, update_proj_gap=3, **options)

@@ -30,6 +30,7 @@ OTHERS: dict[str, list[Any]] = {
     "state_dtype": ["float32", "bfloat16", "8bit"],
     "stochastic_rounding": [True],
     "stagger": [True],
+    "flatten": [True],
     "maximize": [True],
     "seed": [5],
     "alpha_mode": ["paper"],
@@ -195,6 +196,17 @@ def test_edits_before_there_is_a_state_are_free() -> None:
     optimizer.param_groups[0].update(rank=2, state_dtype="bfloat16", proj_type="full")
     stepped(optimizer, 0, 1)
     assert optimizer.state_dict()["state"][0]["low.exp_avg"].shape == (2, 2)
+
+
+def test_a_key_that_nothing_reads_is_refused_when_it_is_added() -> None:
+    optimizer = made("GaLoreAdamW")
+    stepped(optimizer, 0, 1)
+    optimizer.param_groups[0]["name"] = "decay"  # trainers tag groups
+    optimizer.param_groups[0]["_mine"] = 3
+    stepped(optimizer, 1, 2)
+    optimizer.param_groups[0]["updat_proj_gap"] = 5
+    with pytest.raises(ValueError, match="did you mean 'update_proj_gap'"):
+        stepped(optimizer, 2, 3)
 
 
 def test_an_edit_after_loading_is_noticed() -> None:

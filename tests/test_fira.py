@@ -239,8 +239,8 @@ def test_groups_of_the_release_are_read_as_they_are() -> None:
 @pytest.mark.parametrize("key, value, message", [
     ("alpha_mode", "official", "alpha_mode must be one of 'release', 'paper', got 'official'"),
     ("scaling", "row", "scaling must be one of 'column', 'matrix', got 'row'"),
-    ("limiter", 0.9, "limiter must be None or a number >= 1, got 0.9"),
-    ("limiter", "1.01", "limiter must be None or a number >= 1, got '1.01'"),
+    ("limiter", 0.9, "limiter must be None or a finite number of at least 1, got 0.9"),
+    ("limiter", "1.01", "limiter must be None or a finite number of at least 1, got '1.01'"),
 ])  # fmt: skip
 def test_bad_values_raise_from_the_constructor_and_from_a_group(
     key: str, value: Any, message: str

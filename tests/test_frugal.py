@@ -412,8 +412,11 @@ def test_released_groups_work_as_they_are() -> None:
         ({"density": 0.5, "rank": 4}, "density=0.5 and rank=4 are both given"),
         ({"rank": 4}, "projector='block' takes a density .*, got rank=4"),
         ({"free_rule": "same"}, "free_rule must be one of 'sign', 'sgd', 'none', got 'same'"),
-        ({"free_lr_scale": -1.0}, "Invalid free_lr_scale value: -1.0"),
-        ({"proj_params_lr_scale": -1.0}, "Invalid proj_params_lr_scale value: -1.0"),
+        ({"free_lr_scale": -1.0}, "free_lr_scale must be a finite number of at least 0, got -1.0"),
+        (
+            {"proj_params_lr_scale": -1.0},
+            "proj_params_lr_scale must be a finite number of at least 0, got -1.0",
+        ),
         ({"block_order": "up"}, "block_order must be one of 'random', .*, got 'up'"),
         ({"block_order": "mirror", "density": 1.0}, "an even number of active blocks, got 1 of 1"),
     ],

@@ -515,11 +515,11 @@ def test_memory_is_the_formula(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"interval": 0}, "interval must be an int of at least 1, got 0"),
+        ({"interval": 0}, "interval must be a positive int, got 0"),
         ({"freeze_steps": -1}, "freeze_steps must be an int of at least 0, got -1"),
-        ({"total_steps": 0}, "total_steps must be an int of at least 1, got 0"),
-        ({"restart_every": 2.5}, "restart_every must be an int of at least 1, got 2.5"),
-        ({"descent_ratio": 0.0}, r"descent_ratio must be in \(0, 1\], got 0.0"),
+        ({"total_steps": 0}, "total_steps must be None or a positive int, got 0"),
+        ({"restart_every": 2.5}, "restart_every must be None or a positive int, got 2.5"),
+        ({"descent_ratio": 0.0}, r"descent_ratio must be a number in \(0, 1\], got 0.0"),
         ({"descent": "linear"}, "descent must be one of 'exponential', 'Z', got 'linear'"),
         ({"order": "lifo"}, "order must be one of 'fifo', 'random', got 'lifo'"),
         ({"pool_device": "disk"}, "pool_device must be one of"),

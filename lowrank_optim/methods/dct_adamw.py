@@ -97,7 +97,9 @@ class DCTAdamW(LowRankOptimizer):
         own |= {"error_feedback": error_feedback, "slot_bias_correction": slot_bias_correction}
         common: Options = {"update_proj_gap": 1, "scale": 1.0, "projector": "dct"}
         common["on_refresh"] = "project"
-        super().__init__(params, {**own, **with_defaults({**common, **self.preset, **options})})
+        super().__init__(
+            params, {**own, **with_defaults(type(self), {**common, **self.preset, **options})}
+        )
 
     def residual(self, group: Group) -> Residual:
         """Dropped, or kept for the next step."""

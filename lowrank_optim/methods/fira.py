@@ -95,7 +95,7 @@ class FiraAdamW(LowRankOptimizer):
     ) -> None:
         own: Group = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         own |= {"alpha_mode": alpha_mode, "scaling": scaling, "limiter": limiter}
-        super().__init__(params, {**own, **with_defaults({**self.preset, **options})})
+        super().__init__(params, {**own, **with_defaults(type(self), {**self.preset, **options})})
 
     def residual(self, group: Group) -> Residual:
         """What the subspace does not see comes back scaled."""

@@ -51,12 +51,13 @@ class _Frugal(LowRankOptimizer):
             **self.preset,
             **options,
         }
-        defaults = {**own, **with_defaults(common)}
+        defaults = {**own, **with_defaults(type(self), common)}
         if density is not None:
             defaults["rank"] = canonical({"density": density})["rank"]
-        if not isinstance(params, Tensor):
-            params = [_with_rank(entry, defaults["rank"]) for entry in params]
         super().__init__(params, defaults)
+
+    def _entries(self, params: Iterable[Any], defaults: Group) -> list[Any]:
+        return [_with_rank(entry, defaults["rank"]) for entry in params]
 
     def residual(self, group: Group) -> Residual:
         """What has no state moves by the free rule."""

@@ -81,7 +81,7 @@ class GaLoreAdamW(_GaLore):
         **options: Unpack[Options],
     ) -> None:
         own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**own, **with_defaults({**self.preset, **options})})
+        super().__init__(params, {**own, **with_defaults(type(self), {**self.preset, **options})})
 
 
 class GaLoreAdamW8bit(GaLoreAdamW):
@@ -153,7 +153,7 @@ class GaLoreLion(_GaLore):
         **options: Unpack[Options],
     ) -> None:
         own = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
-        super().__init__(params, {**own, **with_defaults(options)})
+        super().__init__(params, {**own, **with_defaults(type(self), options)})
 
 
 class GaLoreSGD(_GaLore):
@@ -199,7 +199,7 @@ class GaLoreSGD(_GaLore):
     ) -> None:
         own = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         own |= {"dampening": dampening, "nesterov": nesterov}
-        super().__init__(params, {**own, **with_defaults(options)})
+        super().__init__(params, {**own, **with_defaults(type(self), options)})
 
 
 class GaLoreAdafactor(_GaLore):
@@ -265,8 +265,9 @@ class GaLoreAdafactor(_GaLore):
             "decay_rate": decay_rate,
         }
         own |= {"beta1": beta1, "weight_decay": weight_decay, "warmup_init": warmup_init}
-        own |= {"scale_parameter": scale_parameter, "relative_step": relative_step}
-        super().__init__(params, {**own, **with_defaults(options)})
+        own |= {"scale_parameter": scale_parameter}
+        own["relative_step"] = lr is None if relative_step is None else relative_step
+        super().__init__(params, {**own, **with_defaults(type(self), options)})
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group; an ``lr`` of its own is obeyed.
@@ -274,37 +275,41 @@ class GaLoreAdafactor(_GaLore):
         Raises:
             ValueError: a value is out of range, or has no effect.
         """
-        if isinstance(param_group, dict):
-            param_group = {**param_group, "relative_step": self._relative(param_group)}
+        if isinstance(param_group, dict) and param_group.get("relative_step") is None:
+            own = {k: v for k, v in param_group.items() if k != "relative_step"}
+            param_group = {**own, "relative_step": own["lr"] is None} if "lr" in own else own
         super().add_param_group(param_group)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore; groups of older checkpoints had an ``lr`` that nothing read."""
-        super().__setstate__(state)
-        for group in self.param_groups:
-            if group["relative_step"]:
-                group["lr"] = None
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of every method; groups of older checkpoints had an ``lr`` that nothing read."""
+        groups = [
+            {**g, "lr": None} if g.get("relative_step") else g for g in state_dict["param_groups"]
+        ]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+
+    def _check(self, group: Group) -> None:
+        super()._check(group)
+        _check_step_size(group)
 
     def _strategies(self, group: Group) -> Strategies:
-        self._relative(group)
+        _check_step_size(group)  # lr may be edited at any time
         return super()._strategies(group)
 
-    def _relative(self, group: Group) -> bool:
-        """Whether a group takes steps of its own size."""
-        lr = group.get("lr", self.defaults["lr"])
-        relative = group.get(
-            "relative_step", None if "lr" in group else self.defaults["relative_step"]
+
+def _check_step_size(group: Group) -> None:
+    """Raise unless a group has a learning rate or step sizes of its own, and not both.
+
+    Raises:
+        ValueError: it has both, or neither.
+    """
+    lr, relative = group["lr"], group["relative_step"]
+    if lr is None and not relative:
+        raise ValueError(
+            "relative_step=False needs a learning rate, got lr=None: give one, such as lr=1e-3"
         )
-        if relative is None:
-            relative = lr is None
-        unset = lr is None or (isinstance(lr, float) and lr == 0)  # a loader's first step
-        if relative and not unset:
-            raise ValueError(
-                f"lr={lr} has no effect with relative_step=True, whose step sizes are its own: "
-                "leave one of them out"
-            )
-        if not relative and lr is None:
-            raise ValueError("relative_step=False needs a learning rate: give lr, such as lr=1e-3")
-        if group.get("warmup_init", self.defaults["warmup_init"]) and not relative:
-            raise ValueError("warmup_init=True has no effect without relative_step=True")
-        return bool(relative)
+    loading = isinstance(lr, float) and lr == 0  # a loader's first step
+    if relative and lr is not None and not loading:
+        raise ValueError(
+            f"lr={lr} has no effect with relative_step=True, whose step sizes are its own: leave "
+            "one of them out"
+        )

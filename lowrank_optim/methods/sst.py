@@ -12,7 +12,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Unpack
 
@@ -121,6 +121,12 @@ class SSTAdamW(LowRankOptimizer):
     rule_class: ClassVar[type[Rule]] = AdamW
     preset: ClassVar[Options] = {"on_refresh": "reset"}
     """Defaults of a subclass that differ."""
+    extra_keys: ClassVar[tuple[str, ...]] = ("form", "shapes", "indices")
+    unused: ClassVar[Mapping[str, str]] = {
+        "update_proj_gap": "steps_per_iteration is the gap",
+        "scale": "lr, vector_lr_scale and s_lr_scale set the step",
+        "projector": "the factors are those of the weight",
+    }
 
     def __init__(
         self,
@@ -149,7 +155,7 @@ class SSTAdamW(LowRankOptimizer):
         own |= {"enhanced": enhanced, "factors": factors, "factor_dtype": factor_dtype}
         own |= {"offload_inactive": offload_inactive, "negative": negative}
         own |= {"vector_lr_scale": vector_lr_scale, "s_lr_scale": s_lr_scale}
-        super().__init__(params, {**own, **with_defaults({**self.preset, **options})})
+        super().__init__(params, {**own, **with_defaults(type(self), {**self.preset, **options})})
 
     def residual(self, group: Group) -> Residual:
         """All of the gradient that the factors do not see is dropped."""

@@ -11,14 +11,14 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
-from lowrank_optim.groups import Group, canonical
+from lowrank_optim.groups import Group
 from lowrank_optim.matrix import MatrixView, matrix_view
 from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
 from lowrank_optim.plan import Item, State, Strategies
@@ -115,6 +115,13 @@ class SwitchLoRAAdamW(LowRankOptimizer):
     rule_class: ClassVar[type[Rule]] = AdamW
     preset: ClassVar[Options] = {"scale": 1.0}
     """Defaults that differ from those of other methods."""
+    unused: ClassVar[Mapping[str, str]] = {
+        "proj_type": "both sides have a factor",
+        "projector": "no basis is searched",
+        "update_proj_gap": "interval says when vectors are switched",
+        "stagger": "every step may switch",
+        "on_refresh": "a switched vector starts its moments again",
+    }
 
     def __init__(
         self,
@@ -143,21 +150,11 @@ class SwitchLoRAAdamW(LowRankOptimizer):
         own |= {"freeze_step_counter": freeze_step_counter, "pool_device": pool_device}
         own |= {"decay_on": decay_on, "fan_in_fan_out": fan_in_fan_out}
         own |= {"restart_every": restart_every, "factor_starts": ()}
-        super().__init__(params, {**own, **with_defaults({**self.preset, **options})})
+        super().__init__(params, {**own, **with_defaults(type(self), {**self.preset, **options})})
 
-    def add_param_group(self, param_group: Group) -> None:
-        """Add a group.
-
-        Raises:
-            ValueError: a value is out of range, or a parameter is complex.
-        """
-        if isinstance(param_group, dict):
-            check_switching({**self.defaults, **canonical(param_group)})
-        super().add_param_group(param_group)
-
-    def _check_group(self, group: Group) -> None:
+    def _check(self, group: Group) -> None:
+        super()._check(group)
         check_switching(group)
-        super()._check_group(group)
 
     def state_dict(self) -> dict[str, Any]:
         """As of torch, once the pools in host memory have all that the device sent them."""
@@ -179,10 +176,6 @@ class SwitchLoRAAdamW(LowRankOptimizer):
         return replace(chosen, gap=1, stagger=False, on_refresh="keep", aged=True)
 
     # ---------------------------------------------------------------- modules
-
-    def _warn_clamped(self, group: Group) -> None:
-        if not group["factor_starts"]:
-            super()._warn_clamped(group)
 
     def _plan(self, group: Group) -> Iterator[Item]:
         """A triple (A, B, W0) of a module counts as the one weight that it stands for."""
@@ -270,24 +263,11 @@ class SwitchLoRAAdamW8bit(SwitchLoRAAdamW):
 
 
 def check_switching(group: Group) -> None:
-    """Raise for values that no schedule could use.
+    """Raise for values that no schedule could use together.
 
     Raises:
         ValueError: one is out of range.
     """
-
-    def whole(key: str, least: int) -> None:
-        value = group[key]
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{key} must be an int of at least {least}, got {value!r}")
-
-    whole("interval", 1)
-    whole("freeze_steps", 0)
-    for key in ("total_steps", "restart_every"):
-        if group[key] is not None:
-            whole(key, 1)
-    if not 0 < group["descent_ratio"] <= 1:
-        raise ValueError(f"descent_ratio must be in (0, 1], got {group['descent_ratio']}")
     if group["interval"] < 2 * group["freeze_steps"]:
         raise ValueError(
             f"interval must be at least twice freeze_steps={group['freeze_steps']}, "

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lowrank_optim.checks import check_module
 from lowrank_optim.groups import Group, lowrank_groups
 from lowrank_optim.matrix import MatrixView, matrix_view
 from lowrank_optim.nn.base import CONVERTERS, FORMS, Factored, convertible, parent_of
@@ -57,7 +58,8 @@ def convert(
         >>> [(g.get("form"), g["param_names"]) for g in convert(model, "sst", rank=2)]
         [('sst', ['0.u', '0.v', '0.s', '0.u_rest', '0.v_rest', '0.order']), (None, ['0.bias'])]
     """
-    if method in CONVERTERS:
+    check_module(model)
+    if isinstance(method, str) and method in CONVERTERS:
         return CONVERTERS[method].convert(
             model, rank=rank, target_modules=target_modules, **options
         )
@@ -91,6 +93,7 @@ def merge(model: nn.Module) -> nn.Module:
     Exact up to the rounding of one product into the weight's dtype. An optimizer of the factors
     does not know the new weights: in the middle of a run use :func:`to_weights`.
     """
+    check_module(model)
     for name, layer in list(model.named_modules()):
         merged = getattr(layer, "merged", None)
         if callable(merged):
@@ -173,7 +176,7 @@ def to_weights(model: nn.Module, optimizer: LowRankOptimizer) -> LowRankOptimize
 
 
 def _form(method: str) -> type[Factored]:
-    if method not in FORMS:
+    if not isinstance(method, str) or method not in FORMS:
         names = ", ".join(repr(name) for name in [*FORMS, *CONVERTERS])
         raise ValueError(f"method must be one of {names}, got {method!r}")
     return FORMS[method]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowrank_optim.checks import check_module
 from lowrank_optim.groups import Group, lowrank_groups
 from lowrank_optim.matrix import MatrixView, matrix_view
 from lowrank_optim.plan import seeded
@@ -210,6 +211,7 @@ def merge(model: nn.Module) -> nn.Module:
     Returns:
         The model; a model that is itself a :class:`SwitchLoRALinear` becomes its plain layer.
     """
+    check_module(model)
     if isinstance(model, SwitchLoRALinear):
         return model.merged()
     for name, child in list(model.named_children()):

@@ -402,4 +402,5 @@ def make_projector(group: dict[str, Any], view: MatrixView) -> Subspace:
 
 def view_for(group: dict[str, Any], shape: Sequence[int]) -> MatrixView | None:
     """A parameter of ``shape`` as the group's projector sees it; None where it is no matrix."""
-    return matrix_view(shape, PROJECTORS[group["projector"]].side(group["proj_type"]))
+    side = PROJECTORS[group["projector"]].side(group["proj_type"])
+    return matrix_view(shape, side, group.get("flatten", False))
