@@ -15,6 +15,7 @@ from lowrank_optim.stores import STORES
 from lowrank_optim.subspaces.base import PROJECTORS
 from lowrank_optim.subspaces.block import BLOCK_ORDERS
 from lowrank_optim.subspaces.factors import SAMPLING
+from lowrank_optim.targets import no_match, spelled
 from lowrank_optim.transports import TRANSPORTS
 
 logger = logging.getLogger(__name__)
@@ -310,7 +311,8 @@ def _targets(
     model: nn.Module, target_modules: str | Sequence[str], names: Mapping[int, list[str]]
 ) -> set[int]:
     """Parameters that ``target_modules`` selects; every part of it must select something."""
-    if target_modules == "all-linear":
+    targets = spelled(target_modules, {name for name, _ in _named(model)})
+    if targets == ["all-linear"]:
         heads = _head_parameters(model)
         found = {
             id(m.weight)
@@ -327,11 +329,14 @@ def _targets(
         return chosen
     dims = {id(p): p.dim() for p in model.parameters()}
     chosen = set()
-    for target in [target_modules] if isinstance(target_modules, str) else target_modules:
+    for target in targets:
+        if target == "all-linear":
+            chosen |= _targets(model, target, names)
+            continue
         matches = _matcher("target_modules", target, model)
         hit = {i for i, own in names.items() if dims[i] >= 2 and any(map(matches, own))}
         if not hit:
-            raise ValueError(f"target_modules {target!r} matches no trainable matrix")
+            raise ValueError(no_match(target, model))
         chosen |= hit
     return chosen
 
@@ -352,9 +357,10 @@ def lowrank_groups(
             left out. Names are kept (``param_names``).
         rank: number of directions, or a fraction of the projected dimension.
         target_modules: ``"all-linear"`` (every ``nn.Linear`` and ``Conv1D`` but embeddings and
-            output heads), a pattern, or a list of them. A pattern that is the full name of a module
-            or a parameter means that one; any other is a regular expression, searched in the names
-            of parameters and of the modules that hold them.
+            output heads; also ``"all_linear"`` and ``"all"``, in any case), a pattern, or a list of
+            them. A pattern that is the full name of a module or a parameter means that one; any
+            other is a regular expression, searched in the names of parameters and of the modules
+            that hold them.
         overrides: pattern to group keys for the parameters it matches; the first that matches wins.
             ``rank=None`` makes them dense, a rank makes them low-rank.
         no_decay: patterns; parameters they match get ``weight_decay=0``. One without a match is
@@ -365,6 +371,7 @@ def lowrank_groups(
     Raises:
         ValueError: a target or an override matches nothing, is not a regular expression, or a
             value is out of range.
+        TypeError: a target is not a string.
 
     Example:
         >>> import torch
