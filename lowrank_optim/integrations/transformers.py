@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
@@ -174,9 +175,9 @@ def _check(args: Any, method: Any, in_backward: Any) -> None:
         TypeError: ``args`` or ``method`` is something else.
         ValueError: a value is not known, or does not go with ``args``.
     """
-    from transformers import TrainingArguments
-
-    if not isinstance(args, TrainingArguments):
+    # not isinstance: notebooks reload transformers
+    known = dataclasses.is_dataclass(args) and hasattr(args, "optim_target_modules")
+    if not known:
         raise TypeError(f"args must be TrainingArguments, got {type(args).__qualname__}")
     if not (isinstance(method, type) and issubclass(method, LowRankOptimizer)):
         raise TypeError(
