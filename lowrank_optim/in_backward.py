@@ -28,6 +28,15 @@ from lowrank_optim.subspaces.block import Block
 _ATTACHED = "_in_backward"
 
 
+def attached_to(param: Tensor) -> Iterator[InBackward]:
+    """What takes the gradient of a parameter inside backward, for whichever optimizer."""
+    hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
+    for hook in list(hooks.values()):
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, InBackward):
+            yield owner
+
+
 def _items(optimizer: LowRankOptimizer) -> Iterator[tuple[Group, Item]]:
     for group in optimizer.param_groups:
         for item in optimizer._items(group):
@@ -48,6 +57,12 @@ class InBackward:
         self._checked = False
         self._plan: dict[Tensor, tuple[Group, list[Item], Item]] = {}
         self._check()
+        for _, item in _items(optimizer):
+            if list(attached_to(item.param)):
+                raise RuntimeError(
+                    f"another optimizer takes the gradient of {item.name} inside backward: "
+                    "remove() the handle that attach_in_backward returned for it first"
+                )
         self._hooks: dict[Tensor, Any] = {}
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -456,7 +471,8 @@ def attach_in_backward(
         TypeError: the optimizer is not one of this package.
         ValueError: an argument is out of range, or ``mode="project"`` and the method uses what its
             subspace does not see.
-        RuntimeError: the optimizer works inside backward already; later, ``step(closure)`` runs
+        RuntimeError: the optimizer, or another one of its parameters, works inside backward
+            already; later, ``step(closure)`` runs
             backward in its closure, or the first backward is that of ``DistributedDataParallel``.
 
     Example:

@@ -204,6 +204,21 @@ def test_what_is_no_optimizer_of_this_package_is_an_error(
         attach_in_backward(given(Net()), mode)
 
 
+@pytest.mark.parametrize(
+    "modes", [("project", "project"), ("step", "project"), ("project", "step")]
+)
+def test_two_optimizers_of_one_parameter_are_an_error(modes: Any) -> None:
+    """The second would step from coordinates in the basis of the first."""
+    model, optimizer = make("GaLoreAdamW")
+    other = cases.build("GaLoreAdamW", model.named_parameters())
+    handle = attach_in_backward(optimizer, modes[0])
+    with pytest.raises(RuntimeError, match=r"another optimizer .* of up\.weight .*: remove\(\)"):
+        attach_in_backward(other, modes[1])
+    assert not other._optimizer_step_pre_hooks
+    handle.remove()
+    attach_in_backward(other, modes[1]).remove()
+
+
 @pytest.mark.parametrize("mode", ["project", "step"])
 @pytest.mark.parametrize("framework", ["accelerate", "lightning"])
 def test_the_optimizer_inside_a_wrapper_is_meant(framework: str, mode: Any) -> None:

@@ -32,6 +32,22 @@ def test_layer_wise_norms_are_those_of_the_ordinary_run(tmp_path: Path, pieces: 
     assert len(inside) == 6 and min(inside) > 0.1
 
 
+@pytest.mark.parametrize("mode", ["project", "step"])
+def test_a_second_trainer_of_the_same_model(tmp_path: Path, mode: Any) -> None:
+    """As in a notebook: the optimizer of the first lets go of the gradients."""
+    args = logging(tmp_path, max_grad_norm=0.0, max_steps=2)
+    runs = []
+    for again in (False, True):
+        run = trainer(args, in_backward=mode)
+        if again:
+            run.create_optimizer()
+            first, run = run, trainer(args, in_backward=mode)
+            run.model = run.model_wrapped = first.model
+        runs.append(logged(run))
+        runs.append([float(p.detach().norm()) for p in run.model.parameters()])
+    assert runs[:2] == runs[2:]
+
+
 def test_an_epoch_that_ends_in_the_middle_of_an_accumulation(tmp_path: Path) -> None:
     """12 micro-batches in steps of 5: in the last step of an epoch ``step()`` steps what waits."""
     args = logging(tmp_path, max_grad_norm=0.0, gradient_accumulation_steps=5)

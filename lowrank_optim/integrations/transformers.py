@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lowrank_optim.groups import Group, canonical, lowrank_groups
-from lowrank_optim.in_backward import attach_in_backward
+from lowrank_optim.in_backward import attach_in_backward, attached_to
 from lowrank_optim.integrations.arguments import (
     check_optim,
     hyper_parameters,
@@ -128,6 +128,9 @@ class TrainerOptimizer:
             no_decay=_undecayed(model),
         )
         optimizer = method(groups, **keys)
+        for param in model.parameters():  # of an earlier Trainer of this model
+            for handle in attached_to(param):
+                handle.remove()
         unused = unused_optim(args)
         if unused:
             warnings.warn(
