@@ -21,6 +21,7 @@ from lowrank_optim.keys import (
     without_torch_flags,
 )
 from lowrank_optim.linear_maps import kernels, linear_maps
+from lowrank_optim.targets import no_match, spelled
 
 __all__ = ["Group", "canonical", "check", "check_rank", "describe", "lowrank_groups"]
 
@@ -56,23 +57,18 @@ def _targets(
     model: nn.Module, target_modules: str | Sequence[str], names: Mapping[int, list[str]]
 ) -> set[int]:
     """Parameters that ``target_modules`` selects; every part of it must select something."""
-    if target_modules == "all-linear":
-        maps = linear_maps(model) & names.keys()
-        if not maps:
-            raise ValueError("target_modules='all-linear' matches no trainable parameter")
-        return maps
     dims = {id(p): p.dim() for p in model.parameters()}
     chosen: set[int] = set()
-    patterns = _patterns("target_modules", target_modules)
-    if not patterns:
-        raise ValueError(
-            f"target_modules must be 'all-linear' or at least one pattern, got {target_modules!r}"
-        )
-    for target in patterns:
-        matches = _matcher("target_modules", target, model)
-        hit = {i for i, own in names.items() if dims[i] >= 2 and any(map(matches, own))}
-        if not hit:
-            raise ValueError(f"target_modules {target!r} matches no trainable matrix")
+    for target in spelled(target_modules, {name for name, _ in _named(model)}):
+        if target == "all-linear":
+            hit = linear_maps(model) & names.keys()
+            if not hit:
+                raise ValueError("target_modules='all-linear' matches no trainable parameter")
+        else:
+            matches = _matcher("target_modules", target, model)
+            hit = {i for i, own in names.items() if dims[i] >= 2 and any(map(matches, own))}
+            if not hit:
+                raise ValueError(no_match(target, model))
         chosen |= hit
     return chosen
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
 
 from lowrank_optim import ops
 from lowrank_optim.groups import Group
@@ -20,10 +21,20 @@ from lowrank_optim.projected import Coords, ProjectedGrad
 from lowrank_optim.refresh import basis_due, refresh_
 from lowrank_optim.residuals import Drop
 from lowrank_optim.rules.base import compute_dtype
+from lowrank_optim.stepped import SteppedGrad
 from lowrank_optim.subspaces.base import identity
 from lowrank_optim.subspaces.block import Block
 
 _ATTACHED = "_in_backward"
+
+
+def attached_to(param: Tensor) -> Iterator[InBackward]:
+    """What takes the gradient of a parameter inside backward, for whichever optimizer."""
+    hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
+    for hook in list(hooks.values()):
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, InBackward):
+            yield owner
 
 
 def _items(optimizer: LowRankOptimizer) -> Iterator[tuple[Group, Item]]:
@@ -46,6 +57,12 @@ class InBackward:
         self._checked = False
         self._plan: dict[Tensor, tuple[Group, list[Item], Item]] = {}
         self._check()
+        for _, item in _items(optimizer):
+            if list(attached_to(item.param)):
+                raise RuntimeError(
+                    f"another optimizer takes the gradient of {item.name} inside backward: "
+                    "remove() the handle that attach_in_backward returned for it first"
+                )
         self._hooks: dict[Tensor, Any] = {}
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -274,9 +291,13 @@ class _Stepping(InBackward):
     """Each parameter is stepped, and its gradient freed, in the last backward before a step."""
 
     def __init__(
-        self, optimizer: LowRankOptimizer, max_norm: float | None, accumulation_steps: int
+        self,
+        optimizer: LowRankOptimizer,
+        max_norm: float | None,
+        accumulation_steps: int,
+        keep_norms: bool,
     ) -> None:
-        self.accumulation_steps = accumulation_steps
+        self.accumulation_steps, self.keep_norms = accumulation_steps, keep_norms
         self._seen: dict[Tensor, int] = {}
         self._begun: set[int] = set()
         super().__init__(optimizer, max_norm)
@@ -300,20 +321,29 @@ class _Stepping(InBackward):
                 f"stepped at accumulation_steps={self.accumulation_steps}; a parameter that two "
                 "checkpointed segments share needs use_reentrant=False"
             )
-        self._step(param)
+        self._step(param, self.keep_norms)
 
-    def _step(self, param: Tensor) -> None:
+    def _step(self, param: Tensor, keep_norm: bool = False) -> None:
         """Step and free, unless it must wait for its siblings."""
         group, item = self._find(param)
         if not item.alone:
             return
         self.optimizer._make_state()
+        norm = None
         if self.max_norm is not None:
-            clip_grad_norm_([param], self.max_norm)
+            norm = clip_grad_norm_([param], self.max_norm)
+        elif keep_norm:
+            assert param.grad is not None
+            norm = torch.linalg.vector_norm(param.grad)
         begins = isinstance(item.subspace, Block) and id(group) not in self._begun
         self._begun |= {id(group)} if begins else set()
         self.optimizer._step_alone(item, group, begins)
-        param.grad = None
+        param.grad = SteppedGrad(param, norm) if keep_norm and norm is not None else None
+
+    def _forget_norms(self) -> None:
+        for param in self._hooks:
+            if isinstance(param.grad, SteppedGrad):
+                param.grad = None
 
     @torch.no_grad()
     def _settle(self) -> None:
@@ -330,6 +360,7 @@ class _Stepping(InBackward):
                 "the loss was scaled by a GradScaler, and mode='step' has applied its gradients as "
                 "they were, inside backward: start again with mode='project', or in bfloat16"
             )
+        self._forget_norms()
         for param in self._hooks:
             if param.grad is not None:
                 if (
@@ -349,8 +380,42 @@ class _Stepping(InBackward):
 
     def remove(self) -> None:
         """As of every mode."""
+        self._forget_norms()
         vars(self.optimizer).pop("_step_supports_amp_scaling", None)
         super().remove()
+
+
+ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "mode": (lambda x: x in ("project", "step"), "'project' or 'step'"),
+    "accumulation_steps": (lambda x: type(x) is int and x > 0, "a positive int"),
+    "max_norm": (
+        lambda x: x is None or (isinstance(x, int | float) and not isinstance(x, bool) and x > 0),
+        "None or a positive number",
+    ),
+    "first_basis": (lambda x: x in ("micro", "boundary"), "'micro' or 'boundary'"),
+    "keep_norms": (lambda x: isinstance(x, bool), "True or False"),
+}
+"""Arguments of :func:`attach_in_backward`: what each may be, as a test and in words."""
+
+
+def _unwrapped(optimizer: Any) -> LowRankOptimizer:
+    """The optimizer, or the one inside a wrapper, such as accelerate's and Lightning's.
+
+    Raises:
+        TypeError: it is not one of this package.
+    """
+    inner, kinds = optimizer, [type(optimizer)]
+    while isinstance(getattr(inner, "optimizer", None), Optimizer):  # Lightning's has both types
+        inner = inner.optimizer
+        kinds.append(type(inner))
+    if not (isinstance(optimizer, Optimizer) and isinstance(inner, LowRankOptimizer)):
+        named = [f"{kind.__module__}.{kind.__qualname__}" for kind in kinds]
+        got = repr(optimizer) if isinstance(optimizer, type) else " of a ".join(named)
+        raise TypeError(
+            "attach_in_backward takes an optimizer of lowrank_optim, such as GaLoreAdamW, or one "
+            f"that accelerate or Lightning wrapped, got {got}"
+        )
+    return inner
 
 
 def attach_in_backward(
@@ -360,6 +425,7 @@ def attach_in_backward(
     accumulation_steps: int = 1,
     max_norm: float | None = None,
     first_basis: Literal["micro", "boundary"] = "micro",
+    keep_norms: bool = False,
 ) -> InBackward:
     r"""Free every gradient inside backward, so that whole gradients never coexist.
 
@@ -383,7 +449,7 @@ def attach_in_backward(
     (``docs/performance.md``).
 
     Args:
-        optimizer: any optimizer of this package.
+        optimizer: any optimizer of this package, also as accelerate or Lightning wrapped it.
         mode: ``"project"`` or ``"step"``.
         accumulation_steps: calls of ``backward()`` before a step. ``mode="project"`` takes any
             number without being told.
@@ -393,14 +459,20 @@ def attach_in_backward(
         first_basis: where the very first basis of ``mode="project"`` comes from: ``"micro"``, the
             first micro-batch, or ``"boundary"``, the accumulated gradient, which is exact and keeps
             whole gradients during the first step.
+        keep_norms: ``mode="step"`` leaves in ``p.grad`` the norm that the gradient had, without
+            memory, until ``step()``: ``clip_grad_norm_`` then returns the true global norm, and
+            scales nothing that has been stepped. ``mode="project"`` needs no telling: its norms are
+            those of coordinates (default: False).
 
     Returns:
         A handle with ``remove()``, and a context manager.
 
     Raises:
+        TypeError: the optimizer is not one of this package.
         ValueError: an argument is out of range, or ``mode="project"`` and the method uses what its
             subspace does not see.
-        RuntimeError: the optimizer works inside backward already; later, ``step(closure)`` runs
+        RuntimeError: the optimizer, or another one of its parameters, works inside backward
+            already; later, ``step(closure)`` runs
             backward in its closure, or the first backward is that of ``DistributedDataParallel``.
 
     Example:
@@ -415,15 +487,17 @@ def attach_in_backward(
         ...     optimizer.step()
         ProjectedGrad((32, 64), coords={'low': (4, 64)})
     """
-    if mode not in ("project", "step"):
-        raise ValueError(f"mode must be 'project' or 'step', got {mode!r}")
-    if first_basis not in ("micro", "boundary"):
-        raise ValueError(f"first_basis must be 'micro' or 'boundary', got {first_basis!r}")
-    whole = isinstance(accumulation_steps, int) and not isinstance(accumulation_steps, bool)
-    if not whole or accumulation_steps < 1:
-        raise ValueError(f"accumulation_steps must be a positive int, got {accumulation_steps!r}")
-    if max_norm is not None and not max_norm > 0:
-        raise ValueError(f"max_norm must be positive, got {max_norm!r}")
+    given = {
+        "mode": mode,
+        "accumulation_steps": accumulation_steps,
+        "max_norm": max_norm,
+        "first_basis": first_basis,
+        "keep_norms": keep_norms,
+    }
+    optimizer = _unwrapped(optimizer)
+    for name, (allowed, words) in ARGUMENTS.items():
+        if not allowed(given[name]):
+            raise ValueError(f"{name} must be {words}, got {given[name]!r}")
     if mode == "project":
         return _Projecting(optimizer, max_norm, first_basis)
-    return _Stepping(optimizer, max_norm, accumulation_steps)
+    return _Stepping(optimizer, max_norm, accumulation_steps, keep_norms)

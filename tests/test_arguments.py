@@ -209,10 +209,10 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Wrong]]] = {
             "rank": [(x, ValueError, "a positive int or a fraction")
                      for x in (0, True, "64", 2.0, NAN)],
             "target_modules": [
-                (7, ValueError, "a pattern or a list of patterns, got 7"),
-                (None, ValueError, "a pattern or a list of patterns, got None"),
-                ([1], ValueError, r"a list of patterns, got \[1\]"),
-                ([], ValueError, r"'all-linear' or at least one pattern, got \[\]"),
+                (7, TypeError, "a pattern or a list of them, got 7"),
+                (None, TypeError, "a pattern or a list of them, got None"),
+                ([1], TypeError, r"a pattern or a list of them, got \[1\]"),
+                ([], ValueError, r"target_modules=\[\] names nothing: give patterns"),
                 ("(", ValueError, r"'\(' is not a regular expression"),
                 ("q_proj", ValueError, "'q_proj' matches no trainable matrix"),
             ],
@@ -258,7 +258,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Wrong]]] = {
             "method": [(x, ValueError, "method must be one of 'sst', 'switchlora', got")
                        for x in ("lora", None, 3, ["sst"])],
             "rank": [(x, ValueError, "a positive int or a fraction") for x in (0, True, "64", 2.0)],
-            "target_modules": [(7, ValueError, "a pattern or a list of patterns, got 7")],
+            "target_modules": [(7, TypeError, "a pattern or a list of them, got 7")],
         },
     ),
     "nn.merge": (

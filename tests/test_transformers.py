@@ -9,51 +9,16 @@ import pytest
 import torch
 
 from lowrank_optim import GaLoreAdamW, lowrank_groups, methods
-from lowrank_optim.integrations.transformers import parse_optim_args, trainer_optimizer
 from tests.compare import assert_close
-
-pytest.importorskip("accelerate")
-transformers = pytest.importorskip("transformers")
-
-
-def model(seed: int = 0) -> Any:
-    transformers.set_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=40, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=16, attention_bias=True,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
-
-
-def data(count: int = 24) -> list[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(3)
-    rows = torch.randint(32, (count, 8), generator=generator)
-    return [{"input_ids": row, "labels": row} for row in rows]
-
-
-def arguments(folder: Path, **more: Any) -> Any:
-    own: dict[str, Any] = {
-        "output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2, "weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.95,
-        "adam_epsilon": 1e-6, "max_grad_norm": 1.0, "lr_scheduler_type": "cosine", "use_cpu": True,
-        "report_to": [], "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no",
-        "optim_args": "rank=4, update_proj_gap=2, scale=0.50",
-    }  # fmt: skip
-    return transformers.TrainingArguments(**{**own, **more})
-
-
-def trainer(args: Any, **options: Any) -> Any:
-    return transformers.Trainer(
-        model=model(),
-        args=args,
-        train_dataset=data(),
-        optimizer_cls_and_kwargs=trainer_optimizer(args, **options),
-    )
-
-
-def assert_equal_models(a: Any, b: Any) -> None:
-    for x, y in zip(a.parameters(), b.parameters(), strict=True):
-        assert torch.equal(x, y)
+from tests.trainers import (
+    arguments,
+    assert_equal_models,
+    bare,
+    data,
+    model,
+    trainer,
+    transformers,
+)
 
 
 def test_groups_and_hyper_parameters_are_those_of_the_arguments(tmp_path: Path) -> None:
@@ -133,14 +98,13 @@ def test_other_methods_learn_at_the_given_rate(tmp_path: Path, name: str) -> Non
         more = {"optim_args": "rank=4, interval=4, freeze_steps=1"}
     if name.startswith("SST"):
         more = {"optim_args": "rank=4, steps_per_iteration=4, warmup_steps=1"}
-    none = {"learning_rate": 0.0, "weight_decay": 0.0, "max_steps": 3}
-    still = trainer(arguments(tmp_path, **none, **more), method=method)
+    still = trainer(bare(tmp_path, learning_rate=0.0, max_steps=3, **more), method=method)
     still.train()
     assert_equal_models(still.model, model())
     low = [g["rank"] for g in still.optimizer.param_groups if g["rank"] is not None]
     assert set(low) == ({0.25} if name.startswith("Frugal") else {4})
     rate = 3e-3 if "SGD" not in name else 0.1
-    args = arguments(tmp_path, max_steps=12, learning_rate=rate, **more)
+    args = bare(tmp_path, max_steps=12, learning_rate=rate, weight_decay=0.1, **more)
     moving = trainer(args, method=method)
     batch = {k: torch.stack([row[k] for row in data()]) for k in ("input_ids", "labels")}
     losses = []
@@ -168,18 +132,6 @@ def test_target_modules(tmp_path: Path, targets: Any, projected: int) -> None:
         optimizer = trainer(args, **options).create_optimizer()
         matrices = [g for g in optimizer.param_groups if g["rank"] is not None]
         assert sum(p.dim() == 2 for g in matrices for p in g["params"]) == projected
-
-
-def test_optim_args() -> None:
-    text = "rank=0.25, update_proj_gap=100,scale=1e-1, stagger=False, betas=(0.9, 0.95)"
-    text += ", projector=svd,"
-    assert parse_optim_args(text) == {
-        "rank": 0.25, "update_proj_gap": 100, "scale": 0.1, "stagger": False,
-        "betas": (0.9, 0.95), "projector": "svd",
-    }  # fmt: skip
-    for bad in ("rank", "rank=", "=4"):
-        with pytest.raises(ValueError, match="key=value"):
-            parse_optim_args(bad)
 
 
 def test_a_misspelt_option_is_an_error(tmp_path: Path) -> None:
