@@ -144,7 +144,7 @@ class LowRankOptimizer(Optimizer):
         if not isinstance(param_group, dict):
             super().add_param_group(param_group)  # torch's own error
         group = canonical(param_group)
-        check({**self.defaults, **group})
+        self._check_group({**self.defaults, **group})
         group.setdefault("targets", "all" if group.get("rank") is not None else "auto")
         super().add_param_group(group)
         for i, param in enumerate(group["params"]):
@@ -162,6 +162,10 @@ class LowRankOptimizer(Optimizer):
                 self.param_groups.pop()
                 raise
         self._warn_clamped(group)
+
+    def _check_group(self, group: Group) -> None:
+        """Raise ValueError for values that no step could use, of a new group or a loaded one."""
+        check(group)
 
     def _warn_clamped(self, group: Group) -> None:
         """One warning a group for ranks that its matrices cannot have; the release is silent."""
@@ -356,7 +360,8 @@ class LowRankOptimizer(Optimizer):
         """Load a checkpoint: tensors keep their dtypes and are copied; all hooks run.
 
         Raises:
-            ValueError: a shape, rank or method differs; the optimizer is left as it was.
+            ValueError: a shape, rank, method or name differs, or a value is one that no step could
+                use, such as an index outside its matrix; the optimizer is left as it was.
         """
         load_state_dict(self, super().load_state_dict, state_dict)
 

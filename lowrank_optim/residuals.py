@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.matrix import MatrixView
+from lowrank_optim.state_checks import check_finite
 
 if TYPE_CHECKING:
     from lowrank_optim.subspaces.base import Subspace
@@ -66,6 +68,10 @@ class Residual(Protocol):
         """What it remembers of one matrix, zeros."""
         ...
 
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raise ValueError unless a saved state holds what a step may read."""
+        ...
+
     def before(self, state: State, grad: Tensor) -> Tensor:
         """The matrix ``(..., m, n)`` to project."""
         ...
@@ -81,6 +87,9 @@ class Drop:
     def init(self, view: MatrixView, like: Tensor) -> State:
         """Nothing."""
         return {}
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing is kept."""
 
     def before(self, state: State, grad: Tensor) -> Tensor:
         """The gradient as it is."""
@@ -125,6 +134,10 @@ class Scaled:
         """
         dtype = torch.promote_types(like.dtype, torch.float32)
         return {"residual_norm": like.new_zeros(view.batch, dtype=dtype)}
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Norms."""
+        check_finite(state, "residual_norm", least=0)
 
     def before(self, state: State, grad: Tensor) -> Tensor:
         """The gradient as it is."""
@@ -197,6 +210,9 @@ class Free:
     def init(self, view: MatrixView, like: Tensor) -> State:
         """Nothing."""
         return {}
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing is kept."""
 
     def before(self, state: State, grad: Tensor) -> Tensor:
         """The gradient as it is."""

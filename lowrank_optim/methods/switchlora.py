@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
-from lowrank_optim.groups import Group, canonical
+from lowrank_optim.groups import Group
 from lowrank_optim.matrix import MatrixView, matrix_view
 from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
 from lowrank_optim.plan import Item, State, Strategies
@@ -144,15 +144,9 @@ class SwitchLoRAAdamW(LowRankOptimizer):
         own |= {"restart_every": restart_every, "factor_starts": ()}
         super().__init__(params, {**own, **with_defaults({**self.preset, **options})})
 
-    def add_param_group(self, param_group: Group) -> None:
-        """Add a group.
-
-        Raises:
-            ValueError: a value is out of range, or a parameter is complex.
-        """
-        if isinstance(param_group, dict):
-            check_switching({**self.defaults, **canonical(param_group)})
-        super().add_param_group(param_group)
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        check_switching(group)
 
     def state_dict(self) -> dict[str, Any]:
         """As of torch, once the pools in host memory have all that the device sent them."""
