@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from lowrank_optim.projected import ProjectedGrad
 from lowrank_optim.quant import Moment
 from lowrank_optim.residuals import Residual
 from lowrank_optim.rules.base import Rule, Slot
-from lowrank_optim.state_checks import check_counter
+from lowrank_optim.state_checks import COUNTER_MAX, check_counter
 from lowrank_optim.stores import Store
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.block import Block
@@ -115,7 +116,8 @@ def check_state(item: Item, chosen: Strategies, state: Mapping[str, Tensor]) -> 
     Raises:
         ValueError: with the key, what was found, and what is allowed.
     """
-    check_counter(state, "step")
+    # a dense parameter's may stand still, as torch's does: nothing is due by it
+    check_counter(state, "step", most=COUNTER_MAX if item.subspace is not None else math.inf)
     check_counter(state, "refresh_step", least=-1, most=float(state["step"]))
     for key in ("postponed", "clock"):
         check_counter(state, key)

@@ -74,8 +74,13 @@ def check_owners(mine: Sequence[Group], groups: Sequence[Group]) -> None:
                     f"group {n} of the checkpoint has {key}={group.get(key)!r}, the optimizer's "
                     f"has {own.get(key)!r}: convert the model alike before loading"
                 )
+        indices = group.get("indices")
+        if indices is not None and not _listed(indices, len(own["params"]), int):
+            raise ValueError(
+                f"indices of group {n} must be {len(own['params'])} ints, got {indices!r}"
+            )
         names, saved = own.get("param_names"), group.get("param_names")
-        if saved is not None and not _named(saved, len(own["params"])):
+        if saved is not None and not _listed(saved, len(own["params"]), str):
             raise ValueError(
                 f"param_names of group {n} must be {len(own['params'])} strings, got {saved!r}"
             )
@@ -126,9 +131,9 @@ def bare(name: str) -> str:
     return ".".join(parts)
 
 
-def _named(names: Any, count: int) -> bool:
-    listed = isinstance(names, list | tuple) and len(names) == count
-    return listed and all(isinstance(name, str) for name in names)
+def _listed(values: Any, count: int, kind: type) -> bool:
+    listed = isinstance(values, list | tuple) and len(values) == count
+    return listed and all(isinstance(value, kind) for value in values)
 
 
 def _plain(value: Any) -> Any:

@@ -17,8 +17,8 @@ from torch import Tensor
 Values = Mapping[str, Tensor]
 """Entries of one parameter by their key, in the dtypes and shapes that a step expects."""
 
-COUNTER_MAX = 2**31
-"""The most that a counter may say: int64 products of one with a dimension cannot overflow."""
+COUNTER_MAX = 2**24 - 1
+"""The most that a float32 counter may say: one more is the last that it can count to."""
 
 
 def check_counter(state: Values, key: str, least: int = 0, most: float = COUNTER_MAX) -> None:
@@ -32,8 +32,9 @@ def check_counter(state: Values, key: str, least: int = 0, most: float = COUNTER
         return
     low, high = (float(bound) for bound in x.aminmax())
     whole = not x.is_floating_point() or bool((x == x.floor()).all())
-    if not (whole and least <= low and high <= most):  # NaN compares as neither
-        wrong = ~((x >= least) & (x <= most))
+    # NaN compares as neither
+    if not (whole and least <= low and high <= most and math.isfinite(high)):
+        wrong = ~((x >= least) & (x <= most) & x.isfinite())
         if x.is_floating_point():
             wrong |= x != x.floor()
         raise _found(key, x, wrong, f"whole numbers from {least} to {most:.0f}")
