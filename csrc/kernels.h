@@ -59,6 +59,19 @@ static inline void lro_parallel(int64_t tensors, int threads, Count count, Run r
   }
 }
 
+// Whether indices ascend within [0, size), each once, and none is below `least`; -1 stands for
+// nowhere. Kernels follow them without looking again.
+static inline bool lro_ascends(const int32_t* index, int64_t count, int64_t size,
+                               int64_t least = 0) {
+  int64_t last = -1;
+  for (int64_t k = 0; k < count; ++k) {
+    if (index[k] < 0 && index[k] >= least) continue;
+    if (index[k] <= last || index[k] >= size) return false;
+    last = index[k];
+  }
+  return true;
+}
+
 // Calls f with a typed null pointer for each storage format; false for an unknown one.
 template <class F>
 static inline bool lro_with_dtype(int dtype, F f) {

@@ -285,10 +285,19 @@ void whole_rows(const lro_coordinate_step* a, int64_t i, int64_t begin, int64_t 
   }
 }
 
+template <class Args>
+bool indices_fit(const Args* a) {
+  for (int64_t i = 0; i < a->count; ++i) {
+    if (!lro_ascends(a->index[i], a->picked[i], a->rows[i])) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 int LRO_LOCAL(lro_coordinate_add)(const lro_coordinate* a, int threads) {
   if (a->grad_dtype != a->weight_dtype) return LRO_BAD_DTYPE;
+  if (!indices_fit(a)) return LRO_BAD_INDEX;
   float decay = (float)a->decay;
   float lr_scale = (float)(a->lr * a->scale), lr_gain = (float)(a->lr * a->gain);
   auto by_column = [&](int64_t i) { return a->weight_rows[i] < a->weight_cols[i]; };
@@ -329,6 +338,7 @@ int LRO_LOCAL(lro_coordinate_add)(const lro_coordinate* a, int threads) {
 }
 
 int LRO_LOCAL(lro_coordinate_adamw)(const lro_coordinate_step* a, int threads) {
+  if (!indices_fit(a)) return LRO_BAD_INDEX;
   float w1 = (float)(1 - a->beta1), b2 = (float)a->beta2, w2 = (float)(1 - a->beta2);
   auto by_column = [&](int64_t i) { return a->weight_rows[i] < a->weight_cols[i]; };
   auto per_task = [&](int64_t i) {

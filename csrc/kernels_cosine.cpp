@@ -291,7 +291,13 @@ int valid(const lro_cosine* a) {
   for (int64_t n = a->rows; n > 1; n /= next_factor(n)) {
     if (next_factor(n) > LARGEST_FACTOR) return LRO_BAD_LENGTH;
   }
-  return a->rows < 1 ? LRO_BAD_LENGTH : LRO_OK;
+  if (a->rows < 1) return LRO_BAD_LENGTH;
+  for (int64_t i = 0; i < a->count; ++i) {
+    bool fits = !a->index || lro_ascends(a->index[i], a->picked[i], a->rows);
+    if (fits && a->source) fits = lro_ascends(a->source[i], a->picked[i], a->picked[i], -1);
+    if (!fits) return LRO_BAD_INDEX;
+  }
+  return LRO_OK;
 }
 
 // Calls f(strip, a null pointer of the storage format).

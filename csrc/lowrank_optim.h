@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define LRO_ABI 4
+#define LRO_ABI 5
 
 enum { LRO_FLOAT32 = 0, LRO_BFLOAT16 = 1, LRO_FLOAT16 = 2 };
 enum {
@@ -22,7 +22,8 @@ enum {
   LRO_BAD_BLOCK = 2,
   LRO_LAUNCH_FAILED = 3,
   LRO_BAD_LENGTH = 4,
-  LRO_NO_MEMORY = 5
+  LRO_NO_MEMORY = 5,
+  LRO_BAD_INDEX = 6
 };
 enum { LRO_FREE_NONE = 0, LRO_FREE_SIGN = 1, LRO_FREE_IDENTITY = 2 };
 enum { LRO_DCT2 = 0, LRO_DCT3 = 1 };
@@ -107,6 +108,11 @@ typedef struct {
   double decay, lr, scale, gain;
   int32_t weight_dtype, grad_dtype, low_dtype;
 } lro_apply;
+
+// Indices are looked at before anything is written: the CPU library returns LRO_BAD_INDEX unless
+// `index` ascends within its rows, each once, and `source` within what is picked, -1 apart. On CUDA
+// each row looks for itself in `index`: one outside is never met, and nothing is read or written by
+// it.
 
 // Rows in index: W <- decay W - lr scale N[k]; others: W <- decay W - lr gain f(G).
 typedef struct {

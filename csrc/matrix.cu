@@ -49,7 +49,8 @@ struct Coordinate {
 };
 
 // `by_column`: threads run along rows, the stored direction. The row's place in the sorted index is
-// found by bisection, log2(k) reads that stay in the cache.
+// found by bisection, log2(k) reads that stay in the cache: an index outside the matrix is met by
+// no row, and is never followed.
 __global__ void __launch_bounds__(256)
     coordinate(const __grid_constant__ Coordinate a, bool by_column) {
   if (a.sound && !*a.sound) return;

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops, quant
-from lowrank_optim.checkpoint import Entries
 from lowrank_optim.groups import Group
 from lowrank_optim.quant import Quantized
 from lowrank_optim.rules import AdamW, Lion, Slot
+from lowrank_optim.saved import Entries
 from lowrank_optim.stores import scale_key
 
 if TYPE_CHECKING:

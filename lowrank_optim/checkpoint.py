@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lowrank_optim.groups import Group, canonical, check
-from lowrank_optim.plan import Item, alloc_moments, init_state, on_host
+from lowrank_optim.groups import Group, canonical
+from lowrank_optim.plan import (
+    Item,
+    Strategies,
+    alloc_moments,
+    check_state,
+    init_state,
+    on_host,
+)
+from lowrank_optim.saved import Entries, by_name, check_form, check_owners, check_shared
+from lowrank_optim.state_checks import as_dtype, readable
 from lowrank_optim.stores import scale_key
 from lowrank_optim.subspaces.block import Block
 
@@ -17,9 +27,6 @@ if TYPE_CHECKING:
     from lowrank_optim.optimizer import LowRankOptimizer
 
 StateDict = dict[str, Any]
-Entries = dict[str, Any]
-"""The saved state of one parameter."""
-
 STRUCTURE = ("rank", "proj_type", "projector", "basis", "flatten")
 """Group keys that shape the state: a checkpoint may not change them silently."""
 
@@ -41,15 +48,17 @@ def load_state_dict(
     dtypes: dict[int, dict[str, torch.dtype]] = {}
 
     def take(_: Any, incoming: StateDict) -> StateDict:
+        check_form(incoming)  # after the user's hooks, which may have replaced it
         ids = [i for group in incoming["param_groups"] for i in group["params"]]
         groups = [
-            {**_without_params(g), "method": "another optimizer", **canonical(s)}
+            {**_without_params(g), "method": "another optimizer", **_named_as_here(canonical(s), g)}
             for s, g in zip(incoming["param_groups"], optimizer.param_groups, strict=False)
         ]
         groups += incoming["param_groups"][len(groups) :]  # torch reports the wrong number
         state = incoming["state"]
         saved.update((n, _entries(state[i])) for n, i in enumerate(ids) if i in state)
         if [len(g["params"]) for g in groups] == [len(g["params"]) for g in optimizer.param_groups]:
+            check_shared(optimizer.param_groups, groups)
             dtypes.update(check_fit(optimizer, groups, saved))
         return {**incoming, "param_groups": groups, "state": {}}
 
@@ -69,6 +78,8 @@ def load_state_dict(
         optimizer.register_load_state_dict_post_hook(put, prepend=True),
     ]
     try:
+        if not isinstance(state_dict, Mapping):
+            check_form(state_dict)
         torch_load(state_dict)
     finally:
         for handle in handles:
@@ -114,6 +125,13 @@ def _without_params(group: Group) -> Group:
     return {k: v for k, v in group.items() if k not in ("params", "param_names")}
 
 
+def _named_as_here(saved: Group, mine: Group) -> Group:
+    """A group whose parameters were matched by name keeps this optimizer's order of names."""
+    if not by_name(saved) or "param_names" not in mine:
+        return saved
+    return {**saved, "param_names": mine["param_names"]}
+
+
 def _entries(saved: Mapping[str, Any]) -> Entries:
     """A parameter's saved state without empty dicts.
 
@@ -151,26 +169,53 @@ def check_fit(
         ValueError: with the parameter's name and both values.
     """
     dtypes: dict[int, dict[str, torch.dtype]] = {}
+    check_owners(optimizer.param_groups, groups)
     n = 0
     for mine, loaded in zip(optimizer.param_groups, groups, strict=True):
-        check(loaded)
         merged = {**loaded, "params": mine["params"]}
         if "param_names" in mine:
             merged.setdefault("param_names", mine["param_names"])
+        optimizer._check(merged)
         chosen = optimizer._strategies(merged)
         for here, there in zip(optimizer._planned(mine), optimizer._planned(merged), strict=True):
             if n in saved:
-                found = saved[n]
-                _same_structure(optimizer, here, there, mine, merged, found)
-                meta = torch.empty_like(here.param, device="meta")
-                # a block's moments are there or not, by when the checkpoint was written
-                active = any(slot.name in found for slot in chosen.rule.slots(here.param.shape))
-                active |= int(found.get("refresh_step", -1)) >= 0  # must be: nobody else has them
-                expected = init_state(there, chosen, meta, active)
-                _same_shapes(optimizer, here, loaded, found, expected)
-                dtypes[n] = {k: v.dtype for k, v in expected.items()}
+                _same_structure(optimizer, here, there, mine, merged, saved[n])
+                dtypes[n] = _fitting(optimizer, there, chosen, loaded, saved[n])
             n += 1
     return dtypes
+
+
+def _fitting(
+    optimizer: LowRankOptimizer, item: Item, chosen: Strategies, loaded: Group, found: Entries
+) -> dict[str, torch.dtype]:
+    """Dtypes of the entries of one parameter, all of which are what its state may hold."""
+    with _named(optimizer, item, loaded):
+        tensors = {key: readable(key, value) for key, value in found.items()}
+    # a block's moments are there or not, by when the checkpoint was written
+    active = any(slot.name in found for slot in chosen.rule.slots(item.param.shape))
+    last = tensors.get("refresh_step")
+    active |= last is not None and bool((last >= 0).any())  # must be: nobody else has them
+    meta = torch.empty_like(item.param, device="meta")
+    expected = init_state(item, chosen, meta, active)
+    _same_shapes(optimizer, item, loaded, tensors, expected)
+    with _named(optimizer, item, loaded):
+        check_state(
+            item, chosen, {k: as_dtype(k, x, expected[k].dtype) for k, x in tensors.items()}
+        )
+    return {k: v.dtype for k, v in expected.items()}
+
+
+@contextmanager
+def _named(optimizer: LowRankOptimizer, item: Item, loaded: Group) -> Iterator[None]:
+    """Say in an error about a value whose it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"checkpoint written by {loaded['method']} cannot be loaded into {item.name} of "
+            f"{type(optimizer).__name__}: {error}. Nothing was loaded: the checkpoint is damaged, "
+            "was written for other parameters, or the run had failed when it was saved"
+        ) from None
 
 
 def _same_structure(
@@ -195,7 +240,7 @@ def _same_shapes(
     optimizer: LowRankOptimizer,
     item: Item,
     loaded: Group,
-    found: Entries,
+    found: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
 ) -> None:
     """Raise if the saved entries are not those of the optimizer, or have other shapes."""
@@ -206,16 +251,16 @@ def _same_shapes(
     if expected.keys() != found.keys():
         raise _misfit(optimizer, item.name, "state", sorted(found), sorted(expected), loaded)
     for key, tensor in expected.items():
-        shape, own = tuple(torch.as_tensor(found[key]).shape), tuple(tensor.shape)
+        shape, own = tuple(found[key].shape), tuple(tensor.shape)
         if shape != own:
             raise _misfit(optimizer, item.name, f"shape of {key}", shape, own, loaded)
 
 
-def _format(key: str, entries: Mapping[str, Any]) -> str:
+def _format(key: str, entries: Mapping[str, Tensor]) -> str:
     """Name of the store that wrote an entry: codes have scales beside them."""
     if scale_key(key) in entries:
         return "8bit"
-    dtype = torch.as_tensor(entries[key]).dtype
+    dtype = entries[key].dtype
     return "8bit without scales" if dtype == torch.uint8 else str(dtype).removeprefix("torch.")
 
 

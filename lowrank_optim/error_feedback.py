@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -13,6 +13,7 @@ from lowrank_optim import ops
 from lowrank_optim.matrix import MatrixView
 from lowrank_optim.residuals import Seen, Term
 from lowrank_optim.rules.base import compute_dtype
+from lowrank_optim.state_checks import check_finite
 from lowrank_optim.subspaces.base import Into, State
 
 FORMATS = (None, "float32", "bfloat16", "8bit", "4bit")
@@ -107,6 +108,17 @@ class ErrorFeedback:
             return dict(zip(("error", "error_low", "error_step"), levels, strict=True))
         dtype = torch.bfloat16 if self.kept == "bfloat16" else compute_dtype(like.dtype)
         return {"error": torch.zeros(shape, dtype=dtype, device=like.device)}
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Finite, and so are the lowest and the highest level of each row."""
+        if self.kept not in BITS:
+            check_finite(state, "error")
+            return
+        low, step = state["error_low"], state["error_step"]
+        check_finite(state, "error_low")
+        check_finite(state, "error_step", least=0)
+        highest = low + step * (2 ** BITS[self.kept] - 1)
+        check_finite({"the highest level of error": highest}, "the highest level of error")
 
     def before(self, state: State, grad: Tensor) -> Tensor:
         """``G + E``; a gradient that is not finite is returned as it is."""

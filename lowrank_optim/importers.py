@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import bitsandbytes_state as bnb
-from lowrank_optim.checkpoint import Entries, StateDict, check_fit
+from lowrank_optim.checkpoint import StateDict, check_fit
 from lowrank_optim.groups import Group, canonical
 from lowrank_optim.plan import Item, init_state
 from lowrank_optim.rules import AdamW, Lion
+from lowrank_optim.saved import Entries
 
 if TYPE_CHECKING:
     from lowrank_optim.optimizer import LowRankOptimizer

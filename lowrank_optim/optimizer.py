@@ -167,7 +167,7 @@ class LowRankOptimizer(Optimizer):
         return list(params)
 
     def _check(self, group: Group) -> None:
-        """Raise for values that no step could use: of the constructor, or of a completed group.
+        """Raise for values that no step could use: of the constructor, or of a whole group.
 
         Raises:
             ValueError: one is out of range.
@@ -490,7 +490,8 @@ class LowRankOptimizer(Optimizer):
         """Load a checkpoint: tensors keep their dtypes and are copied; all hooks run.
 
         Raises:
-            ValueError: a shape, rank or method differs; the optimizer is left as it was.
+            ValueError: a shape, rank, method or name differs, or a value is one that no step could
+                use, such as an index outside its matrix; the optimizer is left as it was.
         """
         load_state_dict(self, super().load_state_dict, state_dict)
 

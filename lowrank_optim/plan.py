@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from lowrank_optim.projected import ProjectedGrad
 from lowrank_optim.quant import Moment
 from lowrank_optim.residuals import Residual
 from lowrank_optim.rules.base import Rule, Slot
+from lowrank_optim.state_checks import COUNTER_MAX, check_counter
 from lowrank_optim.stores import Store
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.block import Block
@@ -86,7 +88,6 @@ def init_state(item: Item, chosen: Strategies, like: Tensor, active: bool | None
         active: whether a block holds moments (default: if it is among the first that do).
     """
     state: State = {"step": torch.zeros((), dtype=torch.float32)}
-    shapes: dict[str, tuple[int, ...]] = {"": tuple(item.param.shape)}
     if isinstance(item.subspace, Block):
         assert item.view is not None
         state.update(item.subspace.init(item.view, like))
@@ -101,13 +102,44 @@ def init_state(item: Item, chosen: Strategies, like: Tensor, active: bool | None
         state["postponed"] = torch.zeros((), dtype=torch.float32)
         state.update(item.subspace.init(item.view, like))
         state.update(chosen.residual.init(item.view, like))
-        shapes = item.subspace.coord_shapes(item.view)
-    for coord, shape in shapes.items():
+    for coord, shape in _coords(item).items():
         if chosen.aged and coord:
             state[age_key(coord)] = like.new_zeros(shape[:-1], dtype=torch.float32)
         for slot in chosen.rule.slots(shape):
             chosen.store.alloc(state, slot_key(coord, slot.name), slot, shape, like)
     return state
+
+
+def check_state(item: Item, chosen: Strategies, state: Mapping[str, Tensor]) -> None:
+    """Raise unless a step may read what a saved state of one parameter holds.
+
+    Args:
+        item: the parameter.
+        chosen: what its group chose.
+        state: entries under the keys, and in the shapes, of :func:`init_state`.
+
+    Raises:
+        ValueError: with the key, what was found, and what is allowed.
+    """
+    # a dense parameter's may stand still, as torch's does: nothing is due by it
+    check_counter(state, "step", most=COUNTER_MAX if item.subspace is not None else math.inf)
+    check_counter(state, "refresh_step", least=-1, most=float(state["step"]))
+    for key in ("postponed", "clock"):
+        check_counter(state, key)
+    if item.subspace is not None and item.view is not None:
+        item.subspace.check_state(state, item.view)
+        chosen.residual.check_state(state)
+    for coord, shape in _coords(item).items():
+        check_counter(state, age_key(coord))
+        for slot in chosen.rule.slots(shape):
+            chosen.store.check_state(state, slot_key(coord, slot.name), slot)
+
+
+def _coords(item: Item) -> dict[str, tuple[int, ...]]:
+    """Shape of each coordinate that has moments; the parameter itself is one without a name."""
+    if item.subspace is None or item.view is None or isinstance(item.subspace, Block):
+        return {"": tuple(item.param.shape)}
+    return item.subspace.coord_shapes(item.view)
 
 
 def active_blocks(item: Item, chosen: Strategies, count: int) -> frozenset[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.matrix import MatrixView
+from lowrank_optim.state_checks import check_finite
 
 if TYPE_CHECKING:
     from lowrank_optim.subspaces.base import Subspace
@@ -72,6 +73,10 @@ class Residual(Protocol):
         """What it remembers of one matrix, zeros."""
         ...
 
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raise ValueError unless a saved state holds what a step may read."""
+        ...
+
     def before(self, state: State, grad: Tensor) -> Tensor:
         """The matrix ``(..., m, n)`` to project."""
         ...
@@ -94,6 +99,9 @@ class Forgetful:
     def before(self, state: State, grad: Tensor) -> Tensor:
         """The gradient as it is."""
         return grad
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing is kept."""
 
     def keep_(self, state: State, grad: Tensor, sound: Tensor | None) -> None:
         """Nothing."""
@@ -147,6 +155,10 @@ class Scaled(Forgetful):
         """
         dtype = torch.promote_types(like.dtype, torch.float32)
         return {"residual_norm": like.new_zeros(view.batch, dtype=dtype)}
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Norms."""
+        check_finite(state, "residual_norm", least=0)
 
     def after(self, state: State, seen: Seen) -> Term:
         """One factor for every column of G."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from lowrank_optim import ops, quant
 from lowrank_optim.quant import Moment, Quantized
 from lowrank_optim.rules.base import Slot, compute_dtype
+from lowrank_optim.state_checks import check_finite
 from lowrank_optim.transports import move_rows_
 
 State = dict[str, Tensor]
@@ -38,6 +39,10 @@ class Store(Protocol):
         What is kept in 8 bits is returned as it is, to be updated in place, if the slot's rule
         takes it so (``fused``) and ``dense`` does not ask for a tensor.
         """
+        ...
+
+    def check_state(self, state: Mapping[str, Tensor], key: str, slot: Slot) -> None:
+        """Raise ValueError unless a saved slot holds finite numbers, squares no negative ones."""
         ...
 
     def move_rows_(self, state: State, key: str, slot: Slot, source: Tensor) -> bool:
@@ -87,6 +92,10 @@ class FloatStore:
         wide = compute_dtype(like.dtype)
         dtype = wide if self.dtype == torch.float32 else self.dtype
         state[key] = torch.zeros(slot.shape(shape), dtype=dtype, device=like.device)
+
+    def check_state(self, state: Mapping[str, Tensor], key: str, slot: Slot) -> None:
+        """Its numbers."""
+        check_finite(state, key, least=-math.inf if slot.signed else 0)
 
     def move_rows_(self, state: State, key: str, slot: Slot, source: Tensor) -> bool:
         """As they are stored."""
@@ -141,6 +150,13 @@ class Block8Store:
         code, scales = quant.zero_code(slot.signed), quant.layout(own).scales
         state[key] = torch.full(own, code, dtype=torch.uint8, device=like.device)
         state[scale_key(key)] = torch.zeros(scales, dtype=torch.float32, device=like.device)
+
+    def check_state(self, state: Mapping[str, Tensor], key: str, slot: Slot) -> None:
+        """Its scales: every byte is a code."""
+        if scale_key(key) in state:
+            check_finite(state, scale_key(key), least=0)
+        else:
+            self.small.check_state(state, key, slot)
 
     def move_rows_(self, state: State, key: str, slot: Slot, source: Tensor) -> bool:
         """Codes and scales, where every row ends in a block of its own."""

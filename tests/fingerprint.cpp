@@ -134,7 +134,7 @@ void cosines(int dtype) {
     for (int64_t rows : {35, 36, 37, 40, 256}) {
       Buffer w(N, dtype), g(N, dtype), low(N, 0), first(N, 0), second(N, 0, false, true);
       Buffer turns(4 * rows, 0), scores(rows, 0), scale(rows, 0, false, true);
-      int32_t index[] = {0, 3, 4, 20, 34}, source[] = {1, -1, 2, 4, 3};
+      int32_t index[] = {0, 3, 4, 20, 34}, source[] = {1, -1, 2, 3, 4};
       const int32_t *picks = index, *from = source;
       int64_t picked = 5, one = 1, n = N / rows;
       void* weight = w.at();

@@ -144,6 +144,23 @@ def test_a_run_that_starts_after_the_loaders_step_still_takes_its_first_basis() 
 
 
 @pytest.mark.parametrize("flat", [False, True])
+def test_parameters_in_another_order_are_read_by_name(flat: bool) -> None:
+    """Names of the groups stay in this optimizer's order: torch brings those of the checkpoint."""
+    torch.manual_seed(0)
+    model, twin = (nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9)) for _ in range(2))
+    optimizer = GaLoreAdamW(model.named_parameters(), rank=3)
+    runs.train(list(model.parameters()), optimizer, range(2))
+    names = [name for name, _ in model.named_parameters()][::-1]
+    params = dict(twin.named_parameters())
+    resumed = GaLoreAdamW([(name, params[name]) for name in names], rank=3)
+    round_trip((model, optimizer), (twin, resumed), flat, None)
+    assert resumed.param_groups[0]["param_names"] == names
+    for name, param in model.named_parameters():
+        for key, x in optimizer.state[param].items():
+            assert torch.equal(x, resumed.state[params[name]][key]), (name, key)
+
+
+@pytest.mark.parametrize("flat", [False, True])
 def test_a_checkpoint_of_another_rank_is_refused(flat: bool) -> None:
     model = nn.Linear(20, 12)
     optimizer = GaLoreAdamW(model.named_parameters(), rank=3)

@@ -17,16 +17,19 @@ MODULES = {
 }
 ROLES = ("subspaces", "rules", "residuals", "transports", "stores")
 PHASES = ("plan", "refresh", "dense", "onepass", "step", "undo")
+BASE = ("ops", "matrix", "quant", "state_checks")
 ACCELERATORS = {"triton", "ctypes", "bitsandbytes"}
 ALLOWED = {
-    # what a layer may import of the package, besides itself; matrix is arithmetic on shapes
+    # what a layer may import of the package, besides itself; matrix is arithmetic on shapes, and
+    # state_checks looks at numbers
     "quant": set[str](),
     "ops": {"quant"},
     "matrix": set[str](),
     "undo": set[str](),
-    **{role: {*ROLES, "ops", "matrix", "quant"} for role in ROLES},
+    "state_checks": set[str](),
+    **{role: {*ROLES, *BASE} for role in ROLES},
     "projected": set[str](),
-    **{name: {*ROLES, *PHASES, "ops", "matrix", "quant", "projected"} for name in PHASES},
+    **{name: {*ROLES, *PHASES, *BASE, "projected"} for name in PHASES},
 }
 
 

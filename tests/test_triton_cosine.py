@@ -109,6 +109,16 @@ class TestTransforms:
             want = size.sum(1) if ranking == "l1" else size.square().sum(1)
             check(scores(grad, basis, ranking), (want, None), f"{width} {ranking}")
 
+    @pytest.mark.parametrize("m", [1, 35, 128])
+    def test_an_index_that_is_no_coefficient_is_not_followed(self, basis: str, m: int) -> None:
+        """A kernel cannot raise: nothing is read there, and the row is NaN; others are right."""
+        wrong = [-(2**31), -1, m, m + 1, 2**31 - 1]
+        grad = randn(m, 40)
+        index = torch.tensor([0, *wrong, m - 1], dtype=torch.int32, device=DEVICE)
+        out = project(grad, index, basis)
+        assert out[1:-1].isnan().all()
+        assert torch.equal(out[[0, -1]], project(grad, index[[0, -1]], basis))
+
     @pytest.mark.parametrize("m", LENGTHS)
     def test_projections_and_lifts(self, basis: str, m: int) -> None:
         """Some of the coefficients, one and all; columns less and more than a tile."""

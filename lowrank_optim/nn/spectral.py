@@ -12,6 +12,7 @@ from lowrank_optim.groups import Group
 from lowrank_optim.matrix import MatrixView
 from lowrank_optim.nn.base import Factored, register_form
 from lowrank_optim.plan import State, seeded
+from lowrank_optim.state_checks import as_dtype, check_index, readable
 from lowrank_optim.subspaces.base import Context
 from lowrank_optim.subspaces.spectral import Spectral
 
@@ -155,6 +156,19 @@ class SpectralLinear(Factored):
     def to_state(self) -> State:
         """As :class:`~lowrank_optim.subspaces.spectral.Spectral` keeps them."""
         return dict(zip(Spectral.keys, (x.detach() for x in self.members().values()), strict=True))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As of any module, unless ``order``, which indexes singular values, is no permutation."""
+        key, errors = f"{prefix}order", args[-1]
+        try:
+            if key in state_dict:
+                order = as_dtype(key, readable(key, state_dict[key]), self.order.dtype)
+                if order.shape == self.order.shape:  # torch reports another
+                    check_index({key: order}, key, self.order.numel(), "distinct")
+        except ValueError as error:
+            errors.append(f"{error}, in any order")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def product(self) -> Tensor:
         """``U diag(s) V^T``."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops.rows import take_rows
+from lowrank_optim.ops.rows import check_rows, take_rows
 
 BASES = ("dct2", "dct3")
 """Rows of the DCT-II matrix C (cosines), or its columns."""
@@ -193,6 +193,7 @@ def cosine_project_(
     basis: str,
 ) -> None:
     """Coefficients ``indices (r,)`` of the columns of ``grads (m, n)`` into ``outs (r, n)``."""
+    _check_indices("cosine_project_", grads, indices)
     for grad, index, out in zip(grads, indices, outs, strict=True):
         transform = CosineTransform(grad.shape[0], basis, *plan)
         for columns in column_tiles(grad):
@@ -211,6 +212,7 @@ def cosine_lift_add_(
     sound: Sequence[Tensor] = (),
 ) -> None:
     """``W <- decay W - step P N``: one inverse transform of the scattered rows of ``updates``."""
+    _check_indices("cosine_lift_add_", params, indices)
     for i, (w, index, low, step) in enumerate(zip(params, indices, updates, steps, strict=True)):
         transform = CosineTransform(w.shape[0], basis, *plan)
         for columns in column_tiles(w):
@@ -242,6 +244,9 @@ def cosine_adamw_(
     decay: float,
 ) -> None:
     """Coefficients, AdamW on moments whose rows come from ``sources``, and the lift."""
+    _check_indices("cosine_adamw_", params, indices)
+    for source in sources:
+        check_rows("cosine_adamw_", source, source.shape[0], least=-1)
     for i, (grad, index, m, v) in enumerate(
         zip(grads, indices, exp_avgs, exp_avg_sqs, strict=True)
     ):
@@ -257,6 +262,12 @@ def cosine_adamw_(
         else:
             direction = m / (v.sqrt() + eps[i])
         cosine_lift_add_([params[i]], [index], [direction], plan, basis, decay, [steps[i]])
+
+
+def _check_indices(op: str, matrices: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
+    """Before anything is written: indexing takes a negative one from the end."""
+    for x, index in zip(matrices, indices, strict=True):
+        check_rows(op, index, x.shape[0])
 
 
 def move_rows_(moments: Sequence[Tensor], source: Tensor) -> None:

@@ -14,6 +14,7 @@ from lowrank_optim.ops.cosine import (  # noqa: F401  (ops of this backend)
     cosine_project_,
     cosine_scores,
 )
+from lowrank_optim.ops.rows import check_rows
 
 TILE_ELEMENTS = 1 << 18
 """Elements of a tile buffer, so that a temporary never grows with the parameter."""
@@ -514,6 +515,8 @@ def coordinate_add_(
     sound: Tensors = (),
 ) -> None:
     """Rows in ``index``: ``W <- decay W - lr a N``; the others: ``W <- decay W - lr gain f(G)``."""
+    for w, index in zip(params, indices, strict=True):
+        check_rows("coordinate_add_", index, w.shape[-2])
     matrices = zip(params, grads, indices, updates, strict=True)
     for (w, g, index, n), ok in zip(matrices, _or_none(sound, len(params)), strict=True):
         at = index.long().unsqueeze(-1).expand(n.shape)
@@ -538,6 +541,8 @@ def coordinate_adamw_(
     free: str,
 ) -> None:
     """Rows in ``index``: AdamW on their moments; the others: ``W <- decay W - free_step f(G)``."""
+    for w, index in zip(params, indices, strict=True):
+        check_rows("coordinate_adamw_", index, w.shape[-2])
     matrices = zip(params, grads, indices, exp_avgs, exp_avg_sqs, strict=True)
     factors = zip(eps, steps, free_steps, strict=True)
     for (w, g, index, m, v), (e, step, free_step) in zip(matrices, factors, strict=True):

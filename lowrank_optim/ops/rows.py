@@ -5,6 +5,35 @@ from __future__ import annotations
 from torch import Tensor
 
 
+def check_rows(op: str, index: Tensor, rows: int, least: int = 0) -> None:
+    """Raise unless ``index (..., r)`` ascends within ``rows``, each once; of the host.
+
+    On an accelerator nobody looks: the host would have to wait.
+
+    Args:
+        op: what follows it.
+        index: integers.
+        rows: how many rows there are.
+        least: -1 where that stands for nowhere, and may be anywhere.
+
+    Raises:
+        IndexError: with the first index that is wrong.
+    """
+    if not index.is_cpu or not index.numel():
+        return
+    wrong = (index < least) | (index >= rows)
+    if bool(wrong.any()):
+        raise IndexError(f"{op}: index {int(index[wrong][0])} is not in [{least}, {rows - 1}]")
+    for own in index.reshape(-1, index.shape[-1]):
+        own = own[own >= 0]
+        late = own[1:] <= own[:-1]
+        if bool(late.any()):
+            before, after = int(own[:-1][late][0]), int(own[1:][late][0])
+            raise IndexError(
+                f"{op}: index {after} comes after {before}; indices must ascend, each once"
+            )
+
+
 def take_rows(x: Tensor, source: Tensor, dim: int = -2) -> Tensor:
     """Rows of ``x`` by old index along ``dim``, zeros where it is -1.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from lowrank_optim import ops
 from lowrank_optim.matrix import MatrixView, matrix_view
 from lowrank_optim.residuals import Term
+from lowrank_optim.state_checks import check_finite
 
 State = dict[str, Tensor]
 Reduce = Callable[[Tensor], Tensor]
@@ -167,6 +168,16 @@ class Subspace(ABC):
     def init(self, view: MatrixView, param: Tensor) -> State:
         """State of one matrix before its first refresh."""
 
+    def check_state(self, state: Mapping[str, Tensor], view: MatrixView) -> None:  # noqa: B027
+        """Raise unless ``state``, about to be loaded, holds what a step may read.
+
+        Keys and shapes are those of :meth:`init`; values are not known yet: indices that are
+        followed, factors that are multiplied. By :mod:`lowrank_optim.state_checks`, as a rule.
+
+        Raises:
+            ValueError: with the key, what was found, and what is allowed.
+        """
+
     def look(self, grad: Tensor) -> tuple[Tensor, Any]:
         """A number that is 0 or not finite where ``grad`` tells nothing, and what else was seen."""
         return torch.linalg.vector_norm(ops.matrix_norm(grad)), None
@@ -256,6 +267,11 @@ class Projector(Subspace):
         if self.two_sided:
             state["basis_right"] = param.new_zeros(*view.batch, view.n, self.rank)
         return state
+
+    def check_state(self, state: Mapping[str, Tensor], view: MatrixView) -> None:
+        """Bases are finite."""
+        check_finite(state, "basis")
+        check_finite(state, "basis_right")
 
     def refresh_(self, state: State, grad: Tensor, ctx: Context) -> dict[str, Moved]:
         """Find new bases, align their signs with the old ones, and say how they moved."""

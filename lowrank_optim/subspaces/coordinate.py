@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from lowrank_optim import ops
 from lowrank_optim.matrix import MatrixView
 from lowrank_optim.residuals import Term
+from lowrank_optim.state_checks import check_index
 from lowrank_optim.subspaces.base import Context, Into, Moved, Reduce, State, Subspace, register
 
 FREE = {"sign": "sign", "raw": "sgd"}
@@ -48,6 +49,10 @@ class Coordinates(Subspace):
     def init(self, view: MatrixView, param: Tensor) -> State:
         """The indices, and no basis."""
         return {"index": torch.arange(self.rank, dtype=torch.int32, device=param.device)}
+
+    def check_state(self, state: Mapping[str, Tensor], view: MatrixView) -> None:
+        """Rows of the matrix, ascending."""
+        check_index(state, "index", view.m, "ascending")
 
     def refresh_(self, state: State, grad: Tensor, ctx: Context) -> dict[str, Moved]:
         """Draw a new set; rows that stay say where they were."""

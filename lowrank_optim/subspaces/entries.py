@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -13,12 +13,14 @@ from torch import Tensor
 
 from lowrank_optim.matrix import MatrixView
 from lowrank_optim.residuals import Term
+from lowrank_optim.state_checks import check_index
 from lowrank_optim.subspaces.base import Context, Into, Moved, Reduce, State, Subspace, register
 from lowrank_optim.subspaces.coordinate import add_by_tiles_
 
 TILE = 1 << 18
 """Entries that are permuted among themselves: an index of them is all that ever exists."""
 ROUNDS = 8
+KEYS = 1 << 62
 MASK = (1 << 64) - 1
 MIX = 0x3F58476D1CE4E5B9
 
@@ -77,10 +79,14 @@ class RandK(Subspace):
         """The key."""
         return {"key": torch.zeros((), dtype=torch.int64)}
 
+    def check_state(self, state: Mapping[str, Tensor], view: MatrixView) -> None:
+        """A key that a refresh could draw."""
+        check_index(state, "key", KEYS)
+
     def refresh_(self, state: State, grad: Tensor, ctx: Context) -> dict[str, Moved]:
         """Draw a new key."""
         old = int(state["key"])
-        new = int(torch.randint(1, 1 << 62, (), generator=ctx.generator))
+        new = int(torch.randint(1, KEYS, (), generator=ctx.generator))
         state["key"].fill_(new)
         m, n = ctx.view.m, ctx.view.n
 

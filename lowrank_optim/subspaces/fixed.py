@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -15,6 +15,7 @@ from lowrank_optim.matrix import MatrixView
 from lowrank_optim.ops.cosine import column_tiles
 from lowrank_optim.residuals import Term
 from lowrank_optim.rules.base import compute_dtype
+from lowrank_optim.state_checks import check_index
 from lowrank_optim.subspaces.base import Context, Into, Moved, Projector, Reduce, Shared, State
 
 SPECTRUM_ELEMENTS = 1 << 24
@@ -71,6 +72,11 @@ class FixedBasis(Projector):
         first = torch.arange(self.rank, dtype=torch.int32, device=param.device)
         keys = ("basis_index", "basis_index_right")[: 1 + self.two_sided]
         return {key: first.repeat(*view.batch, 1) for key in keys}
+
+    def check_state(self, state: Mapping[str, Tensor], view: MatrixView) -> None:
+        """Indices of vectors, ascending."""
+        check_index(state, "basis_index", view.m, "ascending")
+        check_index(state, "basis_index_right", view.n, "ascending")
 
     def bases(self, state: State, view: MatrixView) -> list[Tensor]:
         """Their columns, in float64."""

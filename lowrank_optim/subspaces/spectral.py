@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -14,6 +14,7 @@ from lowrank_optim import ops
 from lowrank_optim.matrix import MatrixView
 from lowrank_optim.residuals import Term
 from lowrank_optim.rules.base import compute_dtype
+from lowrank_optim.state_checks import check_counter, check_finite, check_index
 from lowrank_optim.subspaces.base import Context, Into, Moved, Reduce, State, Subspace
 from lowrank_optim.subspaces.factors import order_of, sample, stepped, triplets, unit
 
@@ -111,6 +112,14 @@ class Spectral(Subspace):
             order = torch.arange(k, dtype=torch.int32, device=param.device)
             state["basis_order"] = order.repeat(*view.batch, 1) if view.batch else order
         return state
+
+    def check_state(self, state: Mapping[str, Tensor], view: MatrixView) -> None:
+        """Factors are finite, singular values not negative, and the order a permutation."""
+        for key in ("basis_u", "basis_v", *self.rest_keys):
+            check_finite(state, key)
+        check_finite(state, "basis_s", least=0)
+        check_index(state, "basis_order", view.full_rank, "distinct")
+        check_counter(state, "host.iteration")
 
     def _offloads(self, param: Tensor) -> bool:
         return self.offload_inactive and not param.is_meta

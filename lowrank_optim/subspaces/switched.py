@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -14,6 +14,7 @@ from lowrank_optim import ops
 from lowrank_optim.matrix import MatrixView
 from lowrank_optim.residuals import Term
 from lowrank_optim.rules.base import compute_dtype
+from lowrank_optim.state_checks import check_finite, check_index
 from lowrank_optim.subspaces import ahead, switching
 from lowrank_optim.subspaces.base import Context, Into, Moved, Reduce, Shared, State, Subspace
 from lowrank_optim.subspaces.lora import balance_, published_stds
@@ -137,6 +138,21 @@ class Switched(Subspace):
         state["host.frozen"] = torch.zeros(2, self.rank, dtype=torch.int64)
         state["host.head"] = torch.tensor([0, self.rank // 2])
         return state
+
+    def check_state(self, state: Mapping[str, Tensor], view: MatrixView) -> None:
+        """Vectors are finite, none is in two slots, and the rings are where a switch left them."""
+        for side in SIDES:
+            for key in (f"basis_{side}", f"pool_{side}", f"host.pool_{side}"):
+                check_finite(state, key)
+        check_index(state, "host.held", view.full_rank, "distinct")
+        check_index(state, "host.frozen", self.freeze_steps + 1)
+        check_index(state, "host.head", self.rank)
+        switching.check_rings(
+            state["host.held"].tolist(),
+            state["host.head"].tolist(),
+            view.full_rank,
+            self.order == "fifo",
+        )
 
     def draw(self, view: MatrixView, generator: torch.Generator) -> list[Tensor]:
         """The candidates ``(k, in)`` and ``(k, out)`` at first: float32, the same on any device."""

@@ -85,6 +85,33 @@ def start_held(rank: int, size: int) -> Tensor:
     return torch.stack([last, last.roll(rank // 2)])
 
 
+def check_rings(held: Sequence[Sequence[int]], heads: Sequence[int], size: int, fifo: bool) -> None:
+    """Raise unless :func:`free_slots` and :func:`incoming` may rely on a saved state.
+
+    Args:
+        held: pool indices in use by A and by B.
+        heads: the next slot of each.
+        size: entries of a pool.
+        fifo: whether candidates come in turn.
+
+    Raises:
+        ValueError: the rings of A and B are not half of them apart, or a ring is out of turn.
+    """
+    rank = len(held[0])
+    if heads[1] != (heads[0] + rank // 2) % rank:
+        raise ValueError(
+            f"host.head holds {list(heads)}; allowed are slots {rank // 2} apart, of {rank}"
+        )
+    for own, head in zip(held, heads, strict=True) if fifo else ():
+        for slot, entry in zip(ring(head, rank, rank), ring(own[head], rank, size), strict=True):
+            if own[slot] != entry:
+                raise ValueError(
+                    f"host.held holds {own[slot]} in slot {slot}; allowed is {entry}, as "
+                    "entries of a pool come in turn (order='fifo') from slot host.head = "
+                    f"{head}, which holds {own[head]}"
+                )
+
+
 def incoming(
     held: Sequence[int], head: int, count: int, size: int, generator: torch.Generator | None
 ) -> list[int]:

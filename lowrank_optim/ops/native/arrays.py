@@ -13,10 +13,15 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class Arrays:
-    """Arrays for one call, alive as long as this is."""
+    """Arrays for one call, alive as long as this is.
 
-    def __init__(self) -> None:
+    Args:
+        device: of all tensors of the call: no address of another is taken.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self.kept: list[Any] = []
+        self.device = device
 
     def _keep(self, values: array[Any]) -> int:
         self.kept.append(values)
@@ -24,6 +29,8 @@ class Arrays:
 
     def pointers(self, tensors: Iterable[Tensor]) -> int:
         """Addresses of the first elements."""
+        tensors = list(tensors)
+        on(self.device, tensors)
         return self._keep(array("Q", [t.data_ptr() for t in tensors]))
 
     def int64(self, values: Iterable[int]) -> int:
@@ -39,6 +46,14 @@ class Arrays:
         return self._keep(array("f", values))
 
 
+def on(device: torch.device, tensors: Sequence[Tensor]) -> None:
+    """Raise unless all tensors are on ``device``, so that their addresses mean something there."""
+    devices = [t.device for t in tensors]
+    if devices.count(device) != len(devices):
+        other = next(d for d in devices if d != device)
+        raise ValueError(f"native ops take tensors of one device, got one on {other} for {device}")
+
+
 def dtype_of(tensors: Sequence[Tensor], name: str) -> int:
     """The one dtype of a list."""
     dtypes = [t.dtype for t in tensors]
@@ -47,6 +62,13 @@ def dtype_of(tensors: Sequence[Tensor], name: str) -> int:
     if dtypes.count(dtypes[0]) != len(dtypes):
         raise TypeError(f"native ops take {name} of one dtype, got {dtypes}")
     return DTYPES[dtypes[0]]
+
+
+def floating(tensors: Sequence[Tensor], name: str) -> None:
+    """Raise unless all are of some floating dtype: they are converted, and nothing may be lost."""
+    wrong = [t.dtype for t in tensors if not t.is_floating_point()]
+    if wrong:
+        raise TypeError(f"native ops take floating-point {name}, got {wrong[0]}")
 
 
 def flat(tensors: Sequence[Tensor], name: str) -> None:
@@ -71,26 +93,20 @@ def same(count: int, **lists: Sequence[Any]) -> None:
             raise ValueError(f"expected {count} {name}, got {len(values)}")
 
 
-Places = tuple[list[int], list[int]]
-
-
-def places(tensors: Sequence[Tensor]) -> Places:
-    """Number of elements of each, and device: lists are compared faster than their entries."""
-    return [t.numel() for t in tensors], [t.get_device() for t in tensors]
+def numels(tensors: Sequence[Tensor]) -> list[int]:
+    """Number of elements of each: lists are compared faster than their entries."""
+    return [t.numel() for t in tensors]
 
 
 def sizes(
-    tensors: Sequence[Tensor], like: Sequence[Tensor], name: str, known: Places | None = None
+    tensors: Sequence[Tensor], like: Sequence[Tensor], name: str, known: list[int] | None = None
 ) -> None:
-    """Raise unless tensors have the sizes and devices of ``like``, which ``known`` may hold."""
-    if places(tensors) == (known or places(like)):
+    """Raise unless tensors have the sizes of ``like``, which ``known`` may hold."""
+    if numels(tensors) == (known or numels(like)):
         return
     for t, other in zip(tensors, like, strict=True):
-        if t.numel() != other.numel() or t.device != other.device:
-            raise ValueError(
-                f"{name}: {tuple(t.shape)} on {t.device} beside {tuple(other.shape)}"
-                f" on {other.device}"
-            )
+        if t.numel() != other.numel():
+            raise ValueError(f"{name}: {tuple(t.shape)} beside {tuple(other.shape)}")
 
 
 def block_counts(rows: Sequence[int], cols: Sequence[int], blocks: Sequence[int]) -> list[int]:
@@ -106,8 +122,9 @@ def check_scales(scales: Sequence[Tensor], counts: Sequence[int], name: str) -> 
             raise ValueError(f"expected {count} {name}, got {s.numel()}")
 
 
-def check_map(values: Tensor) -> Tensor:
-    """Raise unless it is a map."""
+def check_map(values: Tensor, device: torch.device) -> Tensor:
+    """Raise unless it is a map on ``device``."""
+    on(device, [values])
     if values.dtype != torch.float32 or values.numel() != 256 or not values.is_contiguous():
         raise ValueError(f"a map has 256 float32 entries, got {values.numel()} {values.dtype}")
     return values
@@ -116,7 +133,7 @@ def check_map(values: Tensor) -> Tensor:
 def check_layout(
     layout: tuple[Sequence[int], Sequence[int], Sequence[int]], tensors: Sequence[Tensor]
 ) -> None:
-    """Raise unless rows and columns make up each tensor."""
-    for r, c, t in zip(layout[0], layout[1], tensors, strict=True):
-        if r * c != t.numel():
-            raise ValueError(f"a layout of {r} x {c} for {t.numel()} elements")
+    """Raise unless rows and columns make up each tensor, and blocks have elements."""
+    for r, c, b, t in zip(*layout, tensors, strict=True):
+        if r < 0 or c < 0 or b < 1 or r * c != t.numel():
+            raise ValueError(f"a layout of {r} x {c} in blocks of {b} for {t.numel()} elements")

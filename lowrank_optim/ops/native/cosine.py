@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops import cosine as reference
-from lowrank_optim.ops.native.arrays import Arrays, dtype_of, exactly, same
+from lowrank_optim.ops.native.arrays import Arrays, dtype_of, exactly, floating, on, same
 from lowrank_optim.ops.native.loader import Cosine, Top, run
 from lowrank_optim.ops.reference import top_rows_ as reference_top_rows_
 
@@ -24,7 +24,7 @@ LARGEST_FACTOR = 61
 def takes_length(n: int) -> bool:
     """Whether columns of length ``n`` are transformed here."""
     for factor in range(2, LARGEST_FACTOR + 1):
-        while n % factor == 0:
+        while n and n % factor == 0:
             n //= factor
     return n == 1
 
@@ -37,16 +37,19 @@ class _Call:
     """One call: all matrices of one length, each with its coefficients."""
 
     def __init__(self, like: Sequence[Tensor], plan: Sequence[Tensor], basis: str) -> None:
-        self.arrays, n = Arrays(), like[0].shape[0]
+        self.arrays, n = Arrays(like[0].device), like[0].shape[0]
         turns = plan[-1]
         if any(x.dim() != 2 or x.shape[0] != n for x in like):
             raise ValueError(f"cosines of one length, got {[tuple(x.shape) for x in like]}")
-        if turns.dtype != torch.float32 or turns.numel() != 2 * (n + n // 2 + 1):
+        exactly([turns], torch.float32, "turns")
+        on(like[0].device, [turns])
+        if turns.numel() != 2 * (n + n // 2 + 1):
             raise ValueError(f"a plan of another length than {n}")
         self.args: Any = Cosine(count=len(like), n=n, dtype=dtype_of(like, "matrices"))
         self.args.turns, self.args.basis = turns.data_ptr(), BASES[basis]
         self.args.cols = self.arrays.int64([x.shape[1] for x in like])
         self.like = like
+        self.followed: list[tuple[Tensor, int, int]] = []
 
     def matrices(self, name: str, xs: Sequence[Tensor]) -> None:
         """``weights`` or ``grads``."""
@@ -62,7 +65,8 @@ class _Call:
         """Coefficients of each."""
         same(len(self.like), indices=indices)
         exactly(indices, torch.int32, "indices")
-        self.picked = [k.shape[0] for k in indices]
+        self.picked = [k.numel() for k in indices]
+        self.followed += [(k, self.args.n, 0) for k in indices]
         self.args.index = self.arrays.pointers(indices)
         self.args.picked = self.arrays.int64(self.picked)
 
@@ -84,6 +88,8 @@ class _Call:
         if [x.numel() for x in xs] != self.picked:
             raise ValueError(f"{name}: {[x.numel() for x in xs]}, not {self.picked}")
         setattr(self.args, name, self.arrays.pointers(xs))
+        if name == "source":
+            self.followed += [(x, x.numel(), -1) for x in xs]
 
     def numbers(self, name: str, values: Sequence[float]) -> None:
         """One of each."""
@@ -92,7 +98,7 @@ class _Call:
 
     def run(self, op: str) -> None:
         """Call it."""
-        run(op, self.like[0].device, self.args)
+        run(op, self.like[0].device, self.args, self.followed)
 
 
 def cosine_scores(
@@ -151,6 +157,7 @@ def cosine_lift_add_(
         call = _Call(params, plan, basis)
         call.matrices("weights", params)
         call.index(indices)
+        floating(updates, "updates")
         lows = [x.float().contiguous() for x in updates]  # alive until the call is over
         call.rows("lows", lows)
         call.numbers("steps", steps)
@@ -216,7 +223,7 @@ def top_rows_(
         raise ValueError(f"{picked} indices, {[x.numel() for x in sources]} sources")
     if any(k > x.numel() for k, x in zip(picked, scores, strict=True)):
         raise ValueError(f"{picked} of {[x.numel() for x in scores]} rows")
-    arrays = Arrays()
+    arrays = Arrays(scores[0].device)
     args = Top(count=len(scores))
     args.scores, args.index = arrays.pointers(scores), arrays.pointers(indices)
     args.source = arrays.pointers(sources)

@@ -6,11 +6,14 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from lowrank_optim.ops.rows import check_rows
 
 ERRORS = {
     1: "dtypes that the library does not take",
@@ -18,8 +21,10 @@ ERRORS = {
     3: "the launch failed",
     4: "a length with a prime factor above 61",
     5: "no memory for its buffers",
+    6: "indices outside their rows, or not ascending",
 }
-ABI = 4
+BAD_INDEX = 6
+ABI = 5
 
 
 def _struct(name: str, fields: str) -> Any:
@@ -147,13 +152,33 @@ def _function(op: str, device_type: str) -> Callable[..., int]:
     return function  # type: ignore[no-any-return]
 
 
-def run(op: str, device: torch.device, args: ctypes.Structure) -> None:
-    """Call an op of the library on the current stream, or with torch's number of threads."""
+def run(
+    op: str,
+    device: torch.device,
+    args: ctypes.Structure,
+    indices: Iterable[tuple[Tensor, int, int]] = (),
+) -> None:
+    """Call an op of the library on the current stream, or with torch's number of threads.
+
+    Args:
+        op: its name.
+        device: where all tensors are.
+        args: its struct.
+        indices: those that it follows, with how many rows there are and the least that each may be:
+            asked only when the library has refused them.
+
+    Raises:
+        IndexError: an index is outside its rows or out of order; nothing was written.
+        RuntimeError: the library cannot serve the call.
+    """
     function = _function(op, device.type)
     if device.type == "cuda":
         with torch.cuda.device(device):
             status = function(ctypes.byref(args), torch.cuda.current_stream().cuda_stream)
     else:
         status = function(ctypes.byref(args), torch.get_num_threads())
+    if status == BAD_INDEX:
+        for index, rows, least in indices:
+            check_rows(f"native {op}", index, rows, least)
     if status:
         raise RuntimeError(f"native {op}: {ERRORS.get(status, status)}")

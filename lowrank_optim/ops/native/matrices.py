@@ -16,6 +16,8 @@ from lowrank_optim.ops.native.arrays import (
     Arrays,
     dtype_of,
     exactly,
+    floating,
+    on,
     same,
 )
 from lowrank_optim.ops.native.loader import (
@@ -74,7 +76,7 @@ def column_norms(xs: Sequence[Tensor]) -> list[Tensor]:
     matrices, outs = _matrices(xs), _matrices(norms)
     if not matrices:
         return norms
-    arrays = Arrays()
+    arrays = Arrays(xs[0].device)
     args = Norms(count=len(matrices), dtype=dtype_of(xs, "matrices"))
     args.values, args.outs = arrays.pointers(matrices), arrays.pointers(outs)
     args.rows = arrays.int64([x.shape[0] for x in matrices])
@@ -90,7 +92,10 @@ def _stored(w: Tensor) -> bool:
     return w.stride(1) <= w.stride(0)
 
 
-def _shape_check(w: Tensor, g: Tensor, p: Tensor, lows: Sequence[Tensor]) -> None:
+def _shape_check(
+    w: Tensor, g: Tensor, p: Tensor, lows: Sequence[Tensor], flag: Tensor | None
+) -> None:
+    on(w.device, [g, p, *lows, *([] if flag is None else [flag])])
     m, n = w.shape
     r = p.shape[1]
     if g.shape != w.shape or p.shape[0] != m or any(x.shape != (r, n) for x in lows):
@@ -132,13 +137,14 @@ def lift_add_scaled_(
     if not W:
         return
     same(len(W), G=G, P=P, N=N, R=R, columns=columns)
+    floating([*P, *N, *R], "bases and coordinates")
     dtype = dtype_of(W, "weights")
     dtype_of([*W, *G], "weights and gradients")
     args = Apply(decay=decay, lr=lr, weight_dtype=dtype, grad_dtype=dtype, low_dtype=dtype)
     matrices = zip(*(_matrices(x) for x in (W, G, P, N, R, columns)), strict=True)
     flags = _flags(sound, W) or itertools.repeat(None)
     for (w, g, p, n, r, c), flag in zip(matrices, flags, strict=False):
-        _shape_check(w, g, p, (n, r))
+        _shape_check(w, g, p, (n, r), flag)
         if c.shape != (1, w.shape[1]) or c.dtype != torch.float32:
             raise ValueError(f"columns: float32 (1, {w.shape[1]}), got {c.dtype} {tuple(c.shape)}")
         if w.numel() == 0 or _idle(flag):
@@ -176,6 +182,7 @@ def lift_add_sign_(
     if not W:
         return
     same(len(W), G=G, P=P, N=N, R=R)
+    floating([*P, *N, *R], "bases and coordinates")
     dtype = dtype_of(W, "weights")
     dtype_of([*W, *G], "weights and gradients")
     args = Apply(decay=decay, lr=lr, scale=scale, gain=gain)
@@ -183,7 +190,7 @@ def lift_add_sign_(
     matrices = zip(*(_matrices(x) for x in (W, G, P, N, R)), strict=True)
     flags = _flags(sound, W) or itertools.repeat(None)
     for (w, g, p, n, r), flag in zip(matrices, flags, strict=False):
-        _shape_check(w, g, p, (n, r))
+        _shape_check(w, g, p, (n, r), flag)
         if w.numel() == 0 or _idle(flag):
             continue
         args.sound = flag.data_ptr() if flag is not None else None
@@ -224,6 +231,7 @@ def coordinate_add_(
     if not W:
         return
     same(len(W), G=G, index=index, N=N)
+    floating(N, "updates")
     dtype_of([*W, *G], "weights and gradients")
     ws, gs, lows = _matrices(W), _matrices(G), [x.float() for x in _matrices(N)]
     picks = _picks(index, W)
@@ -289,7 +297,7 @@ def coordinate_adamw_(
     same(len(W), eps=eps, steps=steps, free_steps=free_steps)
     dtype = dtype_of([*W, *G], "weights and gradients")
     ws, gs, picks = _matrices(W), _matrices(G), _picks(index, W)
-    arrays = Arrays()
+    arrays = Arrays(W[0].device)
     args = CoordinateStep(count=len(ws), beta1=beta1, beta2=beta2, decay=decay, dtype=dtype)
     args.free_rule = FREE[free]
     for name, moments in (("first", exp_avgs), ("second", exp_avg_sqs)):
@@ -305,7 +313,8 @@ def coordinate_adamw_(
     for name, values in (("eps", eps), ("steps", steps), ("free_steps", free_steps)):
         each = [x for x, w in zip(values, W, strict=True) for _ in range(math.prod(w.shape[:-2]))]
         setattr(args, name, arrays.float32(each))
-    run("coordinate_adamw", W[0].device, args)
+    indices = ((k, w.shape[0], 0) for k, w in zip(picks, ws, strict=True))
+    run("coordinate_adamw", W[0].device, args, indices)
 
 
 _Call = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
@@ -335,7 +344,7 @@ def _coordinates(calls: Sequence[_Call], scalars: dict[str, Any]) -> None:
     if not calls:
         return
     ws, gs, picks, lows, flags = zip(*calls, strict=True)
-    arrays, dtype = Arrays(), DTYPES[ws[0].dtype]
+    arrays, dtype = Arrays(ws[0].device), DTYPES[ws[0].dtype]
     args = Coordinate(count=len(ws), weight_dtype=dtype, grad_dtype=dtype, **scalars)
     args.weights, args.grads = arrays.pointers(ws), arrays.pointers(gs)
     args.index, args.lows = arrays.pointers(picks), arrays.pointers(lows)
@@ -346,4 +355,5 @@ def _coordinates(calls: Sequence[_Call], scalars: dict[str, Any]) -> None:
     args.low_rows, args.low_cols = (arrays.int64([x.stride(d) for x in lows]) for d in (0, 1))
     if flags[0] is not None:
         args.sound = arrays.pointers(flags)
-    run("coordinate_add", ws[0].device, args)
+    indices = ((k, w.shape[0], 0) for k, w in zip(picks, ws, strict=True))
+    run("coordinate_add", ws[0].device, args, indices)

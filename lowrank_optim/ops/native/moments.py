@@ -17,7 +17,7 @@ from lowrank_optim.ops.native.arrays import (
     dtype_of,
     exactly,
     flat,
-    places,
+    numels,
     same,
     sizes,
 )
@@ -47,9 +47,11 @@ def _update(
     if count == 0:
         return
     same(count, outs=outs, **moments)
-    known = places(grads)
+    known = numels(grads)
     sizes(outs, grads, "outs", known)
-    arrays = Arrays()
+    if layout is not None:
+        check_layout(layout, grads)
+    arrays = Arrays(grads[0].device)
     args = Update(count=count, a=a, b=b)
     args.grad_dtype, args.out_dtype = dtype_of(grads, "gradients"), dtype_of(outs, "outs")
     for name, tensors in moments.items():
@@ -61,10 +63,9 @@ def _update(
             sizes(tensors, grads, name, known)
         setattr(args, name, arrays.pointers(tensors))
     if layout is not None:
-        check_layout(layout, grads)
         args.rows, args.cols, args.blocks = (arrays.int64(x) for x in layout)
     for name, values in (maps or {}).items():
-        setattr(args, name, check_map(values).data_ptr())
+        setattr(args, name, check_map(values, grads[0].device).data_ptr())
     if eps is not None and not row_eps:
         same(count, eps=eps)
         args.eps = arrays.float32(eps)
@@ -81,7 +82,7 @@ def _update(
         if any(s.dtype != torch.bool or s.numel() != 1 for s in sound):
             raise TypeError("sound: one bool per tensor")
         args.sound = arrays.pointers(sound)
-    args.numels = arrays.int64(known[0])
+    args.numels = arrays.int64(known)
     flat(grads, "gradients")
     flat(outs, "outs")
     args.grads, args.outs = arrays.pointers(grads), arrays.pointers(outs)

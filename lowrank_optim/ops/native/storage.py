@@ -36,18 +36,21 @@ def _blockwise(
 ) -> None:
     same(len(values), codes=codes, scales=scales)
     exactly(codes, torch.uint8, "codes")
+    check_layout(layout, values)
     check_scales(scales, block_counts(*layout), "scales")
     sizes(codes, values, "codes")
     flat(values, "values")
-    check_layout(layout, values)
-    arrays = Arrays()
+    device = values[0].device
+    arrays = Arrays(device)
     args = Blockwise(
-        count=len(values), dtype=dtype_of(values, "values"), map=check_map(table).data_ptr()
+        count=len(values),
+        dtype=dtype_of(values, "values"),
+        map=check_map(table, device).data_ptr(),
     )
     args.values, args.codes = arrays.pointers(values), arrays.pointers(codes)
     args.scales = arrays.pointers(scales)
     args.rows, args.cols, args.blocks = (arrays.int64(x) for x in layout)
-    run(op, values[0].device, args)
+    run(op, device, args)
 
 
 def quantize_blockwise_(
@@ -89,7 +92,7 @@ def stochastic_round_(xs: Sequence[Tensor], outs: Sequence[Tensor], seeds: Seque
     sizes(outs, xs, "outs")
     exactly(xs, torch.float32, "inputs")
     exactly(outs, torch.bfloat16, "outs")
-    arrays = Arrays()
+    arrays = Arrays(xs[0].device)
     args = Rounding(count=len(xs), numels=arrays.int64([x.numel() for x in xs]))
     args.values, args.outs = arrays.pointers(xs), arrays.pointers(outs)
     args.seeds = arrays.uint32(seeds)

@@ -175,12 +175,18 @@ def cosine_pick_kernel(
     parts, turn, index, out, m, n, rank, oi,
     HALF: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Coefficients ``index`` of what a transform left, a coefficient a row."""
+    """Coefficients ``index`` of what a transform left, a coefficient a row.
+
+    No program can raise: of an index that is none of m coefficients nothing is read and the row is
+    NaN, which a step takes for a gradient that is not finite.
+    """
     down = tl.cdiv(rank, BR)
     i = tl.program_id(0) % down * BR + tl.arange(0, BR)
     j = tl.program_id(0) // down * BC + tl.arange(0, BC)
     mask = (j < n)[:, None] & (i < rank)[None, :]
     k = tl.load(index + i, i < rank, 0)
+    known = (k >= 0) & (k < m)
+    k = tl.where(known, k, 0)
     if HALF:
         later = 2 * k > m
         q = tl.where(later, m - k, k)
@@ -195,6 +201,7 @@ def cosine_pick_kernel(
         q = tl.where(k % 2 == 0, k // 2, m - (k + 1) // 2)
         found = tl.load(parts + j.to(tl.int64)[:, None] * m + q[None, :], mask, 0.0)
     at = out + i.to(tl.int64)[None, :] * oi + j[:, None]
+    found = tl.where(known[None, :], found, float("nan"))
     tl.store(at, found.to(out.dtype.element_ty), mask)
 
 
