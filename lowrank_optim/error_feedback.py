@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,6 +92,8 @@ class ErrorFeedback:
             entry of each row of m).
         maximize: whether coordinates are those of -A.
     """
+
+    feeds_back: ClassVar[bool] = True
 
     kept: str = "float32"
     maximize: bool = False

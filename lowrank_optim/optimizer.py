@@ -215,6 +215,7 @@ class LowRankOptimizer(Optimizer):
             subspace = None
             if view is not None:
                 subspace = self.subspace(group, view).sharing(self._shared)
+                _check_fit(_name(group, i), subspace, self.residual(group))
             kind = kinds.setdefault((view, subspace), len(kinds))
             yield Item(param, _name(group, i), start + i, view, subspace, kind)
         if dense and group["rank"] is not None:
@@ -380,6 +381,20 @@ _NOT_STRUCTURAL = {
     "max_momentum", "min_momentum", "base_momentum", "weight_decay",
 }  # fmt: skip
 """Group keys that views and subspaces do not depend on; schedulers edit some every step."""
+
+
+def _check_fit(name: str, subspace: Subspace, residual: Residual) -> None:
+    """Raise where no step is defined.
+
+    Raises:
+        ValueError: the subspace does not go with the residual.
+    """
+    reason = subspace.refuses(residual)
+    if reason is not None:
+        raise ValueError(
+            f"{type(residual).__name__} does not go with {type(subspace).__name__}, the subspace "
+            f"of {name}: {reason}; take another of the two, or Drop"
+        )
 
 
 def _name(group: Group, i: int) -> str:

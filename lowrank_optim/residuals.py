@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +43,30 @@ class Term(NamedTuple):
             return self._replace(columns=self.columns * factor.to(self.columns.dtype))
         return self._replace(gain=self.gain * factor)
 
+    def of_(self, rest: Tensor) -> Tensor:
+        """``gain f(rest)`` in place, for ``rest = G - P R``: a term that has no columns.
+
+        Raises:
+            ValueError: it has, or is of a kind that no one knows.
+        """
+        if self.kind not in FREE:
+            raise unknown_kind(self.kind, FREE)
+        return FREE[self.kind](rest).mul_(self.gain)
+
+
+FREE: dict[str, Callable[[Tensor], Tensor]] = {"sign": Tensor.sign_, "raw": lambda rest: rest}
+"""f of each kind of term that has no columns, in place."""
+
+
+KINDS = ("scaled", *FREE)
+"""Every kind of term."""
+
+
+def unknown_kind(kind: str, allowed: Iterable[str]) -> ValueError:
+    """The error of a subspace that is given a term which it cannot apply."""
+    names = ", ".join(repr(name) for name in allowed)
+    return ValueError(f"the kind of a residual's term must be one of {names}, got {kind!r}")
+
 
 class Seen(NamedTuple):
     """What a step knows of one matrix when the residual is asked."""
@@ -62,6 +87,9 @@ class Seen(NamedTuple):
 class Residual(Protocol):
     """Asked twice a step: for the gradient to project, and for the part to add back."""
 
+    feeds_back: ClassVar[bool]
+    """Whether what a step does not use is projected with the next gradient."""
+
     def init(self, view: MatrixView, like: Tensor) -> State:
         """What it remembers of one matrix, zeros."""
         ...
@@ -77,6 +105,8 @@ class Residual(Protocol):
 
 class Drop:
     """GaLore: what the subspace does not see is not used."""
+
+    feeds_back: ClassVar[bool] = False
 
     def init(self, view: MatrixView, like: Tensor) -> State:
         """Nothing."""
@@ -113,6 +143,8 @@ class Scaled:
         limiter: γ, the growth of ``|S|`` that a step may bring; None limits nothing.
         paper: b = 1, and the update is ``a (P N + S)``; else as released, b = a and ``a P N + S``.
     """
+
+    feeds_back: ClassVar[bool] = False
 
     columns: bool = True
     limiter: float | None = 1.01
@@ -190,6 +222,8 @@ class Free:
         kind: ``"sign"`` or ``"raw"``.
         gain: factor of its step.
     """
+
+    feeds_back: ClassVar[bool] = False
 
     kind: Literal["sign", "raw"]
     gain: float = 1.0

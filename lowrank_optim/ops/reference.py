@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops.cosine import (  # noqa: F401  (ops of this backend)
+    check_name,
     cosine_adamw_,
     cosine_lift_add_,
     cosine_project_,
@@ -514,6 +515,7 @@ def coordinate_add_(
     sound: Tensors = (),
 ) -> None:
     """Rows in ``index``: ``W <- decay W - lr a N``; the others: ``W <- decay W - lr gain f(G)``."""
+    check_name("free", free, [*FREE])
     matrices = zip(params, grads, indices, updates, strict=True)
     for (w, g, index, n), ok in zip(matrices, _or_none(sound, len(params)), strict=True):
         at = index.long().unsqueeze(-1).expand(n.shape)
@@ -538,6 +540,7 @@ def coordinate_adamw_(
     free: str,
 ) -> None:
     """Rows in ``index``: AdamW on their moments; the others: ``W <- decay W - free_step f(G)``."""
+    check_name("free", free, [*FREE])
     matrices = zip(params, grads, indices, exp_avgs, exp_avg_sqs, strict=True)
     factors = zip(eps, steps, free_steps, strict=True)
     for (w, g, index, m, v), (e, step, free_step) in zip(matrices, factors, strict=True):
