@@ -62,6 +62,7 @@ AXES: dict[str, Sequence[Any]] = {
     "backend": ("native", "reference", "float64"),
     "maximize": (False, True),
     "lr": (float, torch.tensor),
+    "waits": (True, False),
     "rounding": (False, True),
     "stored": ("rows", "columns", "apart"),
     "scale": (1.0, 0.5, 0.25),
@@ -71,7 +72,7 @@ AXES: dict[str, Sequence[Any]] = {
     "ranking": ("l2", "l1"),
     "rank": (2, 3),
 }
-"""What is drawn."""
+"""What is drawn; where the host may not wait, steps run as on a device whose queue would stall."""
 EXPERTS = (3, 5, 7)
 STEPS, GAP, LR, DECAY = 3, 2, 0.0625, 0.125  # numbers that float32 has
 

@@ -462,7 +462,7 @@ def test_names_that_no_op_knows_raise(backend: str) -> None:
     with pytest.raises(ValueError, match="basis must be one of"):
         ops.cosine_project_([x], [index], [low], plan, "dct4")
     with pytest.raises(ValueError, match="basis must be one of"):
-        ops.cosine_lift_add_([x], [index], [low], plan, "dct4", 1.0, [1.0])
+        ops.cosine_lift_add_([x], [index], [low], plan, "dct4", 1.0, [1.0], [])
     with pytest.raises(ValueError, match="basis must be one of"):
         CosineTransform.make(6, "dct4", torch.float32, device)
     with pytest.raises(ValueError, match=r"free must be one of .*'sign'.*, got 'cubic'"):
