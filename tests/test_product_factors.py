@@ -170,3 +170,24 @@ def test_rows_of_their_own_age_need_a_rule_by_row() -> None:
         ValueError, match=REFUSED["rows with steps of their own and a rule by the step"]
     ):
         optimizer.step()
+
+
+def test_stochastic_rounding_rounds_the_weight_alone() -> None:
+    """SST's vectors went into the product in bfloat16, though its sum was kept in float32."""
+    param = torch.nn.Parameter(cases.parameter((12, 20), torch.bfloat16).detach())
+    optimizer = built("SST", "adamw", [param], lr=0.5, stochastic_rounding=True, rank=4)
+    (item,) = optimizer._items(optimizer.param_groups[0])
+
+    def product() -> Tensor:
+        u, v = (item.subspace.in_order(optimizer.state[param], x).double() for x in "uv")
+        return (u.mT * optimizer.state[param]["basis_s"].double()) @ v
+
+    first, second = cases.gradients((12, 20), 2, torch.bfloat16)
+    optimizer.param_groups[0]["lr"] = 0.0
+    cases.run(optimizer, [param], [[first]])
+    before, old = param.detach().double().clone(), product()
+    optimizer.param_groups[0]["lr"] = 0.5
+    cases.run(optimizer, [param], [[second]])
+    exact = (1 - 0.5 * DECAY) * (before - old) + product()
+    ulp = torch.exp2(exact.abs().log2().floor() - 7)
+    assert bool(((param.detach().double() - exact).abs() <= ulp + 1e-5).all())

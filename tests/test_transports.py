@@ -139,8 +139,8 @@ def test_a_change_of_indices_permutes_rows_and_starts_new_ones_from_zero(
 ) -> None:
     """What ``P_new^T P_old`` does to the moments when both bases are sets of unit vectors.
 
-    Factored moments follow: what they stand for, ``row col^T / mean(row)``, moves with its rows, and
-    column means are means over the new ones. They were those over the old ones, of which some left.
+    Factored moments follow: what they stand for, ``row col^T / mean(row)``, moves with its rows,
+    and column means are means over the new ones; they were of the old ones, some of which left.
     """
     source = torch.tensor([2, -1, 0, 3]).expand(*batch, R)
     turn = torch.nn.functional.one_hot(source.clamp(min=0), R).double() * (source >= 0)[..., None]
