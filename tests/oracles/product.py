@@ -64,6 +64,12 @@ class Matrix:
             if self.aged and self.fixed(C):
                 self.age = C @ self.age
 
+    def selects(self):
+        """Whether entries are in the subspace or not, so that the rest is exactly zero there."""
+        if isinstance(self.part, torch.Tensor) or self.part[0] is None:
+            return True
+        return bool(((self.part[0] == 0) | (self.part[0] == 1)).all())
+
     @staticmethod
     def fixed(C):
         """Whether both bases are of vectors of one, so that C only moves rows."""
@@ -78,7 +84,7 @@ class Matrix:
             noise = 1e-6 * float(A.norm())
             small = float(E.norm()) < noise  # rounding is no residual
             if self.residual["rule"] == "sign" and not small:
-                self.open |= (E != 0) & (E.abs() < noise)
+                self.open |= (E.abs() < noise) & (not self.selects())
             return self.residual["gain"] * FREE[self.residual["rule"]](E * (not small))
         if kind == "fira":
             whole = self.residual["matrix"] or isinstance(self.part, torch.Tensor)
