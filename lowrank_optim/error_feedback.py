@@ -95,7 +95,7 @@ class ErrorFeedback:
     """
 
     stepped: ClassVar[Sequence[str]] = ()
-    whole: ClassVar[bool] = True
+    feeds_back: ClassVar[bool] = True
 
     kept: str = "float32"
     maximize: bool = False

@@ -7,6 +7,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields
 from functools import partial
 from typing import Any, ClassVar, TypedDict
 
@@ -143,9 +144,10 @@ class LowRankOptimizer(Optimizer):
 
     @classmethod
     def group_keys(cls) -> set[str]:
-        """Keys of parameter groups that this class reads: the arguments of its constructor."""
+        """Keys of parameter groups that this class reads: arguments of it and of its rule."""
         own = inspect.signature(cls.__init__).parameters.values()
         named = {x.name for x in own if x.kind is not x.VAR_KEYWORD}
+        named |= {field.name for field in fields(cls.rule_class)}
         return (named | DEFAULTS.keys() | {*cls.extra_keys}) - {"self", "params"}
 
     def __init__(self, params: Iterable[Any], defaults: Group) -> None:
@@ -295,6 +297,7 @@ class LowRankOptimizer(Optimizer):
             subspace = None
             if view is not None:
                 subspace = self.subspace(group, view).sharing(self._shared)
+                _check_fit(_name(group, i), subspace, self.residual(group))
             kind = kinds.setdefault((view, subspace), len(kinds))
             yield Item(param, _name(group, i), start + i, view, subspace, kind)
         if dense and group["rank"] is not None:
@@ -511,10 +514,24 @@ LowRankOptimizer.step.hooked = True  # type: ignore[attr-defined]  # torch need 
 LowRankOptimizer.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
 
+def _check_fit(name: str, subspace: Subspace, residual: Residual) -> None:
+    """Raise where no step is defined.
+
+    Raises:
+        ValueError: the subspace does not go with the residual.
+    """
+    reason = subspace.refuses(residual)
+    if reason is not None:
+        raise ValueError(
+            f"{type(residual).__name__} does not go with {type(subspace).__name__}, the subspace "
+            f"of {name}: {reason}; take another of the two, or Drop"
+        )
+
+
 def _chunk_size(item: Item, chosen: Strategies) -> int:
     assert item.subspace is not None and item.view is not None
     shapes = item.subspace.coord_shapes(item.view).values()
     size = 4 * sum(math.prod(shape) for shape in shapes)
-    if chosen.residual.whole:
+    if chosen.residual.feeds_back:
         size += 4 * item.param.numel()
     return max(1, CHUNK_BYTES[branchless(item.param)] // max(1, size))

@@ -77,6 +77,18 @@ class Strategies:
     aged: bool = False
     """Whether every row of a coordinate counts its own steps, from when it came in."""
 
+    def __post_init__(self) -> None:
+        """Raise where rows cannot have steps of their own.
+
+        Raises:
+            ValueError: the rule's direction depends on the step of the whole matrix.
+        """
+        if self.aged and not self.rule.by_row:
+            raise ValueError(
+                f"rows cannot count steps of their own under {self.rule}: its direction depends "
+                "on the step of the whole matrix; take another rule, or one step for all rows"
+            )
+
 
 def init_state(item: Item, chosen: Strategies, like: Tensor, active: bool | None = None) -> State:
     """The whole state of one parameter, all zeros, on the device of ``like``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
 
@@ -44,6 +44,30 @@ class Term(NamedTuple):
             return self._replace(columns=self.columns * factor.to(self.columns.dtype))
         return self._replace(gain=self.gain * factor)
 
+    def of_(self, rest: Tensor) -> Tensor:
+        """``gain f(rest)`` in place, for ``rest = G - P R``: a term that has no columns.
+
+        Raises:
+            ValueError: it has, or is of a kind that no one knows.
+        """
+        if self.kind not in FREE:
+            raise unknown_kind(self.kind, FREE)
+        return FREE[self.kind](rest).mul_(self.gain)
+
+
+FREE: dict[str, Callable[[Tensor], Tensor]] = {"sign": Tensor.sign_, "raw": lambda rest: rest}
+"""f of each kind of term that has no columns, in place."""
+
+
+KINDS = ("scaled", *FREE)
+"""Every kind of term."""
+
+
+def unknown_kind(kind: str, allowed: Iterable[str]) -> ValueError:
+    """The error of a subspace that is given a term which it cannot apply."""
+    names = ", ".join(repr(name) for name in allowed)
+    return ValueError(f"the kind of a residual's term must be one of {names}, got {kind!r}")
+
 
 class Seen(NamedTuple):
     """What a step knows of one matrix when the residual is asked."""
@@ -66,8 +90,9 @@ class Residual(Protocol):
 
     stepped: ClassVar[Sequence[str]]
     """State keys that :meth:`after` overwrites."""
-    whole: ClassVar[bool]
-    """Whether :meth:`before` makes a matrix of the size of G that lives as long as the step."""
+    feeds_back: ClassVar[bool]
+    """Whether what a step does not use is projected with the next gradient: :meth:`before` then
+    makes a matrix of the size of G, which lives as long as the step."""
 
     def init(self, view: MatrixView, like: Tensor) -> State:
         """What it remembers of one matrix, zeros."""
@@ -94,7 +119,7 @@ class Forgetful:
     """What residuals have in common that remember nothing of a gradient."""
 
     stepped: ClassVar[Sequence[str]] = ()
-    whole: ClassVar[bool] = False
+    feeds_back: ClassVar[bool] = False
 
     def before(self, state: State, grad: Tensor) -> Tensor:
         """The gradient as it is."""

@@ -192,8 +192,9 @@ def _apply(
         # coordinates are those of -G, and so is all that is linear in them: turn both back
         update, low, lr_now = {k: -x for k, x in update.items()}, -low, -lr_now
     rounding = weight_seed(w.item, w.state, chosen) if chosen.rounding else None
-    # for one whose coordinates alone exist the weights stand in: nothing of it is applied
-    grad = param if isinstance(w.grad, ProjectedGrad) else w.grad
+    # where nothing of it is applied the weights stand in: its coordinates alone may exist, or it
+    # may be wider than the weights, as with error feedback
+    grad = w.grad if subspace.applies_grad(term) else param
     into = Into(param, grad, low, lr_now, decay, rounding, sound)
     subspace.push_(into, w.state, update, term)
     if not shares_memory(param, w.item.param):

@@ -65,7 +65,7 @@ def project(moments: Moments, moved: Moved) -> None:
             x.copy_(turn(x, 1))
     factors = {slot.averaged: x for slot, x, _ in moments if slot.averaged is not None}
     if factors:
-        _turn_factors_(factors[-1], factors[-2], left, right)
+        _turn_factors_(factors[-1], factors[-2], _squared(left), _squared(right))
     for slot, x, bias in moments:
         if slot.signed or slot.averaged is not None:
             continue
@@ -94,25 +94,40 @@ def move_rows_(x: Tensor, source: Tensor, fill: int = 0) -> None:
 
 def _permute_(moments: Moments, moved: Moved) -> None:
     for slot, x, _ in moments:
-        new = x
-        if moved.source is not None and slot.averaged != -2:
-            new = take_rows(new, moved.source, -1 if slot.averaged == -1 else -2)
-        if moved.source_right is not None and slot.averaged != -1:
-            turned = new if slot.averaged == -2 else new.mT
-            turned = take_rows(turned, moved.source_right, -1 if slot.averaged == -2 else -2)
-            new = turned if slot.averaged == -2 else turned.mT
+        if slot.averaged is not None:
+            continue
+        new = x if moved.source is None else take_rows(x, moved.source)
+        if moved.source_right is not None:
+            new = take_rows(new.mT, moved.source_right).mT
         x.copy_(new)
+    factors = {slot.averaged: x for slot, x, _ in moments if slot.averaged is not None}
+    if factors:
+        _turn_factors_(
+            factors[-1], factors[-2],
+            lambda x: x.clone() if moved.source is None else take_rows(x, moved.source, -1),
+            lambda x: x.clone() if moved.source_right is None
+            else take_rows(x, moved.source_right, -1),
+        )  # fmt: skip
 
 
-def _turn_factors_(row: Tensor, col: Tensor, left: Tensor, right: Tensor | None) -> None:
+Turn = Callable[[Tensor], Tensor]
+
+
+def _squared(c: Tensor | None) -> Turn:
+    """How the means of squares turn with ``c``."""
+    if c is None:
+        return Tensor.clone
+    return lambda x: (c.to(x.dtype).square() @ x.unsqueeze(-1)).squeeze(-1)
+
+
+def _turn_factors_(row: Tensor, col: Tensor, left: Turn, right: Turn) -> None:
     """Row means ``(..., r)`` and column means ``(..., n)`` of the turned ``row col^T / mean(row)``.
 
     A new basis holds only part of the old energy: a turn of one side scales the means over it.
     """
 
-    def turned(c: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
-        new = x.clone() if c is None else (c.to(x.dtype).square() @ x.unsqueeze(-1)).squeeze(-1)
-        tiny = torch.finfo(x.dtype).tiny
+    def turned(turn: Turn, x: Tensor) -> tuple[Tensor, Tensor]:
+        new, tiny = turn(x), torch.finfo(x.dtype).tiny
         return new, new.mean(-1, keepdim=True) / x.mean(-1, keepdim=True).clamp(min=tiny)
 
     (new_row, row_gain), (new_col, col_gain) = turned(left, row), turned(right, col)

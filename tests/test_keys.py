@@ -107,13 +107,13 @@ def test_every_key_of_every_class_has_a_check() -> None:
 # ------------------------------------------------------------------ of another method
 
 OTHERS: list[tuple[type[LowRankOptimizer], str, Any, str]] = [
-    (GaLoreAdamW, "interval", 20, "SwitchLoRAAdamW, SwitchLoRAAdamW8bit read 'interval'"),
+    (GaLoreAdamW, "interval", 20, "SwitchLoRAAdamW, SwitchLoRAAdamW8bit.* read 'interval'"),
     (GaLoreAdamW, "free_rule", "sign", r"FrugalAdamW, FrugalAdamW8bit, FrugalLion and 1 more read"),
-    (FiraAdamW, "error_feedback", "8bit", "DCTAdamW, DCTAdamW8bit read 'error_feedback'"),
-    (GaLoreAdamW, "limiter", 1.01, "FiraAdamW, FiraAdamW8bit read 'limiter'"),
+    (FiraAdamW, "error_feedback", "8bit", "DCTAdamW, DCTAdamW8bit.* read 'error_feedback'"),
+    (GaLoreAdamW, "limiter", 1.01, "FiraAdamW, FiraAdamW8bit.* read 'limiter'"),
     (GaLoreLion, "eps", 1e-8, r"DCTAdamW, DCTAdamW8bit, FiraAdamW and \d+ more read 'eps'"),
-    (GaLoreAdamW, "momentum", 0.9, "FrugalSGD, GaLoreSGD read 'momentum'"),
-    (GaLoreAdamW, "sampling", "topr", "SSTAdamW, SSTAdamW8bit read 'sampling'"),
+    (GaLoreAdamW, "momentum", 0.9, "FrugalSGD, GaLoreSGD.* read 'momentum'"),
+    (GaLoreAdamW, "sampling", "topr", "SSTAdamW, SSTAdamW8bit.* read 'sampling'"),
     (GaLoreAdamW, "clip_threshold", 1.0, "GaLoreAdafactor reads 'clip_threshold'"),
 ]
 

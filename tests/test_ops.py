@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.ops import dispatch, native, reference, schema
+from lowrank_optim.ops.cosine import CosineTransform
 from lowrank_optim.ops.schema import SCHEMAS
 from lowrank_optim.quant import Quantized, dynamic_map, layout, zero_code
 from tests import ops_cases as cases
@@ -447,6 +448,25 @@ def test_lists_of_unequal_length_and_wrong_dtypes_raise(backend: str) -> None:
         cases.call("moment_8bit_", {**a, "codes": a["codes"][1:]})
     with pytest.raises(ValueError, match=r"codes must be torch\.uint8"):
         cases.call("moment_8bit_", {**a, "codes": [c.int() for c in a["codes"]]})
+
+
+def test_names_that_no_op_knows_raise(backend: str) -> None:
+    """The reference took any basis but "dct2" for "dct3", and any ranking but "l1" for "l2"."""
+    x, device = torch.randn(6, 5), torch.device("cpu")
+    plan = CosineTransform.make(6, "dct2", torch.float32, device).plan
+    low, index = torch.randn(2, 5), torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(ValueError, match="basis must be one of 'dct2', 'dct3', got 'dct4'"):
+        ops.cosine_scores([x], plan, "dct4", "l2")
+    with pytest.raises(ValueError, match="ranking must be one of 'l2', 'l1', got 'max'"):
+        ops.cosine_scores([x], plan, "dct2", "max")
+    with pytest.raises(ValueError, match="basis must be one of"):
+        ops.cosine_project_([x], [index], [low], plan, "dct4")
+    with pytest.raises(ValueError, match="basis must be one of"):
+        ops.cosine_lift_add_([x], [index], [low], plan, "dct4", 1.0, [1.0], [])
+    with pytest.raises(ValueError, match="basis must be one of"):
+        CosineTransform.make(6, "dct4", torch.float32, device)
+    with pytest.raises(ValueError, match=r"free must be one of .*'sign'.*, got 'cubic'"):
+        ops.coordinate_add_([x], [x.clone()], [index], [low], 1.0, 0.1, 1.0, 1.0, "cubic")
 
 
 def test_the_command_names_backends_and_reasons() -> None:

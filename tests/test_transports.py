@@ -139,18 +139,17 @@ def test_a_change_of_indices_permutes_rows_and_starts_new_ones_from_zero(
 ) -> None:
     """What ``P_new^T P_old`` does to the moments when both bases are sets of unit vectors.
 
-    Factored moments follow: row factors move with their rows, column factors belong to no row.
+    Factored moments follow: what they stand for, ``row col^T / mean(row)``, moves with its rows,
+    and column means are means over the new ones; they were of the old ones, some of which left.
     """
     source = torch.tensor([2, -1, 0, 3]).expand(*batch, R)
     turn = torch.nn.functional.one_hot(source.clamp(min=0), R).double() * (source >= 0)[..., None]
     m, v = moments(*batch)
-    row, col = rand(*batch, R), rand(*batch, N)
-    expected_m, expected_v, expected_row, expected_col = (
-        turn @ m,
-        turn @ v,
-        (turn @ row[..., None])[..., 0],
-        col.clone(),
-    )
+    row, col = rand(*batch, R).abs() + 0.1, rand(*batch, N).abs() + 0.1
+    col *= row.mean(-1, keepdim=True) / col.mean(-1, keepdim=True)  # means of one matrix
+    whole = turn @ (row[..., None] * col[..., None, :] / row.mean(-1)[..., None, None])
+    expected_m, expected_v = turn @ m, turn @ v
+    expected_row, expected_col = whole.mean(-1), whole.mean(-2)
     kept = [(MEAN, m, 1.0), (SQUARE, v, 1.0), (ROW, row, 1.0), (COL, col, 1.0)]
     TRANSPORTS["project"](kept, Moved(source=source))
     assert_close(m, expected_m)

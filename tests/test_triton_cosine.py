@@ -242,7 +242,7 @@ class TestTransforms:
         for wrong in (plan(14, basis), plan(12, basis, torch.float64)):
             with pytest.raises(ValueError, match="a plan of another length than 12"):
                 ops.cosine_scores([grad], wrong, basis, "l2")
-        with pytest.raises(ValueError, match="basis must be dct2 or dct3, got dct4"):
+        with pytest.raises(ValueError, match="basis must be one of 'dct2', 'dct3', got 'dct4'"):
             ops.cosine_scores([grad], plan(12, basis), "dct4", "l2")
 
 

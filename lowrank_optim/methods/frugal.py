@@ -21,7 +21,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 from torch import Tensor
 
@@ -30,7 +30,7 @@ from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
 from lowrank_optim.residuals import Drop, Free, Residual
 from lowrank_optim.rules import SGD, AdamW, Lion, Rule
 
-KINDS = {"sign": "sign", "sgd": "raw"}
+KINDS: dict[str, Literal["sign", "raw"] | None] = {"sign": "sign", "sgd": "raw", "none": None}
 """The term that each free rule is."""
 
 
@@ -61,8 +61,8 @@ class _Frugal(LowRankOptimizer):
 
     def residual(self, group: Group) -> Residual:
         """What has no state moves by the free rule."""
-        kind, gain = KINDS.get(group["free_rule"]), group["free_lr_scale"]
-        return Free(kind, float(gain)) if kind and gain else Drop()  # type: ignore[arg-type]
+        kind, gain = KINDS[group["free_rule"]], group["free_lr_scale"]
+        return Free(kind, float(gain)) if kind and gain else Drop()
 
 
 def _with_rank(entry: Any, rank: Any) -> Any:

@@ -66,7 +66,7 @@ def lift_add_(
 
     Args:
         param: W ``(..., m, n)``, any strides.
-        basis: P ``(..., m, r)`` in the parameter's dtype.
+        basis: P ``(..., m, r)``; like N and Q it is cast where a GEMM takes one dtype.
         low: N ``(..., r, n)``, or ``(..., r, r)`` with ``right``.
         right: Q ``(..., n, r)``.
         decay: factor of the weights; a tensor ``()`` or ``(..., 1, 1)`` is read on its device.
@@ -79,10 +79,9 @@ def lift_add_(
     if isinstance(decay, Tensor):
         param.mul_(decay)
         decay = 1.0
-    if low.dtype != param.dtype:
-        low = low.to(param.dtype)
+    basis, low = basis.to(param.dtype), low.to(param.dtype)  # no copies where they have it
     if right is not None:
-        low = low @ right.mT
+        low = low @ right.mT.to(param.dtype)
     if param.dim() == 2:
         param.addmm_(basis, low, beta=decay, alpha=alpha)
     else:

@@ -13,8 +13,21 @@ from lowrank_optim.ops.rows import check_rows, take_rows
 
 BASES = ("dct2", "dct3")
 """Rows of the DCT-II matrix C (cosines), or its columns."""
+RANKINGS = ("l2", "l1")
+"""Norms of the coefficients by which they are ranked."""
 TILE_ELEMENTS = {False: 1 << 18, True: 1 << 24}
 """Elements transformed at once: within a CPU's cache, or enough to fill an accelerator."""
+
+
+def check_name(what: str, name: str, allowed: Sequence[str]) -> None:
+    """Raise unless an op knows the name.
+
+    Raises:
+        ValueError: it is none of those allowed.
+    """
+    if name not in allowed:
+        names = ", ".join(repr(own) for own in allowed)
+        raise ValueError(f"{what} must be one of {names}, got {name!r}")
 
 
 def column_tiles(x: Tensor) -> Iterator[slice]:
@@ -32,6 +45,7 @@ def cosine_rows(n: int, basis: str, dtype: torch.dtype, device: torch.device) ->
     Phases are reduced modulo 4n as integers and looked up in float64: in float32 they lose their
     last digits from n = 2900 on, and rows are orthogonal to 2e-4 only.
     """
+    check_name("basis", basis, BASES)
     table = torch.cos(torch.arange(4 * n, dtype=torch.float64) * (math.pi / (2 * n)))
     table *= math.sqrt(2 / n)
     first = torch.arange(n)
@@ -85,6 +99,7 @@ class CosineTransform(NamedTuple):
     @classmethod
     def make(cls, n: int, basis: str, dtype: torch.dtype, device: torch.device) -> CosineTransform:
         """For rows of length ``n`` in ``dtype``, float32 or float64."""
+        check_name("basis", basis, BASES)
         every = torch.arange(n)
         order = torch.cat([every[::2], every[1::2].flip(0)])
         inverse = torch.empty_like(order).index_copy_(0, order, every)
@@ -173,6 +188,8 @@ def cosine_scores(
     grads: Sequence[Tensor], plan: Sequence[Tensor], basis: str, ranking: str
 ) -> list[Tensor]:
     """``(m,)`` of each: sums of squares ("l2") or of absolute values ("l1") of coefficients."""
+    check_name("basis", basis, BASES)
+    check_name("ranking", ranking, RANKINGS)
     found = []
     for grad in grads:
         transform = CosineTransform(grad.shape[0], basis, *plan)
@@ -193,6 +210,7 @@ def cosine_project_(
     basis: str,
 ) -> None:
     """Coefficients ``indices (r,)`` of the columns of ``grads (m, n)`` into ``outs (r, n)``."""
+    check_name("basis", basis, BASES)
     _check_indices("cosine_project_", grads, indices)
     for grad, index, out in zip(grads, indices, outs, strict=True):
         transform = CosineTransform(grad.shape[0], basis, *plan)
@@ -212,6 +230,7 @@ def cosine_lift_add_(
     sound: Sequence[Tensor] = (),
 ) -> None:
     """``W <- decay W - step P N``: one inverse transform of the scattered rows of ``updates``."""
+    check_name("basis", basis, BASES)
     _check_indices("cosine_lift_add_", params, indices)
     for i, (w, index, low, step) in enumerate(zip(params, indices, updates, steps, strict=True)):
         transform = CosineTransform(w.shape[0], basis, *plan)

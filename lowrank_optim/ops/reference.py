@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops.cosine import (  # noqa: F401  (ops of this backend)
+    check_name,
     cosine_adamw_,
     cosine_lift_add_,
     cosine_project_,
@@ -515,6 +516,7 @@ def coordinate_add_(
     sound: Tensors = (),
 ) -> None:
     """Rows in ``index``: ``W <- decay W - lr a N``; the others: ``W <- decay W - lr gain f(G)``."""
+    check_name("free", free, [*FREE])
     for w, index in zip(params, indices, strict=True):
         check_rows("coordinate_add_", index, w.shape[-2])
     matrices = zip(params, grads, indices, updates, strict=True)
@@ -541,6 +543,7 @@ def coordinate_adamw_(
     free: str,
 ) -> None:
     """Rows in ``index``: AdamW on their moments; the others: ``W <- decay W - free_step f(G)``."""
+    check_name("free", free, [*FREE])
     for w, index in zip(params, indices, strict=True):
         check_rows("coordinate_adamw_", index, w.shape[-2])
     matrices = zip(params, grads, indices, exp_avgs, exp_avg_sqs, strict=True)

@@ -49,6 +49,11 @@ class Adafactor(Rule):
     relative_step: bool = False
     warmup_init: bool = False
 
+    @property
+    def by_row(self) -> bool:
+        """No: columns share their mean with all rows."""
+        return False
+
     @classmethod
     def from_group(cls, group: dict[str, Any]) -> Adafactor:
         """Every argument, under its own name."""

@@ -42,6 +42,11 @@ class Rule:
     elementwise: ClassVar[bool] = True
     """Whether an entry's direction depends on that entry alone, so that a tensor may be tiled."""
 
+    @property
+    def by_row(self) -> bool:
+        """Whether rows may have steps of their own: none matters, or ``ages`` are taken."""
+        return True
+
     @classmethod
     def from_group(cls, group: dict[str, Any]) -> Rule:
         """The rule with the hyper-parameters of a parameter group."""

@@ -24,6 +24,11 @@ class SGD(Rule):
     dampening: float = 0.0
     nesterov: bool = False
 
+    @property
+    def by_row(self) -> bool:
+        """Unless it is dampened from the second step on."""
+        return not (self.momentum and self.dampening)
+
     @classmethod
     def from_group(cls, group: dict[str, Any]) -> SGD:
         """``momentum``, ``dampening`` and ``nesterov`` of the group."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.matrix import MatrixView, matrix_view
-from lowrank_optim.residuals import Term
+from lowrank_optim.residuals import KINDS, Residual, Term, unknown_kind
 from lowrank_optim.state_checks import check_finite
 
 State = dict[str, Tensor]
@@ -163,6 +163,10 @@ class Subspace(ABC):
 
     def prepare(self, view: MatrixView, like: Tensor) -> None:  # noqa: B027
         """Build what a step will keep in :class:`Shared`, so that estimates count it."""
+
+    def refuses(self, residual: Residual) -> str | None:
+        """Why it does not go with a residual; None if it does."""
+        return None
 
     @abstractmethod
     def init(self, view: MatrixView, param: Tensor) -> State:
@@ -342,6 +346,8 @@ class Projector(Subspace):
         if right is not None:
             wide, low = (x @ right.mT.to(x.dtype) for x in (wide, low))
         scale = self.scale
+        if term.kind not in KINDS:
+            raise unknown_kind(term.kind, KINDS)
         if term.kind == "raw":  # of the whole projection, whatever the scale
             wider = torch.promote_types(low.dtype, torch.float32)
             ones = torch.ones_like(low[..., :1, :], dtype=wider)
@@ -360,7 +366,7 @@ class Projector(Subspace):
             assert term.columns is not None
             columns = [term.columns]
             ops.lift_add_scaled_(*common, columns, into.decay, into.lr, scale, sound)
-        else:
+        else:  # "sign"
             ops.lift_add_sign_(*common, into.decay, into.lr, scale, term.gain, sound)
 
 

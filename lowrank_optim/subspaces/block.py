@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.matrix import MatrixView
-from lowrank_optim.residuals import Term
+from lowrank_optim.residuals import Residual, Term
 from lowrank_optim.subspaces.base import Context, Into, Moved, Reduce, State, Subspace, register
 
 BLOCK_ORDERS = ("random", "ascending", "descending", "mirror")
@@ -106,6 +106,10 @@ class Block(Subspace):
         half, pairs = n // 2, k // 2
         front = {(switches * pairs + i) % half for i in range(pairs)}
         return frozenset(front | {n - 1 - i for i in front})
+
+    def refuses(self, residual: Residual) -> str | None:
+        """Error feedback, which an idle block would never read."""
+        return "a block uses all of a gradient or nothing" if residual.feeds_back else None
 
     def init(self, view: MatrixView, param: Tensor) -> State:
         """When its group last stepped it, and how many steps it had taken when its moments began.

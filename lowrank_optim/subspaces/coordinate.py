@@ -201,4 +201,4 @@ def _outside(g: Tensor, term: Term | None) -> Tensor:
     if term.kind == "scaled":
         assert term.columns is not None
         return g * term.columns
-    return (g.sign() if term.kind == "sign" else g) * term.gain
+    return term.of_(g.clone())

@@ -239,8 +239,8 @@ class DCT(FixedBasis):
                 factor = torch.where(into.sound, factor, 0)
             inside = plan.lift(self.scale * (low - seen * factor), index)
             return inside.addcmul_(grad, factor.mT.to(grad.dtype))
-        outside = grad - plan.lift(seen, index)
-        return plan.lift(low, index).mul_(self.scale).add_(outside.sign_().mul_(term.gain))
+        outside = term.of_(grad - plan.lift(seen, index))
+        return plan.lift(low, index).mul_(self.scale).add_(outside)
 
 
 def _matrices(

@@ -56,7 +56,7 @@ class SwitchedFactors(Switched):
         weight = weight.mT if side else weight
         ops.lift_add_(
             weight,
-            other[index].mT.to(weight.dtype),
+            other[index].mT,
             before - factor[index],
             None,
             1.0,
@@ -78,7 +78,7 @@ class SwitchedFactors(Switched):
             left = state["basis_B"].mT * (decay - 1)
             ops.lift_add_(
                 weight,
-                left if into.rounding is not None else left.to(weight.dtype),
+                left,
                 state["basis_A"],
                 None,
                 decay,

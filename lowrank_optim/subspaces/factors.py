@@ -41,7 +41,8 @@ def sample(how: str, s: Tensor, rank: int, iteration: int, noise: Tensor) -> Ten
     else:
         total = s.sum()
         share = s / total if float(total) > 0 else torch.full_like(s, 1 / k)
-        share = {"mixed": (share + 1 / k) / 2, "multinomial": share}.get(how, torch.ones_like(s))
+        every = {"mixed": (share + 1 / k) / 2, "multinomial": share, "uniform": torch.ones_like(s)}
+        share = every[how]
         keys = torch.where(share > 0, share / noise, -noise)
     chosen = torch.sort(keys, descending=True, stable=True).indices[:rank]
     return torch.sort(chosen).values

@@ -20,7 +20,6 @@ from lowrank_optim.subspaces.base import Context, Into, Moved, Projector, Reduce
 
 SPECTRUM_ELEMENTS = 1 << 24
 """Spectra up to this size (64 MiB) are kept while the best of them are chosen."""
-RANKINGS = ("l2", "l1")
 
 
 @dataclass(frozen=True)

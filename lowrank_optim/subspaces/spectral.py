@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.matrix import MatrixView
-from lowrank_optim.residuals import Term
+from lowrank_optim.residuals import Drop, Residual, Term
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.state_checks import check_counter, check_finite, check_index
 from lowrank_optim.subspaces.base import Context, Into, Moved, Reduce, State, Subspace
@@ -90,6 +90,12 @@ class Spectral(Subspace):
         """State keys of the vectors not in use."""
         where = "host." if self.offload_inactive else ""
         return f"{where}basis_u_rest", f"{where}basis_v_rest"
+
+    def refuses(self, residual: Residual) -> str | None:
+        """All but :class:`Drop`: nobody has said what else should become of the gradient."""
+        if isinstance(residual, Drop):
+            return None
+        return "its coordinates are of factors of the weight, and leave nothing outside them"
 
     def init(self, view: MatrixView, param: Tensor) -> State:
         """Zeros: until the first refresh the update is zero."""
@@ -329,7 +335,6 @@ class Spectral(Subspace):
         if into.param.dtype != old_u.dtype:
             lefts, rights = [torch.cat(lefts, -2)], [torch.cat(rights, -2)]
         for left, right in zip(lefts, rights, strict=True):
-            basis = left.mT.to(into.param.dtype)
-            ops.lift_add_(into.param, basis, right, None, decay, 1.0, into.rounding)
+            ops.lift_add_(into.param, left.mT, right, None, decay, 1.0, into.rounding)
             decay = 1.0
         self.keep_(state, change)

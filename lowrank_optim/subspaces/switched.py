@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.matrix import MatrixView
-from lowrank_optim.residuals import Term
+from lowrank_optim.residuals import Drop, Residual, Term
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.state_checks import check_finite, check_index
 from lowrank_optim.subspaces import ahead, switching
@@ -118,6 +118,12 @@ class Switched(Subspace):
         """``A (..., r, in)`` and ``B (..., r, out)``."""
         sizes = zip(SIDES, self.sizes(view), strict=True)
         return {side: (*view.batch, self.rank, size) for side, size in sizes}
+
+    def refuses(self, residual: Residual) -> str | None:
+        """All but :class:`Drop`: nobody has said what else should become of the gradient."""
+        if isinstance(residual, Drop):
+            return None
+        return "its coordinates are of factors of the weight, and leave nothing outside them"
 
     def init(self, view: MatrixView, param: Tensor) -> State:
         """Zeros, but for the order: the first step draws the numbers."""
@@ -300,7 +306,7 @@ class Switched(Subspace):
         param = self.natural(into.param)
         ops.lift_add_(
             param,
-            left if into.rounding is not None else left.to(param.dtype),
+            left,
             torch.cat([a, da], -2),
             None,
             into.guarded_decay() if self.decay_on == "weight" else 1.0,

@@ -39,6 +39,7 @@ class _Call:
     def __init__(self, like: Sequence[Tensor], plan: Sequence[Tensor], basis: str) -> None:
         self.arrays, n = Arrays(like[0].device), like[0].shape[0]
         turns = plan[-1]
+        reference.check_name("basis", basis, [*BASES])
         if any(x.dim() != 2 or x.shape[0] != n for x in like):
             raise ValueError(f"cosines of one length, got {[tuple(x.shape) for x in like]}")
         exactly([turns], torch.float32, "turns")
@@ -105,6 +106,7 @@ def cosine_scores(
     grads: Sequence[Tensor], plan: Sequence[Tensor], basis: str, ranking: str
 ) -> list[Tensor]:
     """``(m,)`` float32 of each; partial sums depend on the shape alone."""
+    reference.check_name("ranking", ranking, [*RANKINGS])
     if grads and not _serves(grads):
         return reference.cosine_scores(grads, plan, basis, ranking)
     scores = [torch.empty(x.shape[0], dtype=torch.float32) for x in grads]

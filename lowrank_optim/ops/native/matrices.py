@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops import reference
+from lowrank_optim.ops.cosine import check_name
 from lowrank_optim.ops.native.arrays import (
     DTYPES,
     Arrays,
@@ -226,8 +227,7 @@ def coordinate_add_(
     sound: Sequence[Tensor] = (),
 ) -> None:
     """Rows in ``index``: ``W <- decay W - lr a N[k]``; others ``W <- decay W - lr gain f(G)``."""
-    if free not in FREE:
-        raise ValueError(f"free must be one of {sorted(FREE)}, got {free!r}")
+    check_name("free", free, [*FREE])
     if not W:
         return
     same(len(W), G=G, index=index, N=N)
@@ -285,8 +285,7 @@ def coordinate_adamw_(
 
     On the CPU; elsewhere the reference.
     """
-    if free not in FREE:
-        raise ValueError(f"free must be one of {sorted(FREE)}, got {free!r}")
+    check_name("free", free, [*FREE])
     if not W:
         return
     if W[0].device.type != "cpu":

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_optim.ops.cosine import check_name
 from lowrank_optim.ops.reference import coordinate_adamw_  # noqa: F401  (not yet a kernel)
 from lowrank_optim.ops.triton.elements import sign
 from lowrank_optim.ops.triton.launch import flags, guard, warps
@@ -98,8 +99,7 @@ def coordinate_add_(
         free: ``sign``, ``sgd`` (G itself) or ``none``.
         sound: 0-dim bools; where False, W is left as it is.
     """
-    if free not in FREE:
-        raise ValueError(f"free must be one of {', '.join(FREE)}, got {free}")
+    check_name("free", free, [*FREE])
     fine = flags(sound) or [None] * len(params)
     for w, g, index, n_, flag in zip(params, grads, indices, terms, fine, strict=True):
         if w.numel():

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lowrank_optim.ops.cosine import BASES, column_tiles, move_rows_
+from lowrank_optim.ops.cosine import BASES, RANKINGS, check_name, column_tiles, move_rows_
 from lowrank_optim.ops.reference import top_rows_  # noqa: F401  (not a kernel)
 from lowrank_optim.ops.triton.cosine_kernels import (
     cosine_add_kernel,
@@ -35,8 +35,7 @@ class _Transform:
     """The transforms of one length: what a call launches around them."""
 
     def __init__(self, m: int, plan: Sequence[Tensor], basis: str) -> None:
-        if basis not in BASES:
-            raise ValueError(f"basis must be {' or '.join(BASES)}, got {basis}")
+        check_name("basis", basis, BASES)
         *_, twiddle, untwiddle, _ = plan
         if twiddle.numel() != m // 2 + 1 or twiddle.dtype != torch.complex64:
             raise ValueError(f"a plan of another length than {m}, or of another dtype")
@@ -91,6 +90,7 @@ def cosine_scores(
 
     Programs write their sums in rows of their own, added up in order afterwards: no atomics.
     """
+    check_name("ranking", ranking, RANKINGS)
     found = []
     for grad in grads:
         m = grad.shape[0]
