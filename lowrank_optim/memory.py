@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_optim.activations import Left, causal_lm, in_flight
-from lowrank_optim.in_backward import check_projecting
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.plan import on_host
+from lowrank_optim.projecting import check_projecting
 from lowrank_optim.rules.base import compute_dtype
 
 GIB = 2**30

@@ -19,6 +19,7 @@ from lowrank_optim.dense import step_dense
 from lowrank_optim.groups import EMBEDDING_OR_HEAD, Group, canonical, check, check_rank
 from lowrank_optim.matrix import MatrixView
 from lowrank_optim.plan import Item, State, Strategies, branchless, init_state
+from lowrank_optim.projected import ProjectedGrad
 from lowrank_optim.residuals import Residual
 from lowrank_optim.rules.base import Rule
 from lowrank_optim.step import step_matrices
@@ -322,6 +323,8 @@ class LowRankOptimizer(Optimizer):
         state: State = self.state[item.param]
         if not state:
             state.update(init_state(item, chosen, item.param))
+            if isinstance(item.param.grad, ProjectedGrad):
+                state.update(item.param.grad.fresh)  # now: else two bases of every matrix exist
         return state
 
     def _step_items(self, items: list[Item], group: Group, chosen: Strategies) -> None:
