@@ -15,7 +15,7 @@ from lowrank_optim.parallel import MESSAGE, in_ddp
 from lowrank_optim.plan import Item
 from lowrank_optim.projected import ProjectedGrad
 from lowrank_optim.projecting import (
-    check_coords_dtype,
+    check_choices,
     check_projecting,
     first_projected,
     items_of,
@@ -343,9 +343,7 @@ def attach_in_backward(
     """
     if mode not in ("project", "step"):
         raise ValueError(f"mode must be 'project' or 'step', got {mode!r}")
-    if first_basis not in ("micro", "boundary"):
-        raise ValueError(f"first_basis must be 'micro' or 'boundary', got {first_basis!r}")
-    check_coords_dtype(coords_dtype)
+    check_choices(first_basis, coords_dtype)
     whole = isinstance(accumulation_steps, int) and not isinstance(accumulation_steps, bool)
     if not whole or accumulation_steps < 1:
         raise ValueError(f"accumulation_steps must be a positive int, got {accumulation_steps!r}")

@@ -19,9 +19,6 @@ from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.base import identity
 from lowrank_optim.subspaces.block import Block
 
-COORDS_DTYPES = ("auto", "float32", "bfloat16")
-"""What ``coords_dtype`` may be."""
-
 
 def items_of(optimizer: LowRankOptimizer) -> Iterator[tuple[Group, Item]]:
     """Every parameter, and its group."""
@@ -30,13 +27,15 @@ def items_of(optimizer: LowRankOptimizer) -> Iterator[tuple[Group, Item]]:
             yield group, item
 
 
-def check_coords_dtype(coords_dtype: str) -> None:
-    """Raise unless it is one of :data:`COORDS_DTYPES`.
+def check_choices(first_basis: str, coords_dtype: str) -> None:
+    """Raise unless both are among what :func:`~lowrank_optim.attach_in_backward` knows.
 
     Raises:
-        ValueError: it is not.
+        ValueError: one is not.
     """
-    if coords_dtype not in COORDS_DTYPES:
+    if first_basis not in ("micro", "boundary"):
+        raise ValueError(f"first_basis must be 'micro' or 'boundary', got {first_basis!r}")
+    if coords_dtype not in ("auto", "float32", "bfloat16"):
         names = "'auto', 'float32' or 'bfloat16'"
         raise ValueError(f"coords_dtype must be {names}, got {coords_dtype!r}")
 
