@@ -189,6 +189,13 @@ class _Projecting(InBackward):
             item.param.grad = projected(item, state, grad, chosen, self.coords_dtype)
         clip_grad_norm_([item.param for _, item in items_of(self.optimizer)], self.max_norm)
 
+    def remove(self) -> None:
+        """As of every mode; nothing empty is left behind, which would keep later gradients out."""
+        for param in self._hooks:
+            if isinstance(param.grad, ProjectedGrad) and param.grad.empty:
+                param.grad = None
+        super().remove()
+
 
 class _Stepping(InBackward):
     """Each parameter is stepped, and its gradient freed, in the last backward before a step."""

@@ -333,6 +333,13 @@ class LowRankOptimizer(Optimizer):
         if any([item.param.grad.is_sparse for item in items if item.param.grad is not None]):
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
         for item in items:
+            if isinstance(item.param.grad, ProjectedGrad) and item.param.grad.spill is not None:
+                raise RuntimeError(
+                    f"the gradient of {item.name} was kept in its subspace and zeroed in place, "
+                    "and no attach_in_backward took the next one: call zero_grad() with "
+                    "set_to_none=True, and backward() again"
+                )
+        for item in items:
             if item.subspace is None:
                 step_dense(item, self._state_of(item, chosen), chosen, lr, weight_decay)
             elif isinstance(item.subspace, Block):

@@ -134,7 +134,7 @@ def _each(func: Any, grad: ProjectedGrad, *args: Any, **kwargs: Any) -> Any:
 
 
 def _zero_(func: Any, grad: ProjectedGrad) -> ProjectedGrad:
-    grad.empty, grad.fresh, grad.count = True, {}, 0
+    grad.empty, grad.fresh = True, {}
     return _each(func, grad)  # type: ignore[no-any-return]
 
 

@@ -214,6 +214,30 @@ def test_zeroed_in_place_rounds_the_same() -> None:
     assert torch.equal(*runs)
 
 
+def test_zeroed_in_place_and_removed() -> None:
+    """What is empty goes with the hooks, else later gradients would count for nothing."""
+    runs = []
+    for zeroed_before in (True, False):
+        weight, optimizer = one()
+        handle = attach_in_backward(optimizer)
+        send(weight, gradients(1)[0])
+        optimizer.step()
+        if zeroed_before:
+            optimizer.zero_grad(set_to_none=False)
+            handle.remove()
+        else:
+            handle.remove()
+            optimizer.zero_grad(set_to_none=False)
+            send(weight, gradients(1)[0])
+            with pytest.raises(RuntimeError, match="with set_to_none=True"):
+                optimizer.step()
+            optimizer.zero_grad()
+        send(weight, gradients(1)[0])
+        optimizer.step()
+        runs.append(weight.detach().clone())
+    assert torch.equal(*runs) and not torch.equal(runs[0], one()[0])
+
+
 def test_norms_are_not_rounded_and_factors_are() -> None:
     """The norm that clips is float32's; coordinates are scaled as torch scales bfloat16."""
     weight, optimizer = one()

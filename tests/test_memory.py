@@ -185,12 +185,12 @@ def test_errors():
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("mode", [None, "project", "step"])
 def test_peak_with_activations_is_what_torch_counts(mode, checkpointing, dtype):
-    """Against MemTracker on the real model and hooks: the second of two micro-batches of a step.
+    """Against MemTracker on the real model and hooks: two micro-batches, every step of a gap.
 
-    What each holds before it is known: weights, state, and what is left of the first gradients.
+    What each holds before it is known: weights and state.
     """
     config = llama(64, 172, 4, 2, vocab_size=256)
-    options = {"rank": 4, "update_proj_gap": 100, "stagger": False}
+    options = {"rank": 4, "update_proj_gap": 2}
     found = estimate(
         config, GaLoreAdamW, in_backward=mode, accumulation_steps=2, tokens=(4, 64),
         checkpointing=checkpointing, dtype=dtype, **options,
@@ -209,39 +209,75 @@ def test_peak_with_activations_is_what_torch_counts(mode, checkpointing, dtype):
     optimizer.zero_grad()
     if mode is not None:
         attach_in_backward(optimizer, mode, accumulation_steps=2)
-    cpu, tracker = torch.device("cpu"), MemTracker()
-    tracker.track_external(model, optimizer, batch)
-    with tracker:
-        before = tracker.get_tracker_snapshot("current")[cpu]["Total"]
-        micro_batch()
-        tracker.reset_mod_stats()
-        micro_batch()
-    peak = tracker.get_tracker_snapshot("peak")[cpu]["Total"] - before
+    cpu, peaks = torch.device("cpu"), []
+    for _ in range(2 if mode == "project" else 1):
+        tracker = MemTracker()
+        tracker.track_external(model, optimizer, batch)
+        with tracker:
+            before = tracker.get_tracker_snapshot("current")[cpu]["Total"]
+            micro_batch()
+            tracker.reset_mod_stats()
+            micro_batch()
+        peaks.append(tracker.get_tracker_snapshot("peak")[cpu]["Total"] - before)
+        if mode != "step":
+            optimizer.step()
+            optimizer.zero_grad()
+    peak = max(peaks)
     predicted = found.live_gradients + found.activations
     assert predicted == pytest.approx(peak, rel=0.02)
 
 
 def test_in_backward_peaks_add_up():
     """LLaMA-60M by hand: what each mode leaves alive of the gradients."""
-    config = llama_config("llama-60m")
+    config, options = llama_config("llama-60m"), {"rank": 128, "update_proj_gap": 20}
     parts = {
         (mode, steps): estimate(
-            config, GaLoreAdamW, rank=128, in_backward=mode, accumulation_steps=steps
+            config, GaLoreAdamW, in_backward=mode, accumulation_steps=steps, **options
         )
         for mode in (None, "step", "project")
         for steps in (1, 4)
     }
     live = {key: found.live_gradients for key, found in parts.items()}
     whole = 2 * 58_073_600
-    coords = 8 * (4 * 128 * 512 + 3 * 128 * 1376) * 4  # float32
+    coords = 8 * (4 * 128 * 512 + 3 * 128 * 1376) * 2  # bfloat16, as products of it
     dense = 2 * (58_073_600 - 8 * (4 * 512 * 512 + 3 * 512 * 1376))
     embedding, mlp = 2 * 32000 * 512, 2 * 512 * 1376
-    assert live[None, 1] == live[None, 4] == live["step", 4] == whole
+    worst = worst_of_a_gap(config, 20, 128)
+    assert worst > 2 * (mlp - 2 * 128 * 1376)  # more than one matrix of a layer
+    assert live[None, 1] == whole
+    assert live[None, 4] == live["step", 4] == whole + embedding
     assert live["step", 1] == embedding
-    assert live["project", 1] == live["project", 4] == coords + dense + mlp
+    assert live["project", 1] == coords + dense + worst + mlp
+    assert live["project", 4] == coords + dense + worst + embedding
+    in_float32 = estimate(
+        config, GaLoreAdamW, in_backward="project", coords_dtype="float32", **options
+    )
+    assert in_float32.live_gradients > live["project", 1] + coords - worst
     assert "(coordinates, dense ones" in str(parts["project", 4])
     assert "freed inside backward" in str(parts["step", 1])
     assert "freed" not in str(parts["step", 4])
+
+
+def worst_of_a_gap(config, gap: int, rank: int) -> int:
+    """Bytes more than coordinates that whole gradients take, by following every matrix's refreshes.
+
+    From the definition alone: due when ``step - offset`` enters a new multiple of the gap.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    shapes = [(n, p.shape) for n, (_, p) in enumerate(model.named_parameters())]
+    sizes = {
+        n: 2 * (s[0] * s[1] - rank * max(s))
+        for n, s in shapes
+        if len(s) == 2 and 32000 not in s
+    }  # fmt: skip
+    last, worst = dict.fromkeys(sizes, 0), 0
+    for step in range(1, 3 * gap):
+        offset = {n: int(gap * (n * 0.6180339887498949 % 1)) for n in sizes}
+        due = [n for n in sizes if (step - offset[n]) // gap > (last[n] - offset[n]) // gap]
+        last.update(dict.fromkeys(due, step))
+        worst = max(worst, sum(sizes[n] for n in due))
+    return worst
 
 
 # ---------------------------------------------------------------- published figures
