@@ -157,14 +157,15 @@ VARIANTS: dict[str, tuple[Any, int]] = {
 
 
 def runs(
-    console: Console, settings: Settings, corpus: Corpus, counts: Sequence[int], seeds: int
+    console: Console, settings: Settings, corpus: Corpus, args: argparse.Namespace
 ) -> list[list[str]]:
     """Rows of the second table."""
     rows = []
-    for count in counts:
-        ends: dict[str, list[float]] = {name: [] for name in VARIANTS}
-        for seed in range(seeds):
-            for name, (coords_dtype, own) in VARIANTS.items():
+    for count in args.train:
+        ends: dict[str, list[float]] = {name: [] for name in ("float32", *args.beside)}
+        for seed in range(args.seeds):
+            for name in ends:
+                coords_dtype, own = VARIANTS[name]
                 loss = train(replace(settings, seed=seed), corpus, coords_dtype, count, own)
                 ends[name].append(loss)
                 console.print(f"{count} micro-batches, seed {seed}, {name}: {loss:.4f}")
@@ -180,6 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Coordinates in bfloat16 against float32.")
     parser.add_argument("--pieces", type=int, nargs="+", default=[1, 8, 64], help="micro-batches")
     parser.add_argument("--train", type=int, nargs="*", default=[1, 8], help="of training runs")
+    beside = [name for name in VARIANTS if name != "float32"]
+    parser.add_argument("--beside", nargs="+", choices=beside, default=beside, metavar="FORMAT")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--threads", type=int, help="default: torch's choice")
@@ -195,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_table(console, title, header, errors(settings, corpus, args.pieces, warm=10))
     if args.train:
         header = ["micro-batches", "format", "loss", "less that of float32, by seed"]
-        rows = runs(console, settings, corpus, args.train, args.seeds)
+        rows = runs(console, settings, corpus, args)
         print_table(console, f"Held-out loss after {args.steps} steps", header, rows)
 
 
