@@ -74,7 +74,7 @@ def _warn_slow(device_type: str) -> None:
     why = "; ".join(f"{name}: {available(name, device_type)[1]}" for name in names)
     need = "a C++ compiler and then" if device_type == "cpu" else "triton, or nvcc and then"
     warnings.warn(
-        f"8-bit moments on {device_type} are updated in plain torch (on a CPU a step takes 3 to 25 "
+        f"8-bit moments on {device_type} are updated in plain torch (on a CPU a step takes 3 to 24 "
         f"times as long), because no compiled kernels were found: {why}. Install {need} "
         "lowrank_optim again; `python -m lowrank_optim.ops` says what is used. "
         f"{VARIABLE}=reference asks for plain torch, without this warning",
