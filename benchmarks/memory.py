@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,13 +25,12 @@ from lowrank_optim.memory import GIB, Estimate, estimate
 
 HEADER = (
     "moments in",
-    "weights",
-    "grads",
     "basis",
     "moments",
-    "largest\ngrad",
-    "peak, all\ngrads live",
-    "peak, freed\nin backward",
+    "all grads\nlive",
+    "step, one\nmicro-batch",
+    "step,\nmore",
+    "project,\nany number",
 )
 PARTS = {"weights": "█", "gradient": "▓", "basis": "▒", "moments": "░", "activations": "▪"}
 LABEL = 16
@@ -47,11 +46,22 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One optimizer, with every gradient live and with each freed inside backward."""
+    """One optimizer, and what it needs by what happens to gradients inside backward."""
 
     name: str
     live: Estimate
-    freed: Estimate
+    """Nothing: one micro-batch, all gradients live."""
+    step: Estimate
+    """``mode="step"`` and one micro-batch: the largest gradient lives."""
+    accumulated: Estimate
+    """``mode="step"`` and more of them: all gradients live until the last, one is in flight."""
+    project: Estimate | None
+    """``mode="project"`` and any number; None where the method needs whole gradients."""
+
+    @property
+    def peaks(self) -> dict[str, Estimate | None]:
+        """By name, in the order of the table."""
+        return {f.name: getattr(self, f.name) for f in fields(self)[1:]}
 
 
 def methods(rank: int) -> dict[str, tuple[type[Optimizer] | str, dict[str, Any]]]:
@@ -76,23 +86,36 @@ def measure(
 
     with torch.device("meta"):  # once for all rows
         module = AutoModelForCausalLM.from_config(llama_config(model), dtype=torch.bfloat16)
-    counted: dict[str | None, int] = {}
+    counted: dict[Any, int] = {}
 
     def one(
-        optimizer: type[Optimizer] | str, options: dict[str, Any], how: Literal["step"] | None
+        optimizer: type[Optimizer] | str,
+        options: dict[str, Any],
+        how: Literal["step", "project"] | None,
+        micro_batches: int,
     ) -> Estimate:
-        asked = {"tokens": tokens, "checkpointing": checkpointing} if how not in counted else {}
-        found = estimate(module, optimizer, in_backward=how, **asked, **options)
+        # but for coordinates, forward and backward know nothing of the optimizer: once is enough
+        key = (how, micro_batches, optimizer if how == "project" else None)
+        asked = {"tokens": tokens, "checkpointing": checkpointing} if key not in counted else {}
+        found = estimate(
+            module, optimizer, in_backward=how, accumulation_steps=micro_batches, **asked, **options
+        )
         if tokens is None:
             return found
-        # forward and backward know nothing of the optimizer: once is enough
-        activations = counted.setdefault(how, found.activations or 0)
+        activations = counted.setdefault(key, found.activations or 0)
         return replace(found, activations=activations)
 
-    return [
-        Row(name, one(optimizer, options, None), one(optimizer, options, "step"))
-        for name, (optimizer, options) in methods(rank).items()
-    ]
+    rows = []
+    for name, (optimizer, options) in methods(rank).items():
+        live, step, accumulated = (
+            one(optimizer, options, how, n) for how, n in ((None, 1), ("step", 1), ("step", 2))
+        )
+        try:
+            project = one(optimizer, options, "project", 2)
+        except ValueError:  # the method needs whole gradients
+            project = None
+        rows.append(Row(name, live, step, accumulated, project))
+    return rows
 
 
 def gib(size: float) -> str:
@@ -100,17 +123,21 @@ def gib(size: float) -> str:
     return f"{size / GIB:.2f}"
 
 
+def verdict(e: Estimate | None, budget: float) -> str:
+    """A peak, and whether it fits."""
+    return "–" if e is None else f"{gib(e.peak)} {'fits' if e.fits(budget) else 'no  '}"
+
+
 def cells(row: Row, budget: float) -> list[str]:
     """One line of the table, in GiB."""
-    e = row.live
-    sizes = [e.weights, e.gradients, e.basis, e.moments, e.largest_gradient]
-    peaks = [f"{gib(x.peak)} {'fits' if x.fits(budget) else 'no  '}" for x in (e, row.freed)]
-    return [row.name, *map(gib, sizes), *peaks]
+    sizes = [row.live.basis, row.live.moments]
+    return [row.name, *map(gib, sizes), *(verdict(e, budget) for e in row.peaks.values())]
 
 
 def listed(rows: Sequence[Row], kind: str, budget: float) -> str:
     """Who fits, as the subject of a sentence."""
-    names = [row.name for row in rows if getattr(row, kind).fits(budget)]
+    found = {row.name: row.peaks[kind] for row in rows}
+    names = [name for name, e in found.items() if e is not None and e.fits(budget)]
     if not names:
         return "nothing fits"
     if len(names) == 1:
@@ -126,22 +153,25 @@ def reading(rows: Sequence[Row], budget: float) -> str:
         both = f"weights ({gib(first.weights)}) and gradients ({gib(first.gradients)})"
         text += f", and no optimizer could: {both} alone pass it"
     text += (
-        ". With each gradient stepped and freed inside backward, at most "
-        f"{gib(first.largest_gradient)} GiB of them lives at once, and "
-        f"{listed(rows, 'freed', budget)}"
+        '. With attach_in_backward(mode="step") and one micro-batch, at most '
+        f"{gib(first.largest_gradient)} GiB of gradients lives at once, and "
+        f"{listed(rows, 'step', budget)}; accumulated, all live until the last micro-batch, and "
+        f"{listed(rows, 'accumulated', budget)}. "
+        'With mode="project" and any number of micro-batches, coordinates live, dense gradients '
+        f"and those that a refresh waits for, and {listed(rows, 'project', budget)} (–: the method "
+        "needs whole gradients)"
     )
-    spare = budget - min(row.freed.peak for row in rows)
-    left = f", {gib(spare)} GiB here," if spare >= 0 else ""
-    activations = rows[0].freed.activations
-    others = "Activations are not counted, nor what"
-    if activations is not None:
-        text += f". Activations take {gib(activations)} GiB of the latter peaks"
-        others = "Not counted is what"
-    if not left:
+    fits = [e for row in rows if (e := row.project) is not None and e.fits(budget)]
+    counted = first.activations is not None
+    others = "Not counted is what" if counted else "Activations are not counted, nor what"
+    if counted and fits:
+        text += f". Activations take {gib(fits[-1].activations or 0)} GiB of its peak"
+    if not fits:
         return f"{text}."
+    spare = budget - min(e.peak for e in fits)
     return (
-        f"{text}. {others} a step, a refresh of the bases and the "
-        f"allocator need in passing: what the least of these leaves{left} is for them."
+        f"{text}. {others} a step, a refresh of the bases and the allocator need in passing: what "
+        f'the least of mode="project" leaves, {gib(spare)} GiB here, is for them.'
     )
 
 
@@ -156,26 +186,32 @@ def segments(e: Estimate) -> dict[str, int]:
     }
 
 
+def drawn(row: Row) -> list[tuple[str, Estimate]]:
+    """What has a bar, and its label: not ``accumulated``, which is ``live`` and one gradient."""
+    named = ((row.name, row.live), ("  step", row.step), ("  project", row.project))
+    return [(label, e) for label, e in named if e is not None]
+
+
 def bars(rows: Sequence[Row], budget: float, width: int) -> Text:
-    """Both peaks of every row as bars, with the budget as a line through them."""
+    """Peaks of every row as bars, with the budget as a line through them."""
     longest = max(row.live.peak for row in rows)
     scale = width / max(longest, budget)
     mark = round(budget * scale)
     text = Text()
     for row in rows:
-        for label, e in ((row.name, row.live), ("  freed", row.freed)):
+        for label, e in drawn(row):
             text.append(f"{label:<{LABEL}}")
-            ends, total, drawn = [], 0, 0
+            ends, total, done = [], 0, 0
             for part, size in segments(e).items():
                 total += size
                 ends.append((part, round(total * scale)))
             for part, end in ends:
-                for at in range(drawn, end):
+                for at in range(done, end):
                     style = "bold" if at == mark else COLOURS[part]
                     text.append("│" if at == mark else PARTS[part], style)
-                drawn = max(drawn, end)
-            if drawn <= mark:
-                text.append(" " * (mark - drawn) + "│", "bold")
+                done = max(done, end)
+            if done <= mark:
+                text.append(" " * (mark - done) + "│", "bold")
             text.append(f" {gib(e.peak)}\n")
     text.append(" " * (LABEL + mark) + f"│ {budget / GIB:g} GiB\n", "bold")
     for part in segments(rows[0].live):
@@ -190,12 +226,12 @@ def plot(rows: Sequence[Row], title: str, budget: float, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 6.4), layout="constrained")
     labels = []
     for i, row in enumerate(rows):
-        for j, e in enumerate((row.live, row.freed)):
-            y, left = 2.4 * i + j, 0.0
-            labels.append((y, row.name if j == 0 else "freed in backward"))
+        for j, (name, e) in enumerate(drawn(row)):
+            y, left = 3.4 * i + j, 0.0
+            labels.append((y, name.strip()))
             for part, size in segments(e).items():
                 label = part if i == j == 0 else None
                 axes.barh(y, size / GIB, left=left, color=COLOURS[part], label=label)
@@ -209,7 +245,7 @@ def plot(rows: Sequence[Row], title: str, budget: float, path: Path) -> None:
     axes.set_xlabel("GiB" if known else "GiB, without activations")
     axes.set_title(title, loc="left")
     axes.margins(x=0.08)
-    axes.legend(ncols=6, loc="upper center", bbox_to_anchor=(0.45, -0.16), frameon=False)
+    axes.legend(ncols=6, loc="upper center", bbox_to_anchor=(0.45, -0.1), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -222,10 +258,8 @@ def as_json(rows: Sequence[Row], model: str, rank: int, budget: float) -> dict[s
             **asdict(row.live),
             "in_backward": None,
             "state": row.live.state,
-            "peak": row.live.peak,
-            "peak_in_backward": row.freed.peak,
-            "fits": row.live.fits(budget),
-            "fits_in_backward": row.freed.fits(budget),
+            "peaks": {k: None if e is None else e.peak for k, e in row.peaks.items()},
+            "fits": {k: e is not None and e.fits(budget) for k, e in row.peaks.items()},
         }
         for row in rows
     }
@@ -249,7 +283,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = f"{name}, rank {args.rank}, bfloat16 weights"
     if args.tokens:
         about += f", {args.tokens} tokens" + ", checkpointed" * args.checkpointing
-    title = f"{about}, beside {args.budget_gib:g} GiB (figures in GiB)"
+    live = rows[0].live
+    title = (
+        f"{about}, beside {args.budget_gib:g} GiB (figures in GiB)\n"
+        f"weights {gib(live.weights)}, gradients {gib(live.gradients)} (largest "
+        f"{gib(live.largest_gradient)}); peaks by mode of attach_in_backward"
+    )
     console = Console()
     print_table(console, title, HEADER, [cells(row, budget) for row in rows])
     console.print(bars(rows, budget, width=max(20, min(console.width, 100) - LABEL - 8)))

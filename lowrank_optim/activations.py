@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-Left = tuple[Sequence[Sequence[int]], torch.dtype]
-"""Shapes of the tensors that take a gradient's place, and their dtype; no shapes is nothing."""
+Left = Sequence[tuple[Sequence[int], torch.dtype]]
+"""Shapes and dtypes of the tensors that take a gradient's place, if any does."""
 
 
 class Alive(TorchDispatchMode):
@@ -109,9 +109,8 @@ def in_flight(
         def arrived(param: Tensor) -> None:
             found = left(numbers[param], last)
             if found is not None:
-                shapes, own = found
                 if param not in parts:
-                    parts[param] = [torch.empty(tuple(s), dtype=own) for s in shapes]
+                    parts[param] = [torch.empty(tuple(s), dtype=own) for s, own in found]
                 param.grad = None
 
         numbers: dict[Tensor, int] = {p: i for i, p in enumerate(model.parameters())}

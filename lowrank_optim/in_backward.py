@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, Self
@@ -12,17 +11,23 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from lowrank_optim import ops
+from lowrank_optim import tracing
 from lowrank_optim.groups import Group
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.parallel import MESSAGE, in_ddp
-from lowrank_optim.plan import Item, State, Strategies
-from lowrank_optim.projected import Coords, ProjectedGrad
+from lowrank_optim.plan import Item
+from lowrank_optim.projected import ProjectedGrad
+from lowrank_optim.projecting import (
+    COORDS_DTYPES,
+    FIRST_BASES,
+    check_projecting,
+    first_projected,
+    items_of,
+    projected,
+    unborn,
+)
 from lowrank_optim.refresh import basis_due, refresh_
-from lowrank_optim.residuals import Drop
-from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.stepped import SteppedGrad
-from lowrank_optim.subspaces.base import identity
 from lowrank_optim.subspaces.block import Block
 
 _ATTACHED = "_in_backward"
@@ -35,12 +40,6 @@ def attached_to(param: Tensor) -> Iterator[InBackward]:
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, InBackward):
             yield owner
-
-
-def _items(optimizer: LowRankOptimizer) -> Iterator[tuple[Group, Item]]:
-    for group in optimizer.param_groups:
-        for item in optimizer._items(group):
-            yield group, item
 
 
 class InBackward:
@@ -57,7 +56,7 @@ class InBackward:
         self._checked = False
         self._plan: dict[Tensor, tuple[Group, list[Item], Item]] = {}
         self._check()
-        for _, item in _items(optimizer):
+        for _, item in items_of(optimizer):
             if list(attached_to(item.param)):
                 raise RuntimeError(
                     f"another optimizer takes the gradient of {item.name} inside backward: "
@@ -139,7 +138,8 @@ class InBackward:
             if in_ddp(self._hooks):
                 raise RuntimeError(MESSAGE)
             self._checked = True
-        self._arrived(param)
+        with tracing.hosted():
+            self._arrived(param)
 
     def _after_step(self, *_: Any) -> None:
         self._hook_all()
@@ -155,42 +155,17 @@ class InBackward:
         raise NotImplementedError
 
 
-def check_projecting(optimizer: LowRankOptimizer) -> None:
-    """Raise if coordinates are not all that a step needs, or a gradient would always stay whole.
-
-    Raises:
-        ValueError: naming the parameter.
-    """
-    name = type(optimizer).__name__
-    for group, item in _items(optimizer):
-        if item.subspace is None or not item.alone:
-            continue
-        if isinstance(item.subspace, Block):
-            raise ValueError(
-                f"{name} takes {item.name} whole or not at all, and mode='project' frees "
-                "gradients for coordinates: use mode='step'"
-            )
-        residual = optimizer.residual(group)
-        if not isinstance(residual, Drop) or item.subspace.applies_grad(None):
-            raise ValueError(
-                f"{name} uses what its subspace does not see of the "
-                f"gradient of {item.name}, which mode='project' frees: use mode='step'"
-            )
-        if optimizer._strategies(group).gap == 1:
-            raise ValueError(
-                f"{name} moves the subspace of {item.name} at every step, and mode='project' "
-                "keeps a gradient whole where it is to move: use mode='step', or refresh less "
-                "often where the method allows it (update_proj_gap)"
-            )
-
-
 class _Projecting(InBackward):
     """Each gradient becomes its coordinates; a step starts from them."""
 
     def __init__(
-        self, optimizer: LowRankOptimizer, max_norm: float | None, first_basis: str
+        self,
+        optimizer: LowRankOptimizer,
+        max_norm: float | None,
+        first_basis: str,
+        coords_dtype: str,
     ) -> None:
-        self.first_basis = first_basis
+        self.first_basis, self.coords_dtype = first_basis, coords_dtype
         super().__init__(optimizer, max_norm)
 
     def _check(self) -> None:
@@ -208,12 +183,12 @@ class _Projecting(InBackward):
         if item.subspace is None or not item.alone or grad.is_sparse:
             return
         chosen = self.optimizer._strategies(group)
-        state = self.optimizer.state.get(param) or _unborn()
+        state = self.optimizer.state.get(param) or unborn()
         first = int(state["refresh_step"]) < 0
         if first and self.first_basis == "micro":
-            param.grad = _first(item, state, grad, chosen)
+            param.grad = first_projected(item, state, grad, chosen, self.coords_dtype)
         elif not basis_due(item, state, chosen):
-            param.grad = _projected(item, state, grad)
+            param.grad = projected(item, state, grad, chosen, self.coords_dtype)
 
     @torch.no_grad()
     def _settle(self) -> None:
@@ -221,7 +196,7 @@ class _Projecting(InBackward):
         if self.max_norm is None:
             return
         self.optimizer._make_state()
-        for group, item in _items(self.optimizer):
+        for group, item in items_of(self.optimizer):
             grad = item.param.grad
             if item.subspace is None or not item.alone:
                 continue
@@ -232,59 +207,15 @@ class _Projecting(InBackward):
             state = self.optimizer._state_of(item, chosen)
             if basis_due(item, state, chosen):
                 refresh_(item, state, item.view.of(grad), int(state["step"]), chosen)
-            item.param.grad = _projected(item, state, grad)
-        clip_grad_norm_([item.param for _, item in _items(self.optimizer)], self.max_norm)
+            item.param.grad = projected(item, state, grad, chosen, self.coords_dtype)
+        clip_grad_norm_([item.param for _, item in items_of(self.optimizer)], self.max_norm)
 
-
-def _unborn() -> State:
-    """As much of the state of a parameter as a first basis needs; the rest comes with a step."""
-    counters = {"step": 0.0, "refresh_step": -1.0, "postponed": 0.0}
-    return {k: torch.tensor(x) for k, x in counters.items()}
-
-
-def _coords(item: Item, state: State, grad: Tensor) -> Coords:
-    """Coordinates in the dtype of arithmetic, not finite where the gradient is not."""
-    assert item.view is not None and item.subspace is not None
-    grad = item.view.of(grad)
-    coords = item.subspace.coords(state, grad, reduce=identity)
-    coords = {name: x.to(compute_dtype(x.dtype)) for name, x in coords.items()}
-    if not item.subspace.sees_all:
-        nothing = torch.linalg.vector_norm(ops.matrix_norm(grad)) * 0  # or NaN
-        coords = {name: x.add_(nothing) for name, x in coords.items()}
-    return coords
-
-
-def _projected(item: Item, state: State, grad: Tensor) -> ProjectedGrad:
-    take = lambda _, more: _coords(item, state, more)  # noqa: E731
-    return ProjectedGrad(item.param, _coords(item, state, grad), take)
-
-
-def _first(item: Item, state: State, grad: Tensor, chosen: Strategies) -> ProjectedGrad:
-    """The gradient in a first basis found from itself, which only a step makes part of the state.
-
-    So a step that ``GradScaler`` skips leaves nothing behind. A gradient that is zero says nothing:
-    the next one is asked again. One that is not finite is not finite in any coordinates.
-    """
-    assert item.subspace is not None and item.view is not None
-    view, basis = item.view, item.subspace.init(item.view, item.param)
-    step = int(state["step"])
-    counters = {k: float(state[k]) for k in ("refresh_step", "postponed")}
-
-    def take(held: ProjectedGrad | None, more: Tensor) -> Coords:
-        fresh = {} if held is None else held.fresh
-        norm = float(torch.linalg.vector_norm(ops.matrix_norm(view.of(more))))
-        if not fresh and norm != 0 and math.isfinite(norm):
-            found = {**{k: torch.tensor(x) for k, x in counters.items()}, **basis}
-            refresh_(item, found, view.of(more), step, chosen)
-            fresh.update(found)
-        coords = _coords(item, fresh or basis, more)
-        return coords if math.isfinite(norm) else {k: x.fill_(norm) for k, x in coords.items()}
-
-    fresh: State = {}
-    out = ProjectedGrad(item.param, {}, take)
-    out.fresh = fresh
-    out.coords = take(out, grad)
-    return out
+    def remove(self) -> None:
+        """As of every mode; nothing empty is left behind, which would keep later gradients out."""
+        for param in self._hooks:
+            if isinstance(param.grad, ProjectedGrad) and param.grad.empty:
+                param.grad = None
+        super().remove()
 
 
 class _Stepping(InBackward):
@@ -392,7 +323,8 @@ ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: x is None or (isinstance(x, int | float) and not isinstance(x, bool) and x > 0),
         "None or a positive number",
     ),
-    "first_basis": (lambda x: x in ("micro", "boundary"), "'micro' or 'boundary'"),
+    "first_basis": (lambda x: x in FIRST_BASES, "'micro' or 'boundary'"),
+    "coords_dtype": (lambda x: x in COORDS_DTYPES, "'auto', 'float32' or 'bfloat16'"),
     "keep_norms": (lambda x: isinstance(x, bool), "True or False"),
 }
 """Arguments of :func:`attach_in_backward`: what each may be, as a test and in words."""
@@ -426,6 +358,7 @@ def attach_in_backward(
     max_norm: float | None = None,
     first_basis: Literal["micro", "boundary"] = "micro",
     keep_norms: bool = False,
+    coords_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
 ) -> InBackward:
     r"""Free every gradient inside backward, so that whole gradients never coexist.
 
@@ -459,6 +392,11 @@ def attach_in_backward(
         first_basis: where the very first basis of ``mode="project"`` comes from: ``"micro"``, the
             first micro-batch, or ``"boundary"``, the accumulated gradient, which is exact and keeps
             whole gradients during the first step.
+        coords_dtype: what ``mode="project"`` keeps coordinates in. ``"auto"``: bfloat16 where they
+            come in bfloat16, as products with gradients of bfloat16 do, so that one micro-batch
+            loses nothing; else float32, or wider as the weights. ``"float32"`` and ``"bfloat16"``:
+            all of them. Micro-batches are added in float32, and rounded into bfloat16 without bias
+            by a seed of parameter, step and micro-batch, so a resumed run is the same.
         keep_norms: ``mode="step"`` leaves in ``p.grad`` the norm that the gradient had, without
             memory, until ``step()``: ``clip_grad_norm_`` then returns the true global norm, and
             scales nothing that has been stepped. ``mode="project"`` needs no telling: its norms are
@@ -493,11 +431,12 @@ def attach_in_backward(
         "max_norm": max_norm,
         "first_basis": first_basis,
         "keep_norms": keep_norms,
+        "coords_dtype": coords_dtype,
     }
     optimizer = _unwrapped(optimizer)
     for name, (allowed, words) in ARGUMENTS.items():
         if not allowed(given[name]):
             raise ValueError(f"{name} must be {words}, got {given[name]!r}")
     if mode == "project":
-        return _Projecting(optimizer, max_norm, first_basis)
+        return _Projecting(optimizer, max_norm, first_basis, coords_dtype)
     return _Stepping(optimizer, max_norm, accumulation_steps, keep_norms)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -13,10 +13,16 @@ from torch.optim import Optimizer
 
 from lowrank_optim.activations import Left, causal_lm, in_flight
 from lowrank_optim.checks import whole
-from lowrank_optim.in_backward import check_projecting
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.plan import on_host
-from lowrank_optim.rules.base import compute_dtype
+from lowrank_optim.projecting import (
+    check_choices,
+    check_projecting,
+    coords_of,
+    items_of,
+    kept_dtype,
+)
+from lowrank_optim.refresh import phase
 
 GIB = 2**30
 
@@ -102,7 +108,11 @@ class Estimate:
     largest_gradient: int
     """The largest of them: all that lives at once when each is stepped inside backward."""
     live_gradients: int
-    """What of them lives at the worst moment: all, the largest, or coordinates beside it."""
+    """What of them lives at the worst moment of the worst step.
+
+    All, the largest, or coordinates with those that stay whole. One that is on its way to where it
+    is added up, or to its coordinates, counts too.
+    """
     basis: int
     moments: int
     other: int
@@ -131,7 +141,7 @@ class Estimate:
 
     def __str__(self) -> str:
         """One figure a line."""
-        note = "  (coordinates, dense ones, and the largest of the others)"
+        note = "  (coordinates, dense ones, those whose basis is due, and one in flight)"
         if self.in_backward != "project":
             freed = self.in_backward is not None and self.live_gradients == self.largest_gradient
             note = "  (the largest: freed inside backward)" if freed else ""
@@ -162,6 +172,8 @@ def estimate(
     groups: Callable[[nn.Module], Iterable[Any]] | None = None,
     in_backward: Literal["project", "step"] | None = None,
     accumulation_steps: int = 1,
+    first_basis: Literal["micro", "boundary"] = "micro",
+    coords_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     tokens: int | tuple[int, int] | None = None,
     checkpointing: bool = False,
     dtype: torch.dtype = torch.bfloat16,
@@ -182,10 +194,16 @@ def estimate(
         groups: makes the optimizer's first argument from the model, as a function such as
             ``functools.partial(lowrank_groups, rank=256)`` (default: its named parameters, so that
             embeddings and output heads stay dense).
-        in_backward: the mode of :func:`lowrank_optim.attach_in_backward`, if there is one. The
-            gradients that ``"project"`` keeps whole, of the few matrices whose basis is due, come
-            on top.
-        accumulation_steps: micro-batches of a step. ``"step"`` frees gradients in the last one.
+        in_backward: the mode of :func:`lowrank_optim.attach_in_backward`, if there is one. Of
+            ``"project"`` it is the worst step: the one before which most bytes of gradients stay
+            whole because a basis is due (all of them with ``stagger=False``). Groups with different
+            gaps are taken to have their worst steps at once.
+        accumulation_steps: micro-batches of a step. ``"step"`` frees gradients in the last one. Of
+            more than one, a gradient is in flight beside those that are there.
+        first_basis: as of :func:`lowrank_optim.attach_in_backward`; with ``"boundary"`` the worst
+            step is the first.
+        coords_dtype: likewise. Where the format that coordinates come in depends on the device (a
+            ``dct`` basis with ``transform="auto"``), it is that of an accelerator.
         tokens: count activations too: those of a micro-batch of one sequence of so many tokens, or
             ``(sequences, length)``. Forward and backward run without memory, and every storage is
             followed: bfloat16 weights mean bfloat16 activations, as without autocast. The model
@@ -195,8 +213,9 @@ def estimate(
         **options: arguments of the optimizer.
 
     Raises:
-        ValueError: ``in_backward`` or a named layout is not known, the method has no such mode, or
-            activations are asked for of a model without a ``config``.
+        ValueError: ``in_backward``, ``first_basis``, ``coords_dtype`` or a named layout is not
+            known, the method has no such mode, or activations are asked for of a model without a
+            ``config``.
 
     Example:
         >>> import torch
@@ -212,6 +231,7 @@ def estimate(
     """
     _check(model, groups, in_backward, accumulation_steps, tokens, checkpointing, dtype)
     optimizer_class = _class_of(optimizer_class)
+    check_choices(first_basis, coords_dtype)
     module = model
     if not isinstance(model, nn.Module):
         with torch.device("meta"):
@@ -220,15 +240,24 @@ def estimate(
     entries = module.named_parameters() if groups is None else groups(module)
     on_meta = [_on_meta(entry, twins) for entry in entries]
     optimizer = optimizer_class(on_meta, **options)
+    if in_backward == "project":
+        if not isinstance(optimizer, LowRankOptimizer):
+            raise ValueError(f"in_backward='project' is not for {type(optimizer).__name__}")
+        check_projecting(optimizer)
     _make_state(optimizer)
     held = report(optimizer)
     sizes: dict[Tensor, int] = {p: storage_bytes([p]) for p in twins.values() if p.requires_grad}
-    projected = _projected(optimizer) if in_backward == "project" else {}
+    left: dict[Tensor, Left] = {}
+    whole: set[Tensor] = set()
+    if in_backward == "project" and first_basis == "micro":
+        left, whole = _coordinates(optimizer, coords_dtype)
+    elif in_backward == "step" and accumulation_steps == 1:
+        left = {param: [] for param in sizes}
+    coming = sizes if accumulation_steps > 1 else left
     gradients, largest = sum(sizes.values()), max(sizes.values(), default=0)
-    live = largest if in_backward == "step" and accumulation_steps == 1 else gradients
-    if projected:
-        live -= sum(sizes[p] for p in projected) - max(sizes[p] for p in projected)
-        live += sum(math.prod(x) * own.itemsize for xs, own in projected.values() for x in xs)
+    live = gradients + max((sizes[p] for p in coming), default=0)
+    left = {p: parts for p, parts in left.items() if p not in whole}
+    live += sum(_bytes(parts) - sizes[p] for p, parts in left.items())
     found = Estimate(
         weights=storage_bytes(twins.values()),
         gradients=gradients,
@@ -244,10 +273,10 @@ def estimate(
         return found
     params = list(twins.values())
 
-    def left(i: int, last: bool) -> Left | None:
+    def stays(i: int, last: bool) -> Left | None:
         if in_backward == "step":
-            return ([], torch.float32) if last else None
-        return projected.get(params[i])
+            return [] if last else None
+        return left.get(params[i])
 
     worst = in_flight(
         _config_of(model),
@@ -256,7 +285,7 @@ def estimate(
         checkpointing=checkpointing,
         passes=min(accumulation_steps, 2),
         trained=[p.requires_grad for p in params],
-        left=left,
+        left=stays,
     )
     return replace(found, activations=max(0, worst - found.live_gradients))
 
@@ -320,22 +349,33 @@ def _class_of(given: Any) -> type[Optimizer]:
     return given
 
 
-def _projected(optimizer: Optimizer) -> dict[Tensor, Left]:
-    """Parameters whose gradients become coordinates, and those.
+def _bytes(left: Left) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in left)
 
-    Raises:
-        ValueError: the optimizer cannot work so.
+
+def _coordinates(optimizer: Optimizer, coords_dtype: str) -> tuple[dict[Tensor, Left], set[Tensor]]:
+    """Parameters whose gradients become coordinates, and those; and who stays whole at the worst.
+
+    Coordinates are taken on the meta device, so that their formats are those of a real run.
     """
-    if not isinstance(optimizer, LowRankOptimizer):
-        raise ValueError(f"in_backward='project' is not for {type(optimizer).__name__}")
-    check_projecting(optimizer)
+    assert isinstance(optimizer, LowRankOptimizer)
     found: dict[Tensor, Left] = {}
-    for group in optimizer.param_groups:
-        for item in optimizer._items(group):
-            if item.subspace is not None and item.view is not None and item.param.requires_grad:
-                shapes = list(item.subspace.coord_shapes(item.view).values())
-                found[item.param] = shapes, compute_dtype(item.param.dtype)
-    return found
+    due: dict[int, dict[int, list[Tensor]]] = {}
+    for group, item in items_of(optimizer):
+        if item.subspace is None or not item.alone or not item.param.requires_grad:
+            continue
+        param, chosen = item.param, optimizer._strategies(group)
+        coords = coords_of(item, optimizer.state[param], torch.empty_like(param)).values()
+        found[param] = [(x.shape, kept_dtype(x.dtype, coords_dtype)) for x in coords]
+        due.setdefault(chosen.gap, {}).setdefault(phase(item, chosen), []).append(param)
+    whole: set[Tensor] = set()
+    for phases in due.values():
+        whole.update(max(phases.values(), key=lambda ps: _saved(ps, found)))
+    return found, whole
+
+
+def _saved(params: Iterable[Tensor], left: Mapping[Tensor, Left]) -> int:
+    return sum(param.nbytes - _bytes(left[param]) for param in params)
 
 
 def _config_of(model: Any) -> Any:

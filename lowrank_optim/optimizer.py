@@ -43,6 +43,7 @@ from lowrank_optim.preflight import (
     moved,
     structure,
 )
+from lowrank_optim.projected import ProjectedGrad
 from lowrank_optim.residuals import Residual
 from lowrank_optim.rules.base import Rule
 from lowrank_optim.step import step_matrices
@@ -459,6 +460,8 @@ class LowRankOptimizer(Optimizer):
             if tracing.fake_mode() is not None:
                 make = partial(init_state, item, chosen)
                 state.update(tracing.real_entries(make, item.param))
+            if isinstance(item.param.grad, ProjectedGrad):
+                state.update(item.param.grad.fresh)  # now: else two bases of every matrix exist
         return state
 
     def _step_items(self, items: list[Item], group: Group, chosen: Strategies, undo: Undo) -> None:

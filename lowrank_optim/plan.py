@@ -55,8 +55,10 @@ class Item:
     @property
     def key(self) -> tuple[Any, ...]:
         """Items of a group with the same key can be stepped as one bucket."""
-        taken = isinstance(self.param.grad, ProjectedGrad)  # float32 whatever the gradient was
-        return self.kind, self.param.dtype, self.param.device, taken
+        grad, formats = self.param.grad, None
+        if isinstance(grad, ProjectedGrad):  # whatever the gradient was
+            formats = tuple(x.dtype for x in grad.coords.values())
+        return self.kind, self.param.dtype, self.param.device, formats
 
 
 @dataclass(frozen=True, slots=True)

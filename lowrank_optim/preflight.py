@@ -10,6 +10,7 @@ import torch
 
 from lowrank_optim.groups import Group
 from lowrank_optim.plan import Item, State, Strategies, init_state
+from lowrank_optim.projected import ProjectedGrad
 
 EDITABLE = frozenset({
     "params", "param_names", "lr", "initial_lr", "max_lr", "min_lr", "betas", "momentum",
@@ -72,7 +73,8 @@ def check_gradients(items: Sequence[Item], method: str) -> None:
     """Raise if a step could not use the gradients.
 
     Raises:
-        RuntimeError: one is sparse, or of another dtype or device than its parameter.
+        RuntimeError: one is sparse, of another dtype or device than its parameter, or was zeroed in
+            place when only its coordinates existed.
     """
     for item in items:
         grad, param = item.param.grad, item.param
@@ -81,6 +83,12 @@ def check_gradients(items: Sequence[Item], method: str) -> None:
         if grad.layout != torch.strided:
             raise RuntimeError(
                 f"{method} does not support sparse gradients: that of {item.name} is {grad.layout}"
+            )
+        if isinstance(grad, ProjectedGrad) and grad.spill is not None:
+            raise RuntimeError(
+                f"the gradient of {item.name} was kept in its subspace and zeroed in place, and no "
+                "attach_in_backward took the next one: call zero_grad() with set_to_none=True, and "
+                "backward() again"
             )
         if grad.dtype != param.dtype or grad.device != param.device:
             raise RuntimeError(

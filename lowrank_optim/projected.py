@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._guards import TracingContext
 
 Coords = dict[str, Tensor]
+Add = Callable[["ProjectedGrad", Tensor, float], None]
 aten = torch.ops.aten
 
 
@@ -31,21 +32,24 @@ class _Untraced:
 
 
 class ProjectedGrad(Tensor):
-    r"""``param.grad`` of which only :math:`R = P^T G` exists, in at least float32.
+    r"""``param.grad`` of which only :math:`R = P^T G` exists.
 
     Its shape, dtype and device are the parameter's, its memory that of R. What a training loop does
     with gradients, it does to R: autograd adds a whole gradient to it, ``clip_grad_norm_`` takes
     its norm (that of :math:`P R`, as P is orthonormal) and scales it, ``GradScaler`` unscales it
-    and looks for infinities, ``zero_grad`` empties it. Any other operation is an error.
+    and looks for infinities, ``zero_grad`` empties it. Any other operation is an error. Norms are
+    of at least float32; a factor rounds R to nearest where R is bfloat16, as torch does gradients.
 
     Args:
         like: the parameter.
         coords: R, one entry per coordinate.
-        measure: coordinates of one more whole gradient, in the same basis.
+        plus_: adds a multiple of one more whole gradient to R, in the same basis.
     """
 
     coords: Coords
-    measure: Callable[[ProjectedGrad, Tensor], Coords]
+    plus_: Add
+    count: int
+    """Gradients added to the first one."""
     fresh: dict[str, Tensor]
     """State that a step will put in place: a first basis, until then not part of the run."""
     empty: bool
@@ -54,19 +58,15 @@ class ProjectedGrad(Tensor):
     """A whole gradient that came when empty."""
 
     @staticmethod
-    def __new__(
-        cls, like: Tensor, coords: Coords, measure: Callable[[ProjectedGrad, Tensor], Coords]
-    ) -> ProjectedGrad:
+    def __new__(cls, like: Tensor, coords: Coords, plus_: Add) -> ProjectedGrad:
         """A tensor of the parameter's shape and dtype without memory of its own."""
         return Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
         )
 
-    def __init__(
-        self, like: Tensor, coords: Coords, measure: Callable[[ProjectedGrad, Tensor], Coords]
-    ) -> None:
-        self.coords, self.measure = coords, measure
-        self.fresh, self.empty, self.spill = {}, False, None
+    def __init__(self, like: Tensor, coords: Coords, plus_: Add) -> None:
+        self.coords, self.plus_ = coords, plus_
+        self.fresh, self.empty, self.spill, self.count = {}, False, None, 0
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         """Shape of the gradient and of its coordinates."""
@@ -77,18 +77,23 @@ class ProjectedGrad(Tensor):
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """What tools that count memory look at: the coordinates."""
         self.__dict__.update({f"_{name}": x for name, x in self.coords.items()})
-        return [f"_{name}" for name in self.coords], (self.measure, self.fresh, self.dtype)
+        return [f"_{name}" for name in self.coords], (
+            self.plus_,
+            self.fresh,
+            self.dtype,
+            self.count,
+        )
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor], context: Any, size: Any, stride: Any
     ) -> ProjectedGrad:
         """The inverse of :meth:`__tensor_flatten__`."""
-        measure, fresh, dtype = context
+        plus_, fresh, dtype, count = context
         device = next(iter(inner.values())).device
         like = torch.empty_strided(size, stride, dtype=dtype, device=device)
-        out = ProjectedGrad(like, {k[1:]: x for k, x in inner.items()}, measure)
-        out.fresh = fresh
+        out = ProjectedGrad(like, {k[1:]: x for k, x in inner.items()}, plus_)
+        out.fresh, out.count = fresh, count
         return out
 
     @classmethod
@@ -106,8 +111,9 @@ class ProjectedGrad(Tensor):
 
     def copied(self) -> ProjectedGrad:
         """Another with its own coordinates."""
-        out = ProjectedGrad(self, {k: x.clone() for k, x in self.coords.items()}, self.measure)
+        out = ProjectedGrad(self, {k: x.clone() for k, x in self.coords.items()}, self.plus_)
         out.fresh, out.empty, out.spill = self.fresh, self.empty, self.spill
+        out.count = self.count
         return out
 
     def accumulate_(self, grad: Tensor, alpha: float = 1) -> ProjectedGrad:
@@ -115,8 +121,8 @@ class ProjectedGrad(Tensor):
         if self.empty:
             self.spill, self.empty = grad if alpha == 1 else grad * alpha, False
             return self
-        for name, x in self.measure(self, grad).items():
-            self.coords[name].add_(x, alpha=alpha)
+        self.count += 1
+        self.plus_(self, grad, alpha)
         return self
 
 
@@ -143,8 +149,18 @@ def _add(func: Any, grad: Tensor, other: Tensor, *, alpha: float = 1) -> Any:
     return grad.copied().accumulate_(other, alpha)
 
 
-def _norm(func: Any, grad: ProjectedGrad, order: Any = 2, *args: Any, **kwargs: Any) -> Tensor:
-    norms = [func(x, order, *args, **kwargs) for x in grad.coords.values()]
+def _norm(
+    func: Any,
+    grad: ProjectedGrad,
+    order: Any = 2,
+    *args: Any,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    norms = [
+        func(x, order, *args, dtype=dtype or torch.promote_types(x.dtype, torch.float32), **kwargs)
+        for x in grad.coords.values()
+    ]
     norm: Tensor = norms[0]
     return norm if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), order)
 
@@ -181,7 +197,12 @@ def _unscale_(func: Any, grads: Sequence[Tensor], found_inf: Tensor, inv_scale: 
     """``GradScaler``: the coordinates are not finite where the gradient is not."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for x in _whole(grads):
-        by_dtype.setdefault(x.dtype, []).append(x)
+        if x.dtype == torch.bfloat16:  # which the kernel for CUDA does not take
+            wide = x.float()
+            func([wide], found_inf, inv_scale)
+            x.copy_(wide)
+        else:
+            by_dtype.setdefault(x.dtype, []).append(x)
     for same in by_dtype.values():
         func(same, found_inf, inv_scale)
 

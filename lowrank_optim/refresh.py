@@ -35,8 +35,13 @@ def refresh_due(step: int, last: int, gap: int, offset: int) -> bool:
 
 def basis_due(item: Item, state: State, chosen: Strategies) -> bool:
     """Whether the next step of a matrix refreshes its basis, if its gradient allows."""
-    offset = stagger_offset(item.index, chosen.gap) if chosen.stagger else 0
+    offset = phase(item, chosen)
     return refresh_due(int(state["step"]), int(state["refresh_step"]), chosen.gap, offset)
+
+
+def phase(item: Item, chosen: Strategies) -> int:
+    """The remainder modulo the gap of the steps, counted from 0, at which its basis is due."""
+    return stagger_offset(item.index, chosen.gap) if chosen.stagger else 0
 
 
 def stagger_offset(index: int, gap: int) -> int:

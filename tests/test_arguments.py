@@ -248,6 +248,10 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Wrong]]] = {
                               for x in (1, "no", None)],
             "dtype": [(x, TypeError, "dtype must be a torch.dtype, got")
                       for x in ("bfloat16", None, float)],
+            "first_basis": [(x, ValueError, "first_basis must be 'micro' or 'boundary', got")
+                            for x in (1, "last", None)],
+            "coords_dtype": [(x, ValueError, "coords_dtype must be 'auto', 'float32' or 'bfloat16', got")
+                             for x in ("float16", torch.bfloat16, None)],
         },
     ),
     "nn.convert": (

@@ -168,6 +168,7 @@ BAD: dict[str, list[Any]] = {
     "max_norm": [0, -1.0, math.nan, True, "1.0", torch.tensor(1.0)],
     "first_basis": [1, "last", None],
     "keep_norms": [1, None, "yes"],
+    "coords_dtype": ["float16", torch.bfloat16, None],
 }
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoModelForCausalLM
 
+import lowrank_optim
 from benchmarks import memory as table
 from benchmarks.common import LLAMA_SHAPES, llama, llama_config
 from lowrank_optim import (
@@ -185,12 +188,12 @@ def test_errors():
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("mode", [None, "project", "step"])
 def test_peak_with_activations_is_what_torch_counts(mode, checkpointing, dtype):
-    """Against MemTracker on the real model and hooks: the second of two micro-batches of a step.
+    """Against MemTracker on the real model and hooks: two micro-batches, every step of a gap.
 
-    What each holds before it is known: weights, state, and what is left of the first gradients.
+    What each holds before it is known: weights and state.
     """
     config = llama(64, 172, 4, 2, vocab_size=256)
-    options = {"rank": 4, "update_proj_gap": 100, "stagger": False}
+    options = {"rank": 4, "update_proj_gap": 2}
     found = estimate(
         config, GaLoreAdamW, in_backward=mode, accumulation_steps=2, tokens=(4, 64),
         checkpointing=checkpointing, dtype=dtype, **options,
@@ -209,39 +212,75 @@ def test_peak_with_activations_is_what_torch_counts(mode, checkpointing, dtype):
     optimizer.zero_grad()
     if mode is not None:
         attach_in_backward(optimizer, mode, accumulation_steps=2)
-    cpu, tracker = torch.device("cpu"), MemTracker()
-    tracker.track_external(model, optimizer, batch)
-    with tracker:
-        before = tracker.get_tracker_snapshot("current")[cpu]["Total"]
-        micro_batch()
-        tracker.reset_mod_stats()
-        micro_batch()
-    peak = tracker.get_tracker_snapshot("peak")[cpu]["Total"] - before
+    cpu, peaks = torch.device("cpu"), []
+    for _ in range(2 if mode == "project" else 1):
+        tracker = MemTracker()
+        tracker.track_external(model, optimizer, batch)
+        with tracker:
+            before = tracker.get_tracker_snapshot("current")[cpu]["Total"]
+            micro_batch()
+            tracker.reset_mod_stats()
+            micro_batch()
+        peaks.append(tracker.get_tracker_snapshot("peak")[cpu]["Total"] - before)
+        if mode != "step":
+            optimizer.step()
+            optimizer.zero_grad()
+    peak = max(peaks)
     predicted = found.live_gradients + found.activations
     assert predicted == pytest.approx(peak, rel=0.02)
 
 
 def test_in_backward_peaks_add_up():
     """LLaMA-60M by hand: what each mode leaves alive of the gradients."""
-    config = llama_config("llama-60m")
+    config, options = llama_config("llama-60m"), {"rank": 128, "update_proj_gap": 20}
     parts = {
         (mode, steps): estimate(
-            config, GaLoreAdamW, rank=128, in_backward=mode, accumulation_steps=steps
+            config, GaLoreAdamW, in_backward=mode, accumulation_steps=steps, **options
         )
         for mode in (None, "step", "project")
         for steps in (1, 4)
     }
     live = {key: found.live_gradients for key, found in parts.items()}
     whole = 2 * 58_073_600
-    coords = 8 * (4 * 128 * 512 + 3 * 128 * 1376) * 4  # float32
+    coords = 8 * (4 * 128 * 512 + 3 * 128 * 1376) * 2  # bfloat16, as products of it
     dense = 2 * (58_073_600 - 8 * (4 * 512 * 512 + 3 * 512 * 1376))
     embedding, mlp = 2 * 32000 * 512, 2 * 512 * 1376
-    assert live[None, 1] == live[None, 4] == live["step", 4] == whole
+    worst = worst_of_a_gap(config, 20, 128)
+    assert worst > 2 * (mlp - 2 * 128 * 1376)  # more than one matrix of a layer
+    assert live[None, 1] == whole
+    assert live[None, 4] == live["step", 4] == whole + embedding
     assert live["step", 1] == embedding
-    assert live["project", 1] == live["project", 4] == coords + dense + mlp
+    assert live["project", 1] == coords + dense + worst + mlp
+    assert live["project", 4] == coords + dense + worst + embedding
+    in_float32 = estimate(
+        config, GaLoreAdamW, in_backward="project", coords_dtype="float32", **options
+    )
+    assert in_float32.live_gradients > live["project", 1] + coords - worst
     assert "(coordinates, dense ones" in str(parts["project", 4])
     assert "freed inside backward" in str(parts["step", 1])
     assert "freed" not in str(parts["step", 4])
+
+
+def worst_of_a_gap(config, gap: int, rank: int) -> int:
+    """Bytes more than coordinates that whole gradients take, by following every matrix's refreshes.
+
+    From the definition alone: due when ``step - offset`` enters a new multiple of the gap.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    shapes = [(n, p.shape) for n, (_, p) in enumerate(model.named_parameters())]
+    sizes = {
+        n: 2 * (s[0] * s[1] - rank * max(s))
+        for n, s in shapes
+        if len(s) == 2 and 32000 not in s
+    }  # fmt: skip
+    last, worst = dict.fromkeys(sizes, 0), 0
+    for step in range(1, 3 * gap):
+        offset = {n: int(gap * (n * 0.6180339887498949 % 1)) for n in sizes}
+        due = [n for n in sizes if (step - offset[n]) // gap > (last[n] - offset[n]) // gap]
+        last.update(dict.fromkeys(due, step))
+        worst = max(worst, sum(sizes[n] for n in due))
+    return worst
 
 
 # ---------------------------------------------------------------- published figures
@@ -305,7 +344,7 @@ def test_llama_7b(rows):
         "DCT fp32": [12.55, 0.0, 14.02],
         "DCT 8-bit": [12.55, 0.0, 3.56],
     }
-    largest = {row.freed.largest_gradient for row in rows.values()}
+    largest = {row.step.largest_gradient for row in rows.values()}
     assert largest == {32000 * 4096 * 2}  # the embedding, 0.24 GiB
 
 
@@ -313,28 +352,94 @@ def test_what_fits_24_gib(rows):
     """No optimizer with all gradients live: weights and gradients alone are 25.1 GiB."""
     budget = 24 * GIB
     assert all(row.live.weights + row.live.gradients > budget for row in rows.values())
-    fit = [row.name for row in rows.values() if row.freed.fits(budget)]
-    assert fit == ["GaLore bf16", "GaLore 8-bit", "FRUGAL 8-bit", "DCT 8-bit"]
+    fit = {
+        kind: [n for n, row in rows.items() if (e := row.peaks[kind]) and e.fits(budget)]
+        for kind in ("live", "step", "accumulated", "project")
+    }
+    stepped = ["GaLore bf16", "GaLore 8-bit", "FRUGAL 8-bit", "DCT 8-bit"]
+    assert fit == {"live": [], "step": stepped, "accumulated": [], "project": ["GaLore 8-bit"]}
     text = table.reading(list(rows.values()), budget)
     assert "With all gradients live, nothing fits in 24 GiB" in text
-    assert "GaLore bf16, GaLore 8-bit, FRUGAL 8-bit and DCT 8-bit fit" in text
-    assert "8.07 GiB" in text
-    assert "GaLore bf16 and GaLore 8-bit fit" in table.reading(list(rows.values())[:5], budget)
-    assert "only GaLore bf16 fits" in table.reading(list(rows.values())[:4], budget)
-    assert "nothing fits" in table.reading(list(rows.values()), 8 * GIB).split(". ")[1]
+    assert "GaLore bf16, GaLore 8-bit, FRUGAL 8-bit and DCT 8-bit fit;" in text
+    assert "all live until the last micro-batch, and nothing fits." in text
+    assert "a refresh waits for, and only GaLore 8-bit fits" in text
+    assert "2.27 GiB" in text
+    assert "GaLore bf16 and GaLore 8-bit fit;" in table.reading(list(rows.values())[:5], budget)
+    assert "GaLore bf16 and GaLore 8-bit fit (" in table.reading(list(rows.values()), 26 * GIB)
+    assert "nothing fits (" in table.reading(list(rows.values()), 8 * GIB)
+
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+SECTION = README.split("## What fits 24 GiB")[1].split("\n## ")[0]
+
+
+def test_readme_table_is_what_is_estimated(rows):
+    """Every figure, to its last digit; what fits is bold, and nothing else."""
+    assert "`python -m benchmarks.memory --model llama-7b --rank 1024 --budget-gib 24`" in SECTION
+    lines = [line.strip("|").split("|") for line in SECTION.splitlines() if line.startswith("|")]
+    _, _, *body = [[cell.strip() for cell in line] for line in lines]
+    assert [name for name, *_ in body] == list(rows)[:5]
+    for name, *figures in body:
+        row = rows[name]
+        sizes = [table.gib(x) if x else "–" for x in (row.live.basis, row.live.moments)]
+        peaks = [
+            (table.gib(e.peak), e.fits(24 * GIB)) if e else ("–", 0) for e in row.peaks.values()
+        ]
+        assert figures == [*sizes, *(f"**{x}**" if fits else x for x, fits in peaks)]
+    live = rows["AdamW bf16"].live
+    assert f"weights {table.gib(live.weights)}, gradients {table.gib(live.gradients)}" in SECTION
+
+
+def test_readme_recommends_what_fits(rows):
+    """The lines under the table are a configuration of the table, in a column where it fits."""
+    (snippet,) = re.findall(r"```python\n(.*?)```", SECTION, re.S)
+    calls = {
+        node.func.id: {k.arg: ast.literal_eval(k.value) for k in node.keywords}
+        for node in ast.walk(ast.parse(snippet))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    attached, (name, options) = calls.pop("attach_in_backward"), *calls.items()
+    own = {k: v for k, v in options.items() if k not in ("lr", "weight_decay")}
+    row = next(
+        n for n, (cls, args) in table.methods(1024).items()
+        if getattr(cls, "__name__", "") == name and args == own
+    )  # fmt: skip
+    peak = rows[row].peaks[attached["mode"]]
+    assert peak.fits(24 * GIB)
+    assert f"{table.gib(peak.peak)} GiB" in SECTION
+    assert f"{table.gib(24 * GIB - peak.peak)} GiB" in SECTION
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(llama_config("llama-7b"), dtype=torch.bfloat16)
+    found = estimate(
+        model, getattr(lowrank_optim, name), in_backward=attached["mode"], accumulation_steps=8,
+        **own,
+    )  # fmt: skip
+    assert found == peak
+
+
+@pytest.mark.slow
+def test_readme_tokens_that_fit():
+    """With the activations of checkpointed layers, in the recommended configuration."""
+    for tokens in (3072, 4096):
+        found = estimate(
+            llama_config("llama-7b"), GaLoreAdamW8bit, rank=1024, in_backward="project",
+            accumulation_steps=2, tokens=tokens, checkpointing=True,
+        )  # fmt: skip
+        said = "fit" if found.fits(24 * GIB) else "do not"
+        assert re.search(rf"{tokens:,} .*{said} \({table.gib(found.peak)}\)", SECTION)
 
 
 def test_peaks_with_activations(capsys):
     """The same activations in every row, and the words change with them."""
     found = table.measure("llama-60m", 128, tokens=256, checkpointing=True)
-    assert len({row.freed.activations for row in found}) == 1
+    assert len({row.step.activations for row in found}) == 1
     first = found[0]
-    assert first.freed.peak == (
-        first.freed.weights + first.freed.state + first.freed.largest_gradient
-        + first.freed.activations
+    assert first.step.peak == (
+        first.step.weights + first.step.state + first.step.largest_gradient
+        + first.step.activations
     )  # fmt: skip
     # a matrix of logits in float32, and at least the input of every layer
-    assert first.freed.activations > 4 * 256 * 32000 + 8 * 256 * 512 * 2
+    assert first.step.activations > 4 * 256 * 32000 + 8 * 256 * 512 * 2
     text = table.reading(found, GIB)
     assert "Activations take" in text and "Not counted is what a step" in text
     table.main(["--model", "llama-60m", "--rank", "128", "--tokens", "256", "--checkpointing"])
@@ -355,8 +460,8 @@ def test_command_prints_writes_and_draws_the_same_figures(tmp_path, capsys, monk
     for name, row in written["rows"].items():
         line = next(line for line in printed.splitlines() if line.strip().startswith(name))
         numbers = [float(x) for x in re.findall(r"\d+\.\d+", line)]
-        keys = ["weights", "gradients", "basis", "moments", "largest_gradient", "peak"]
-        expected = [*(row[k] for k in keys), row["peak_in_backward"]]
+        peaks = {k: x for k, x in row["peaks"].items() if x is not None}
+        expected = [row["basis"], row["moments"], *peaks.values()]
         assert numbers == [round(x / GIB, 2) for x in expected]
         verdicts = re.findall(r"fits|no", line.removeprefix(name))
-        assert verdicts == ["fits" if row[k] else "no" for k in ("fits", "fits_in_backward")]
+        assert verdicts == ["fits" if row["fits"][k] else "no" for k in peaks]

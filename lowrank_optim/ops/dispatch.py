@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from types import ModuleType
 
 import torch
@@ -48,11 +49,34 @@ def _choose(forced: str | None, device_type: str, wide: bool) -> ModuleType:
     return reference
 
 
-def backend(like: torch.Tensor) -> ModuleType:
+def backend(like: torch.Tensor, in_8bit: bool = False) -> ModuleType:
     """The module whose functions serve ops on tensors like this one.
+
+    Args:
+        like: an argument of the op.
+        in_8bit: whether it reads or writes 8-bit codes, which plain torch is slow at.
 
     Raises:
         RuntimeError: a backend was forced that cannot run here; there is no silent fall-back.
     """
     wide = like.dtype == torch.float64
-    return _choose(os.environ.get(VARIABLE), like.device.type, wide)
+    forced, device_type = os.environ.get(VARIABLE), like.device.type
+    chosen = _choose(forced, device_type, wide)
+    if in_8bit and chosen is reference and not (forced or wide) and device_type in ORDER:
+        _warn_slow(device_type)
+    return chosen
+
+
+@functools.cache
+def _warn_slow(device_type: str) -> None:
+    """Once a process: 8-bit moments work without a compiled library, and take their time."""
+    names = [name for name in ORDER[device_type] if name != "reference"]
+    why = "; ".join(f"{name}: {available(name, device_type)[1]}" for name in names)
+    need = "a C++ compiler and then" if device_type == "cpu" else "triton, or nvcc and then"
+    warnings.warn(
+        f"8-bit moments on {device_type} are updated in plain torch (on a CPU a step takes 3 to 24 "
+        f"times as long), because no compiled kernels were found: {why}. Install {need} "
+        "lowrank_optim again; `python -m lowrank_optim.ops` says what is used. "
+        f"{VARIABLE}=reference asks for plain torch, without this warning",
+        stacklevel=2,
+    )

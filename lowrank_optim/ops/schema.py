@@ -104,13 +104,13 @@ def _define(name: str, schema: str) -> None:
     arguments = [argument.name for argument in op._schema.arguments]
     written = {a.name for a in op._schema.arguments if a.alias_info and a.alias_info.is_write}
     packed = frozenset(written - {"params"} | {*PACKED.get(name, ())})
-    flat = name in FLAT
+    flat, in_8bit = name in FLAT, any(argument.startswith("codes") for argument in arguments)
 
     def run(*args: Any) -> Any:
         _check(name, arguments, packed, args)
         if not args[0]:
             return [] if name in FOUND else None
-        call = getattr(backend(args[0][0]), name)
+        call = getattr(backend(args[0][0], in_8bit), name)
         if flat and not all([x.is_contiguous() for x in args[0]]):
             by_tiles(call, arguments, args)
             return None

@@ -1,0 +1,110 @@
+"""Plain torch in place of kernels is said where it costs: at the first 8-bit step, once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lowrank_optim import GaLoreAdamW8bit
+from lowrank_optim.ops import dispatch, native, reference
+
+SCRIPT = """
+import warnings
+import torch
+from lowrank_optim import GaLoreAdamW, GaLoreAdamW8bit
+
+def step(cls, dtype=torch.float32, times=2):
+    p = torch.nn.Parameter(torch.ones(64, 96, dtype=dtype))
+    optimizer = cls([p], rank=48)
+    for _ in range(times):
+        p.grad = torch.randn(64, 96, dtype=dtype)
+        optimizer.step()
+
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    for args in ((GaLoreAdamW,), (GaLoreAdamW8bit, torch.float64)):
+        step(*args)
+        print(len(seen))
+    for dtype in (torch.float32, torch.bfloat16):
+        step(GaLoreAdamW8bit, dtype)
+        print(len(seen))
+    for x in seen:
+        print(x.category.__name__, x.message)
+"""
+
+
+def said(folder: Path, **variables: str) -> list[str]:
+    """What the script prints with the compiled library hidden."""
+    known = {
+        k: v for k, v in os.environ.items() if k not in (dispatch.VARIABLE, "TRITON_INTERPRET")
+    }
+    env = {**known, "LOWRANK_OPTIM_LIBRARY": str(folder), "OMP_NUM_THREADS": "1", **variables}
+    out = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=env, check=True, capture_output=True, text=True
+    )
+    return out.stdout.splitlines()
+
+
+def test_one_warning_with_the_remedy(tmp_path: Path) -> None:
+    """Not for float32 moments, nor float64 gradients, which no kernel takes; then once."""
+    *counts, line = said(tmp_path)
+    assert counts == ["0", "0", "1", "1"]
+    assert line.startswith("UserWarning 8-bit moments on cpu are updated in plain torch")
+    for part in (
+        "liblowrank_optim.so was not built with this installation",
+        "Install a C++ compiler and then lowrank_optim again",
+        "`python -m lowrank_optim.ops` says",
+        "LOWRANK_OPTIM_BACKEND=reference",
+    ):
+        assert part in line
+
+
+def test_no_warning_where_plain_torch_was_asked_for(tmp_path: Path) -> None:
+    assert said(tmp_path, LOWRANK_OPTIM_BACKEND="reference") == ["0"] * 4
+
+
+@pytest.mark.skipif(not native.available("cpu")[0], reason="no compiled library")
+def test_no_warning_where_kernels_serve() -> None:
+    param = torch.nn.Parameter(torch.ones(64, 96))
+    optimizer = GaLoreAdamW8bit([param], rank=48)
+    param.grad = torch.randn(64, 96)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+@pytest.fixture
+def nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine without kernels of any kind."""
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "available", lambda name, kind: (False, f"no {name} here"))
+    caches = dispatch._choose, dispatch._warn_slow
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing")
+def test_a_gpu_without_kernels_is_said_too() -> None:
+    """Each kind of device once; not one that kernels were never made for."""
+    like = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"))
+    with pytest.warns(UserWarning, match="Install triton, or nvcc and then lowrank_optim") as seen:
+        for _ in range(3):
+            assert dispatch.backend(like, in_8bit=True) is reference  # type: ignore[arg-type]
+    assert len(seen) == 1
+    assert "triton: no triton here; native: no native here" in str(seen[0].message)
+    other = SimpleNamespace(dtype=torch.float32, device=torch.device("mps"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dispatch.backend(like)  # type: ignore[arg-type]
+        dispatch.backend(other, in_8bit=True)  # type: ignore[arg-type]
