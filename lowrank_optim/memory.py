@@ -23,6 +23,7 @@ from lowrank_optim.projecting import (
     kept_dtype,
 )
 from lowrank_optim.refresh import phase
+from lowrank_optim.summary import binary
 
 GIB = 2**30
 
@@ -155,14 +156,7 @@ class Estimate:
         if self.activations is not None:
             rows.append(("activations", self.activations, ""))
         rows.append(("peak", self.peak, "  without activations" * (self.activations is None)))
-        return "\n".join(f"{name:<12}{_binary(size):>12}{note}" for name, size, note in rows)
-
-
-def _binary(size: int) -> str:
-    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if size >= 1024**power:
-            return f"{size / 1024**power:.2f} {unit}"
-    return f"{size} B"
+        return "\n".join(f"{name:<12}{binary(size):>12}{note}" for name, size, note in rows)
 
 
 def estimate(

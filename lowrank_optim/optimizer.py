@@ -38,8 +38,10 @@ from lowrank_optim.plan import Item, State, Strategies, branchless, init_state
 from lowrank_optim.preflight import (
     Plan,
     check_edits,
+    check_flattened,
     check_gradients,
     check_moved,
+    check_owned,
     moved,
     structure,
 )
@@ -50,6 +52,7 @@ from lowrank_optim.step import step_matrices
 from lowrank_optim.stores import STORES
 from lowrank_optim.subspaces.base import PROJECTORS, Shared, Subspace, make_projector, view_for
 from lowrank_optim.subspaces.block import Block
+from lowrank_optim.summary import Summary, summary_of
 from lowrank_optim.undo import Undo
 
 logger = logging.getLogger(__name__)
@@ -226,12 +229,13 @@ class LowRankOptimizer(Optimizer):
             if param.is_complex():
                 self.param_groups.pop()
                 raise ValueError(f"{name} does not support complex parameters: {_name(group, i)}")
-        if group["projector"] == "block":
-            try:
+        try:
+            check_flattened(group)
+            if group["projector"] == "block":
                 self._items(self.param_groups[-1])
-            except ValueError:  # as many blocks as their order cannot take
-                self.param_groups.pop()
-                raise
+        except ValueError:  # as many blocks as their order cannot take
+            self.param_groups.pop()
+            raise
         self._warn_clamped(group)
 
     def _warn_clamped(self, group: Group) -> None:
@@ -265,6 +269,7 @@ class LowRankOptimizer(Optimizer):
             before = {} if plan is None else plan.structure
             was = [] if plan is None else plan.items
             self._check(group)
+            check_flattened(group)
             if plan is not None:
                 added = {k: v for k, v in group.items() if k in now and k not in before}
                 check_known(added, self._allowed(group), type(self).__name__, "an edited group")
@@ -370,6 +375,8 @@ class LowRankOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         work = [self._checked(group) for group in self.param_groups]
+        if not self.state:
+            self._introduce(any(ready for *_, ready in work))
         undo = Undo()
         try:
             with tracing.hosted():
@@ -386,6 +393,27 @@ class LowRankOptimizer(Optimizer):
             )
             raise
         return loss
+
+    def _introduce(self, ready: bool) -> None:
+        """Say before the first step what it will do, and what it will not.
+
+        Raises:
+            RuntimeError: the parameters belong to no model any more.
+        """
+        check_owned([p for group in self.param_groups for p in group["params"]])
+        if not ready:
+            warnings.warn(
+                f"no parameter of this {type(self).__name__} has a gradient, and its step changes "
+                "nothing: call backward() before it, and make the optimizer after what replaces "
+                "the parameters of a model",
+                stacklevel=notices.users_level(),
+            )
+            return
+        found = summary_of(self)
+        logger.info("%s", found)
+        shortfall = found.shortfall()
+        if shortfall is not None and any(g["rank"] is not None for g in self.param_groups):
+            warnings.warn(shortfall, stacklevel=notices.users_level())
 
     def _checked(self, group: Group) -> tuple[Strategies, list[Item], list[Item]]:
         """What a group chose, its items, and those with a gradient that can be stepped.
@@ -500,6 +528,25 @@ class LowRankOptimizer(Optimizer):
                 use, such as an index outside its matrix; the optimizer is left as it was.
         """
         load_state_dict(self, super().load_state_dict, state_dict)
+
+    def projected_factor(self, group: Group) -> float:
+        """What multiplies the learning rate of the projected part of ``group``."""
+        return float(group["scale"] * group.get("proj_params_lr_scale", 1.0))
+
+    def summary(self) -> Summary:
+        """What is projected, how large the state is, and the learning rate of the projected part.
+
+        The first step logs it, at ``INFO``.
+
+        Example:
+            >>> import torch
+            >>> from lowrank_optim import GaLoreAdamW
+            >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
+            >>> str(GaLoreAdamW(model.named_parameters(), lr=1e-2, rank=4).summary()).split("; ")
+            ['GaLoreAdamW: 2 of 4 tensors projected, 98.5% of 4,680 parameters', 'state 5.72 KiB', \
+'learning rate 0.01 (0.0025 of the projected part)']
+        """
+        return summary_of(self)
 
     def postponed_refreshes(self) -> dict[str, int]:
         """How often each matrix had a refresh postponed by a zero, NaN or Inf gradient."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lowrank_optim.groups import Group
 from lowrank_optim.plan import Item, State, Strategies, init_state
@@ -67,6 +68,39 @@ def check_moved(items: Sequence[Item]) -> None:
                 "optimizer.load_state_dict(optimizer.state_dict())"
             )
         raise RuntimeError(f"{what}: make the optimizer after what reshapes or shards parameters")
+
+
+def check_flattened(group: Group) -> None:
+    """Raise for a group that is to be projected and whose matrices have been flattened.
+
+    Raises:
+        ValueError: ``FullyShardedDataParallel`` (FSDP1) holds pieces of one long vector in their
+            place, with ``use_orig_params=True`` too.
+    """
+    params = group["params"]
+    if group.get("rank") is None or not any(getattr(p, "_fsdp_flattened", False) for p in params):
+        return
+    if not any(p.dim() >= 2 for p in params):
+        raise ValueError(
+            f"rank={group['rank']} in a group whose parameters FullyShardedDataParallel has "
+            "flattened: no matrix is left to project, and all would be dense. Train under "
+            "DistributedDataParallel, with ShardingStrategy.NO_SHARD, or pass rank=None for dense "
+            "steps on purpose"
+        )
+
+
+def check_owned(params: Sequence[Tensor]) -> None:
+    """Raise for parameters that ``fully_shard`` has replaced in their model.
+
+    Raises:
+        RuntimeError: the optimizer was made before.
+    """
+    for param in params:
+        if hasattr(param, "_fsdp_orig_uid") and not hasattr(param, "placements"):
+            raise RuntimeError(
+                "fully_shard has replaced the parameters that this optimizer was made for, which "
+                "would train nothing: make the optimizer after fully_shard(model)"
+            )
 
 
 def check_gradients(items: Sequence[Item], method: str) -> None:

@@ -250,7 +250,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Wrong]]] = {
                       for x in ("bfloat16", None, float)],
             "first_basis": [(x, ValueError, "first_basis must be 'micro' or 'boundary', got")
                             for x in (1, "last", None)],
-            "coords_dtype": [(x, ValueError, "coords_dtype must be 'auto', 'float32' or 'bfloat16', got")
+            "coords_dtype": [(x, ValueError, "must be 'auto', 'float32' or 'bfloat16', got")
                              for x in ("float16", torch.bfloat16, None)],
         },
     ),

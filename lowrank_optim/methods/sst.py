@@ -157,6 +157,10 @@ class SSTAdamW(LowRankOptimizer):
         own |= {"vector_lr_scale": vector_lr_scale, "s_lr_scale": s_lr_scale}
         super().__init__(params, {**own, **with_defaults(type(self), {**self.preset, **options})})
 
+    def projected_factor(self, group: Group) -> float:
+        """Factors take the learning rate as it is."""
+        return 1.0
+
     def residual(self, group: Group) -> Residual:
         """All of the gradient that the factors do not see is dropped."""
         return Drop()

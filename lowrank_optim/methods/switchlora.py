@@ -162,6 +162,10 @@ class SwitchLoRAAdamW(LowRankOptimizer):
             torch.cuda.synchronize()
         return super().state_dict()
 
+    def projected_factor(self, group: Group) -> float:
+        """Factors take the learning rate as it is."""
+        return 1.0
+
     def residual(self, group: Group) -> Residual:
         """Only A and B are trained."""
         return Drop()
