@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from benchmarks.common import Corpus, environment_line, load_corpus, print_table
 from benchmarks.pretrain import Settings, evaluate, losses, make_groups, make_model, schedule
 from lowrank_optim import GaLoreAdamW, attach_in_backward
-from lowrank_optim.plan import Item, State, Strategies
-from lowrank_optim.projected import ProjectedGrad
-from lowrank_optim.projecting import items_of, projected
+from lowrank_optim.backward.projecting import items_of, projected
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
+from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
 LR = 6e-4
 
@@ -70,7 +70,7 @@ def train(
 class Sums:
     """Gradients of one matrix, added up in every format."""
 
-    def __init__(self, item: Item, state: State, chosen: Strategies) -> None:
+    def __init__(self, item: ParamPlan, state: State, chosen: Strategies) -> None:
         self.item, self.state, self.chosen = item, state, chosen
         self.kept: dict[str, ProjectedGrad] = {}
         self.exact = self.nearest = self.whole = torch.zeros(())

@@ -26,9 +26,9 @@ from benchmarks.pretrain import METHODS, Settings, losses, make_groups, make_mod
 from benchmarks.step_time import Work, galore, linear_weights
 from benchmarks.timing import interleaved, ratio
 from lowrank_optim import PROJECTORS, DCTAdamW
-from lowrank_optim.matrix import matrix_view
 from lowrank_optim.ops.cosine import cosine_rows
-from lowrank_optim.subspaces import Context
+from lowrank_optim.subspaces import RefreshContext
+from lowrank_optim.tensors.matrix import matrix_view
 
 GALORE = "GaLoreAdamW, no refresh"
 PROJECTED = ("svd", "rsvd", "dct", "hadamard", "random")
@@ -151,7 +151,7 @@ def energies(steps: int) -> dict[str, dict[str, float]]:
             continue
         grad = view.of(param.grad)
         rank = max(1, view.m // 8)
-        ctx = Context(view, torch.Generator().manual_seed(0))
+        ctx = RefreshContext(view, torch.Generator().manual_seed(0))
         best = float(torch.linalg.svdvals(grad)[:rank].square().sum())
         total = float(grad.square().sum())
         kinds[name.split(".")[-2]][OF_ALL].append(best / total)

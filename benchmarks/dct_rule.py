@@ -20,8 +20,8 @@ from rich.console import Console
 from benchmarks.common import environment, environment_line, print_table
 from benchmarks.timing import interleaved
 from lowrank_optim import DCTAdamW
-from lowrank_optim.matrix import matrix_view
 from lowrank_optim.subspaces import DCT
+from lowrank_optim.tensors.matrix import matrix_view
 
 NEVER = 10**9
 FORMS = ("fft", "matmul")

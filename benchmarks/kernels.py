@@ -21,7 +21,7 @@ from benchmarks.common import LLAMA_SHAPES, environment, environment_line, print
 from benchmarks.step_time import galore, gemm_floor, linear_weights
 from benchmarks.timing import interleaved, peer, ratio
 from lowrank_optim.ops import native, reference
-from lowrank_optim.quant import Quantized, dynamic_map, layout
+from lowrank_optim.ops.quant import Quantized, dynamic_map, layout
 
 Work = Callable[[], object]
 FLOOR, FUSED, ADDMM, BNB, AO = "copy", "fused AdamW", "addmm", "bitsandbytes", "torchao"

@@ -32,8 +32,8 @@ from benchmarks.common import (
 from benchmarks.dct import energies, plot, show_energies
 from benchmarks.pretrain import METHODS, Settings, losses, make_groups, make_model, schedule
 from benchmarks.timing import interleaved, ratio
-from lowrank_optim.matrix import matrix_view
-from lowrank_optim.subspaces import PROJECTORS, Context
+from lowrank_optim.subspaces import PROJECTORS, RefreshContext
+from lowrank_optim.tensors.matrix import matrix_view
 
 FLOOR, FULL, WARM = "two GEMM passes (floor)", "svd", "rsvd, warm"
 TARGET_TIME, TARGET_ENERGY = 0.05, 0.99
@@ -99,7 +99,7 @@ def find(name: str, rank: int, grad: Tensor, previous: Tensor | None) -> Tensor:
     """The basis of a registered projector."""
     view = matrix_view(grad.shape, "left")
     assert view is not None
-    ctx = Context(view, torch.Generator().manual_seed(0))
+    ctx = RefreshContext(view, torch.Generator().manual_seed(0))
     return PROJECTORS[name](rank).find(grad, previous, ctx)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.common import LLAMA_SHAPES, environment, environment_line, print_table
 from benchmarks.timing import interleaved, milliseconds, peer, ratio
 from lowrank_optim import FiraAdamW, GaLoreAdamW, LowRankOptimizer
-from lowrank_optim.matrix import matrix_view
+from lowrank_optim.tensors.matrix import matrix_view
 
 NEVER = 10**6
 FLOOR, OURS, FIRA = "GEMM floor", "GaLoreAdamW", "FiraAdamW"

@@ -17,7 +17,7 @@ struct List {
   float* scales2[LRO_LIST];
   const float* row_eps[LRO_LIST];
   const float* row_scale[LRO_LIST];
-  const uint8_t* sound[LRO_LIST];
+  const uint8_t* finite[LRO_LIST];
   int64_t rows[LRO_LIST];
   int64_t cols[LRO_LIST];
   int64_t width[LRO_LIST];
@@ -81,11 +81,11 @@ __global__ void __launch_bounds__(32 * WARPS)
   int block = list.block[t];
   int64_t cols = list.cols[t], per_row = (cols + block - 1) / block;
   int64_t total = list.rows[t] * per_row, step = (int64_t)gridDim.x * WARPS;
-  bool sound = !list.sound[t] || *list.sound[t];
+  bool finite = !list.finite[t] || *list.finite[t];
   for (int64_t b = (int64_t)blockIdx.x * WARPS + threadIdx.x / 32; b < total; b += step) {
     int64_t row = b / per_row, at = (b - row * per_row) * block, begin = row * cols + at;
     int length = (int)(cols - at < block ? cols - at : block);
-    if (!sound) {
+    if (!finite) {
       for (int j = lane; j < length; j += 32) lro_write(list.out[t], s.out_dtype, begin + j, 0.0f);
       continue;
     }
@@ -180,7 +180,7 @@ int launch_update(const lro_update* a, float x, float y, float z, void* stream) 
         list.eps[k] = a->eps[i];
       }
     }
-    if (a->sound) list.sound[k] = a->sound[i];
+    if (a->finite) list.finite[k] = a->finite[i];
   });
 }
 

@@ -237,7 +237,7 @@ int one_moment(const lro_update* a, int threads, Update update) {
       over_blocks(a, threads, [&](int64_t i, Block k) {
         auto* g = (decltype(g_null))a->grads[i] + k.begin;
         auto* out = (decltype(o_null))a->outs[i] + k.begin;
-        if (a->sound && a->sound[i] && !*a->sound[i]) {
+        if (a->finite && a->finite[i] && !*a->finite[i]) {
           for (int64_t j = 0; j < k.length; ++j) lro_store(&out[j], 0.0f);
           return;
         }
@@ -264,7 +264,7 @@ int LRO_LOCAL(lro_adamw_direction_8bit)(const lro_update* a, int threads) {
       over_blocks(a, threads, [&](int64_t i, Block k) {
         auto* g = (decltype(g_null))a->grads[i] + k.begin;
         auto* out = (decltype(o_null))a->outs[i] + k.begin;
-        if (a->sound && a->sound[i] && !*a->sound[i]) {
+        if (a->finite && a->finite[i] && !*a->finite[i]) {
           for (int64_t j = 0; j < k.length; ++j) lro_store(&out[j], 0.0f);
           return;
         }

@@ -312,7 +312,7 @@ int LRO_LOCAL(lro_coordinate_add)(const lro_coordinate* a, int threads) {
     lro_parallel(
         a->count, threads, [&](int64_t i) { return lro_ceil(outer(i), per_task(i)); },
         [&](int64_t i, int64_t task) {
-          if (a->sound && !*a->sound[i]) return;
+          if (a->finite && !*a->finite[i]) return;
           int64_t begin = task * per_task(i), end = lro_min(begin + per_task(i), outer(i));
           if (by_column(i)) {
             for (int64_t j = begin; j < end; ++j) {

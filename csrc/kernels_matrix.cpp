@@ -46,7 +46,7 @@ void signed_row(W* w, int64_t wc, const G* g, int64_t gc, const L* low, const L*
 template <class F>
 int over_rows(const lro_apply* a, int threads, F f) {
   if (a->grad_dtype != a->weight_dtype) return LRO_BAD_DTYPE;
-  if (a->sound && !*a->sound) return LRO_OK;
+  if (a->finite && !*a->finite) return LRO_OK;
   int64_t per_task = ROW_TASK / a->cols > 1 ? ROW_TASK / a->cols : 1;
   bool ok = false;
   lro_with_dtype(a->weight_dtype, [&](auto* w_null) {

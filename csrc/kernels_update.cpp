@@ -18,7 +18,7 @@ int over_chunks(const lro_update* a, int threads, Run run) {
             int64_t begin = task * CHUNK, end = lro_min(begin + CHUNK, a->numels[i]);
             auto* g = (decltype(g_null))a->grads[i];
             auto* out = (decltype(o_null))a->outs[i];
-            if (a->sound && a->sound[i] && !*a->sound[i]) {
+            if (a->finite && a->finite[i] && !*a->finite[i]) {
               for (int64_t k = begin; k < end; ++k) lro_store(&out[k], 0.0f);
             } else {
               run(i, begin, end, g, out);

@@ -51,7 +51,7 @@ typedef struct {
   const float* eps;               // adamw
   const float* const* row_eps;    // null, or one float per row of the last dimension
   const float* const* row_scale;  // null exactly where row_eps is
-  const uint8_t* const* sound;    // null, or one flag per tensor
+  const uint8_t* const* finite;   // null, or one flag per tensor
   double a;                       // beta1 | decay
   double b;                       // beta2 | weight
   int32_t grad_dtype;
@@ -104,7 +104,7 @@ typedef struct {
   int64_t low_row;
   const float* factor;  // c; a stride is 0 along the dimension that c is constant in
   int64_t factor_row, factor_col;
-  const uint8_t* sound;  // null, or one flag: where it is 0 nothing is written
+  const uint8_t* finite;  // null, or one flag: where it is 0 nothing is written
   double decay, lr, scale, gain;
   int32_t weight_dtype, grad_dtype, low_dtype;
 } lro_apply;
@@ -130,7 +130,7 @@ typedef struct {
   const int64_t* grad_cols;
   const int64_t* low_rows;
   const int64_t* low_cols;
-  const uint8_t* const* sound;  // null, or one flag per matrix
+  const uint8_t* const* finite;  // null, or one flag per matrix
   double decay, lr, scale, gain;
   int32_t free_rule;
   int32_t weight_dtype, grad_dtype;

@@ -7,7 +7,7 @@ namespace {
 // direction.
 template <bool SIGN>
 __global__ void __launch_bounds__(256) apply(const __grid_constant__ lro_apply a) {
-  if (a.sound && !*a.sound) return;
+  if (a.finite && !*a.finite) return;
   float decay = (float)a.decay, lr = (float)a.lr, scale = (float)a.scale, gain = (float)a.gain;
   for (int64_t i = blockIdx.y; i < a.rows; i += gridDim.y) {
     for (int64_t j = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; j < a.cols;
@@ -43,7 +43,7 @@ struct Coordinate {
   const int32_t* index;
   const float* low;
   int64_t picked, rows, cols, weight_row, weight_col, grad_row, grad_col, low_row, low_col;
-  const uint8_t* sound;
+  const uint8_t* finite;
   float decay, lr_scale, lr_gain;
   int rule, dtype;
 };
@@ -53,7 +53,7 @@ struct Coordinate {
 // no row, and is never followed.
 __global__ void __launch_bounds__(256)
     coordinate(const __grid_constant__ Coordinate a, bool by_column) {
-  if (a.sound && !*a.sound) return;
+  if (a.finite && !*a.finite) return;
   int64_t inner = by_column ? a.rows : a.cols, outer = by_column ? a.cols : a.rows;
   for (int64_t o = blockIdx.y; o < outer; o += gridDim.y) {
     for (int64_t n = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; n < inner;
@@ -147,7 +147,7 @@ LRO_EXPORT int lro_cuda_coordinate_add(const lro_coordinate* a, void* stream) {
                     a->grad_cols[i],
                     a->low_rows[i],
                     a->low_cols[i],
-                    a->sound ? a->sound[i] : nullptr,
+                    a->finite ? a->finite[i] : nullptr,
                     (float)a->decay,
                     (float)(a->lr * a->scale),
                     (float)(a->lr * a->gain),

@@ -13,7 +13,7 @@ struct List {
   float* second[LRO_LIST];
   const float* row_eps[LRO_LIST];
   const float* row_scale[LRO_LIST];
-  const uint8_t* sound[LRO_LIST];
+  const uint8_t* finite[LRO_LIST];
   int64_t numel[LRO_LIST];
   int64_t width[LRO_LIST];
   float eps[LRO_LIST];
@@ -28,10 +28,10 @@ template <int RULE>
 __global__ void __launch_bounds__(256) update(const __grid_constant__ List list, Scalars s) {
   int t = blockIdx.y;
   int64_t n = list.numel[t], step = (int64_t)gridDim.x * blockDim.x;
-  bool sound = !list.sound[t] || *list.sound[t];
+  bool finite = !list.finite[t] || *list.finite[t];
   for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += step) {
     float result = 0.0f;
-    if (sound) {
+    if (finite) {
       float g = lro_read(list.grad[t], s.grad_dtype, i), m = list.first[t][i];
       if (RULE == ADAMW) {
         float v = list.second[t][i], eps = list.eps[t], scale = 1.0f;
@@ -81,7 +81,7 @@ int launch(const lro_update* a, Scalars s, void* stream) {
           list.eps[k] = a->eps[i];
         }
       }
-      if (a->sound) list.sound[k] = a->sound[i];
+      if (a->finite) list.finite[k] = a->finite[i];
       most = most < a->numels[i] ? a->numels[i] : most;
     }
     dim3 grid(lro_grid(most, 256 * 4, 4096), (unsigned)count);

@@ -1,13 +1,13 @@
 """Drop-in torch optimizers that train large models with low-rank state."""
 
 from lowrank_optim import memory, presets
-from lowrank_optim.groups import lowrank_groups
-from lowrank_optim.importers import (
+from lowrank_optim.backward.attach import attach_in_backward
+from lowrank_optim.checkpoints.importers import (
     export_bitsandbytes,
     import_bitsandbytes,
     import_galore_torch,
 )
-from lowrank_optim.in_backward import attach_in_backward
+from lowrank_optim.groups import lowrank_groups
 from lowrank_optim.methods import (
     DCTAdamW,
     DCTAdamW8bit,

@@ -15,27 +15,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowrank_optim import notices, tracing
-from lowrank_optim.blocks import advance, catch_up, placed, step_block
-from lowrank_optim.checkpoint import load_state_dict
-from lowrank_optim.compiled import Traced
-from lowrank_optim.dense import step_dense
-from lowrank_optim.groups import Group, canonical, check, check_rank
-from lowrank_optim.keys import (
-    METHODS,
-    PLACES,
-    TORCH_FLAGS,
-    check_known,
-    projector_keys,
-    refuse_apollo,
-    remedy,
-    without_torch_flags,
-)
-from lowrank_optim.linear_maps import is_linear_map
-from lowrank_optim.matrix import MatrixView
-from lowrank_optim.notices import param_name as _name
-from lowrank_optim.plan import Item, State, Strategies, branchless, init_state
-from lowrank_optim.preflight import (
+from lowrank_optim.checkpoints.load import load_state_dict
+from lowrank_optim.engine import tracing
+from lowrank_optim.engine.blocks import advance, catch_up, placed, step_block
+from lowrank_optim.engine.compiled import Traced
+from lowrank_optim.engine.dense import step_dense
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state, on_accelerator
+from lowrank_optim.engine.preflight import (
     Plan,
     check_edits,
     check_flattened,
@@ -45,15 +31,29 @@ from lowrank_optim.preflight import (
     moved,
     structure,
 )
-from lowrank_optim.projected import ProjectedGrad
+from lowrank_optim.engine.step import step_matrices
+from lowrank_optim.engine.summary import Summary, summary_of
+from lowrank_optim.engine.undo import Undo
+from lowrank_optim.groups import Group, canonical, check, check_rank, notices
+from lowrank_optim.groups.keys import (
+    METHODS,
+    PLACES,
+    TORCH_FLAGS,
+    check_known,
+    projector_keys,
+    refuse_apollo,
+    remedy,
+    without_torch_flags,
+)
+from lowrank_optim.groups.linear_maps import is_linear_map
+from lowrank_optim.groups.notices import param_name as _name
 from lowrank_optim.residuals import Residual
 from lowrank_optim.rules.base import Rule
-from lowrank_optim.step import step_matrices
 from lowrank_optim.stores import STORES
 from lowrank_optim.subspaces.base import PROJECTORS, Shared, Subspace, make_projector, view_for
 from lowrank_optim.subspaces.block import Block
-from lowrank_optim.summary import Summary, summary_of
-from lowrank_optim.undo import Undo
+from lowrank_optim.tensors.matrix import MatrixView
+from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
 logger = logging.getLogger(__name__)
 
@@ -254,7 +254,7 @@ class LowRankOptimizer(Optimizer):
 
     # ---------------------------------------------------------------- plan
 
-    def _items(self, group: Group) -> list[Item]:
+    def _items(self, group: Group) -> list[ParamPlan]:
         """The group's parameters, viewed and with subspaces; made anew when a key changed.
 
         Raises:
@@ -279,11 +279,11 @@ class LowRankOptimizer(Optimizer):
             plan = self._plans[id(group)] = Plan(key, now, items)
         return plan.items
 
-    def _planned(self, group: Group) -> list[Item]:
+    def _planned(self, group: Group) -> list[ParamPlan]:
         """Items of a group as it is, whatever state there is."""
         return placed(list(self._plan(group)))
 
-    def _plan(self, group: Group) -> Iterator[Item]:
+    def _plan(self, group: Group) -> Iterator[ParamPlan]:
         start = 0
         for other in self.param_groups:
             if other is group:
@@ -305,7 +305,7 @@ class LowRankOptimizer(Optimizer):
                 subspace = self.subspace(group, view).sharing(self._shared)
                 _check_fit(_name(group, i), subspace, self.residual(group))
             kind = kinds.setdefault((view, subspace), len(kinds))
-            yield Item(param, _name(group, i), start + i, view, subspace, kind)
+            yield ParamPlan(param, _name(group, i), start + i, view, subspace, kind)
         if dense and group["rank"] is not None:
             logger.info("dense in a group of rank %s: %s", group["rank"], ", ".join(dense))
 
@@ -378,7 +378,7 @@ class LowRankOptimizer(Optimizer):
             self._step_groups([self._checked(group) for group in self.param_groups])
         return loss
 
-    def _step_groups(self, work: list[tuple[Strategies, list[Item], list[Item]]]) -> None:
+    def _step_groups(self, work: list[tuple[Strategies, list[ParamPlan], list[ParamPlan]]]) -> None:
         if not self.state:
             self._introduce(any(ready for *_, ready in work))
         self._make_state()
@@ -417,7 +417,7 @@ class LowRankOptimizer(Optimizer):
         if shortfall is not None and any(g["rank"] is not None for g in self.param_groups):
             warnings.warn(shortfall, stacklevel=notices.users_level())
 
-    def _checked(self, group: Group) -> tuple[Strategies, list[Item], list[Item]]:
+    def _checked(self, group: Group) -> tuple[Strategies, list[ParamPlan], list[ParamPlan]]:
         """What a group chose, its items, and those with a gradient that can be stepped.
 
         Raises:
@@ -431,7 +431,7 @@ class LowRankOptimizer(Optimizer):
         return chosen, items, ready
 
     def _advance(
-        self, items: list[Item], ready: list[Item], chosen: Strategies, undo: Undo
+        self, items: list[ParamPlan], ready: list[ParamPlan], chosen: Strategies, undo: Undo
     ) -> None:
         """Blocks of a group take turns before it steps."""
         if not any(isinstance(item.subspace, Block) for item in ready):
@@ -441,7 +441,7 @@ class LowRankOptimizer(Optimizer):
         self._begin_blocks(items, undo)
         advance(items, self.state, chosen)
 
-    def _begin_blocks(self, items: list[Item], undo: Undo) -> None:
+    def _begin_blocks(self, items: list[ParamPlan], undo: Undo) -> None:
         for item in items:
             if isinstance(item.subspace, Block) and item.param in self.state:
                 undo.begin(self.state[item.param])
@@ -471,8 +471,8 @@ class LowRankOptimizer(Optimizer):
                     return
         raise ValueError("the parameter is in none of the optimizer's groups")
 
-    def _step_alone(self, item: Item, group: Group, begins: bool | None = None) -> None:
-        """One item with a gradient; ``begins`` as of :func:`~lowrank_optim.blocks.catch_up`."""
+    def _step_alone(self, item: ParamPlan, group: Group, begins: bool | None = None) -> None:
+        """One parameter with a gradient; ``begins`` as of ``engine.blocks.catch_up``."""
         chosen = self._strategies(group)
         check_gradients([item], type(self).__name__)
         with tracing.hosted(), Undo() as undo:
@@ -483,7 +483,7 @@ class LowRankOptimizer(Optimizer):
                 catch_up(item, items, self.state, chosen, begins)
             self._step_items([item], group, chosen, undo)
 
-    def _state_of(self, item: Item, chosen: Strategies) -> State:
+    def _state_of(self, item: ParamPlan, chosen: Strategies) -> State:
         state: State = self.state[item.param]
         if not state:
             state.update(init_state(item, chosen, item.param))
@@ -494,9 +494,11 @@ class LowRankOptimizer(Optimizer):
                 state.update(item.param.grad.fresh)  # now: else two bases of every matrix exist
         return state
 
-    def _step_items(self, items: list[Item], group: Group, chosen: Strategies, undo: Undo) -> None:
+    def _step_items(
+        self, items: list[ParamPlan], group: Group, chosen: Strategies, undo: Undo
+    ) -> None:
         lr, weight_decay = group["lr"], group["weight_decay"]
-        buckets: dict[Any, list[Item]] = {}
+        buckets: dict[Any, list[ParamPlan]] = {}
         for item in items:
             if item.subspace is not None and not isinstance(item.subspace, Block):
                 buckets.setdefault(item.key, []).append(item)
@@ -572,7 +574,7 @@ def _check_fit(name: str, subspace: Subspace, residual: Residual) -> None:
     Raises:
         ValueError: the subspace does not go with the residual.
     """
-    reason = subspace.refuses(residual)
+    reason = subspace.refuses(residual.wants)
     if reason is not None:
         raise ValueError(
             f"{type(residual).__name__} does not go with {type(subspace).__name__}, the subspace "
@@ -580,10 +582,10 @@ def _check_fit(name: str, subspace: Subspace, residual: Residual) -> None:
         )
 
 
-def _chunk_size(item: Item, chosen: Strategies) -> int:
+def _chunk_size(item: ParamPlan, chosen: Strategies) -> int:
     assert item.subspace is not None and item.view is not None
     shapes = item.subspace.coord_shapes(item.view).values()
     size = 4 * sum(math.prod(shape) for shape in shapes)
-    if chosen.residual.feeds_back:
+    if chosen.residual.wants == "memory":
         size += 4 * item.param.numel()
-    return max(1, CHUNK_BYTES[branchless(item.param)] // max(1, size))
+    return max(1, CHUNK_BYTES[on_accelerator(item.param)] // max(1, size))

@@ -9,20 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank_optim import (
-    PROJECTORS,
-    LowRankOptimizer,
-    blocks,
-    dense,
-    methods,
-    onepass,
-    plan,
-    refresh,
-    step,
-)
-from lowrank_optim.matrix import PROJ_TYPES
+from lowrank_optim import PROJECTORS, LowRankOptimizer, methods
+from lowrank_optim.engine import blocks, dense, fused, plan, refresh, step
 from lowrank_optim.subspaces.base import Projector
 from lowrank_optim.subspaces.fixed import FixedBasis
+from lowrank_optim.tensors.matrix import PROJ_TYPES
 
 __all__ = ["METHOD_ARGS", "PROJ_TYPES", "RULES", "SHAPES", "build", "gradients"]
 
@@ -175,8 +166,8 @@ def train(
     return param.detach(), optimizer
 
 
-def branching(patch: pytest.MonkeyPatch, branchless: Callable[[Tensor], bool]) -> None:
+def branching(patch: pytest.MonkeyPatch, on_accelerator: Callable[[Tensor], bool]) -> None:
     """Let the phases of a step take a tensor's device for one that hosts may not wait for."""
-    for phase in (plan, step, dense, refresh, blocks, onepass):
+    for phase in (plan, step, dense, refresh, blocks, fused):
         if hasattr(phase, "branchless"):
-            patch.setattr(phase, "branchless", branchless)
+            patch.setattr(phase, "branchless", on_accelerator)

@@ -57,13 +57,13 @@ void update(const char* name, Update op, int dtype, bool eight, const float* map
   const void* g = grad.at();
   void* o = out.at();
   float *pm = (float*)m.at(), *pv = (float*)v.at(), *p1 = (float*)s1.at(), *p2 = (float*)s2.at();
-  uint8_t *q1 = c1.data(), *q2 = c2.data(), sound = 1;
-  const uint8_t* flag = &sound;
+  uint8_t *q1 = c1.data(), *q2 = c2.data(), finite = 1;
+  const uint8_t* flag = &finite;
   int64_t n = N, width = COLS, rows = ROWS, cols = COLS, block = BLOCK;
   float eps = 1e-3f;
   lro_update a = {};
   a.count = 1, a.numels = &n, a.widths = &width, a.grads = &g, a.outs = &o;
-  a.first = &pm, a.second = &pv, a.sound = &flag, a.eps = &eps;
+  a.first = &pm, a.second = &pv, a.finite = &flag, a.eps = &eps;
   if (eight) {
     a.first_codes = &q1, a.first_scales = &p1, a.second_codes = &q2, a.second_scales = &p2;
     a.signed_map = maps, a.unsigned_map = maps + 256;

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowrank_optim import quant
+from lowrank_optim.ops import quant
 from lowrank_optim.optimizer import LowRankOptimizer
 from tests import cases, runs
 from tests.test_state_values import VARIANTS, trained

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops import schema as _schema  # noqa: F401  (defines the ops)
-from lowrank_optim.quant import dynamic_map, layout
+from lowrank_optim.ops.quant import dynamic_map, layout
 
 Arguments = dict[str, Any]
 Expected = dict[str, list[tuple[Tensor, Tensor | None]]]
@@ -123,14 +123,14 @@ def elementwise(
         "eps": [10.0 ** -(3 + i) * magnitude for i in range(len(shapes))],
         "row_eps": [],
         "row_scale": [],
-        "sound": [],
+        "finite": [],
     }
     if by_row:
         found["row_eps"] = [magnitude * (torch.rand(_rows(s)).to(wide) + 0.1) for s in shapes]
         found["row_scale"] = [torch.rand(_rows(s)).to(wide) for s in shapes]
     if unsound is not None:
         xs[unsound] = torch.full_like(xs[unsound], torch.nan)
-        found["sound"] = [torch.tensor(i != unsound) for i in range(len(shapes))]
+        found["finite"] = [torch.tensor(i != unsound) for i in range(len(shapes))]
     found["grads"] = found["xs"] = xs
     found["exp_avgs"] = found["moments"] = first
     found["exp_avg_sqs"] = second
@@ -196,7 +196,7 @@ def matrices(
         "scale": SCALE,
         "gain": GAIN,
         "free": free,
-        "sound": [],
+        "finite": [],
         "params": [strided(torch.randn(s, dtype=wide).to(dtype), how) for s in shapes],
         "grads": [strided((magnitude * torch.randn(s)).to(dtype), how) for s in shapes],
     }
@@ -215,7 +215,7 @@ def matrices(
         found["lows"].append(magnitude * torch.randn(*batch, r, n, dtype=wide))
         found["columns"].append(torch.rand(*batch, 1, n, dtype=wide))
     if unsound is not None:
-        found["sound"] = [torch.tensor(i != unsound) for i in range(len(shapes))]
+        found["finite"] = [torch.tensor(i != unsound) for i in range(len(shapes))]
         for name in ("grads", "updates", "lows", "columns"):
             found[name][unsound].fill_(torch.nan)
     return {name: found[name] for name in names(op)}
@@ -301,9 +301,9 @@ def expected(op: str, a: Arguments) -> Expected:
 def _where_sound(
     a: Arguments, found: list[tuple[Tensor, Tensor | None]]
 ) -> list[tuple[Tensor, Tensor | None]]:
-    sound = a["sound"] or [True] * len(found)
+    finite = a["finite"] or [True] * len(found)
     old = [(w.double(), None) for w in a["params"]]
-    return [new if ok else kept for ok, new, kept in zip(sound, found, old, strict=True)]
+    return [new if ok else kept for ok, new, kept in zip(finite, found, old, strict=True)]
 
 
 def _coordinates(a: Arguments) -> list[Tensor]:
@@ -353,7 +353,7 @@ def _directions(op: str, a: Arguments) -> Expected:
         g = x.double()
         m, v = _moments(a, i)
         firm = None
-        if a["sound"] and not a["sound"][i]:
+        if a["finite"] and not a["finite"][i]:
             out = torch.zeros_like(m)
         elif v is not None:
             m, v = BETA1 * m + (1 - BETA1) * g, BETA2 * v + (1 - BETA2) * g * g

@@ -62,9 +62,9 @@ def arguments(
     found["exp_avg_sqs"] = [low(w).square() for w in widths]
     found["eps"] = [1e-3 * (i + 1) for i in range(len(widths))]
     found["steps"] = [LR / (i + 1) for i in range(len(widths))]
-    found["sound"] = []
+    found["finite"] = []
     if unsound is not None:
-        found["sound"] = [torch.tensor(i != unsound) for i in range(len(widths))]
+        found["finite"] = [torch.tensor(i != unsound) for i in range(len(widths))]
         found["updates"][unsound].fill_(torch.nan)
     if by_row:
         found["row_eps"] = [torch.rand(picked).to(wide) + 0.1 for _ in widths]
@@ -90,7 +90,7 @@ def expected(op: str, a: Arguments) -> Expected:
             say("outs", q @ x.double())
         elif op == "cosine_lift_add_":
             lifted = q.mT @ a["updates"][i].double()
-            ok = not a["sound"] or bool(a["sound"][i])
+            ok = not a["finite"] or bool(a["finite"][i])
             new = DECAY * x.double() - a["steps"][i] * lifted
             say("params", new if ok else x.double())
         else:

@@ -16,18 +16,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank_optim import PROJECTORS, LowRankOptimizer, quant
-from lowrank_optim.error_feedback import FORMATS, ErrorFeedback
+from lowrank_optim import PROJECTORS, LowRankOptimizer
+from lowrank_optim.engine.plan import ParamPlan, Strategies, mixed
 from lowrank_optim.groups import Group
-from lowrank_optim.matrix import PROJ_TYPES, MatrixView
-from lowrank_optim.ops import reference
+from lowrank_optim.ops import quant, reference
 from lowrank_optim.optimizer import Options, with_defaults
-from lowrank_optim.plan import Item, Strategies, mixed
 from lowrank_optim.residuals import Drop, Free, Residual, Scaled
+from lowrank_optim.residuals.error_feedback import FORMATS, ErrorFeedback
 from lowrank_optim.rules import SGD, Adafactor, AdamW, Lion, Rule
 from lowrank_optim.stores import STORES
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.subspaces.entries import RandK
+from lowrank_optim.tensors.matrix import PROJ_TYPES, MatrixView
 from lowrank_optim.transports import TRANSPORTS
 from tests import cases
 from tests.compare import assert_close, assert_mostly_close
@@ -201,7 +201,7 @@ def start(shape: Sequence[int], dtype: torch.dtype, seed: int, small: bool) -> T
     return (w / 64 if small else w).to(dtype)
 
 
-def part_of(item: Item, state: dict[str, Tensor], expert: int) -> Any:
+def part_of(item: ParamPlan, state: dict[str, Tensor], expert: int) -> Any:
     """The subspace that the optimizer found, as the oracle takes it."""
     view, subspace = item.view, item.subspace
     assert view is not None and subspace is not None

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim import GaLoreAdamW, GaLoreAdamW8bit, GaLoreLion, memory, ops, quant
-from lowrank_optim.quant import Quantized
+from lowrank_optim import GaLoreAdamW, GaLoreAdamW8bit, GaLoreLion, memory, ops
+from lowrank_optim.ops import quant
+from lowrank_optim.ops.quant import Quantized
 from lowrank_optim.rules.base import Slot
 from lowrank_optim.stores import STORES
 from tests import cases, runs, test_contract

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from lowrank_optim import FiraAdamW, GaLoreAdamW, ops
-from lowrank_optim.matrix import matrix_view
 from lowrank_optim.optimizer import LowRankOptimizer
+from lowrank_optim.tensors.matrix import matrix_view
 
 RANK = 8
 OVERSAMPLE = 8

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from lowrank_optim import LowRankOptimizer, lowrank_groups, memory, methods, presets
-from lowrank_optim.checks import CHOICES, FLAGS
-from lowrank_optim.keys import known_keys
+from lowrank_optim.groups.keys import known_keys
+from lowrank_optim.groups.values import CHOICES, FLAGS
 from lowrank_optim.nn import convert, merge
 from lowrank_optim.optimizer import DEFAULTS
 

@@ -20,11 +20,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim import GaLoreAdamW8bit, GaLoreLion, import_bitsandbytes, ops, quant
+from lowrank_optim import GaLoreAdamW8bit, GaLoreLion, import_bitsandbytes, ops
 from lowrank_optim.ops import __main__ as report
 from lowrank_optim.ops import bitsandbytes as backend
-from lowrank_optim.ops import dispatch, native
-from lowrank_optim.quant import Quantized
+from lowrank_optim.ops import dispatch, native, quant
+from lowrank_optim.ops.quant import Quantized
 from tests.compare import assert_close, assert_mostly_close, relative
 from tests.test_8bit import SHAPES
 
@@ -193,18 +193,18 @@ def test_its_cpu_library_is_a_lattice_before_our_quantiser(
     x = x[x.isfinite().all(-1)]
     mine = quantized(x, signed)
     codes, scales = cpu_codes(x, table)
-    sound = scales >= NORMAL
+    finite = scales >= NORMAL
     assert torch.equal(scales, mine.scales)
     assert (codes[scales == 0] == 0).all()
-    if not sound.any():
+    if not finite.any():
         return
-    unit = x[sound].float() * (1 / scales[sound])[:, None]
+    unit = x[finite].float() * (1 / scales[finite])[:, None]
     points = lattice(unit)
     predicted = quantized(points, signed)
     assert (predicted.scales == 1).all()
-    assert torch.equal(codes[sound], predicted.codes)
+    assert torch.equal(codes[finite], predicted.codes)
     near, theirs = (
-        (table.double()[c[sound].long()] - unit.double()).abs() for c in (mine.codes, codes)
+        (table.double()[c[finite].long()] - unit.double()).abs() for c in (mine.codes, codes)
     )
     assert (near <= theirs + 2**-23 * unit.abs()).all()  # ours is nowhere the farther
     if kind == "wide":

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import PROJECTORS, Projector, register
-from lowrank_optim.matrix import MatrixView
-from lowrank_optim.plan import seeded
-from lowrank_optim.subspaces import Context, Moved, make_projector
-from lowrank_optim.subspaces.base import Into, Subspace, identity, view_for
+from lowrank_optim.engine.plan import seeded
+from lowrank_optim.subspaces import BasisChange, RefreshContext, make_projector
+from lowrank_optim.subspaces.base import Subspace, Target, identity, view_for
+from lowrank_optim.tensors.matrix import MatrixView
 from tests import cases
 from tests.compare import assert_close
 
@@ -34,12 +34,12 @@ def setup(projector: str, proj_type: str, shape: tuple[int, ...]) -> tuple[Matri
 
 def refresh(
     subspace: Subspace, view: MatrixView, grads: list[Tensor], seed: int = 0
-) -> tuple[dict[str, Tensor], dict[str, Moved]]:
+) -> tuple[dict[str, Tensor], dict[str, BasisChange]]:
     """State after one refresh for each gradient, and how the last one moved."""
     state = subspace.init(view, grads[0])
-    moved: dict[str, Moved] = {}
+    moved: dict[str, BasisChange] = {}
     for count, grad in enumerate(grads):
-        ctx = Context(view, seeded(seed, 5, count), 5, count)
+        ctx = RefreshContext(view, seeded(seed, 5, count), 5, count)
         moved = subspace.refresh_(state, view.of(grad), ctx)
     return state, moved
 
@@ -81,7 +81,7 @@ def coordinates_invert_the_lift(projector: str, proj_type: str) -> None:
         assert not others
         low = torch.randn(low_shape, dtype=torch.float64)
         lifted = torch.zeros(*view.batch, view.m, view.n, dtype=torch.float64)
-        subspace.push_(Into(lifted, lifted, None, lr=-1.0), state, {coord: low}, None)
+        subspace.push_(Target(lifted, lifted, None, lr=-1.0), state, {coord: low}, None)
         assert_close(subspace.coords(state, lifted, reduce=identity)[coord], low)
 
 
@@ -128,7 +128,7 @@ def says_how_it_moved(projector: str, proj_type: str) -> None:
         if turn.carry is not None:  # entries: what both sets hold is found again, the rest is 0
             low = subspace.coords(old, view.of(grads[0]), reduce=identity)["low"]
             lifted = torch.zeros(*view.batch, view.m, view.n, dtype=torch.float64)
-            subspace.push_(Into(lifted, lifted, None, lr=-1.0), old, {"low": low}, None)
+            subspace.push_(Target(lifted, lifted, None, lr=-1.0), old, {"low": low}, None)
             want = subspace.coords(new, lifted, reduce=identity)["low"]
             assert torch.equal(turn.carry(low), want)
             continue
@@ -227,7 +227,7 @@ def test_seed_index_and_count_decide_what_is_drawn(shape: tuple[int, ...]) -> No
     drawn = []
     for numbers in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)]:
         state = subspace.init(view, grads[0])
-        subspace.refresh_(state, view.of(grads[0]), Context(view, seeded(*numbers)))
+        subspace.refresh_(state, view.of(grads[0]), RefreshContext(view, seeded(*numbers)))
         drawn.append(state["basis"])
     for i, x in enumerate(drawn):
         assert not any(torch.allclose(x, y) for y in drawn[i + 1 :])
@@ -240,7 +240,7 @@ def newcomer() -> Iterator[tuple[str, str]]:
     @register("tmp_rows")
     @dataclass(frozen=True)
     class LargestRows(Projector):
-        def find(self, grad: Tensor, previous: Tensor | None, ctx: Context) -> Tensor:
+        def find(self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext) -> Tensor:
             rows = grad.square().sum(-1).topk(self.rank).indices.sort().values
             eye = torch.eye(grad.shape[-2], dtype=torch.promote_types(grad.dtype, torch.float32))
             return eye[rows].mT
@@ -248,7 +248,7 @@ def newcomer() -> Iterator[tuple[str, str]]:
     @register("tmp_bad")
     @dataclass(frozen=True)
     class Skewed(Projector):
-        def find(self, grad: Tensor, previous: Tensor | None, ctx: Context) -> Tensor:
+        def find(self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext) -> Tensor:
             return torch.randn(*grad.shape[:-1], self.rank).to(grad.dtype)
 
     yield "tmp_rows", "tmp_bad"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowrank_optim import GaLoreAdamW, LowRankOptimizer, attach_in_backward
 from lowrank_optim.memory import estimate, storage_bytes
-from lowrank_optim.projected import ProjectedGrad
+from lowrank_optim.tensors.projected_grad import ProjectedGrad
 from tests import cases
 from tests.compare import assert_close
 from tests.test_in_backward import (

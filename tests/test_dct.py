@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowrank_optim import PROJECTORS, GaLoreAdamW
-from lowrank_optim.matrix import matrix_view
+from lowrank_optim.engine.plan import seeded
 from lowrank_optim.ops import native
 from lowrank_optim.ops.cosine import BASES, CosineTransform, cosine_rows
-from lowrank_optim.plan import seeded
-from lowrank_optim.residuals import Term
-from lowrank_optim.subspaces import DCT, Context, Hadamard
-from lowrank_optim.subspaces.base import Into, identity
+from lowrank_optim.subspaces import DCT, Hadamard, RefreshContext
+from lowrank_optim.subspaces.base import Target, identity
 from lowrank_optim.subspaces.fixed import SPECTRUM_ELEMENTS, FixedBasis
+from lowrank_optim.subspaces.terms import Term
+from lowrank_optim.tensors.matrix import matrix_view
 from tests import cases, test_contract_projectors
 from tests.compare import assert_close, relative
 
@@ -122,7 +122,7 @@ def subspace(name: str, shape: tuple[int, ...], rank: int, **keys: Any) -> tuple
 
 def refreshed(view: Any, sub: FixedBasis, grad: Tensor) -> tuple[dict[str, Tensor], Any]:
     state = sub.init(view, grad)
-    return state, sub.refresh_(state, view.of(grad), Context(view, seeded(0)))["low"]
+    return state, sub.refresh_(state, view.of(grad), RefreshContext(view, seeded(0)))["low"]
 
 
 @pytest.mark.parametrize("name", ["dct", "hadamard"])
@@ -199,7 +199,7 @@ def test_both_evaluations_are_one_method(
             out = weight.clone()
             factors = randn(1, view.n, seed=seed + 3).abs()
             term = None if kind is None else Term(kind, factors, 0.5)  # type: ignore[arg-type]
-            into = Into(view.of(out), view.of(grad), low, lr=0.1, decay=0.9)
+            into = Target(view.of(out), view.of(grad), low, lr=0.1, decay=0.9)
             sub.push_(into, state, {"low": update}, term)
             pushed.append(out)
         results.append(([state[k] for k in state], pushed))
@@ -218,7 +218,7 @@ def test_ties_and_zero_scores_take_the_lowest_indices() -> None:
         grad = torch.outer(rows[6], torch.ones(20, dtype=torch.float64)) * 2.0**40
         grad = (grad / 2.0**40).round(decimals=14)
         state = {"basis_index": torch.arange(4, 9, dtype=torch.int32)}
-        sub.refresh_(state, view.of(torch.zeros_like(grad)), Context(view, seeded(0)))
+        sub.refresh_(state, view.of(torch.zeros_like(grad)), RefreshContext(view, seeded(0)))
         assert state["basis_index"].tolist() == [0, 1, 2, 3, 4]
         assert 6 in refreshed(view, sub, grad)[0]["basis_index"].tolist()
 
@@ -228,7 +228,7 @@ def test_source_says_where_an_index_was() -> None:
     view, sub = subspace("dct", (20, 33), 6)
     state, _ = refreshed(view, sub, randn(20, 33, seed=1))
     before = state["basis_index"].clone()
-    moved = sub.refresh_(state, randn(20, 33, seed=2), Context(view, seeded(0)))["low"]
+    moved = sub.refresh_(state, randn(20, 33, seed=2), RefreshContext(view, seeded(0)))["low"]
     turn, after = moved.rotation(), state["basis_index"]
     kept = set(before.tolist()) & set(after.tolist())
     assert 0 < len(kept) < 6 and int(turn.sum()) == len(kept)
@@ -237,7 +237,7 @@ def test_source_says_where_an_index_was() -> None:
     assert_close(turn.double(), rows[after.long()] @ rows[before.long()].mT)
     for new, source in zip(after.tolist(), moved.source.tolist(), strict=True):
         assert source == (before.tolist().index(new) if new in kept else -1)
-    again = sub.refresh_(state, randn(20, 33, seed=2), Context(view, seeded(0)))["low"]
+    again = sub.refresh_(state, randn(20, 33, seed=2), RefreshContext(view, seeded(0)))["low"]
     assert again.source.tolist() == list(range(6))
 
 

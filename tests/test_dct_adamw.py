@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowrank_optim import DCTAdamW, DCTAdamW8bit, lowrank_groups, memory
-from lowrank_optim.error_feedback import ErrorFeedback, Levels
-from lowrank_optim.matrix import matrix_view
 from lowrank_optim.ops.cosine import cosine_rows
+from lowrank_optim.residuals.error_feedback import ErrorFeedback, Levels
 from lowrank_optim.subspaces import DCT
+from lowrank_optim.tensors.matrix import matrix_view
 from tests import cases
 from tests.compare import assert_close, relative
 from tests.oracles.dct_adamw import dct_adamw
@@ -244,7 +244,9 @@ def test_the_accelerators_path_of_the_memory(
     results = []
     for forced in (False, on_device):
         cases.branching(monkeypatch, lambda tensor, f=forced: f)
-        monkeypatch.setattr("lowrank_optim.error_feedback.on_host", lambda tensor, f=forced: not f)
+        monkeypatch.setattr(
+            "lowrank_optim.residuals.error_feedback.on_host", lambda tensor, f=forced: not f
+        )
         for kept in ("float32", "8bit"):
             start, grads = cases.parameter((6, 11)).detach(), cases.gradients((6, 11), 6)
             grads[3] = grads[3] * float("nan")

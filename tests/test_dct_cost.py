@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_optim import PROJECTORS
-from lowrank_optim.matrix import matrix_view
-from lowrank_optim.subspaces import Context
+from lowrank_optim.subspaces import RefreshContext
+from lowrank_optim.tensors.matrix import matrix_view
 
 
 class Written(TorchDispatchMode):
@@ -38,7 +38,7 @@ def refresh(name: str, rank: int, grad: torch.Tensor, **keys: Any) -> tuple[Writ
     sub.prepare(view, grad)
     state = sub.init(view, grad)
     with FlopCounterMode(display=False) as flops, Written() as written:
-        sub.refresh_(state, grad, Context(view, torch.Generator().manual_seed(0)))
+        sub.refresh_(state, grad, RefreshContext(view, torch.Generator().manual_seed(0)))
     return written, flops.get_total_flops()
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowrank_optim import DCTAdamW, DCTAdamW8bit, GaLoreAdamW, attach_in_backward, onepass
+from lowrank_optim import DCTAdamW, DCTAdamW8bit, GaLoreAdamW, attach_in_backward
 from lowrank_optim.ops import native
 from tests import cases, runs
 from tests.compare import TOLERANCES, relative
@@ -37,7 +37,7 @@ def stepped(
             (item,) = optimizer._items(optimizer.param_groups[0])
             chosen = optimizer._strategies(optimizer.param_groups[0])
             lr = optimizer.param_groups[0]["lr"]
-            fused += onepass.takes([item], [optimizer.state[weight]], chosen, lr)
+            fused += fused.takes([item], [optimizer.state[weight]], chosen, lr)
         optimizer.step()
     return weight.detach(), optimizer, fused
 
@@ -174,7 +174,7 @@ def test_a_fused_step_is_its_parts_to_the_bit(how: str) -> None:
     for fused in (True, False):
         with pytest.MonkeyPatch.context() as patch:
             if not fused:
-                patch.setattr("lowrank_optim.step.onepass.takes", lambda *_: False)
+                patch.setattr("lowrank_optim.engine.step.fused.takes", lambda *_: False)
             end, optimizer, _ = stepped(start, grads, how, slot_bias_correction=True)
             found.append([end, *optimizer.state_dict()["state"][0].values()])
     for a, b in zip(*found, strict=True):

@@ -35,9 +35,9 @@ from lowrank_optim import (
     SwitchLoRAAdamW,
     SwitchLoRAAdamW8bit,
     lowrank_groups,
-    quant,
 )
-from lowrank_optim.checkpoint import hold_blocks
+from lowrank_optim.checkpoints.load import hold_blocks
+from lowrank_optim.ops import quant
 from lowrank_optim.optimizer import LowRankOptimizer
 from tests import runs
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import PROJECTORS
-from lowrank_optim.matrix import matrix_view
 from lowrank_optim.rules import AdamW
 from lowrank_optim.subspaces.base import view_for
+from lowrank_optim.tensors.matrix import matrix_view
 from tests import cases
 from tests.compare import assert_close, relative
 

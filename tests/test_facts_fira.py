@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim import FiraAdamW, lowrank_groups
-from lowrank_optim.matrix import matrix_view
-from lowrank_optim.residuals import Scaled, Seen, Term
-from lowrank_optim.subspaces.base import Context, Into, identity, make_projector
+from lowrank_optim.residuals import ResidualInputs, Scaled
+from lowrank_optim.subspaces.base import RefreshContext, Target, identity, make_projector
+from lowrank_optim.subspaces.terms import Term
+from lowrank_optim.tensors.matrix import matrix_view
 from tests import cases
 from tests.compare import assert_close, relative
 from tests.oracles.fira import fira
@@ -283,14 +284,16 @@ def test_fact_31_nothing_is_read_on_the_host(paper: bool, kind: str) -> None:
         assert view is not None
         subspace = make_projector(group, view)
         param = torch.zeros(shape, device="meta")
-        scaled, sound = Scaled(paper=paper), torch.ones((), dtype=torch.bool, device="meta")
+        scaled, finite = Scaled(paper=paper), torch.ones((), dtype=torch.bool, device="meta")
         state = {**subspace.init(view, param), **scaled.init(view, param)}
         low = subspace.coords(state, param, reduce=identity)["low"]
-        term: Term = scaled.after(state, Seen(param, low, low.clone(), 0.5, subspace, sound))
+        term: Term = scaled.after(
+            state, ResidualInputs(param, low, low.clone(), 0.5, subspace, finite)
+        )
         if kind == "sign":
             term = Term("sign", gain=0.5)
         lr = torch.ones((), device="meta")
-        into = Into(param, param, low, 1.0, 1 - lr * 0.1, None, sound)
+        into = Target(param, param, low, 1.0, 1 - lr * 0.1, None, finite)
         subspace.push_(into, state, {"low": low * lr}, term.times(lr))
 
 
@@ -364,15 +367,15 @@ def test_a_bad_gradient_leaves_the_limiter_as_it_was() -> None:
     subspace, scaled = make_projector({**group, "rank": 3}, view), Scaled()
     (grad,) = cases.gradients((6, 10), 1)
     state = {**subspace.init(view, grad), **scaled.init(view, grad)}
-    subspace.refresh_(state, grad, Context(view, torch.Generator()))
-    for factor, sound, changes in [
+    subspace.refresh_(state, grad, RefreshContext(view, torch.Generator()))
+    for factor, finite, changes in [
         (1.0, None, True), (2.0, True, True), (3.0, False, False),
         (math.nan, False, False), (math.inf, None, False), (1.0, None, True),
     ]:  # fmt: skip
         low = subspace.coords(state, factor * grad, reduce=identity)["low"]
-        flag = None if sound is None else torch.tensor(sound)
+        flag = None if finite is None else torch.tensor(finite)
         before = state["residual_norm"].clone()
-        scaled.after(state, Seen(factor * grad, low, low.clone(), 1.0, subspace, flag))
+        scaled.after(state, ResidualInputs(factor * grad, low, low.clone(), 1.0, subspace, flag))
         assert bool(state["residual_norm"] != before) == changes
         assert bool(state["residual_norm"].isfinite())
 

@@ -210,7 +210,7 @@ def test_a_tensor_learning_rate_is_the_float(
     The sign term is Fira's residual replaced by one: nothing else here gives it yet.
     """
     if kind == "sign":
-        from lowrank_optim.residuals import Term
+        from lowrank_optim.subspaces.terms import Term
 
         def sign(self: Any, state: Any, seen: Any) -> Term:
             return Term("sign", gain=0.3 / seen.correction)

@@ -21,11 +21,11 @@ from lowrank_optim import (
     LowRankOptimizer,
     lowrank_groups,
 )
-from lowrank_optim.matrix import matrix_view
+from lowrank_optim.engine.plan import seeded
 from lowrank_optim.ops import dispatch, native
-from lowrank_optim.plan import seeded
-from lowrank_optim.subspaces import Context, make_projector
+from lowrank_optim.subspaces import RefreshContext, make_projector
 from lowrank_optim.subspaces.entries import RandK, permuted
+from lowrank_optim.tensors.matrix import matrix_view
 from tests import cases
 from tests.compare import assert_close, assert_mostly_close
 from tests.oracles.frugal import down, frugal, up
@@ -304,7 +304,7 @@ def test_entries_of_a_matrix_of_many_pieces() -> None:
     state = subspace.init(view, param)
     flat, parts = torch.arange(m * n).view(m, n), []
     for count in range(2):
-        moved = subspace.refresh_(state, param, Context(view, seeded(0, 0, count)))
+        moved = subspace.refresh_(state, param, RefreshContext(view, seeded(0, 0, count)))
         tiles = list(subspace.tiles(m, n, int(state["key"]), param))
         parts.append(torch.cat([flat[t.rows].flatten()[t.places] for t in tiles]))
     assert len(tiles) == 3 and all(p.unique().numel() == 210_000 for p in parts)
@@ -492,7 +492,7 @@ def test_tiles_are_the_fused_pass(projector: str, free: str, monkeypatch: Any) -
     grads = cases.gradients((6, 11), STEPS, torch.float32)
     options = {"projector": projector, "free_rule": free}
     want, *_ = follow("adamw", start, grads, **options)
-    monkeypatch.setattr("lowrank_optim.onepass.takes", lambda *_: False)
+    monkeypatch.setattr("lowrank_optim.engine.fused.takes", lambda *_: False)
     monkeypatch.setattr("lowrank_optim.subspaces.coordinate.fusible", lambda into, term: False)
     got, *_ = follow("adamw", start, grads, **options)
     assert_close(got[-1], want[-1])
@@ -510,7 +510,7 @@ def test_a_bad_gradient_changes_nothing(projector: str) -> None:
             with pytest.MonkeyPatch.context() as patch:
                 if forced:
                     cases.branching(patch, lambda tensor: True)
-                    patch.setattr("lowrank_optim.blocks.branchless", lambda tensor: True)
+                    patch.setattr("lowrank_optim.engine.blocks.branchless", lambda tensor: True)
                 params = [nn.Parameter(cases.parameter((6, 11), torch.float32)) for _ in range(4)]
                 group = {"params": params, "density": 0.25, "projector": projector}
                 optimizer = FrugalAdamW([group], lr=0.1)
@@ -577,7 +577,7 @@ def test_one_pass_takes_the_steps_of_the_phases(kind: str, monkeypatch: pytest.M
         torch.manual_seed(0)
         param = torch.nn.Parameter(torch.randn(70, 45))
         if not whole:
-            monkeypatch.setattr("lowrank_optim.onepass.takes", lambda *_: False)
+            monkeypatch.setattr("lowrank_optim.engine.fused.takes", lambda *_: False)
         group = {"params": [param], "density": 0.3, "projector": kind, "update_proj_gap": 3}
         optimizer = FrugalAdamW([group], lr=1e-2, weight_decay=0.1)
         for step in range(7):

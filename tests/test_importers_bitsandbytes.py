@@ -23,7 +23,7 @@ from lowrank_optim import (
     ops,
 )
 from lowrank_optim.ops import dispatch
-from lowrank_optim.quant import Quantized
+from lowrank_optim.ops.quant import Quantized
 from tests import runs
 from tests.compare import assert_close, assert_mostly_close, relative
 

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lowrank_optim import GaLoreAdamW, LowRankOptimizer, attach_in_backward, methods
 from lowrank_optim import nn as lowrank_nn
-from lowrank_optim.projected import ProjectedGrad
 from lowrank_optim.residuals import Drop
+from lowrank_optim.tensors.projected_grad import ProjectedGrad
 from tests import cases
 from tests.compare import assert_close
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lowrank_optim import GaLoreAdamW, attach_in_backward, methods
 from lowrank_optim import nn as lowrank_nn
-from lowrank_optim.in_backward import ARGUMENTS
-from lowrank_optim.stepped import SteppedGrad
+from lowrank_optim.backward.attach import ARGUMENTS
+from lowrank_optim.backward.stepped_grad import SteppedGrad
 from tests import cases
 from tests.compare import assert_close
 

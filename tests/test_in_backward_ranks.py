@@ -12,7 +12,8 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lowrank_optim import GaLoreAdamW, LowRankOptimizer, attach_in_backward, in_backward
+from lowrank_optim import GaLoreAdamW, LowRankOptimizer, attach_in_backward
+from lowrank_optim.backward import attach as in_backward
 from tests import runs
 from tests.compare import assert_close
 

@@ -26,8 +26,8 @@ from lowrank_optim import (
     lowrank_groups,
     methods,
 )
-from lowrank_optim.checks import CHOICES, VALUES
-from lowrank_optim.keys import ALIASES, FOREIGN, SCHEDULED, TORCH_FLAGS, TRAINERS, known_keys
+from lowrank_optim.groups.keys import ALIASES, FOREIGN, SCHEDULED, TORCH_FLAGS, TRAINERS, known_keys
+from lowrank_optim.groups.values import CHOICES, VALUES
 from lowrank_optim.nn import convert
 from tests import runs
 

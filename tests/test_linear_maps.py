@@ -13,9 +13,16 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_optim import FrugalAdamW, GaLoreAdamW, GaLoreSGD, SSTAdamW, lowrank_groups, memory
-from lowrank_optim.linear_maps import is_linear_map, looks_like_vocabulary
-from lowrank_optim.matrix import matrix_view
+from lowrank_optim import (
+    FrugalAdamW,
+    GaLoreAdamW,
+    GaLoreSGD,
+    SSTAdamW,
+    lowrank_groups,
+    memory,
+)
+from lowrank_optim.groups.linear_maps import is_linear_map, looks_like_vocabulary
+from lowrank_optim.tensors.matrix import matrix_view
 from tests.compare import assert_close
 
 transformers = pytest.importorskip("transformers")

@@ -27,8 +27,8 @@ from lowrank_optim import (
     attach_in_backward,
     lowrank_groups,
 )
-from lowrank_optim.matrix import PROJ_TYPES
 from lowrank_optim.memory import GIB, estimate, report
+from lowrank_optim.tensors.matrix import PROJ_TYPES
 
 
 class Model(nn.Module):

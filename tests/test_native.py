@@ -113,12 +113,12 @@ def test_adamw_direction_per_row_and_unsound(bits: int) -> None:
     grads[2].fill_(float("nan"))
     eps = [torch.rand(s[0]) + 1e-3 for s in shapes]
     scale = [torch.rand(s[0]) for s in shapes]
-    sound = [torch.tensor(True), torch.tensor(True), torch.tensor(False)]
+    finite = [torch.tensor(True), torch.tensor(True), torch.tensor(False)]
     outs = [torch.full(s, 9.0) for s in shapes]
     m, v = [torch.randn(s) for s in shapes], [torch.rand(s) for s in shapes]
     if bits == 32:
         old = [x.clone() for x in m]
-        native.adamw_direction_(grads, m, v, outs, 0.9, 0.999, [], eps, scale, sound)
+        native.adamw_direction_(grads, m, v, outs, 0.9, 0.999, [], eps, scale, finite)
         kept = torch.equal(m[2], old[2])
     else:
         layouts = [layout_of(s) for s in shapes]
@@ -131,7 +131,7 @@ def test_adamw_direction_per_row_and_unsound(bits: int) -> None:
         before = c1[2].clone()
         rcb = [list(x) for x in zip(*layouts, strict=True)]
         native.adamw_direction_8bit_(
-            grads, c1, s1, c2, s2, outs, SIGNED, UNSIGNED, *rcb, 0.9, 0.999, [], eps, scale, sound
+            grads, c1, s1, c2, s2, outs, SIGNED, UNSIGNED, *rcb, 0.9, 0.999, [], eps, scale, finite
         )
         kept = torch.equal(c1[2], before)
         for k in range(2):

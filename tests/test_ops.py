@@ -19,8 +19,8 @@ from torch import Tensor
 from lowrank_optim import ops
 from lowrank_optim.ops import dispatch, native, reference, schema
 from lowrank_optim.ops.cosine import CosineTransform
+from lowrank_optim.ops.quant import Quantized, dynamic_map, layout, zero_code
 from lowrank_optim.ops.schema import SCHEMAS
-from lowrank_optim.quant import Quantized, dynamic_map, layout, zero_code
 from tests import ops_cases as cases
 from tests import ops_cosines
 
@@ -247,8 +247,8 @@ def test_an_unsound_matrix_keeps_its_bits(
 
 def test_flags_are_bools(backend: str) -> None:
     a = cases.matrices("lift_add_sign_", torch.float32, unsound=1)
-    with pytest.raises(ValueError, match=r"sound must be torch\.bool"):
-        cases.call("lift_add_sign_", {**a, "sound": [s.float() for s in a["sound"]]})
+    with pytest.raises(ValueError, match=r"finite must be torch\.bool"):
+        cases.call("lift_add_sign_", {**a, "finite": [s.float() for s in a["finite"]]})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

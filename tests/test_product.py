@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank_optim import onepass, quant
-from lowrank_optim.matrix import PROJ_TYPES
-from lowrank_optim.ops import dispatch, native
-from lowrank_optim.residuals import Term
+from lowrank_optim.engine import fused
+from lowrank_optim.ops import dispatch, native, quant
 from lowrank_optim.stores import STORES
-from lowrank_optim.subspaces.base import Into, identity, make_projector, view_for
+from lowrank_optim.subspaces.base import Target, identity, make_projector, view_for
+from lowrank_optim.subspaces.terms import Term
+from lowrank_optim.tensors.matrix import PROJ_TYPES
 from lowrank_optim.transports import TRANSPORTS
 from tests.cases import branching
 from tests.product_cases import AXES, RESIDUALS, RULES, STEPS, SUBSPACES, compare, drawn, one
@@ -92,13 +92,13 @@ def test_one_pass_steps(
 ) -> None:
     """The fast paths have conditions that few of the drawn cases fulfil."""
     monkeypatch.setenv(dispatch.VARIABLE, NATIVE)
-    taken, step = [], getattr(onepass, path)
+    taken, step = [], getattr(fused, path)
 
     def spied(*args: Any) -> None:
         taken.append(path)
         step(*args)
 
-    monkeypatch.setattr(onepass, path, spied)
+    monkeypatch.setattr(fused, path, spied)
     for case in one_pass(subspace, residual):
         taken.clear()
         assert not compare(subspace, residual, case)
@@ -139,7 +139,7 @@ def test_a_term_of_an_unknown_kind_is_an_error(subspace: str) -> None:
     low = space.coords(state, w, reduce=identity)
     for gain in (1.0, torch.tensor(1.0)):
         term = Term("cubic", gain=gain)  # type: ignore[arg-type]
-        into = Into(w, torch.ones_like(w), low["low"], 1.0)
+        into = Target(w, torch.ones_like(w), low["low"], 1.0)
         with pytest.raises(ValueError, match=r"must be one of .*, got 'cubic'"):
             space.push_(into, state, low, term)
         assert not w.any()

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowrank_optim import PROJECTORS, GaLoreAdamW
-from lowrank_optim.matrix import matrix_view
 from lowrank_optim.subspaces.base import view_for
+from lowrank_optim.tensors.matrix import matrix_view
 from tests import cases
 from tests.compare import assert_close, assert_mostly_close
 from tests.oracles.galore import galore

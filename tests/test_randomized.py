@@ -8,17 +8,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowrank_optim.matrix import matrix_view
-from lowrank_optim.subspaces import SVD, Context, RandomizedSVD
+from lowrank_optim.subspaces import SVD, RandomizedSVD, RefreshContext
 from lowrank_optim.subspaces.randomized import mixed_matmul, orthonormal
+from lowrank_optim.tensors.matrix import matrix_view
 
 from .compare import assert_close
 
 ORTHONORMAL = 1e-5
 
 
-def context(grad: Tensor, seed: int = 0) -> Context:
-    return Context(matrix_view(grad.shape, "left"), torch.Generator().manual_seed(seed))
+def context(grad: Tensor, seed: int = 0) -> RefreshContext:
+    return RefreshContext(matrix_view(grad.shape, "left"), torch.Generator().manual_seed(seed))
 
 
 def energy(basis: Tensor, grad: Tensor) -> Tensor:

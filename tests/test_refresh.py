@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.linalg import LinAlgError
 
 from lowrank_optim import LowRankOptimizer
-from lowrank_optim.matrix import matrix_view
-from lowrank_optim.plan import seeded
-from lowrank_optim.subspaces import Context, RandomizedSVD
+from lowrank_optim.engine.plan import seeded
+from lowrank_optim.subspaces import RandomizedSVD, RefreshContext
+from lowrank_optim.tensors.matrix import matrix_view
 from tests import cases
 from tests.compare import assert_close
 
@@ -68,7 +68,7 @@ def energy(basis: Tensor, grad: Tensor) -> float:
 def basis_of(grad: Tensor, rank: int, previous: Tensor | None = None, seed: int = 0) -> Tensor:
     view = matrix_view(grad.shape, "left")
     assert view is not None
-    return RandomizedSVD(rank).find(grad, previous, Context(view, seeded(seed)))
+    return RandomizedSVD(rank).find(grad, previous, RefreshContext(view, seeded(seed)))
 
 
 def with_spectrum(values: Tensor, m: int, n: int, seed: int) -> Tensor:

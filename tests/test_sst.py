@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lowrank_optim import SSTAdamW, SSTAdamW8bit, memory
-from lowrank_optim.matrix import matrix_view
-from lowrank_optim.plan import seeded
-from lowrank_optim.subspaces.base import Context, identity
+from lowrank_optim.engine.plan import seeded
+from lowrank_optim.subspaces.base import RefreshContext, identity
 from lowrank_optim.subspaces.factors import SAMPLING, order_of, sample, triplets
 from lowrank_optim.subspaces.spectral import Spectral
+from lowrank_optim.tensors.matrix import matrix_view
 from tests import cases, runs
 from tests.compare import assert_close, relative
 from tests.oracles import sst as oracle
@@ -298,7 +298,7 @@ def spectral(w: Tensor, rank: int, **options: Any) -> tuple[Spectral, dict[str, 
     assert view is not None and not view.flip
     subspace = Spectral(rank, **options)
     state = subspace.init(view, w)
-    subspace.refresh_(state, w, Context(view, seeded(0), param=w))
+    subspace.refresh_(state, w, RefreshContext(view, seeded(0), param=w))
     return subspace, state
 
 
@@ -414,7 +414,7 @@ def test_a_draw_leaves_the_product() -> None:
     before = [subspace.in_order(state, side) for side in "uv"]
     for count in range(1, 6):
         old = state["basis_u"].clone()
-        moved = subspace.refresh_(state, w, Context(view, seeded(count), param=None))
+        moved = subspace.refresh_(state, w, RefreshContext(view, seeded(count), param=None))
         for x, side in zip(before, "uv", strict=True):
             assert torch.equal(subspace.in_order(state, side), x)
         source = moved["u"].source

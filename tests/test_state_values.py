@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim import SSTAdamW, SwitchLoRAAdamW, lowrank_groups, quant
+from lowrank_optim import SSTAdamW, SwitchLoRAAdamW, lowrank_groups
 from lowrank_optim import nn as layers
+from lowrank_optim.ops import quant
 from lowrank_optim.optimizer import LowRankOptimizer
 from tests import cases, runs
 

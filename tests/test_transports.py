@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.rules.base import Slot
-from lowrank_optim.subspaces.base import Moved
+from lowrank_optim.subspaces.base import BasisChange
 from lowrank_optim.transports import TRANSPORTS
 from tests.compare import assert_close
 
@@ -30,7 +30,7 @@ def moments(*batch: int, columns: int = N) -> tuple[Tensor, Tensor]:
 
 
 def project(m: Tensor, v: Tensor, left: Tensor, right: Tensor | None = None) -> None:
-    moved = Moved(lambda: left, None if right is None else lambda: right)
+    moved = BasisChange(lambda: left, None if right is None else lambda: right)
     TRANSPORTS["project"]([(MEAN, m, BIASES[0]), (SQUARE, v, BIASES[1])], moved)
 
 
@@ -41,7 +41,7 @@ def orthogonal(*shape: int) -> Tensor:
 def test_keep_keeps_and_reset_zeroes() -> None:
     m, v = moments()
     before = m.clone(), v.clone()
-    moved = Moved(lambda: orthogonal(R, R))
+    moved = BasisChange(lambda: orthogonal(R, R))
     TRANSPORTS["keep"]([(MEAN, m, 1.0), (SQUARE, v, 1.0)], moved)
     assert torch.equal(m, before[0]) and torch.equal(v, before[1])
     TRANSPORTS["reset"]([(MEAN, m, 1.0), (SQUARE, v, 1.0)], moved)
@@ -124,7 +124,7 @@ def test_project_turns_factored_squares_as_the_square_they_stand_for(
     left, right = orthogonal(9, 9)[:R, :R], orthogonal(9, 9)[:R, :R]
     want = left.square() @ square
     want = want @ right.square().mT if two_sided else want
-    moved = Moved(
+    moved = BasisChange(
         lambda: left.expand(*batch, R, R),
         (lambda: right.expand(*batch, R, R)) if two_sided else None,
     )
@@ -151,14 +151,14 @@ def test_a_change_of_indices_permutes_rows_and_starts_new_ones_from_zero(
     expected_m, expected_v = turn @ m, turn @ v
     expected_row, expected_col = whole.mean(-1), whole.mean(-2)
     kept = [(MEAN, m, 1.0), (SQUARE, v, 1.0), (ROW, row, 1.0), (COL, col, 1.0)]
-    TRANSPORTS["project"](kept, Moved(source=source))
+    TRANSPORTS["project"](kept, BasisChange(source=source))
     assert_close(m, expected_m)
     assert_close(v, expected_v)
     assert_close(row, expected_row)
     assert_close(col, expected_col)
     m, v = moments(*batch, columns=R)
     expected = m @ turn.mT
-    TRANSPORTS["project"]([(MEAN, m, 1.0), (SQUARE, v, 1.0)], Moved(source_right=source))
+    TRANSPORTS["project"]([(MEAN, m, 1.0), (SQUARE, v, 1.0)], BasisChange(source_right=source))
     assert_close(m, expected)
 
 
@@ -177,7 +177,7 @@ def test_fact_28_between_index_sets_the_rule_of_ldadam_is_a_move_of_rows(
     by_index = m.clone(), v.clone()
     project(m, v, turn)
     kept = list(zip((MEAN, SQUARE), by_index, BIASES, strict=True))
-    TRANSPORTS["project"](kept, Moved(source=source))
+    TRANSPORTS["project"](kept, BasisChange(source=source))
     assert_close(m, by_index[0])
     assert_close(v, by_index[1])
     new = source == -1

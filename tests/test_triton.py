@@ -133,7 +133,7 @@ class TestDirections:
         eps = [10.0 ** -(i + 3) for i in range(count)]
         row_eps = [torch.rand(rows(g)[0], device=DEVICE) + 0.1 for g in gs] if by_row else []
         row_scale = [torch.rand(rows(g)[0], device=DEVICE) for g in gs] if by_row else []
-        sound = sounds(count) if guarded else []
+        finite = sounds(count) if guarded else []
         expected = []
         for i, (g, m, v) in enumerate(zip(gs, ms, vs, strict=True)):
             m64, v64 = adamw64(g, m, v)
@@ -144,7 +144,7 @@ class TestDirections:
             skip = guarded and i == 1
             expected.append((m, v, d * 0) if skip else (m64, v64, d))
         expected = [tuple(x.double().clone() for x in e) for e in expected]
-        ops.adamw_direction_(gs, ms, vs, outs, BETA1, BETA2, eps, row_eps, row_scale, sound)
+        ops.adamw_direction_(gs, ms, vs, outs, BETA1, BETA2, eps, row_eps, row_scale, finite)
         for m, v, o, (m64, v64, d) in zip(ms, vs, outs, expected, strict=True):
             assert_close(m, m64, torch.float32)
             assert_close(v, v64, torch.float32)
@@ -159,9 +159,9 @@ class TestDirections:
         gs, ms = lists(shapes, dtype), lists(shapes, torch.float32)
         lions, outs, low = [m.clone() for m in ms], blank(gs), blank(gs, dtype)
         before = [m.double() for m in ms]
-        sound = sounds(len(gs)) if guarded else []
-        ops.lion_direction_(gs, lions, outs, BETA1, BETA2, sound)
-        ops.moment_(gs, ms, low, 0.8, 0.3, sound)
+        finite = sounds(len(gs)) if guarded else []
+        ops.lion_direction_(gs, lions, outs, BETA1, BETA2, finite)
+        ops.moment_(gs, ms, low, 0.8, 0.3, finite)
         for i, (g, m) in enumerate(zip(gs, before, strict=True)):
             g = g.double()
             direction, lion = (m + 0.1 * (g - m)).sign(), m + 0.01 * (g - m)
@@ -402,10 +402,10 @@ class TestEightBit:
         outs, count = blank(gs), len(gs)
         row_eps = [torch.rand(rows(g)[0], device=DEVICE) + 0.1 for g in gs] if by_row else []
         row_scale = [torch.rand(rows(g)[0], device=DEVICE) for g in gs] if by_row else []
-        sound = sounds(count) if guarded else []
+        finite = sounds(count) if guarded else []
         state = (codes, scales, codes2, scales2)
         before = [[x.clone() for x in part] for part in state]
-        args = [gs, *state, outs, *columns(), [1e-6] * count, row_eps, row_scale, sound]
+        args = [gs, *state, outs, *columns(), [1e-6] * count, row_eps, row_scale, finite]
 
         def call(g, c, s, c2, s2, o, r, n, b, e, re, rs, ok) -> None:
             ops.adamw_direction_8bit_(
@@ -439,9 +439,9 @@ class TestEightBit:
         before = [[x.clone() for x in part] for part in (codes, scales)]
         gs = [spread(*s).bfloat16() for s in BLOCKED]
         outs = blank(gs)
-        sound = sounds(len(gs)) if guarded else []
+        finite = sounds(len(gs)) if guarded else []
         op = ops.lion_direction_8bit_ if lion else ops.moment_8bit_
-        op(gs, codes, scales, outs, signed, *columns(), BETA1, BETA2, sound)
+        op(gs, codes, scales, outs, signed, *columns(), BETA1, BETA2, finite)
         for i, (g, m) in enumerate(zip(gs, ms, strict=True)):
             if guarded and i == 1:
                 assert torch.equal(codes[i], before[0][i]) and torch.equal(scales[i], before[1][i])

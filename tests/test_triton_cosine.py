@@ -226,10 +226,10 @@ class TestTransforms:
             ws = [randn(m, 40) for _ in range(3)]
             old, lows = [w.clone() for w in ws], [randn(7, 40) for _ in ws]
             lows[1].fill_(torch.nan)
-            sound = [torch.tensor(i != 1, device=DEVICE) for i in range(3)]
+            finite = [torch.tensor(i != 1, device=DEVICE) for i in range(3)]
             indices = [some(m, 7) for _ in ws]
             ops.cosine_lift_add_(
-                ws, indices, lows, plan(m, basis), basis, 0.9, [0.1, 0.2, 0.3], sound
+                ws, indices, lows, plan(m, basis), basis, 0.9, [0.1, 0.2, 0.3], finite
             )
             assert torch.equal(ws[1], old[1])
             for i in (0, 2):
@@ -316,8 +316,8 @@ class TestSteps:
 
     def test_a_choice_captures_what_it_says(self) -> None:
         """``|G|^2 - |P^T G|^2`` is what the scores that are left out add up to."""
-        from lowrank_optim.matrix import matrix_view
-        from lowrank_optim.subspaces import DCT, Context
+        from lowrank_optim.subspaces import DCT, RefreshContext
+        from lowrank_optim.tensors.matrix import matrix_view
 
         grad = randn(30, 70)
         view = matrix_view(grad.shape, "left")
@@ -327,7 +327,7 @@ class TestSteps:
         norm, seen = sub.look(grad)
         assert seen is not None
         assert float(norm) == pytest.approx(float(grad.double().square().sum()), rel=1e-5)
-        sub.refresh_(state, grad, Context(view, torch.Generator().manual_seed(0), seen=seen))
+        sub.refresh_(state, grad, RefreshContext(view, torch.Generator().manual_seed(0), seen=seen))
         low = sub.coords(state, grad, reduce=identity)["low"]
         left = seen.sort().values[: 30 - 6].sum()
         assert float(norm - low.square().sum()) == pytest.approx(float(left), rel=1e-4)

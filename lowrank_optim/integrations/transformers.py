@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lowrank_optim.backward.attach import attach_in_backward, attached_to
 from lowrank_optim.groups import Group, canonical, lowrank_groups
-from lowrank_optim.in_backward import attach_in_backward, attached_to
 from lowrank_optim.integrations.arguments import (
     check_optim,
     hyper_parameters,

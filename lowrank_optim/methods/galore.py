@@ -22,9 +22,9 @@ from typing import Any, ClassVar, Unpack
 
 from torch import Tensor
 
+from lowrank_optim.engine.plan import Strategies
 from lowrank_optim.groups import Group
 from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
-from lowrank_optim.plan import Strategies
 from lowrank_optim.residuals import Drop, Residual
 from lowrank_optim.rules import SGD, Adafactor, AdamW, Lion, Rule
 

@@ -18,24 +18,24 @@ from typing import Any, ClassVar, Unpack
 
 from torch import Tensor
 
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
+from lowrank_optim.engine.refresh import refresh_, refresh_due, stagger_offset
+from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group
-from lowrank_optim.matrix import MatrixView, matrix_view
 from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
-from lowrank_optim.plan import Item, State, Strategies
-from lowrank_optim.refresh import refresh_, refresh_due, stagger_offset
 from lowrank_optim.residuals import Drop, Residual
 from lowrank_optim.rules import AdamW, Rule
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.spectral import Spectral
 from lowrank_optim.subspaces.spectral_module import GRADIENTS, FactorView, SpectralModule
-from lowrank_optim.undo import Undo
+from lowrank_optim.tensors.matrix import MatrixView, matrix_view
 
 NEVER = 2**62
 """A gap that no run reaches."""
 
 
 @dataclass(eq=False, slots=True)
-class Layer(Item):
+class Layer(ParamPlan):
     """A layer of factors, or one of its other parameters, which are stepped with the first."""
 
     alone: ClassVar[bool] = False
@@ -175,7 +175,7 @@ class SSTAdamW(LowRankOptimizer):
 
     # ---------------------------------------------------------------- factors in modules
 
-    def _plan(self, group: Group) -> Iterator[Item]:
+    def _plan(self, group: Group) -> Iterator[ParamPlan]:
         """Items of weights; of a layer of factors, one for all of its members."""
         if group.get("form") is None:
             for n, item in enumerate(super()._plan(group)):
@@ -195,7 +195,7 @@ class SSTAdamW(LowRankOptimizer):
             for member, name in zip(members[1:], names[1:], strict=True):
                 yield Layer(member, name, index, None, None)
 
-    def _state_of(self, item: Item, chosen: Strategies) -> State:
+    def _state_of(self, item: ParamPlan, chosen: Strategies) -> State:
         """The state of a layer is that of its weight: the optimizer's part and the module's."""
         if not isinstance(item, Layer):
             return super()._state_of(item, chosen)
@@ -203,7 +203,9 @@ class SSTAdamW(LowRankOptimizer):
             return {}
         return {**super()._state_of(item, chosen), **item.factors()}
 
-    def _step_items(self, items: list[Item], group: Group, chosen: Strategies, undo: Undo) -> None:
+    def _step_items(
+        self, items: list[ParamPlan], group: Group, chosen: Strategies, undo: Undo
+    ) -> None:
         """A layer's gradients are those of the vectors in use: it draws others after the step."""
         if group.get("form") is None:
             super()._step_items(items, group, chosen, undo)

@@ -18,21 +18,21 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
+from lowrank_optim.engine.step import step_matrices
+from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group
-from lowrank_optim.matrix import MatrixView, matrix_view
 from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
-from lowrank_optim.plan import Item, State, Strategies
 from lowrank_optim.residuals import Drop, Residual
 from lowrank_optim.rules import AdamW, Rule
-from lowrank_optim.step import step_matrices
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.factored import SwitchedFactors
 from lowrank_optim.subspaces.switched import Switched
-from lowrank_optim.undo import Undo
+from lowrank_optim.tensors.matrix import MatrixView, matrix_view
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
-class FactorItem(Item):
+class FactorItem(ParamPlan):
     """A factor pair of a module: ``param`` is A, and the state is kept under it."""
 
     alone: ClassVar[bool] = False
@@ -43,7 +43,7 @@ class FactorItem(Item):
 
 
 @dataclass(eq=False, slots=True)
-class PartItem(Item):
+class PartItem(ParamPlan):
     """B or W0 of a pair: stepped and kept with its A."""
 
     alone: ClassVar[bool] = False
@@ -181,7 +181,7 @@ class SwitchLoRAAdamW(LowRankOptimizer):
 
     # ---------------------------------------------------------------- modules
 
-    def _plan(self, group: Group) -> Iterator[Item]:
+    def _plan(self, group: Group) -> Iterator[ParamPlan]:
         """A triple (A, B, W0) of a module counts as the one weight that it stands for."""
         index = 0
         for other in self.param_groups:
@@ -205,12 +205,12 @@ class SwitchLoRAAdamW(LowRankOptimizer):
                 yield replace(item, index=index)
             index += 1
 
-    def _state_of(self, item: Item, chosen: Strategies) -> State:
+    def _state_of(self, item: ParamPlan, chosen: Strategies) -> State:
         if isinstance(item, PartItem):
             return {}
         return super()._state_of(item, chosen)
 
-    def _checked(self, group: Group) -> tuple[Strategies, list[Item], list[Item]]:
+    def _checked(self, group: Group) -> tuple[Strategies, list[ParamPlan], list[ParamPlan]]:
         """As of every method; a factor has a gradient if its counterpart has one.
 
         Raises:
@@ -223,11 +223,13 @@ class SwitchLoRAAdamW(LowRankOptimizer):
                 raise RuntimeError(f"{item.name} has a gradient and its counterpart has none")
         return chosen, items, ready
 
-    def _step_items(self, items: list[Item], group: Group, chosen: Strategies, undo: Undo) -> None:
+    def _step_items(
+        self, items: list[ParamPlan], group: Group, chosen: Strategies, undo: Undo
+    ) -> None:
         own = [item for item in items if isinstance(item, FactorItem)]
         rest = [item for item in items if not isinstance(item, FactorItem | PartItem)]
         super()._step_items(rest, group, chosen, undo)
-        buckets: dict[Any, list[tuple[Item, State]]] = {}
+        buckets: dict[Any, list[tuple[ParamPlan, State]]] = {}
         for item in own:
             entry = self._as_weight(item, chosen)
             buckets.setdefault((*entry[0].key, item.view, item.subspace), []).append(entry)
@@ -235,7 +237,7 @@ class SwitchLoRAAdamW(LowRankOptimizer):
             wholes, states = zip(*bucket, strict=True)
             step_matrices(wholes, states, chosen, group["lr"], group["weight_decay"], undo)
 
-    def _as_weight(self, item: FactorItem, chosen: Strategies) -> tuple[Item, State]:
+    def _as_weight(self, item: FactorItem, chosen: Strategies) -> tuple[ParamPlan, State]:
         """A triple as the weight W0 and a state that holds factors and gradients too."""
         assert item.param.grad is not None and item.b.grad is not None
         factors = {"basis_A": item.param.detach(), "basis_B": item.b.detach().mT}
@@ -243,7 +245,7 @@ class SwitchLoRAAdamW(LowRankOptimizer):
         weight = item.base.detach()
         # a stand-in for a gradient of W, which is never made: its values are not read
         weight.grad = weight.detach()
-        whole = Item(weight, item.name, item.index, item.view, item.subspace)
+        whole = ParamPlan(weight, item.name, item.index, item.view, item.subspace)
         return whole, {**self._state_of(item, chosen), **factors, **grads}
 
 

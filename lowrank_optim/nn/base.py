@@ -8,10 +8,10 @@ from typing import ClassVar, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lowrank_optim.engine.plan import State
 from lowrank_optim.groups import Group
-from lowrank_optim.matrix import MatrixView
 from lowrank_optim.optimizer import LowRankOptimizer
-from lowrank_optim.plan import State
+from lowrank_optim.tensors.matrix import MatrixView
 
 
 def is_conv1d(layer: nn.Module) -> bool:

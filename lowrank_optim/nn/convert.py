@@ -9,13 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim.checks import check_module
+from lowrank_optim.engine.plan import State
+from lowrank_optim.engine.refresh import refresh_, refresh_due, stagger_offset
 from lowrank_optim.groups import Group, lowrank_groups
-from lowrank_optim.matrix import MatrixView, matrix_view
+from lowrank_optim.groups.values import check_module
 from lowrank_optim.nn.base import CONVERTERS, FORMS, Factored, convertible, parent_of
 from lowrank_optim.optimizer import LowRankOptimizer
-from lowrank_optim.plan import State
-from lowrank_optim.refresh import refresh_, refresh_due, stagger_offset
+from lowrank_optim.tensors.matrix import MatrixView, matrix_view
 
 logger = logging.getLogger(__name__)
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lowrank_optim.engine.plan import State, seeded
 from lowrank_optim.groups import Group
-from lowrank_optim.matrix import MatrixView
 from lowrank_optim.nn.base import Factored, register_form
-from lowrank_optim.plan import State, seeded
-from lowrank_optim.state_checks import as_dtype, check_index, readable
-from lowrank_optim.subspaces.base import Context
+from lowrank_optim.subspaces.base import RefreshContext
 from lowrank_optim.subspaces.spectral import Spectral
+from lowrank_optim.tensors.matrix import MatrixView
+from lowrank_optim.tensors.values import as_dtype, check_index, readable
 
 
 class _Product(torch.autograd.Function):
@@ -120,7 +120,7 @@ class SpectralLinear(Factored):
         """Factored and drawn from, with the numbers that the dense form would take."""
         subspace = Spectral.from_group(group, view)
         state = subspace.init(view, weight)
-        ctx = Context(view, seeded(group["seed"], index, 0), index, 0, param=view.of(weight))
+        ctx = RefreshContext(view, seeded(group["seed"], index, 0), index, 0, param=view.of(weight))
         subspace.refresh_(state, weight, ctx)
         return state
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank_optim.checks import check_module
+from lowrank_optim.engine.plan import seeded
 from lowrank_optim.groups import Group, lowrank_groups
-from lowrank_optim.matrix import MatrixView, matrix_view
-from lowrank_optim.plan import seeded
+from lowrank_optim.groups.values import check_module
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.switched import Switched
+from lowrank_optim.tensors.matrix import MatrixView, matrix_view
 
 
 class SwitchLoRALinear(nn.Module):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lowrank_optim.engine.plan import State
 from lowrank_optim.groups import Group
 from lowrank_optim.nn.base import CONVERTERS, Converter
 from lowrank_optim.nn.switchlora import (
@@ -19,7 +20,6 @@ from lowrank_optim.nn.switchlora import (
     stored_transposed,
 )
 from lowrank_optim.optimizer import LowRankOptimizer
-from lowrank_optim.plan import State
 from lowrank_optim.subspaces.switched import Switched
 
 

@@ -20,8 +20,8 @@ from lowrank_optim.ops.composite import (
     total_norms,
 )
 from lowrank_optim.ops.dispatch import backend
+from lowrank_optim.ops.quant import Moment, Quantized
 from lowrank_optim.ops.reference import TILE_ELEMENTS, keep_positive_
-from lowrank_optim.quant import Moment, Quantized
 
 _ops = torch.ops.lowrank_optim
 Moments = Sequence[Moment]
@@ -60,24 +60,24 @@ def adamw_direction_(
     beta2: float,
     eps: Sequence[float],
     rows: Rows = _NO_ROWS,
-    sound: Sequence[Tensor] = (),
+    finite: Sequence[Tensor] = (),
 ) -> None:
     """``m / (sqrt(v) + eps)`` into ``outs``; both moments updated where they are kept.
 
     Args:
         grads: float32, or narrower; any shapes.
-        exp_avgs: m, in float32 tensors or all :class:`~lowrank_optim.quant.Quantized`.
+        exp_avgs: m, in float32 tensors or all :class:`~lowrank_optim.ops.quant.Quantized`.
         exp_avg_sqs: v, likewise.
         outs: directions, in any floating dtype.
         beta1: decay of m.
         beta2: decay of v.
         eps: one a tensor.
         rows: steps of each row, where rows have ages of their own.
-        sound: 0-d bools on the device; where False nothing changes and the direction is 0.
+        finite: 0-d bools on the device; where False nothing changes and the direction is 0.
     """
     if not grads:
         return
-    tail: tuple[Any, ...] = (beta1, beta2, list(eps), rows.eps, rows.scale, sound)
+    tail: tuple[Any, ...] = (beta1, beta2, list(eps), rows.eps, rows.scale, finite)
     if _in_8bit(exp_avgs) and _in_8bit(exp_avg_sqs):
         parts = (*_parts(exp_avgs), *_parts(exp_avg_sqs))
         maps = exp_avgs[0].map, exp_avg_sqs[0].map
@@ -92,7 +92,7 @@ def lion_direction_(
     outs: Sequence[Tensor],
     beta1: float,
     beta2: float,
-    sound: Sequence[Tensor] = (),
+    finite: Sequence[Tensor] = (),
 ) -> None:
     """``sign(b1 m + (1 - b1) g)`` into ``outs``; the momentum follows with ``b2``."""
     if not grads:
@@ -100,10 +100,10 @@ def lion_direction_(
     if _in_8bit(exp_avgs):
         kept, table = _parts(exp_avgs), exp_avgs[0].map
         _ops.lion_direction_8bit_(
-            grads, *kept, outs, table, *_layouts(exp_avgs), beta1, beta2, sound
+            grads, *kept, outs, table, *_layouts(exp_avgs), beta1, beta2, finite
         )
     else:
-        _ops.lion_direction_(grads, exp_avgs, outs, beta1, beta2, sound)
+        _ops.lion_direction_(grads, exp_avgs, outs, beta1, beta2, finite)
 
 
 def moment_(
@@ -112,16 +112,16 @@ def moment_(
     outs: Sequence[Tensor],
     decay: float,
     weight: float,
-    sound: Sequence[Tensor] = (),
+    finite: Sequence[Tensor] = (),
 ) -> None:
     """``m <- decay m + weight x``, into ``outs`` too."""
     if not xs:
         return
     if _in_8bit(moments):
         kept, table = _parts(moments), moments[0].map
-        _ops.moment_8bit_(xs, *kept, outs, table, *_layouts(moments), decay, weight, sound)
+        _ops.moment_8bit_(xs, *kept, outs, table, *_layouts(moments), decay, weight, finite)
     else:
-        _ops.moment_(xs, moments, outs, decay, weight, sound)
+        _ops.moment_(xs, moments, outs, decay, weight, finite)
 
 
 def quantize_(xs: Sequence[Tensor], into: Sequence[Quantized]) -> None:
@@ -158,7 +158,7 @@ def lift_add_scaled_(
     decay: float,
     lr: float,
     scale: float,
-    sound: Sequence[Tensor] = (),
+    finite: Sequence[Tensor] = (),
 ) -> None:
     """``W <- decay W - lr (P (a N - a R o c) + G o c)`` for each matrix: one GEMM and one pass.
 
@@ -174,9 +174,9 @@ def lift_add_scaled_(
         decay: factor of the weights.
         lr: step size.
         scale: a.
-        sound: 0-d bools on the device, one a tensor; where False, W stays as it is, bit for bit.
+        finite: 0-d bools on the device, one a tensor; where False, W stays as it is, bit for bit.
     """
-    _ops.lift_add_scaled_(params, grads, bases, updates, lows, columns, decay, lr, scale, sound)
+    _ops.lift_add_scaled_(params, grads, bases, updates, lows, columns, decay, lr, scale, finite)
 
 
 def lift_add_sign_(
@@ -189,10 +189,10 @@ def lift_add_sign_(
     lr: float,
     scale: float,
     gain: float,
-    sound: Sequence[Tensor] = (),
+    finite: Sequence[Tensor] = (),
 ) -> None:
     """``W <- decay W - lr (a P N + gain sign(G - P R))`` for each matrix; arguments as above."""
-    _ops.lift_add_sign_(params, grads, bases, updates, lows, decay, lr, scale, gain, sound)
+    _ops.lift_add_sign_(params, grads, bases, updates, lows, decay, lr, scale, gain, finite)
 
 
 def coordinate_add_(
@@ -205,7 +205,7 @@ def coordinate_add_(
     scale: float,
     gain: float,
     free: str,
-    sound: Sequence[Tensor] = (),
+    finite: Sequence[Tensor] = (),
 ) -> None:
     """Rows in ``indices``: ``W <- decay W - lr a N``; others: ``W <- decay W - lr gain f(G)``.
 
@@ -219,9 +219,9 @@ def coordinate_add_(
         scale: a.
         gain: factor of the free rows.
         free: f: ``"sign"``, ``"sgd"`` (G itself) or ``"none"``.
-        sound: 0-d bools on the device, one a tensor; where False, W stays as it is, bit for bit.
+        finite: 0-d bools on the device, one a tensor; where False, W stays as it is, bit for bit.
     """
-    _ops.coordinate_add_(params, grads, indices, updates, decay, lr, scale, gain, free, sound)
+    _ops.coordinate_add_(params, grads, indices, updates, decay, lr, scale, gain, free, finite)
 
 
 def coordinate_adamw_(

@@ -125,7 +125,7 @@ def lift_add_term_(
     lr: float,
     scale: float,
     rounding: int | None,
-    sound: Tensor | None,
+    finite: Tensor | None,
 ) -> None:
     """``W <- decay W - lr (a P N + term)`` by tiles of rows, rounded once into the parameter.
 
@@ -143,7 +143,7 @@ def lift_add_term_(
         lr: step size.
         scale: a.
         rounding: seed of the stochastic rounding into bfloat16; None rounds to nearest.
-        sound: 0-d bool on the device; where False, W stays as it is.
+        finite: 0-d bool on the device; where False, W stays as it is.
     """
     wide = torch.promote_types(param.dtype, torch.float32)
     n, r = update.to(wide), low.to(wide)
@@ -161,7 +161,7 @@ def lift_add_term_(
         if rounding is not None and param.dtype == torch.bfloat16:
             new = stochastic_round(new, rounding)
             rounding += 0x9E3779B9  # each tile counts its elements from zero
-        w.copy_(new if sound is None else torch.where(sound, new, w.to(new.dtype)))
+        w.copy_(new if finite is None else torch.where(finite, new, w.to(new.dtype)))
 
 
 def stochastic_round(x: Tensor, seed: int) -> Tensor:

@@ -227,7 +227,7 @@ def cosine_lift_add_(
     basis: str,
     decay: float,
     steps: Sequence[float],
-    sound: Sequence[Tensor] = (),
+    finite: Sequence[Tensor] = (),
 ) -> None:
     """``W <- decay W - step P N``: one inverse transform of the scattered rows of ``updates``."""
     check_name("basis", basis, BASES)
@@ -236,9 +236,9 @@ def cosine_lift_add_(
         transform = CosineTransform(w.shape[0], basis, *plan)
         for columns in column_tiles(w):
             lifted, own = transform.lift(low[:, columns], index.long()), w.mT[columns]
-            if sound:
+            if finite:
                 new = own.to(lifted.dtype).mul(decay).add_(lifted, alpha=-step)
-                own.copy_(torch.where(sound[i], new.to(own.dtype), own))
+                own.copy_(torch.where(finite[i], new.to(own.dtype), own))
             elif own.dtype == lifted.dtype:
                 (own if decay == 1 else own.mul_(decay)).add_(lifted, alpha=-step)
             else:

@@ -64,17 +64,17 @@ def _moment(x: Tensor, m: Tensor, decay: float, weight: float) -> Tensor:
 
 
 def _guarded(
-    update: Callable[..., Tensor], g: Tensor, moments: Tensors, sound: Tensor | None, out: Tensor
+    update: Callable[..., Tensor], g: Tensor, moments: Tensors, finite: Tensor | None, out: Tensor
 ) -> None:
-    """Run ``update(g, *moments)`` into ``out``; where not ``sound``, change nothing and give 0."""
-    if sound is None:
+    """Run ``update(g, *moments)`` into ``out``; where not ``finite``, change nothing and give 0."""
+    if finite is None:
         out.copy_(update(g, *moments))
         return
     kept = [m.clone() for m in moments]
     direction = update(g, *moments)
-    out.copy_(torch.where(sound, direction, 0.0))
+    out.copy_(torch.where(finite, direction, 0.0))
     for m, old in zip(moments, kept, strict=True):
-        m.copy_(torch.where(sound, m, old))
+        m.copy_(torch.where(finite, m, old))
 
 
 def adamw_direction_(
@@ -87,12 +87,12 @@ def adamw_direction_(
     eps: Sequence[float],
     row_eps: Tensors,
     row_scale: Tensors,
-    sound: Tensors,
+    finite: Tensors,
 ) -> None:
     """``m / (sqrt(v) + eps)``, both moments updated in place."""
     count = len(grads)
     rows = zip(eps, _or_none(row_eps, count), _or_none(row_scale, count), strict=True)
-    tensors = zip(grads, exp_avgs, exp_avg_sqs, outs, _or_none(sound, count), strict=True)
+    tensors = zip(grads, exp_avgs, exp_avg_sqs, outs, _or_none(finite, count), strict=True)
     for (g, m, v, out, ok), (e, re, rs) in zip(tensors, rows, strict=True):
         update = _adamw_update(beta1, beta2, e, re, rs)
         _guarded(update, _wide(g), [m, v], ok, out)
@@ -111,18 +111,18 @@ def _adamw_update(
 
 
 def lion_direction_(
-    grads: Tensors, exp_avgs: Tensors, outs: Tensors, beta1: float, beta2: float, sound: Tensors
+    grads: Tensors, exp_avgs: Tensors, outs: Tensors, beta1: float, beta2: float, finite: Tensors
 ) -> None:
     """``sign(b1 m + (1 - b1) g)``, then the momentum follows with ``b2``."""
-    for g, m, out, ok in zip(grads, exp_avgs, outs, _or_none(sound, len(grads)), strict=True):
+    for g, m, out, ok in zip(grads, exp_avgs, outs, _or_none(finite, len(grads)), strict=True):
         _guarded(lambda g, m: _lion(g, m, beta1, beta2), _wide(g), [m], ok, out)
 
 
 def moment_(
-    xs: Tensors, moments: Tensors, outs: Tensors, decay: float, weight: float, sound: Tensors
+    xs: Tensors, moments: Tensors, outs: Tensors, decay: float, weight: float, finite: Tensors
 ) -> None:
     """``m <- decay m + weight x``, returned in ``outs`` too."""
-    for x, m, out, ok in zip(xs, moments, outs, _or_none(sound, len(xs)), strict=True):
+    for x, m, out, ok in zip(xs, moments, outs, _or_none(finite, len(xs)), strict=True):
         _guarded(lambda x, m: _moment(x, m, decay, weight), _wide(x), [m], ok, out)
 
 
@@ -255,7 +255,7 @@ def _update8_(
     moments: Sequence[Moment8],
     out: Tensor,
     shape: tuple[int, int, int],
-    sound: Tensor | None,
+    finite: Tensor | None,
     codec: Codec,
     row: Callable[[slice], Callable[..., Tensor]] | None = None,
 ) -> None:
@@ -268,19 +268,19 @@ def _update8_(
         ]
         now = update if row is None else row(span)
         direction = now(flat[span].float(), *dense)
-        if sound is not None:
-            direction = torch.where(sound, direction, 0.0)
+        if finite is not None:
+            direction = torch.where(finite, direction, 0.0)
         flat_out[span].copy_(direction)
         encoders = (codec.encode_, codec.encode_squares_)
         for x, (codes, scales, table), encode_ in zip(dense, moments, encoders, strict=False):
             piece, scale = codes.view(-1)[span], scales[own]
-            if sound is None:
+            if finite is None:
                 encode_(x, piece, scale, table, cols, block)
                 continue
             kept = piece.clone(), scale.clone()
             encode_(x, piece, scale, table, cols, block)
-            piece.copy_(torch.where(sound, piece, kept[0]))
-            scale.copy_(torch.where(sound, scale, kept[1]))
+            piece.copy_(torch.where(finite, piece, kept[0]))
+            scale.copy_(torch.where(finite, scale, kept[1]))
 
 
 def adamw_direction_8bit_(
@@ -300,7 +300,7 @@ def adamw_direction_8bit_(
     eps: Sequence[float],
     row_eps: Tensors,
     row_scale: Tensors,
-    sound: Tensors,
+    finite: Tensors,
     codec: Codec = NEAREST,
 ) -> None:
     """:func:`adamw_direction_` on moments in 8 bits."""
@@ -308,7 +308,7 @@ def adamw_direction_8bit_(
     layouts = zip(rows, cols, blocks, strict=True)
     moments = zip(codes1, scales1, codes2, scales2, strict=True)
     by_row = zip(eps, _or_none(row_eps, count), _or_none(row_scale, count), strict=True)
-    tensors = zip(grads, outs, _or_none(sound, count), strict=True)
+    tensors = zip(grads, outs, _or_none(finite, count), strict=True)
     for (g, out, ok), (c1, s1, c2, s2), shape, (e, re, rs) in zip(
         tensors, moments, layouts, by_row, strict=True
     ):
@@ -345,11 +345,11 @@ def lion_direction_8bit_(
     blocks: Sequence[int],
     beta1: float,
     beta2: float,
-    sound: Tensors,
+    finite: Tensors,
     codec: Codec = NEAREST,
 ) -> None:
     """:func:`lion_direction_` on a moment in 8 bits."""
-    oks = _or_none(sound, len(grads))
+    oks = _or_none(finite, len(grads))
     layouts = zip(rows, cols, blocks, strict=True)
     for g, c, s, out, shape, ok in zip(grads, codes, scales, outs, layouts, oks, strict=True):
         kept = [(c, s, signed_map)]
@@ -367,11 +367,11 @@ def moment_8bit_(
     blocks: Sequence[int],
     decay: float,
     weight: float,
-    sound: Tensors,
+    finite: Tensors,
     codec: Codec = NEAREST,
 ) -> None:
     """:func:`moment_` on a moment in 8 bits."""
-    oks = _or_none(sound, len(xs))
+    oks = _or_none(finite, len(xs))
     layouts = zip(rows, cols, blocks, strict=True)
     for x, c, s, out, shape, ok in zip(xs, codes, scales, outs, layouts, oks, strict=True):
         _update8_(
@@ -439,13 +439,13 @@ def _tiles_with_(
     w: Tensor,
     decay: float,
     update: Callable[..., Tensor],
-    sound: Tensor | None,
+    finite: Tensor | None,
     *others: Tensor,
 ) -> None:
     """``W <- decay W - update(tiles of others)`` by tiles of rows, each rounded once into W."""
     for tile, *rest in zip(_row_tiles(w), *_split_like(w, others), strict=True):
         new = _wide(tile).mul(decay).sub_(update(*map(_wide, rest))).to(w.dtype)
-        tile.copy_(new if sound is None else torch.where(sound, new, tile))
+        tile.copy_(new if finite is None else torch.where(finite, new, tile))
 
 
 def _split_like(w: Tensor, others: Tensors) -> list[tuple[Tensor, ...]]:
@@ -463,11 +463,11 @@ def lift_add_scaled_(
     decay: float,
     lr: float,
     scale: float,
-    sound: Tensors = (),
+    finite: Tensors = (),
 ) -> None:
     """``W <- decay W - lr (P (a N - a R o c) + G o c)``: one GEMM and one pass."""
     matrices = zip(params, grads, bases, updates, lows, columns, strict=True)
-    for (w, g, p, n, r, c), ok in zip(matrices, _or_none(sound, len(params)), strict=True):
+    for (w, g, p, n, r, c), ok in zip(matrices, _or_none(finite, len(params)), strict=True):
         small = scale * (_wide(n) - _wide(r) * c)
         _tiles_with_(w, decay, lambda g, p, s=small, c=c: lr * (p @ s + g * c), ok, g, p)
 
@@ -482,11 +482,11 @@ def lift_add_sign_(
     lr: float,
     scale: float,
     gain: float,
-    sound: Tensors = (),
+    finite: Tensors = (),
 ) -> None:
     """``W <- decay W - lr (a P N + gain sign(G - P R))``: two products on the same tiles of P."""
     matrices = zip(params, grads, bases, updates, lows, strict=True)
-    for (w, g, p, n, r), ok in zip(matrices, _or_none(sound, len(params)), strict=True):
+    for (w, g, p, n, r), ok in zip(matrices, _or_none(finite, len(params)), strict=True):
         n, r = _wide(n), _wide(r)
 
         def update(g: Tensor, p: Tensor, n: Tensor = n, r: Tensor = r) -> Tensor:
@@ -513,14 +513,14 @@ def coordinate_add_(
     scale: float,
     gain: float,
     free: str,
-    sound: Tensors = (),
+    finite: Tensors = (),
 ) -> None:
     """Rows in ``index``: ``W <- decay W - lr a N``; the others: ``W <- decay W - lr gain f(G)``."""
     check_name("free", free, [*FREE])
     for w, index in zip(params, indices, strict=True):
         check_rows("coordinate_add_", index, w.shape[-2])
     matrices = zip(params, grads, indices, updates, strict=True)
-    for (w, g, index, n), ok in zip(matrices, _or_none(sound, len(params)), strict=True):
+    for (w, g, index, n), ok in zip(matrices, _or_none(finite, len(params)), strict=True):
         at = index.long().unsqueeze(-1).expand(n.shape)
         old = w.gather(-2, at)
         rows = _wide(old).mul(decay).sub_(_wide(n), alpha=lr * scale).to(w.dtype)

@@ -18,24 +18,24 @@ from lowrank_optim.ops.tiles import FLAT, by_tiles
 
 NAMESPACE = "lowrank_optim"
 _BLOCKS = "int[] rows, int[] cols, int[] blocks"
-_ROWS = "Tensor[] row_eps, Tensor[] row_scale, Tensor[] sound"
+_ROWS = "Tensor[] row_eps, Tensor[] row_scale, Tensor[] finite"
 _APPLY = "Tensor(a!)[] params, Tensor[] grads"
 
 SCHEMAS = {
     "adamw_direction_": "(Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor(b!)[] exp_avg_sqs, "
     f"Tensor(c!)[] outs, float beta1, float beta2, float[] eps, {_ROWS}) -> ()",
     "lion_direction_": "(Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor(b!)[] outs, float beta1, "
-    "float beta2, Tensor[] sound) -> ()",
+    "float beta2, Tensor[] finite) -> ()",
     "moment_": "(Tensor[] xs, Tensor(a!)[] moments, Tensor(b!)[] outs, float decay, float weight, "
-    "Tensor[] sound) -> ()",
+    "Tensor[] finite) -> ()",
     "adamw_direction_8bit_": "(Tensor[] grads, Tensor(a!)[] codes1, Tensor(b!)[] scales1, "
     "Tensor(c!)[] codes2, Tensor(d!)[] scales2, Tensor(e!)[] outs, Tensor signed_map, "
     f"Tensor unsigned_map, {_BLOCKS}, float beta1, float beta2, float[] eps, {_ROWS}) -> ()",
     "lion_direction_8bit_": "(Tensor[] grads, Tensor(a!)[] codes, Tensor(b!)[] scales, "
-    f"Tensor(c!)[] outs, Tensor signed_map, {_BLOCKS}, float beta1, float beta2, Tensor[] sound) "
+    f"Tensor(c!)[] outs, Tensor signed_map, {_BLOCKS}, float beta1, float beta2, Tensor[] finite) "
     "-> ()",
     "moment_8bit_": "(Tensor[] xs, Tensor(a!)[] codes, Tensor(b!)[] scales, Tensor(c!)[] outs, "
-    f"Tensor signed_map, {_BLOCKS}, float decay, float weight, Tensor[] sound) -> ()",
+    f"Tensor signed_map, {_BLOCKS}, float decay, float weight, Tensor[] finite) -> ()",
     "quantize_blockwise_": "(Tensor[] xs, Tensor(a!)[] codes, Tensor(b!)[] scales, Tensor table, "
     f"{_BLOCKS}) -> ()",
     "dequantize_blockwise_": "(Tensor[] codes, Tensor[] scales, Tensor(a!)[] outs, Tensor table, "
@@ -43,11 +43,11 @@ SCHEMAS = {
     "stochastic_round_": "(Tensor[] xs, Tensor(a!)[] outs, int[] seeds) -> ()",
     "column_norms": "(Tensor[] xs) -> Tensor[]",
     "lift_add_scaled_": f"({_APPLY}, Tensor[] bases, Tensor[] updates, Tensor[] lows, "
-    "Tensor[] columns, float decay, float lr, float scale, Tensor[] sound) -> ()",
+    "Tensor[] columns, float decay, float lr, float scale, Tensor[] finite) -> ()",
     "lift_add_sign_": f"({_APPLY}, Tensor[] bases, Tensor[] updates, Tensor[] lows, float decay, "
-    "float lr, float scale, float gain, Tensor[] sound) -> ()",
+    "float lr, float scale, float gain, Tensor[] finite) -> ()",
     "coordinate_add_": f"({_APPLY}, Tensor[] indices, Tensor[] updates, float decay, float lr, "
-    "float scale, float gain, str free, Tensor[] sound) -> ()",
+    "float scale, float gain, str free, Tensor[] finite) -> ()",
     "coordinate_adamw_": f"({_APPLY}, Tensor[] indices, Tensor(b!)[] exp_avgs, "
     "Tensor(c!)[] exp_avg_sqs, float beta1, float beta2, float[] eps, float[] steps, "
     "float[] free_steps, float decay, str free) -> ()",
@@ -56,7 +56,7 @@ SCHEMAS = {
     "cosine_project_": "(Tensor[] grads, Tensor[] indices, Tensor(a!)[] outs, Tensor[] plan, "
     "str basis) -> ()",
     "cosine_lift_add_": "(Tensor(a!)[] params, Tensor[] indices, Tensor[] updates, Tensor[] plan, "
-    "str basis, float decay, float[] steps, Tensor[] sound) -> ()",
+    "str basis, float decay, float[] steps, Tensor[] finite) -> ()",
     "cosine_adamw_": f"({_APPLY}, Tensor[] indices, Tensor[] sources, Tensor(b!)[] exp_avgs, "
     "Tensor(c!)[] exp_avg_sqs, float beta1, float beta2, float[] eps, Tensor[] row_eps, "
     "Tensor[] row_scale, float[] steps, Tensor[] plan, str basis, float decay) -> ()",
@@ -66,7 +66,7 @@ PLAN = "plan"
 """What all matrices of a call share: not one a matrix."""
 
 
-ROLES = {"codes": torch.uint8, "scales": torch.float32, "sound": torch.bool}
+ROLES = {"codes": torch.uint8, "scales": torch.float32, "finite": torch.bool}
 """Dtype of the arguments whose names start so."""
 
 

@@ -78,13 +78,13 @@ class Adafactor(Rule):
         slots: Sequence[Slots],
         steps: Sequence[float],
         dtype: torch.dtype | None = None,
-        sound: Sequence[Tensor] = (),
+        finite: Sequence[Tensor] = (),
         ages: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[float]]:
         """The clipped direction, averaged if ``beta1`` is set, and a correction of 1."""
         directions = []
         for n, (g, own, t) in enumerate(zip(grads, slots, steps, strict=True)):
-            ok = sound[n : n + 1]
+            ok = finite[n : n + 1]
             dense = [x for x in own if isinstance(x, Tensor)]  # the squares, which come first
             squares = dense[: 2 if g.dim() >= 2 else 1]
             kept = [x.clone() for x in squares] if ok else []

@@ -43,7 +43,7 @@ class AdamW(Rule):
         slots: Sequence[Slots],
         steps: Sequence[float],
         dtype: torch.dtype | None = None,
-        sound: Sequence[Tensor] = (),
+        finite: Sequence[Tensor] = (),
         ages: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[float]]:
         """``m / (sqrt(v) + eps root)`` and ``root / (1 - b1^t)``, ``root = sqrt(1 - b2^t)``."""
@@ -62,7 +62,7 @@ class AdamW(Rule):
             beta2,
             [eps for eps, _ in factors],
             rows,
-            sound,
+            finite,
         )
         if ages:
             return outs, [1.0] * len(outs)

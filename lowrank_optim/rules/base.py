@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank_optim.quant import Moment
+from lowrank_optim.ops.quant import Moment
 
 Slots = Sequence[Moment]
 
@@ -62,7 +62,7 @@ class Rule:
         slots: Sequence[Slots],
         steps: Sequence[float],
         dtype: torch.dtype | None = None,
-        sound: Sequence[Tensor] = (),
+        finite: Sequence[Tensor] = (),
         ages: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[float]]:
         """Update the moments in place and return directions.
@@ -73,7 +73,7 @@ class Rule:
                 all those of a ``fused`` slot may be in 8 bits instead.
             steps: the step each gradient is at, 1 at first.
             dtype: of the directions (default: that of arithmetic).
-            sound: 0-d bools on the device, one a gradient: where False, moments stay as they are
+            finite: 0-d bools on the device, one a gradient: where False, moments stay as they are
                 and the direction is 0. None are given where the host has looked already.
             ages: where rows have steps of their own, those of each row ``(..., r)`` in float32, in
                 place of ``steps``: the direction then has its bias correction in it, and its factor

@@ -39,13 +39,13 @@ class Lion(Rule):
         slots: Sequence[Slots],
         steps: Sequence[float],
         dtype: torch.dtype | None = None,
-        sound: Sequence[Tensor] = (),
+        finite: Sequence[Tensor] = (),
         ages: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[float]]:
         """Signs, and a correction of 1."""
         beta1, beta2 = self.betas
         outs = directions_like(grads, dtype)
-        ops.lion_direction_(grads, [s[0] for s in slots], outs, beta1, beta2, sound)
+        ops.lion_direction_(grads, [s[0] for s in slots], outs, beta1, beta2, finite)
         return outs, [1.0] * len(outs)
 
     def biases(self, step: float) -> tuple[float, ...]:

@@ -45,13 +45,13 @@ class SGD(Rule):
         slots: Sequence[Slots],
         steps: Sequence[float],
         dtype: torch.dtype | None = None,
-        sound: Sequence[Tensor] = (),
+        finite: Sequence[Tensor] = (),
         ages: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[float]]:
         """Momentum, or the gradient itself, and a correction of 1."""
         outs = directions_like(grads, dtype)
         for n, (g, own, t, out) in enumerate(zip(grads, slots, steps, outs, strict=True)):
-            ok = sound[n : n + 1]
+            ok = finite[n : n + 1]
             if own:
                 weight = 1.0 if t == 1 else 1 - self.dampening
                 ops.moment_([g], [own[0]], [out], self.momentum, weight, ok)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.matrix import MatrixView, matrix_view
-from lowrank_optim.residuals import KINDS, Residual, Term, unknown_kind
-from lowrank_optim.state_checks import check_finite
+from lowrank_optim.subspaces.terms import KINDS, Term, Wants, unknown_kind
+from lowrank_optim.tensors.matrix import MatrixView, matrix_view
+from lowrank_optim.tensors.values import check_finite
 
 State = dict[str, Tensor]
 Reduce = Callable[[Tensor], Tensor]
@@ -24,7 +24,7 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
-class Moved(NamedTuple):
+class BasisChange(NamedTuple):
     """How a refresh moved one coordinate; the Transport decides what the moments do about it."""
 
     rotation: Callable[[], Tensor] | None = None
@@ -61,7 +61,7 @@ class Shared:
 
 
 @dataclass(frozen=True)
-class Context:
+class RefreshContext:
     """All else that a refresh may look at."""
 
     view: MatrixView
@@ -79,7 +79,7 @@ class Context:
     """What :meth:`Subspace.look` found on its way."""
 
 
-class Into(NamedTuple):
+class Target(NamedTuple):
     """What an update is added to, and how."""
 
     param: Tensor
@@ -94,17 +94,17 @@ class Into(NamedTuple):
     """Factor of the weights."""
     rounding: int | None = None
     """Seed of the stochastic rounding into bfloat16; None rounds to nearest."""
-    sound: Tensor | None = None
+    finite: Tensor | None = None
     """0-d bool on the device; where False the weights must stay as they are."""
 
     def guarded_decay(self) -> float | Tensor:
-        """The decay, 1 where the gradient is not sound."""
-        if self.sound is None or (isinstance(self.decay, float) and self.decay == 1):
+        """The decay, 1 where the gradient is not finite."""
+        if self.finite is None or (isinstance(self.decay, float) and self.decay == 1):
             return self.decay
         # in full precision: a bare scalar would be float32
         dtype = torch.promote_types(self.param.dtype, torch.float32)
         one = torch.ones((), dtype=dtype, device=self.param.device)
-        return torch.where(self.sound, one * self.decay, one)
+        return torch.where(self.finite, one * self.decay, one)
 
 
 @dataclass(frozen=True)
@@ -164,8 +164,8 @@ class Subspace(ABC):
     def prepare(self, view: MatrixView, like: Tensor) -> None:  # noqa: B027
         """Build what a step will keep in :class:`Shared`, so that estimates count it."""
 
-    def refuses(self, residual: Residual) -> str | None:
-        """Why it does not go with a residual; None if it does."""
+    def refuses(self, wants: Wants) -> str | None:
+        """Why it does not go with a residual that wants so much; None if it does."""
         return None
 
     @abstractmethod
@@ -176,7 +176,7 @@ class Subspace(ABC):
         """Raise unless ``state``, about to be loaded, holds what a step may read.
 
         Keys and shapes are those of :meth:`init`; values are not known yet: indices that are
-        followed, factors that are multiplied. By :mod:`lowrank_optim.state_checks`, as a rule.
+        followed, factors that are multiplied. By :mod:`lowrank_optim.tensors.values`, as a rule.
 
         Raises:
             ValueError: with the key, what was found, and what is allowed.
@@ -187,7 +187,7 @@ class Subspace(ABC):
         return torch.linalg.vector_norm(ops.matrix_norm(grad)), None
 
     @abstractmethod
-    def refresh_(self, state: State, grad: Tensor, ctx: Context) -> dict[str, Moved]:
+    def refresh_(self, state: State, grad: Tensor, ctx: RefreshContext) -> dict[str, BasisChange]:
         """Choose new coordinates from ``grad (..., m, n)``; amortised over the refresh gap."""
 
     @abstractmethod
@@ -203,7 +203,9 @@ class Subspace(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def push_(self, into: Into, state: State, update: dict[str, Tensor], term: Term | None) -> None:
+    def push_(
+        self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
+    ) -> None:
         """``W <- decay W - lr (lift(update) + term)``; state changes when W has, or not at all."""
 
     def lr_factor(self, since: int) -> float:
@@ -256,7 +258,7 @@ class Projector(Subspace):
         return replace(super().from_group(group, view), two_sided=group["proj_type"] == "full")
 
     @abstractmethod
-    def find(self, grad: Tensor, previous: Tensor | None, ctx: Context) -> Tensor:
+    def find(self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext) -> Tensor:
         """A basis ``(..., m, r)`` with orthonormal columns, in ``max(float32, grad.dtype)``.
 
         Args:
@@ -277,13 +279,13 @@ class Projector(Subspace):
         check_finite(state, "basis")
         check_finite(state, "basis_right")
 
-    def refresh_(self, state: State, grad: Tensor, ctx: Context) -> dict[str, Moved]:
+    def refresh_(self, state: State, grad: Tensor, ctx: RefreshContext) -> dict[str, BasisChange]:
         """Find new bases, align their signs with the old ones, and say how they moved."""
         rotation = self._turn_(state["basis"], grad, ctx)
         right = self._turn_(state["basis_right"], grad.mT, ctx) if self.two_sided else None
-        return {"low": Moved(rotation, right)}
+        return {"low": BasisChange(rotation, right)}
 
-    def _turn_(self, basis: Tensor, grad: Tensor, ctx: Context) -> Callable[[], Tensor]:
+    def _turn_(self, basis: Tensor, grad: Tensor, ctx: RefreshContext) -> Callable[[], Tensor]:
         old = basis.clone() if bool(basis.any()) else None
         idle = (ops.matrix_norm(grad) == 0) if ctx.view.batch else None
         if idle is not None and bool(idle.any()):  # an expert without tokens keeps its basis
@@ -327,7 +329,9 @@ class Projector(Subspace):
             low = low @ state["basis_right"].to(low.dtype)
         return {"low": reduce(low)}
 
-    def push_(self, into: Into, state: State, update: dict[str, Tensor], term: Term | None) -> None:
+    def push_(
+        self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
+    ) -> None:
         """``W <- decay W - lr (scale P N (Q^T) + term)``: no full-size temporary."""
         right = state["basis_right"] if self.two_sided else None
         if term is None:
@@ -357,17 +361,17 @@ class Projector(Subspace):
         if rounds or isinstance(term.gain, Tensor) or isinstance(into.decay, Tensor):
             ops.lift_add_term_(
                 into.param, into.grad, state["basis"], wide, low, term.columns, term.gain,
-                into.decay, into.lr, scale, into.rounding, into.sound,
+                into.decay, into.lr, scale, into.rounding, into.finite,
             )  # fmt: skip
             return
-        sound = [] if into.sound is None else [into.sound]
+        finite = [] if into.finite is None else [into.finite]
         common = [into.param], [into.grad], [state["basis"]], [wide], [low]
         if term.kind == "scaled":
             assert term.columns is not None
             columns = [term.columns]
-            ops.lift_add_scaled_(*common, columns, into.decay, into.lr, scale, sound)
+            ops.lift_add_scaled_(*common, columns, into.decay, into.lr, scale, finite)
         else:  # "sign"
-            ops.lift_add_sign_(*common, into.decay, into.lr, scale, term.gain, sound)
+            ops.lift_add_sign_(*common, into.decay, into.lr, scale, term.gain, finite)
 
 
 def new_to_old(new: Tensor, old: Tensor) -> Tensor:

@@ -9,9 +9,17 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.matrix import MatrixView
-from lowrank_optim.residuals import Residual, Term
-from lowrank_optim.subspaces.base import Context, Into, Moved, Reduce, State, Subspace, register
+from lowrank_optim.subspaces.base import (
+    BasisChange,
+    Reduce,
+    RefreshContext,
+    State,
+    Subspace,
+    Target,
+    register,
+)
+from lowrank_optim.subspaces.terms import Term, Wants
+from lowrank_optim.tensors.matrix import MatrixView
 
 BLOCK_ORDERS = ("random", "ascending", "descending", "mirror")
 
@@ -107,9 +115,9 @@ class Block(Subspace):
         front = {(switches * pairs + i) % half for i in range(pairs)}
         return frozenset(front | {n - 1 - i for i in front})
 
-    def refuses(self, residual: Residual) -> str | None:
+    def refuses(self, wants: Wants) -> str | None:
         """Error feedback, which an idle block would never read."""
-        return "a block uses all of a gradient or nothing" if residual.feeds_back else None
+        return "a block uses all of a gradient or nothing" if wants == "memory" else None
 
     def init(self, view: MatrixView, param: Tensor) -> State:
         """When its group last stepped it, and how many steps it had taken when its moments began.
@@ -118,7 +126,7 @@ class Block(Subspace):
         """
         return {"clock": torch.zeros(()), "refresh_step": torch.tensor(-1.0)}
 
-    def refresh_(self, state: State, grad: Tensor, ctx: Context) -> dict[str, Moved]:
+    def refresh_(self, state: State, grad: Tensor, ctx: RefreshContext) -> dict[str, BasisChange]:
         """Nothing: blocks switch together, whatever their gradients."""
         return {}
 
@@ -134,6 +142,8 @@ class Block(Subspace):
         """The identity."""
         return [torch.eye(view.m, dtype=torch.float64)]
 
-    def push_(self, into: Into, state: State, update: dict[str, Tensor], term: Term | None) -> None:
+    def push_(
+        self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
+    ) -> None:
         """``W <- decay W - lr N``, of an active block."""
         ops.add_(into.param, update["low"], into.guarded_decay(), -into.lr, into.rounding)

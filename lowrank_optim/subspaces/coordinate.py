@@ -10,10 +10,18 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.matrix import MatrixView
-from lowrank_optim.residuals import Term
-from lowrank_optim.state_checks import check_index
-from lowrank_optim.subspaces.base import Context, Into, Moved, Reduce, State, Subspace, register
+from lowrank_optim.subspaces.base import (
+    BasisChange,
+    Reduce,
+    RefreshContext,
+    State,
+    Subspace,
+    Target,
+    register,
+)
+from lowrank_optim.subspaces.terms import Term
+from lowrank_optim.tensors.matrix import MatrixView
+from lowrank_optim.tensors.values import check_index
 
 FREE = {"sign": "sign", "raw": "sgd"}
 """Free rule of the fused apply for each kind of term that it takes."""
@@ -54,14 +62,14 @@ class Coordinates(Subspace):
         """Rows of the matrix, ascending."""
         check_index(state, "index", view.m, "ascending")
 
-    def refresh_(self, state: State, grad: Tensor, ctx: Context) -> dict[str, Moved]:
+    def refresh_(self, state: State, grad: Tensor, ctx: RefreshContext) -> dict[str, BasisChange]:
         """Draw a new set; rows that stay say where they were."""
         index = state["index"]
         old = index.clone()
         drawn = torch.randperm(ctx.view.m, generator=ctx.generator)[: self.rank]
         index.copy_(drawn.sort().values)
         new = index.clone()
-        return {"low": Moved(lambda: _shared(new, old), source=_source(new, old))}
+        return {"low": BasisChange(lambda: _shared(new, old), source=_source(new, old))}
 
     def coord_shapes(self, view: MatrixView) -> dict[str, tuple[int, ...]]:
         """One coordinate, ``low (..., k, n)``."""
@@ -78,13 +86,15 @@ class Coordinates(Subspace):
         """Unit vectors."""
         return [torch.eye(view.m, dtype=torch.float64)[state["index"].long()].mT]
 
-    def push_(self, into: Into, state: State, update: dict[str, Tensor], term: Term | None) -> None:
+    def push_(
+        self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
+    ) -> None:
         """One pass over W and G, each entry read once and rounded once."""
         low, index = update["low"], state["index"]
         if fusible(into, term):
             free, gain = ("none", 0.0) if term is None else (FREE[term.kind], term.gain)
-            sound = [] if into.sound is None else [into.sound]
-            args = into.decay, into.lr, self.scale, gain, free, sound
+            finite = [] if into.finite is None else [into.finite]
+            args = into.decay, into.lr, self.scale, gain, free, finite
             ops.coordinate_add_([into.param], [into.grad], [index], [low], *args)  # type: ignore[arg-type]
             return
         place = torch.full((into.param.shape[-2],), -1, dtype=torch.long, device=index.device)
@@ -146,7 +156,7 @@ class Rows(Coordinates):
 # ---------------------------------------------------------------- the apply in tiles
 
 
-def fusible(into: Into, term: Term | None) -> bool:
+def fusible(into: Target, term: Term | None) -> bool:
     """Whether the one-pass op takes this apply: numbers on the host, rounding to nearest."""
     rounded = into.rounding is not None and into.param.dtype == torch.bfloat16
     factors = into.decay, into.lr, 0.0 if term is None else term.gain
@@ -160,7 +170,7 @@ def rows_of_tile(param: Tensor) -> int:
 
 
 def add_by_tiles_(
-    into: Into,
+    into: Target,
     term: Term | None,
     scale: float,
     put: Callable[[Tensor, Tensor, int], Tensor],
@@ -184,8 +194,8 @@ def add_by_tiles_(
         rest = _outside(g[..., start : start + rows, :].to(dtype), term)
         inside = rest * (1 - scale) if term is not None and term.kind == "scaled" else rest * 0
         update = put(rest, inside, start) * into.lr
-        if into.sound is not None:
-            update = torch.where(into.sound, update, 0.0)
+        if into.finite is not None:
+            update = torch.where(into.finite, update, 0.0)
         new = tile.to(dtype) * decay - update
         if seed is not None and w.dtype == torch.bfloat16:
             tile.copy_(ops.stochastic_round(new, seed))

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.matrix import MatrixView
 from lowrank_optim.ops.cosine import CosineTransform, column_tiles, cosine_rows
-from lowrank_optim.residuals import Term
 from lowrank_optim.rules.base import compute_dtype
-from lowrank_optim.subspaces.base import Into, Reduce, State, register
+from lowrank_optim.subspaces.base import Reduce, State, Target, register
 from lowrank_optim.subspaces.fixed import FixedBasis
+from lowrank_optim.subspaces.terms import Term
+from lowrank_optim.tensors.matrix import MatrixView
 
 TRANSFORMS = ("auto", "matmul", "fft")
 FFT_COST: dict[tuple[str, torch.dtype], float] = {
@@ -154,7 +154,9 @@ class DCT(FixedBasis):
         ops.cosine_project_([x], [index], [low], plan.plan, self.basis)
         return low
 
-    def push_(self, into: Into, state: State, update: dict[str, Tensor], term: Term | None) -> None:
+    def push_(
+        self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
+    ) -> None:
         """``W <- decay W - lr (scale P N (Q^T) + term)``, a tile of columns at a time."""
         if not self.fast(into.param.shape[-2], into.param):
             super().push_(into, state, update, term)
@@ -175,10 +177,10 @@ class DCT(FixedBasis):
                 columns = term.columns if param is into.param else term.columns[n]
             rounds = seed is not None and param.dtype == torch.bfloat16
             if term is None and isinstance(into.decay, float) and not rounds:
-                sound = [] if into.sound is None else [into.sound]
+                finite = [] if into.finite is None else [into.finite]
                 ops.cosine_lift_add_(
                     [param], [own], [x], self.plan(param.shape[0], param), self.basis, into.decay,
-                    [into.lr * self.scale], sound,
+                    [into.lr * self.scale], finite,
                 )  # fmt: skip
             else:
                 self._push_one_(one, own.long(), x, term, columns)
@@ -196,7 +198,7 @@ class DCT(FixedBasis):
         return torch.stack([plan.lift(x.mT, i.long()) for x, i in pairs])
 
     def _push_one_(
-        self, into: Into, index: Tensor, low: Tensor, term: Term | None, columns: Tensor | None
+        self, into: Target, index: Tensor, low: Tensor, term: Term | None, columns: Tensor | None
     ) -> None:
         plan = self._plan(into.param.shape[0], into.param)
         for tile, at in enumerate(column_tiles(into.param)):
@@ -219,7 +221,7 @@ class DCT(FixedBasis):
     def _with_term(
         self,
         plan: CosineTransform,
-        into: Into,
+        into: Target,
         index: Tensor,
         low: Tensor,
         at: slice,
@@ -229,14 +231,14 @@ class DCT(FixedBasis):
         """What a tile of the transposed weights moves by, the residual's share included."""
         assert into.low is not None
         grad, seen = into.grad.mT[at].to(plan.sign.dtype), into.low[:, at]
-        if into.sound is not None:
-            grad = torch.where(into.sound, grad, 0)
-            seen = torch.where(into.sound, seen, 0)
+        if into.finite is not None:
+            grad = torch.where(into.finite, grad, 0)
+            seen = torch.where(into.finite, seen, 0)
         if term.kind == "scaled":
             assert columns is not None
             factor = columns[:, at]
-            if into.sound is not None:
-                factor = torch.where(into.sound, factor, 0)
+            if into.finite is not None:
+                factor = torch.where(into.finite, factor, 0)
             inside = plan.lift(self.scale * (low - seen * factor), index)
             return inside.addcmul_(grad, factor.mT.to(grad.dtype))
         outside = term.of_(grad - plan.lift(seen, index))
@@ -244,7 +246,7 @@ class DCT(FixedBasis):
 
 
 def _matrices(
-    into: Into, index: Tensor, low: Tensor, seen: Tensor | None
+    into: Target, index: Tensor, low: Tensor, seen: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]]:
     """Each matrix of a batch with what belongs to it."""
     if into.param.dim() == 2:

@@ -11,11 +11,19 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank_optim.matrix import MatrixView
-from lowrank_optim.residuals import Term
-from lowrank_optim.state_checks import check_index
-from lowrank_optim.subspaces.base import Context, Into, Moved, Reduce, State, Subspace, register
+from lowrank_optim.subspaces.base import (
+    BasisChange,
+    Reduce,
+    RefreshContext,
+    State,
+    Subspace,
+    Target,
+    register,
+)
 from lowrank_optim.subspaces.coordinate import add_by_tiles_
+from lowrank_optim.subspaces.terms import Term
+from lowrank_optim.tensors.matrix import MatrixView
+from lowrank_optim.tensors.values import check_index
 
 TILE = 1 << 18
 """Entries that are permuted among themselves: an index of them is all that ever exists."""
@@ -83,7 +91,7 @@ class RandK(Subspace):
         """A key that a refresh could draw."""
         check_index(state, "key", KEYS)
 
-    def refresh_(self, state: State, grad: Tensor, ctx: Context) -> dict[str, Moved]:
+    def refresh_(self, state: State, grad: Tensor, ctx: RefreshContext) -> dict[str, BasisChange]:
         """Draw a new key."""
         old = int(state["key"])
         new = int(torch.randint(1, KEYS, (), generator=ctx.generator))
@@ -99,7 +107,7 @@ class RandK(Subspace):
                 out[..., after.slots] = piece[..., after.places]
             return out
 
-        return {"low": Moved(carry=carry)}
+        return {"low": BasisChange(carry=carry)}
 
     def coord_shapes(self, view: MatrixView) -> dict[str, tuple[int, ...]]:
         """One coordinate, ``low (..., 1, k)``: a matrix of one row, so that experts stay apart."""
@@ -128,7 +136,9 @@ class RandK(Subspace):
             count, size = slots.stop - slots.start, (stop - start) * n
             yield Tile(slice(start, stop), slots, permuted(count, size, key + start, like.device))
 
-    def push_(self, into: Into, state: State, update: dict[str, Tensor], term: Term | None) -> None:
+    def push_(
+        self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
+    ) -> None:
         """A pass over W and G in pieces: neither an index nor an update exists at full size."""
         low, scale = update["low"].squeeze(-2), self.scale
         m, n = into.param.shape[-2:]

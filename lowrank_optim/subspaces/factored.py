@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.matrix import MatrixView
-from lowrank_optim.residuals import Term
-from lowrank_optim.subspaces.base import Context, Into, Reduce, State
+from lowrank_optim.subspaces.base import Reduce, RefreshContext, State, Target
 from lowrank_optim.subspaces.lora import balance_
 from lowrank_optim.subspaces.switched import SIDES, Switched
+from lowrank_optim.subspaces.terms import Term
+from lowrank_optim.tensors.matrix import MatrixView
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class SwitchedFactors(Switched):
         slots: Sequence[int],
         old: Sequence[int],
         new: Sequence[int],
-        ctx: Context,
+        ctx: RefreshContext,
     ) -> None:
         """Also ``W0 <- W0 + s b (a - c)^T``, for all vectors at once and rounded once."""
         factor, other = (state[f"basis_{name}"] for name in (SIDES[side], SIDES[1 - side]))
@@ -69,7 +69,9 @@ class SwitchedFactors(Switched):
         low = {side: state[f"grad_{side}"].to(state[f"basis_{side}"].dtype) for side in SIDES}
         return self.thawed(state, {side: reduce(x.clone()) for side, x in low.items()})
 
-    def push_(self, into: Into, state: State, update: dict[str, Tensor], term: Term | None) -> None:
+    def push_(
+        self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
+    ) -> None:
         """Step both factors; W0 only if decay acts on the weight, which it is a part of."""
         moved = self.moved(into, state, update)
         decay = into.guarded_decay() if self.decay_on == "weight" else 1.0

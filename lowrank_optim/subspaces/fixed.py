@@ -11,12 +11,20 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.matrix import MatrixView
 from lowrank_optim.ops.cosine import column_tiles
-from lowrank_optim.residuals import Term
 from lowrank_optim.rules.base import compute_dtype
-from lowrank_optim.state_checks import check_index
-from lowrank_optim.subspaces.base import Context, Into, Moved, Projector, Reduce, Shared, State
+from lowrank_optim.subspaces.base import (
+    BasisChange,
+    Projector,
+    Reduce,
+    RefreshContext,
+    Shared,
+    State,
+    Target,
+)
+from lowrank_optim.subspaces.terms import Term
+from lowrank_optim.tensors.matrix import MatrixView
+from lowrank_optim.tensors.values import check_index
 
 SPECTRUM_ELEMENTS = 1 << 24
 """Spectra up to this size (64 MiB) are kept while the best of them are chosen."""
@@ -86,19 +94,19 @@ class FixedBasis(Projector):
             if key in state
         ]
 
-    def find(self, grad: Tensor, previous: Tensor | None, ctx: Context) -> Tensor:
+    def find(self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext) -> Tensor:
         """The columns that a refresh would choose."""
         index = torch.zeros(*grad.shape[:-2], self.rank, dtype=torch.int32, device=grad.device)
         self._choose_(index, self._scores(grad)[0])
         return self._columns(grad, index)
 
-    def refresh_(self, state: State, grad: Tensor, ctx: Context) -> dict[str, Moved]:
+    def refresh_(self, state: State, grad: Tensor, ctx: RefreshContext) -> dict[str, BasisChange]:
         """Choose indices, and say where the rows of the old ones are."""
         rotation, source, low = self._replace_(state["basis_index"], grad, ctx.seen)
         if not self.two_sided:
-            return {"low": Moved(rotation, source=source, low=low)}
+            return {"low": BasisChange(rotation, source=source, low=low)}
         right, source_right, _ = self._replace_(state["basis_index_right"], grad.mT, None)
-        return {"low": Moved(rotation, right, source, source_right)}
+        return {"low": BasisChange(rotation, right, source, source_right)}
 
     def _replace_(
         self, index: Tensor, grad: Tensor, scores: Tensor | None
@@ -192,7 +200,9 @@ class FixedBasis(Projector):
         """``P^T G``, by a product with the chosen columns."""
         return super().coords(self._dense(state, grad, grad.dtype), grad, reduce=reduce)
 
-    def push_(self, into: Into, state: State, update: dict[str, Tensor], term: Term | None) -> None:
+    def push_(
+        self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
+    ) -> None:
         """As of any projector, with the chosen columns."""
         dense = self._dense(state, into.param, into.param.dtype)
         super().push_(into, dense, update, term)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_optim.subspaces.base import Context, Projector, register
+from lowrank_optim.subspaces.base import Projector, RefreshContext, register
 
 
-def gaussian(like: Tensor, shape: tuple[int, ...], ctx: Context) -> Tensor:
+def gaussian(like: Tensor, shape: tuple[int, ...], ctx: RefreshContext) -> Tensor:
     """Standard normal numbers, drawn on the CPU so that every device sees the same ones."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     x = torch.randn(shape, generator=ctx.generator, dtype=dtype)
@@ -22,7 +22,7 @@ def gaussian(like: Tensor, shape: tuple[int, ...], ctx: Context) -> Tensor:
 class Random(Projector):
     """Haar-random orthonormal basis; with ``keep`` its moments average over subspaces."""
 
-    def find(self, grad: Tensor, previous: Tensor | None, ctx: Context) -> Tensor:
+    def find(self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext) -> Tensor:
         """``Q`` of the QR factorisation of a Gaussian ``(..., m, r)``."""
         shape = (*grad.shape[:-1], self.rank)
         q: Tensor = torch.linalg.qr(gaussian(grad, shape, ctx)).Q

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError
 
 from lowrank_optim import ops
-from lowrank_optim.subspaces.base import Context, Projector, register
+from lowrank_optim.subspaces.base import Projector, RefreshContext, register
 from lowrank_optim.subspaces.random import gaussian
 from lowrank_optim.subspaces.svd import left_singular_vectors
 
@@ -48,7 +48,7 @@ class RandomizedSVD(Projector):
     tolerance: float = 0.01
     max_iterations: int = 8
 
-    def find(self, grad: Tensor, previous: Tensor | None, ctx: Context) -> Tensor:
+    def find(self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext) -> Tensor:
         """Singular vectors of a sketch, largest first; exact where a sketch would not be thin."""
         *batch, m, n = grad.shape
         width = self.rank + self.oversample

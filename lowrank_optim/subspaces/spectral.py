@@ -11,12 +11,19 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.matrix import MatrixView
-from lowrank_optim.residuals import Drop, Residual, Term
 from lowrank_optim.rules.base import compute_dtype
-from lowrank_optim.state_checks import check_counter, check_finite, check_index
-from lowrank_optim.subspaces.base import Context, Into, Moved, Reduce, State, Subspace
+from lowrank_optim.subspaces.base import (
+    BasisChange,
+    Reduce,
+    RefreshContext,
+    State,
+    Subspace,
+    Target,
+)
 from lowrank_optim.subspaces.factors import order_of, sample, stepped, triplets, unit
+from lowrank_optim.subspaces.terms import Term, Wants
+from lowrank_optim.tensors.matrix import MatrixView
+from lowrank_optim.tensors.values import check_counter, check_finite, check_index
 
 CHUNK = 256
 """Inactive singular vectors that are brought to the device and widened at once."""
@@ -91,9 +98,9 @@ class Spectral(Subspace):
         where = "host." if self.offload_inactive else ""
         return f"{where}basis_u_rest", f"{where}basis_v_rest"
 
-    def refuses(self, residual: Residual) -> str | None:
-        """All but :class:`Drop`: nobody has said what else should become of the gradient."""
-        if isinstance(residual, Drop):
+    def refuses(self, wants: Wants) -> str | None:
+        """All residuals but those that drop: what else should become of it, nobody has said."""
+        if wants == "nothing":
             return None
         return "its coordinates are of factors of the weight, and leave nothing outside them"
 
@@ -167,7 +174,7 @@ class Spectral(Subspace):
 
     # ---------------------------------------------------------------- refresh
 
-    def refresh_(self, state: State, grad: Tensor, ctx: Context) -> dict[str, Moved]:
+    def refresh_(self, state: State, grad: Tensor, ctx: RefreshContext) -> dict[str, BasisChange]:
         """Begin an iteration: factor W if a round begins, then choose the vectors to train."""
         iteration, view = int(state["host.iteration"]), ctx.view
         noise = torch.empty(view.full_rank, dtype=torch.float64)
@@ -185,7 +192,7 @@ class Spectral(Subspace):
         length = self.iterations_per_round or math.ceil(view.full_rank / self.rank)
         return not self.exact or int(state["host.iteration"]) % length == 0
 
-    def _factor_(self, state: State, ctx: Context, iteration: int, noise: Tensor) -> None:
+    def _factor_(self, state: State, ctx: RefreshContext, iteration: int, noise: Tensor) -> None:
         """Factor W, one matrix after the other, each with the same random numbers."""
         assert ctx.param is not None
         w = ctx.param.detach()
@@ -224,7 +231,7 @@ class Spectral(Subspace):
         own("basis_s", 1).copy_(s)
         own("basis_order", 1).copy_(order)
 
-    def _redraw_(self, state: State, iteration: int, noise: Tensor) -> dict[str, Moved]:
+    def _redraw_(self, state: State, iteration: int, noise: Tensor) -> dict[str, BasisChange]:
         """Other vectors of the same factors: those that stay keep their bits."""
         s, old = state["basis_s"], state["basis_order"].long()
         k = s.shape[-1]
@@ -245,16 +252,16 @@ class Spectral(Subspace):
             rest.copy_(every[..., self.rank :, :])
         state["basis_order"].copy_(order)
         source = at[..., : self.rank]
-        kept = Moved(source=torch.where(source < self.rank, source, -1))
-        return {"u": kept, "s": Moved(), "v": kept}
+        kept = BasisChange(source=torch.where(source < self.rank, source, -1))
+        return {"u": kept, "s": BasisChange(), "v": kept}
 
-    def _all_new(self, state: State) -> dict[str, Moved]:
+    def _all_new(self, state: State) -> dict[str, BasisChange]:
         none = torch.full_like(self.spectrum(state), -1, dtype=torch.long)
         values = torch.full_like(state["basis_s"], -1, dtype=torch.long)
         return {
-            "u": Moved(source=none),
-            "s": Moved(source_right=values),
-            "v": Moved(source=none),
+            "u": BasisChange(source=none),
+            "s": BasisChange(source_right=values),
+            "v": BasisChange(source=none),
         }
 
     def in_order(self, state: State, side: str) -> Tensor:
@@ -320,7 +327,9 @@ class Spectral(Subspace):
             own = sign.gather(-1, state["basis_order"][..., self.rank :].long())
             rest.mul_(own.unsqueeze(-1).to(rest))
 
-    def push_(self, into: Into, state: State, update: dict[str, Tensor], term: Term | None) -> None:
+    def push_(
+        self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
+    ) -> None:
         r"""``W <- decay W + U' diag(s') V'^T - U diag(decay s) V^T``, rounded once.
 
         The difference is taken of the factors, not of the products: a step of zero is no step.

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lowrank_optim.matrix import MatrixView
-from lowrank_optim.residuals import Term
-from lowrank_optim.subspaces.base import Context, Into, Moved, Reduce, State
+from lowrank_optim.subspaces.base import BasisChange, Reduce, RefreshContext, State, Target
 from lowrank_optim.subspaces.spectral import Spectral
+from lowrank_optim.subspaces.terms import Term
+from lowrank_optim.tensors.matrix import MatrixView
 
 GRADIENTS = ("grad_u", "grad_v", "grad_s")
 """Keys of the factors' gradients, beside the state."""
@@ -38,7 +38,7 @@ class SpectralModule(Spectral):
             "refresh_step": torch.zeros((), dtype=torch.float32),
         }
 
-    def refresh_(self, state: State, grad: Tensor, ctx: Context) -> dict[str, Moved]:
+    def refresh_(self, state: State, grad: Tensor, ctx: RefreshContext) -> dict[str, BasisChange]:
         """As of the weight, which exists while a round begins."""
         product = None
         if self.factors_anew(state, ctx.view):
@@ -51,6 +51,8 @@ class SpectralModule(Spectral):
         gu, gv, gs = (state[key].clone() for key in GRADIENTS)
         return {"u": reduce(gu), "s": reduce(gs.unsqueeze(-2)), "v": reduce(gv)}
 
-    def push_(self, into: Into, state: State, update: dict[str, Tensor], term: Term | None) -> None:
+    def push_(
+        self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
+    ) -> None:
         """The factors alone."""
         self.keep_(state, self.advanced(state, update, into.lr, into.guarded_decay()))

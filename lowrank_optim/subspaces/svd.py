@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError
 
-from lowrank_optim.subspaces.base import Context, Projector, register
+from lowrank_optim.subspaces.base import Projector, RefreshContext, register
 
 
 @register("svd")
@@ -19,7 +19,7 @@ class SVD(Projector):
 
     fitted: ClassVar[bool] = True
 
-    def find(self, grad: Tensor, previous: Tensor | None, ctx: Context) -> Tensor:
+    def find(self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext) -> Tensor:
         """``U[:, :r]`` of ``G = U S V^T``; the factorisation never runs below float32."""
         grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
         return left_singular_vectors(grad)[..., : self.rank]

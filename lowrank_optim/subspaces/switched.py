@@ -11,14 +11,22 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.matrix import MatrixView
-from lowrank_optim.residuals import Drop, Residual, Term
 from lowrank_optim.rules.base import compute_dtype
-from lowrank_optim.state_checks import check_finite, check_index
 from lowrank_optim.subspaces import ahead, switching
-from lowrank_optim.subspaces.base import Context, Into, Moved, Reduce, Shared, State, Subspace
+from lowrank_optim.subspaces.base import (
+    BasisChange,
+    Reduce,
+    RefreshContext,
+    Shared,
+    State,
+    Subspace,
+    Target,
+)
 from lowrank_optim.subspaces.lora import balance_, published_stds
 from lowrank_optim.subspaces.switching import Schedule, ring, runs, thawing, where
+from lowrank_optim.subspaces.terms import Term, Wants
+from lowrank_optim.tensors.matrix import MatrixView
+from lowrank_optim.tensors.values import check_finite, check_index
 
 SIDES = ("A", "B")
 """Rows of A ``(r, in)`` and, transposed, columns of B ``(out, r)``."""
@@ -119,9 +127,9 @@ class Switched(Subspace):
         sizes = zip(SIDES, self.sizes(view), strict=True)
         return {side: (*view.batch, self.rank, size) for side, size in sizes}
 
-    def refuses(self, residual: Residual) -> str | None:
-        """All but :class:`Drop`: nobody has said what else should become of the gradient."""
-        if isinstance(residual, Drop):
+    def refuses(self, wants: Wants) -> str | None:
+        """All residuals but those that drop: what else should become of it, nobody has said."""
+        if wants == "nothing":
             return None
         return "its coordinates are of factors of the weight, and leave nothing outside them"
 
@@ -173,7 +181,7 @@ class Switched(Subspace):
 
     # ---------------------------------------------------------------- switching
 
-    def refresh_(self, state: State, grad: Tensor, ctx: Context) -> dict[str, Moved]:
+    def refresh_(self, state: State, grad: Tensor, ctx: RefreshContext) -> dict[str, BasisChange]:
         """Every step: thaw, restart if due, switch. Cheap where nothing moves."""
         if int(state["refresh_step"]) < 0:
             self._start_(state, ctx)
@@ -191,11 +199,11 @@ class Switched(Subspace):
         if frozen != before:
             state["host.frozen"].copy_(torch.tensor(frozen))
         return {
-            name: Moved(fresh=[own for (own,) in runs(sorted(slots))] if slots else ())
+            name: BasisChange(fresh=[own for (own,) in runs(sorted(slots))] if slots else ())
             for name, slots in zip(SIDES, fresh, strict=True)
         }
 
-    def _start_(self, state: State, ctx: Context) -> None:
+    def _start_(self, state: State, ctx: RefreshContext) -> None:
         for side, drawn in enumerate(self.draw(ctx.view, ctx.generator)):
             self.pool(state, side).copy_(drawn)
             self._start_factor_(state, side, drawn)
@@ -207,7 +215,7 @@ class Switched(Subspace):
         balance_(state["basis_A"], state["basis_B"])
 
     def _choose_(
-        self, state: State, frozen: Sequence[Sequence[int]], ctx: Context
+        self, state: State, frozen: Sequence[Sequence[int]], ctx: RefreshContext
     ) -> list[list[int]]:
         """Switch vectors of A, then of B; returns the slots of each."""
         r, k = self.rank, ctx.view.full_rank
@@ -231,13 +239,13 @@ class Switched(Subspace):
         self._fetch_ahead_(state, schedule, ctx)
         return chosen
 
-    def _ahead(self, state: State, ctx: Context) -> ahead.Ahead | None:
+    def _ahead(self, state: State, ctx: RefreshContext) -> ahead.Ahead | None:
         """What the device fetches while it computes: of a ring, whose order is known."""
         if self.order != "fifo" or not ahead.apart(self.pool(state, 0), state["basis_A"]):
             return None
         return self.shared.get(("ahead", ctx.index), ahead.Ahead)  # type: ignore[no-any-return]
 
-    def _fetch_ahead_(self, state: State, schedule: Schedule, ctx: Context) -> None:
+    def _fetch_ahead_(self, state: State, schedule: Schedule, ctx: RefreshContext) -> None:
         """Let it fetch the most that the next step can ask for."""
         own, r, k = self._ahead(state, ctx), self.rank, ctx.view.full_rank
         if own is None:
@@ -255,7 +263,7 @@ class Switched(Subspace):
         slots: Sequence[int],
         old: Sequence[int],
         new: Sequence[int],
-        ctx: Context,
+        ctx: RefreshContext,
     ) -> None:
         """Put the vectors of ``slots`` back into the pool and take others.
 
@@ -295,7 +303,9 @@ class Switched(Subspace):
                 x[..., own, :].zero_()
         return coords
 
-    def push_(self, into: Into, state: State, update: dict[str, Tensor], term: Term | None) -> None:
+    def push_(
+        self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
+    ) -> None:
         r""":math:`W \leftarrow W + s (B' A' - B A)` as one GEMM of inner dimension 2 r.
 
         In terms of the moves: :math:`\Delta B A' + B \Delta A`, which does not cancel.
@@ -316,7 +326,7 @@ class Switched(Subspace):
         self.keep_(state, moved)
 
     def moved(
-        self, into: Into, state: State, update: dict[str, Tensor]
+        self, into: Target, state: State, update: dict[str, Tensor]
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Both factors after the step, each with how far it came."""
         decay = into.guarded_decay() if self.decay_on == "factors" else 1.0

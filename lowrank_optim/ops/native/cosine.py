@@ -144,15 +144,15 @@ def cosine_lift_add_(
     basis: str,
     decay: float,
     steps: Sequence[float],
-    sound: Sequence[Tensor] = (),
+    finite: Sequence[Tensor] = (),
 ) -> None:
     """``W <- decay W - step P N``; N is read in float32."""
     if params and not _serves(params):
-        reference.cosine_lift_add_(params, indices, updates, plan, basis, decay, steps, sound)
+        reference.cosine_lift_add_(params, indices, updates, plan, basis, decay, steps, finite)
         return
-    if sound:
-        same(len(params), indices=indices, updates=updates, steps=steps, sound=sound)
-        ok = [i for i, flag in enumerate(sound) if flag]
+    if finite:
+        same(len(params), indices=indices, updates=updates, steps=steps, finite=finite)
+        ok = [i for i, flag in enumerate(finite) if flag]
         params, indices, updates = ([xs[i] for i in ok] for xs in (params, indices, updates))
         steps = [steps[i] for i in ok]
     if params:

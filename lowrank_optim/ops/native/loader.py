@@ -37,7 +37,7 @@ def _struct(name: str, fields: str) -> Any:
 Update: Any = _struct(
     "Update",
     "count:q numels widths grads outs first second first_codes first_scales second_codes"
-    " second_scales signed_map unsigned_map rows cols blocks eps row_eps row_scale sound a:d b:d"
+    " second_scales signed_map unsigned_map rows cols blocks eps row_eps row_scale finite a:d b:d"
     " grad_dtype:i out_dtype:i",
 )
 Blockwise: Any = _struct("Blockwise", "count:q values codes scales map rows cols blocks dtype:i")
@@ -46,13 +46,13 @@ Norms: Any = _struct("Norms", "count:q values outs rows cols row_strides col_str
 Apply: Any = _struct(
     "Apply",
     "rows:q cols:q weight weight_row:q weight_col:q grad grad_row:q grad_col:q low other low_row:q"
-    " factor factor_row:q factor_col:q sound decay:d lr:d scale:d gain:d weight_dtype:i"
+    " factor factor_row:q factor_col:q finite decay:d lr:d scale:d gain:d weight_dtype:i"
     " grad_dtype:i low_dtype:i",
 )
 Coordinate: Any = _struct(
     "Coordinate",
     "count:q weights grads index lows picked rows cols weight_rows weight_cols grad_rows grad_cols"
-    " low_rows low_cols sound decay:d lr:d scale:d gain:d free_rule:i weight_dtype:i grad_dtype:i",
+    " low_rows low_cols finite decay:d lr:d scale:d gain:d free_rule:i weight_dtype:i grad_dtype:i",
 )
 CoordinateStep: Any = _struct(
     "CoordinateStep",

@@ -51,14 +51,14 @@ def _unbind(x: Tensor, into: list[Tensor]) -> None:
         _unbind(part, into)
 
 
-def _flags(sound: Sequence[Tensor], W: Sequence[Tensor]) -> list[Tensor]:
-    """One flag per matrix of a list of batches; none where all are sound."""
-    if not sound:
+def _flags(finite: Sequence[Tensor], W: Sequence[Tensor]) -> list[Tensor]:
+    """One flag per matrix of a list of batches; none where all are finite."""
+    if not finite:
         return []
-    same(len(W), sound=sound)
-    if any(s.dtype != torch.bool or s.numel() != 1 for s in sound):
-        raise TypeError("sound: one bool per tensor")
-    return [s for s, w in zip(sound, W, strict=True) for _ in range(math.prod(w.shape[:-2]))]
+    same(len(W), finite=finite)
+    if any(s.dtype != torch.bool or s.numel() != 1 for s in finite):
+        raise TypeError("finite: one bool per tensor")
+    return [s for s, w in zip(finite, W, strict=True) for _ in range(math.prod(w.shape[:-2]))]
 
 
 def _idle(flag: Tensor | None) -> bool:
@@ -129,7 +129,7 @@ def lift_add_scaled_(
     decay: float,
     lr: float,
     scale: float,
-    sound: Sequence[Tensor] = (),
+    finite: Sequence[Tensor] = (),
 ) -> None:
     """``W <- decay W - lr (P (a N - a R c) + G c)``: a GEMM into a tile, then one pass over it.
 
@@ -143,14 +143,14 @@ def lift_add_scaled_(
     dtype_of([*W, *G], "weights and gradients")
     args = Apply(decay=decay, lr=lr, weight_dtype=dtype, grad_dtype=dtype, low_dtype=dtype)
     matrices = zip(*(_matrices(x) for x in (W, G, P, N, R, columns)), strict=True)
-    flags = _flags(sound, W) or itertools.repeat(None)
+    flags = _flags(finite, W) or itertools.repeat(None)
     for (w, g, p, n, r, c), flag in zip(matrices, flags, strict=False):
         _shape_check(w, g, p, (n, r), flag)
         if c.shape != (1, w.shape[1]) or c.dtype != torch.float32:
             raise ValueError(f"columns: float32 (1, {w.shape[1]}), got {c.dtype} {tuple(c.shape)}")
         if w.numel() == 0 or _idle(flag):
             continue
-        args.sound = flag.data_ptr() if flag is not None else None
+        args.finite = flag.data_ptr() if flag is not None else None
         c = c.contiguous()
         x = torch.addcmul(n.float(), r.float(), c, value=-1.0).mul_(scale).to(w.dtype)
         left, right = p.to(w.dtype), x
@@ -177,7 +177,7 @@ def lift_add_sign_(
     lr: float,
     scale: float,
     gain: float,
-    sound: Sequence[Tensor] = (),
+    finite: Sequence[Tensor] = (),
 ) -> None:
     """``W <- decay W - lr (a P N + gain sign(G - P R))``: two GEMMs into tiles, then one pass."""
     if not W:
@@ -189,12 +189,12 @@ def lift_add_sign_(
     args = Apply(decay=decay, lr=lr, scale=scale, gain=gain)
     args.weight_dtype = args.grad_dtype = args.low_dtype = dtype
     matrices = zip(*(_matrices(x) for x in (W, G, P, N, R)), strict=True)
-    flags = _flags(sound, W) or itertools.repeat(None)
+    flags = _flags(finite, W) or itertools.repeat(None)
     for (w, g, p, n, r), flag in zip(matrices, flags, strict=False):
         _shape_check(w, g, p, (n, r), flag)
         if w.numel() == 0 or _idle(flag):
             continue
-        args.sound = flag.data_ptr() if flag is not None else None
+        args.finite = flag.data_ptr() if flag is not None else None
         by_rows = _stored(w)
         p, n, r = p.to(w.dtype), n.to(w.dtype), r.to(w.dtype)
         if not by_rows:
@@ -224,7 +224,7 @@ def coordinate_add_(
     scale: float,
     gain: float,
     free: str,
-    sound: Sequence[Tensor] = (),
+    finite: Sequence[Tensor] = (),
 ) -> None:
     """Rows in ``index``: ``W <- decay W - lr a N[k]``; others ``W <- decay W - lr gain f(G)``."""
     check_name("free", free, [*FREE])
@@ -236,7 +236,7 @@ def coordinate_add_(
     ws, gs, lows = _matrices(W), _matrices(G), [x.float() for x in _matrices(N)]
     picks = _picks(index, W)
     _fit(ws, gs, picks, lows)
-    flags: Sequence[Tensor | None] = _flags(sound, W) or [None] * len(ws)
+    flags: Sequence[Tensor | None] = _flags(finite, W) or [None] * len(ws)
     scalars = {"decay": decay, "lr": lr, "scale": scale, "gain": gain, "free_rule": FREE[free]}
     calls = list(zip(ws, gs, picks, lows, flags, strict=True))
     _coordinates([x for x in calls if _along(x[0], x[3])], scalars)
@@ -353,6 +353,6 @@ def _coordinates(calls: Sequence[_Call], scalars: dict[str, Any]) -> None:
     args.grad_rows, args.grad_cols = (arrays.int64([g.stride(d) for g in gs]) for d in (0, 1))
     args.low_rows, args.low_cols = (arrays.int64([x.stride(d) for x in lows]) for d in (0, 1))
     if flags[0] is not None:
-        args.sound = arrays.pointers(flags)
+        args.finite = arrays.pointers(flags)
     indices = ((k, w.shape[0], 0) for k, w in zip(picks, ws, strict=True))
     run("coordinate_add", ws[0].device, args, indices)

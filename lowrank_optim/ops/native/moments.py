@@ -33,7 +33,7 @@ def _update(
     outs: Sequence[Tensor],
     a: float,
     b: float,
-    sound: Sequence[Tensor],
+    finite: Sequence[Tensor],
     moments: dict[str, Sequence[Tensor]],
     *,
     maps: dict[str, Tensor] | None = None,
@@ -77,11 +77,11 @@ def _update(
             check_scales(tensors, rows, name)
             setattr(args, name, arrays.pointers(tensors))
         args.widths = arrays.int64(widths)
-    if sound:
-        same(count, sound=sound)
-        if any(s.dtype != torch.bool or s.numel() != 1 for s in sound):
-            raise TypeError("sound: one bool per tensor")
-        args.sound = arrays.pointers(sound)
+    if finite:
+        same(count, finite=finite)
+        if any(s.dtype != torch.bool or s.numel() != 1 for s in finite):
+            raise TypeError("finite: one bool per tensor")
+        args.finite = arrays.pointers(finite)
     args.numels = arrays.int64(known)
     flat(grads, "gradients")
     flat(outs, "outs")
@@ -99,7 +99,7 @@ def adamw_direction_(
     eps: Sequence[float],
     row_eps: Sequence[Tensor],
     row_scale: Sequence[Tensor],
-    sound: Sequence[Tensor],
+    finite: Sequence[Tensor],
 ) -> None:
     """Update both moments; ``out <- m / (sqrt(v) + eps)``, or by rows of the last dimension."""
     moments = {"first": exp_avgs, "second": exp_avg_sqs}
@@ -109,7 +109,7 @@ def adamw_direction_(
         outs,
         beta1,
         beta2,
-        sound,
+        finite,
         moments,
         eps=eps,
         row_eps=row_eps,
@@ -123,10 +123,10 @@ def lion_direction_(
     outs: Sequence[Tensor],
     beta1: float,
     beta2: float,
-    sound: Sequence[Tensor],
+    finite: Sequence[Tensor],
 ) -> None:
     """``out <- sign(m + (1 - beta1)(g - m))``, then ``m <- m + (1 - beta2)(g - m)``."""
-    _update("lion_direction", grads, outs, beta1, beta2, sound, {"first": exp_avgs})
+    _update("lion_direction", grads, outs, beta1, beta2, finite, {"first": exp_avgs})
 
 
 def moment_(
@@ -135,10 +135,10 @@ def moment_(
     outs: Sequence[Tensor],
     decay: float,
     weight: float,
-    sound: Sequence[Tensor],
+    finite: Sequence[Tensor],
 ) -> None:
     """``m <- decay m + weight x; out <- m``."""
-    _update("moment", xs, outs, decay, weight, sound, {"first": moments})
+    _update("moment", xs, outs, decay, weight, finite, {"first": moments})
 
 
 def adamw_direction_8bit_(
@@ -158,7 +158,7 @@ def adamw_direction_8bit_(
     eps: Sequence[float],
     row_eps: Sequence[Tensor],
     row_scale: Sequence[Tensor],
-    sound: Sequence[Tensor],
+    finite: Sequence[Tensor],
 ) -> None:
     """`adamw_direction_` on 8-bit moments, one pass over each block."""
     moments = {
@@ -173,7 +173,7 @@ def adamw_direction_8bit_(
         outs,
         beta1,
         beta2,
-        sound,
+        finite,
         moments,
         maps={"signed_map": signed_map, "unsigned_map": unsigned_map},
         layout=(rows, cols, blocks),
@@ -194,7 +194,7 @@ def lion_direction_8bit_(
     blocks: Sequence[int],
     beta1: float,
     beta2: float,
-    sound: Sequence[Tensor],
+    finite: Sequence[Tensor],
 ) -> None:
     """`lion_direction_` on an 8-bit moment."""
     _update(
@@ -203,7 +203,7 @@ def lion_direction_8bit_(
         outs,
         beta1,
         beta2,
-        sound,
+        finite,
         {"first_codes": codes, "first_scales": scales},
         maps={"signed_map": signed_map},
         layout=(rows, cols, blocks),
@@ -221,7 +221,7 @@ def moment_8bit_(
     blocks: Sequence[int],
     decay: float,
     weight: float,
-    sound: Sequence[Tensor],
+    finite: Sequence[Tensor],
 ) -> None:
     """`moment_` on an 8-bit moment."""
     _update(
@@ -230,7 +230,7 @@ def moment_8bit_(
         outs,
         decay,
         weight,
-        sound,
+        finite,
         {"first_codes": codes, "first_scales": scales},
         maps={"signed_map": signed_map},
         layout=(rows, cols, blocks),

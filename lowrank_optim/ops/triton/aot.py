@@ -64,7 +64,7 @@ class Resources(NamedTuple):
 
 _POINTERS = {
     "table": "*i64", "grad": "*bf16", "x": "*fp32", "exp_avg": "*fp32", "exp_avg_sq": "*fp32",
-    "moment": "*fp32", "out": "*fp32", "row_eps": "*fp32", "row_scale": "*fp32", "sound": "*u8",
+    "moment": "*fp32", "out": "*fp32", "row_eps": "*fp32", "row_scale": "*fp32", "finite": "*u8",
     "codes": "*u8", "codes2": "*u8", "scales": "*fp32", "scales2": "*fp32", "entries": "*fp32",
     "signed_map": "*fp32", "unsigned_map": "*fp32", "w": "*bf16", "g": "*bf16", "p": "*bf16",
     "n_": "*fp32", "r_": "*fp32", "c": "*fp32", "index": "*i32", "turn": "*i64",
@@ -94,7 +94,7 @@ def _lists() -> Iterator[Variant]:
     many = {"MANY": True, "DEPTH": 8, "ALIGNED": True}
     blocks = {"COUNT": quantize.BLOCKS, "LANES": 256}
     flat = {"BLOCK": ELEMENTS}
-    plain = {"row_eps": None, "row_scale": None, "sound": None}
+    plain = {"row_eps": None, "row_scale": None, "finite": None}
     off = {"ROW_EPS": False, "ROW_SCALE": False, "SOUND": False}
     on = {"ROW_EPS": True, "ROW_SCALE": True, "SOUND": True}
     for how, mode in (("one", one), ("many", many)):

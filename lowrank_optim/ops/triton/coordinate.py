@@ -44,7 +44,7 @@ def find(index, rows, rank, DEPTH: tl.constexpr):
 
 @triton.jit
 def coordinate_kernel(
-    w, g, index, n_, sound, m, n, rank,
+    w, g, index, n_, finite, m, n, rank,
     wb, wi, wj, gb, gi, gj, xb, nb, nk, nj,
     decay, lr, scale, gain,
     FREE: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, SOUND: tl.constexpr,
@@ -52,7 +52,7 @@ def coordinate_kernel(
 ):  # fmt: skip
     """Rows of ``index``: ``W <- decay W - lr a N[k]``; others: ``W <- decay W - lr gain f(G)``."""
     if SOUND:  # noqa: SIM102 (one is decided at compile time)
-        if tl.load(sound) == 0:
+        if tl.load(finite) == 0:
             return
     b = tl.program_id(1).to(tl.int64)
     i0, j0 = tile_corner(m, n, BM, BN, GROUP)
@@ -83,7 +83,7 @@ def coordinate_add_(
     scale: float,
     gain: float,
     free: str,
-    sound: Sequence[Tensor] = (),
+    finite: Sequence[Tensor] = (),
 ) -> None:
     """Update the rows of a coordinate subspace with N, the others with a function of G.
 
@@ -97,10 +97,10 @@ def coordinate_add_(
         scale: factor of N.
         gain: factor of the function of G.
         free: ``sign``, ``sgd`` (G itself) or ``none``.
-        sound: 0-dim bools; where False, W is left as it is.
+        finite: 0-dim bools; where False, W is left as it is.
     """
     check_name("free", free, [*FREE])
-    fine = flags(sound) or [None] * len(params)
+    fine = flags(finite) or [None] * len(params)
     for w, g, index, n_, flag in zip(params, grads, indices, terms, fine, strict=True):
         if w.numel():
             rows = index.unsqueeze(-2)  # (..., 1, r): batched like the matrices

@@ -148,10 +148,10 @@ def cosine_lift_add_(
     basis: str,
     decay: float,
     steps: Sequence[float],
-    sound: Sequence[Tensor] = (),
+    finite: Sequence[Tensor] = (),
 ) -> None:
-    """``W <- decay W - step P N``; where ``sound`` is False, W is left as it is."""
-    fine = flags(sound) or [None] * len(params)
+    """``W <- decay W - step P N``; where ``finite`` is False, W is left as it is."""
+    fine = flags(finite) or [None] * len(params)
     for w, index, low, step, flag in zip(params, indices, updates, steps, fine, strict=True):
         if not w.numel():
             continue

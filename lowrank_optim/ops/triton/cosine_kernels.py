@@ -207,13 +207,13 @@ def cosine_pick_kernel(
 
 @triton.jit
 def cosine_add_kernel(
-    w, parts, turn, sound, m, n, wi, wj, decay, step,
+    w, parts, turn, finite, m, n, wi, wj, decay, step,
     HALF: tl.constexpr, WIDE: tl.constexpr, SOUND: tl.constexpr,
     BC: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
     """``W <- decay W - step X`` of what a transform left of X."""
     if SOUND:  # noqa: SIM102 (one is decided at compile time)
-        if tl.load(sound) == 0:
+        if tl.load(finite) == 0:
             return
     q0, j0 = corner_of(m, HALF, BC, BQ)
     q = q0 + tl.arange(0, BQ)

@@ -28,7 +28,7 @@ _COLUMNS = ["count", "eps_bits", "width"]
 
 @triton.jit(do_not_specialize=_COLUMNS)
 def adamw_kernel(
-    table, tensors, grad, exp_avg, exp_avg_sq, out, row_eps, row_scale, sound,
+    table, tensors, grad, exp_avg, exp_avg_sq, out, row_eps, row_scale, finite,
     count, eps_bits, width, weight1, beta2, weight2,
     MANY: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
     ROW_EPS: tl.constexpr, ROW_SCALE: tl.constexpr, SOUND: tl.constexpr, BLOCK: tl.constexpr,
@@ -60,7 +60,7 @@ def adamw_kernel(
         direction = tl.load(row_scale + row, mask, 0.0) * direction
     keep = mask
     if SOUND:
-        fine = tl.load(pointer(table, tensors, t, 7, sound, MANY, False)) != 0
+        fine = tl.load(pointer(table, tensors, t, 7, finite, MANY, False)) != 0
         direction = tl.where(fine, direction, 0.0)
         keep = lane < tl.where(fine, size - start, 0)
     tl.store(exp_avg + start + lane, m, keep)
@@ -70,7 +70,7 @@ def adamw_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def moment_kernel(
-    table, tensors, x, moment, out, sound, count, decay, weight, weight2,
+    table, tensors, x, moment, out, finite, count, decay, weight, weight2,
     MANY: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
     LION: tl.constexpr, SOUND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +93,7 @@ def moment_kernel(
         direction = m
     keep = mask
     if SOUND:
-        fine = tl.load(pointer(table, tensors, t, 4, sound, MANY, False)) != 0
+        fine = tl.load(pointer(table, tensors, t, 4, finite, MANY, False)) != 0
         direction = tl.where(fine, direction, 0.0)
         keep = lane < tl.where(fine, size - start, 0)
     tl.store(moment + start + lane, m, keep)
@@ -110,13 +110,13 @@ def adamw_direction_(
     eps: Sequence[float],
     row_eps: Sequence[Tensor],
     row_scale: Sequence[Tensor],
-    sound: Sequence[Tensor],
+    finite: Sequence[Tensor],
 ) -> None:
     """Update both moments in place and write AdamW's direction, before bias correction."""
     packed(("exp_avgs", "exp_avg_sqs", "outs"), (exp_avgs, exp_avg_sqs, outs))
     lists = [
         [g.contiguous() for g in grads], exp_avgs, exp_avg_sqs, outs, row_eps, row_scale,
-        flags(sound),
+        flags(finite),
     ]  # fmt: skip
     for at in groups(lists):
         sizes = [outs[i].numel() for i in at]
@@ -124,7 +124,7 @@ def adamw_direction_(
         launch(
             adamw_kernel, select(lists, at), [sizes, [float_bits(eps[i]) for i in at], widths],
             [triton.cdiv(n, ELEMENTS) for n in sizes], 1 - beta1, beta2, 1 - beta2,
-            ROW_EPS=len(row_eps) > 0, ROW_SCALE=len(row_scale) > 0, SOUND=len(sound) > 0,
+            ROW_EPS=len(row_eps) > 0, ROW_SCALE=len(row_scale) > 0, SOUND=len(finite) > 0,
             BLOCK=ELEMENTS,
         )  # fmt: skip
 
@@ -135,10 +135,10 @@ def lion_direction_(
     outs: Sequence[Tensor],
     beta1: float,
     beta2: float,
-    sound: Sequence[Tensor],
+    finite: Sequence[Tensor],
 ) -> None:
     """Write Lion's direction and update the moment in place."""
-    _moment(grads, exp_avgs, outs, (0.0, 1 - beta1, 1 - beta2), True, sound)
+    _moment(grads, exp_avgs, outs, (0.0, 1 - beta1, 1 - beta2), True, finite)
 
 
 def moment_(
@@ -147,10 +147,10 @@ def moment_(
     outs: Sequence[Tensor],
     decay: float,
     weight: float,
-    sound: Sequence[Tensor],
+    finite: Sequence[Tensor],
 ) -> None:
     """``m = decay m + weight x`` in place, and a copy of it in ``outs``."""
-    _moment(xs, moments, outs, (decay, weight, 0.0), False, sound)
+    _moment(xs, moments, outs, (decay, weight, 0.0), False, finite)
 
 
 def _moment(
@@ -159,13 +159,13 @@ def _moment(
     outs: Sequence[Tensor],
     weights: tuple[float, float, float],
     lion: bool,
-    sound: Sequence[Tensor],
+    finite: Sequence[Tensor],
 ) -> None:
     packed(("moments", "outs"), (moments, outs))
-    lists = [[x.contiguous() for x in xs], moments, outs, flags(sound)]
+    lists = [[x.contiguous() for x in xs], moments, outs, flags(finite)]
     for at in groups(lists):
         sizes = [outs[i].numel() for i in at]
         launch(
             moment_kernel, select(lists, at), [sizes], [triton.cdiv(n, ELEMENTS) for n in sizes],
-            *weights, LION=lion, SOUND=len(sound) > 0, BLOCK=ELEMENTS,
+            *weights, LION=lion, SOUND=len(finite) > 0, BLOCK=ELEMENTS,
         )  # fmt: skip

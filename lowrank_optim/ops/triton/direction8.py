@@ -32,7 +32,7 @@ from lowrank_optim.ops.triton.quantize import BLOCKS, block_programs, lanes
 
 @triton.jit(do_not_specialize=["rows", "cols", "block", "eps_bits", "width"])
 def adamw8_kernel(
-    table, tensors, grad, codes, scales, codes2, scales2, out, row_eps, row_scale, sound,
+    table, tensors, grad, codes, scales, codes2, scales2, out, row_eps, row_scale, finite,
     rows, cols, block, eps_bits, width, signed_map, unsigned_map, weight1, beta2, weight2,
     MANY: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
     ROW_EPS: tl.constexpr, ROW_SCALE: tl.constexpr, SOUND: tl.constexpr,
@@ -72,7 +72,7 @@ def adamw8_kernel(
     keep = mask
     keep_scale = live
     if SOUND:
-        fine = tl.load(pointer(table, tensors, t, 9, sound, MANY, False)) != 0
+        fine = tl.load(pointer(table, tensors, t, 9, finite, MANY, False)) != 0
         direction = tl.where(fine, direction, 0.0)
         keep = mask & (lane < tl.where(fine, LANES, 0))[None, :]
         keep_scale = live & (b < tl.where(fine, b + 1, 0))
@@ -90,7 +90,7 @@ def adamw8_kernel(
 
 @triton.jit(do_not_specialize=["rows", "cols", "block"])
 def moment8_kernel(
-    table, tensors, x, codes, scales, out, sound, rows, cols, block,
+    table, tensors, x, codes, scales, out, finite, rows, cols, block,
     signed_map, decay, weight, weight2,
     MANY: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
     LION: tl.constexpr, SOUND: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr,
@@ -120,7 +120,7 @@ def moment8_kernel(
     keep = mask
     keep_scale = live
     if SOUND:
-        fine = tl.load(pointer(table, tensors, t, 5, sound, MANY, False)) != 0
+        fine = tl.load(pointer(table, tensors, t, 5, finite, MANY, False)) != 0
         direction = tl.where(fine, direction, 0.0)
         keep = mask & (lane < tl.where(fine, LANES, 0))[None, :]
         keep_scale = live & (b < tl.where(fine, b + 1, 0))
@@ -147,13 +147,13 @@ def adamw_direction_8bit_(
     eps: Sequence[float],
     row_eps: Sequence[Tensor],
     row_scale: Sequence[Tensor],
-    sound: Sequence[Tensor],
+    finite: Sequence[Tensor],
 ) -> None:
     """Update both 8-bit moments in place and write AdamW's direction, before bias correction."""
     packed(("codes", "scales", "codes2", "scales2", "outs"), (codes, scales, codes2, scales2, outs))
     lists = [
         [g.contiguous() for g in grads], codes, scales, codes2, scales2, outs,
-        row_eps, row_scale, flags(sound),
+        row_eps, row_scale, flags(finite),
     ]  # fmt: skip
     for at in groups(lists, lanes(blocks)):
         layout = select((rows, cols, blocks), at)
@@ -161,7 +161,7 @@ def adamw_direction_8bit_(
         launch(
             adamw8_kernel, select(lists, at), [*layout, [float_bits(eps[i]) for i in at], widths],
             block_programs(*layout), signed_map, unsigned_map, 1 - beta1, beta2, 1 - beta2,
-            ROW_EPS=len(row_eps) > 0, ROW_SCALE=len(row_scale) > 0, SOUND=len(sound) > 0,
+            ROW_EPS=len(row_eps) > 0, ROW_SCALE=len(row_scale) > 0, SOUND=len(finite) > 0,
             COUNT=BLOCKS, LANES=lanes(blocks)[at[0]],
         )  # fmt: skip
 
@@ -177,11 +177,11 @@ def lion_direction_8bit_(
     blocks: Sequence[int],
     beta1: float,
     beta2: float,
-    sound: Sequence[Tensor],
+    finite: Sequence[Tensor],
 ) -> None:
     """Write Lion's direction and update the 8-bit moment in place."""
     weights = (0.0, 1 - beta1, 1 - beta2)
-    _moment8(grads, codes, scales, outs, signed_map, (rows, cols, blocks), weights, True, sound)
+    _moment8(grads, codes, scales, outs, signed_map, (rows, cols, blocks), weights, True, finite)
 
 
 def moment_8bit_(
@@ -195,11 +195,11 @@ def moment_8bit_(
     blocks: Sequence[int],
     decay: float,
     weight: float,
-    sound: Sequence[Tensor],
+    finite: Sequence[Tensor],
 ) -> None:
     """``m = decay m + weight x`` on an 8-bit moment; ``outs`` gets it before it is quantised."""
     weights = (decay, weight, 0.0)
-    _moment8(xs, codes, scales, outs, signed_map, (rows, cols, blocks), weights, False, sound)
+    _moment8(xs, codes, scales, outs, signed_map, (rows, cols, blocks), weights, False, finite)
 
 
 def _moment8(
@@ -211,14 +211,14 @@ def _moment8(
     layouts: tuple[Sequence[int], Sequence[int], Sequence[int]],
     weights: tuple[float, float, float],
     lion: bool,
-    sound: Sequence[Tensor],
+    finite: Sequence[Tensor],
 ) -> None:
     packed(("codes", "scales", "outs"), (codes, scales, outs))
-    lists = [[x.contiguous() for x in xs], codes, scales, outs, flags(sound)]
+    lists = [[x.contiguous() for x in xs], codes, scales, outs, flags(finite)]
     for at in groups(lists, lanes(layouts[2])):
         layout = select(layouts, at)
         launch(
             moment8_kernel, select(lists, at), layout, block_programs(*layout),
-            signed_map, *weights, LION=lion, SOUND=len(sound) > 0,
+            signed_map, *weights, LION=lion, SOUND=len(finite) > 0,
             COUNT=BLOCKS, LANES=lanes(layouts[2])[at[0]],
         )  # fmt: skip

@@ -123,9 +123,9 @@ def packed(names: Sequence[str], lists: Sequence[Sequence[Tensor]]) -> None:
             raise ValueError(f"{name} must be contiguous")
 
 
-def flags(sound: Sequence[Tensor]) -> list[Tensor]:
+def flags(finite: Sequence[Tensor]) -> list[Tensor]:
     """0-dim bools as bytes: loads of one bit are not portable."""
-    return [x.view(torch.uint8) for x in sound]
+    return [x.view(torch.uint8) for x in finite]
 
 
 def launch(

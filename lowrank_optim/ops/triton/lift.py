@@ -55,7 +55,7 @@ BAND = 8
 
 @triton.jit
 def lift_scaled_kernel(
-    w, g, p, n_, r_, c, sound, m, n, rank,
+    w, g, p, n_, r_, c, finite, m, n, rank,
     wb, wi, wj, gb, gi, gj, pb, pi, pk, nb, nk, nj, rb, rk, rj, cb, cj,
     decay, lr, scale,
     HALF: tl.constexpr, WIDE: tl.constexpr, SOUND: tl.constexpr, GROUP: tl.constexpr,
@@ -63,7 +63,7 @@ def lift_scaled_kernel(
 ):  # fmt: skip
     """``W <- decay W - lr (P (a N - a R o c) + G o c)``: the residual costs no second product."""
     if SOUND:  # noqa: SIM102 (one is decided at compile time)
-        if tl.load(sound) == 0:
+        if tl.load(finite) == 0:
             return
     b = tl.program_id(1).to(tl.int64)
     i0, j0 = tile_corner(m, n, BM, BN, GROUP)
@@ -97,7 +97,7 @@ def lift_scaled_kernel(
 
 @triton.jit
 def lift_sign_kernel(
-    w, g, p, n_, r_, sound, m, n, rank,
+    w, g, p, n_, r_, finite, m, n, rank,
     wb, wi, wj, gb, gi, gj, pb, pi, pk, nb, nk, nj, rb, rk, rj,
     decay, lr, scale, gain,
     HALF: tl.constexpr, WIDE: tl.constexpr, SOUND: tl.constexpr, GROUP: tl.constexpr,
@@ -105,7 +105,7 @@ def lift_sign_kernel(
 ):  # fmt: skip
     """``W <- decay W - lr (a P N + gain sign(G - P R))``: two products share the tiles of P."""
     if SOUND:  # noqa: SIM102 (one is decided at compile time)
-        if tl.load(sound) == 0:
+        if tl.load(finite) == 0:
             return
     b = tl.program_id(1).to(tl.int64)
     i0, j0 = tile_corner(m, n, BM, BN, GROUP)
@@ -147,7 +147,7 @@ def lift_add_scaled_(
     decay: float,
     lr: float,
     scale: float,
-    sound: Sequence[Tensor] = (),
+    finite: Sequence[Tensor] = (),
 ) -> None:
     """``W <- decay W - lr (P (a N - a R o c) + G o c)`` for each matrix, ``c (..., 1, n)``.
 
@@ -161,10 +161,10 @@ def lift_add_scaled_(
         decay: factor of the weights.
         lr: learning rate.
         scale: a.
-        sound: 0-dim bools; where False, W is left as it is.
+        finite: 0-dim bools; where False, W is left as it is.
     """
     lists = (params, grads, bases, terms, lows, columns)
-    _lift(lift_scaled_kernel, 1, lists, (decay, lr, scale), sound)
+    _lift(lift_scaled_kernel, 1, lists, (decay, lr, scale), finite)
 
 
 def lift_add_sign_(
@@ -177,11 +177,11 @@ def lift_add_sign_(
     lr: float,
     scale: float,
     gain: float,
-    sound: Sequence[Tensor] = (),
+    finite: Sequence[Tensor] = (),
 ) -> None:
     """``W <- decay W - lr (a P N + gain sign(G - P R))`` for each matrix; arguments as above."""
     lists = (params, grads, bases, terms, lows)
-    _lift(lift_sign_kernel, 2, lists, (decay, lr, scale, gain), sound)
+    _lift(lift_sign_kernel, 2, lists, (decay, lr, scale, gain), finite)
 
 
 def _lift(
@@ -189,9 +189,9 @@ def _lift(
     products: int,
     lists: tuple[Sequence[Tensor], ...],
     scalars: tuple[float, ...],
-    sound: Sequence[Tensor],
+    finite: Sequence[Tensor],
 ) -> None:
-    fine = flags(sound) or [None] * len(lists[0])
+    fine = flags(finite) or [None] * len(lists[0])
     for *operands, flag in zip(*lists, fine, strict=True):
         if operands[0].numel():
             for at in slices(operands[0]):

@@ -1,0 +1,311 @@
+"""Checkpoints of other packages, read into ours."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from typing import IO, TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.checkpoints import bitsandbytes_state as bnb
+from lowrank_optim.checkpoints.form import Entries
+from lowrank_optim.checkpoints.load import StateDict, check_fit
+from lowrank_optim.engine.plan import ParamPlan, init_state
+from lowrank_optim.groups import Group, canonical
+from lowrank_optim.rules import AdamW, Lion
+
+if TYPE_CHECKING:
+    from lowrank_optim.optimizer import LowRankOptimizer
+
+FACTORS = {"exp_avg_sq_row": "exp_avg_sq_col", "exp_avg_sq_col": "exp_avg_sq_row"}
+"""Adafactor's means along rows and columns change places where the matrix is seen transposed."""
+
+
+class ProjectorRecord:
+    """The attributes of a pickled ``GaLoreProjector``, and none of its code."""
+
+    rank: int
+    update_proj_gap: int
+    scale: float
+    proj_type: str
+    ortho_matrix: Any
+
+
+def import_galore_torch(
+    checkpoint: str | os.PathLike[str] | IO[bytes] | Mapping[str, Any], optimizer: LowRankOptimizer
+) -> StateDict:
+    r"""A galore-torch checkpoint as a state dict for ``optimizer.load_state_dict``.
+
+    Their projector is a Python object that holds :math:`U_{:,:r}` or :math:`V^T_{:r}`; it becomes
+    the tensor ``basis``, and the moments are turned with it; loading gives both the dtypes that
+    ``optimizer`` keeps. Dense parameters are carried over too. With ``projector="svd"`` and
+    ``stagger=False`` the next refresh falls on the step at which galore-torch would have made it.
+
+    Args:
+        checkpoint: path or file of a saved ``GaLoreAdamW`` or ``GaLoreAdafactor`` state dict (or of
+            a checkpoint that has it under ``"optimizer"``), or that dict itself. Files are read
+            without galore-torch and without running any code that they hold.
+        optimizer: what the state dict is for, with the same parameters in groups of the same order,
+            lengths and ranks; it is left as it is.
+
+    Raises:
+        ValueError: the file holds other objects, or its state does not fit ``optimizer``.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim import GaLoreAdamW, import_galore_torch
+        >>> weight = torch.nn.Parameter(torch.zeros(4, 6))
+        >>> optimizer = GaLoreAdamW([weight], rank=2, projector="svd", stagger=False)
+        >>> theirs = {"state": {}, "param_groups": [{"params": [0], "rank": 2, "lr": 0.01}]}
+        >>> optimizer.load_state_dict(import_galore_torch(theirs, optimizer))
+        >>> optimizer.param_groups[0]["lr"]
+        0.01
+
+    Differs from a resume in galore-torch: the arithmetic from here on is this package's (eps after
+    bias correction, decay first, signs of new bases aligned with the old). Adafactor's first moment
+    is there an average of directions times the learning rate; it is divided by the last one, which
+    is exact while that is constant. Moments of the 8-bit optimizer keep their codes where its
+    blocks are ours (see :func:`import_bitsandbytes`): not where the matrix is seen transposed.
+    """
+    entries_of, groups = _opened(checkpoint, optimizer)
+    state: dict[Any, Entries] = {}
+    filled: list[Group] = []
+    saved: dict[int, Entries] = {}
+    for mine, group in zip(optimizer.param_groups, groups, strict=True):
+        items = optimizer._items(mine)
+        entries = {i: entries_of[i] for i in group["params"] if i in entries_of}
+        named = {i: item.name for i, item in zip(group["params"], items, strict=True)}
+        group |= {"method": "galore_torch"}
+        group |= _projector_keys({named[i]: entry for i, entry in entries.items()})
+        filled.append({**mine, **group})
+        for i, item in zip(group["params"], items, strict=True):
+            if i in entries:
+                expected = _expected(optimizer, mine, item)
+                state[i] = saved[item.index] = _converted(item, entries[i], group, expected)
+    check_fit(optimizer, filled, saved)
+    return {"state": state, "param_groups": groups}
+
+
+def import_bitsandbytes(
+    checkpoint: str | os.PathLike[str] | IO[bytes] | Mapping[str, Any], optimizer: LowRankOptimizer
+) -> StateDict:
+    r"""A bitsandbytes checkpoint as a state dict for ``optimizer.load_state_dict``.
+
+    A moment keeps its codes and scales where its blocks are ours: where the last dimension is a
+    multiple of 256 or divides it, and in vectors. Otherwise, and where ``optimizer`` keeps another
+    format, :math:`x = \mathrm{map}[c]\, s` is written anew.
+
+    Args:
+        checkpoint: path or file of a saved ``AdamW8bit`` or ``Lion8bit`` state dict (their 32-bit
+            and paged forms too, or a checkpoint that has one under ``"optimizer"``), or that dict
+            itself. Read with ``weights_only=True``, without bitsandbytes.
+        optimizer: what the state dict is for: dense parameters under AdamW or Lion, in groups of
+            the same order and lengths; it is left as it is.
+
+    Raises:
+        ValueError: the file holds other objects, or its state does not fit ``optimizer``.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim import GaLoreAdamW8bit, import_bitsandbytes
+        >>> weight = torch.nn.Parameter(torch.zeros(4, 6))
+        >>> optimizer = GaLoreAdamW8bit([{"params": [weight], "rank": None}])
+        >>> m, v = torch.full((4, 6), 0.5), torch.full((4, 6), 0.25)
+        >>> entry = {"step": 3, "state1": m, "state2": v}
+        >>> theirs = {"state": {0: entry}, "param_groups": [{"params": [0], "lr": 0.01}]}
+        >>> optimizer.load_state_dict(import_bitsandbytes(theirs, optimizer))
+        >>> float(optimizer.state[weight]["step"]), float(optimizer.state[weight]["exp_avg"][0, 0])
+        (3.0, 0.5)
+
+    Differs from a resume in bitsandbytes: new codes are the nearest ones (see docs/kernels.md). A
+    checkpoint does not say which optimizer wrote it: Adam and LAMB have the moments of AdamW, and
+    SGD, RMSprop and Adagrad as many as Lion; only AdamW's (bitsandbytes' Adam is the same), and
+    Lion's for Lion, mean here what they meant there.
+    """
+    entries_of, groups = _opened(checkpoint, optimizer)
+    rule = bnb.rule_of(optimizer)
+    state: dict[Any, Entries] = {}
+    filled: list[Group] = []
+    saved: dict[int, Entries] = {}
+    for mine, group in zip(optimizer.param_groups, groups, strict=True):
+        if rule is Lion:
+            group.pop("eps", None)
+        filled.append({**mine, **group, "method": "bitsandbytes"})
+        for i, item in zip(group["params"], optimizer._items(mine), strict=True):
+            if not entries_of.get(i):
+                continue
+            if item.subspace is not None:
+                raise ValueError(
+                    f"{item.name} is projected here, and a moment of bitsandbytes is dense: put it "
+                    "in a group with rank=None, or read galore-torch's with import_galore_torch"
+                )
+            expected = _expected(optimizer, mine, item)
+            state[i] = saved[item.index] = bnb.dense(item.name, entries_of[i], rule, expected)
+    check_fit(optimizer, filled, saved)
+    return {"state": state, "param_groups": groups}
+
+
+def export_bitsandbytes(optimizer: LowRankOptimizer) -> StateDict:
+    """The state of ``optimizer`` as a state dict for bitsandbytes.
+
+    Load it into ``bitsandbytes.optim.AdamW8bit`` or ``Lion8bit`` with the same parameters in groups
+    of the same order. The inverse of :func:`import_bitsandbytes`: what is in 8 bits is so there,
+    with the same codes where its blocks are the same, and the rest is float32.
+
+    Args:
+        optimizer: AdamW or Lion, all of whose parameters are dense.
+
+    Raises:
+        ValueError: bitsandbytes has no such state.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim import GaLoreAdamW8bit, export_bitsandbytes
+        >>> weight = torch.nn.Parameter(torch.zeros(64, 256))
+        >>> optimizer = GaLoreAdamW8bit([{"params": [weight], "rank": None}])
+        >>> weight.grad = torch.ones(64, 256)
+        >>> optimizer.step()
+        >>> export_bitsandbytes(optimizer)["state"][0]["state1"].dtype
+        torch.uint8
+    """
+    rule = bnb.rule_of(optimizer)
+    state: dict[Any, Entries] = {}
+    groups: list[Group] = []
+    for group in optimizer.param_groups:
+        if group["maximize"]:
+            raise ValueError("bitsandbytes has no maximize")
+        items = optimizer._items(group)
+        for item in items:
+            if item.subspace is not None:
+                raise ValueError(f"{item.name} is projected, and bitsandbytes' states are dense")
+            own = optimizer.state.get(item.param)
+            if not own or not own["step"]:
+                continue  # bitsandbytes, too, makes the state at the first gradient
+            entry = state[item.index] = {"step": int(own["step"])}
+            for n, slot in enumerate(rule().slots(item.param.shape), 1):
+                entry |= bnb.written(n, own, slot)
+        keys: Group = {k: group[k] for k in ("betas", "weight_decay", "initial_lr") if k in group}
+        keys |= {"lr": float(group["lr"]), "eps": group.get("eps", 0.0)}
+        keys |= {} if rule is Lion else bnb.ADEMAMIX
+        groups.append({**keys, "params": [item.index for item in items]})
+    return {"state": state, "param_groups": groups}
+
+
+def _opened(
+    checkpoint: str | os.PathLike[str] | IO[bytes] | Mapping[str, Any], optimizer: LowRankOptimizer
+) -> tuple[Mapping[Any, Entries], list[Group]]:
+    """The state of each parameter, bitsandbytes' unwrapped, and the groups under our names.
+
+    Raises:
+        ValueError: it is no optimizer's state, or that of one with other groups.
+    """
+    theirs = checkpoint if isinstance(checkpoint, Mapping) else _read(checkpoint)
+    theirs = theirs.get("optimizer", theirs)
+    if not {"state", "param_groups"} <= theirs.keys():
+        raise ValueError(f"not an optimizer checkpoint: it holds {sorted(map(str, theirs))}")
+    for n, group in enumerate(theirs["param_groups"]):
+        if not isinstance(group.get("params"), Sequence):
+            raise ValueError(f"group {n} of the checkpoint has no params")
+    for i, entry in theirs["state"].items():
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"the state of {i} is {type(entry).__name__}, not a dict")
+    groups = [canonical(bnb.without_defaults(group)) for group in theirs["param_groups"]]
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in optimizer.param_groups]:
+        raise ValueError(
+            f"checkpoint has groups of {[len(g['params']) for g in groups]} parameters, the "
+            f"optimizer of {[len(g['params']) for g in optimizer.param_groups]}"
+        )
+    return {i: bnb.unwrapped(entry) for i, entry in theirs["state"].items()}, groups
+
+
+def _expected(optimizer: LowRankOptimizer, group: Group, item: ParamPlan) -> Mapping[str, Tensor]:
+    """The state that ``optimizer`` would make for a parameter, on the meta device."""
+    like = torch.empty_like(item.param, device="meta")
+    return init_state(item, optimizer._strategies(group), like)
+
+
+def _read(file: str | os.PathLike[str] | IO[bytes]) -> Mapping[str, Any]:
+    """The dict in a file that may hold tensors, plain containers and galore-torch's projectors."""
+    name = "galore_torch.galore_projector.GaLoreProjector"
+    try:
+        with torch.serialization.safe_globals([(ProjectorRecord, name)]):
+            theirs = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"refused to read {file}: it holds an object that is neither a tensor, a plain "
+            f"container nor a galore-torch projector ({str(error).splitlines()[-1]})"
+        ) from error
+    if not isinstance(theirs, Mapping):
+        raise ValueError(f"not an optimizer checkpoint: {type(theirs).__name__}")
+    return theirs
+
+
+def _projector_keys(entries: Mapping[str, Entries]) -> Group:
+    """Group keys as the projectors have them: galore-torch ignores later edits of its groups.
+
+    Raises:
+        ValueError: two projectors of one group differ.
+    """
+    keys: Group = {}
+    first: dict[str, str] = {}
+    for name, entry in entries.items():
+        projector = entry.get("projector")
+        for key in ("rank", "update_proj_gap", "scale", "proj_type") if projector else ():
+            value = getattr(projector, key)
+            if keys.setdefault(key, value) != value:
+                raise ValueError(
+                    f"{key} of one group is {keys[key]!r} for {first[key]} and {value!r} for {name}"
+                )
+            first.setdefault(key, name)
+    return keys
+
+
+def _converted(
+    item: ParamPlan, entry: Entries, group: Group, expected: Mapping[str, Tensor]
+) -> Entries:
+    """The state of one parameter under our names, in our orientation and formats."""
+    out: Entries = {"step": torch.tensor(float(entry["step"]))}
+    moments = {k: v for k, v in entry.items() if isinstance(v, Tensor) and k.startswith("exp_avg")}
+    if "clip_threshold" in group and "exp_avg" in moments:
+        lr = _last_lr(entry, group)
+        moments["exp_avg"] = moments["exp_avg"] / lr if lr else 0 * moments["exp_avg"]
+    kept: Mapping[str, Tensor | bnb.Flat] = moments
+    if "state1" in entry:
+        kept = bnb.moments(item.name, entry, AdamW().slots(item.param.shape))
+    projector = entry.get("projector")
+    if projector is None or item.view is None:
+        for key, value in kept.items():
+            out |= bnb.stored(key, value, "sq" not in key, expected, False)
+        return out
+    flip = item.view.flip
+    bases = projector.ortho_matrix
+    bases = bases if isinstance(bases, list) else [bases]
+    if not all(isinstance(basis, Tensor) for basis in bases):
+        raise ValueError(f"the projector of {item.name} has no basis")
+    step, gap = int(entry["step"]), projector.update_proj_gap
+    out["refresh_step"] = torch.tensor(float((step - 1) // gap * gap))
+    out["postponed"] = torch.zeros(())
+    out["basis"] = _copy(bases[0].mT if flip else bases[0])
+    if len(bases) == 2:  # proj_type "full"
+        out["basis_right"] = _copy(bases[1].mT)
+    for key, value in kept.items():
+        turned = flip and (isinstance(value, bnb.Flat) or value.dim() == 2)
+        own = f"low.{FACTORS.get(key, key) if flip else key}"
+        out |= bnb.stored(own, value, "sq" not in key, expected, turned)
+    return out
+
+
+def _last_lr(entry: Entries, group: Group) -> float:
+    """The learning rate that galore-torch's Adafactor multiplied its last direction by."""
+    lr, step = group["lr"], entry["step"]
+    if group["relative_step"]:
+        lr = min(1e-6 * step if group["warmup_init"] else 1e-2, step**-0.5)
+    return float(lr * max(group["eps"][1], float(entry["RMS"])) if group["scale_parameter"] else lr)
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A contiguous copy: theirs is a view that keeps a whole singular factor alive."""
+    return x.detach().clone(memory_format=torch.contiguous_format)

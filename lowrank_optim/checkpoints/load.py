@@ -1,0 +1,278 @@
+"""Loading state: nothing loses bits, nothing is aliased, and a misfit changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.checkpoints.form import Entries, by_name, check_form, check_owners, check_shared
+from lowrank_optim.engine.plan import (
+    ParamPlan,
+    Strategies,
+    alloc_moments,
+    check_state,
+    init_state,
+    on_host,
+)
+from lowrank_optim.groups import Group, canonical
+from lowrank_optim.stores import scale_key
+from lowrank_optim.subspaces.block import Block
+from lowrank_optim.tensors.values import as_dtype, readable
+
+if TYPE_CHECKING:
+    from lowrank_optim.optimizer import LowRankOptimizer
+
+StateDict = dict[str, Any]
+STRUCTURE = ("rank", "proj_type", "projector", "basis", "flatten")
+"""Group keys that shape the state: a checkpoint may not change them silently."""
+
+
+def load_state_dict(
+    optimizer: LowRankOptimizer, torch_load: Callable[[StateDict], None], state_dict: StateDict
+) -> None:
+    """Let torch load the groups and run every hook, and put the state in place ourselves.
+
+    Stock torch casts every state tensor but ``step`` to its parameter's dtype: under bfloat16
+    parameters float32 moments lose 16 bits, uint8 codes become floats and index 4097 becomes 4096.
+    So a hook that runs after the user's pre-hooks checks the checkpoint and takes the state out,
+    and one that runs before the user's post-hooks puts it back as it was saved.
+
+    Raises:
+        ValueError: the checkpoint does not fit; the optimizer is left as it was.
+    """
+    saved: dict[int, Entries] = {}  # by position of the parameter
+    dtypes: dict[int, dict[str, torch.dtype]] = {}
+
+    def take(_: Any, incoming: StateDict) -> StateDict:
+        check_form(incoming)  # after the user's hooks, which may have replaced it
+        ids = [i for group in incoming["param_groups"] for i in group["params"]]
+        groups = [
+            {**_without_params(g), "method": "another optimizer", **_named_as_here(canonical(s), g)}
+            for s, g in zip(incoming["param_groups"], optimizer.param_groups, strict=False)
+        ]
+        groups += incoming["param_groups"][len(groups) :]  # torch reports the wrong number
+        state = incoming["state"]
+        saved.update((n, _entries(state[i])) for n, i in enumerate(ids) if i in state)
+        if [len(g["params"]) for g in groups] == [len(g["params"]) for g in optimizer.param_groups]:
+            check_shared(optimizer.param_groups, groups)
+            dtypes.update(check_fit(optimizer, groups, saved))
+        return {**incoming, "param_groups": groups, "state": {}}
+
+    def put(_: Any) -> None:
+        for group in optimizer.param_groups:
+            group["method"] = type(optimizer).__name__
+        for n, param in enumerate(p for g in optimizer.param_groups for p in g["params"]):
+            if n in saved:
+                optimizer.state[param] = {
+                    k: _placed(k, saved[n][k], param, dtype) for k, dtype in dtypes[n].items()
+                }
+        for group in optimizer.param_groups:
+            optimizer._items(group)  # from here on edits are noticed
+
+    handles = [
+        optimizer.register_load_state_dict_pre_hook(take),
+        optimizer.register_load_state_dict_post_hook(put, prepend=True),
+    ]
+    try:
+        if not isinstance(state_dict, Mapping):
+            check_form(state_dict)
+        torch_load(state_dict)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def hold_blocks(optimizer: LowRankOptimizer) -> None:
+    """Give moments to idle blocks too, zeros, until the next step takes them back.
+
+    For readers that fill in the entries which an optimizer has and look for no others:
+    ``torch.distributed.checkpoint`` from disk, and flattened state. An optimizer that has not
+    stepped must have its state first (``get_optimizer_state_dict`` makes it).
+
+    Args:
+        optimizer: of groups with ``projector="block"``; nothing happens to others.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim import FrugalAdamW
+        >>> from lowrank_optim.checkpoints.load import hold_blocks
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+        >>> optimizer = FrugalAdamW([p for p in model.parameters() if p.dim() == 2], density=0.5)
+        >>> model(torch.randn(3, 8)).sum().backward()
+        >>> optimizer.step()
+        >>> sorted("exp_avg" in state for state in optimizer.state.values())
+        [False, True]
+        >>> hold_blocks(optimizer)
+        >>> sorted("exp_avg" in state for state in optimizer.state.values())
+        [True, True]
+    """
+    for group in optimizer.param_groups:
+        chosen = optimizer._strategies(group)
+        for item in optimizer._items(group):
+            state = optimizer.state.get(item.param)
+            if not isinstance(item.subspace, Block) or not state:
+                continue
+            if any(slot.name not in state for slot in chosen.rule.slots(item.param.shape)):
+                alloc_moments(item, chosen, state, item.param)
+
+
+def _without_params(group: Group) -> Group:
+    """The keys that fill in for what a checkpoint of an older or another optimizer lacks."""
+    return {k: v for k, v in group.items() if k not in ("params", "param_names")}
+
+
+def _named_as_here(saved: Group, mine: Group) -> Group:
+    """A group whose parameters were matched by name keeps this optimizer's order of names."""
+    if not by_name(saved) or "param_names" not in mine:
+        return saved
+    return {**saved, "param_names": mine["param_names"]}
+
+
+def _entries(saved: Mapping[str, Any]) -> Entries:
+    """A parameter's saved state without empty dicts.
+
+    ``torch.distributed.checkpoint`` puts one where a flattened checkpoint lacks a key that the
+    optimizer has.
+    """
+    return {k: v for k, v in saved.items() if not (isinstance(v, Mapping) and not v)}
+
+
+def _placed(key: str, value: Any, param: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy of one saved entry, on the device it belongs to."""
+    device = torch.device("cpu") if on_host(key) else param.device
+    tensor: Tensor = torch.as_tensor(value).detach()
+    placed = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+    # what a device copies from and to: unpinned, the host would wait for each copy
+    return placed.pin_memory() if placed.dim() and on_host(key) and param.is_cuda else placed
+
+
+def check_fit(
+    optimizer: LowRankOptimizer, groups: list[Group], saved: Mapping[int, Entries]
+) -> dict[int, dict[str, torch.dtype]]:
+    """Compare every saved entry with the state that this optimizer would make.
+
+    Args:
+        optimizer: what the checkpoint is to be loaded into.
+        groups: the groups it would have then, as many and as long as its own.
+        saved: state by position of the parameter.
+
+    Returns:
+        The dtype of every entry. It is the saved one, unless the checkpoint comes from another
+        optimizer or from parameters of another dtype: a moment in a format that its store does not
+        write would be read, updated and forgotten.
+
+    Raises:
+        ValueError: with the parameter's name and both values.
+    """
+    dtypes: dict[int, dict[str, torch.dtype]] = {}
+    check_owners(optimizer.param_groups, groups)
+    n = 0
+    for mine, loaded in zip(optimizer.param_groups, groups, strict=True):
+        merged = {**loaded, "params": mine["params"]}
+        if "param_names" in mine:
+            merged.setdefault("param_names", mine["param_names"])
+        optimizer._check(merged)
+        chosen = optimizer._strategies(merged)
+        for here, there in zip(optimizer._planned(mine), optimizer._planned(merged), strict=True):
+            if n in saved:
+                _same_structure(optimizer, here, there, mine, merged, saved[n])
+                dtypes[n] = _fitting(optimizer, there, chosen, loaded, saved[n])
+            n += 1
+    return dtypes
+
+
+def _fitting(
+    optimizer: LowRankOptimizer, item: ParamPlan, chosen: Strategies, loaded: Group, found: Entries
+) -> dict[str, torch.dtype]:
+    """Dtypes of the entries of one parameter, all of which are what its state may hold."""
+    with _named(optimizer, item, loaded):
+        tensors = {key: readable(key, value) for key, value in found.items()}
+    # a block's moments are there or not, by when the checkpoint was written
+    active = any(slot.name in found for slot in chosen.rule.slots(item.param.shape))
+    last = tensors.get("refresh_step")
+    active |= last is not None and bool((last >= 0).any())  # must be: nobody else has them
+    meta = torch.empty_like(item.param, device="meta")
+    expected = init_state(item, chosen, meta, active)
+    _same_shapes(optimizer, item, loaded, tensors, expected)
+    with _named(optimizer, item, loaded):
+        check_state(
+            item, chosen, {k: as_dtype(k, x, expected[k].dtype) for k, x in tensors.items()}
+        )
+    return {k: v.dtype for k, v in expected.items()}
+
+
+@contextmanager
+def _named(optimizer: LowRankOptimizer, item: ParamPlan, loaded: Group) -> Iterator[None]:
+    """Say in an error about a value whose it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"checkpoint written by {loaded['method']} cannot be loaded into {item.name} of "
+            f"{type(optimizer).__name__}: {error}. Nothing was loaded: the checkpoint is damaged, "
+            "was written for other parameters, or the run had failed when it was saved"
+        ) from None
+
+
+def _same_structure(
+    optimizer: LowRankOptimizer,
+    here: ParamPlan,
+    there: ParamPlan,
+    mine: Group,
+    loaded: Group,
+    found: Entries,
+) -> None:
+    """Raise if the groups see the parameter in different ways."""
+    if "projector" in found:
+        raise ValueError(
+            f"the state of {here.name} holds a projector object: "
+            "read this checkpoint with lowrank_optim.import_galore_torch"
+        )
+    if here.subspace is not None:
+        for key in STRUCTURE:
+            if loaded.get(key) != mine.get(key):
+                raise _misfit(optimizer, here.name, key, loaded.get(key), mine.get(key), loaded)
+    if (here.subspace is None) != (there.subspace is None):
+        theirs, ours = ("dense" if x.subspace is None else "projected" for x in (there, here))
+        raise _misfit(optimizer, here.name, "the parameter", theirs, ours, loaded)
+
+
+def _same_shapes(
+    optimizer: LowRankOptimizer,
+    item: ParamPlan,
+    loaded: Group,
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+) -> None:
+    """Raise if the saved entries are not those of the optimizer, or have other shapes."""
+    for key in sorted(expected.keys() & found.keys()):
+        theirs, ours = _format(key, found), _format(key, expected)
+        if theirs != ours and "8bit" in theirs + ours:
+            raise _misfit(optimizer, item.name, f"format of {key}", theirs, ours, loaded)
+    if expected.keys() != found.keys():
+        raise _misfit(optimizer, item.name, "state", sorted(found), sorted(expected), loaded)
+    for key, tensor in expected.items():
+        shape, own = tuple(found[key].shape), tuple(tensor.shape)
+        if shape != own:
+            raise _misfit(optimizer, item.name, f"shape of {key}", shape, own, loaded)
+
+
+def _format(key: str, entries: Mapping[str, Tensor]) -> str:
+    """Name of the store that wrote an entry: codes have scales beside them."""
+    if scale_key(key) in entries:
+        return "8bit"
+    dtype = entries[key].dtype
+    return "8bit without scales" if dtype == torch.uint8 else str(dtype).removeprefix("torch.")
+
+
+def _misfit(
+    optimizer: LowRankOptimizer, name: str, what: str, theirs: Any, mine: Any, loaded: Group
+) -> ValueError:
+    return ValueError(
+        f"checkpoint written by {loaded['method']} does not fit {name} in "
+        f"{type(optimizer).__name__}: {what} is {theirs} there and {mine} here"
+    )

@@ -1,0 +1,1 @@
+"""How a step runs: plan, refresh, project, adapt, apply."""

@@ -1,0 +1,157 @@
+"""Whole tensors that take turns to hold moments: when they switch, and how each steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from lowrank_optim import ops
+from lowrank_optim.engine import fused
+from lowrank_optim.engine.dense import step_dense
+from lowrank_optim.engine.plan import (
+    ParamPlan,
+    State,
+    Strategies,
+    active_blocks,
+    alloc_moments,
+    on_accelerator,
+    weight_seed,
+)
+from lowrank_optim.residuals import ResidualInputs
+from lowrank_optim.stores import scale_key
+from lowrank_optim.subspaces.base import Target
+from lowrank_optim.subspaces.block import Block
+from lowrank_optim.subspaces.coordinate import Rows
+from lowrank_optim.tensors.matrix import shares_memory
+
+logger = logging.getLogger(__name__)
+States = Mapping[Tensor, State]
+
+
+def placed(items: list[ParamPlan]) -> list[ParamPlan]:
+    """A group's items, its blocks told which of how many they are; frozen ones count.
+
+    Raises:
+        ValueError: the order needs an even number of active blocks, and theirs is odd.
+    """
+    blocks = [item for item in items if isinstance(item.subspace, Block)]
+    for position, item in enumerate(blocks):
+        assert isinstance(item.subspace, Block)
+        count, first = len(blocks), blocks[0].index
+        item.subspace = replace(item.subspace, position=position, count=count, first=first)
+        if item.subspace.block_order == "mirror" and item.subspace.size % 2:
+            raise ValueError(
+                "block_order='mirror' needs an even number of active blocks, got "
+                f"{item.subspace.size} of {len(blocks)}"
+            )
+    return items
+
+
+def advance(items: Sequence[ParamPlan], states: States, chosen: Strategies) -> None:
+    """Begin a step of a group: its clock ticks, and every ``gap`` ticks its blocks switch.
+
+    The clock is the latest of its blocks', so that one without a gradient changes nothing for the
+    others, and it needs no place outside the state. Those without a gradient switch too: no
+    moments are kept for a turn that is over.
+    """
+    blocks = [i for i in items if isinstance(i.subspace, Block) and states.get(i.param)]
+    now = 1 + _latest(blocks, states)
+    switches, phase = divmod(now - 1, chosen.gap)
+    active = active_blocks(blocks[0], chosen, switches)
+    for item in blocks:
+        state = states[item.param]
+        _switch_(item, state, chosen, active, restart=phase == 0)
+        if item.param.grad is not None:
+            state["clock"].fill_(now)
+
+
+def catch_up(
+    item: ParamPlan,
+    items: Sequence[ParamPlan],
+    states: States,
+    chosen: Strategies,
+    begins: bool | None = None,
+) -> None:
+    """The same before one block is stepped alone.
+
+    The others are switched with it, and marked when their own turn comes.
+
+    Args:
+        item: the block.
+        items: all of its group.
+        states: the optimizer's.
+        chosen: what the group chose.
+        begins: whether it is the first of its group in this step (default: if it comes round
+            again, which is a step late for one that the step before left out).
+    """
+    blocks = [i for i in items if isinstance(i.subspace, Block) and states.get(i.param)]
+    now, state = _latest(blocks, states), states[item.param]
+    ticks = int(state["clock"]) == now if begins is None else begins
+    now += ticks
+    switches, phase = divmod(now - 1, chosen.gap)
+    active = active_blocks(item, chosen, switches)
+    for other in blocks if ticks else [item]:
+        _switch_(other, states[other.param], chosen, active, restart=ticks and phase == 0)
+    state["clock"].fill_(now)
+
+
+def _latest(blocks: Sequence[ParamPlan], states: States) -> int:
+    return max(int(states[item.param]["clock"]) for item in blocks)
+
+
+def _switch_(
+    item: ParamPlan, state: State, chosen: Strategies, active: frozenset[int], restart: bool
+) -> None:
+    """Give a block moments, take them away, or start them again."""
+    block = item.subspace
+    assert isinstance(block, Block)
+    keys = [slot.name for slot in chosen.rule.slots(item.param.shape)]
+    if block.position not in active:
+        for key in keys:
+            state.pop(key, None)
+            state.pop(scale_key(key), None)
+        state["refresh_step"].fill_(-1)
+        return
+    if any(key not in state for key in keys) or (restart and chosen.on_refresh == "reset"):
+        alloc_moments(item, chosen, state, item.param)
+    elif state["refresh_step"] >= 0:
+        return
+    state["refresh_step"].copy_(state["step"])
+
+
+def step_block(
+    item: ParamPlan, state: State, chosen: Strategies, lr: float | Tensor, weight_decay: float
+) -> None:
+    """One step of a block: by the rule, dense, while it is active, else by the residual alone."""
+    began = int(state["refresh_step"])
+    if began >= 0:
+        if fused.can_step_block(item, state, chosen, lr):
+            fused.step_block_(item, state, chosen, lr, weight_decay, since=began)  # type: ignore[arg-type]
+            return
+        step_dense(item, state, chosen, lr, weight_decay, since=began)
+        return
+    view = item.view
+    assert view is not None and item.param.grad is not None
+    param, grad = view.of(item.param), view.of(item.param.grad)
+    (norm,) = ops.total_norms([grad])
+    state["step"] += 1
+    if not on_accelerator(grad) and not norm.isfinite():
+        logger.warning("the gradient of %s is not finite: its step is skipped", item.name)
+        return
+    none, size = Rows(0), chosen.rule.step_size(lr, float(state["step"]), param)
+    if isinstance(size, Tensor) and size.numel() == 1 and not on_accelerator(param):
+        size = float(size)
+    low = grad.new_empty(*view.batch, 0, view.n)
+    finite = norm.isfinite() if on_accelerator(grad) else None
+    term = chosen.residual.after(state, ResidualInputs(grad, low, low, 1.0, none, finite))
+    sign = -1 if chosen.maximize else 1
+    own = none.init(view, param)
+    rounding = weight_seed(item, state, chosen)
+    size_now = size * chosen.lr_scale * sign
+    into = Target(param, grad, low, size_now, 1 - size * weight_decay, rounding, finite)  # type: ignore[arg-type]
+    none.push_(into, own, {"low": low}, term)
+    if not shares_memory(param, item.param):
+        item.param.copy_(param.reshape(view.shape))

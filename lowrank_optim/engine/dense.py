@@ -1,0 +1,113 @@
+"""One step of a parameter without a subspace."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lowrank_optim import ops
+from lowrank_optim.engine.plan import (
+    ParamPlan,
+    State,
+    Strategies,
+    mixed,
+    on_accelerator,
+    read_slots,
+    slot_keys,
+    weight_seed,
+    write_slots_,
+)
+from lowrank_optim.ops.quant import Moment, Quantized
+from lowrank_optim.rules.base import compute_dtype
+
+logger = logging.getLogger(__name__)
+
+
+def step_dense(
+    item: ParamPlan,
+    state: State,
+    chosen: Strategies,
+    lr: float | Tensor,
+    weight_decay: float,
+    since: int = 0,
+) -> None:
+    """One step of a parameter without a subspace: the rule alone, on the whole tensor.
+
+    Args:
+        item: the parameter.
+        state: its state.
+        chosen: what its group chose.
+        lr: learning rate.
+        weight_decay: decoupled decay.
+        since: steps it had taken before its moments began.
+    """
+    factor = 1.0 if item.subspace is None else chosen.lr_scale
+    param, grad, rule = item.param, item.param.grad, chosen.rule
+    assert grad is not None
+    norm = ops.matrix_norm(grad if grad.dim() > 1 else grad.reshape(1, -1))
+    if not on_accelerator(grad) and not norm.isfinite().all():
+        state["step"] += 1
+        logger.warning("the gradient of %s is not finite: its step is skipped", item.name)
+        return
+    keys = [slot.name for slot in rule.slots(param.shape)]
+    same = all(x.dtype == param.dtype for x in (grad, *(state[k] for k in keys)))
+    if (
+        same and not chosen.store.rounds and factor == 1
+    ):  # torch rounds a bfloat16 moment to nearest: it sticks
+        slots = [state[k] for k in keys]
+        steps = state["step"] - since if since else state["step"]
+        if rule.step_dense_(
+            param,
+            grad,
+            slots,
+            steps,
+            lr=lr,
+            weight_decay=weight_decay,
+            maximize=chosen.maximize,
+        ):
+            state["step"].copy_(steps + since)
+            return
+    state["step"] += 1
+    step = float(state["step"]) - since
+    size = rule.step_size(lr, step, param)
+    decay = 1 - size * weight_decay
+    size = size if factor == 1 else size * factor
+    held = read_slots(item, state, slot_keys("", param.shape, chosen), chosen)
+    moments = [x for _, _, x in held]
+    rounding = weight_seed(item, state, chosen)
+    rows = param.shape[0] if param.dim() else 1
+    if rule.elementwise and rows:
+        rows = max(1, ops.TILE_ELEMENTS * rows // max(1, param.numel()))
+    whole: Iterable[Tile] = [(param, grad, moments)]
+    tiles = _tiles(rows, param, grad, moments) if rule.elementwise else whole
+    for tile, (p, g, own) in enumerate(tiles):
+        g = g.to(compute_dtype(param.dtype))
+        g = g.neg() if chosen.maximize else g
+        ((direction,), (correction,)) = rule.directions_([g], [own], [step])
+        tile_seed = None if rounding is None else mixed(rounding, tile)
+        ops.add_(p, direction * (size * correction), decay, -1.0, tile_seed)
+    write_slots_(item, state, held, chosen)
+
+
+Tile = tuple[Tensor, Tensor, Sequence[Moment]]
+"""A parameter, its gradient and its moments, or matching pieces of them."""
+
+
+def _tiles(rows: int, param: Tensor, grad: Tensor, moments: Sequence[Moment]) -> Iterator[Tile]:
+    """Matching pieces of at least ``rows`` rows and whole blocks, so that temporaries stay small.
+
+    Moments in 8 bits are cut as they are: none of them exists in float32.
+    """
+    if param.dim() == 0:
+        yield param, grad, moments
+        return
+    period = math.lcm(*(x.period for x in moments if isinstance(x, Quantized)))
+    rows = -(-rows // period) * period
+    pieces = [x.split(rows) if isinstance(x, Quantized) else torch.split(x, rows) for x in moments]
+    own = zip(*pieces, strict=True) if pieces else itertools.repeat(())
+    yield from zip(torch.split(param, rows), torch.split(grad, rows), own, strict=bool(pieces))

@@ -1,0 +1,198 @@
+"""What must hold before a step changes anything: a step that cannot end does not begin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state
+from lowrank_optim.groups import Group
+from lowrank_optim.tensors.projected_grad import ProjectedGrad
+
+EDITABLE = frozenset({
+    "params", "param_names", "lr", "initial_lr", "max_lr", "min_lr", "betas", "momentum",
+    "max_momentum", "min_momentum", "base_momentum", "weight_decay",
+})  # fmt: skip
+"""Group keys that views and subspaces do not depend on; schedulers edit some every step."""
+
+AT_A_REFRESH = frozenset({"on_refresh"})
+"""Keys that say how long the moments of a matrix have been averaged: its bias correction."""
+
+REMEDY = "set it back, or make a new optimizer, whose state starts again"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The items of a group, and what they were made from."""
+
+    key: tuple[Any, ...]
+    structure: Mapping[str, str]
+    items: list[ParamPlan]
+
+
+def structure(group: Group) -> dict[str, str]:
+    """The keys that views, subspaces and state may depend on, in a form that an edit changes."""
+    found = {key: repr(value) for key, value in group.items() if key not in EDITABLE}
+    if "momentum" in group:  # its size may change, but not whether there is a slot for it
+        found["momentum"] = "0" if group["momentum"] == 0 else "not 0"
+    return found
+
+
+def moved(item: ParamPlan) -> bool:
+    """Whether the parameter of an item is not what it was any more."""
+    param = item.param
+    return (param.shape, param.dtype, param.device) != item.made
+
+
+def check_moved(items: Sequence[ParamPlan]) -> None:
+    """Raise for parameters that have a state, of another shape, dtype or device.
+
+    Raises:
+        RuntimeError: naming the first.
+    """
+    for item in items:
+        if not moved(item):
+            continue
+        param, (shape, dtype, device) = item.param, item.made
+        what = (
+            f"the optimizer's state of {item.name} is for a parameter {tuple(shape)} in {dtype} on "
+            f"{device}, which is {tuple(param.shape)} in {param.dtype} on {param.device} now"
+        )
+        if param.shape == shape:
+            raise RuntimeError(
+                f"{what}: convert a model before its first step, or convert the state too, by "
+                "optimizer.load_state_dict(optimizer.state_dict())"
+            )
+        raise RuntimeError(f"{what}: make the optimizer after what reshapes or shards parameters")
+
+
+def check_flattened(group: Group) -> None:
+    """Raise for a group that is to be projected and whose matrices have been flattened.
+
+    Raises:
+        ValueError: ``FullyShardedDataParallel`` (FSDP1) holds pieces of one long vector in their
+            place, with ``use_orig_params=True`` too.
+    """
+    params = group["params"]
+    if group.get("rank") is None or not any(getattr(p, "_fsdp_flattened", False) for p in params):
+        return
+    if not any(p.dim() >= 2 for p in params):
+        raise ValueError(
+            f"rank={group['rank']} in a group whose parameters FullyShardedDataParallel has "
+            "flattened: no matrix is left to project, and all would be dense. Train under "
+            "DistributedDataParallel, with ShardingStrategy.NO_SHARD, or pass rank=None for dense "
+            "steps on purpose"
+        )
+
+
+def check_owned(params: Sequence[Tensor]) -> None:
+    """Raise for parameters that ``fully_shard`` has replaced in their model.
+
+    Raises:
+        RuntimeError: the optimizer was made before.
+    """
+    for param in params:
+        if hasattr(param, "_fsdp_orig_uid") and not hasattr(param, "placements"):
+            raise RuntimeError(
+                "fully_shard has replaced the parameters that this optimizer was made for, which "
+                "would train nothing: make the optimizer after fully_shard(model)"
+            )
+
+
+def check_gradients(items: Sequence[ParamPlan], method: str) -> None:
+    """Raise if a step could not use the gradients.
+
+    Raises:
+        RuntimeError: one is sparse, of another dtype or device than its parameter, or was zeroed in
+            place when only its coordinates existed.
+    """
+    for item in items:
+        grad, param = item.param.grad, item.param
+        if grad is None:
+            continue
+        if grad.layout != torch.strided:
+            raise RuntimeError(
+                f"{method} does not support sparse gradients: that of {item.name} is {grad.layout}"
+            )
+        if isinstance(grad, ProjectedGrad) and grad.spill is not None:
+            raise RuntimeError(
+                f"the gradient of {item.name} was kept in its subspace and zeroed in place, and no "
+                "attach_in_backward took the next one: call zero_grad() with set_to_none=True, and "
+                "backward() again"
+            )
+        if grad.dtype != param.dtype or grad.device != param.device:
+            raise RuntimeError(
+                f"the gradient of {item.name} is in {grad.dtype} on {grad.device}, its parameter "
+                f"in {param.dtype} on {param.device}: compute it again, or convert it"
+            )
+
+
+def check_edits(
+    items: Sequence[ParamPlan],
+    was: Sequence[ParamPlan],
+    states: Mapping[Any, State],
+    chosen: Strategies,
+    before: Mapping[str, str],
+    now: Mapping[str, str],
+) -> None:
+    """Raise if a group was edited in a way that the state of its parameters cannot follow.
+
+    Args:
+        items: of the group as it is now.
+        was: as it was when last looked at, empty if it was not.
+        states: the optimizer's.
+        chosen: what the group chooses now.
+        before: the group's :func:`structure` then, empty if it is not known.
+        now: and now.
+
+    Raises:
+        ValueError: naming the parameter, the keys and both values.
+    """
+    edited = {k for k in {*now, *before} if before and now.get(k) != before.get(k)}
+    old = {id(item.param): item for item in was}
+    for item in items:
+        state = states.get(item.param)
+        if not state:
+            continue
+        why = ""
+        if id(item.param) in old and not _same_meaning(old[id(item.param)], item):
+            why = f"the state of {item.name} is of other coordinates"
+        elif edited & AT_A_REFRESH and state.get("refresh_step", -1) >= 0:
+            edited = edited & AT_A_REFRESH
+            why = f"the moments of {item.name} are corrected by it"
+        why = why or _misfit(item, state, chosen)
+        if why:
+            raise ValueError(f"{_told(sorted(edited), before, now)} {why}: {REMEDY}")
+
+
+def _told(edited: Sequence[str], before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    parts = [f"{k} was {before.get(k, 'absent')} and is {now.get(k, 'absent')}" for k in edited]
+    return f"in a parameter group {', '.join(parts)}, but" if parts else "in a parameter group"
+
+
+def _same_meaning(old: ParamPlan, new: ParamPlan) -> bool:
+    if old.subspace is None or new.subspace is None:
+        return old.subspace is new.subspace
+    return old.view == new.view and old.subspace.meaning == new.subspace.meaning
+
+
+def _misfit(item: ParamPlan, state: State, chosen: Strategies) -> str:
+    """How the state of a parameter differs from what its group needs; "" if it does not."""
+    meta = torch.empty_like(item.param, device="meta")
+    held = any(slot.name in state for slot in chosen.rule.slots(item.param.shape))
+    needed = init_state(item, chosen, meta, active=held)
+    if needed.keys() != state.keys():
+        parts = sorted(needed.keys() ^ state.keys())
+        return f"the state of {item.name} differs in {', '.join(parts)}"
+    for key in sorted(needed):
+        have, need = state[key], needed[key]
+        if have.shape != need.shape or have.dtype != need.dtype:
+            return (
+                f"{key} of {item.name} is {tuple(have.shape)} in {have.dtype} where "
+                f"{tuple(need.shape)} in {need.dtype} is needed"
+            )
+    return ""

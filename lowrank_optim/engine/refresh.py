@@ -1,0 +1,177 @@
+"""Phase one of a step: when a basis is due, how it is found, and what its moments do."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError
+
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies, age_key, mixed, seeded, slot_key
+from lowrank_optim.ops import quant
+from lowrank_optim.ops.rows import take_rows
+from lowrank_optim.rules.base import Slot
+from lowrank_optim.subspaces.base import BasisChange, RefreshContext
+from lowrank_optim.transports import TRANSPORTS
+
+logger = logging.getLogger(__name__)
+
+
+GOLDEN = 0.6180339887498949
+
+
+def refresh_due(step: int, last: int, gap: int, offset: int) -> bool:
+    """Whether a basis is due before step ``step`` (counted from 0), last refreshed at ``last``.
+
+    The first is due at once, the others whenever ``step - offset`` enters a new multiple of the
+    gap; a postponed one stays due until it succeeds.
+    """
+    return last < 0 or (step - offset) // gap > (last - offset) // gap
+
+
+def basis_due(item: ParamPlan, state: State, chosen: Strategies) -> bool:
+    """Whether the next step of a matrix refreshes its basis, if its gradient allows."""
+    offset = phase(item, chosen)
+    return refresh_due(int(state["step"]), int(state["refresh_step"]), chosen.gap, offset)
+
+
+def phase(item: ParamPlan, chosen: Strategies) -> int:
+    """The remainder modulo the gap of the steps, counted from 0, at which its basis is due."""
+    return stagger_offset(item.index, chosen.gap) if chosen.stagger else 0
+
+
+def stagger_offset(index: int, gap: int) -> int:
+    """Multiples of the golden ratio spread over the gap: even for any number of parameters."""
+    return int(gap * ((index * GOLDEN) % 1.0))
+
+
+def refresh_(
+    item: ParamPlan,
+    state: State,
+    grad: Tensor,
+    step: int,
+    chosen: Strategies,
+    found: dict[str, Tensor] | None = None,
+    sources: dict[str, Tensor] | None = None,
+    look: tuple[Tensor, Any] | None = None,
+) -> bool:
+    """Refresh one basis and carry its moments over; False if it had to be postponed.
+
+    Coordinates that the search came by are put in ``found``; where rows of moments come from, in
+    ``sources`` if it is given, and then whoever reads them next is to move them. ``look`` is what
+    the subspace saw, where it has looked already.
+
+    A gradient that is zero or not finite says nothing about a basis, and one that no factorisation
+    can take must not end a run: the refresh is counted as postponed and stays due.
+    """
+    view, subspace = item.view, item.subspace
+    assert view is not None and subspace is not None
+    seen = None
+    if subspace.needs_grad:
+        norm, seen = look or subspace.look(grad)
+        if not _is_informative(item, state, float(norm), step):
+            return False
+    generator = seeded(chosen.seed, item.index, step)
+    ctx = RefreshContext(view, generator, item.index, step, param=view.of(item.param), seen=seen)
+    try:
+        moved = subspace.refresh_(state, grad, ctx)
+    except LinAlgError as error:
+        state["postponed"] += 1
+        logger.warning("refresh of %s postponed at step %d: %s", item.name, step, error)
+        return False
+    last = int(state["refresh_step"])
+    if last >= 0 and chosen.on_refresh != "keep":
+        time = step - (last if chosen.on_refresh == "reset" else 0)
+        for coord, shape in subspace.coord_shapes(view).items():
+            if chosen.aged:
+                _carry_ages_(state[age_key(coord)], moved[coord], chosen.on_refresh)
+            source = moved[coord].source
+            if sources is not None and source is not None and chosen.on_refresh == "project":
+                sources[coord] = source
+                continue
+            _transport(item, state, coord, shape, moved[coord], float(time), chosen)
+    for coord, own in moved.items():
+        if own.fresh:
+            _restart_(state, coord, subspace.coord_shapes(view)[coord], own.fresh, chosen)
+    state["refresh_step"].fill_(step)
+    if found is not None:
+        found.update({k: m.low for k, m in moved.items() if m.low is not None})
+    return True
+
+
+def _is_informative(item: ParamPlan, state: State, norm: float, step: int) -> bool:
+    """Whether a gradient says something about a basis; if not, the refresh counts as postponed."""
+    if norm != 0 and math.isfinite(norm):
+        return True
+    state["postponed"] += 1
+    logger.log(
+        logging.DEBUG if norm == 0 else logging.WARNING,
+        "refresh of %s postponed at step %d: gradient norm %s",
+        item.name,
+        step,
+        norm,
+    )
+    return False
+
+
+def _transport(
+    item: ParamPlan,
+    state: State,
+    coord: str,
+    shape: Sequence[int],
+    moved: BasisChange,
+    time: float,
+    chosen: Strategies,
+) -> None:
+    slots = chosen.rule.slots(shape)
+    keys = [slot_key(coord, slot.name) for slot in slots]
+    if chosen.on_refresh == "project" and _moved_as_stored(state, keys, slots, moved, chosen):
+        return
+    moments = []
+    for key, slot, bias in zip(keys, slots, chosen.rule.biases(time), strict=False):
+        x = chosen.store.read(state, key, slot, item.param, dense=True)
+        assert isinstance(x, Tensor)
+        moments.append((slot, x, bias))
+    TRANSPORTS[chosen.on_refresh](moments, moved)
+    for n, (key, (slot, x, _)) in enumerate(zip(keys, moments, strict=True)):
+        seed = mixed(chosen.seed, item.index, int(time), 2, n)
+        chosen.store.write_(state, key, slot, x, seed)
+
+
+def _moved_as_stored(
+    state: State, keys: Sequence[str], slots: Sequence[Slot], moved: BasisChange, chosen: Strategies
+) -> bool:
+    """Whether moments were whole rows in a new order, and moved in the format they are kept in."""
+    source = moved.source
+    if source is None or moved.source_right is not None:
+        return False
+    if any(slot.averaged is not None for slot in slots):
+        return False
+    return all(
+        chosen.store.move_rows_(state, key, slot, source)
+        for key, slot in zip(keys, slots, strict=True)
+    )
+
+
+def _restart_(
+    state: State, coord: str, shape: Sequence[int], rows: Sequence[slice], chosen: Strategies
+) -> None:
+    """Zero moments and ages of some rows where they are kept: no other row is read or written."""
+    for slot in chosen.rule.slots(shape):
+        kept = state[slot_key(coord, slot.name)]
+        zero = quant.zero_code(slot.signed) if kept.dtype == torch.uint8 else 0
+        for own in rows:
+            kept[..., own, :].fill_(zero)
+    for own in rows if chosen.aged else ():
+        state[age_key(coord)][..., own].zero_()
+
+
+def _carry_ages_(age: Tensor, moved: BasisChange, on_refresh: str) -> None:
+    if on_refresh == "reset":
+        age.zero_()
+    elif moved.source is not None:
+        age.copy_(take_rows(age, moved.source, -1))

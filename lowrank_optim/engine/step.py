@@ -1,0 +1,207 @@
+"""The four phases of a step: refresh?, project, adapt, apply. The only place that knows them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lowrank_optim import ops
+from lowrank_optim.engine import fused
+from lowrank_optim.engine.plan import (
+    ParamPlan,
+    State,
+    Strategies,
+    age_key,
+    on_accelerator,
+    read_slots,
+    slot_keys,
+    weight_seed,
+    write_slots_,
+)
+from lowrank_optim.engine.refresh import basis_due, refresh_
+from lowrank_optim.engine.undo import Undo
+from lowrank_optim.residuals import Drop, ResidualInputs
+from lowrank_optim.rules.base import compute_dtype
+from lowrank_optim.stores import scale_key
+from lowrank_optim.subspaces.base import Target, identity
+from lowrank_optim.tensors.matrix import shares_memory
+from lowrank_optim.tensors.projected_grad import ProjectedGrad
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class Work:
+    """One matrix on its way through a step."""
+
+    item: ParamPlan
+    state: State
+    grad: Tensor
+    coords: dict[str, Tensor]
+    time: float
+    """Steps that the moments have seen, this one included."""
+    norm: Tensor = field(init=False)
+    """Of its coordinates, on its device: not finite where the gradient is not."""
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether the gradient is finite, on its device."""
+        return self.norm.isfinite()
+
+
+def step_matrices(
+    items: Sequence[ParamPlan],
+    states: Sequence[State],
+    chosen: Strategies,
+    lr: float | Tensor,
+    weight_decay: float,
+    undo: Undo,
+) -> None:
+    """One step of a bucket of matrices that share view, subspace, dtype and device."""
+    with undo:
+        if fused.takes(items, states, chosen, lr):
+            fused.step_(items, states, chosen, lr, weight_decay, undo)  # type: ignore[arg-type]
+            return
+        work = [_project(i, state, chosen, undo) for i, state in zip(items, states, strict=True)]
+        torch._foreach_add_([w.state["step"] for w in work], [torch.ones(())] * len(work))
+        _measure(work)
+        if not on_accelerator(work[0].grad):
+            work = [w for w in work if _is_finite(w)]
+        if not work:
+            return
+        directions: list[dict[str, tuple[Tensor, float]]] = [{} for _ in work]
+        for coord in work[0].coords:
+            for own, result in zip(directions, _adapt(work, coord, chosen, undo), strict=True):
+                own[coord] = result
+        for w, own in zip(work, directions, strict=True):
+            _apply(w, own, chosen, lr, weight_decay, undo)
+
+
+def _measure(work: Sequence[Work]) -> None:
+    """Norms of all coordinates, one call for each; of gradients that they do not see whole."""
+    if work[0].item.subspace is not None and not work[0].item.subspace.sees_all:
+        norms = [ops.total_norms([w.grad for w in work])]
+    else:
+        norms = [ops.total_norms([w.coords[name] for w in work]) for name in work[0].coords]
+    for w, *own in zip(work, *norms, strict=True):
+        w.norm = own[0] if len(own) == 1 else torch.stack(own).sum()
+
+
+def _is_finite(w: Work) -> bool:
+    finite = math.isfinite(w.norm)
+    if not finite:
+        logger.warning("the gradient of %s is not finite: its step is skipped", w.item.name)
+    return finite
+
+
+def _project(item: ParamPlan, state: State, chosen: Strategies, undo: Undo) -> Work:
+    """Phases one and two: refresh the basis if it is due, then take coordinates."""
+    undo.begin(state)
+    view, subspace = item.view, item.subspace
+    assert view is not None and subspace is not None and item.param.grad is not None
+    grad, step = item.param.grad, int(state["step"])
+    coords: dict[str, Tensor] = {}
+    if isinstance(grad, ProjectedGrad):  # taken inside backward, in a basis that is not due
+        state.update(grad.fresh)
+        if int(state["refresh_step"]) < 0:
+            state["postponed"] += 1  # no gradient yet that says something
+        coords = {k: x.clone() if chosen.maximize else x for k, x in grad.coords.items()}
+    else:
+        grad = chosen.residual.before(state, view.of(grad))
+        if basis_due(item, state, chosen):
+            undo.keep(state, subspace.refreshed(state))
+            refresh_(item, state, grad, step, chosen, coords)
+        coords = coords or subspace.coords(state, grad, reduce=identity)
+    last = max(int(state["refresh_step"]), 0)
+    time = step + 1 - (last if chosen.on_refresh == "reset" else 0)
+    if chosen.maximize:
+        coords = {name: x.neg_() for name, x in coords.items()}
+    return Work(item, state, grad, coords, float(time))
+
+
+def _adapt(
+    work: Sequence[Work], coord: str, chosen: Strategies, undo: Undo
+) -> list[tuple[Tensor, float]]:
+    """Phase three: directions of one coordinate, moments read, updated and written back."""
+    grads = [w.coords[coord] for w in work]
+    keys = slot_keys(coord, grads[0].shape, chosen)
+    if not on_accelerator(
+        grads[0]
+    ):  # there a copy costs a tenth of a step, and only memory can fail
+        overwritten = [key for key, _ in keys]
+        overwritten += [scale_key(key) for key in overwritten] + [age_key(coord)]
+        for w in work:
+            undo.keep(w.state, overwritten)
+    held = [read_slots(w.item, w.state, keys, chosen) for w in work]
+    # no host may wait for `finite`: the ops select on the device
+    finite = [w.finite for w in work] if on_accelerator(grads[0]) else []
+    times = [w.time for w in work]
+    # in the weights' dtype if it goes into their GEMM as it is, else in that of arithmetic
+    plain = coord == "low" and isinstance(chosen.residual, Drop) and not chosen.rounding
+    dtype = work[0].item.param.dtype if plain else compute_dtype(work[0].item.param.dtype)
+    moments = [[x for _, _, x in own] for own in held]
+    ages = [_older_(w, coord) for w in work] if chosen.aged else []
+    directions, corrections = chosen.rule.directions_(grads, moments, times, dtype, finite, ages)
+    for n, (w, own) in enumerate(zip(work, held, strict=True)):
+        write_slots_(w.item, w.state, own, chosen, finite[n] if finite else None)
+    return list(zip(directions, corrections, strict=True))
+
+
+def _older_(w: Work, coord: str) -> Tensor:
+    """The age of each row, this step included."""
+    age = w.state[age_key(coord)]
+    return age.add_(w.finite if on_accelerator(age) else 1)
+
+
+def _apply(
+    w: Work,
+    directions: dict[str, tuple[Tensor, float]],
+    chosen: Strategies,
+    lr: float | Tensor,
+    weight_decay: float,
+    undo: Undo,
+) -> None:
+    """Phase four: lift the direction and add it to the weights."""
+    view, subspace = w.item.view, w.item.subspace
+    assert view is not None and subspace is not None
+    param = view.of(w.item.param)
+    low = w.coords.get("low")
+    finite = w.finite if on_accelerator(param) else None
+    undo.keep(w.state, chosen.residual.stepped)
+    term = None
+    if low is not None:
+        seen = ResidualInputs(w.grad, low, *directions["low"], subspace, finite)
+        term = chosen.residual.after(w.state, seen)
+    size = chosen.rule.step_size(lr, float(w.state["step"]), param)
+    if isinstance(size, Tensor) and size.numel() == 1 and not on_accelerator(param):
+        size = float(size)
+    factor = subspace.lr_factor(int(w.state["step"]) - 1 - max(0, int(w.state["refresh_step"])))
+    size = size if factor == 1 else size * factor  # never in place: it may be the group's tensor
+    decay = 1 - size * weight_decay
+    size = size if chosen.lr_scale == 1 else size * chosen.lr_scale
+    if len(directions) == 1 and isinstance(size, float):
+        ((name, (direction, correction)),) = directions.items()
+        update, lr_now = {name: direction}, size * correction
+    else:
+        update, lr_now = {k: x * (c * size) for k, (x, c) in directions.items()}, 1.0
+        if term is not None and isinstance(size, Tensor):
+            term = term.times(size * directions["low"][1])
+    if chosen.maximize and low is not None and subspace.applies_grad(term):
+        # coordinates are those of -G, and so is all that is linear in them: turn both back
+        update, low, lr_now = {k: -x for k, x in update.items()}, -low, -lr_now
+    rounding = weight_seed(w.item, w.state, chosen) if chosen.rounding else None
+    # where nothing of it is applied the weights stand in: its coordinates alone may exist, or it
+    # may be wider than the weights, as with error feedback
+    grad = w.grad if subspace.applies_grad(term) else param
+    into = Target(param, grad, low, lr_now, decay, rounding, finite)
+    subspace.push_(into, w.state, update, term)
+    if not shares_memory(param, w.item.param):
+        stored = param.mT if view.flip else param  # strides that allow no matrix view
+        w.item.param.copy_(stored.reshape(view.shape))
+    chosen.residual.keep_(w.state, w.grad, finite)
+    undo.done(w.state)

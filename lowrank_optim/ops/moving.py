@@ -1,0 +1,24 @@
+"""Rows moved within a tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.ops.rows import take_rows
+
+
+def move_rows_(x: Tensor, source: Tensor, fill: int = 0) -> None:
+    """Rows of ``x (..., r, n)`` by old index in place, ``fill`` where it is -1.
+
+    On the host only the rows that move are touched: of sorted indices many keep their place.
+    """
+    if source.dim() == 1 and source.device.type == "cpu":
+        to = (source != torch.arange(source.shape[0])).nonzero().squeeze(1)
+        if to.numel():
+            new = x.index_select(-2, source[to].long().clamp(min=0))
+            new[..., source[to] < 0, :] = fill  # the experts of a batch share their indices
+            x.index_copy_(-2, to, new)
+        return
+    new = take_rows(x, source)
+    x.copy_(new.masked_fill_((source < 0).unsqueeze(-1), fill))

@@ -1,0 +1,25 @@
+"""GaLore: what the subspace does not see is dropped."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from lowrank_optim.residuals.base import Forgetful, ResidualInputs, State
+from lowrank_optim.subspaces.terms import Term, Wants
+from lowrank_optim.tensors.matrix import MatrixView
+
+
+class Drop(Forgetful):
+    """GaLore: what the subspace does not see is not used."""
+
+    wants: ClassVar[Wants] = "nothing"
+
+    def init(self, view: MatrixView, like: Tensor) -> State:
+        """Nothing."""
+        return {}
+
+    def after(self, state: State, seen: ResidualInputs) -> Term | None:
+        """Nothing."""
+        return None

@@ -1,0 +1,37 @@
+"""FRUGAL: what the subspace does not see moves by a rule without state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from lowrank_optim.residuals.base import Forgetful, ResidualInputs, State
+from lowrank_optim.subspaces.terms import Term
+from lowrank_optim.tensors.matrix import MatrixView
+
+
+@dataclass(frozen=True)
+class Free(Forgetful):
+    """FRUGAL: the rest of the gradient moves the weights by a rule that keeps no state.
+
+    Args:
+        kind: ``"sign"`` or ``"raw"``.
+        gain: factor of its step.
+    """
+
+    kind: Literal["sign", "raw"]
+    gain: float = 1.0
+
+    def init(self, view: MatrixView, like: Tensor) -> State:
+        """Nothing."""
+        return {}
+
+    def after(self, state: State, seen: ResidualInputs) -> Term | None:
+        """``gain f(G - P R)``; nothing where that is rounding, of which a sign makes full steps."""
+        fresh = bool(state["refresh_step"] == state["step"] - 1)
+        m, n = seen.grad.shape[-2:]
+        if seen.subspace.complete(m, n, fresh):
+            return None
+        return Term(self.kind, gain=self.gain / seen.correction)

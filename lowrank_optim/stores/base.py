@@ -1,0 +1,79 @@
+"""How moments are kept between steps: the Store role."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from lowrank_optim.ops.quant import Moment
+from lowrank_optim.rules.base import Slot
+
+State = dict[str, Tensor]
+
+
+class Store(Protocol):
+    """Allocates, reads and writes one slot of the state; arithmetic is in ``compute_dtype``."""
+
+    @property
+    def rounds(self) -> bool:
+        """Whether writes round stochastically, so that torch's own steps may not write."""
+        ...
+
+    def alloc(self, state: State, key: str, slot: Slot, shape: Sequence[int], like: Tensor) -> None:
+        """Zeros for ``slot`` under ``key``, on the device of ``like``."""
+        ...
+
+    def read(
+        self, state: State, key: str, slot: Slot, like: Tensor, *, dense: bool = False
+    ) -> Moment:
+        """The slot in the dtype of arithmetic; the stored tensor itself where that is its dtype.
+
+        What is kept in 8 bits is returned as it is, to be updated in place, if the slot's rule
+        takes it so (``fused``) and ``dense`` does not ask for a tensor.
+        """
+        ...
+
+    def check_state(self, state: Mapping[str, Tensor], key: str, slot: Slot) -> None:
+        """Raise ValueError unless a saved slot holds finite numbers, squares no negative ones."""
+        ...
+
+    def move_rows_(self, state: State, key: str, slot: Slot, source: Tensor) -> bool:
+        """Move rows to the places ``source`` gives them, without a rounding; False if it cannot."""
+        ...
+
+    def write_(
+        self,
+        state: State,
+        key: str,
+        slot: Slot,
+        x: Tensor,
+        seed: int,
+        finite: Tensor | None = None,
+    ) -> None:
+        """Keep a tensor that was read and updated.
+
+        Args:
+            state: of the parameter.
+            key: of the slot.
+            slot: what it holds.
+            x: its values; nothing is to do where this is the stored tensor itself.
+            seed: of the stochastic rounding of narrow formats.
+            finite: where False, ``x`` is as it was read and what is stored must not change.
+        """
+        ...
+
+
+def scale_key(key: str) -> str:
+    """State key of the scales of the slot under ``key``."""
+    return f"{key}_scale"
+
+
+STORES: dict[str, Store] = {}
+"""Stores by the name that ``state_dtype`` takes."""
+
+
+def register(name: str, store: Store) -> None:
+    """Make a store known as ``state_dtype=name``."""
+    STORES[name] = store

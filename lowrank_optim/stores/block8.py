@@ -1,0 +1,104 @@
+"""Moments in 8 bits, one scale a block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lowrank_optim import ops
+from lowrank_optim.ops import quant
+from lowrank_optim.ops.moving import move_rows_
+from lowrank_optim.ops.quant import Moment, Quantized
+from lowrank_optim.rules.base import Slot, compute_dtype
+from lowrank_optim.stores.base import State, register, scale_key
+from lowrank_optim.stores.floating import FloatStore
+from lowrank_optim.tensors.values import check_finite
+
+
+@dataclass(frozen=True)
+class Block8Store:
+    """Moments in 8 bits, one float32 scale a block; small ones in ``float32``.
+
+    ``<slot>`` holds the codes in the slot's shape and ``<slot>_scale`` the scales. A slot of fewer
+    than :data:`lowrank_optim.ops.quant.MIN_SIZE` elements is kept in float32, and has no scales.
+    """
+
+    small: FloatStore = field(default_factory=lambda: FloatStore(torch.float32))
+
+    @property
+    def rounds(self) -> bool:
+        """To the nearest code: a decay below half a code is seen when the block's scale falls."""
+        return False
+
+    def alloc(self, state: State, key: str, slot: Slot, shape: Sequence[int], like: Tensor) -> None:
+        """The code of 0, and scales of 0."""
+        own = slot.shape(shape)
+        if math.prod(own) < quant.MIN_SIZE:
+            self.small.alloc(state, key, slot, shape, like)
+            return
+        code, scales = quant.zero_code(slot.signed), quant.layout(own).scales
+        state[key] = torch.full(own, code, dtype=torch.uint8, device=like.device)
+        state[scale_key(key)] = torch.zeros(scales, dtype=torch.float32, device=like.device)
+
+    def check_state(self, state: Mapping[str, Tensor], key: str, slot: Slot) -> None:
+        """Its scales: every byte is a code."""
+        if scale_key(key) in state:
+            check_finite(state, scale_key(key), least=0)
+        else:
+            self.small.check_state(state, key, slot)
+
+    def move_rows_(self, state: State, key: str, slot: Slot, source: Tensor) -> bool:
+        """Codes and scales, where every row ends in a block of its own."""
+        scales, codes = state.get(scale_key(key)), state[key]
+        if scales is None:
+            return self.small.move_rows_(state, key, slot, source)
+        if codes.shape[-1] < quant.BLOCK:
+            return False
+        move_rows_(codes, source, quant.zero_code(slot.signed))
+        move_rows_(scales.view(*codes.shape[:-1], -1), source)
+        return True
+
+    def read(
+        self, state: State, key: str, slot: Slot, like: Tensor, *, dense: bool = False
+    ) -> Moment:
+        """The codes and scales themselves, or a decoded copy."""
+        scales = state.get(scale_key(key))
+        if scales is None:
+            return self.small.read(state, key, slot, like)
+        kept = Quantized(state[key], scales, slot.signed)
+        if slot.fused and not dense:
+            return kept
+        return ops.dequantize([kept])[0].to(compute_dtype(like.dtype))
+
+    def write_(
+        self,
+        state: State,
+        key: str,
+        slot: Slot,
+        x: Tensor,
+        seed: int,
+        finite: Tensor | None = None,
+    ) -> None:
+        """Encode, to the nearest code.
+
+        Encoding what was decoded can change it, as no code is -1: hence the select on ``finite``.
+        """
+        scales = state.get(scale_key(key))
+        if scales is None:
+            self.small.write_(state, key, slot, x, seed)
+            return
+        kept = Quantized(state[key], scales, slot.signed)
+        if finite is None:
+            ops.quantize_([x.float()], [kept])
+            return
+        new = Quantized(torch.empty_like(kept.codes), torch.empty_like(scales), slot.signed)
+        ops.quantize_([x.float()], [new])
+        kept.codes.copy_(torch.where(finite, new.codes, kept.codes))
+        scales.copy_(torch.where(finite, new.scales, scales))
+
+
+register("8bit", Block8Store())
