@@ -16,7 +16,7 @@ test-slow: .venv/.dev  ## what takes minutes
 lint: .venv/.dev  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --style=file:csrc/.clang-format --dry-run -Werror csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h tests/*.cpp
+	$(BIN)/clang-format --style=file:csrc/.clang-format --dry-run -Werror csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h tests/ops/*.cpp
 	$(BIN)/mypy
 
 bench: .venv/.dev  ## the figures of docs/performance.md, side by side

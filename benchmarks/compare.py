@@ -21,7 +21,8 @@ import torch
 from rich.console import Console
 
 from benchmarks.common import Corpus, environment_line, load_corpus, markdown_table, print_table
-from benchmarks.pretrain import METHODS, Settings, train
+from benchmarks.pretrain import METHODS, train
+from benchmarks.runs import Settings
 
 SEARCH_SEED = 100
 HEADER = (

@@ -26,7 +26,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.common import Corpus, environment_line, load_corpus, print_table
-from benchmarks.pretrain import Settings, evaluate, losses, make_groups, make_model, schedule
+from benchmarks.pretrain import evaluate, losses, make_groups, make_model, schedule
+from benchmarks.runs import Settings
 from lowrank_optim import GaLoreAdamW, attach_in_backward
 from lowrank_optim.backward.projecting import items_of, projected
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies

@@ -22,9 +22,10 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.common import environment, environment_line, load_corpus, print_table
-from benchmarks.pretrain import METHODS, Settings, losses, make_groups, make_model, schedule
-from benchmarks.step_time import Work, galore, linear_weights
-from benchmarks.timing import interleaved, ratio
+from benchmarks.matrices import galore, linear_weights
+from benchmarks.pretrain import METHODS, losses, make_groups, make_model, schedule
+from benchmarks.runs import Settings
+from benchmarks.timing import Work, interleaved, ratio
 from lowrank_optim import PROJECTORS, DCTAdamW
 from lowrank_optim.ops.cosine import cosine_rows
 from lowrank_optim.subspaces import RefreshContext

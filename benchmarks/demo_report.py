@@ -8,12 +8,10 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.common import Corpus, environment, environment_line, markdown_table
-
-if TYPE_CHECKING:
-    from benchmarks.pretrain import Run, Settings
+from benchmarks.runs import Run, Settings
 
 HEADER = (
     "optimizer",

@@ -16,11 +16,10 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.common import environment_line, print_table
-from benchmarks.step_time import NEVER, OURS, galore, linear_weights
-from benchmarks.timing import interleaved, ratio
+from benchmarks.matrices import NEVER, OURS, galore, linear_weights
+from benchmarks.timing import Work, interleaved, ratio
 from lowrank_optim import FrugalAdamW
 
-Work = Callable[[], object]
 FUSED = "torch AdamW fused"
 PAIRS = {
     "FRUGAL svd + sign": (OURS, "<= 1.6"),

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.common import LLAMA_SHAPES, environment, environment_line, print_table
-from benchmarks.step_time import galore, gemm_floor, linear_weights
+from benchmarks.matrices import galore, gemm_floor, linear_weights
 from benchmarks.timing import interleaved, peer, ratio
 from lowrank_optim.ops import native, reference
 from lowrank_optim.ops.quant import Quantized, dynamic_map, layout

@@ -31,7 +31,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ from torch.optim import Optimizer
 
 from benchmarks.common import Corpus, environment_line, llama, load_corpus, print_table
 from benchmarks.demo_report import HEADER, caption, table, write
+from benchmarks.lora import convert
+from benchmarks.runs import Run, Settings
 from lowrank_optim import (
     DCTAdamW,
     FiraAdamW,
@@ -62,31 +64,6 @@ from lowrank_optim import (
     lowrank_groups,
     memory,
 )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that a run depends on besides the method and the text."""
-
-    hidden: int = 256
-    mlp: int = 688
-    layers: int = 6
-    heads: int = 4
-    steps: int = 200
-    batch: int = 8
-    context: int = 128
-    rank: int = 64
-    gap: int = 50
-    """Steps between refreshes of a basis: a quarter of the run, as 200 would be of a longer one."""
-    warmup: float = 0.1
-    floor: float = 0.1
-    """The cosine ends at this fraction of the peak learning rate."""
-    dense_lr: float = 1e-2
-    """Peak learning rate of embedding, head and norms, dense under every method."""
-    validate_every: int = 28
-    validation_windows: int = 64
-    seed: int = 0
-
 
 Groups = list[dict[str, Any]]
 
@@ -111,8 +88,6 @@ def ranked(groups: Groups, rank: int | float, **keys: Any) -> Groups:
 
 def lora(model: nn.Module, groups: Groups) -> Groups:
     """LoRA of rank 35 in place of every matrix that the others train."""
-    from tests.oracles.lora import convert  # the baseline that the tests hold SwitchLoRA against
-
     convert(model, 35, skip=("lm_head",))
     dense = [group for group in groups if "rank" not in group]
     factors = {name: p for name, p in model.named_parameters() if "lora_" in name}
@@ -178,32 +153,6 @@ def make_groups(model: nn.Module, settings: Settings) -> Groups:
         if "rank" not in group:
             group["lr"] = settings.dense_lr
     return groups
-
-
-@dataclass
-class Run:
-    """What one training run measured."""
-
-    method: str
-    seed: int
-    lr: float
-    parameters: int
-    train_loss: list[float] = field(default_factory=list)
-    validation: list[tuple[int, float]] = field(default_factory=list)
-    """Steps taken, and nats per held-out token."""
-    bits_per_byte: float = math.nan
-    state: dict[str, int] = field(default_factory=dict)
-    """Bytes by storage: basis, moments, other; total, on the device and with adapters if any."""
-    optimizer_ms: float = math.nan
-    """Median of one ``optimizer.step()``."""
-    model_ms: float = math.nan
-    """Median of one forward and backward pass."""
-    seconds: float = math.nan
-
-    @property
-    def final_loss(self) -> float:
-        """Validation loss after the last step."""
-        return self.validation[-1][1]
 
 
 def make_model(settings: Settings, vocab_size: int) -> nn.Module:

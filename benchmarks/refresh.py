@@ -30,7 +30,8 @@ from benchmarks.common import (
     print_table,
 )
 from benchmarks.dct import energies, plot, show_energies
-from benchmarks.pretrain import METHODS, Settings, losses, make_groups, make_model, schedule
+from benchmarks.pretrain import METHODS, losses, make_groups, make_model, schedule
+from benchmarks.runs import Settings
 from benchmarks.timing import interleaved, ratio
 from lowrank_optim.subspaces import PROJECTORS, RefreshContext
 from lowrank_optim.tensors.matrix import matrix_view

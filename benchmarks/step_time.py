@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,60 +19,17 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from benchmarks import dct, frugal_step
 from benchmarks.common import LLAMA_SHAPES, environment, environment_line, print_table
-from benchmarks.timing import interleaved, milliseconds, peer, ratio
-from lowrank_optim import FiraAdamW, GaLoreAdamW, LowRankOptimizer
-from lowrank_optim.tensors.matrix import matrix_view
+from benchmarks.matrices import NEVER, OURS, galore, gemm_floor, linear_weights
+from benchmarks.timing import Work, interleaved, milliseconds, peer, ratio
+from lowrank_optim import FiraAdamW
 
-NEVER = 10**6
-FLOOR, OURS, FIRA = "GEMM floor", "GaLoreAdamW", "FiraAdamW"
+FLOOR, FIRA = "GEMM floor", "FiraAdamW"
 TARGETS = {"float32": 1.05, "bfloat16": 1.15}
 FIRA_TARGET = 1.15
 ELEMENTS = 25_000_000
 """Least number of elements in a model of the scaling table: a few layers of each shape."""
-Work = Callable[[], object]
-
-
-def linear_weights(model: str, layers: int, dtype: torch.dtype) -> list[torch.nn.Parameter]:
-    """The seven matrices of each of ``layers`` layers, with gradients."""
-    hidden, mlp, *_ = LLAMA_SHAPES[model]
-    shapes = [(hidden, hidden)] * 4 + [(mlp, hidden)] * 2 + [(hidden, mlp)]
-    generator = torch.Generator().manual_seed(0)
-    params = []
-    for shape in shapes * layers:
-        param = torch.nn.Parameter((0.02 * torch.randn(shape, generator=generator)).to(dtype))
-        param.grad = (1e-3 * torch.randn(shape, generator=generator)).to(dtype)
-        params.append(param)
-    return params
-
-
-def gemm_floor(params: Sequence[Tensor], rank: int) -> Work:
-    """``P^T G`` and ``W <- c W - P N`` of every matrix, outputs preallocated, layouts as stored."""
-    projects: list[tuple[Tensor, Tensor, Tensor]] = []
-    applies: list[tuple[Tensor, Tensor, Tensor]] = []
-    for param in params:
-        view = matrix_view(param.shape)
-        assert view is not None and param.grad is not None
-        basis = torch.randn(view.m, rank).to(param.dtype)
-        low = torch.empty(rank, view.n, dtype=param.dtype)
-        projects.append((basis.mT, view.of(param.grad), low))
-        applies.append((view.of(param.data), basis, low))
-
-    def run() -> None:
-        for basis, grad, low in projects:
-            torch.mm(basis, grad, out=low)
-        for weight, basis, low in applies:
-            weight.addmm_(basis, low, beta=0.999, alpha=-1e-9)
-
-    return run
-
-
-def galore(
-    params: Sequence[Tensor], rank: int, cls: type[LowRankOptimizer] = GaLoreAdamW, **options: Any
-) -> LowRankOptimizer:
-    """Ours, with steps too small to move the weights that the variants share."""
-    options = {"update_proj_gap": NEVER, "projector": "random", **options}
-    return cls(params, lr=1e-9, rank=rank, **options)  # type: ignore[arg-type]
 
 
 def variants(params: Sequence[Tensor], rank: int) -> dict[str, Work]:
@@ -249,8 +206,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "scaling": scaling(args),
     }
     show(console, results, args)
-    from benchmarks import dct, frugal_step  # which take their matrices from here
-
     results["dct"] = dct.measure(args, console)
     results["frugal"] = {d: frugal_step.measure(args, d, console) for d in args.dtype.split(",")}
     args.out.parent.mkdir(parents=True, exist_ok=True)

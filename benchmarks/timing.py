@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 MIN_ROUNDS = 5
+Work = Callable[[], object]
 
 
-def milliseconds(work: Callable[[], object]) -> float:
+def milliseconds(work: Work) -> float:
     """Wall time of one call."""
     start = time.perf_counter()
     work()
@@ -19,7 +20,7 @@ def milliseconds(work: Callable[[], object]) -> float:
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1
+    variants: Mapping[str, Work], rounds: int, warmup: int = 1
 ) -> dict[str, list[float]]:
     """Milliseconds of each variant in each of ``rounds`` rounds, after ``warmup`` untimed ones.
 

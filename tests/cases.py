@@ -139,6 +139,11 @@ def gradients(
     return out
 
 
+def matrices(x: Tensor) -> list[Tensor]:
+    """A matrix, or each of the experts."""
+    return list(x) if x.dim() == 3 else [x]
+
+
 def parameter(shape: Sequence[int], dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
     """A parameter of standard normal entries."""
     generator = torch.Generator().manual_seed(seed)

@@ -6,6 +6,13 @@ import pytest
 import torch
 from hypothesis import settings
 
+# what helpers assert is explained as what tests assert is
+pytest.register_assert_rewrite(
+    *(f"tests.{name}" for name in ("cases", "compare", "runs", "integrations.trainers")),
+    *(f"tests.{name}.contract" for name in ("methods", "subspaces")),
+    *(f"tests.{name}" for name in ("backward.nets", "engine.product_cases", "ops.checks")),
+)
+
 torch.set_num_threads(1)  # the suite runs in parallel processes; results do not depend on cores
 
 settings.register_profile(

@@ -75,3 +75,8 @@ def saved(optimizer: Optimizer) -> bytes:
 def loaded(data: bytes, **options: Any) -> dict[str, Any]:
     """What the safe ``torch.load`` reads."""
     return torch.load(io.BytesIO(data), weights_only=True, **options)
+
+
+def resumed(optimizer: Optimizer, fresh: Optimizer) -> None:
+    """Through a file, into an optimizer that has never stepped."""
+    fresh.load_state_dict(loaded(saved(optimizer)))

@@ -1,0 +1,1 @@
+"""State: what it holds, saving, loading, importing."""

@@ -1,0 +1,1 @@
+"""Documentation, demo, and the order of imports."""

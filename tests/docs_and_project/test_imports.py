@@ -1,0 +1,147 @@
+"""Dependencies point one way."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lowrank_optim
+
+ROOT = Path(lowrank_optim.__file__).parent
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def modules(root: Path) -> dict[str, Path]:
+    return {
+        ".".join(path.relative_to(root.parent).with_suffix("").parts): path
+        for path in root.rglob("*.py")
+    }
+
+
+MODULES = modules(ROOT)
+EVERY = MODULES | modules(BENCHMARKS)
+ROLES = ("subspaces", "rules", "residuals", "transports", "stores")
+PHASES = ("plan", "refresh", "dense", "onepass", "step", "undo")
+BASE = ("ops", "matrix", "quant", "state_checks")
+ACCELERATORS = {"triton", "ctypes", "bitsandbytes"}
+ALLOWED = {
+    # what a layer may import of the package, besides itself; matrix is arithmetic on shapes, and
+    # state_checks looks at numbers
+    "quant": set[str](),
+    "ops": {"quant"},
+    "matrix": set[str](),
+    "undo": set[str](),
+    "state_checks": set[str](),
+    **{role: {*ROLES, *BASE} for role in ROLES},
+    "projected": set[str](),
+    **{name: {*ROLES, *PHASES, *BASE, "projected"} for name in PHASES},
+}
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def nodes(tree: ast.AST, typing: bool = False) -> Iterator[ast.AST]:
+    """Every node that runs: imports for type checkers only are not dependencies."""
+    for child in ast.iter_child_nodes(tree):
+        if typing or not is_type_checking(child):
+            yield child
+            yield from nodes(child, typing)
+
+
+def imported(name: str, typing: bool = False) -> set[str]:
+    """Full names of what a module imports, attributes of a package included."""
+    found = set()
+    for node in nodes(ast.parse(EVERY[name].read_text(encoding="utf-8")), typing):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative import"
+            assert node.module is not None
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def layer(name: str) -> str:
+    """``lowrank_optim.rules.adamw`` is in ``rules``; the package itself in ``""``."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] != "__init__" else ""
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_dependencies_point_one_way(name: str) -> None:
+    """methods -> optimizer, step -> roles -> ops; only the package itself imports methods.
+
+    Accelerators are behind ops alone, so that everything else runs, and is tested, without them.
+    """
+    own = layer(name)
+    names = imported(name)
+    if own != "ops":
+        assert not {n.split(".")[0] for n in names} & ACCELERATORS
+    inner = {layer(n) for n in names if n.split(".")[0] == "lowrank_optim"} - {own}
+    if own and own != "integrations":  # which use the package as anybody does
+        assert "methods" not in inner
+        assert "__version__" not in inner and "" not in inner
+    if own in ALLOWED:
+        assert inner <= ALLOWED[own]
+
+
+def test_benchmarks_use_the_package_as_anybody_does() -> None:
+    """They import nothing of tests; and the package imports neither."""
+    for name in EVERY:
+        tops = {full.split(".")[0] for full in imported(name, typing=True)}
+        assert "tests" not in tops, name
+        assert name not in MODULES or "benchmarks" not in tops, name
+
+
+def module_of(full: str) -> str | None:
+    """The module in which ``a.b.c`` is, itself or as an attribute."""
+    parts = full.split(".")
+    for end in range(len(parts), 0, -1):
+        for name in (".".join(parts[:end]), ".".join([*parts[:end], "__init__"])):
+            if name in EVERY:
+                return name
+    return None
+
+
+def circles(typing: bool) -> set[frozenset[str]]:
+    """Modules that reach each other by imports, those inside functions included."""
+    edges = {
+        name: {module_of(full) for full in imported(name, typing)} - {name, None} for name in EVERY
+    }
+    reached: dict[str, set[str | None]] = {}
+    for name in EVERY:
+        seen, left = set[str | None](), [name]
+        while left:
+            new = edges[left.pop()] - seen
+            seen |= new
+            left += new  # type: ignore[arg-type]
+        reached[name] = seen
+    return {
+        frozenset(b for b in reached[a] if b is not None and a in reached[b])
+        for a in EVERY
+        if a in reached[a]
+    }
+
+
+def test_no_two_modules_import_each_other() -> None:
+    """Not even in turn, or one of them late inside a function."""
+    assert circles(typing=False) == set()
+
+
+FOR_TYPES = {
+    frozenset({"lowrank_optim.residuals", "lowrank_optim.subspaces.base"}),
+    frozenset(
+        f"lowrank_optim.{name}" for name in ("checkpoint", "compiled", "optimizer", "summary")
+    ),
+}
+"""Circles closed only by names that annotations use. To be emptied: add none."""
+
+
+def test_no_new_circle_for_types() -> None:
+    """Who mends one takes it out of the table."""
+    assert circles(typing=True) == FOR_TYPES

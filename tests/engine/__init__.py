@@ -1,0 +1,1 @@
+"""How a step runs: plans, refreshes, failures, compilation, the product of the roles."""

@@ -1,0 +1,1 @@
+"""Estimates, reports and traces of memory."""

@@ -1,0 +1,1 @@
+"""Each paper's method: oracles, facts, the contract of every class."""

@@ -1,0 +1,40 @@
+"""What every method must keep: exporting a class from ``lowrank_optim.methods`` enrols it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lowrank_optim import methods
+from tests import cases
+from tests.methods.contract import CONTRACT, every_parameter_moves
+
+METHODS = pytest.mark.parametrize("name", cases.method_names())
+
+
+@METHODS
+@pytest.mark.parametrize("clause", CONTRACT, ids=lambda f: f.__name__)
+def test_method(clause: Callable[[str], None], name: str) -> None:
+    clause(name)
+
+
+def test_a_new_method_is_enrolled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exported is tested; and the contract notices a method that only looks right."""
+
+    class Sleepy(methods.GaLoreAdamW):
+        def _step_items(self, items: Any, *rest: Any) -> None:
+            super()._step_items([i for i in items if i.param.dim() != 1], *rest)
+
+    class Twin(methods.GaLoreAdamW):
+        pass
+
+    for cls in (Sleepy, Twin):
+        monkeypatch.setattr(methods, cls.__name__, cls, raising=False)
+    monkeypatch.setattr(methods, "__all__", [*methods.__all__, "Sleepy", "Twin"])
+    assert cases.method_names()[-2:] == ["Sleepy", "Twin"]
+    for clause in CONTRACT:
+        clause("Twin")
+    with pytest.raises(AssertionError):
+        every_parameter_moves("Sleepy")

@@ -1,0 +1,50 @@
+"""Every CUDA kernel compiles for every architecture, without spills, in bounded registers.
+
+ptxas' own report is the oracle: what it says of registers and shared memory decides occupancy.
+Running the kernels needs a GPU; their arithmetic is the header that the CPU tests exercise.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parents[2] / "csrc"
+SOURCES = {"update": 4, "block": 5, "matrix": 5}  # kernels in each file
+FAST, MORE = [80, 120], [75, 86, 89, 90, 100]
+REGISTERS = 64  # 256 threads a block: four blocks, half occupancy, on 64K registers
+SHARED = 8192  # two maps with thresholds are 4 KiB
+
+ARCHITECTURES = [*FAST, *(pytest.param(a, marks=pytest.mark.slow) for a in MORE)]
+
+
+def report(source: str, arch: int, out: Path) -> str:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc to compile the CUDA half")
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    if f"compute_{arch}\n" not in known.stdout:
+        pytest.skip(f"this nvcc does not know sm_{arch}")
+    flags = ["-std=c++17", "-O3", "-fmad=false", "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v"]
+    command = [nvcc, *flags, "-o", str(out), str(CSRC / f"{source}.cu")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_no_spills_and_bounded_resources(arch: int, source: str, tmp_path: Path) -> None:
+    text = report(source, arch, tmp_path / "out.cubin")
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", text)]
+    shared = [int(n) for n in re.findall(r"(\d+) bytes smem", text)]
+    assert len(registers) == len(spills) == SOURCES[source], text
+    assert all(pair == ("0", "0") for pair in spills), text
+    assert max(registers) <= REGISTERS, registers
+    assert max(shared, default=0) <= SHARED, shared

@@ -1,0 +1,186 @@
+"""What only an accelerator can show: kernels on it, graph capture, no waiting for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowrank_optim import DCTAdamW, GaLoreAdamW, LowRankOptimizer
+from lowrank_optim.ops import cosine, dispatch, fuses_cosine
+from lowrank_optim.ops.schema import SCHEMAS
+from tests.ops import ops_cases as cases
+from tests.ops import ops_cosines
+from tests.ops.checks import check_stored, run
+from tests.runs import SHAPES
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+DEVICE = "cuda"
+KERNELS = ["triton", "native"]
+BITWISE = ["quantize_blockwise_", "stochastic_round_"]
+"""Integer arithmetic, or float32 arithmetic without a sum: the same bits on every backend."""
+
+
+def force(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend, or a skip with the reason why it is not there."""
+    ready, reason = dispatch.available(backend, DEVICE)
+    if not ready:
+        pytest.skip(f"{backend}: {reason}")
+    monkeypatch.setenv(dispatch.VARIABLE, backend)
+
+
+@pytest.mark.parametrize("op", [op for op in SCHEMAS if op not in BITWISE])
+@pytest.mark.parametrize("backend", [*KERNELS, "reference"])
+def test_ops(backend: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every op on the device against float64 code, as on the CPU; gradients by columns, too."""
+    force(backend, monkeypatch)
+    run(op, cases.on(DEVICE, cases.example(op)))
+    if op in cases.ELEMENTWISE + cases.BITS8:
+        run(op, cases.on(DEVICE, cases.elementwise(op, torch.bfloat16, how="columns")))
+    elif op in cases.APPLIES or op == "column_norms":
+        unsound = None if op == "column_norms" else 3
+        for dtype in (torch.float32, torch.bfloat16):
+            a = cases.on(DEVICE, cases.matrices(op, dtype, how="columns", unsound=unsound))
+            before = [w.clone() for w in a.get("params", [])]
+            run(op, a)
+            assert all(
+                torch.equal(x, w) for x, w in zip(before[3:], a.get("params", [])[3:], strict=True)
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("how", ["rows", "columns", "slice"])
+@pytest.mark.parametrize("basis", ["dct2", "dct3"])
+@pytest.mark.parametrize("op", ops_cosines.COSINES)
+def test_cosines(
+    op: str, basis: str, how: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every kind of length, among them primes, of which cuFFT makes convolutions; several tiles."""
+    force("triton", monkeypatch)
+    for n in (1, 2, 12, 35, 64, 97, 131, 256, 509):
+        flag = n % 2 == 0
+        keys = {"by_row": flag, "moved": flag, "ranking": ("l1", "l2")[flag]}
+        a = ops_cosines.arguments(op, dtype, n=n, how=how, basis=basis, **keys)
+        with monkeypatch.context() as patch:
+            if n == 131:  # as what is too large for one transform
+                patch.setattr(cosine, "TILE_ELEMENTS", dict.fromkeys((False, True), 40 * n))
+            run(op, cases.on(DEVICE, a))
+
+
+def test_an_unsound_lift_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    force("triton", monkeypatch)
+    for dtype in (torch.float32, torch.bfloat16):
+        for basis in ("dct2", "dct3"):
+            own = ops_cosines.arguments("cosine_lift_add_", dtype, basis=basis, unsound=2)
+            a = cases.on(DEVICE, own)
+            before = [w.clone() for w in a["params"]]
+            run("cosine_lift_add_", a)
+            same = [torch.equal(w, old) for w, old in zip(a["params"], before, strict=True)]
+            assert same == [False, False, True, False]
+
+
+def test_scores_are_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No atomics: the order in which programs run changes no bit."""
+    force("triton", monkeypatch)
+    a = cases.on(DEVICE, ops_cosines.arguments("cosine_scores", torch.float32, n=384,
+                                               widths=(3000, 1)))  # fmt: skip
+    assert fuses_cosine(a["grads"][0], 384)
+    first = cases.call("cosine_scores", a)
+    assert first is not None
+    for _ in range(10):
+        again = cases.call("cosine_scores", a)
+        assert again is not None
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("op", BITWISE)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_bits_equal_those_of_the_reference(
+    backend: str, op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force(backend, monkeypatch)
+    arguments = cases.storage(op, torch.float32)
+    here, there = cases.on("cpu", arguments), cases.on(DEVICE, arguments)
+    cases.call(op, there)
+    monkeypatch.setenv(dispatch.VARIABLE, "reference")
+    cases.call(op, here)
+    for name in ("codes", "scales", "outs"):
+        for a, b in zip(here.get(name, []), there.get(name, []), strict=True):
+            assert torch.equal(a, b.cpu()), name
+    if op == "quantize_blockwise_":
+        for x, c, s in zip(here["xs"], here["codes"], here["scales"], strict=True):
+            check_stored(c, s, x.double(), True, op)
+
+
+METHODS = {"svd": GaLoreAdamW, "cosines": DCTAdamW}
+
+
+def training(method: str = "svd") -> tuple[list[torch.nn.Parameter], LowRankOptimizer]:
+    """One step past the refresh: the next ones only project, adapt and apply."""
+    generator = torch.Generator().manual_seed(1)
+    params = []
+    for shape in SHAPES.values():
+        param = torch.nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE))
+        param.grad = torch.randn(shape, generator=generator).to(DEVICE)
+        params.append(param)
+    own = {"transform": "fft"} if method == "cosines" else {}
+    optimizer = METHODS[method](params, lr=1e-2, rank=3, update_proj_gap=10**6, **own)
+    for _ in range(2):  # refreshes, then compiles and loads what a step without one needs
+        optimizer.step()
+    torch.cuda.synchronize()
+    return params, optimizer
+
+
+def on_device(params: list[torch.nn.Parameter], optimizer: LowRankOptimizer) -> list[Tensor]:
+    """Weights and state that a step writes on the device, in order."""
+    states = [optimizer.state[p] for p in params]
+    kept = [x for state in states for x in state.values() if isinstance(x, Tensor) and x.is_cuda]
+    return [*(p.data for p in params), *kept]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_replay_of_a_captured_step_is_the_eager_step(
+    backend: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph holds the host's scalars of the step it captured: it repeats that step's bits.
+
+    Gradients are read where they lie, so that a replay sees those of the day.
+    """
+    force(backend, monkeypatch)
+    (params, optimizer), (others, eager) = training(method), training(method)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # records, and runs nothing
+        optimizer.step()
+    for p, q in zip(params, others, strict=True):
+        assert p.grad is not None and q.grad is not None
+        q.grad.normal_()
+        p.grad.copy_(q.grad)
+    graph.replay()
+    eager.step()
+    pairs = zip(on_device(params, optimizer), on_device(others, eager), strict=True)
+    for i, (a, b) in enumerate(pairs):
+        assert torch.equal(a, b), i
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("backend", [*KERNELS, "reference"])
+def test_a_step_without_a_refresh_never_waits(
+    backend: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host runs ahead of the device: steps ask it nothing, non-finite gradients included."""
+    force(backend, monkeypatch)
+    params, optimizer = training(method)
+    assert params[0].grad is not None
+    params[0].grad[0, 0] = torch.nan
+    before = [p.detach().clone() for p in params]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    moved = [not torch.equal(p, old) for p, old in zip(params, before, strict=True)]
+    assert moved == [False] + [True] * (len(params) - 1)

@@ -1,0 +1,1 @@
+"""The surface that torch.optim describes: arguments, errors, conventions."""

@@ -1,0 +1,1 @@
+"""Projectors: the contract of each, and what is known of some."""

@@ -1,0 +1,204 @@
+"""The randomized SVD against the exact one: orthonormal, aligned, and near the optimal energy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lowrank_optim.subspaces import SVD, RandomizedSVD, RefreshContext
+from lowrank_optim.subspaces.randomized import mixed_matmul, orthonormal
+from lowrank_optim.tensors.matrix import matrix_view
+from tests.compare import assert_close
+
+ORTHONORMAL = 1e-5
+
+
+def context(grad: Tensor, seed: int = 0) -> RefreshContext:
+    return RefreshContext(matrix_view(grad.shape, "left"), torch.Generator().manual_seed(seed))
+
+
+def energy(basis: Tensor, grad: Tensor) -> Tensor:
+    """``|P^T G|^2`` of each matrix, in float64."""
+    return (basis.double().mT @ grad.double()).square().sum((-2, -1))
+
+
+def with_spectrum(values: Tensor, n: int, seed: int = 0, dtype: torch.dtype = torch.float32):
+    """A matrix ``(..., len(values), n)`` of those singular values and random singular vectors."""
+    g = torch.Generator().manual_seed(seed)
+    *batch, m = values.shape
+    u = torch.linalg.qr(torch.randn(*batch, m, m, generator=g, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(*batch, n, m, generator=g, dtype=torch.float64)).Q
+    return ((u * values.double().unsqueeze(-2)) @ v.mT).to(dtype)
+
+
+SPECTRA = {
+    "flat": lambda m: torch.ones(m),
+    "power law": lambda m: 1 / torch.arange(1, m + 1),
+    "exponential": lambda m: 0.7 ** torch.arange(m),
+    "slow": lambda m: 0.97 ** torch.arange(m),
+    "one spike": lambda m: torch.cat([torch.full((1,), 1e3), torch.ones(m - 1)]),
+    "rank 3": lambda m: (torch.arange(m) < 3).float(),
+    "step": lambda m: torch.where(torch.arange(m) < m // 4, 1.0, 1e-3),
+    "noise": lambda m: torch.linspace(1.8, 0.2, m),
+}
+
+
+def assert_orthonormal(basis: Tensor) -> None:
+    eye = torch.eye(basis.shape[-1], dtype=torch.float64)
+    error = (basis.double().mT @ basis.double() - eye).abs().max()
+    assert float(error) < ORTHONORMAL
+
+
+def next_iteration(basis: Tensor, grad: Tensor) -> Tensor:
+    """The basis after one more power iteration, exactly: the bar that "refined" is held to."""
+    g, q = grad.double(), basis.double()
+    return torch.linalg.qr(g @ (g.mT @ q)).Q
+
+
+@given(
+    spectrum=st.sampled_from(sorted(SPECTRA)),
+    m=st.integers(30, 70),
+    extra=st.integers(0, 60),
+    rank=st.integers(1, 20),
+    exponent=st.integers(-15, 15),
+    start=st.sampled_from(["cold", "near", "unrelated"]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    seed=st.integers(0, 5),
+)
+@example("flat", 40, 0, 8, 0, "unrelated", torch.float32, 0)
+@example("rank 3", 40, 20, 10, 0, "cold", torch.float32, 0)
+@example("rank 3", 40, 20, 10, 15, "near", torch.bfloat16, 0)
+@example("one spike", 64, 30, 16, -15, "unrelated", torch.float32, 0)
+def test_refined_until_another_iteration_would_gain_one_percent(
+    spectrum: str,
+    m: int,
+    extra: int,
+    rank: int,
+    exponent: int,
+    start: str,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    """The promise of the default projector, whatever the spectrum, scale, dtype and start."""
+    grad = with_spectrum(SPECTRA[spectrum](m) * 10.0**exponent, m + extra, seed, dtype)
+    previous = None
+    if start == "near":
+        noise = torch.randn(grad.shape, dtype=torch.float64) * grad.double().std() / 10
+        previous = SVD(rank).find((grad.double() + noise).float(), None, context(grad))
+    elif start == "unrelated":
+        previous = torch.linalg.qr(torch.randn(m, rank)).Q
+    if previous is not None:
+        previous = previous.to(dtype)
+    basis = RandomizedSVD(rank).find(grad, previous, context(grad, seed))
+    assert basis.dtype == torch.promote_types(dtype, torch.float32)
+    assert_orthonormal(basis)
+    assert float(energy(next_iteration(basis, grad), grad) / energy(basis, grad)) <= 1.01
+
+
+@given(spectrum=st.sampled_from(sorted(SPECTRA)), cold=st.booleans(), seed=st.integers(0, 3))
+def test_a_batch_is_its_matrices_one_by_one(spectrum: str, cold: bool, seed: int) -> None:
+    """Experts are refreshed together: the captured energy of each is that of its own refresh.
+
+    The bases differ, since each draws its own oversampling; both keep the one per cent.
+    """
+    values = SPECTRA[spectrum](48) * torch.tensor([[1.0], [1e4], [1e-4]])
+    grad = with_spectrum(values, 80, seed)
+    previous = None if cold else SVD(8).find(grad + 0.1 * grad.flip(0), None, context(grad))
+    together = RandomizedSVD(8).find(grad, previous, context(grad))
+    assert_orthonormal(together)
+    for i in range(3):
+        start = None if previous is None else previous[i]
+        alone = RandomizedSVD(8).find(grad[i], start, context(grad[i]))
+        ratio = float(energy(together[i], grad[i]) / energy(alone, grad[i]))
+        assert 1 / 1.01 <= ratio <= 1.01
+        assert float(energy(next_iteration(together[i], grad[i]), grad[i])) <= 1.01 * float(
+            energy(together[i], grad[i])
+        )
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_columns_are_singular_vectors_largest_first(warm: bool) -> None:
+    """Rayleigh-Ritz alignment: ``P^T G G^T P`` is diagonal and descending, not merely a span.
+
+    Adam acts on each coordinate by itself, so the directions within the span matter.
+    """
+    grad = with_spectrum(0.8 ** torch.arange(60.0), 90)
+    previous = None
+    if warm:
+        previous = torch.linalg.qr(torch.randn(60, 12)).Q
+    basis = RandomizedSVD(12).find(grad, previous, context(grad))
+    low = basis.double().mT @ grad.double()
+    gram = low @ low.mT
+    diagonal = gram.diagonal()
+    assert bool((diagonal[:-1] >= diagonal[1:]).all())
+    cosines = gram / torch.outer(diagonal, diagonal).sqrt() - torch.eye(12)
+    assert float(cosines.abs().max()) < 0.05
+    exact = SVD(12).find(grad, None, context(grad))
+    assert float((exact[:, :6].mT @ basis[:, :6]).diagonal().abs().min()) > 0.999
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.2])
+def test_orthonormal_when_squares_of_singular_values_leave_float32(decay: float) -> None:
+    """Gradients of small batches have sigma_1 / sigma_r of 1e7: a Gram matrix is singular then.
+
+    Cholesky QR of it fails or loses all orthogonality; Householder has to take over.
+    """
+    grad = with_spectrum(decay ** torch.arange(64.0), 100)
+    for previous in (None, torch.linalg.qr(torch.randn(64, 30)).Q):
+        basis = RandomizedSVD(30).find(grad, previous, context(grad))
+        assert_orthonormal(basis)
+        optimal = energy(SVD(30).find(grad, None, context(grad)), grad)
+        assert float(energy(basis, grad) / optimal) > 1 - 1e-4
+
+
+def test_a_direction_outside_the_old_basis_is_found() -> None:
+    """Without oversampling a warm start could never leave the span it started in."""
+    old = with_spectrum((torch.arange(50) < 5).float(), 70, seed=1)
+    previous = SVD(5).find(old, None, context(old))
+    new = torch.linalg.qr(torch.cat([previous, torch.randn(50, 5)], 1)).Q[:, 5:]
+    grad = new @ torch.randn(5, 70)
+    basis = RandomizedSVD(5).find(grad, previous, context(grad))
+    assert float(energy(basis, grad) / energy(new, grad)) > 0.99
+
+
+def test_the_exact_factorisation_steps_in(monkeypatch) -> None:
+    """A sketch whose eigenvalues do not converge must not cost the refresh."""
+
+    def fail(gram: Tensor) -> None:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    grad = with_spectrum(0.8 ** torch.arange(40.0), 60)
+    monkeypatch.setattr("lowrank_optim.subspaces.randomized.eigh", fail)
+    basis = RandomizedSVD(8).find(grad, None, context(grad))
+    assert_close(basis, SVD(8).find(grad, None, context(grad)))
+
+
+def test_same_seed_same_bits() -> None:
+    grad = torch.randn(40, 60)
+    one, two = (RandomizedSVD(6).find(grad, None, context(grad, 3)) for _ in range(2))
+    assert torch.equal(one, two)
+
+
+def test_orthonormal_repairs_what_one_round_of_cholesky_leaves() -> None:
+    """At condition 1e3 one round in float32 is off by 1e-2; dependent columns have no factor."""
+    q = torch.linalg.qr(torch.randn(50, 20)).Q
+    ill = q @ with_spectrum(torch.logspace(0, -3, 20), 20)
+    assert_orthonormal(orthonormal(ill))
+    dependent = torch.cat([q[:, :10], q[:, :10]], 1)
+    assert_orthonormal(orthonormal(dependent))
+    assert_orthonormal(orthonormal(torch.cat([q[:, :10], torch.zeros(50, 10)], 1)))
+    assert_close(orthonormal(q), q)
+
+
+@pytest.mark.parametrize("shape", [(30, 50), (50, 30), (2, 17, 19)])
+def test_tiled_product_of_mixed_dtypes(shape: tuple[int, ...], monkeypatch) -> None:
+    """Tiles along either side, on either operand, add up to the whole product."""
+    monkeypatch.setattr("lowrank_optim.subspaces.randomized.TILE_ELEMENTS", 64)
+    grad = torch.randn(shape).bfloat16()
+    a = torch.randn(*shape[:-2], 7, shape[-2])
+    b = torch.randn(*shape[:-2], shape[-1], 7)
+    assert_close(mixed_matmul(a, grad), a @ grad.float(), torch.float32)
+    assert_close(mixed_matmul(grad, b), grad.float() @ b, torch.float32)

@@ -1,0 +1,1 @@
+"""Moments when the basis moves."""
