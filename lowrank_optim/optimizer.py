@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
@@ -17,10 +16,9 @@ from torch.optim import Optimizer
 
 from lowrank_optim.checkpoints.load import load_state_dict
 from lowrank_optim.engine import tracing
-from lowrank_optim.engine.blocks import advance, catch_up, placed, step_block
+from lowrank_optim.engine.blocks import advance, catch_up, placed
 from lowrank_optim.engine.compiled import Traced
-from lowrank_optim.engine.dense import step_dense
-from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state, on_accelerator
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state
 from lowrank_optim.engine.preflight import (
     Plan,
     check_edits,
@@ -31,7 +29,7 @@ from lowrank_optim.engine.preflight import (
     moved,
     structure,
 )
-from lowrank_optim.engine.step import step_matrices
+from lowrank_optim.engine.step import step_items
 from lowrank_optim.engine.summary import Summary, summary_of
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group, canonical, check, check_rank, notices
@@ -56,9 +54,6 @@ from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
 logger = logging.getLogger(__name__)
-
-CHUNK_BYTES = {False: 1 << 22, True: 1 << 26}
-"""Low-rank gradients alive at once: within a CPU's cache, or enough to fill an accelerator."""
 
 
 class Options(TypedDict, total=False):
@@ -497,23 +492,8 @@ class LowRankOptimizer(Optimizer):
     def _step_items(
         self, items: list[ParamPlan], group: Group, chosen: Strategies, undo: Undo
     ) -> None:
-        lr, weight_decay = group["lr"], group["weight_decay"]
-        buckets: dict[Any, list[ParamPlan]] = {}
-        for item in items:
-            if item.subspace is not None and not isinstance(item.subspace, Block):
-                buckets.setdefault(item.key, []).append(item)
-                continue
-            step_one = step_dense if item.subspace is None else step_block
-            state = self._state_of(item, chosen)
-            undo.begin(state)
-            step_one(item, state, chosen, lr, weight_decay)
-            undo.done(state)
-        for bucket in buckets.values():
-            size = _chunk_size(bucket[0], chosen)
-            for i in range(0, len(bucket), size):
-                chunk = bucket[i : i + size]
-                states = [self._state_of(item, chosen) for item in chunk]
-                step_matrices(chunk, states, chosen, lr, weight_decay, undo)
+        state_of = partial(self._state_of, chosen=chosen)
+        step_items(items, state_of, chosen, group["lr"], group["weight_decay"], undo)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in ``torch.optim``; within a compiled graph too, where gradients are let go of."""
@@ -580,12 +560,3 @@ def _check_fit(name: str, subspace: Subspace, residual: Residual) -> None:
             f"{type(residual).__name__} does not go with {type(subspace).__name__}, the subspace "
             f"of {name}: {reason}; take another of the two, or Drop"
         )
-
-
-def _chunk_size(item: ParamPlan, chosen: Strategies) -> int:
-    assert item.subspace is not None and item.view is not None
-    shapes = item.subspace.coord_shapes(item.view).values()
-    size = 4 * sum(math.prod(shape) for shape in shapes)
-    if chosen.residual.wants == "memory":
-        size += 4 * item.param.numel()
-    return max(1, CHUNK_BYTES[on_accelerator(item.param)] // max(1, size))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import PROJECTORS, LowRankOptimizer, methods
-from lowrank_optim.engine import blocks, dense, fused, plan, refresh, step
+from lowrank_optim.engine import blocks, dense, plan, refresh, step
+from lowrank_optim.engine.fused import base
 from lowrank_optim.subspaces.base import Projector
 from lowrank_optim.subspaces.fixed import FixedBasis
 from lowrank_optim.tensors.matrix import PROJ_TYPES
@@ -173,6 +174,5 @@ def train(
 
 def branching(patch: pytest.MonkeyPatch, on_accelerator: Callable[[Tensor], bool]) -> None:
     """Let the phases of a step take a tensor's device for one that hosts may not wait for."""
-    for phase in (plan, step, dense, refresh, blocks, fused):
-        if hasattr(phase, "branchless"):
-            patch.setattr(phase, "branchless", on_accelerator)
+    for phase in (plan, step, dense, refresh, blocks, base):
+        patch.setattr(phase, "on_accelerator", on_accelerator)

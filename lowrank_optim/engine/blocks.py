@@ -9,8 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.engine import fused
-from lowrank_optim.engine.dense import step_dense
+from lowrank_optim.engine.bucket import Bucket, warn_skipped
 from lowrank_optim.engine.plan import (
     ParamPlan,
     State,
@@ -122,24 +121,30 @@ def _switch_(
     state["refresh_step"].copy_(state["step"])
 
 
-def step_block(
+class IdleBlock:
+    """A block without moments moves by the residual alone; an active one is a dense parameter."""
+
+    def can_step(self, bucket: Bucket) -> bool:
+        """A block whose turn it is not."""
+        block = isinstance(bucket.items[0].subspace, Block)
+        return block and int(bucket.states[0]["refresh_step"]) < 0
+
+    def step_(self, bucket: Bucket) -> None:
+        """The term of the residual, on all of the tensor."""
+        (item,), (state,), chosen, lr, weight_decay, _ = bucket
+        _step_idle(item, state, chosen, lr, weight_decay)
+
+
+def _step_idle(
     item: ParamPlan, state: State, chosen: Strategies, lr: float | Tensor, weight_decay: float
 ) -> None:
-    """One step of a block: by the rule, dense, while it is active, else by the residual alone."""
-    began = int(state["refresh_step"])
-    if began >= 0:
-        if fused.can_step_block(item, state, chosen, lr):
-            fused.step_block_(item, state, chosen, lr, weight_decay, since=began)  # type: ignore[arg-type]
-            return
-        step_dense(item, state, chosen, lr, weight_decay, since=began)
-        return
     view = item.view
     assert view is not None and item.param.grad is not None
     param, grad = view.of(item.param), view.of(item.param.grad)
     (norm,) = ops.total_norms([grad])
     state["step"] += 1
     if not on_accelerator(grad) and not norm.isfinite():
-        logger.warning("the gradient of %s is not finite: its step is skipped", item.name)
+        warn_skipped(item)
         return
     none, size = Rows(0), chosen.rule.step_size(lr, float(state["step"]), param)
     if isinstance(size, Tensor) and size.numel() == 1 and not on_accelerator(param):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
+from lowrank_optim.engine.bucket import Bucket, warn_skipped
 from lowrank_optim.engine.plan import (
     ParamPlan,
     State,
@@ -24,35 +25,42 @@ from lowrank_optim.engine.plan import (
 )
 from lowrank_optim.ops.quant import Moment, Quantized
 from lowrank_optim.rules.base import compute_dtype
+from lowrank_optim.subspaces.block import Block
 
 logger = logging.getLogger(__name__)
 
 
-def step_dense(
+class Dense:
+    """The rule alone, on the whole tensor: parameters without a subspace, and active blocks."""
+
+    def can_step(self, bucket: Bucket) -> bool:
+        """One that is not projected."""
+        subspace = bucket.items[0].subspace
+        return subspace is None or isinstance(subspace, Block)
+
+    def step_(self, bucket: Bucket) -> None:
+        """Torch's own step where its arithmetic is the same, else in tiles."""
+        (item,), (state,), chosen, lr, weight_decay, _ = bucket
+        began = 0 if item.subspace is None else int(state["refresh_step"])
+        _step(item, state, chosen, lr, weight_decay, since=began)
+
+
+def _step(
     item: ParamPlan,
     state: State,
     chosen: Strategies,
     lr: float | Tensor,
     weight_decay: float,
-    since: int = 0,
+    since: int,
 ) -> None:
-    """One step of a parameter without a subspace: the rule alone, on the whole tensor.
-
-    Args:
-        item: the parameter.
-        state: its state.
-        chosen: what its group chose.
-        lr: learning rate.
-        weight_decay: decoupled decay.
-        since: steps it had taken before its moments began.
-    """
+    """One step; ``since`` is how many it had taken before its moments began."""
     factor = 1.0 if item.subspace is None else chosen.lr_scale
     param, grad, rule = item.param, item.param.grad, chosen.rule
     assert grad is not None
     norm = ops.matrix_norm(grad if grad.dim() > 1 else grad.reshape(1, -1))
     if not on_accelerator(grad) and not norm.isfinite().all():
         state["step"] += 1
-        logger.warning("the gradient of %s is not finite: its step is skipped", item.name)
+        warn_skipped(item)
         return
     keys = [slot.name for slot in rule.slots(param.shape)]
     same = all(x.dtype == param.dtype for x in (grad, *(state[k] for k in keys)))

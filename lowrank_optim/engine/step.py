@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.engine import fused
+from lowrank_optim.engine.blocks import IdleBlock
+from lowrank_optim.engine.bucket import Bucket, BucketStep, warn_skipped
+from lowrank_optim.engine.dense import Dense
+from lowrank_optim.engine.fused import FUSED
 from lowrank_optim.engine.plan import (
     ParamPlan,
     State,
@@ -29,14 +33,19 @@ from lowrank_optim.residuals import Drop, ResidualInputs
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.stores import scale_key
 from lowrank_optim.subspaces.base import Target, identity
+from lowrank_optim.subspaces.block import Block
 from lowrank_optim.tensors.matrix import shares_memory
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
 logger = logging.getLogger(__name__)
 
 
+CHUNK_BYTES = {False: 1 << 22, True: 1 << 26}
+"""Low-rank gradients alive at once: within a CPU's cache, or enough to fill an accelerator."""
+
+
 @dataclass(eq=False, slots=True)
-class Work:
+class MatrixStep:
     """One matrix on its way through a step."""
 
     item: ParamPlan
@@ -54,19 +63,16 @@ class Work:
         return self.norm.isfinite()
 
 
-def step_matrices(
-    items: Sequence[ParamPlan],
-    states: Sequence[State],
-    chosen: Strategies,
-    lr: float | Tensor,
-    weight_decay: float,
-    undo: Undo,
-) -> None:
-    """One step of a bucket of matrices that share view, subspace, dtype and device."""
-    with undo:
-        if fused.takes(items, states, chosen, lr):
-            fused.step_(items, states, chosen, lr, weight_decay, undo)  # type: ignore[arg-type]
-            return
+class Phases:
+    """refresh?, project, adapt, apply: what every matrix can be stepped by."""
+
+    def can_step(self, bucket: Bucket) -> bool:
+        """Any bucket of matrices."""
+        return True
+
+    def step_(self, bucket: Bucket) -> None:
+        """The phases, each over the whole bucket but the last."""
+        items, states, chosen, lr, weight_decay, undo = bucket
         work = [_project(i, state, chosen, undo) for i, state in zip(items, states, strict=True)]
         torch._foreach_add_([w.state["step"] for w in work], [torch.ones(())] * len(work))
         _measure(work)
@@ -82,7 +88,53 @@ def step_matrices(
             _apply(w, own, chosen, lr, weight_decay, undo)
 
 
-def _measure(work: Sequence[Work]) -> None:
+WAYS: tuple[BucketStep, ...] = (IdleBlock(), Dense(), Phases())
+"""What steps a bucket that no fused step takes; the first that can."""
+
+
+def step_bucket(bucket: Bucket) -> None:
+    """One step of a bucket; its ``undo`` knows what to put back if that raises."""
+    way = next(way for way in (*FUSED, *WAYS) if way.can_step(bucket))
+    for state in bucket.states:
+        bucket.undo.begin(state)
+    way.step_(bucket)
+    for state in bucket.states:
+        bucket.undo.done(state)
+
+
+def step_items(
+    items: Sequence[ParamPlan],
+    state_of: Callable[[ParamPlan], State],
+    chosen: Strategies,
+    lr: float | Tensor,
+    weight_decay: float,
+    undo: Undo,
+) -> None:
+    """One step of parameters of a group: alike matrices together, as many as a cache takes."""
+    buckets: dict[Any, list[ParamPlan]] = {}
+    for item in items:
+        if item.subspace is not None and not isinstance(item.subspace, Block):
+            buckets.setdefault(item.key, []).append(item)
+            continue
+        step_bucket(Bucket([item], [state_of(item)], chosen, lr, weight_decay, undo))
+    for alike in buckets.values():
+        size = _chunk_size(alike[0], chosen)
+        for i in range(0, len(alike), size):
+            chunk = alike[i : i + size]
+            states = [state_of(item) for item in chunk]
+            step_bucket(Bucket(chunk, states, chosen, lr, weight_decay, undo))
+
+
+def _chunk_size(item: ParamPlan, chosen: Strategies) -> int:
+    assert item.subspace is not None and item.view is not None
+    shapes = item.subspace.coord_shapes(item.view).values()
+    size = 4 * sum(math.prod(shape) for shape in shapes)
+    if chosen.residual.wants == "memory":
+        size += 4 * item.param.numel()
+    return max(1, CHUNK_BYTES[on_accelerator(item.param)] // max(1, size))
+
+
+def _measure(work: Sequence[MatrixStep]) -> None:
     """Norms of all coordinates, one call for each; of gradients that they do not see whole."""
     if work[0].item.subspace is not None and not work[0].item.subspace.sees_all:
         norms = [ops.total_norms([w.grad for w in work])]
@@ -92,16 +144,15 @@ def _measure(work: Sequence[Work]) -> None:
         w.norm = own[0] if len(own) == 1 else torch.stack(own).sum()
 
 
-def _is_finite(w: Work) -> bool:
+def _is_finite(w: MatrixStep) -> bool:
     finite = math.isfinite(w.norm)
     if not finite:
-        logger.warning("the gradient of %s is not finite: its step is skipped", w.item.name)
+        warn_skipped(w.item)
     return finite
 
 
-def _project(item: ParamPlan, state: State, chosen: Strategies, undo: Undo) -> Work:
+def _project(item: ParamPlan, state: State, chosen: Strategies, undo: Undo) -> MatrixStep:
     """Phases one and two: refresh the basis if it is due, then take coordinates."""
-    undo.begin(state)
     view, subspace = item.view, item.subspace
     assert view is not None and subspace is not None and item.param.grad is not None
     grad, step = item.param.grad, int(state["step"])
@@ -121,11 +172,11 @@ def _project(item: ParamPlan, state: State, chosen: Strategies, undo: Undo) -> W
     time = step + 1 - (last if chosen.on_refresh == "reset" else 0)
     if chosen.maximize:
         coords = {name: x.neg_() for name, x in coords.items()}
-    return Work(item, state, grad, coords, float(time))
+    return MatrixStep(item, state, grad, coords, float(time))
 
 
 def _adapt(
-    work: Sequence[Work], coord: str, chosen: Strategies, undo: Undo
+    work: Sequence[MatrixStep], coord: str, chosen: Strategies, undo: Undo
 ) -> list[tuple[Tensor, float]]:
     """Phase three: directions of one coordinate, moments read, updated and written back."""
     grads = [w.coords[coord] for w in work]
@@ -152,14 +203,14 @@ def _adapt(
     return list(zip(directions, corrections, strict=True))
 
 
-def _older_(w: Work, coord: str) -> Tensor:
+def _older_(w: MatrixStep, coord: str) -> Tensor:
     """The age of each row, this step included."""
     age = w.state[age_key(coord)]
     return age.add_(w.finite if on_accelerator(age) else 1)
 
 
 def _apply(
-    w: Work,
+    w: MatrixStep,
     directions: dict[str, tuple[Tensor, float]],
     chosen: Strategies,
     lr: float | Tensor,

@@ -43,9 +43,10 @@ class Undo:
                 copies[key] = spare.pop().copy_(entry) if spare else entry.clone()
 
     def done(self, state: State) -> None:
-        """The weights have been written."""
-        self.taken += 1
-        self._forget(id(state))
+        """The weights have been written, or the step is over."""
+        if id(state) in self._kept:
+            self.taken += 1
+            self._forget(id(state))
 
     def _forget(self, number: int) -> None:
         copies = self._kept.pop(number)[-1]

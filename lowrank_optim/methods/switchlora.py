@@ -18,8 +18,9 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
+from lowrank_optim.engine.bucket import Bucket
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
-from lowrank_optim.engine.step import step_matrices
+from lowrank_optim.engine.step import step_bucket
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group
 from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
@@ -235,7 +236,8 @@ class SwitchLoRAAdamW(LowRankOptimizer):
             buckets.setdefault((*entry[0].key, item.view, item.subspace), []).append(entry)
         for bucket in buckets.values():
             wholes, states = zip(*bucket, strict=True)
-            step_matrices(wholes, states, chosen, group["lr"], group["weight_decay"], undo)
+            lr, weight_decay = group["lr"], group["weight_decay"]
+            step_bucket(Bucket(wholes, states, chosen, lr, weight_decay, undo))
 
     def _as_weight(self, item: FactorItem, chosen: Strategies) -> tuple[ParamPlan, State]:
         """A triple as the weight W0 and a state that holds factors and gradients too."""

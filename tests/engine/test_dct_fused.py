@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowrank_optim import DCTAdamW, DCTAdamW8bit, GaLoreAdamW, attach_in_backward
+from lowrank_optim.engine.bucket import Bucket
+from lowrank_optim.engine.fused import FusedCosines
+from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops import native
 from tests import cases, runs
 from tests.compare import TOLERANCES, relative
@@ -37,7 +40,8 @@ def stepped(
             (item,) = optimizer._items(optimizer.param_groups[0])
             chosen = optimizer._strategies(optimizer.param_groups[0])
             lr = optimizer.param_groups[0]["lr"]
-            fused += fused.takes([item], [optimizer.state[weight]], chosen, lr)
+            state = optimizer.state[weight]
+            fused += FusedCosines().can_step(Bucket([item], [state], chosen, lr, 0.0, Undo()))
         optimizer.step()
     return weight.detach(), optimizer, fused
 
@@ -174,7 +178,7 @@ def test_a_fused_step_is_its_parts_to_the_bit(how: str) -> None:
     for fused in (True, False):
         with pytest.MonkeyPatch.context() as patch:
             if not fused:
-                patch.setattr("lowrank_optim.engine.step.fused.takes", lambda *_: False)
+                patch.setattr("lowrank_optim.engine.step.FUSED", ())
             end, optimizer, _ = stepped(start, grads, how, slot_bias_correction=True)
             found.append([end, *optimizer.state_dict()["state"][0].values()])
     for a, b in zip(*found, strict=True):

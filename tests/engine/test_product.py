@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank_optim.engine import fused
+from lowrank_optim.engine.fused import FusedCosines, FusedRows
 from lowrank_optim.ops import dispatch, native, quant
 from lowrank_optim.stores import STORES
 from lowrank_optim.subspaces.base import Target, identity, make_projector, view_for
@@ -83,26 +83,28 @@ def one_pass(subspace: str, residual: str) -> Iterator[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("subspace", "residual", "path"),
     [
-        pytest.param("dct, fft", "dropped", "_step_cosines_", marks=needs_native),
-        *itertools.product(("rows", "columns"), ("dropped", "free, sign", "free, sgd"), ("step_",)),
+        pytest.param("dct, fft", "dropped", FusedCosines, marks=needs_native),
+        *itertools.product(
+            ("rows", "columns"), ("dropped", "free, sign", "free, sgd"), (FusedRows,)
+        ),
     ],
 )
 def test_one_pass_steps(
-    subspace: str, residual: str, path: str, monkeypatch: pytest.MonkeyPatch
+    subspace: str, residual: str, path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fast paths have conditions that few of the drawn cases fulfil."""
     monkeypatch.setenv(dispatch.VARIABLE, NATIVE)
-    taken, step = [], getattr(fused, path)
+    taken, step = [], path.step_
 
     def spied(*args: Any) -> None:
         taken.append(path)
         step(*args)
 
-    monkeypatch.setattr(fused, path, spied)
+    monkeypatch.setattr(path, "step_", spied)
     for case in one_pass(subspace, residual):
         taken.clear()
         assert not compare(subspace, residual, case)
-        assert len(taken) == (STEPS if path == "_step_cosines_" else 2 * STEPS)
+        assert len(taken) == (STEPS if path is FusedCosines else 2 * STEPS)
 
 
 NARROW = ("dropped", *(name for name in RESIDUALS if name.startswith("feedback")))

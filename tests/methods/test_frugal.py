@@ -492,7 +492,7 @@ def test_tiles_are_the_fused_pass(projector: str, free: str, monkeypatch: Any) -
     grads = cases.gradients((6, 11), STEPS, torch.float32)
     options = {"projector": projector, "free_rule": free}
     want, *_ = follow("adamw", start, grads, **options)
-    monkeypatch.setattr("lowrank_optim.engine.fused.takes", lambda *_: False)
+    monkeypatch.setattr("lowrank_optim.engine.step.FUSED", ())
     monkeypatch.setattr("lowrank_optim.subspaces.coordinate.fusible", lambda into, term: False)
     got, *_ = follow("adamw", start, grads, **options)
     assert_close(got[-1], want[-1])
@@ -510,7 +510,7 @@ def test_a_bad_gradient_changes_nothing(projector: str) -> None:
             with pytest.MonkeyPatch.context() as patch:
                 if forced:
                     cases.branching(patch, lambda tensor: True)
-                    patch.setattr("lowrank_optim.engine.blocks.branchless", lambda tensor: True)
+                    patch.setattr("lowrank_optim.engine.blocks.on_accelerator", lambda tensor: True)
                 params = [nn.Parameter(cases.parameter((6, 11), torch.float32)) for _ in range(4)]
                 group = {"params": params, "density": 0.25, "projector": projector}
                 optimizer = FrugalAdamW([group], lr=0.1)
@@ -577,7 +577,7 @@ def test_one_pass_takes_the_steps_of_the_phases(kind: str, monkeypatch: pytest.M
         torch.manual_seed(0)
         param = torch.nn.Parameter(torch.randn(70, 45))
         if not whole:
-            monkeypatch.setattr("lowrank_optim.engine.fused.takes", lambda *_: False)
+            monkeypatch.setattr("lowrank_optim.engine.step.FUSED", ())
         group = {"params": [param], "density": 0.3, "projector": kind, "update_proj_gap": 3}
         optimizer = FrugalAdamW([group], lr=1e-2, weight_decay=0.1)
         for step in range(7):
