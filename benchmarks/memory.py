@@ -243,9 +243,10 @@ def plot(rows: Sequence[Row], title: str, budget: float, path: Path) -> None:
             label = part if bar == 0 else None
             axes.barh(y, size / GIB, left=left, color=COLOURS[part], label=label)
             left += size / GIB
-        fits = " fits" if e.fits(budget) else ""
-        text = axes.text(left + 0.4, y, f"{left:.1f}{fits}", va="center", fontsize=9, zorder=3)
-        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+        text = f"{left:.1f} fits" if e.fits(budget) else f"{left:.1f}"
+        inside = left < budget / GIB < left + 4.4  # beside the bar it would lie on the line
+        at, side = (left - 0.4, "right") if inside else (left + 0.4, "left")
+        axes.text(at, y, text, va="center", ha=side, fontsize=9)
     axes.axvline(budget / GIB, color="black", linestyle="--", label=f"{budget / GIB:g} GiB")
     axes.set_yticks([y for y, _ in labels], [name for _, name in labels])
     axes.invert_yaxis()
