@@ -1,11 +1,17 @@
 """The examples of README and docs/ run as they stand, and what these pages point to exists."""
 
+import ast
+import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import lowrank_optim
 from lowrank_optim import PROJECTORS
+from lowrank_optim.nn import convert
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -112,3 +118,77 @@ def test_figures_of_what_fits_are_those_of_readme() -> None:
     shown = re.findall(r"\| (\d+\.\d\d) \|", table.split("\n## ")[0])
     assert len(shown) == 4
     assert all(re.search(rf"\| \**{re.escape(x)}\** ", readme) for x in shown), shown
+
+
+CLASSES = {
+    "galore": "GaLoreAdamW",
+    "fira": "FiraAdamW",
+    "frugal": "FrugalAdamW",
+    "dct_adamw": "DCTAdamW",
+    "sst": "SSTAdamW",
+    "switchlora": "SwitchLoRAAdamW",
+}
+"""The page of a method, and the class whose options its table lists."""
+
+
+def options(page: Path) -> dict[str, Any]:
+    """Options and defaults of the first table of the section, but for defaults that depend."""
+    section = page.read_text(encoding="utf-8").split("## Options")[1].split("\n## ")[0]
+    found = {}
+    for row in re.findall(r"^\| (`.*?) \| (.*?) \|", section.split("\n\n|")[1], re.M):
+        names, defaults = (x.replace("`", "").split(", ") for x in row)
+        values = defaults * len(names) if len(defaults) == 1 else defaults
+        for name, value in zip(names, values, strict=True):
+            if "(" not in value:  # a formula
+                found[name] = ast.literal_eval(value)
+    return found
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_defaults_of_option_tables_are_those_of_the_class(name: str) -> None:
+    listed = options(DOCS / "algorithms" / f"{name}.md")
+    optimizer = getattr(lowrank_optim, CLASSES[name])([torch.nn.Parameter(torch.ones(256, 256))])
+    parameters = inspect.signature(type(optimizer)).parameters
+    own = {key for key, x in parameters.items() if x.kind is x.KEYWORD_ONLY}
+    assert own <= listed.keys() | {"iterations_per_round"}, own - listed.keys()
+    for key, value in listed.items():
+        assert optimizer.defaults["rank" if key == "density" else key] == value, key
+
+
+def attaches(name: str, mode: Any, modules: bool = False, **options: Any) -> bool:
+    model = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.Linear(16, 8))
+    form = {"SST": "sst", "SwitchLoRA": "switchlora"}.get(name.removesuffix("AdamW"), "")
+    groups = convert(model, form, rank=4) if modules else model.named_parameters()
+    rank = {} if modules or "density" in options or name == "FrugalAdamW" else {"rank": 4}
+    optimizer = getattr(lowrank_optim, name)(groups, **rank, **options)
+    try:
+        with lowrank_optim.attach_in_backward(optimizer, mode):
+            model(torch.randn(4, 32)).square().mean().backward()
+            optimizer.step()
+    except ValueError as error:
+        assert "use mode='step'" in str(error)
+        return False
+    return True
+
+
+def test_table_of_what_each_method_can_do() -> None:
+    """docs/choosing.md: every method steps inside backward; who projects, and on what condition."""
+    directions = {"free_rule": "none", "projector": "rsvd", "density": 0.25}
+    text = (DOCS / "choosing.md").read_text(encoding="utf-8").split("## What each can do")[1]
+    said = dict(re.findall(r"^\| ([\w-]+) \| yes \| (.*?) \|", text.split("\n## ")[0], re.M))
+    assert said.pop("GaLore") == said.pop("SST") == "yes"
+    assert said.pop("Fira").startswith("no")
+    assert said.pop("FRUGAL") == 'with `free_rule="none"` and a projector other than `block`'
+    assert said.pop("DCT-AdamW") == "with `update_proj_gap` above 1 and no error feedback"
+    assert said.pop("SwitchLoRA") == "as modules" and not said
+    assert all(attaches(name, "step") for name in CLASSES.values())
+    assert attaches("GaLoreAdamW", "project") and attaches("SSTAdamW", "project")
+    assert not attaches("FiraAdamW", "project")
+    assert attaches("FrugalAdamW", "project", **directions)
+    assert not attaches("FrugalAdamW", "project", **{**directions, "projector": "block"})
+    assert not attaches("FrugalAdamW", "project", **{**directions, "free_rule": "sign"})
+    assert attaches("DCTAdamW", "project", update_proj_gap=2)
+    assert not attaches("DCTAdamW", "project")
+    assert not attaches("DCTAdamW", "project", update_proj_gap=2, error_feedback="8bit")
+    assert attaches("SwitchLoRAAdamW", "project", modules=True)
+    assert not attaches("SwitchLoRAAdamW", "project")
