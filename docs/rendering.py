@@ -10,6 +10,8 @@ from griffe import Alias, Extension, Object
 from latex2mathml.converter import convert
 
 MATH = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>', re.DOTALL)
+BAR = re.compile("<mo[^>]*>(&#x0007C;|[|])</mo>")
+"""Of a norm: an operator would keep its distance from what it encloses."""
 BLOCK = re.compile(
     r"^\.\. math::(?P<first>[^\n]*)\n(?P<rest>(?:[ ]+[^\n]*\n|\n(?=[ ]))*)", re.MULTILINE
 )
@@ -22,7 +24,8 @@ def on_page_content(content: str, **_: Any) -> str:
 
     def drawn(found: re.Match[str]) -> str:
         display = "block" if found[1] == "div" else "inline"
-        return convert(html.unescape(found[2]).strip(), display=display)
+        drawn = convert(html.unescape(found[2]).strip(), display=display)
+        return BAR.sub('<mi mathvariant="normal">|</mi>', drawn)
 
     return MATH.sub(drawn, content)
 

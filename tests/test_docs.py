@@ -192,3 +192,10 @@ def test_table_of_what_each_method_can_do() -> None:
     assert not attaches("DCTAdamW", "project", update_proj_gap=2, error_feedback="8bit")
     assert attaches("SwitchLoRAAdamW", "project", modules=True)
     assert not attaches("SwitchLoRAAdamW", "project")
+
+
+def test_every_public_name_is_in_the_api_page() -> None:
+    listed = re.findall(r"^::: lowrank_optim\.([\w.]+)$", (DOCS / "api.md").read_text(), re.M)
+    modules = {"memory", "presets"}
+    assert modules <= {name.partition(".")[0] for name in listed}
+    assert {*lowrank_optim.__all__} - modules - {"PROJECTORS"} <= {*listed}
