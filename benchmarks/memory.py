@@ -79,9 +79,13 @@ def methods(rank: int) -> dict[str, tuple[type[Optimizer] | str, dict[str, Any]]
 
 
 def measure(
-    model: str, rank: int, tokens: int | None = None, checkpointing: bool = False
+    model: str,
+    rank: int,
+    tokens: int | None = None,
+    checkpointing: bool = False,
+    only: Sequence[str] | None = None,
 ) -> list[Row]:
-    """The rows of ``model``, a key of :data:`~benchmarks.common.LLAMA_SHAPES`."""
+    """The rows of ``model``, a key of :data:`~benchmarks.common.LLAMA_SHAPES`; ``only`` these."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):  # once for all rows
@@ -107,6 +111,8 @@ def measure(
 
     rows = []
     for name, (optimizer, options) in methods(rank).items():
+        if only is not None and name not in only:
+            continue
         live, step, accumulated = (
             one(optimizer, options, how, n) for how, n in ((None, 1), ("step", 1), ("step", 2))
         )
@@ -226,17 +232,21 @@ def plot(rows: Sequence[Row], title: str, budget: float, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 6.4), layout="constrained")
+    named = [(n, name, e) for n, row in enumerate(rows) for name, e in drawn(row)]
+    height = 1.4 + 0.28 * len(named) + 0.1 * len(rows)
+    figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
     labels = []
-    for i, row in enumerate(rows):
-        for j, (name, e) in enumerate(drawn(row)):
-            y, left = 3.4 * i + j, 0.0
-            labels.append((y, name.strip()))
-            for part, size in segments(e).items():
-                label = part if i == j == 0 else None
-                axes.barh(y, size / GIB, left=left, color=COLOURS[part], label=label)
-                left += size / GIB
-            axes.text(left + 0.4, y, f"{left:.1f}", va="center", fontsize=9)
+    for bar, (n, name, e) in enumerate(named):
+        y, left = bar + 0.4 * n, 0.0
+        labels.append((y, f'mode="{name.strip()}"' if name.startswith(" ") else name))
+        for part, size in segments(e).items():
+            label = part if bar == 0 else None
+            axes.barh(y, size / GIB, left=left, color=COLOURS[part], label=label)
+            left += size / GIB
+        text = f"{left:.1f} fits" if e.fits(budget) else f"{left:.1f}"
+        inside = left < budget / GIB < left + 4.4  # beside the bar it would lie on the line
+        at, side = (left - 0.4, "right") if inside else (left + 0.4, "left")
+        axes.text(at, y, text, va="center", ha=side, fontsize=9)
     axes.axvline(budget / GIB, color="black", linestyle="--", label=f"{budget / GIB:g} GiB")
     axes.set_yticks([y for y, _ in labels], [name for _, name in labels])
     axes.invert_yaxis()
@@ -245,7 +255,7 @@ def plot(rows: Sequence[Row], title: str, budget: float, path: Path) -> None:
     axes.set_xlabel("GiB" if known else "GiB, without activations")
     axes.set_title(title, loc="left")
     axes.margins(x=0.08)
-    axes.legend(ncols=6, loc="upper center", bbox_to_anchor=(0.45, -0.1), frameon=False)
+    axes.legend(ncols=6, loc="upper center", bbox_to_anchor=(0.45, -0.7 / height), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -276,8 +286,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpointing", action="store_true", help="of every layer")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, in bytes")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="rows, as the table names them")
     args = parser.parse_args(arguments)
-    rows = measure(args.model, args.rank, args.tokens, args.checkpointing)
+    known = methods(args.rank)
+    if unknown := [name for name in args.only or () if name not in known]:
+        parser.error(f"--only: no row is called {unknown[0]!r}; the rows are {', '.join(known)}")
+    rows = measure(args.model, args.rank, args.tokens, args.checkpointing, args.only)
     budget = round(args.budget_gib * GIB)
     name = args.model.replace("llama", "LLaMA").replace("m", "M").replace("b", "B")
     about = f"{name}, rank {args.rank}, bfloat16 weights"

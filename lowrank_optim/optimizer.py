@@ -19,6 +19,7 @@ from lowrank_optim.engine import tracing
 from lowrank_optim.engine.blocks import advance, catch_up, placed
 from lowrank_optim.engine.compiled import Traced
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state
+from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.engine.preflight import (
     Plan,
     check_edits,
@@ -121,7 +122,7 @@ def with_defaults(cls: type[LowRankOptimizer], options: Options) -> Group:
     return {**DEFAULTS, **given}
 
 
-class LowRankOptimizer(Optimizer):
+class LowRankOptimizer(PlannedOptimizer):
     """Base of every method: a subclass says which rule and residual its groups mean.
 
     Args:

@@ -379,7 +379,7 @@ def attach_in_backward(
     in its buckets. Train the module itself on every rank instead. For ``"step"``, average in a hook
     on each parameter that is registered before; for ``"project"``, with ``first_basis="boundary"``,
     before ``step()``, where ``p.grad.coords`` is all there is to send of a matrix
-    (``docs/performance.md``).
+    (``docs/guides/inside_backward.md``).
 
     Args:
         optimizer: any optimizer of this package, also as accelerate or Lightning wrapped it.

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.checkpoints.form import Entries
+from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.groups import Group
 from lowrank_optim.ops import quant
 from lowrank_optim.ops.quant import Quantized
 from lowrank_optim.rules import AdamW, Lion, Slot
 from lowrank_optim.stores import scale_key
-
-if TYPE_CHECKING:
-    from lowrank_optim.optimizer import LowRankOptimizer
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 """Where a state dict hides what FSDP must not gather; the optimizer's own state has it flat."""
@@ -49,7 +47,7 @@ def without_defaults(group: Mapping[str, Any]) -> Group:
     return {k: v for k, v in group.items() if k not in drop}
 
 
-def rule_of(optimizer: LowRankOptimizer) -> type[AdamW] | type[Lion]:
+def rule_of(optimizer: PlannedOptimizer) -> type[AdamW] | type[Lion]:
     """The rule whose moments bitsandbytes keeps too.
 
     Raises:

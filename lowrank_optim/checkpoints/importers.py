@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -14,11 +14,9 @@ from lowrank_optim.checkpoints import bitsandbytes_state as bnb
 from lowrank_optim.checkpoints.form import Entries
 from lowrank_optim.checkpoints.load import StateDict, check_fit
 from lowrank_optim.engine.plan import ParamPlan, init_state
+from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.groups import Group, canonical
 from lowrank_optim.rules import AdamW, Lion
-
-if TYPE_CHECKING:
-    from lowrank_optim.optimizer import LowRankOptimizer
 
 FACTORS = {"exp_avg_sq_row": "exp_avg_sq_col", "exp_avg_sq_col": "exp_avg_sq_row"}
 """Adafactor's means along rows and columns change places where the matrix is seen transposed."""
@@ -35,7 +33,7 @@ class ProjectorRecord:
 
 
 def import_galore_torch(
-    checkpoint: str | os.PathLike[str] | IO[bytes] | Mapping[str, Any], optimizer: LowRankOptimizer
+    checkpoint: str | os.PathLike[str] | IO[bytes] | Mapping[str, Any], optimizer: PlannedOptimizer
 ) -> StateDict:
     r"""A galore-torch checkpoint as a state dict for ``optimizer.load_state_dict``.
 
@@ -90,7 +88,7 @@ def import_galore_torch(
 
 
 def import_bitsandbytes(
-    checkpoint: str | os.PathLike[str] | IO[bytes] | Mapping[str, Any], optimizer: LowRankOptimizer
+    checkpoint: str | os.PathLike[str] | IO[bytes] | Mapping[str, Any], optimizer: PlannedOptimizer
 ) -> StateDict:
     r"""A bitsandbytes checkpoint as a state dict for ``optimizer.load_state_dict``.
 
@@ -148,7 +146,7 @@ def import_bitsandbytes(
     return {"state": state, "param_groups": groups}
 
 
-def export_bitsandbytes(optimizer: LowRankOptimizer) -> StateDict:
+def export_bitsandbytes(optimizer: PlannedOptimizer) -> StateDict:
     """The state of ``optimizer`` as a state dict for bitsandbytes.
 
     Load it into ``bitsandbytes.optim.AdamW8bit`` or ``Lion8bit`` with the same parameters in groups
@@ -195,7 +193,7 @@ def export_bitsandbytes(optimizer: LowRankOptimizer) -> StateDict:
 
 
 def _opened(
-    checkpoint: str | os.PathLike[str] | IO[bytes] | Mapping[str, Any], optimizer: LowRankOptimizer
+    checkpoint: str | os.PathLike[str] | IO[bytes] | Mapping[str, Any], optimizer: PlannedOptimizer
 ) -> tuple[Mapping[Any, Entries], list[Group]]:
     """The state of each parameter, bitsandbytes' unwrapped, and the groups under our names.
 
@@ -221,7 +219,7 @@ def _opened(
     return {i: bnb.unwrapped(entry) for i, entry in theirs["state"].items()}, groups
 
 
-def _expected(optimizer: LowRankOptimizer, group: Group, item: ParamPlan) -> Mapping[str, Tensor]:
+def _expected(optimizer: PlannedOptimizer, group: Group, item: ParamPlan) -> Mapping[str, Tensor]:
     """The state that ``optimizer`` would make for a parameter, on the meta device."""
     like = torch.empty_like(item.param, device="meta")
     return init_state(item, optimizer._strategies(group), like)

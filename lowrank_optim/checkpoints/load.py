@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +18,11 @@ from lowrank_optim.engine.plan import (
     init_state,
     on_host,
 )
+from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.groups import Group, canonical
 from lowrank_optim.stores import scale_key
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.tensors.values import as_dtype, readable
-
-if TYPE_CHECKING:
-    from lowrank_optim.optimizer import LowRankOptimizer
 
 StateDict = dict[str, Any]
 STRUCTURE = ("rank", "proj_type", "projector", "basis", "flatten")
@@ -32,7 +30,7 @@ STRUCTURE = ("rank", "proj_type", "projector", "basis", "flatten")
 
 
 def load_state_dict(
-    optimizer: LowRankOptimizer, torch_load: Callable[[StateDict], None], state_dict: StateDict
+    optimizer: PlannedOptimizer, torch_load: Callable[[StateDict], None], state_dict: StateDict
 ) -> None:
     """Let torch load the groups and run every hook, and put the state in place ourselves.
 
@@ -86,7 +84,7 @@ def load_state_dict(
             handle.remove()
 
 
-def hold_blocks(optimizer: LowRankOptimizer) -> None:
+def hold_blocks(optimizer: PlannedOptimizer) -> None:
     """Give moments to idle blocks too, zeros, until the next step takes them back.
 
     For readers that fill in the entries which an optimizer has and look for no others:
@@ -151,7 +149,7 @@ def _placed(key: str, value: Any, param: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_fit(
-    optimizer: LowRankOptimizer, groups: list[Group], saved: Mapping[int, Entries]
+    optimizer: PlannedOptimizer, groups: list[Group], saved: Mapping[int, Entries]
 ) -> dict[int, dict[str, torch.dtype]]:
     """Compare every saved entry with the state that this optimizer would make.
 
@@ -186,7 +184,7 @@ def check_fit(
 
 
 def _fitting(
-    optimizer: LowRankOptimizer, item: ParamPlan, chosen: Strategies, loaded: Group, found: Entries
+    optimizer: PlannedOptimizer, item: ParamPlan, chosen: Strategies, loaded: Group, found: Entries
 ) -> dict[str, torch.dtype]:
     """Dtypes of the entries of one parameter, all of which are what its state may hold."""
     with _named(optimizer, item, loaded):
@@ -206,7 +204,7 @@ def _fitting(
 
 
 @contextmanager
-def _named(optimizer: LowRankOptimizer, item: ParamPlan, loaded: Group) -> Iterator[None]:
+def _named(optimizer: PlannedOptimizer, item: ParamPlan, loaded: Group) -> Iterator[None]:
     """Say in an error about a value whose it is."""
     try:
         yield
@@ -219,7 +217,7 @@ def _named(optimizer: LowRankOptimizer, item: ParamPlan, loaded: Group) -> Itera
 
 
 def _same_structure(
-    optimizer: LowRankOptimizer,
+    optimizer: PlannedOptimizer,
     here: ParamPlan,
     there: ParamPlan,
     mine: Group,
@@ -242,7 +240,7 @@ def _same_structure(
 
 
 def _same_shapes(
-    optimizer: LowRankOptimizer,
+    optimizer: PlannedOptimizer,
     item: ParamPlan,
     loaded: Group,
     found: Mapping[str, Tensor],
@@ -270,7 +268,7 @@ def _format(key: str, entries: Mapping[str, Tensor]) -> str:
 
 
 def _misfit(
-    optimizer: LowRankOptimizer, name: str, what: str, theirs: Any, mine: Any, loaded: Group
+    optimizer: PlannedOptimizer, name: str, what: str, theirs: Any, mine: Any, loaded: Group
 ) -> ValueError:
     return ValueError(
         f"checkpoint written by {loaded['method']} does not fit {name} in "

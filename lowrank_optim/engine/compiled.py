@@ -11,24 +11,22 @@ import itertools
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import optimizer as torch_optimizer
 
+from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.groups import Group
-
-if TYPE_CHECKING:
-    from lowrank_optim.optimizer import LowRankOptimizer
 
 _SCHEMA = "(str optimizer, Tensor(a!)[] params, Tensor[] grads, int[] which, bool grad_mode) -> ()"
 _NAME = "lowrank_optim::step_"
 _PLAIN = (Tensor, Parameter)
 
 _numbers = itertools.count()
-_optimizers: weakref.WeakValueDictionary[str, LowRankOptimizer] = weakref.WeakValueDictionary()
+_optimizers: weakref.WeakValueDictionary[str, PlannedOptimizer] = weakref.WeakValueDictionary()
 """Optimizers by the name that stands for them in a graph, where an object cannot be."""
 
 
@@ -39,7 +37,7 @@ class Traced:
     too, and each change of one compiled again.
     """
 
-    def __init__(self, optimizer: LowRankOptimizer, before: Traced | None = None) -> None:
+    def __init__(self, optimizer: PlannedOptimizer, before: Traced | None = None) -> None:
         # a string, as compilers turn numbers that differ between two calls into variables
         self.name: str = str(next(_numbers)) if before is None else before.name
         self.groups = optimizer.param_groups

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lowrank_optim.engine.plan import ParamPlan, init_state
+from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.groups.linear_maps import EMBEDDING, HEAD, names_linear_map
-
-if TYPE_CHECKING:
-    from lowrank_optim.groups.values import Group
-    from lowrank_optim.optimizer import LowRankOptimizer
+from lowrank_optim.groups.values import Group
 
 ENOUGH = 0.5
 """Share of the parameters in matrices that an optimizer should project, or say that it does not."""
@@ -81,7 +79,7 @@ def binary(size: int) -> str:
     return f"{size} B"
 
 
-def summary_of(optimizer: LowRankOptimizer) -> Summary:
+def summary_of(optimizer: PlannedOptimizer) -> Summary:
     """See :meth:`lowrank_optim.LowRankOptimizer.summary`."""
     found: list[tuple[Group, ParamPlan]] = [
         (group, item)
@@ -122,13 +120,13 @@ def _entries(items: Iterator[ParamPlan] | list[ParamPlan]) -> int:
     return sum(item.param.numel() for item in items)
 
 
-def _rates(optimizer: LowRankOptimizer, group: Group) -> Rates:
+def _rates(optimizer: PlannedOptimizer, group: Group) -> Rates:
     lr = group["lr"]
     lr = float("nan") if lr is None or (isinstance(lr, Tensor) and not lr.is_cpu) else float(lr)
     return Rates(lr, lr * optimizer.projected_factor(group))
 
 
-def _state(optimizer: LowRankOptimizer, found: list[tuple[Group, ParamPlan]]) -> Iterator[Tensor]:
+def _state(optimizer: PlannedOptimizer, found: list[tuple[Group, ParamPlan]]) -> Iterator[Tensor]:
     """What is there; of parameters that have no state yet, what will be."""
     for group, item in found:
         state = optimizer.state.get(item.param)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
-from lowrank_optim.tensors.matrix import MatrixView
-
-if TYPE_CHECKING:
-    from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.terms import Term, Wants
+from lowrank_optim.tensors.matrix import MatrixView
 
 State = dict[str, Tensor]
 

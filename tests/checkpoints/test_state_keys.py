@@ -1,4 +1,4 @@
-"""``docs/checkpoints.md`` names every entry of every state."""
+"""``docs/guides/checkpoints.md`` names every entry of every state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from tests import cases, runs
 
-DOCS = Path(__file__).parents[2] / "docs" / "checkpoints.md"
+DOCS = Path(__file__).parents[2] / "docs" / "guides" / "checkpoints.md"
 MOMENTS = {"exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "momentum_buffer"}
 VARIANTS = [
     ("FrugalAdamW", {"projector": "rsvd"}),

@@ -23,22 +23,24 @@ def modules(root: Path) -> dict[str, Path]:
 
 MODULES = modules(ROOT)
 EVERY = MODULES | modules(BENCHMARKS)
-ROLES = ("subspaces", "rules", "residuals", "transports", "stores")
-PHASES = ("plan", "refresh", "dense", "onepass", "step", "undo")
-BASE = ("ops", "matrix", "quant", "state_checks")
 ACCELERATORS = {"triton", "ctypes", "bitsandbytes"}
-ALLOWED = {
-    # what a layer may import of the package, besides itself; matrix is arithmetic on shapes, and
-    # state_checks looks at numbers
-    "quant": set[str](),
-    "ops": {"quant"},
-    "matrix": set[str](),
-    "undo": set[str](),
-    "state_checks": set[str](),
-    **{role: {*ROLES, *BASE} for role in ROLES},
-    "projected": set[str](),
-    **{name: {*ROLES, *PHASES, *BASE, "projected"} for name in PHASES},
-}
+LAYERS: tuple[set[str], ...] = (
+    {"ops"},
+    {"tensors"},
+    {"rules"},
+    {"subspaces"},
+    {"residuals", "transports"},
+    {"stores"},
+    {"groups"},
+    {"engine"},
+    {"checkpoints"},
+    {"optimizer"},
+    {"methods", "backward", "nn", "presets"},
+    {"memory"},
+    {"integrations", ""},
+)
+"""What is in the package, from the bottom up: a layer imports those before it, and itself."""
+HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 
 
 def is_type_checking(node: ast.AST) -> bool:
@@ -73,21 +75,17 @@ def layer(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_dependencies_point_one_way(name: str) -> None:
-    """methods -> optimizer, step -> roles -> ops; only the package itself imports methods.
+def test_dependencies_point_down(name: str) -> None:
+    """Also those that only annotations use. Members of one layer do not import each other.
 
     Accelerators are behind ops alone, so that everything else runs, and is tested, without them.
     """
-    own = layer(name)
-    names = imported(name)
+    own, names = layer(name), imported(name, typing=True)
     if own != "ops":
         assert not {n.split(".")[0] for n in names} & ACCELERATORS
     inner = {layer(n) for n in names if n.split(".")[0] == "lowrank_optim"} - {own}
-    if own and own != "integrations":  # which use the package as anybody does
-        assert "methods" not in inner
-        assert "__version__" not in inner and "" not in inner
-    if own in ALLOWED:
-        assert inner <= ALLOWED[own]
+    assert own in HEIGHT, f"{own} has no place among LAYERS"
+    assert {other for other in inner if HEIGHT[other] >= HEIGHT[own]} == set()
 
 
 def test_benchmarks_use_the_package_as_anybody_does() -> None:
@@ -133,15 +131,6 @@ def test_no_two_modules_import_each_other() -> None:
     assert circles(typing=False) == set()
 
 
-FOR_TYPES = {
-    frozenset({"lowrank_optim.residuals", "lowrank_optim.subspaces.base"}),
-    frozenset(
-        f"lowrank_optim.{name}" for name in ("checkpoint", "compiled", "optimizer", "summary")
-    ),
-}
-"""Circles closed only by names that annotations use. To be emptied: add none."""
-
-
-def test_no_new_circle_for_types() -> None:
-    """Who mends one takes it out of the table."""
-    assert circles(typing=True) == FOR_TYPES
+def test_no_circle_for_types_either() -> None:
+    """Nor closed by names that annotations alone use."""
+    assert circles(typing=True) == set()

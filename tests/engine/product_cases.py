@@ -81,7 +81,7 @@ REFUSED = {
     "factors of a weight and a residual": "its coordinates are of factors of the weight",
     "rows with steps of their own and a rule by the step": "rows cannot count steps of their own",
 }
-"""Pairs that are not supported, and what the error says (docs/algorithms.md has the same)."""
+"""Pairs that are not supported, and what the error says (docs/algorithms/index.md has the same)."""
 
 
 def refusal(subspace: str, residual: str, case: dict[str, Any]) -> str | None:
@@ -123,7 +123,7 @@ def one(subspace: str, generator: random.Random, **fixed: Any) -> dict[str, Any]
     if diagonal and case["rule"] == "lion":
         case["proj_type"] = generator.choice(PROJ_TYPES[:-1])
     # the core of a matrix in its own singular vectors is zero outside the diagonal but for
-    # rounding, which Lion makes full steps of and AdamW divides by eps (docs/algorithms.md)
+    # rounding, which Lion makes full steps of and AdamW divides by eps (docs/algorithms/galore.md)
     case["eps"] = 0.1 if diagonal else 1e-8
     return case
 

@@ -447,6 +447,16 @@ def test_peaks_with_activations(capsys):
     assert "256 tokens, checkpointed" in printed and "▪ activations" in printed
 
 
+def test_command_restricts_its_rows(capsys):
+    arguments = ["--model", "llama-60m", "--rank", "128", "--only", "GaLore 8-bit"]
+    table.main(arguments)
+    printed = capsys.readouterr().out
+    assert "GaLore 8-bit" in printed and "AdamW bf16" not in printed and "FRUGAL" not in printed
+    with pytest.raises(SystemExit):
+        table.main([*arguments, "GaLore 4-bit"])
+    assert "no row is called 'GaLore 4-bit'; the rows are AdamW bf16," in capsys.readouterr().err
+
+
 def test_command_prints_writes_and_draws_the_same_figures(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")  # no figure breaks over two lines
     out = tmp_path / "deep" / "m.json"
