@@ -374,17 +374,20 @@ class LowRankOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = [self._checked(group) for group in self.param_groups]
+        with tracing.hosted():
+            self._step_groups([self._checked(group) for group in self.param_groups])
+        return loss
+
+    def _step_groups(self, work: list[tuple[Strategies, list[Item], list[Item]]]) -> None:
         if not self.state:
             self._introduce(any(ready for *_, ready in work))
+        self._make_state()
         undo = Undo()
         try:
-            with tracing.hosted():
-                self._make_state()
-                for group, (chosen, items, ready) in zip(self.param_groups, work, strict=True):
-                    with undo:
-                        self._advance(items, ready, chosen, undo)
-                        self._step_items(ready, group, chosen, undo)
+            for group, (chosen, items, ready) in zip(self.param_groups, work, strict=True):
+                with undo:
+                    self._advance(items, ready, chosen, undo)
+                    self._step_items(ready, group, chosen, undo)
         except BaseException as error:
             count = sum(i.alone or i.subspace is not None for *_, ready in work for i in ready)
             error.add_note(
@@ -392,7 +395,6 @@ class LowRankOptimizer(Optimizer):
                 "the others are as they were"
             )
             raise
-        return loss
 
     def _introduce(self, ready: bool) -> None:
         """Say before the first step what it will do, and what it will not.
