@@ -357,7 +357,9 @@ class LowRankOptimizer(PlannedOptimizer):
         if torch.compiler.is_dynamo_compiling():
             if closure is None and self._traced.step():
                 return None
-            torch._dynamo.skip_frame("step() with a closure, hooks or tensor subclasses")
+            skip = getattr(torch._dynamo, "skip_frame", None)  # torch 2.6 has none: two breaks
+            if skip is not None:
+                skip("step() with a closure, hooks or tensor subclasses")
         return self._step_eagerly(closure)
 
     # one boundary for compilers: what a step does is decided by numbers on the host
