@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -14,6 +16,7 @@ pytest.register_assert_rewrite(
 )
 
 torch.set_num_threads(1)  # the suite runs in parallel processes; results do not depend on cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so do the processes that tests start
 
 settings.register_profile(
     "lowrank_optim", deadline=None, max_examples=20, derandomize=True, database=None
