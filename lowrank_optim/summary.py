@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank_optim import tracing
 from lowrank_optim.linear_maps import EMBEDDING, HEAD, names_linear_map
 from lowrank_optim.plan import Item, init_state
 
@@ -94,6 +95,8 @@ def summary_of(optimizer: LowRankOptimizer) -> Summary:
     dense = sorted((x for x in matrices if not _is_low(x)), key=lambda x: -x.param.numel())
     groups = {id(group): group for group, item in found if _is_low(item)}.values()
     rates = dict.fromkeys(_rates(optimizer, group) for group in groups)
+    with tracing.hosted():  # which blocks begin may be drawn, and a fake draw says nothing
+        state_bytes = sum(x.nbytes for x in _state(optimizer, found))
     return Summary(
         method=type(optimizer).__name__,
         tensors=len(found),
@@ -102,7 +105,7 @@ def summary_of(optimizer: LowRankOptimizer) -> Summary:
         projected=_entries(low),
         matrices=_entries(matrices),
         dense=tuple(f"{x.name} {tuple(x.param.shape)}" for x in dense),
-        state_bytes=sum(x.nbytes for x in _state(optimizer, found)),
+        state_bytes=state_bytes,
         rates=tuple(rates),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -22,6 +23,15 @@ settings.register_profile(
     "lowrank_optim", deadline=None, max_examples=20, derandomize=True, database=None
 )
 settings.load_profile("lowrank_optim")
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests and libraries stay: nothing that collects garbage walks them again.
+
+    Each run of ``transformers.Trainer`` collects, which took most of the time of its tests.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -593,7 +593,9 @@ class TestMatrices:
         assert_close(w, expected)
 
     def test_coordinate_names_its_choices(self) -> None:
-        with pytest.raises(ValueError, match="free must be one of none, sgd, sign, got drop"):
+        with pytest.raises(
+            ValueError, match="free must be one of 'none', 'sgd', 'sign', got 'drop'"
+        ):
             ops.coordinate_add_([], [], [], [], 1.0, 0.1, 1.0, 1.0, "drop")
 
     def test_offsets_beyond_32_bits(self, monkeypatch: pytest.MonkeyPatch) -> None:
