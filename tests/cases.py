@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -101,6 +102,30 @@ def pairs() -> list[tuple[str, str]]:
         for projector in projector_names()
         if name in CROSSED or projector in ("svd", "columns")
     ]
+
+
+def in_turn(
+    pairs: Iterable[tuple[str, str]], values: Sequence[Hashable]
+) -> list[tuple[str, str, Any]]:
+    """Each pair with one of ``values``, so that every name and every projector meets all of them.
+
+    For what depends on method and value, or on projector and value, but not on all three.
+    """
+    met: Counter[tuple[str, Hashable]] = Counter()
+    rows: list[tuple[str, str, Any]] = []
+
+    def add(name: str, projector: str, value: Hashable) -> None:
+        met.update([(name, value), (projector, value)])
+        rows.append((name, projector, value))
+
+    pairs = list(pairs)
+    for name, projector in pairs:
+        add(name, projector, min(values, key=lambda v: (met[name, v], met[projector, v])))
+    for name, projector in pairs:
+        for value in values:
+            if not (met[name, value] and met[projector, value]):
+                add(name, projector, value)
+    return rows
 
 
 def rank_for(projector: str | None, rank: Any) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -14,11 +17,21 @@ pytest.register_assert_rewrite(
 )
 
 torch.set_num_threads(1)  # the suite runs in parallel processes; results do not depend on cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so do the processes that tests start
 
 settings.register_profile(
     "lowrank_optim", deadline=None, max_examples=20, derandomize=True, database=None
 )
 settings.load_profile("lowrank_optim")
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests and libraries stay: nothing that collects garbage walks them again.
+
+    Each run of ``transformers.Trainer`` collects, which took most of the time of its tests.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

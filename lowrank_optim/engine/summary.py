@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank_optim.engine import tracing
 from lowrank_optim.engine.plan import ParamPlan, init_state
 from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.groups.linear_maps import EMBEDDING, HEAD, names_linear_map
@@ -92,6 +93,8 @@ def summary_of(optimizer: PlannedOptimizer) -> Summary:
     dense = sorted((x for x in matrices if not _is_low(x)), key=lambda x: -x.param.numel())
     groups = {id(group): group for group, item in found if _is_low(item)}.values()
     rates = dict.fromkeys(_rates(optimizer, group) for group in groups)
+    with tracing.hosted():  # which blocks begin may be drawn, and a fake draw says nothing
+        state_bytes = sum(x.nbytes for x in _state(optimizer, found))
     return Summary(
         method=type(optimizer).__name__,
         tensors=len(found),
@@ -100,7 +103,7 @@ def summary_of(optimizer: PlannedOptimizer) -> Summary:
         projected=_entries(low),
         matrices=_entries(matrices),
         dense=tuple(f"{x.name} {tuple(x.param.shape)}" for x in dense),
-        state_bytes=sum(x.nbytes for x in _state(optimizer, found)),
+        state_bytes=state_bytes,
         rates=tuple(rates),
     )
 

@@ -174,30 +174,29 @@ def test_fact_17_a_group_without_rank_is_torch_adamw_bit_for_bit(
                 assert torch.equal(ours.state[a][key], want.state[b][key])
 
 
-@pytest.mark.parametrize("rank", [2, None])
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
-def test_fact_18_the_second_moment_of_bfloat16_weights_decays(
-    state_dtype: str, rank: int | None
-) -> None:
-    """Gradients of 1 for 5000 steps, then of 0.01 for 5000: v must follow, below 0.05.
+def test_fact_18_the_second_moment_of_bfloat16_weights_decays(state_dtype: str) -> None:
+    """Gradients of 1 for 2500 steps, then of 0.01 for 2500: v must follow, below 0.05.
 
-    At beta2 = 0.999 a step takes 1e-3 of v away, less than half a unit in the last place of
+    At beta2 = 0.9985 a step takes 1.5e-3 of v away, less than half a unit in the last place of
     bfloat16: rounded to nearest, v stays at 2.1 for ever. That was so for dense parameters with
     bfloat16 state, which went through torch's own single-tensor AdamW.
     """
-    param = torch.nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16))
-    group = {"params": [param], "rank": rank, "update_proj_gap": 100_000}
-    optimizer = GaLoreAdamW([group], lr=1e-6, state_dtype=state_dtype, projector="svd")
-    param.grad = torch.eye(8, dtype=torch.bfloat16)  # P^T G has entries of 1 and 0
+    params = [torch.nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16)) for _ in range(2)]
+    groups = [{"params": [p], "rank": rank} for p, rank in zip(params, (2, None), strict=True)]
+    options = {"update_proj_gap": 100_000, "state_dtype": state_dtype, "projector": "svd"}
+    optimizer = GaLoreAdamW(groups, lr=1e-6, betas=(0.9, 0.9985), **options)
     for size in (1.0, 0.01):
-        param.grad.copy_(size * torch.eye(8))
-        for _ in range(5000):
+        for param in params:
+            param.grad = size * torch.eye(8, dtype=torch.bfloat16)  # P^T G has size and 0
+        for _ in range(2500):
             optimizer.step()
-        key = "exp_avg_sq" if rank is None else "low.exp_avg_sq"
-        largest = float(optimizer.state[param][key].max())
-        if size == 1.0:
-            assert largest == pytest.approx(1.0, rel=0.1)
-    assert largest < 0.05
+        for param, key in zip(params, ("low.exp_avg_sq", "exp_avg_sq"), strict=True):
+            largest = float(optimizer.state[param][key].max())
+            if size == 1.0:
+                assert largest == pytest.approx(1.0, rel=0.1)
+            else:
+                assert largest < 0.05
 
 
 def test_fact_21_group_keys_are_read_live() -> None:

@@ -15,8 +15,8 @@ from lowrank_optim import GaLoreAdamW, attach_in_backward, memory, methods
 from tests import cases
 
 SHAPES = [(12, 40), (7,), (3, 8, 24), (24, 24)]
-KINDS = [
-    *[(name, projector, {}) for name, projector in cases.pairs()],
+DTYPES = (torch.float32, torch.bfloat16)
+VARIANTS: list[tuple[str, str, dict[str, Any]]] = [
     *[
         (name, "svd", {"state_dtype": "8bit"})
         for name in cases.method_names()
@@ -28,6 +28,13 @@ KINDS = [
     ("SSTAdamW", "svd", {"sampling": "mixed", "offload_inactive": True}),
     ("GaLoreAdamW", "svd", {"stochastic_rounding": True, "maximize": True}),
     ("GaLoreAdamW", "rsvd", {"on_refresh": "project"}),
+]
+KINDS = [
+    *[
+        (name, projector, {}, dtype)
+        for name, projector, dtype in cases.in_turn(cases.pairs(), DTYPES)
+    ],
+    *[(*variant, DTYPES[i % 2]) for i, variant in enumerate(VARIANTS)],
 ]
 
 
@@ -57,9 +64,8 @@ def layout(states: list[dict[str, torch.Tensor]]) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("name", "projector", "options"), KINDS, ids=[f"{a}-{b}-{c}" for a, b, c in KINDS]
+    ("name", "projector", "options", "dtype"), KINDS, ids=["-".join(map(str, x)) for x in KINDS]
 )
 def test_a_fake_step_is_a_real_one(
     name: str, projector: str, options: dict[str, Any], dtype: torch.dtype

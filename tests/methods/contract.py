@@ -270,6 +270,7 @@ def decay_reaches_bfloat16_weights(name: str) -> None:
 
     The accelerator's path multiplied first, rounded to nearest, and so never decayed at all.
     """
+    steps = 50  # the mean of thousands of entries strays by 2e-4; without decay it is off by 0.05
     for forced in (False, True):
         with pytest.MonkeyPatch.context() as patch:
             if forced:
@@ -278,8 +279,10 @@ def decay_reaches_bfloat16_weights(name: str) -> None:
                 param = nn.Parameter(torch.ones(shape, dtype=torch.bfloat16))
                 options = {"stochastic_rounding": True, "lr": 1e-2, "weight_decay": 0.1}
                 optimizer = cases.build(name, [param], **options)
-                cases.run(optimizer, [param], [[torch.zeros_like(param)]] * 200)
-                assert float(param.detach().double().mean()) == pytest.approx(0.999**200, abs=3e-3)
+                cases.run(optimizer, [param], [[torch.zeros_like(param)]] * steps)
+                assert float(param.detach().double().mean()) == pytest.approx(
+                    0.999**steps, abs=2e-3
+                )
 
 
 def branchless_is_branching(name: str) -> None:

@@ -501,11 +501,13 @@ def fingerprint() -> str:
             native.coordinate_adamw_([w], [across], [index], *moments, *factors)
             results += [w.contiguous(), *moments[0], *moments[1]]
         for op in ops_cosines.COSINES:
-            for n, basis in ((35, "dct2"), (62, "dct3"), (256, "dct2"), (192, "dct3")):
-                for how in ("rows", "columns", "slice"):
-                    a = ops_cosines.arguments(op, dtype, n=n, basis=basis, how=how)
-                    results += ops_cases.call(op, a) or []
-                    results += [x for k in WRITTEN if k in a for x in a[k]]
+            for i, (n, basis) in enumerate(
+                ((35, "dct2"), (62, "dct3"), (256, "dct2"), (192, "dct3"))
+            ):  # each length in each layout, over the three formats
+                how = ("rows", "columns", "slice")[(i + DTYPES.index(dtype)) % 3]
+                a = ops_cosines.arguments(op, dtype, n=n, basis=basis, how=how)
+                results += ops_cases.call(op, a) or []
+                results += [x for k in WRITTEN if k in a for x in a[k]]
         for x in results:
             digest.update(x.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
