@@ -11,7 +11,10 @@ import torch
 
 import lowrank_optim
 from lowrank_optim import PROJECTORS
+from lowrank_optim.groups.keys import METHODS
 from lowrank_optim.nn import convert
+from lowrank_optim.stores import STORES
+from lowrank_optim.transports import TRANSPORTS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -44,15 +47,17 @@ def name_of(page: Path) -> str:
 @pytest.mark.parametrize("page", [p for p in PAGES if examples(p)], ids=name_of)
 def test_examples_run(page: Path) -> None:
     """One namespace a page, top to bottom; the asserts in them are the test."""
-    before = set(PROJECTORS)
+    registries: tuple[dict[str, Any], ...] = (PROJECTORS, TRANSPORTS, STORES, METHODS)
+    before = [set(known) for known in registries]
     try:
         exec(
             compile("\n".join(examples(page)), str(page), "exec", dont_inherit=True),
             {"__name__": "__main__"},
         )
     finally:
-        for name in set(PROJECTORS) - before:
-            del PROJECTORS[name]
+        for known, names in zip(registries, before, strict=True):
+            for name in set(known) - names:
+                del known[name]
 
 
 def test_every_example_is_run_or_says_why_not() -> None:
@@ -199,3 +204,11 @@ def test_every_public_name_is_in_the_api_page() -> None:
     modules = {"memory", "presets"}
     assert modules <= {name.partition(".")[0] for name in listed}
     assert {*lowrank_optim.__all__} - modules - {"PROJECTORS"} <= {*listed}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_that_pages_name_exist(page: Path) -> None:
+    """A file that moved leaves its name in prose."""
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:tests|lowrank_optim|benchmarks|csrc)/[\w./]+)`", text)
+    assert [name for name in named if not (ROOT / name).exists()] == []
