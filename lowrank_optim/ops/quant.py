@@ -9,11 +9,27 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 BLOCK = 256
 """Elements that share a scale."""
 MIN_SIZE = 4096
 """Tensors with fewer elements keep float32 moments."""
+
+
+@functools.cache
+def _values(signed: bool) -> list[float]:
+    """Ascending; with data whatever mode asks first, as they are kept for the whole process."""
+    with unset_fake_temporarily():
+        values = [0.0, 1.0]
+        for decade in range(7):
+            parts = 2**decade if signed else 2 ** (decade + 1)
+            edges = torch.linspace(0.1, 1, parts + 1, dtype=torch.float32)
+            means = (edges[:-1] + edges[1:]) / 2.0
+            values += ((10 ** (decade - 6)) * means).tolist()
+            if signed:
+                values += (-(10 ** (decade - 6)) * means).tolist()
+        return sorted(values)
 
 
 @functools.cache
@@ -27,15 +43,7 @@ def dynamic_map(signed: bool, device: torch.device) -> Tensor:
     References:
         Dettmers (2015), arXiv:1511.04561; Dettmers et al. (2021), arXiv:2110.02861.
     """
-    values = [0.0, 1.0]
-    for decade in range(7):
-        parts = 2**decade if signed else 2 ** (decade + 1)
-        edges = torch.linspace(0.1, 1, parts + 1, dtype=torch.float32)
-        means = (edges[:-1] + edges[1:]) / 2.0
-        values += ((10 ** (decade - 6)) * means).tolist()
-        if signed:
-            values += (-(10 ** (decade - 6)) * means).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+    return torch.tensor(_values(signed), dtype=torch.float32, device=device)
 
 
 class Layout(NamedTuple):

@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from lowrank_optim import GaLoreAdamW, attach_in_backward, memory, methods
+from lowrank_optim import GaLoreAdamW, attach_in_backward, memory, methods, quant
 from tests import cases
 
 SHAPES = [(12, 40), (7,), (3, 8, 24), (24, 24)]
@@ -113,3 +113,16 @@ def test_inside_backward(mode: Any) -> None:
             optimizer.step()
             optimizer.zero_grad()
     assert float(optimizer.state[weight]["step"]) == 3
+
+
+def test_tables_are_those_of_real_steps_though_a_fake_one_came_first() -> None:
+    """The map of 8-bit codes was made of fake numbers, kept, and used by every step after it."""
+    tables = {signed: quant.dynamic_map(signed, torch.device("cpu")) for signed in (True, False)}
+    quant.dynamic_map.cache_clear()
+    quant._values.cache_clear()
+    with FakeTensorMode():
+        weight = nn.Parameter(torch.randn(64, 128))
+        weight.grad = torch.randn_like(weight)
+        methods.GaLoreAdamW8bit([{"params": [weight], "rank": None}]).step()
+    for signed, table in tables.items():
+        assert torch.equal(quant.dynamic_map(signed, torch.device("cpu")), table)

@@ -28,7 +28,7 @@ WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized"]
 
 def build(compiler: str, out: Path) -> Path:
     sources = [str(CSRC / f"{name}.cpp") for name in SOURCES]
-    driver = str(ROOT / "tests" / "fingerprint.cpp")
+    driver = str(ROOT / "tests" / "ops" / "fingerprint.cpp")
     command = [compiler, *FLAGS, *WARNINGS, "-o", str(out), driver, *sources]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
