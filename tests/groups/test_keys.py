@@ -23,10 +23,10 @@ from lowrank_optim import (
     LowRankOptimizer,
     SSTAdamW,
     SwitchLoRAAdamW,
-    keys,
     lowrank_groups,
     methods,
 )
+from lowrank_optim.groups import keys
 from lowrank_optim.groups.keys import ALIASES, FOREIGN, SCHEDULED, TORCH_FLAGS, TRAINERS, known_keys
 from lowrank_optim.groups.values import CHOICES, VALUES
 from lowrank_optim.nn import convert

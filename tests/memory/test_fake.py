@@ -11,7 +11,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from lowrank_optim import GaLoreAdamW, attach_in_backward, memory, methods, quant
+from lowrank_optim import GaLoreAdamW, attach_in_backward, memory, methods
+from lowrank_optim.ops import quant
 from tests import cases
 
 SHAPES = [(12, 40), (7,), (3, 8, 24), (24, 24)]
