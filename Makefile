@@ -10,7 +10,7 @@ demo: .venv/.bench  ## what LLaMA-7B needs, then AdamW against GaLore on real te
 	$(BIN)/python -m benchmarks.pretrain
 
 test: .venv/.dev  ## the test suite
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: .venv/.dev .venv/.release  ## what takes minutes
 	$(BIN)/python -m pytest -m slow

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import PROJECTORS, LowRankOptimizer, methods
-from lowrank_optim.engine import blocks, dense, plan, refresh, step
+from lowrank_optim.engine import blocks, dense, plan, step
 from lowrank_optim.engine.fused import base
 from lowrank_optim.subspaces.base import Projector
 from lowrank_optim.subspaces.fixed import FixedBasis
@@ -199,5 +199,5 @@ def train(
 
 def branching(patch: pytest.MonkeyPatch, on_accelerator: Callable[[Tensor], bool]) -> None:
     """Let the phases of a step take a tensor's device for one that hosts may not wait for."""
-    for phase in (plan, step, dense, refresh, blocks, base):
+    for phase in (plan, step, dense, blocks, base):
         patch.setattr(phase, "on_accelerator", on_accelerator)

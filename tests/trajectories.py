@@ -49,6 +49,8 @@ def runs() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for name, projector in cases.pairs():
         for options in [*OPTIONS, *OWN.get(name, [])]:
             yield name, projector, options
+    for name in ("GaLoreSGD", "GaLoreLion", "GaLoreAdafactor"):
+        yield name, "dct", {"transform": "fft"}
     for name in cases.method_names():
         if (name, "svd") not in cases.pairs():
             for options in [*OPTIONS[:1], *OPTIONS[3:4], *OWN.get(name, [])]:

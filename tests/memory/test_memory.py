@@ -451,7 +451,7 @@ def test_peaks_with_activations(capsys, monkeypatch):
     asked = []
     monkeypatch.setattr(table, "measure", lambda *args, **keys: asked.append((args, keys)) or found)
     table.main(["--model", "llama-60m", "--rank", "128", "--tokens", "256", "--checkpointing"])
-    assert asked == [(("llama-60m", 128, 256, True), {})]
+    assert asked == [(("llama-60m", 128, 256, True, None), {})]
     printed = capsys.readouterr().out
     assert "256 tokens, checkpointed" in printed and "▪ activations" in printed
 

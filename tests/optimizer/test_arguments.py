@@ -110,7 +110,7 @@ def refused(call: Callable[[], Any], value: Any, allowed: str) -> None:
     given = [value, *(value if isinstance(value, tuple | list) else ())]
     given += [tuple(value.shape)] if isinstance(value, torch.Tensor) else []
     assert any(repr(x) in message or f"{x}" in message for x in given), message
-    assert caught.traceback[-1].path.name in ("checks.py", "keys.py", "optimizer.py"), message
+    assert caught.traceback[-1].path.name in ("values.py", "keys.py", "optimizer.py"), message
 
 
 def test_the_table_has_a_row_for_every_argument_of_every_class() -> None:

@@ -35,10 +35,10 @@ class FusedCosines:
         subspace, view = item.subspace, item.view
         if not isinstance(subspace, DCT) or view is None or subspace.two_sided or view.batch:
             return False
-        if type(chosen.residual) is not Drop or not subspace.fused(view.m, item.param):
+        if type(chosen.residual) is not Drop or not is_plain(bucket):
             return False
         kept = bucket.states[0][slot_key("low", "exp_avg")].dtype
-        return kept == compute_dtype(item.param.dtype) and is_plain(bucket)
+        return kept == compute_dtype(item.param.dtype) and subspace.fused(view.m, item.param)
 
     def step_(self, bucket: Bucket) -> None:
         """Cosines are chosen again where it is time; the step reads moments where they stood."""
