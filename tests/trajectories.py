@@ -50,7 +50,7 @@ def runs() -> Iterator[tuple[str, str, dict[str, Any]]]:
         for options in [*OPTIONS, *OWN.get(name, [])]:
             yield name, projector, options
     for name in ("GaLoreSGD", "GaLoreLion", "GaLoreAdafactor"):
-        yield name, "dct", {"transform": "fft"}
+        yield name, "dct", {}
     for name in cases.method_names():
         if (name, "svd") not in cases.pairs():
             for options in [*OPTIONS[:1], *OPTIONS[3:4], *OWN.get(name, [])]:
