@@ -181,9 +181,8 @@ def _adapt(
     """Phase three: directions of one coordinate, moments read, updated and written back."""
     grads = [w.coords[coord] for w in work]
     keys = slot_keys(coord, grads[0].shape, chosen)
-    if not on_accelerator(
-        grads[0]
-    ):  # there a copy costs a tenth of a step, and only memory can fail
+    # on an accelerator a copy is one more pass, and between adapt and apply only memory can fail
+    if not on_accelerator(grads[0]):
         overwritten = [key for key, _ in keys]
         overwritten += [scale_key(key) for key in overwritten] + [age_key(coord)]
         for w in work:
