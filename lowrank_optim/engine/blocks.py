@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -26,7 +25,6 @@ from lowrank_optim.subspaces.block import Block
 from lowrank_optim.subspaces.coordinate import Rows
 from lowrank_optim.tensors.matrix import shares_memory
 
-logger = logging.getLogger(__name__)
 States = Mapping[Tensor, State]
 
 

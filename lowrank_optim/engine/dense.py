@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -26,8 +25,6 @@ from lowrank_optim.engine.plan import (
 from lowrank_optim.ops.quant import Moment, Quantized
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.block import Block
-
-logger = logging.getLogger(__name__)
 
 
 class Dense:

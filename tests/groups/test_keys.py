@@ -96,27 +96,31 @@ def test_lowrank_groups_knows_the_keys_of_all_methods() -> None:
         lowrank_groups(model, params=[])
 
 
-def test_every_key_of_every_class_has_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new argument without one would be read as it comes."""
-    # classes that other tests made in this process are registered too
+@pytest.fixture(autouse=True)
+def package_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classes that other tests made in this process are registered too."""
     monkeypatch.setattr(keys, "METHODS", dict(zip(methods.__all__, CLASSES, strict=True)))
+
+
+def test_every_key_of_every_class_has_a_check() -> None:
+    """A new argument without one would be read as it comes."""
     checked = {*VALUES, *CHOICES, "rank", "density", "lr", "betas", "eps"}
     checked |= {"weight_decay", "momentum"}
     for cls in CLASSES:
         assert cls.group_keys() - checked - {*cls.extra_keys} == set(), cls.__name__
-    assert known_keys() - checked >= {"form", "shapes", "indices"}  # and those of test classes
+    assert known_keys() - checked == {"form", "shapes", "indices"}
 
 
 # ------------------------------------------------------------------ of another method
 
 OTHERS: list[tuple[type[LowRankOptimizer], str, Any, str]] = [
-    (GaLoreAdamW, "interval", 20, "SwitchLoRAAdamW, SwitchLoRAAdamW8bit.* read 'interval'"),
+    (GaLoreAdamW, "interval", 20, "SwitchLoRAAdamW, SwitchLoRAAdamW8bit read 'interval'"),
     (GaLoreAdamW, "free_rule", "sign", r"FrugalAdamW, FrugalAdamW8bit, FrugalLion and 1 more read"),
-    (FiraAdamW, "error_feedback", "8bit", "DCTAdamW, DCTAdamW8bit.* read 'error_feedback'"),
-    (GaLoreAdamW, "limiter", 1.01, "FiraAdamW, FiraAdamW8bit.* read 'limiter'"),
+    (FiraAdamW, "error_feedback", "8bit", "DCTAdamW, DCTAdamW8bit read 'error_feedback'"),
+    (GaLoreAdamW, "limiter", 1.01, "FiraAdamW, FiraAdamW8bit read 'limiter'"),
     (GaLoreLion, "eps", 1e-8, r"DCTAdamW, DCTAdamW8bit, FiraAdamW and \d+ more read 'eps'"),
-    (GaLoreAdamW, "momentum", 0.9, "FrugalSGD, GaLoreSGD.* read 'momentum'"),
-    (GaLoreAdamW, "sampling", "topr", "SSTAdamW, SSTAdamW8bit.* read 'sampling'"),
+    (GaLoreAdamW, "momentum", 0.9, "FrugalSGD, GaLoreSGD read 'momentum'"),
+    (GaLoreAdamW, "sampling", "topr", "SSTAdamW, SSTAdamW8bit read 'sampling'"),
     (GaLoreAdamW, "clip_threshold", 1.0, "GaLoreAdafactor reads 'clip_threshold'"),
 ]
 

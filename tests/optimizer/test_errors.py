@@ -104,7 +104,7 @@ OURS: list[tuple[dict[str, Any], str]] = [
     ({"scale": math.nan}, r"^scale must be a finite number of at least 0, got nan$"),
     ({"proj_type": "both"}, r"'std', 'reverse_std', 'left', 'right', 'full', got 'both'$"),
     ({"projector": "qr"}, r"^projector must be one of .*'rsvd'.*, got 'qr'$"),
-    ({"on_refresh": "zero"}, r"^on_refresh must be one of 'keep', .*'reset', got 'zero'$"),
+    ({"on_refresh": "zero"}, r"^on_refresh must be one of 'keep', 'project', 'reset', got 'zero'$"),
     ({"state_dtype": "int3"}, r"^state_dtype must be one of 'float32', .*, got 'int3'$"),
     ({"seed": 0.5}, r"^seed must be an int from 0 to .*, got 0\.5$"),
 ]
