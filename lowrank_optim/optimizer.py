@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from lowrank_optim.checkpoints.load import load_state_dict
@@ -30,6 +31,9 @@ from lowrank_optim.engine.preflight import (
     moved,
     structure,
 )
+from lowrank_optim.engine.sharded import ShardedStep, local_state
+from lowrank_optim.engine.sharded.refusals import check_supported
+from lowrank_optim.engine.sharded.replicas import group_of_replicas, refresh_alike
 from lowrank_optim.engine.step import step_items
 from lowrank_optim.engine.summary import Summary, summary_of
 from lowrank_optim.engine.undo import Undo
@@ -48,6 +52,7 @@ from lowrank_optim.groups.linear_maps import is_linear_map
 from lowrank_optim.groups.notices import param_name as _name
 from lowrank_optim.residuals import Residual
 from lowrank_optim.rules.base import Rule
+from lowrank_optim.sharding.parts import is_sharded, part_of
 from lowrank_optim.stores import STORES
 from lowrank_optim.subspaces.base import PROJECTORS, Shared, Subspace, make_projector, view_for
 from lowrank_optim.subspaces.block import Block
@@ -161,6 +166,7 @@ class LowRankOptimizer(PlannedOptimizer):
             defaults = {**defaults, "rank": None}
         self._plans: dict[int, Plan] = {}
         self._shared = Shared()
+        self._replicas: tuple[ProcessGroup | None] | None = None
         super().__init__(groups, defaults)
         self._traced = Traced(self)
 
@@ -198,6 +204,7 @@ class LowRankOptimizer(PlannedOptimizer):
         super().__setstate__(state)
         self._plans = {}
         self._shared = Shared()
+        self._replicas = None
         self._traced = Traced(self, self.__dict__.get("_traced"))
         for group in self.param_groups:
             for key, value in self.defaults.items():
@@ -291,19 +298,22 @@ class LowRankOptimizer(PlannedOptimizer):
             view = view_for(group, param.shape) if self._wants(group, i) else None
             if view is None and param.dim() >= 2:
                 dense.append(_name(group, i))
-            if view is not None and hasattr(param, "placements"):
-                raise NotImplementedError(
-                    f"{_name(group, i)} is a DTensor: low-rank groups of sharded parameters are "
-                    "not supported yet"
-                )
             subspace = None
             if view is not None:
                 subspace = self.subspace(group, view).sharing(self._shared)
                 _check_fit(_name(group, i), subspace, self.residual(group))
             kind = kinds.setdefault((view, subspace), len(kinds))
-            yield ParamPlan(param, _name(group, i), start + i, view, subspace, kind)
+            part = part_of(param, None if isinstance(subspace, Block) else view, _name(group, i))
+            item = ParamPlan(param, _name(group, i), start + i, view, subspace, kind, part)
+            check_supported(item, self._strategies(group), type(self).__name__)
+            yield item
         if dense and group["rank"] is not None:
             logger.info("dense in a group of rank %s: %s", group["rank"], ", ".join(dense))
+
+    def _group_of_replicas(self) -> ProcessGroup | None:
+        """The ranks that train the same parameters in the same way, looked for at a first step."""
+        items = [item for group in self.param_groups for item in self._items(group)]
+        return group_of_replicas([i.param for i in items], [i.uid for i in items])
 
     def _wants(self, group: Group, i: int) -> bool:
         """Whether a group asks for parameter ``i`` to be projected, if it is a matrix."""
@@ -382,10 +392,13 @@ class LowRankOptimizer(PlannedOptimizer):
         self._make_state()
         undo = Undo()
         try:
+            with undo:
+                self._with_other_ranks(work, undo)
             for group, (chosen, items, ready) in zip(self.param_groups, work, strict=True):
+                here = [item for item in ready if not is_sharded(item.param)]
                 with undo:
-                    self._advance(items, ready, chosen, undo)
-                    self._step_items(ready, group, chosen, undo)
+                    self._advance(items, here, chosen, undo)
+                    self._step_items(here, group, chosen, undo)
         except BaseException as error:
             count = sum(i.alone or i.subspace is not None for *_, ready in work for i in ready)
             error.add_note(
@@ -393,6 +406,25 @@ class LowRankOptimizer(PlannedOptimizer):
                 "the others are as they were"
             )
             raise
+
+    def _with_other_ranks(
+        self, work: list[tuple[Strategies, list[ParamPlan], list[ParamPlan]]], undo: Undo
+    ) -> None:
+        """What ranks do together: all of a step of DTensors, and the refreshes of replicas."""
+        if self._replicas is None:
+            self._replicas = (self._group_of_replicas(),)
+        (alike,) = self._replicas
+        sharded, replicas = ShardedStep(), []
+        for group, (chosen, items, ready) in zip(self.param_groups, work, strict=True):
+            own = [i for i in items if is_sharded(i.param) and i.param.requires_grad]
+            if own:
+                states = [self._state_of(item, chosen) for item in own]
+                sharded.add(own, states, chosen, group["lr"], group["weight_decay"], undo)
+            if alike is not None:
+                replicas += [(item, self._state_of(item, chosen), chosen) for item in ready]
+        sharded.run(undo)
+        if alike is not None:
+            refresh_alike(replicas, alike, undo)
 
     def _introduce(self, ready: bool) -> None:
         """Say before the first step what it will do, and what it will not.
@@ -483,6 +515,8 @@ class LowRankOptimizer(PlannedOptimizer):
 
     def _state_of(self, item: ParamPlan, chosen: Strategies) -> State:
         state: State = self.state[item.param]
+        if item.part is not None and is_sharded(item.param):
+            return local_state(item, self.state[item.param], chosen)
         if not state:
             state.update(init_state(item, chosen, item.param))
             if tracing.fake_mode() is not None:

@@ -15,11 +15,12 @@ from lowrank_optim.engine.plan import (
     Strategies,
     alloc_moments,
     check_state,
-    init_state,
     on_host,
 )
 from lowrank_optim.engine.planned import PlannedOptimizer
+from lowrank_optim.engine.sharded.local import kept_as, whole_meta_state
 from lowrank_optim.groups import Group, canonical
+from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.stores import scale_key
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.tensors.values import as_dtype, readable
@@ -63,11 +64,13 @@ def load_state_dict(
     def put(_: Any) -> None:
         for group in optimizer.param_groups:
             group["method"] = type(optimizer).__name__
-        for n, param in enumerate(p for g in optimizer.param_groups for p in g["params"]):
+        for n, (item, chosen) in enumerate(_every(optimizer)):
             if n in saved:
-                optimizer.state[param] = {
-                    k: _placed(k, saved[n][k], param, dtype) for k, dtype in dtypes[n].items()
-                }
+                optimizer.state[item.param] = kept_as(
+                    item,
+                    chosen,
+                    {k: _placed(k, saved[n][k], item.param, dt) for k, dt in dtypes[n].items()},
+                )
         for group in optimizer.param_groups:
             optimizer._items(group)  # from here on edits are noticed
 
@@ -82,6 +85,13 @@ def load_state_dict(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _every(optimizer: PlannedOptimizer) -> Iterator[tuple[ParamPlan, Strategies]]:
+    """Every parameter, in order, with what its group chose."""
+    for group in optimizer.param_groups:
+        chosen = optimizer._strategies(group)
+        yield from ((item, chosen) for item in optimizer._planned(group))
 
 
 def hold_blocks(optimizer: PlannedOptimizer) -> None:
@@ -143,6 +153,10 @@ def _placed(key: str, value: Any, param: Tensor, dtype: torch.dtype) -> Tensor:
     """A contiguous copy of one saved entry, on the device it belongs to."""
     device = torch.device("cpu") if on_host(key) else param.device
     tensor: Tensor = torch.as_tensor(value).detach()
+    if is_sharded(tensor):
+        if is_sharded(param):
+            return tensor.clone().to(dtype)
+        tensor = tensor.full_tensor()  # type: ignore[attr-defined]
     placed = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     # what a device copies from and to: unpinned, the host would wait for each copy
     return placed.pin_memory() if placed.dim() and on_host(key) and param.is_cuda else placed
@@ -193,12 +207,11 @@ def _fitting(
     active = any(slot.name in found for slot in chosen.rule.slots(item.param.shape))
     last = tensors.get("refresh_step")
     active |= last is not None and bool((last >= 0).any())  # must be: nobody else has them
-    meta = torch.empty_like(item.param, device="meta")
-    expected = init_state(item, chosen, meta, active)
+    expected = whole_meta_state(item, chosen, active)
     _same_shapes(optimizer, item, loaded, tensors, expected)
     with _named(optimizer, item, loaded):
         check_state(
-            item, chosen, {k: as_dtype(k, x, expected[k].dtype) for k, x in tensors.items()}
+            item, chosen, {k: as_dtype(k, local(x), expected[k].dtype) for k, x in tensors.items()}
         )
     return {k: v.dtype for k, v in expected.items()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from lowrank_optim.ops.quant import Moment
 from lowrank_optim.residuals import Residual
 from lowrank_optim.rules.base import Rule, Slot
+from lowrank_optim.sharding.parts import Part
 from lowrank_optim.stores import Store
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.block import Block
@@ -20,7 +21,7 @@ from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
 from lowrank_optim.tensors.values import COUNTER_MAX, check_counter
 
-State = dict[str, Tensor]
+State = MutableMapping[str, Tensor]
 
 
 HOST_SCALARS = ("step", "refresh_step", "postponed", "clock", "key")
@@ -46,11 +47,28 @@ class ParamPlan:
     subspace: Subspace | None
     kind: int = 0
     """Number of its (view, subspace) among those of its group: hashing them takes a microsecond."""
+    part: Part | None = None
+    """What of it is on this rank, where it lies on several."""
+    local: Any = None
+    """What an optimizer keeps of it on this rank: its state, seen from here."""
+    tried: int = -1
+    """The step whose refresh was taken care of before it, with other ranks."""
     made: tuple[torch.Size, torch.dtype, torch.device] = field(init=False)
     """Shape, dtype and device that the parameter had then: its state is made for them."""
 
     def __post_init__(self) -> None:
         self.made = self.param.shape, self.param.dtype, self.param.device
+
+    @property
+    def uid(self) -> int:
+        """Temporary."""
+        return self.index
+
+    @property
+    def salt(self) -> tuple[int, ...]:
+        """What tells roundings of this part from those of others: equal noise is no noise."""
+        part = self.part
+        return () if part is None or part.side == "whole" else (part.rank,)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -98,9 +116,9 @@ def init_state(
     """The whole state of one parameter, all zeros, on the device of ``like``.
 
     Args:
-        item: the parameter.
+        item: the parameter, or what stands for a part of it.
         chosen: what its group chose.
-        like: a tensor on the device.
+        like: a tensor of its shape on the device.
         active: whether a block holds moments (default: if it is among the first that do).
     """
     state: State = {"step": torch.zeros((), dtype=torch.float32)}
@@ -230,7 +248,7 @@ def write_slots_(
     """Write back the moments that were copied to be read; the others are in place already."""
     for n, (key, slot, x) in enumerate(held):
         if isinstance(x, Tensor) and x is not state[key]:
-            seed = mixed(chosen.seed, item.index, int(state["step"]), 1, n)
+            seed = mixed(chosen.seed, item.index, int(state["step"]), 1, n, *item.salt)
             chosen.store.write_(state, key, slot, x, seed, finite)
 
 
@@ -238,4 +256,4 @@ def weight_seed(item: ParamPlan, state: State, chosen: Strategies) -> int | None
     """Seed of the stochastic rounding of a weight; None to round to nearest."""
     if not chosen.rounding:
         return None
-    return mixed(chosen.seed, item.index, int(state["step"]), 3)
+    return mixed(chosen.seed, item.index, int(state["step"]), 3, *item.salt)

@@ -35,8 +35,10 @@ def refresh_due(step: int, last: int, gap: int, offset: int) -> bool:
 
 def basis_due(item: ParamPlan, state: State, chosen: Strategies) -> bool:
     """Whether the next step of a matrix refreshes its basis, if its gradient allows."""
-    offset = phase(item, chosen)
-    return refresh_due(int(state["step"]), int(state["refresh_step"]), chosen.gap, offset)
+    step = int(state["step"])
+    if item.tried == step:
+        return False
+    return refresh_due(step, int(state["refresh_step"]), chosen.gap, phase(item, chosen))
 
 
 def phase(item: ParamPlan, chosen: Strategies) -> int:
@@ -68,21 +70,54 @@ def refresh_(
     A gradient that is zero or not finite says nothing about a basis, and one that no factorisation
     can take must not end a run: the refresh is counted as postponed and stays due.
     """
+    moved = find_(item, state, grad, step, chosen, look)
+    if moved is None:
+        return False
+    follow_(item, state, moved, step, chosen, sources)
+    if found is not None:
+        found.update({k: m.low for k, m in moved.items() if m.low is not None})
+    return True
+
+
+def find_(
+    item: ParamPlan,
+    state: State,
+    grad: Tensor,
+    step: int,
+    chosen: Strategies,
+    look: tuple[Tensor, Any] | None = None,
+) -> dict[str, BasisChange] | None:
+    """Find new coordinates; None, and counted, if that had to be postponed."""
     view, subspace = item.view, item.subspace
     assert view is not None and subspace is not None
     seen = None
     if subspace.needs_grad:
         norm, seen = look or subspace.look(grad)
         if not _is_informative(item, state, float(norm), step):
-            return False
+            return None
     generator = seeded(chosen.seed, item.index, step)
-    ctx = RefreshContext(view, generator, item.index, step, param=view.of(item.param), seen=seen)
+    # a part of W is of no use to what is a factor of W
+    whole = item.part is None or not item.part.sharded
+    param = view.of(item.param) if whole else None
+    ctx = RefreshContext(view, generator, item.index, step, param=param, seen=seen)
     try:
-        moved = subspace.refresh_(state, grad, ctx)
+        return subspace.refresh_(state, grad, ctx)
     except LinAlgError as error:
-        state["postponed"] += 1
-        logger.warning("refresh of %s postponed at step %d: %s", item.name, step, error)
-        return False
+        postpone_(item, state, step, str(error))
+        return None
+
+
+def follow_(
+    item: ParamPlan,
+    state: State,
+    moved: dict[str, BasisChange],
+    step: int,
+    chosen: Strategies,
+    sources: dict[str, Tensor] | None = None,
+) -> None:
+    """Let moments and ages follow their coordinates, and count the refresh."""
+    view, subspace = item.view, item.subspace
+    assert view is not None and subspace is not None
     last = int(state["refresh_step"])
     if last >= 0 and chosen.on_refresh != "keep":
         time = step - (last if chosen.on_refresh == "reset" else 0)
@@ -98,9 +133,12 @@ def refresh_(
         if own.fresh:
             _restart_(state, coord, subspace.coord_shapes(view)[coord], own.fresh, chosen)
     state["refresh_step"].fill_(step)
-    if found is not None:
-        found.update({k: m.low for k, m in moved.items() if m.low is not None})
-    return True
+
+
+def postpone_(item: ParamPlan, state: State, step: int, why: str) -> None:
+    """Count a refresh that did not come about, and say so."""
+    state["postponed"] += 1
+    logger.warning("refresh of %s postponed at step %d: %s", item.name, step, why)
 
 
 def _is_informative(item: ParamPlan, state: State, norm: float, step: int) -> bool:
@@ -138,7 +176,7 @@ def _transport(
         moments.append((slot, x, bias))
     TRANSPORTS[chosen.on_refresh](moments, moved)
     for n, (key, (slot, x, _)) in enumerate(zip(keys, moments, strict=True)):
-        seed = mixed(chosen.seed, item.index, int(time), 2, n)
+        seed = mixed(chosen.seed, item.index, int(time), 2, n, *item.salt)
         chosen.store.write_(state, key, slot, x, seed)
 
 

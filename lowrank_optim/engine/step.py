@@ -28,7 +28,7 @@ from lowrank_optim.engine.plan import (
 )
 from lowrank_optim.engine.refresh import basis_due, refresh_
 from lowrank_optim.engine.undo import Undo
-from lowrank_optim.residuals import Drop, ResidualInputs
+from lowrank_optim.residuals import Drop, Measured, ResidualInputs
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.stores import scale_key
 from lowrank_optim.subspaces.base import Target, identity
@@ -52,6 +52,12 @@ class MatrixStep:
     """Steps that the moments have seen, this one included."""
     norm: Tensor = field(init=False)
     """Of its coordinates, on its device: not finite where the gradient is not."""
+    directions: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
+    """Of each coordinate, with the factor that corrects its bias."""
+    whole: tuple[int, int] | None = None
+    """Sides of the whole matrix, where only columns are here."""
+    measured: Measured | None = None
+    """What its residual needs of the whole matrix, where others have columns of it."""
 
     @property
     def finite(self) -> Tensor:
@@ -74,14 +80,9 @@ class Phases:
         _measure(work)
         if not on_accelerator(work[0].grad):
             work = [w for w in work if _is_finite(w)]
-        if not work:
-            return
-        directions: list[dict[str, tuple[Tensor, float]]] = [{} for _ in work]
-        for coord in work[0].coords:
-            for own, result in zip(directions, _adapt(work, coord, chosen, undo), strict=True):
-                own[coord] = result
-        for w, own in zip(work, directions, strict=True):
-            _apply(w, own, chosen, lr, weight_decay, undo)
+        adapt(work, chosen, undo)
+        for w in work:
+            apply(w, chosen, lr, weight_decay, undo)
 
 
 WAYS: tuple[BucketStep, ...] = (IdleBlock(), Dense(), Phases())
@@ -114,14 +115,15 @@ def step_items(
             continue
         step_bucket(Bucket([item], [state_of(item)], chosen, lr, weight_decay, undo))
     for alike in buckets.values():
-        size = _chunk_size(alike[0], chosen)
+        size = chunk_size(alike[0], chosen)
         for i in range(0, len(alike), size):
             chunk = alike[i : i + size]
             states = [state_of(item) for item in chunk]
             step_bucket(Bucket(chunk, states, chosen, lr, weight_decay, undo))
 
 
-def _chunk_size(item: ParamPlan, chosen: Strategies) -> int:
+def chunk_size(item: ParamPlan, chosen: Strategies) -> int:
+    """How many alike matrices to step at once."""
     assert item.subspace is not None and item.view is not None
     shapes = item.subspace.coord_shapes(item.view).values()
     size = 4 * sum(math.prod(shape) for shape in shapes)
@@ -164,17 +166,31 @@ def _project(item: ParamPlan, state: State, chosen: Strategies, undo: Undo) -> M
             undo.keep(state, subspace.refreshed(state))
             refresh_(item, state, grad, step, chosen, coords)
         coords = coords or subspace.coords(state, grad, reduce=identity)
+    return begun(item, state, grad, coords, chosen)
+
+
+def begun(
+    item: ParamPlan, state: State, grad: Tensor, coords: dict[str, Tensor], chosen: Strategies
+) -> MatrixStep:
+    """A matrix whose coordinates are known, before its step is counted."""
     last = max(int(state["refresh_step"]), 0)
-    time = step + 1 - (last if chosen.on_refresh == "reset" else 0)
+    time = int(state["step"]) + 1 - (last if chosen.on_refresh == "reset" else 0)
     if chosen.maximize:
         coords = {name: x.neg_() for name, x in coords.items()}
     return MatrixStep(item, state, grad, coords, float(time))
 
 
+def adapt(work: Sequence[MatrixStep], chosen: Strategies, undo: Undo) -> None:
+    """Phase three: directions of every coordinate of alike matrices, moments updated."""
+    for coord in work[0].coords if work else ():
+        for w, result in zip(work, _adapt(work, coord, chosen, undo), strict=True):
+            w.directions[coord] = result
+
+
 def _adapt(
     work: Sequence[MatrixStep], coord: str, chosen: Strategies, undo: Undo
 ) -> list[tuple[Tensor, float]]:
-    """Phase three: directions of one coordinate, moments read, updated and written back."""
+    """Directions of one coordinate: moments are read, updated and written back."""
     grads = [w.coords[coord] for w in work]
     keys = slot_keys(coord, grads[0].shape, chosen)
     # on an accelerator a copy is one more pass, and between adapt and apply only memory can fail
@@ -204,9 +220,17 @@ def _older_(w: MatrixStep, coord: str) -> Tensor:
     return age.add_(w.finite if on_accelerator(age) else 1)
 
 
-def _apply(
+def inputs_of(w: MatrixStep) -> ResidualInputs | None:
+    """What its residual looks at; None where coordinates are not those of a basis."""
+    low, subspace = w.coords.get("low"), w.item.subspace
+    if low is None or subspace is None:
+        return None
+    finite = w.finite if on_accelerator(w.grad) else None
+    return ResidualInputs(w.grad, low, *w.directions["low"], subspace, finite, w.whole)
+
+
+def apply(
     w: MatrixStep,
-    directions: dict[str, tuple[Tensor, float]],
     chosen: Strategies,
     lr: float | Tensor,
     weight_decay: float,
@@ -216,13 +240,11 @@ def _apply(
     view, subspace = w.item.view, w.item.subspace
     assert view is not None and subspace is not None
     param = view.of(w.item.param)
-    low = w.coords.get("low")
+    low, directions = w.coords.get("low"), w.directions
     finite = w.finite if on_accelerator(param) else None
     undo.keep(w.state, chosen.residual.stepped)
-    term = None
-    if low is not None:
-        seen = ResidualInputs(w.grad, low, *directions["low"], subspace, finite)
-        term = chosen.residual.after(w.state, seen)
+    seen = inputs_of(w)
+    term = None if seen is None else chosen.residual.after(w.state, seen, w.measured)
     size = chosen.rule.step_size(lr, float(w.state["step"]), param)
     if isinstance(size, Tensor) and size.numel() == 1 and not on_accelerator(param):
         size = float(size)

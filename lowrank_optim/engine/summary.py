@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from lowrank_optim.engine import tracing
-from lowrank_optim.engine.plan import ParamPlan, init_state
+from lowrank_optim.engine.plan import ParamPlan
 from lowrank_optim.engine.planned import PlannedOptimizer
+from lowrank_optim.engine.sharded.local import meta_state
 from lowrank_optim.groups.linear_maps import EMBEDDING, HEAD, names_linear_map
 from lowrank_optim.groups.values import Group
+from lowrank_optim.sharding.parts import local
 
 ENOUGH = 0.5
 """Share of the parameters in matrices that an optimizer should project, or say that it does not."""
@@ -134,7 +135,6 @@ def _state(optimizer: PlannedOptimizer, found: list[tuple[Group, ParamPlan]]) ->
     for group, item in found:
         state = optimizer.state.get(item.param)
         if not state and (item.alone or item.subspace is not None):
-            meta = torch.empty_like(item.param, device="meta")
-            state = init_state(item, optimizer._strategies(group), meta)
-        yield from (state or {}).values()
+            state = meta_state(item, optimizer._strategies(group))
+        yield from map(local, (state or {}).values())
     yield from optimizer._shared.tensors()

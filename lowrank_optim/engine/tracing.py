@@ -34,7 +34,9 @@ def hosted() -> AbstractContextManager[Any]:
     return nullcontext() if mode is None else _Hosted(mode)
 
 
-def real_entries(make: Callable[[Tensor], dict[str, Tensor]], like: Tensor) -> dict[str, Tensor]:
+def real_entries(
+    make: Callable[[Tensor], MutableMapping[str, Tensor]], like: Tensor
+) -> dict[str, Tensor]:
     """Entries of a state that are on the host whatever the device, and need data: counters, draws.
 
     Args:

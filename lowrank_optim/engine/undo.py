@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from typing import Self
 
 import torch
 from torch import Tensor
 
-State = dict[str, Tensor]
+State = MutableMapping[str, Tensor]
 COUNTERS = ("step", "refresh_step", "postponed", "clock")
 """Entries that every step may change: kept as numbers, which costs less than a copy."""
 

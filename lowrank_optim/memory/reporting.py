@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lowrank_optim.engine.plan import on_host
 from lowrank_optim.optimizer import LowRankOptimizer
+from lowrank_optim.sharding.parts import local
 
 GIB = 2**30
 
@@ -72,7 +73,7 @@ def report(optimizer: Optimizer) -> Report:
     for param, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, Tensor):
-                kinds[_kind(key, value, param)].append(value)
+                kinds[_kind(key, value, param)].append(local(value))
     if isinstance(optimizer, LowRankOptimizer):
         kinds["basis"] += optimizer._shared.tensors()
     return Report(**{kind: storage_bytes(tensors) for kind, tensors in kinds.items()})

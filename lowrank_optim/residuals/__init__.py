@@ -1,9 +1,18 @@
 """What happens to the gradient outside the subspace: one file a member."""
 
-from lowrank_optim.residuals.base import Forgetful, Residual, ResidualInputs
+from lowrank_optim.residuals.base import Forgetful, Measured, Residual, ResidualInputs
 from lowrank_optim.residuals.drop import Drop
 from lowrank_optim.residuals.error_feedback import ErrorFeedback
 from lowrank_optim.residuals.free import Free
 from lowrank_optim.residuals.scaled import Scaled
 
-__all__ = ["Drop", "ErrorFeedback", "Forgetful", "Free", "Residual", "ResidualInputs", "Scaled"]
+__all__ = [
+    "Drop",
+    "ErrorFeedback",
+    "Forgetful",
+    "Free",
+    "Measured",
+    "Residual",
+    "ResidualInputs",
+    "Scaled",
+]

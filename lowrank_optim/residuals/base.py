@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.terms import Term, Wants
 from lowrank_optim.tensors.matrix import MatrixView
 
-State = dict[str, Tensor]
+State = MutableMapping[str, Tensor]
 
 
 class ResidualInputs(NamedTuple):
@@ -28,10 +28,25 @@ class ResidualInputs(NamedTuple):
     subspace: Subspace
     finite: Tensor | None
     """0-d bool on the device, where the host has not looked: whether G is finite."""
+    whole: tuple[int, int] | None = None
+    """Sides of the matrix, where ``grad`` has only some of its columns (default: of ``grad``)."""
+
+
+class Measured(NamedTuple):
+    """What a residual needs of a whole matrix, found from the columns that are here."""
+
+    sums: Tensor
+    """``(k, ..., 1, 1)``: those of all columns are the sum over pieces, or the root of squares."""
+    norms: bool
+    """Whether they are norms, whose squares add up."""
+    coords: int
+    """How many of them, the first, are of coordinates and not of the gradient."""
+    columns: tuple[Tensor, ...]
+    """What belongs to each column ``(..., 1, n)``, and is kept for :meth:`Residual.after`."""
 
 
 class Residual(Protocol):
-    """Asked three times a step: what to project, what to add back, and what to remember."""
+    """Asked before, during and after a step: what to project, add back, and remember."""
 
     stepped: ClassVar[Sequence[str]]
     """State keys that :meth:`after` overwrites."""
@@ -51,8 +66,20 @@ class Residual(Protocol):
         """The matrix ``(..., m, n)`` to project."""
         ...
 
-    def after(self, state: State, seen: ResidualInputs) -> Term | None:
-        """The term that joins the update."""
+    def measure(self, seen: ResidualInputs) -> Measured | None:
+        """What :meth:`after` needs of all columns; None where it needs nothing of others."""
+        ...
+
+    def after(
+        self, state: State, seen: ResidualInputs, measured: Measured | None = None
+    ) -> Term | None:
+        """The term that joins the update.
+
+        Args:
+            state: of the parameter.
+            seen: of the columns that are here.
+            measured: what :meth:`measure` found, of all columns (default: of these, which are all).
+        """
         ...
 
     def keep_(self, state: State, grad: Tensor, finite: Tensor | None) -> None:
@@ -72,6 +99,10 @@ class Forgetful:
 
     def check_state(self, state: Mapping[str, Tensor]) -> None:
         """Nothing is kept."""
+
+    def measure(self, seen: ResidualInputs) -> Measured | None:
+        """Each column alone."""
+        return None
 
     def keep_(self, state: State, grad: Tensor, finite: Tensor | None) -> None:
         """Nothing."""

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lowrank_optim.residuals.base import Forgetful, ResidualInputs, State
+from lowrank_optim.residuals.base import Forgetful, Measured, ResidualInputs, State
 from lowrank_optim.subspaces.terms import Term, Wants
 from lowrank_optim.tensors.matrix import MatrixView
 
@@ -20,6 +20,8 @@ class Drop(Forgetful):
         """Nothing."""
         return {}
 
-    def after(self, state: State, seen: ResidualInputs) -> Term | None:
+    def after(
+        self, state: State, seen: ResidualInputs, measured: Measured | None = None
+    ) -> Term | None:
         """Nothing."""
         return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.residuals.base import ResidualInputs
+from lowrank_optim.residuals.base import Measured, ResidualInputs
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.base import State, Target
 from lowrank_optim.subspaces.terms import Term, Wants
@@ -130,7 +130,13 @@ class ErrorFeedback:
             out[..., at, :] = self._error(state, at, grad.shape[-2]).add(grad.mT[..., at, :])
         return out.mT
 
-    def after(self, state: State, seen: ResidualInputs) -> Term | None:
+    def measure(self, seen: ResidualInputs) -> Measured | None:
+        """Each column alone."""
+        return None
+
+    def after(
+        self, state: State, seen: ResidualInputs, measured: Measured | None = None
+    ) -> Term | None:
         """``A <- A - P R``, and no term."""
         rest, subspace = seen.grad, replace(seen.subspace, scale=1.0)
         low = seen.low.to(rest.dtype)

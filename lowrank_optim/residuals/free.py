@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from lowrank_optim.residuals.base import Forgetful, ResidualInputs, State
+from lowrank_optim.residuals.base import Forgetful, Measured, ResidualInputs, State
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
 
@@ -28,10 +28,12 @@ class Free(Forgetful):
         """Nothing."""
         return {}
 
-    def after(self, state: State, seen: ResidualInputs) -> Term | None:
+    def after(
+        self, state: State, seen: ResidualInputs, measured: Measured | None = None
+    ) -> Term | None:
         """``gain f(G - P R)``; nothing where that is rounding, of which a sign makes full steps."""
         fresh = bool(state["refresh_step"] == state["step"] - 1)
-        m, n = seen.grad.shape[-2:]
+        m, n = seen.whole or seen.grad.shape[-2:]
         if seen.subspace.complete(m, n, fresh):
             return None
         return Term(self.kind, gain=self.gain / seen.correction)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.residuals.base import Forgetful, ResidualInputs, State
+from lowrank_optim.residuals.base import Forgetful, Measured, ResidualInputs, State
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.values import check_finite
@@ -56,37 +56,64 @@ class Scaled(Forgetful):
         """Norms."""
         check_finite(state, "residual_norm", least=0)
 
-    def after(self, state: State, seen: ResidualInputs) -> Term:
+    def measure(self, seen: ResidualInputs) -> Measured | None:
+        """Squares of the columns' scaled norms, added up; or norms of the matrix."""
+        of_low, of_grad, of_direction = self._norms(seen)
+        if not self._by_column(seen):
+            found = [of_low, of_direction, *([] if of_grad is None else [of_grad])]
+            return Measured(torch.stack(found), True, 2, ())
+        factor = of_direction / (of_low + TINY)
+        if of_grad is None:
+            return Measured(factor.new_zeros(0, *factor.shape[:-1], 1), False, 0, (factor,))
+        whole = (factor * of_grad).square().sum(-1, keepdim=True)
+        inside = (factor * of_low).square().sum(-1, keepdim=True)
+        return Measured(torch.stack([whole, inside]), False, 0, (factor,))
+
+    def after(
+        self, state: State, seen: ResidualInputs, measured: Measured | None = None
+    ) -> Term | None:
         """One factor for every column of G."""
+        measured = measured or self.measure(seen)
+        assert measured is not None
         low, direction = seen.low, seen.direction
-        by_column = self.columns and seen.subspace.by_column
-        batch = seen.grad.shape[:-2]
-
-        def norm(x: Tensor) -> Tensor:
-            if by_column:
-                (found,) = ops.column_norms([x])
-                return found  # type: ignore[no-any-return]
-            return ops.matrix_norm(x.reshape(*batch, 1, -1) if x is not seen.grad else x)
-
-        of_low = norm(low)
-        factor = norm(direction) / (of_low + TINY)
+        if measured.columns:
+            (factor,) = measured.columns
+            squares = measured.sums
+        else:
+            of_low, of_direction, *of_grad = measured.sums
+            factor = of_direction / (of_low + TINY)
+            squares = torch.stack([(factor * x).square() for x in (*of_grad, of_low)])
         if self.limiter is not None:
-            of_grad = norm(seen.grad)
-            total = self._norm(factor * of_grad, factor * of_low, seen)
+            total = self._norm(squares[0], squares[1], seen)
             factor = factor * self._limit_(state["residual_norm"], total, seen.finite)
         scale = seen.subspace.scale
         if self.paper and scale != 1:
             # a P N + a S with S = f (G - P R), as a P (N - (1 - a) f R) + a f (G - a P R)
             direction.addcmul_(low.to(direction.dtype), factor.to(direction.dtype), value=scale - 1)
             factor = factor * scale
-        shape = (*batch, 1, seen.grad.shape[-1])
+        shape = (*seen.grad.shape[:-2], 1, seen.grad.shape[-1])
         return Term("scaled", factor.expand(shape).contiguous())
 
-    def _norm(self, grad: Tensor, low: Tensor, seen: ResidualInputs) -> Tensor:
-        """``|S| (..., 1, 1)`` from the scaled norms of G and R; 0 where that is rounding noise."""
+    def _by_column(self, seen: ResidualInputs) -> bool:
+        return self.columns and seen.subspace.by_column
+
+    def _norms(self, seen: ResidualInputs) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Of R, of G where there is a limiter, and of the direction: by column or of all."""
+        batch = seen.grad.shape[:-2]
+
+        def norm(x: Tensor) -> Tensor:
+            if self._by_column(seen):
+                (found,) = ops.column_norms([x])
+                return found  # type: ignore[no-any-return]
+            return ops.matrix_norm(x.reshape(*batch, 1, -1) if x is not seen.grad else x)
+
+        of_low, of_direction = norm(seen.low), norm(seen.direction)
+        return of_low, None if self.limiter is None else norm(seen.grad), of_direction
+
+    def _norm(self, whole: Tensor, inside: Tensor, seen: ResidualInputs) -> Tensor:
+        """``|S| (..., 1, 1)`` from squares of the scaled G and R; 0 where that is rounding noise."""
         b = 1.0 if self.paper else seen.subspace.scale
-        whole = grad.square().sum(-1, keepdim=True)
-        left = whole - (2 * b - b * b) * low.square().sum(-1, keepdim=True)
+        left = whole - (2 * b - b * b) * inside
         # sums are exact to a few units of their dtype; coordinates and a basis in bfloat16 bring
         # errors of 3e-4 at most, as they average out
         noise = max(4 * torch.finfo(whole.dtype).eps, torch.finfo(seen.low.dtype).eps / 16)

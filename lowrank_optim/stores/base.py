@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from lowrank_optim.ops.quant import Moment
 from lowrank_optim.rules.base import Slot
 
-State = dict[str, Tensor]
+State = MutableMapping[str, Tensor]
 
 
 class Store(Protocol):

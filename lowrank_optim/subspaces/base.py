@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
@@ -15,7 +15,7 @@ from lowrank_optim.subspaces.terms import KINDS, Term, Wants, unknown_kind
 from lowrank_optim.tensors.matrix import MatrixView, matrix_view
 from lowrank_optim.tensors.values import check_finite
 
-State = dict[str, Tensor]
+State = MutableMapping[str, Tensor]
 Reduce = Callable[[Tensor], Tensor]
 
 
@@ -120,6 +120,16 @@ class Subspace(ABC):
     """Whether an entry of the gradient that is not finite shows in the coordinates."""
     fitted: ClassVar[bool] = False
     """Whether a basis of full rank spans the very gradient that it was found from."""
+    reads_grad: ClassVar[bool] = True
+    """Whether what a refresh finds depends on more of the gradient than its shape."""
+    indexed: ClassVar[bool] = False
+    """Whether :meth:`changed` knows how coordinates moved."""
+    whole: ClassVar[str | None] = None
+    """Why every rank must have all of a matrix; None where columns of it can be stepped alone."""
+
+    def reproducible(self, count: int) -> bool:
+        """Whether a refresh after ``count`` steps gives the same bits on every machine."""
+        return False
 
     @property
     def meaning(self) -> tuple[Any, ...]:
@@ -185,6 +195,17 @@ class Subspace(ABC):
     def look(self, grad: Tensor) -> tuple[Tensor, Any]:
         """A number that is 0 or not finite where ``grad`` tells nothing, and what else was seen."""
         return torch.linalg.vector_norm(ops.matrix_norm(grad)), None
+
+    def scores(self, grad: Tensor) -> Tensor | None:
+        """What a refresh sees of columns ``(m, n_i)``, where that of all columns is their sum.
+
+        A refresh then finds the sum in ``ctx.seen``. None where it must see the whole matrix.
+        """
+        return None
+
+    def changed(self, before: State, after: State) -> dict[str, BasisChange] | None:
+        """How coordinates moved between two states, where sets of indices tell; else None."""
+        return None
 
     @abstractmethod
     def refresh_(self, state: State, grad: Tensor, ctx: RefreshContext) -> dict[str, BasisChange]:

@@ -55,6 +55,10 @@ class Block(Subspace):
 
     needs_grad: ClassVar[bool] = False
 
+    def reproducible(self, count: int) -> bool:
+        """Turns are counted, and no number is computed."""
+        return True
+
     density: float = 0.25
     block_order: str = "random"
     position: int = 0

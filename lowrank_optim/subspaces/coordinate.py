@@ -44,6 +44,10 @@ class Coordinates(Subspace):
     needs_grad: ClassVar[bool] = False
     sees_all: ClassVar[bool] = False
 
+    def reproducible(self, count: int) -> bool:
+        """Indices are drawn, and no number is computed."""
+        return True
+
     @classmethod
     def limit(cls, view: MatrixView) -> int:
         """All of them."""
@@ -69,7 +73,7 @@ class Coordinates(Subspace):
         drawn = torch.randperm(ctx.view.m, generator=ctx.generator)[: self.rank]
         index.copy_(drawn.sort().values)
         new = index.clone()
-        return {"low": BasisChange(lambda: _shared(new, old), source=_source(new, old))}
+        return {"low": BasisChange(lambda: _shared(new, old), source=source_of(new, old))}
 
     def coord_shapes(self, view: MatrixView) -> dict[str, tuple[int, ...]]:
         """One coordinate, ``low (..., k, n)``."""
@@ -110,12 +114,12 @@ class Coordinates(Subspace):
         add_by_tiles_(into, term, self.scale, put, rows_of_tile(into.param))
 
 
-def _source(new: Tensor, old: Tensor) -> Tensor:
-    """For each entry of ``new`` where it is in ``old``, both sorted, or -1."""
-    if not len(old):
-        return new.new_empty(0)
-    at = torch.searchsorted(old, new, out_int32=True).clamp_(max=len(old) - 1)
-    return torch.where(old[at] == new, at, -1)
+def source_of(new: Tensor, old: Tensor) -> Tensor:
+    """For each entry of ``new (..., r)`` where it is in ``old``, both sorted, or -1."""
+    if not old.shape[-1]:
+        return torch.empty_like(new)
+    at = torch.searchsorted(old, new, out_int32=True).clamp_(max=old.shape[-1] - 1)
+    return torch.where(old.gather(-1, at.long()) == new, at, -1)
 
 
 def _shared(new: Tensor, old: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ class RandK(Subspace):
         Zmushko et al. (2025), arXiv:2411.07837: ``coord_choice="randk"``.
     """
 
+    whole: ClassVar[str | None] = "its entries are drawn over the whole matrix"
     needs_grad: ClassVar[bool] = False
     sees_all: ClassVar[bool] = False
 
@@ -72,6 +73,10 @@ class RandK(Subspace):
     def side(cls, proj_type: str) -> str:
         """None: as stored."""
         return "left"
+
+    def reproducible(self, count: int) -> bool:
+        """A key is drawn, and no number is computed."""
+        return True
 
     @classmethod
     def limit(cls, view: MatrixView) -> int:

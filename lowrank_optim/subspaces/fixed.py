@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from lowrank_optim.subspaces.base import (
     State,
     Target,
 )
+from lowrank_optim.subspaces.coordinate import source_of
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.values import check_index
@@ -50,6 +51,8 @@ class FixedBasis(Projector):
         update_proj_gap: steps between refreshes, of the group.
         shared: where the optimizer keeps Q.
     """
+
+    indexed: ClassVar[bool] = True
 
     ranking: str = "l2"
     update_proj_gap: int = 1
@@ -132,6 +135,22 @@ class FixedBasis(Projector):
             return (index.unsqueeze(-1) == old.unsqueeze(-2)).to(dtype)
 
         return rotation, source, low
+
+    def scores(self, grad: Tensor) -> Tensor | None:
+        """Sums over columns, but for two sides or idle experts."""
+        if self.two_sided or grad.dim() > 2:
+            return None
+        if grad.numel() == 0:
+            return grad.new_zeros(grad.shape[0], dtype=compute_dtype(grad.dtype))
+        return self._scores(grad)[0]
+
+    def changed(self, before: State, after: State) -> dict[str, BasisChange] | None:
+        """Where the vectors in use were."""
+        new, old = after["basis_index"], before["basis_index"]
+        if not self.two_sided:
+            return {"low": BasisChange(source=source_of(new, old))}
+        right = source_of(after["basis_index_right"], before["basis_index_right"])
+        return {"low": BasisChange(source=source_of(new, old), source_right=right)}
 
     def _choose_(self, index: Tensor, scores: Tensor) -> Tensor:
         """Indices ``(..., r)`` of the largest ``scores (..., m)``, and the places of the old."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ def gaussian(like: Tensor, shape: tuple[int, ...], ctx: RefreshContext) -> Tenso
 @dataclass(frozen=True)
 class Random(Projector):
     """Haar-random orthonormal basis; with ``keep`` its moments average over subspaces."""
+
+    reads_grad: ClassVar[bool] = False
 
     def find(self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext) -> Tensor:
         """``Q`` of the QR factorisation of a Gaussian ``(..., m, r)``."""

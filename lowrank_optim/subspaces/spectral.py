@@ -84,6 +84,7 @@ class Spectral(Subspace):
     )  # fmt: skip
     """State keys of the factors where all are on the device."""
     needs_grad: ClassVar[bool] = False
+    whole: ClassVar[str | None] = "its factors are those of the whole weight"
 
     # ---------------------------------------------------------------- state
 

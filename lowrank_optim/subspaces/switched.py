@@ -85,6 +85,11 @@ class Switched(Subspace):
     shared: Shared = field(default_factory=Shared, compare=False, repr=False)
 
     needs_grad: ClassVar[bool] = False
+    whole: ClassVar[str | None] = "its factors are those of the whole weight"
+
+    def reproducible(self, count: int) -> bool:
+        """Vectors are copied; a restart factors them."""
+        return not (self.restart_every and count and count % self.restart_every == 0)
 
     @property
     def meaning(self) -> tuple[Any, ...]:

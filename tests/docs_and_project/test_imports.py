@@ -30,7 +30,7 @@ LAYERS: tuple[set[str], ...] = (
     {"rules"},
     {"subspaces"},
     {"residuals", "transports"},
-    {"stores"},
+    {"stores", "sharding"},
     {"groups"},
     {"engine"},
     {"checkpoints"},

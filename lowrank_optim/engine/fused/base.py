@@ -28,6 +28,9 @@ def is_plain(bucket: Bucket) -> bool:
     A fused step branches on the host, reads gradients as they are stored, and writes W once.
     """
     chosen, param = bucket.chosen, bucket.items[0].param
+    part = bucket.items[0].part
+    if part is not None and part.sharded:
+        return False
     plain = type(chosen.rule) is AdamW and type(chosen.residual) in (Drop, Free)
     rounds = chosen.rounding and param.dtype == torch.bfloat16
     if not plain or rounds or chosen.maximize or isinstance(bucket.lr, Tensor):

@@ -1,0 +1,46 @@
+"""What is not done for parameters that lie on several ranks: said before anything changes."""
+
+from __future__ import annotations
+
+import torch
+
+from lowrank_optim.engine.plan import ParamPlan, Strategies
+from lowrank_optim.stores import FloatStore
+
+
+def check_supported(item: ParamPlan, chosen: Strategies, method: str) -> None:
+    """Raise for a DTensor that no step could take as one process would.
+
+    Raises:
+        NotImplementedError: with what to use in its place.
+    """
+    part, subspace = item.part, item.subspace
+    if part is None or not part.sharded:
+        return
+    why = ""
+    if subspace is not None and subspace.whole is not None:
+        why = (
+            f"{subspace.whole}. Take projector='columns', 'rsvd' or 'dct' of another class, or "
+            "train under DistributedDataParallel"
+        )
+    elif not chosen.rule.elementwise:
+        why = (
+            f"{type(chosen.rule).__name__} takes means over whole tensors. Take an AdamW, Lion or "
+            "SGD class"
+        )
+    elif not isinstance(chosen.store, FloatStore):
+        why = (
+            "blocks of 8-bit states would cross the edges of shards. Take state_dtype='bfloat16' "
+            "or 'float32'"
+        )
+    elif chosen.rounding and item.param.dtype == torch.bfloat16:
+        why = (
+            "its noise would depend on the number of ranks. Keep float32 weights with a "
+            "MixedPrecisionPolicy(param_dtype=torch.bfloat16), or pass stochastic_rounding=False"
+        )
+    elif not item.alone:
+        why = "factors of one layer need each other. Train the weights themselves, not modules"
+    if why:
+        raise NotImplementedError(
+            f"{method} does not support {item.name}, a DTensor with {part.placements}: {why}"
+        )

@@ -1,0 +1,275 @@
+"""One step of all parameters that lie on several ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.engine.blocks import advance
+from lowrank_optim.engine.bucket import Bucket, warn_skipped
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies, on_accelerator
+from lowrank_optim.engine.refresh import basis_due
+from lowrank_optim.engine.sharded.guard import agreed_norms
+from lowrank_optim.engine.sharded.local import here, stepped, widths
+from lowrank_optim.engine.sharded.refresh import Due, refresh_together
+from lowrank_optim.engine.step import (
+    MatrixStep,
+    adapt,
+    apply,
+    begun,
+    chunk_size,
+    inputs_of,
+    step_bucket,
+)
+from lowrank_optim.engine.undo import Undo
+from lowrank_optim.residuals import Measured
+from lowrank_optim.sharding import collectives
+from lowrank_optim.subspaces.base import Subspace, identity
+from lowrank_optim.subspaces.block import Block
+from lowrank_optim.tensors.matrix import MatrixView, shares_memory
+
+
+@dataclass(eq=False, slots=True)
+class Work:
+    """One parameter on its way through a step."""
+
+    item: ParamPlan
+    twin: ParamPlan
+    """What stands for the part that is here."""
+    state: State
+    chosen: Strategies
+    lr: float | Tensor
+    weight_decay: float
+    norm: Tensor | None = None
+    """Of its whole gradient."""
+    grad: Tensor | None = None
+    """The columns to be projected, once they are here."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Alike matrices can be stepped together."""
+        part = self.item.part
+        assert part is not None
+        return id(self.chosen), *self.twin.key, part.side, part.sizes, id(part.group)
+
+
+class ShardedStep:
+    """Collects the parameters of all groups, and steps them with as few messages as there can be.
+
+    The order of what ranks send each other depends on nothing that ranks do not share.
+    """
+
+    def __init__(self) -> None:
+        self._work: list[Work] = []
+
+    def add(
+        self,
+        items: Sequence[ParamPlan],
+        states: Sequence[State],
+        chosen: Strategies,
+        lr: float | Tensor,
+        weight_decay: float,
+        undo: Undo,
+    ) -> None:
+        """Parameters of a group, those without a gradient too; its blocks take turns."""
+        twins = [here(item) for item in items]
+        blocks = [
+            (t, s) for t, s in zip(twins, states, strict=True) if isinstance(t.subspace, Block)
+        ]
+        if any(twin.param.grad is not None for twin, _ in blocks):
+            for _, state in blocks:
+                undo.begin(state)
+            advance([t for t, _ in blocks], {t.param: s for t, s in blocks}, chosen)
+        for item, twin, state in zip(items, twins, states, strict=True):
+            self._work.append(Work(item, twin, state, chosen, lr, weight_decay))
+
+    def run(self, undo: Undo) -> None:
+        """Take the step."""
+        norms = agreed_norms([(w.item, w.twin) for w in self._work])
+        usable = []
+        for w in self._work:
+            w.norm = norms.get(id(w.item.param))
+            if w.norm is not None:
+                undo.begin(w.state)
+                usable += [w] if _is_usable(w) else []
+        buckets: dict[Any, list[Work]] = {}
+        for w in usable:
+            if w.item.subspace is None or isinstance(w.item.subspace, Block):
+                bucket = Bucket([w.twin], [w.state], w.chosen, w.lr, w.weight_decay, undo)
+                step_bucket(bucket)
+            else:
+                buckets.setdefault(w.key, []).append(w)
+        chunks = []
+        for alike in buckets.values():
+            size = chunk_size(alike[0].twin, alike[0].chosen)
+            chunks += [alike[i : i + size] for i in range(0, len(alike), size)]
+        _refresh(chunks, undo)
+        _step_chunks(chunks, undo)
+
+
+def _is_usable(w: Work) -> bool:
+    """Whether a gradient is finite; if not, all ranks skip it. A device masks it instead."""
+    assert w.norm is not None
+    if on_accelerator(w.norm) or math.isfinite(w.norm):
+        return True
+    subspace = w.item.subspace
+    if subspace is not None and subspace.needs_grad and basis_due(w.item, w.state, w.chosen):
+        w.state["postponed"] += 1
+    w.state["step"] += 1
+    warn_skipped(w.item)
+    return False
+
+
+def _refresh(chunks: Sequence[list[Work]], undo: Undo) -> None:
+    """Phase one, for all matrices that are due."""
+    due = []
+    for chunk in chunks:
+        own = [w for w in chunk if basis_due(w.item, w.state, w.chosen)]
+        if own and _looks(own[0]):
+            _fetch(own)
+        due += own
+    for w in due:
+        subspace = w.item.subspace
+        assert subspace is not None
+        undo.keep(w.state, subspace.refreshed(w.state))
+    refresh_together([Due(w.item, w.twin, w.state, w.grad, w.chosen) for w in due])
+
+
+def _looks(w: Work) -> bool:
+    """Whether a refresh looks at the columns that are here."""
+    assert w.item.subspace is not None and w.item.part is not None
+    return w.item.subspace.needs_grad and w.item.part.side != "whole"
+
+
+def _fetch(works: Sequence[Work]) -> None:
+    """The columns of alike matrices, with what error feedback adds to them."""
+    missing = [w for w in works if w.grad is None]
+    if not missing:
+        return
+    part, view = missing[0].item.part, missing[0].item.view
+    assert part is not None and part.here is not None and view is not None
+    grads = []
+    for w in missing:
+        assert w.twin.param.grad is not None and w.twin.view is not None
+        grads.append(w.twin.view.of(w.twin.param.grad))
+    if part.side == "rows":
+        grads = collectives.to_columns(
+            grads, [part.sizes] * len(grads), [widths(part, view)] * len(grads), part.rank,
+            part.group,
+        )  # fmt: skip
+    for w, grad in zip(missing, grads, strict=True):
+        w.grad = w.chosen.residual.before(w.state, grad)
+
+
+def _step_chunks(chunks: Sequence[list[Work]], undo: Undo) -> None:
+    """The other phases; what a residual asks of all columns is asked once, for all matrices."""
+    waiting = []
+    for chunk in chunks:
+        steps = _adapt(chunk, undo)
+        if any(s.measured is not None for s in steps):
+            waiting.append((chunk, steps))
+        else:
+            _finish(chunk, steps, undo)
+    _sum_measured([pair for chunk, steps in waiting for pair in zip(chunk, steps, strict=True)])
+    for chunk, steps in waiting:
+        _finish(chunk, steps, undo)
+
+
+def _adapt(chunk: list[Work], undo: Undo) -> list[MatrixStep]:
+    """Coordinates and directions of alike matrices."""
+    chosen, part, view = chunk[0].chosen, chunk[0].item.part, chunk[0].item.view
+    assert part is not None and view is not None
+    _fetch(chunk)
+    found = []
+    for w in chunk:
+        assert w.grad is not None and w.item.subspace is not None
+        found.append(w.item.subspace.coords(w.state, w.grad, reduce=identity))
+    if part.summed:
+        parts = [own[name] for own in found for name in _sums(w.item.subspace, view)]
+        collectives.sum_(parts, part.group)
+    steps = []
+    for w, coords in zip(chunk, found, strict=True):
+        assert w.grad is not None and w.norm is not None
+        steps.append(begun(w.twin, w.state, w.grad, coords, chosen))
+        steps[-1].norm, steps[-1].whole = w.norm, (view.m, view.n)
+        w.grad = None
+    torch._foreach_add_([w.state["step"] for w in chunk], [torch.ones(())] * len(chunk))
+    adapt(steps, chosen, undo)
+    if part.summed:
+        for s in steps:
+            seen = inputs_of(s)
+            s.measured = None if seen is None else chosen.residual.measure(seen)
+    return steps
+
+
+def _sums(subspace: Subspace | None, view: MatrixView) -> list[str]:
+    """Coordinates that belong to no column: they are the sum of what each rank's columns give."""
+    assert subspace is not None
+    wider = subspace.coord_shapes(view._replace(n=view.n + 1))
+    return [name for name, shape in subspace.coord_shapes(view).items() if shape == wider[name]]
+
+
+def _sum_measured(pairs: Sequence[tuple[Work, MatrixStep]]) -> None:
+    """Add up over the ranks what residuals found: one all-reduce for each group of ranks."""
+    by_group: dict[int, list[tuple[Work, MatrixStep, Measured]]] = {}
+    for w, s in pairs:
+        assert w.item.part is not None and s.measured is not None
+        by_group.setdefault(id(w.item.part.group), []).append((w, s, s.measured))
+    for own in by_group.values():
+        part = own[0][0].item.part
+        assert part is not None
+        sums = []
+        for w, _, found in own:
+            x = found.sums.double() if not found.norms else found.sums.double().square()
+            assert w.item.view is not None
+            if found.coords and _sums(w.item.subspace, w.item.view):
+                x[: found.coords] /= part.ranks  # every rank has all of them
+            sums.append(x)
+        collectives.sum_(sums, part.group)
+        for (_, s, found), x in zip(own, sums, strict=True):
+            x = x.sqrt() if found.norms else x
+            s.measured = found._replace(sums=x.to(found.sums.dtype))
+
+
+def _finish(chunk: Sequence[Work], steps: Sequence[MatrixStep], undo: Undo) -> None:
+    """Phase four: W moves where it is, or by what comes back from the ranks with its columns."""
+    part = chunk[0].item.part
+    assert part is not None
+    if part.side != "rows":
+        for w, s in zip(chunk, steps, strict=True):
+            apply(s, w.chosen, w.lr, w.weight_decay, undo)
+        return
+    updates = []
+    for w, s in zip(chunk, steps, strict=True):
+        assert part.stepped is not None
+        weight = w.twin.param
+        s.item = stepped(w.item, weight.new_zeros(part.stepped.shape))
+        apply(s, w.chosen, w.lr, 0.0, undo)
+        updates.append(s.item.param)
+    view = chunk[0].item.view
+    assert view is not None
+    count = len(updates)
+    cut = [part.sizes] * count, [widths(part, view)] * count
+    updates = collectives.to_rows(updates, *cut, part.rank, part.group)
+    for w, s, update in zip(chunk, steps, updates, strict=True):
+        _add_rows_(w, s, update)
+
+
+def _add_rows_(w: Work, s: MatrixStep, update: Tensor) -> None:
+    """``W <- decay W + update`` of the rows that are here."""
+    view, weight = w.twin.view, w.twin.param
+    assert view is not None
+    rows = view.of(weight)
+    size = w.chosen.rule.step_size(w.lr, float(w.state["step"]), weight)
+    decay = 1 - size * w.weight_decay
+    if on_accelerator(weight):
+        one = torch.ones((), dtype=torch.promote_types(weight.dtype, torch.float32))
+        decay = torch.where(s.finite, one.to(weight.device) * decay, 1.0)
+    rows.mul_(decay).add_(update)
+    if not shares_memory(rows, weight):
+        weight.copy_((rows.mT if view.flip else rows).reshape(view.shape))
