@@ -111,7 +111,7 @@ class Scaled(Forgetful):
         return of_low, None if self.limiter is None else norm(seen.grad), of_direction
 
     def _norm(self, whole: Tensor, inside: Tensor, seen: ResidualInputs) -> Tensor:
-        """``|S| (..., 1, 1)`` from squares of the scaled G and R; 0 where that is rounding noise."""
+        """``|S| (..., 1, 1)`` from squares of scaled G and R; 0 where that is rounding noise."""
         b = 1.0 if self.paper else seen.subspace.scale
         left = whole - (2 * b - b * b) * inside
         # sums are exact to a few units of their dtype; coordinates and a basis in bfloat16 bring

@@ -42,7 +42,7 @@ def sum_(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
         return
     whole = torch.cat([x.reshape(-1) for x in tensors])
     dist.all_reduce(whole, group=group)
-    for x, part in zip(tensors, whole.split([x.numel() for x in tensors]), strict=True):
+    for x, part in zip(tensors, torch.split(whole, [x.numel() for x in tensors]), strict=True):
         x.copy_(part.view(x.shape))
 
 
@@ -88,12 +88,14 @@ def exchange(
     sent = [sum(form(x).nbytes for x in xs) for xs in outgoing]
     got = [sum(f.nbytes for f in forms) for forms in incoming]
     buffer = torch.empty(sum(sent), dtype=torch.uint8, device=device)
-    for piece, xs in zip(buffer.split(sent), outgoing, strict=True):
+    for piece, xs in zip(torch.split(buffer, sent), outgoing, strict=True):
         for part, x in zip(_unpacked(piece, [form(x) for x in xs]), xs, strict=True):
             part.copy_(x)
     arrived = torch.empty(sum(got), dtype=torch.uint8, device=device)
     dist.all_to_all_single(arrived, buffer, got, sent, group=group)
-    return [_unpacked(p, forms) for p, forms in zip(arrived.split(got), incoming, strict=True)]
+    return [
+        _unpacked(p, forms) for p, forms in zip(torch.split(arrived, got), incoming, strict=True)
+    ]
 
 
 def to_columns(
@@ -141,7 +143,7 @@ def _pieces(
     rank: int,
 ) -> tuple[list[list[Tensor]], list[list[Form]]]:
     """What of each tensor goes to each rank, cut along ``dim``, and the forms of what comes."""
-    pieces = [x.split(list(sizes), dim) for x, sizes in zip(xs, cut, strict=True)]
+    pieces = [torch.split(x, list(sizes), dim) for x, sizes in zip(xs, cut, strict=True)]
     ranks = range(len(cut[0]))
     incoming = []
     for source in ranks:

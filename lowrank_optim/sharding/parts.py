@@ -72,9 +72,10 @@ class Part:
         """
         if not is_sharded(x):
             return x
-        if x.shape == self.shape and tuple(x.placements) != self.placements:
-            x = x.redistribute(placements=self.placements)  # type: ignore[attr-defined]
-        return local(x)
+        whole: Any = x
+        if x.shape == self.shape and tuple(whole.placements) != self.placements:
+            whole = whole.redistribute(placements=self.placements)
+        return local(whole)
 
 
 def is_sharded(x: Tensor) -> bool:
@@ -86,8 +87,10 @@ def local(x: Tensor) -> Tensor:
     """The plain tensor of this rank, once it has arrived."""
     if not is_sharded(x):
         return x
-    part: Tensor = x.to_local().detach()  # type: ignore[attr-defined]
-    return part.wait() if hasattr(part, "wait") else part  # type: ignore[no-any-return]
+    part: Any = x.to_local()  # type: ignore[attr-defined]
+    part = part.wait() if hasattr(part, "wait") else part
+    found: Tensor = part.detach() if part.requires_grad else part
+    return found
 
 
 def cuts(size: int, ranks: int) -> tuple[int, ...]:

@@ -111,7 +111,7 @@ def here(item: ParamPlan) -> ParamPlan:
     part = item.part
     if part is None or not part.sharded:
         return item
-    weight = local(item.param)
+    weight = local(item.param).detach()  # one of this step: its gradient must not outlive it
     if item.param.grad is not None:
         weight.grad = part.of(item.param.grad)
     return replace(item, param=weight, view=_view_here(item, weight))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -220,9 +221,14 @@ def _sent(
     entries = dict(zip(keys, rest, strict=False))
     moved: dict[str, BasisChange] = {c: BasisChange() for c, side, _ in turns if not side}
     for (coord, side, _), x in zip(turns, rest[len(keys) :], strict=True):
-        field = "right" if side else "rotation"
-        moved[coord] = moved[coord]._replace(**{field: lambda x=x: x})
+        turn = partial(_itself, x)
+        change = moved[coord]
+        moved[coord] = change._replace(right=turn) if side else change._replace(rotation=turn)
     return Found(bool(fine.item()), entries, moved)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 def _turns(d: Due) -> list[tuple[str, int, Form]]:
@@ -259,7 +265,7 @@ def _scatter(
     outgoing: list[list[Tensor]] = [[] for _ in jobs]
     if mine is not None and found is not None:
         for key, (dim, _) in _split_entries(mine).items():
-            pieces = found.entries[key].split(list(_sizes(mine)), dim)
+            pieces = torch.split(found.entries[key], list(_sizes(mine)), dim)
             for own, piece in zip(outgoing, pieces, strict=True):
                 own.append(piece)
     incoming = [
