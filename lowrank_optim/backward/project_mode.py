@@ -10,9 +10,9 @@ from lowrank_optim.backward.handle import InBackward
 from lowrank_optim.backward.projecting import (
     check_projecting,
     first_projected,
+    first_state,
     items_of,
     projected,
-    unborn,
 )
 from lowrank_optim.engine.refresh import basis_due, refresh_
 from lowrank_optim.optimizer import LowRankOptimizer
@@ -47,7 +47,7 @@ class ProjectMode(InBackward):
         if plan.subspace is None or not plan.alone or grad.is_sparse:
             return
         strategies = self.optimizer._strategies(group)
-        state = self.optimizer.state.get(param) or unborn()
+        state = self.optimizer.state.get(param) or first_state()
         first = int(state["refresh_step"]) < 0
         if first and self.first_basis == "micro":
             param.grad = first_projected(plan, state, grad, strategies, self.coords_dtype)
