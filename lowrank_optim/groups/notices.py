@@ -28,7 +28,7 @@ def param_name(group: Group, i: int) -> str:
 
 
 def users_level() -> int:
-    """``stacklevel`` of the line that constructs the optimizer, or adds a group to it.
+    """``stacklevel`` of the user's line: one that constructs an optimizer, or adds a group to it.
 
     For a warning that the caller of this function gives: classes differ in how deep they call.
     """

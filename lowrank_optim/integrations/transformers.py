@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lowrank_optim.backward.attach import attach_in_backward, attached_to
+from lowrank_optim.backward.attach import attach_in_backward
+from lowrank_optim.backward.handle import attached_to
 from lowrank_optim.groups import Group, canonical, lowrank_groups
 from lowrank_optim.integrations.arguments import (
     check_optim,

@@ -31,6 +31,7 @@ from lowrank_optim.ops.reference import (
     stochastic_round_,
     top_rows_,
 )
+from lowrank_optim.ops.reference.storage import Codec, blocked, unblocked
 
 __all__ = [
     "adamw_direction_",
@@ -77,7 +78,7 @@ def available(device_type: str) -> tuple[bool, str]:
 
 def _padded(x: Tensor, cols: int, block: int) -> Tensor:
     """A flat piece as ``(blocks, 256)``: what is shorter ends in zeros, which no maximum sees."""
-    blocks = reference._blocked(x, cols, block)
+    blocks = blocked(x, cols, block)
     return torch.nn.functional.pad(blocks, (0, BLOCK - block)).contiguous()
 
 
@@ -85,7 +86,7 @@ def _decode(codes: Tensor, scales: Tensor, table: Tensor, cols: int, block: int)
     values: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
         _padded(codes, cols, block), scales, table, BLOCK, torch.float32
     )
-    return reference._unblocked(values[:, :block], codes.numel(), cols, block)
+    return unblocked(values[:, :block], codes.numel(), cols, block)
 
 
 def _encode_(
@@ -93,10 +94,10 @@ def _encode_(
 ) -> None:
     found, absmax = torch.ops.bitsandbytes.quantize_blockwise(_padded(x, cols, block), table, BLOCK)
     scales.copy_(absmax)
-    codes.copy_(reference._unblocked(found[:, :block], x.numel(), cols, block))
+    codes.copy_(unblocked(found[:, :block], x.numel(), cols, block))
 
 
-CODEC = reference.Codec(_decode, _encode_, _encode_)
+CODEC = Codec(_decode, _encode_, _encode_)
 
 quantize_blockwise_ = functools.partial(reference.quantize_blockwise_, codec=CODEC)
 dequantize_blockwise_ = functools.partial(reference.dequantize_blockwise_, codec=CODEC)

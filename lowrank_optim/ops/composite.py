@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops.reference import TILE_ELEMENTS
+from lowrank_optim.ops.tiles import TILE_ELEMENTS, tile_rows
 
 
 def project(basis: Tensor, grad: Tensor) -> Tensor:
@@ -33,10 +33,9 @@ def matrix_norm(x: Tensor) -> Tensor:
         return norm
     if x.stride(-1) != 1:
         x = x.mT  # tiles of whole stored rows
-    rows = max(1, TILE_ELEMENTS * x.shape[-2] // x.numel())
     parts = [
         torch.linalg.vector_norm(tile, dim=(-2, -1), keepdim=True, dtype=wide)
-        for tile in torch.split(x, rows, -2)
+        for tile in torch.split(x, tile_rows(x), -2)
     ]
     norm = torch.linalg.vector_norm(torch.cat(parts, -1), dim=-1, keepdim=True)
     return norm
@@ -148,7 +147,7 @@ def lift_add_term_(
     wide = torch.promote_types(param.dtype, torch.float32)
     n, r = update.to(wide), low.to(wide)
     small = n * scale if columns is None else n.addcmul(r, columns, value=-1.0).mul_(scale)
-    rows = max(1, TILE_ELEMENTS * param.shape[-2] // max(1, param.numel()))
+    rows = tile_rows(param)
     tiles = zip(*(torch.split(x, rows, -2) for x in (param, grad, basis)), strict=True)
     for w, g, p in tiles:
         g, p = g.to(wide), p.to(wide)

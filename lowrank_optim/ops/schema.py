@@ -1,4 +1,4 @@
-"""The op vocabulary: schemas, checks and fakes. What an op computes is in ``reference.py``.
+"""The op vocabulary: schemas, checks and fakes. What an op computes is in ``reference/``.
 
 Every op takes parallel lists of tensors, mutates its outputs and returns nothing (column norms and
 scores are the exception), so its fake has nothing to compute. ``define`` and ``impl`` cost 3.3 us a

@@ -12,16 +12,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops.reference import spans
+TILE_ELEMENTS = 1 << 18
+"""Elements of a tile buffer, so that a temporary never grows with the parameter."""
 
 FLAT = frozenset(
-    f"{name}{kept}_"
+    f"{name}{suffix}_"
     for name in ("adamw_direction", "lion_direction", "moment")
-    for kept in ("", "_8bit")
+    for suffix in ("", "_8bit")
 ) | {"quantize_blockwise_"}
 """Ops whose first list is only read, and read as flat memory."""
 
 _ROWS = ("row_eps", "row_scale")
+
+
+def spans(rows: int, cols: int, block: int) -> Iterator[tuple[slice, slice]]:
+    """Pieces of whole blocks of about a tile: elements of the flat tensor, and their scales."""
+    each = -(-cols // block)
+    if cols >= TILE_ELEMENTS:
+        width = TILE_ELEMENTS // block * block
+        for row in range(rows):
+            for i in range(0, cols, width):
+                j = min(i + width, cols)
+                start = row * each + i // block
+                yield (
+                    slice(row * cols + i, row * cols + j),
+                    slice(start, start - (-(j - i) // block)),
+                )
+        return
+    height = max(1, TILE_ELEMENTS // max(1, cols))
+    for row in range(0, rows, height):
+        end = min(row + height, rows)
+        yield slice(row * cols, end * cols), slice(row * each, end * each)
+
+
+def tile_rows(x: Tensor) -> int:
+    """How many rows of ``x (..., m, n)`` make a tile."""
+    return max(1, TILE_ELEMENTS * x.shape[-2] // max(1, x.numel()))
 
 
 def by_tiles(call: Callable[..., None], arguments: Sequence[str], values: Sequence[Any]) -> None:
@@ -39,8 +65,8 @@ def by_tiles(call: Callable[..., None], arguments: Sequence[str], values: Sequen
     for i, x in enumerate(xs):
         if x.is_contiguous():
             continue
-        own = [_select(v, [i]) for v in values]
-        for piece in _pieces(dict(zip(arguments, own, strict=True)), x):
+        of_one = [_select(v, [i]) for v in values]
+        for piece in _pieces(dict(zip(arguments, of_one, strict=True)), x):
             call(*piece.values())
 
 
@@ -48,13 +74,13 @@ def _select(value: Any, at: Sequence[int]) -> Any:
     return [value[i] for i in at] if isinstance(value, list) and value else value
 
 
-def _pieces(own: dict[str, Any], x: Tensor) -> Iterator[dict[str, Any]]:
+def _pieces(given: dict[str, Any], x: Tensor) -> Iterator[dict[str, Any]]:
     """The arguments of one call a tile: whole rows of the last dimension, or a part of one."""
     width = x.shape[-1]
-    first = next(iter(own))
+    first = next(iter(given))
     rows, cols, block = x.numel() // width, width, 1
-    if "blocks" in own:
-        rows, cols, block = own["rows"][0], own["cols"][0], own["blocks"][0]
+    if "blocks" in given:
+        rows, cols, block = given["rows"][0], given["cols"][0], given["blocks"][0]
     buffer: Tensor | None = None
     for span, blocks in spans(rows, cols, block):
         count, row = span.stop - span.start, span.start // width
@@ -62,8 +88,8 @@ def _pieces(own: dict[str, Any], x: Tensor) -> Iterator[dict[str, Any]]:
         if buffer is None:  # the first tile is the largest
             buffer = torch.empty(count, dtype=x.dtype, device=x.device)
         at = slice(row, row + max(1, count // width))
-        piece = dict(own)
-        for name, value in own.items():
+        piece = dict(given)
+        for name, value in given.items():
             if name == first:
                 flat = buffer[:count]
                 gather_(x, span.start, span.stop, flat)
@@ -74,7 +100,7 @@ def _pieces(own: dict[str, Any], x: Tensor) -> Iterator[dict[str, Any]]:
                 piece[name] = [value[0].reshape(-1)[at]]
             elif name.rstrip("12") in ("exp_avgs", "exp_avg_sqs", "moments", "codes", "outs"):
                 piece[name] = [value[0].view(-1)[span].view(shape)]
-        if "blocks" in own:
+        if "blocks" in given:
             whole = rows > 1 and count >= cols
             piece["rows"], piece["cols"] = ([count // cols], [cols]) if whole else ([1], [count])
         yield piece

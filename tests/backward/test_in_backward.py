@@ -414,8 +414,9 @@ def test_step_mode_clips_each_parameter_and_says_so() -> None:
     a, b = (nn.Parameter(cases.parameter((6, 9), seed=i).detach()) for i in (1, 2))
     c, d = (nn.Parameter(x.detach().clone()) for x in (a, b))
     inside, plain = cases.build("GaLoreSGD", [a, b]), cases.build("GaLoreSGD", [c, d])
-    with pytest.warns(UserWarning, match="clips the gradient of each parameter"):
+    with pytest.warns(UserWarning, match="clips the gradient of each parameter") as caught:
         attach_in_backward(inside, "step", max_norm=0.1)
+    assert caught[0].filename == __file__
     for _ in range(3):
         (a.square().sum() + b.sin().sum()).backward()
         inside.step()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_optim import GaLoreAdamW, LowRankOptimizer, attach_in_backward
-from lowrank_optim.backward import attach as in_backward
+from lowrank_optim.backward import handle
 from tests import runs
 from tests.compare import assert_close
 
@@ -120,7 +120,7 @@ def unseen(rank: int) -> list[Tensor]:
     attach_in_backward(optimizer, "step")
     wrapped = DistributedDataParallel(model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(in_backward, "in_ddp", lambda params: False)
+        patch.setattr(handle, "in_ddp", lambda params: False)
         backward(wrapped, 0, 0, rank)
         with pytest.raises(RuntimeError, match="a gradient is back after its step"):
             optimizer.step()

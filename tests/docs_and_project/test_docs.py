@@ -123,6 +123,11 @@ def test_figures_of_what_fits_are_those_of_readme() -> None:
     shown = re.findall(r"\| (\d+\.\d\d) \|", table.split("\n## ")[0])
     assert len(shown) == 4
     assert all(re.search(rf"\| \**{re.escape(x)}\** ", readme) for x in shown), shown
+    said = re.findall(
+        r"\b\d+\.\d\d\b", (ROOT / "README.md").read_text(encoding="utf-8").split("\n```")[0]
+    )
+    assert len(said) == 3
+    assert all(re.search(rf"\| \**{re.escape(x)}\** ", readme) for x in said), said
 
 
 CLASSES = {

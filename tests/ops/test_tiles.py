@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowrank_optim.ops import dispatch, native, reference, tiles
+from lowrank_optim.ops import dispatch, native, tiles
 from lowrank_optim.ops.schema import FOUND, SCHEMAS
 from tests.allocations import allocations
 from tests.ops import ops_cases as cases
@@ -43,7 +43,7 @@ def test_strides_do_not_change_a_bit(
     backend: str, op: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gradients, moments, layouts, rows' steps and flags are cut alike."""
-    monkeypatch.setattr(reference, "TILE_ELEMENTS", TILE)
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", TILE)
     first = cases.names(op)[0]
     strided = arguments(op)
     packed = cases.on("cpu", strided)
@@ -76,7 +76,7 @@ def test_no_copy_is_larger_than_a_tile(op: str) -> None:
         a = cases.elementwise(op, torch.float32, shapes=shapes, how="columns")
     assert not a[cases.names(op)[0]][0].is_contiguous()
     found = allocations(lambda: cases.call(op, a))
-    assert 0 < found.peak <= 4 * reference.TILE_ELEMENTS + 4096 < 4 * math.prod(shapes[0])
+    assert 0 < found.peak <= 4 * tiles.TILE_ELEMENTS + 4096 < 4 * math.prod(shapes[0])
 
 
 @pytest.mark.skipif(not READY, reason=REASON)

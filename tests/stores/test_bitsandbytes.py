@@ -240,7 +240,7 @@ def test_the_backend_is_its_op_on_each_of_our_blocks(
     theirs: None, shape: tuple[int, ...], signed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows that end in a short block too, and tensors of several tiles: codes, scales, values."""
-    monkeypatch.setattr("lowrank_optim.ops.reference.TILE_ELEMENTS", 1000)
+    monkeypatch.setattr("lowrank_optim.ops.tiles.TILE_ELEMENTS", 1000)
     table, x = table_of(signed), torch.randn(shape)
     x = x if signed else x.square()
     codes, scales, _ = out = quantized(x, signed)

@@ -4,6 +4,7 @@ The library knows nothing of torch; this package turns lists of tensors into arr
 call serves a whole list. float64 raises TypeError: it is served by the reference.
 """
 
+from lowrank_optim.ops.native.coordinate import coordinate_adamw_, coordinate_add_
 from lowrank_optim.ops.native.cosine import (
     cosine_adamw_,
     cosine_lift_add_,
@@ -12,14 +13,8 @@ from lowrank_optim.ops.native.cosine import (
     takes_length,
     top_rows_,
 )
+from lowrank_optim.ops.native.lift import lift_add_scaled_, lift_add_sign_
 from lowrank_optim.ops.native.loader import available, isa
-from lowrank_optim.ops.native.matrices import (
-    column_norms,
-    coordinate_adamw_,
-    coordinate_add_,
-    lift_add_scaled_,
-    lift_add_sign_,
-)
 from lowrank_optim.ops.native.moments import (
     adamw_direction_,
     adamw_direction_8bit_,
@@ -28,6 +23,7 @@ from lowrank_optim.ops.native.moments import (
     moment_,
     moment_8bit_,
 )
+from lowrank_optim.ops.native.norms import column_norms
 from lowrank_optim.ops.native.storage import (
     dequantize_blockwise_,
     quantize_blockwise_,

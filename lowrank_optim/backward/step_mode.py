@@ -1,0 +1,115 @@
+"""``mode="step"``: each parameter is stepped inside backward."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from lowrank_optim.backward.handle import InBackward
+from lowrank_optim.backward.parallel import MESSAGE
+from lowrank_optim.backward.stepped_grad import SteppedGrad
+from lowrank_optim.groups import notices
+from lowrank_optim.optimizer import LowRankOptimizer
+from lowrank_optim.subspaces.block import Block
+
+
+class StepMode(InBackward):
+    """Each parameter is stepped, and its gradient freed, in the last backward before a step."""
+
+    def __init__(
+        self,
+        optimizer: LowRankOptimizer,
+        max_norm: float | None,
+        accumulation_steps: int,
+        keep_norms: bool,
+    ) -> None:
+        self.accumulation_steps, self.keep_norms = accumulation_steps, keep_norms
+        self._arrivals: dict[Tensor, int] = {}
+        self._begun_groups: set[int] = set()
+        super().__init__(optimizer, max_norm)
+        # else a scaler finds no gradient, and says so in words that do not help
+        optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+        if max_norm is not None:
+            warnings.warn(
+                f"mode='step' clips the gradient of each parameter to norm {max_norm}, not their "
+                "global norm, which is known only when all of them exist",
+                stacklevel=notices.users_level(),
+            )
+
+    @torch.no_grad()
+    def _arrived(self, param: Tensor) -> None:
+        arrivals = self._arrivals[param] = self._arrivals.get(param, 0) + 1
+        if arrivals < self.accumulation_steps:
+            return
+        if arrivals > self.accumulation_steps:
+            raise RuntimeError(
+                f"a gradient arrived {arrivals} times before optimizer.step(), and its parameter "
+                f"was stepped at accumulation_steps={self.accumulation_steps}; a parameter that "
+                "two checkpointed segments share needs use_reentrant=False"
+            )
+        self._step(param, self.keep_norms)
+
+    def _step(self, param: Tensor, keep_norm: bool = False) -> None:
+        """Step and free, unless it must wait for its siblings."""
+        group, plan = self._find(param)
+        if not plan.alone:
+            return
+        self.optimizer._make_state()
+        norm = None
+        if self.max_norm is not None:
+            norm = clip_grad_norm_([param], self.max_norm)
+        elif keep_norm:
+            assert param.grad is not None
+            norm = torch.linalg.vector_norm(param.grad)
+        begins = isinstance(plan.subspace, Block) and id(group) not in self._begun_groups
+        self._begun_groups |= {id(group)} if begins else set()
+        self.optimizer._step_alone(plan, group, begins)
+        param.grad = SteppedGrad(param, norm) if keep_norm and norm is not None else None
+
+    def _forget_norms(self) -> None:
+        for param in self._hooks:
+            if isinstance(param.grad, SteppedGrad):
+                param.grad = None
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Parameters that some backward did not reach are stepped now.
+
+        Raises:
+            RuntimeError: a ``GradScaler`` steps: gradients were applied with its factor in them;
+            or somebody wrote the gradient of a parameter that has been stepped.
+        """
+        if hasattr(self.optimizer, "grad_scale"):
+            for name in ("grad_scale", "found_inf"):  # the scaler's, which cannot clean up now
+                delattr(self.optimizer, name)
+            raise RuntimeError(
+                "the loss was scaled by a GradScaler, and mode='step' has applied its gradients as "
+                "they were, inside backward: start again with mode='project', or in bfloat16"
+            )
+        self._forget_norms()
+        for param in self._hooks:
+            if param.grad is not None:
+                if (
+                    self._arrivals.get(param, 0) >= self.accumulation_steps
+                    and self._find(param)[1].alone
+                ):
+                    raise RuntimeError(f"a gradient is back after its step: {MESSAGE}")
+                self._step(param)
+        if self.max_norm is not None:
+            for param in self._hooks:
+                if param.grad is not None:
+                    clip_grad_norm_([param], self.max_norm)
+
+    def _after_step(self, *_: Any) -> None:
+        self._arrivals, self._begun_groups = {}, set()
+        super()._after_step()
+
+    def remove(self) -> None:
+        """As of every mode."""
+        self._forget_norms()
+        vars(self.optimizer).pop("_step_supports_amp_scaling", None)
+        super().remove()

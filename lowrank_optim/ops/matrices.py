@@ -1,0 +1,205 @@
+"""The ops on weights and gradients as the package calls them: one matrix or batch an entry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.ops import native, triton
+from lowrank_optim.ops import schema as _schema  # noqa: F401  (defines the ops)
+from lowrank_optim.ops.dispatch import backend
+from lowrank_optim.ops.moments import Rows
+
+_ops = torch.ops.lowrank_optim
+
+
+def lift_add_scaled_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    lows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    decay: float,
+    lr: float,
+    scale: float,
+    finite: Sequence[Tensor] = (),
+) -> None:
+    """``W <- decay W - lr (P (a N - a R o c) + G o c)`` for each matrix: one GEMM and one pass.
+
+    A column whose factor c is 0 gets exactly ``P (a N)``, whatever finite numbers R and G hold.
+
+    Args:
+        params: W ``(..., m, n)``, any strides.
+        grads: G ``(..., m, n)``, in W's dtype, any strides.
+        bases: P ``(..., m, r)``.
+        updates: N ``(..., r, n)``.
+        lows: R ``(..., r, n)``.
+        columns: c ``(..., 1, n)`` float32.
+        decay: factor of the weights.
+        lr: step size.
+        scale: a.
+        finite: 0-d bools on the device, one a tensor; where False, W stays as it is, bit for bit.
+    """
+    _ops.lift_add_scaled_(params, grads, bases, updates, lows, columns, decay, lr, scale, finite)
+
+
+def lift_add_sign_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    lows: Sequence[Tensor],
+    decay: float,
+    lr: float,
+    scale: float,
+    gain: float,
+    finite: Sequence[Tensor] = (),
+) -> None:
+    """``W <- decay W - lr (a P N + gain sign(G - P R))`` for each matrix; arguments as above."""
+    _ops.lift_add_sign_(params, grads, bases, updates, lows, decay, lr, scale, gain, finite)
+
+
+def coordinate_add_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    decay: float,
+    lr: float,
+    scale: float,
+    gain: float,
+    free: str,
+    finite: Sequence[Tensor] = (),
+) -> None:
+    """Rows in ``indices``: ``W <- decay W - lr a N``; others: ``W <- decay W - lr gain f(G)``.
+
+    Args:
+        params: W ``(..., m, n)``, any strides.
+        grads: G ``(..., m, n)``, in W's dtype, any strides.
+        indices: ``(..., r)`` int32, sorted.
+        updates: N ``(..., r, n)``.
+        decay: factor of the weights.
+        lr: step size.
+        scale: a.
+        gain: factor of the free rows.
+        free: f: ``"sign"``, ``"sgd"`` (G itself) or ``"none"``.
+        finite: 0-d bools on the device, one a tensor; where False, W stays as it is, bit for bit.
+    """
+    _ops.coordinate_add_(params, grads, indices, updates, decay, lr, scale, gain, free, finite)
+
+
+def coordinate_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: Sequence[float],
+    steps: Sequence[float],
+    free_steps: Sequence[float],
+    decay: float,
+    free: str,
+) -> None:
+    """A whole step of rows: :func:`adamw_direction_` and :func:`coordinate_add_` in one pass.
+
+    Rows in ``indices``: ``W <- decay W - step m / (sqrt(v) + eps)``; others: ``W <- decay W -
+    free_step f(G)``. Native on the CPU; on an accelerator the reference.
+
+    Args:
+        params: W ``(..., m, n)``, any strides.
+        grads: G ``(..., m, n)``, in W's dtype, any strides.
+        indices: ``(..., r)`` int32, sorted.
+        exp_avgs: m ``(..., r, n)`` float32, or wider with the reference; updated.
+        exp_avg_sqs: v, likewise.
+        beta1: decay of m.
+        beta2: decay of v.
+        eps: one a tensor.
+        steps: factor of the direction, one a tensor.
+        free_steps: factor of what moves the other rows, one a tensor.
+        decay: factor of the weights.
+        free: f: ``"sign"``, ``"sgd"`` (G itself) or ``"none"``.
+    """
+    if params:
+        state = indices, exp_avgs, exp_avg_sqs
+        scalars = beta1, beta2, eps, steps, free_steps, decay, free
+        _ops.coordinate_adamw_(params, grads, *state, *scalars)
+
+
+def cosine_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: Sequence[float],
+    rows: Rows,
+    steps: Sequence[float],
+    plan: Sequence[Tensor],
+    basis: str,
+    decay: float,
+) -> None:
+    """A whole step in cosines: :func:`cosine_project_`, AdamW and :func:`cosine_lift_add_`.
+
+    Native on the CPU, where a tile of columns stays in the cache from its gradient to its weights;
+    elsewhere the three in turn.
+
+    Args:
+        params: W ``(m, n)``, any strides; all of one m.
+        grads: G ``(m, n)``, in W's dtype, any strides.
+        indices: coefficients ``(r,)`` int32, sorted.
+        sources: ``(r,)`` int32, where the moments of each stood, -1 for nowhere (zeros); none where
+            all stay.
+        exp_avgs: m ``(r, n)`` float32, or wider with the reference; updated.
+        exp_avg_sqs: v, likewise.
+        beta1: decay of m.
+        beta2: decay of v.
+        eps: one a tensor.
+        rows: steps of each row, where rows have ages of their own.
+        steps: factor of the direction, one a tensor.
+        plan: of :class:`~lowrank_optim.ops.cosine.CosineTransform`.
+        basis: "dct2" or "dct3".
+        decay: factor of the weights.
+    """
+    if params:
+        state = indices, sources, exp_avgs, exp_avg_sqs
+        scalars = beta1, beta2, eps, *rows, steps, plan, basis, decay
+        _ops.cosine_adamw_(params, grads, *state, *scalars)
+
+
+def fuses_cosine(like: Tensor, n: int) -> bool:
+    """Whether kernels serve the cosine ops for columns of length ``n``.
+
+    Native ones have an FFT of their own, on the CPU; Triton's are what is around torch's.
+    """
+    serving = backend(like)
+    if serving is native:
+        return like.is_cpu and native.takes_length(n)
+    return serving is triton
+
+
+column_norms = _ops.column_norms
+cosine_lift_add_ = _ops.cosine_lift_add_
+cosine_project_ = _ops.cosine_project_
+cosine_scores = _ops.cosine_scores
+
+
+def top_rows_(
+    scores: Sequence[Tensor], indices: Sequence[Tensor], sources: Sequence[Tensor]
+) -> None:
+    """The indices of the r largest scores, ascending; among equals the lowest.
+
+    Args:
+        scores: ``(m,)``, not negative, finite.
+        indices: ``(r,)`` int32: the old ones, ascending, and then the new.
+        sources: ``(r,)`` int32, written: where each new one stood among the old, -1 for nowhere.
+    """
+    if scores:
+        _ops.top_rows_(scores, indices, sources)

@@ -1,0 +1,56 @@
+"""Every op in plain torch, on every device: what the accelerated versions are tested against.
+
+The cosines are in :mod:`lowrank_optim.ops.cosine`, beside their transform.
+"""
+
+from lowrank_optim.ops.cosine import (
+    cosine_adamw_,
+    cosine_lift_add_,
+    cosine_project_,
+    cosine_scores,
+)
+from lowrank_optim.ops.reference.matrices import (
+    column_norms,
+    coordinate_adamw_,
+    coordinate_add_,
+    lift_add_scaled_,
+    lift_add_sign_,
+    top_rows_,
+)
+from lowrank_optim.ops.reference.moments import (
+    adamw_direction_,
+    adamw_direction_8bit_,
+    lion_direction_,
+    lion_direction_8bit_,
+    moment_,
+    moment_8bit_,
+)
+from lowrank_optim.ops.reference.storage import (
+    dequantize_blockwise_,
+    keep_positive_,
+    quantize_blockwise_,
+    stochastic_round_,
+)
+
+__all__ = [
+    "adamw_direction_",
+    "adamw_direction_8bit_",
+    "column_norms",
+    "coordinate_adamw_",
+    "coordinate_add_",
+    "cosine_adamw_",
+    "cosine_lift_add_",
+    "cosine_project_",
+    "cosine_scores",
+    "dequantize_blockwise_",
+    "keep_positive_",
+    "lift_add_scaled_",
+    "lift_add_sign_",
+    "lion_direction_",
+    "lion_direction_8bit_",
+    "moment_",
+    "moment_8bit_",
+    "quantize_blockwise_",
+    "stochastic_round_",
+    "top_rows_",
+]

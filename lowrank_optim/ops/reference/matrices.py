@@ -1,0 +1,155 @@
+"""Norms of columns, the fused updates of weights, and the choice of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.ops.cosine import check_name
+from lowrank_optim.ops.reference.arguments import Tensors, or_none, wide
+from lowrank_optim.ops.reference.moments import adamw
+from lowrank_optim.ops.rows import check_rows
+from lowrank_optim.ops.tiles import tile_rows
+
+
+def column_norms(xs: Tensors) -> list[Tensor]:
+    """Norm of each column, ``(..., 1, n)`` in float32 (or wider), a tile of rows at a time."""
+    norms = []
+    for x in xs:
+        total = x.new_zeros(*x.shape[:-2], 1, x.shape[-1], dtype=wide(x[..., :0, :0]).dtype)
+        for tile in torch.split(x, tile_rows(x), dim=-2):
+            total += wide(tile).square().sum(-2, keepdim=True)
+        norms.append(total.sqrt_())
+    return norms
+
+
+def _update_by_tiles_(
+    w: Tensor,
+    decay: float,
+    update: Callable[..., Tensor],
+    finite: Tensor | None,
+    *others: Tensor,
+) -> None:
+    """``W <- decay W - update(tiles of others)`` by tiles of rows, each rounded once into W."""
+    rows = tile_rows(w)
+    tiles = (torch.split(x, rows, dim=-2) for x in (w, *others))
+    for tile, *rest in zip(*tiles, strict=True):
+        new = wide(tile).mul(decay).sub_(update(*map(wide, rest))).to(w.dtype)
+        tile.copy_(new if finite is None else torch.where(finite, new, tile))
+
+
+def lift_add_scaled_(
+    params: Tensors,
+    grads: Tensors,
+    bases: Tensors,
+    updates: Tensors,
+    lows: Tensors,
+    columns: Tensors,
+    decay: float,
+    lr: float,
+    scale: float,
+    finite: Tensors = (),
+) -> None:
+    """``W <- decay W - lr (P (a N - a R o c) + G o c)``: one GEMM and one pass."""
+    matrices = zip(params, grads, bases, updates, lows, columns, strict=True)
+    for (w, g, p, n, r, c), ok in zip(matrices, or_none(finite, len(params)), strict=True):
+        small = scale * (wide(n) - wide(r) * c)
+        _update_by_tiles_(w, decay, lambda g, p, s=small, c=c: lr * (p @ s + g * c), ok, g, p)
+
+
+def lift_add_sign_(
+    params: Tensors,
+    grads: Tensors,
+    bases: Tensors,
+    updates: Tensors,
+    lows: Tensors,
+    decay: float,
+    lr: float,
+    scale: float,
+    gain: float,
+    finite: Tensors = (),
+) -> None:
+    """``W <- decay W - lr (a P N + gain sign(G - P R))``: two products on the same tiles of P."""
+    matrices = zip(params, grads, bases, updates, lows, strict=True)
+    for (w, g, p, n, r), ok in zip(matrices, or_none(finite, len(params)), strict=True):
+        n, r = wide(n), wide(r)
+
+        def update(g: Tensor, p: Tensor, n: Tensor = n, r: Tensor = r) -> Tensor:
+            return lr * (scale * (p @ n) + gain * (g - p @ r).sign_())
+
+        _update_by_tiles_(w, decay, update, ok, g, p)
+
+
+FREE: dict[str, Callable[[Tensor], Tensor]] = {
+    "sign": torch.sign,
+    "sgd": lambda g: g,
+    "none": torch.zeros_like,
+}
+"""What a free rule does with the gradient outside the subspace."""
+
+
+def coordinate_add_(
+    params: Tensors,
+    grads: Tensors,
+    indices: Tensors,
+    updates: Tensors,
+    decay: float,
+    lr: float,
+    scale: float,
+    gain: float,
+    free: str,
+    finite: Tensors = (),
+) -> None:
+    """Rows in ``index``: ``W <- decay W - lr a N``; the others: ``W <- decay W - lr gain f(G)``."""
+    check_name("free", free, [*FREE])
+    for w, index in zip(params, indices, strict=True):
+        check_rows("coordinate_add_", index, w.shape[-2])
+    matrices = zip(params, grads, indices, updates, strict=True)
+    for (w, g, index, n), ok in zip(matrices, or_none(finite, len(params)), strict=True):
+        at = index.long().unsqueeze(-1).expand(n.shape)
+        old = w.gather(-2, at)
+        rows = wide(old).mul(decay).sub_(wide(n), alpha=lr * scale).to(w.dtype)
+        _update_by_tiles_(w, decay, lambda g: lr * gain * FREE[free](g), ok, g)
+        w.scatter_(-2, at, rows if ok is None else torch.where(ok, rows, old))
+
+
+def coordinate_adamw_(
+    params: Tensors,
+    grads: Tensors,
+    indices: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    beta1: float,
+    beta2: float,
+    eps: Sequence[float],
+    steps: Sequence[float],
+    free_steps: Sequence[float],
+    decay: float,
+    free: str,
+) -> None:
+    """Rows in ``index``: AdamW on their moments; the others: ``W <- decay W - free_step f(G)``."""
+    check_name("free", free, [*FREE])
+    for w, index in zip(params, indices, strict=True):
+        check_rows("coordinate_adamw_", index, w.shape[-2])
+    matrices = zip(params, grads, indices, exp_avgs, exp_avg_sqs, strict=True)
+    factors = zip(eps, steps, free_steps, strict=True)
+    for (w, g, index, m, v), (e, step, free_step) in zip(matrices, factors, strict=True):
+        at = index.long().unsqueeze(-1).expand(m.shape)
+        rows = wide(w.gather(-2, at)).mul(decay)
+        rows.sub_(adamw(wide(g.gather(-2, at)), m, v, beta1, beta2, e, None), alpha=step)
+        _update_by_tiles_(w, decay, lambda g, s=free_step: s * FREE[free](g), None, g)
+        w.scatter_(-2, at, rows.to(w.dtype))
+
+
+def top_rows_(scores: Tensors, indices: Tensors, sources: Tensors) -> None:
+    """The indices of the largest scores in place of ``indices``, and where each stood."""
+    for score, index, source in zip(scores, indices, sources, strict=True):
+        # sorted stably: among equals the lowest index, on every device
+        best = torch.sort(score, descending=True, stable=True).indices[: index.shape[0]]
+        new = best.sort().values.to(torch.int32)
+        if index.shape[0]:
+            at = torch.searchsorted(index, new).clamp_(max=index.shape[0] - 1)
+            source.copy_(torch.where(index[at] == new, at, -1))
+        index.copy_(new)
