@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from functools import partial
+from itertools import takewhile
 from typing import Any, ClassVar, TypedDict
 
 import torch
@@ -45,6 +46,7 @@ from lowrank_optim.groups.keys import (
     without_torch_flags,
 )
 from lowrank_optim.groups.linear_maps import is_linear_map
+from lowrank_optim.groups.names import uid_of
 from lowrank_optim.groups.notices import param_name as _name
 from lowrank_optim.residuals import Residual
 from lowrank_optim.rules.base import Rule
@@ -279,12 +281,13 @@ class LowRankOptimizer(PlannedOptimizer):
         """Items of a group as it is, whatever state there is."""
         return placed(list(self._plan(group)))
 
+    def _before(self, group: Group) -> list[Group]:
+        """The groups that come before one; all of them, if it is not yet there."""
+        return [*takewhile(lambda other: other is not group, self.param_groups)]
+
     def _plan(self, group: Group) -> Iterator[ParamPlan]:
-        start = 0
-        for other in self.param_groups:
-            if other is group:
-                break
-            start += len(other["params"])
+        start = sum(len(other["params"]) for other in self._before(group))
+        names = group.get("param_names")
         dense = []
         kinds: dict[Any, int] = {}
         for i, param in enumerate(group["params"]):
@@ -301,7 +304,8 @@ class LowRankOptimizer(PlannedOptimizer):
                 subspace = self.subspace(group, view).sharing(self._shared)
                 _check_fit(_name(group, i), subspace, self.residual(group))
             kind = kinds.setdefault((view, subspace), len(kinds))
-            yield ParamPlan(param, _name(group, i), start + i, view, subspace, kind)
+            uid = start + i if names is None else uid_of(names[i])
+            yield ParamPlan(param, _name(group, i), start + i, uid, view, subspace, kind)
         if dense and group["rank"] is not None:
             logger.info("dense in a group of rank %s: %s", group["rank"], ", ".join(dense))
 

@@ -146,7 +146,7 @@ def _begun(
     The seed is of optimizer, parameter, step and number of the gradient, so that a run that is
     resumed rounds as one that was not interrupted.
     """
-    own = mixed(chosen.seed, item.index, int(state["step"]), 4)
+    own = mixed(chosen.seed, item.uid, int(state["step"]), 4)
 
     def add_(held: ProjectedGrad, more: Tensor, alpha: float) -> None:
         for n, (name, x) in enumerate(take(held, more).items()):
