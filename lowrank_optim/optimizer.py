@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowrank_optim.checkpoints.load import load_state_dict
-from lowrank_optim.engine import tracing
+from lowrank_optim.engine import tracing, zero
 from lowrank_optim.engine.blocks import advance, catch_up, placed
 from lowrank_optim.engine.compiled import Traced
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state
@@ -27,6 +27,7 @@ from lowrank_optim.engine.preflight import (
     check_flattened,
     check_gradients,
     check_moved,
+    check_named,
     check_owned,
     moved,
     structure,
@@ -162,6 +163,7 @@ class LowRankOptimizer(PlannedOptimizer):
         if any(isinstance(g, dict) and "rank" in canonical(g) for g in groups):
             defaults = {**defaults, "rank": None}
         self._plans: dict[int, Plan] = {}
+        self._places: dict[Tensor, int] = {}
         self._shared = Shared()
         super().__init__(groups, defaults)
         self._traced = Traced(self)
@@ -199,6 +201,7 @@ class LowRankOptimizer(PlannedOptimizer):
         """Restore, with defaults for keys that groups of an older or another optimizer lack."""
         super().__setstate__(state)
         self._plans = {}
+        self._places = self.__dict__.get("_places", {})
         self._shared = Shared()
         self._traced = Traced(self, self.__dict__.get("_traced"))
         for group in self.param_groups:
@@ -221,7 +224,13 @@ class LowRankOptimizer(PlannedOptimizer):
         check_known(given, self._allowed(given), name, place)
         group = {**canonical(given), "method": name}
         self._check({**self.defaults, **group})
-        group.setdefault("targets", "all" if group.get("rank") is not None else "auto")
+        asked = group.get("rank") is not None
+        owner = zero.enclosing()
+        if owner is not None:
+            zero.check_whole(owner, {**self.defaults, **group})
+            asked = asked and not zero.from_constructor(owner, group)
+            self._places.update(zero.places(owner))
+        group.setdefault("targets", "all" if asked else "auto")
         super().add_param_group(group)
         for i, param in enumerate(group["params"]):
             if param.is_complex():
@@ -229,6 +238,7 @@ class LowRankOptimizer(PlannedOptimizer):
                 raise ValueError(f"{name} does not support complex parameters: {_name(group, i)}")
         try:
             check_flattened(group)
+            check_named(group)
             if group["projector"] == "block":
                 self._items(self.param_groups[-1])
         except ValueError:  # as many blocks as their order cannot take
@@ -304,7 +314,7 @@ class LowRankOptimizer(PlannedOptimizer):
                 subspace = self.subspace(group, view).sharing(self._shared)
                 _check_fit(_name(group, i), subspace, self.residual(group))
             kind = kinds.setdefault((view, subspace), len(kinds))
-            uid = start + i if names is None else uid_of(names[i])
+            uid = self._places.get(param, start + i) if names is None else uid_of(names[i])
             yield ParamPlan(param, _name(group, i), start + i, uid, view, subspace, kind)
         if dense and group["rank"] is not None:
             logger.info("dense in a group of rank %s: %s", group["rank"], ", ".join(dense))
