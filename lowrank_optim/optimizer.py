@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from functools import partial
+from itertools import takewhile
 from typing import Any, ClassVar, TypedDict
 
 import torch
@@ -16,7 +17,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from lowrank_optim.checkpoints.load import load_state_dict
-from lowrank_optim.engine import tracing
+from lowrank_optim.engine import tracing, zero
 from lowrank_optim.engine.blocks import advance, catch_up, placed
 from lowrank_optim.engine.compiled import Traced
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state
@@ -27,6 +28,7 @@ from lowrank_optim.engine.preflight import (
     check_flattened,
     check_gradients,
     check_moved,
+    check_named,
     check_owned,
     moved,
     structure,
@@ -49,6 +51,7 @@ from lowrank_optim.groups.keys import (
     without_torch_flags,
 )
 from lowrank_optim.groups.linear_maps import is_linear_map
+from lowrank_optim.groups.names import uid_of
 from lowrank_optim.groups.notices import param_name as _name
 from lowrank_optim.residuals import Residual
 from lowrank_optim.rules.base import Rule
@@ -165,6 +168,7 @@ class LowRankOptimizer(PlannedOptimizer):
         if any(isinstance(g, dict) and "rank" in canonical(g) for g in groups):
             defaults = {**defaults, "rank": None}
         self._plans: dict[int, Plan] = {}
+        self._places: dict[Tensor, int] = {}
         self._shared = Shared()
         self._replicas: tuple[ProcessGroup | None] | None = None
         super().__init__(groups, defaults)
@@ -203,6 +207,7 @@ class LowRankOptimizer(PlannedOptimizer):
         """Restore, with defaults for keys that groups of an older or another optimizer lack."""
         super().__setstate__(state)
         self._plans = {}
+        self._places = self.__dict__.get("_places", {})
         self._shared = Shared()
         self._replicas = None
         self._traced = Traced(self, self.__dict__.get("_traced"))
@@ -226,7 +231,13 @@ class LowRankOptimizer(PlannedOptimizer):
         check_known(given, self._allowed(given), name, place)
         group = {**canonical(given), "method": name}
         self._check({**self.defaults, **group})
-        group.setdefault("targets", "all" if group.get("rank") is not None else "auto")
+        asked = group.get("rank") is not None
+        owner = zero.enclosing()
+        if owner is not None:
+            zero.check_whole(owner, {**self.defaults, **group})
+            asked = asked and not zero.from_constructor(owner, group)
+            self._places.update(zero.places(owner))
+        group.setdefault("targets", "all" if asked else "auto")
         super().add_param_group(group)
         for i, param in enumerate(group["params"]):
             if param.is_complex():
@@ -234,6 +245,7 @@ class LowRankOptimizer(PlannedOptimizer):
                 raise ValueError(f"{name} does not support complex parameters: {_name(group, i)}")
         try:
             check_flattened(group)
+            check_named(group)
             if group["projector"] == "block":
                 self._items(self.param_groups[-1])
         except ValueError:  # as many blocks as their order cannot take
@@ -286,12 +298,13 @@ class LowRankOptimizer(PlannedOptimizer):
         """Items of a group as it is, whatever state there is."""
         return placed(list(self._plan(group)))
 
+    def _before(self, group: Group) -> list[Group]:
+        """The groups that come before one; all of them, if it is not yet there."""
+        return [*takewhile(lambda other: other is not group, self.param_groups)]
+
     def _plan(self, group: Group) -> Iterator[ParamPlan]:
-        start = 0
-        for other in self.param_groups:
-            if other is group:
-                break
-            start += len(other["params"])
+        start = sum(len(other["params"]) for other in self._before(group))
+        names = group.get("param_names")
         dense = []
         kinds: dict[Any, int] = {}
         for i, param in enumerate(group["params"]):
@@ -304,7 +317,8 @@ class LowRankOptimizer(PlannedOptimizer):
                 _check_fit(_name(group, i), subspace, self.residual(group))
             kind = kinds.setdefault((view, subspace), len(kinds))
             part = part_of(param, None if isinstance(subspace, Block) else view, _name(group, i))
-            item = ParamPlan(param, _name(group, i), start + i, view, subspace, kind, part)
+            uid = self._places.get(param, start + i) if names is None else uid_of(names[i])
+            item = ParamPlan(param, _name(group, i), start + i, uid, view, subspace, kind, part)
             check_supported(item, self._strategies(group), type(self).__name__)
             yield item
         if dense and group["rank"] is not None:

@@ -151,7 +151,7 @@ def _begin(
     The seed is of optimizer, parameter, step and number of the gradient, so that a run that is
     resumed rounds as one that was not interrupted.
     """
-    seed = mixed(strategies.seed, plan.index, int(state["step"]), 4)
+    seed = mixed(strategies.seed, plan.uid, int(state["step"]), 4)
 
     def add_(projected_grad: ProjectedGrad, more: Tensor, alpha: float) -> None:
         for n, (name, x) in enumerate(take(projected_grad, more).items()):

@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lowrank_optim.groups import Group
+from lowrank_optim.groups.names import bare
 
 Entries = dict[str, Any]
 """The saved state of one parameter."""
 
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Parts of a name that a wrapper puts into it, anywhere: ``torch.compile``, FSDP, checkpointing."""
 LAYOUT = ("form", "shapes", "factor_starts")
 """Group keys that say which of its parameters are factors of one layer."""
 
@@ -121,14 +120,6 @@ def check_shared(mine: Sequence[Group], groups: Sequence[Group]) -> None:
 def by_name(group: Group) -> bool:
     """Whether its parameters are named, and so were matched by whoever made the dict."""
     return bool(group["params"]) and all(isinstance(i, str) for i in group["params"])
-
-
-def bare(name: str) -> str:
-    """A parameter's name without what ``torch.compile``, DDP, FSDP or checkpointing add to it."""
-    parts = [part for part in name.split(".") if part not in WRAPPERS]
-    while len(parts) > 1 and parts[0] == "module":
-        parts = parts[1:]
-    return ".".join(parts)
 
 
 def _listed(values: Any, count: int, kind: type) -> bool:

@@ -31,13 +31,18 @@ States = Mapping[Tensor, State]
 def placed(items: list[ParamPlan]) -> list[ParamPlan]:
     """A group's items, its blocks told which of how many they are; frozen ones count.
 
+    Random sets are of positions in the order of ``uid``, so that the order of the group, where its
+    parameters have names, changes nothing; the other orders are of positions in the group.
+
     Raises:
         ValueError: the order needs an even number of active blocks, and theirs is odd.
     """
     blocks = [item for item in items if isinstance(item.subspace, Block)]
+    if any(isinstance(b.subspace, Block) and b.subspace.block_order == "random" for b in blocks):
+        blocks.sort(key=lambda item: item.uid)
     for position, item in enumerate(blocks):
         assert isinstance(item.subspace, Block)
-        count, first = len(blocks), blocks[0].index
+        count, first = len(blocks), blocks[0].uid
         item.subspace = replace(item.subspace, position=position, count=count, first=first)
         if item.subspace.block_order == "mirror" and item.subspace.size % 2:
             raise ValueError(

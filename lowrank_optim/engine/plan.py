@@ -43,6 +43,9 @@ class ParamPlan:
     param: Tensor
     name: str
     index: int
+    """Its place among all parameters of the optimizer, as in a state dict."""
+    uid: int
+    """What its draws are of: :func:`lowrank_optim.groups.names.uid_of` its name, or its place."""
     view: MatrixView | None
     subspace: Subspace | None
     kind: int = 0
@@ -58,11 +61,6 @@ class ParamPlan:
 
     def __post_init__(self) -> None:
         self.made = self.param.shape, self.param.dtype, self.param.device
-
-    @property
-    def uid(self) -> int:
-        """Temporary."""
-        return self.index
 
     @property
     def salt(self) -> tuple[int, ...]:
@@ -248,7 +246,7 @@ def write_slots_(
     """Write back the moments that were copied to be read; the others are in place already."""
     for n, (key, slot, x) in enumerate(held):
         if isinstance(x, Tensor) and x is not state[key]:
-            seed = mixed(chosen.seed, item.index, int(state["step"]), 1, n, *item.salt)
+            seed = mixed(chosen.seed, item.uid, int(state["step"]), 1, n, *item.salt)
             chosen.store.write_(state, key, slot, x, seed, finite)
 
 
@@ -256,4 +254,4 @@ def weight_seed(item: ParamPlan, state: State, chosen: Strategies) -> int | None
     """Seed of the stochastic rounding of a weight; None to round to nearest."""
     if not chosen.rounding:
         return None
-    return mixed(chosen.seed, item.index, int(state["step"]), 3, *item.salt)
+    return mixed(chosen.seed, item.uid, int(state["step"]), 3, *item.salt)

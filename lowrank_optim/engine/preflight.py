@@ -90,6 +90,25 @@ def check_flattened(group: Group) -> None:
         )
 
 
+def check_named(group: Group) -> None:
+    """Raise unless every parameter of a group has a name, or none: draws, and more, go by them.
+
+    Raises:
+        ValueError: ``param_names`` are not as many strings as there are parameters.
+    """
+    names, count = group.get("param_names"), len(group["params"])
+    if names is None:
+        return
+    given = names if isinstance(names, list | tuple) else [names]
+    wrong = [name for name in given if not isinstance(name, str)]
+    if given is not names or wrong or len(given) != count:
+        got = repr(names) if given is not names or wrong else f"{len(given)}"
+        raise ValueError(
+            f"param_names of a group of {count} parameters must be {count} strings, got {got}: "
+            "pass model.named_parameters(), or leave param_names out"
+        )
+
+
 def check_owned(params: Sequence[Tensor]) -> None:
     """Raise for parameters that ``fully_shard`` has replaced in their model.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError
 
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, age_key, mixed, seeded, slot_key
+from lowrank_optim.groups.names import turn_of
 from lowrank_optim.ops import quant
 from lowrank_optim.ops.rows import take_rows
 from lowrank_optim.rules.base import Slot
@@ -19,9 +20,6 @@ from lowrank_optim.subspaces.base import BasisChange, RefreshContext
 from lowrank_optim.transports import TRANSPORTS
 
 logger = logging.getLogger(__name__)
-
-
-GOLDEN = 0.6180339887498949
 
 
 def refresh_due(step: int, last: int, gap: int, offset: int) -> bool:
@@ -43,12 +41,12 @@ def basis_due(item: ParamPlan, state: State, chosen: Strategies) -> bool:
 
 def phase(item: ParamPlan, chosen: Strategies) -> int:
     """The remainder modulo the gap of the steps, counted from 0, at which its basis is due."""
-    return stagger_offset(item.index, chosen.gap) if chosen.stagger else 0
+    return stagger_offset(item.uid, chosen.gap) if chosen.stagger else 0
 
 
-def stagger_offset(index: int, gap: int) -> int:
-    """Multiples of the golden ratio spread over the gap: even for any number of parameters."""
-    return int(gap * ((index * GOLDEN) % 1.0))
+def stagger_offset(uid: int, gap: int) -> int:
+    """The step within the gap at which a parameter has its turn."""
+    return int(gap * turn_of(uid))
 
 
 def refresh_(
@@ -95,11 +93,11 @@ def find_(
         norm, seen = look or subspace.look(grad)
         if not _is_informative(item, state, float(norm), step):
             return None
-    generator = seeded(chosen.seed, item.index, step)
+    generator = seeded(chosen.seed, item.uid, step)
     # a part of W is of no use to what is a factor of W
     whole = item.part is None or not item.part.sharded
     param = view.of(item.param) if whole else None
-    ctx = RefreshContext(view, generator, item.index, step, param=param, seen=seen)
+    ctx = RefreshContext(view, generator, item.uid, step, param=param, seen=seen)
     try:
         return subspace.refresh_(state, grad, ctx)
     except LinAlgError as error:
@@ -176,7 +174,7 @@ def _transport(
         moments.append((slot, x, bias))
     TRANSPORTS[chosen.on_refresh](moments, moved)
     for n, (key, (slot, x, _)) in enumerate(zip(keys, moments, strict=True)):
-        seed = mixed(chosen.seed, item.index, int(time), 2, n, *item.salt)
+        seed = mixed(chosen.seed, item.uid, int(time), 2, n, *item.salt)
         chosen.store.write_(state, key, slot, x, seed)
 
 

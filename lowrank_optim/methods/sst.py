@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Unpack
 from torch import Tensor
 
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
-from lowrank_optim.engine.refresh import refresh_, refresh_due, stagger_offset
+from lowrank_optim.engine.refresh import phase, refresh_, refresh_due
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group
 from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
@@ -176,24 +176,28 @@ class SSTAdamW(LowRankOptimizer):
     # ---------------------------------------------------------------- factors in modules
 
     def _plan(self, group: Group) -> Iterator[ParamPlan]:
-        """Items of weights; of a layer of factors, one for all of its members."""
+        """Items of weights; of a layer of factors, one for all of its members.
+
+        Both draw what their weights would in the dense form: ``indices`` has the ``uid`` of each.
+        """
         if group.get("form") is None:
             for n, item in enumerate(super()._plan(group)):
-                item.index = group["indices"][n] if "indices" in group else item.index
+                item.uid = group["indices"][n] if "indices" in group else item.uid
                 yield item
             return
         size, kinds = len(Spectral.keys), dict[Any, int]()
+        index = sum(len(other["params"]) for other in self._before(group))
         for n, shape in enumerate(group["shapes"]):
             members = group["params"][n * size : (n + 1) * size]
             names = group["param_names"][n * size : (n + 1) * size]
-            index = group["indices"][n * size]
+            uid, at = group["indices"][n * size], index + n * size
             view = matrix_view(shape, group["proj_type"])
             assert view is not None
             subspace = SpectralModule.from_group(group, view)
             kind = kinds.setdefault((view, subspace), len(kinds))
-            yield Layer(members[0], names[0], index, FactorView(*view), subspace, kind, members)
-            for member, name in zip(members[1:], names[1:], strict=True):
-                yield Layer(member, name, index, None, None)
+            yield Layer(members[0], names[0], at, uid, FactorView(*view), subspace, kind, members)
+            for k in range(1, size):
+                yield Layer(members[k], names[k], at + k, uid, None, None)
 
     def _state_of(self, item: ParamPlan, chosen: Strategies) -> State:
         """The state of a layer is that of its weight: the optimizer's part and the module's."""
@@ -215,8 +219,7 @@ class SSTAdamW(LowRankOptimizer):
         for item in leaders:
             state = self._state_of(item, chosen)
             step, last = int(state["step"]), int(state["refresh_step"])
-            offset = stagger_offset(item.index, chosen.gap) if chosen.stagger else 0
-            if refresh_due(step, last, chosen.gap, offset):
+            if refresh_due(step, last, chosen.gap, phase(item, chosen)):
                 refresh_(item, state, item.param, step, chosen)
 
 

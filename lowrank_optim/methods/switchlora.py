@@ -23,6 +23,7 @@ from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.step import step_bucket
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group
+from lowrank_optim.groups.names import uid_of
 from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
 from lowrank_optim.residuals import Drop, Residual
 from lowrank_optim.rules import AdamW, Rule
@@ -183,28 +184,30 @@ class SwitchLoRAAdamW(LowRankOptimizer):
     # ---------------------------------------------------------------- modules
 
     def _plan(self, group: Group) -> Iterator[ParamPlan]:
-        """A triple (A, B, W0) of a module counts as the one weight that it stands for."""
-        index = 0
-        for other in self.param_groups:
-            if other is group:
-                break
-            index += len(other["params"]) - 2 * len(other.get("factor_starts", ()))
+        """A triple (A, B, W0) of a module draws what the one weight would that it stands for.
+
+        That has the name of W0; where there are no names, a triple counts as one parameter.
+        """
         params, starts, parts = group["params"], set(group["factor_starts"]), 0
+        extra = 2 * sum(len(other.get("factor_starts", ())) for other in self._before(group))
+        names, uid = group.get("param_names"), 0
         for i, item in enumerate(super()._plan(group)):
             if parts:
                 parts -= 1
-                yield PartItem(item.param, item.name, index, None, None)
+                yield PartItem(item.param, item.name, item.index, uid, None, None)
                 continue
+            uid = item.uid if names is not None else item.uid - extra
             if i in starts:
                 b, base = params[i + 1 : i + 3]
                 view = matrix_view(base.shape, group["proj_type"])
                 assert view is not None
                 sub = SwitchedFactors.from_group(group, view).sharing(self._shared)
-                yield FactorItem(item.param, item.name, index, view, sub, b=b, base=base)
-                parts = 2
+                uid = uid if names is None else uid_of(names[i + 2])
+                place = item.name, item.index, uid
+                yield FactorItem(item.param, *place, view, sub, b=b, base=base)
+                parts, extra = 2, extra + 2
             else:
-                yield replace(item, index=index)
-            index += 1
+                yield replace(item, uid=uid)
 
     def _state_of(self, item: ParamPlan, chosen: Strategies) -> State:
         if isinstance(item, PartItem):
@@ -247,7 +250,7 @@ class SwitchLoRAAdamW(LowRankOptimizer):
         weight = item.base.detach()
         # a stand-in for a gradient of W, which is never made: its values are not read
         weight.grad = weight.detach()
-        whole = ParamPlan(weight, item.name, item.index, item.view, item.subspace)
+        whole = ParamPlan(weight, item.name, item.index, item.uid, item.view, item.subspace)
         return whole, {**self._state_of(item, chosen), **factors, **grads}
 
 

@@ -51,7 +51,7 @@ class Factored(nn.Module):
         self.train(layer.training)
 
     @classmethod
-    def initial(cls, group: Group, view: MatrixView, weight: Tensor, index: int) -> State:
+    def initial(cls, group: Group, view: MatrixView, weight: Tensor, uid: int) -> State:
         """State of the dense form, as its first step would make it."""
         raise NotImplementedError
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_optim.engine.plan import State
-from lowrank_optim.engine.refresh import refresh_, refresh_due, stagger_offset
+from lowrank_optim.engine.refresh import phase, refresh_, refresh_due
 from lowrank_optim.groups import Group, lowrank_groups
+from lowrank_optim.groups.names import uid_of
 from lowrank_optim.groups.values import check_module
 from lowrank_optim.nn.base import CONVERTERS, FORMS, Factored, convertible, parent_of
 from lowrank_optim.optimizer import LowRankOptimizer
@@ -68,21 +69,22 @@ def convert(
         model, rank=rank, target_modules=target_modules, **{**cls.options, **options}
     )
     out: list[Group] = []
-    for group, start in zip(dense, _starts(dense), strict=True):
+    for group in dense:
         if group.get("rank") is None:
-            out.append(_with_indices(group, range(start, start + len(group["params"]))))
+            out.append({**group, "indices": [uid_of(name) for name in group["param_names"]]})
             continue
         taken, low = _Members(), _Members()
-        for i, (name, param) in enumerate(zip(group["param_names"], group["params"], strict=True)):
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            uid = uid_of(name)
             place, view = (
                 _layer_of(model, name, param),
                 matrix_view(param.shape, group["proj_type"]),
             )
             if place is None or view is None:
-                low.add(name, param, start + i)
+                low.add(name, param, uid)
                 continue
-            state = cls.initial(group, view, param, start + i)
-            taken.add_layer(_replace(model, cls, place, group, view, state), place, start + i)
+            state = cls.initial(group, view, param, uid)
+            taken.add_layer(_replace(model, cls, place, group, view, state), place, uid)
         out += _groups(group, method, taken, low, _Members())
     return out
 
@@ -128,17 +130,18 @@ def to_modules(model: nn.Module, optimizer: LowRankOptimizer, method: str) -> Lo
             name = names.get(id(item.param), item.name)
             place = _layer_of(model, name, item.param) if item.subspace is not None else None
             if place is None or item.view is None:
-                (dense if item.subspace is None else low).add(name, item.param, item.index)
+                (dense if item.subspace is None else low).add(name, item.param, item.uid)
                 states[id(item.param)] = dict(optimizer.state.get(item.param, {}))
                 continue
             state = dict(optimizer._state_of(item, chosen))
             step, last = int(state["step"]), int(state["refresh_step"])
-            offset = stagger_offset(item.index, chosen.gap) if chosen.stagger else 0
-            if refresh_due(step, last, chosen.gap, offset):  # modules look one step ahead
+            if refresh_due(
+                step, last, chosen.gap, phase(item, chosen)
+            ):  # modules look one step ahead
                 with torch.no_grad():
                     refresh_(item, state, item.view.of(item.param), step, chosen)
             layer = _replace(model, cls, place, group, item.view, state)
-            leader = taken.add_layer(layer, place, item.index)
+            leader = taken.add_layer(layer, place, item.uid)
             states[id(leader)] = state
         groups += _groups(group, method, taken, low, dense)
     return _rebuilt(optimizer, groups, states)
@@ -166,10 +169,10 @@ def to_weights(model: nn.Module, optimizer: LowRankOptimizer) -> LowRankOptimize
                 weight = merged.weight
                 assert isinstance(weight, nn.Parameter)
                 setattr(parent, last, merged)
-                low.add(f"{name}.weight", weight, item.index)
+                low.add(f"{name}.weight", weight, item.uid)
                 states[id(weight)] = {**state, **layer.to_state()} if state else {}
             elif group.get("form") is None:
-                (dense if item.subspace is None else low).add(item.name, item.param, item.index)
+                (dense if item.subspace is None else low).add(item.name, item.param, item.uid)
                 states[id(item.param)] = state
         groups += _groups(group, "", _Members(), low, dense)
     return _rebuilt(optimizer, groups, states)
@@ -188,31 +191,20 @@ class _Members:
     def __init__(self) -> None:
         self.names: list[str] = []
         self.params: list[Tensor] = []
-        self.indices: list[int] = []
+        self.uids: list[int] = []
         self.shapes: list[tuple[int, ...]] = []
 
-    def add(self, name: str, param: Tensor, index: int) -> None:
+    def add(self, name: str, param: Tensor, uid: int) -> None:
         self.names.append(name)
         self.params.append(param)
-        self.indices.append(index)
+        self.uids.append(uid)
 
-    def add_layer(self, layer: Factored, name: str, index: int) -> Tensor:
+    def add_layer(self, layer: Factored, name: str, uid: int) -> Tensor:
         """All members of a layer; returns the one that holds the state."""
         for part, param in layer.members().items():
-            self.add(f"{name}.{part}", param, index)
+            self.add(f"{name}.{part}", param, uid)
         self.shapes.append(layer.weight_shape)
         return next(iter(layer.members().values()))
-
-
-def _starts(groups: Sequence[Group]) -> Iterator[int]:
-    start = 0
-    for group in groups:
-        yield start
-        start += len(group["params"])
-
-
-def _with_indices(group: Group, indices: Sequence[int]) -> Group:
-    return {**group, "indices": list(indices)}
 
 
 def _groups(
@@ -230,7 +222,7 @@ def _groups(
             **own,
             "params": members.params,
             "param_names": members.names,
-            "indices": members.indices,
+            "indices": members.uids,
         }
         for members, own in (
             (taken, of_layers),

@@ -116,11 +116,11 @@ class SpectralLinear(Factored):
     }  # fmt: skip
 
     @classmethod
-    def initial(cls, group: Group, view: MatrixView, weight: Tensor, index: int) -> State:
+    def initial(cls, group: Group, view: MatrixView, weight: Tensor, uid: int) -> State:
         """Factored and drawn from, with the numbers that the dense form would take."""
         subspace = Spectral.from_group(group, view)
         state = subspace.init(view, weight)
-        ctx = RefreshContext(view, seeded(group["seed"], index, 0), index, 0, param=view.of(weight))
+        ctx = RefreshContext(view, seeded(group["seed"], uid, 0), uid, 0, param=view.of(weight))
         subspace.refresh_(state, weight, ctx)
         return state
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from lowrank_optim.engine.plan import seeded
 from lowrank_optim.groups import Group, lowrank_groups
+from lowrank_optim.groups.names import uid_of
 from lowrank_optim.groups.values import check_module
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.switched import Switched
@@ -131,7 +132,7 @@ def convert(
         model, rank=rank, target_modules=target_modules, scale=scale, seed=seed, **options
     )
     owners = layers(model)
-    index, out = 0, []
+    out: list[Group] = []
     for group in groups:
         turned: Group = {**group, "params": [], "param_names": [], "factor_starts": ()}
         split = [turned]
@@ -148,9 +149,8 @@ def convert(
                     turned["fan_in_fan_out"] = flag
                     split.append(turned)
                 space = Switched.from_group({"fan_in_fan_out": False, **turned}, view)
-                drawn = _drawn(space, view, seeded(turned["seed"], index, 0), param.is_meta)
+                drawn = _drawn(space, view, seeded(turned["seed"], uid_of(name), 0), param.is_meta)
                 append_triple(turned, name, replace_layer(owner, space, drawn))
-            index += 1
         out += [g for g in split if g["params"]]
     if not any(g["factor_starts"] for g in out):
         raise ValueError(f"target_modules {target_modules!r} matches no linear layer")

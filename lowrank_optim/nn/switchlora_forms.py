@@ -72,7 +72,7 @@ def to_modules(model: nn.Module, optimizer: LowRankOptimizer) -> LowRankOptimize
                     states[item.param] = state
         if group["factor_starts"]:
             turned["factor_starts"] = group["factor_starts"]
-        groups.append(turned)
+        groups.append(_named_as(group, turned))
     return _remade(optimizer, groups, states)
 
 
@@ -99,9 +99,15 @@ def to_weights(model: nn.Module, optimizer: LowRankOptimizer) -> LowRankOptimize
             turned["param_names"].append(name)
             if state:
                 states[params[-1]] = state
-        groups.append(turned)
+        groups.append(_named_as(group, turned))
     merge(model)
     return _remade(optimizer, groups, states)
+
+
+def _named_as(group: Group, turned: Group) -> Group:
+    """Without the names that no user gave: draws are of names, where there are some."""
+    keys = () if group.get("param_names") else ("param_names",)
+    return {key: value for key, value in turned.items() if key not in keys}
 
 
 def _entries(group: Group) -> Iterator[tuple[list[Tensor], str]]:

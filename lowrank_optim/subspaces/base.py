@@ -66,9 +66,9 @@ class RefreshContext:
 
     view: MatrixView
     generator: torch.Generator
-    """Seeded by (seed, parameter index, count): the same on every rank and after a resume."""
-    index: int = 0
-    """Position of the parameter in the optimizer."""
+    """Seeded by (seed, uid, count): the same on every rank and after a resume."""
+    uid: int = 0
+    """What stands for the parameter: a hash of its name, or its place where it has none."""
     count: int = 0
     """Steps taken before this refresh."""
     reduce: Reduce = identity

@@ -45,9 +45,10 @@ class Block(Subspace):
         scale: not used: a block is a dense parameter.
         density: share of the tensors that are active.
         block_order: in which order they take turns.
-        position: of this one among the blocks of its group.
+        position: of this one among the blocks of its group; of ``random``, in the order of their
+            ``uid``.
         count: N.
-        first: position in the optimizer of the group's first block, which seeds ``random``.
+        first: ``uid`` of the block in position 0, which seeds ``random``.
 
     References:
         Zmushko et al. (2025), arXiv:2411.07837; Luo et al. (2024), arXiv:2404.02827 (BAdam).

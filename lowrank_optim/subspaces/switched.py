@@ -248,7 +248,7 @@ class Switched(Subspace):
         """What the device fetches while it computes: of a ring, whose order is known."""
         if self.order != "fifo" or not ahead.apart(self.pool(state, 0), state["basis_A"]):
             return None
-        return self.shared.get(("ahead", ctx.index), ahead.Ahead)  # type: ignore[no-any-return]
+        return self.shared.get(("ahead", ctx.uid), ahead.Ahead)  # type: ignore[no-any-return]
 
     def _fetch_ahead_(self, state: State, schedule: Schedule, ctx: RefreshContext) -> None:
         """Let it fetch the most that the next step can ask for."""

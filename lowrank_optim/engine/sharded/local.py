@@ -156,7 +156,7 @@ def _split_dims(
     shapes = []
     for own in (view, larger):
         like = torch.empty(view.shape, dtype=dtype, device="meta")
-        item = ParamPlan(like, "", 0, own, subspace)
+        item = ParamPlan(like, "", 0, 0, own, subspace)
         shapes.append({k: tuple(x.shape) for k, x in init_state(item, chosen, like).items()})
     found = {}
     for key, shape in shapes[0].items():

@@ -109,7 +109,7 @@ def owners(due: Sequence[Due]) -> list[list[Due]]:
     """What each rank of their group refreshes: the longest first, to who has least to do."""
     queues: list[list[Due]] = [[] for _ in range(due[0].part.ranks)]
     loads = [0] * len(queues)
-    for d in sorted(due, key=lambda d: (-d.item.param.numel(), d.item.index)):
+    for d in sorted(due, key=lambda d: (-d.item.param.numel(), d.item.uid)):
         owner = loads.index(min(loads))
         queues[owner].append(d)
         loads[owner] += d.item.param.numel()

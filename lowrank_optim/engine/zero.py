@@ -1,0 +1,74 @@
+"""``ZeroRedundancyOptimizer``: the optimizer of a rank has some parameters, in another order."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor
+
+from lowrank_optim.groups import Group, canonical
+
+MODULE = "torch.distributed.optim.zero_redundancy_optimizer"
+CALLERS = ("_init_local_optimizer", "add_param_group")
+"""Its methods that give parameters to the optimizer of a rank."""
+
+
+def enclosing() -> Any:
+    """The ``ZeroRedundancyOptimizer`` whose call this is part of; None if there is none."""
+    module = sys.modules.get(MODULE)
+    frame = None if module is None else sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self") if frame.f_code.co_name in CALLERS else None
+        if issubclass(type(owner), module.ZeroRedundancyOptimizer):  # type: ignore[union-attr]
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def places(owner: Any) -> dict[Tensor, int]:
+    """The place of each parameter among those of all ranks: that of one process."""
+    return {p: n for n, p in enumerate(p for g in owner.param_groups for p in g["params"])}
+
+
+def check_whole(owner: Any, group: Group) -> None:
+    """Raise if a rank cannot step its parameters of a group as one process would.
+
+    Args:
+        owner: what gave the group.
+        group: a completed one.
+
+    Raises:
+        ValueError: what a step does depends on all parameters of the group, or on names.
+    """
+    name = "ZeroRedundancyOptimizer"
+    if any(g.get("form") or g.get("factor_starts") for g in owner.param_groups):
+        raise ValueError(
+            f"{name} may give the factors of one layer to different ranks, and none could step "
+            "it: train the weights themselves (lowrank_groups(model), and no convert), or use "
+            "DistributedDataParallel alone"
+        )
+    if group.get("param_names") is not None:
+        raise ValueError(
+            f"{name} gives each rank some parameters of a group, in another order, and the names "
+            "of all of them, so that a parameter would get the name of another: delete "
+            "'param_names' from the groups, and set rank (None for dense) in each of them"
+        )
+    if group.get("projector") == "block" and group.get("rank") is not None:
+        raise ValueError(
+            f"projector='block' takes turns among all tensors of a group, of which {name} shows "
+            "each rank some: use projector='columns', or DistributedDataParallel alone"
+        )
+    asked = "rank" in canonical(owner.defaults) and not from_constructor(owner, group)
+    if asked and not owner.initialized:  # of a later group it is known to be its own
+        raise ValueError(
+            f"rank={group['rank']} in a group, and another in the constructor, which {name} puts "
+            "into every group that has none, where one process would leave them dense: set rank "
+            "(None for dense) in each group, and not in the constructor"
+        )
+
+
+def from_constructor(owner: Any, group: Group) -> bool:
+    """Whether the rank of a group was that of the constructor, which is put into every group."""
+    own = canonical(owner.defaults)
+    return "rank" in own and own["rank"] == group.get("rank")
