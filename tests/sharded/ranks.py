@@ -28,12 +28,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint
-import torch.distributed.checkpoint.state_dict
-import torch.distributed.fsdp
-import torch.distributed.tensor
-
-import lowrank_optim  # noqa: F401  what the server imports once for all
 
 GROUP_TIMEOUT = 60.0
 """Seconds that a collective waits for the other ranks."""
@@ -183,7 +177,7 @@ class Ranks:
         if self._processes:
             return
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload(["tests.sharded.preload"])
         self._folder = tempfile.TemporaryDirectory()
         for rank in range(self.size):
             ours, theirs = context.Pipe()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import warnings
 from collections.abc import Iterable, Sequence
@@ -20,7 +21,8 @@ import lowrank_optim
 from tests.sharded import models
 from tests.sharded.ranks import World
 
-RANK, GAP, STEPS = 3, 3, 12
+RANK, GAP, STEPS = 0.3, 3, 12
+"""A fraction, so that a matrix of two rows is projected too, though most ranks hold none of it."""
 
 
 @dataclass(frozen=True)
@@ -269,10 +271,40 @@ def assert_all_moved(case: Case, run: Sequence[Step]) -> None:
         assert still == 0, f"{still} of {x.numel()} entries of {name} have not moved"
 
 
-def refreshes(run: Sequence[Step]) -> dict[str, int]:
-    """How often each matrix was refreshed."""
+def choices(run: Sequence[Step]) -> dict[str, int]:
+    """How often each projected matrix got a basis, or became another kind of block."""
     found = {}
     for name in run[0][1]:
-        marks = [float(s[name].get("refresh_step", torch.tensor(-1.0))) for _, s in run]
-        found[name] = len(set(marks) - {-1.0})
+        states = [s[name] for _, s in run]
+        if "clock" in states[0]:
+            held = [len(s) for s in states]
+            found[name] = sum(a != b for a, b in itertools.pairwise(held))
+        elif "refresh_step" in states[0]:
+            found[name] = len({float(s["refresh_step"]) for s in states} - {-1.0})
     return found
+
+
+def assert_worth_comparing(case: Case, run: Sequence[Step]) -> None:
+    """Matrices are projected, chose at least three times, and no weight stood still."""
+    found = choices(run)
+    blocks = any("clock" in s for s in run[0][1].values())
+    assert found, f"{case} projects nothing"
+    most = max(found.values()) if blocks else min(found.values())
+    assert most >= (1 if blocks else 2 if case.steps < STEPS else 3), found
+    assert_all_moved(case, run)
+
+
+def jittered(case: Case) -> list[Step]:
+    """The run of one process whose gradients are rounded otherwise: how well the case is posed."""
+    trained = Trained(case)
+    generator = torch.Generator().manual_seed(9)
+    out = []
+    for step in range(case.steps):
+        trained.backward(step)
+        for param in trained.named.values():
+            noise = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+            if param.grad is not None:
+                param.grad.mul_(1 + 2.0**-52 * noise)
+        trained.optimizer.step()
+        out.append(trained.held())
+    return assembled([out])
