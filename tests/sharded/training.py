@@ -33,7 +33,11 @@ class Case:
     """Of :mod:`lowrank_optim`, or of ``torch.optim`` as ``"torch.AdamW"``."""
     options: dict[str, Any] = field(default_factory=dict)
     how: str = "fsdp"
-    """``fsdp``, ``fsdp columns``, or ``tensors``: plain DTensors of every placement."""
+    """How it is split.
+
+    ``fsdp``: by rows. ``fsdp columns``: by columns wherever that is even. ``fsdp placed``: as
+    ``lowrank_optim.distributed`` places it. ``tensors``: plain DTensors of every placement.
+    """
     only: tuple[str, ...] = ()
     """Shapes; all if empty."""
     places: tuple[str, ...] = ("0", "1", "r")
@@ -71,17 +75,25 @@ def make_optimizer(case: Case, named: Iterable[tuple[str, Tensor]]) -> Optimizer
         return optimizer
 
 
+def placed(size: int, case: Case) -> Any:
+    """The package's own placement for FSDP2, under which a step sends nothing but its guard."""
+    from lowrank_optim.distributed import shard_placement_fn
+
+    own = {k: v for k, v in case.options.items() if k in ("proj_type", "projector")}
+    return shard_placement_fn(size, **own)
+
+
 def tensors_of(case: Case, mesh: DeviceMesh | None) -> dict[str, nn.Parameter]:
     """Plain parameters, one of each shape and placement; DTensors if there is a mesh."""
     generator = torch.Generator().manual_seed(3)
     found = {}
     for name, shape in models.SHAPES.items():
-        for place in case.places:
+        for n, place in enumerate(case.places):
             x = torch.randn(shape, generator=generator, dtype=torch.float64)
             if (case.only and name not in case.only) or not places_fit(shape, place):
                 continue
             param = x if mesh is None else distribute_tensor(x, mesh, [placement(place)])
-            found[f"{name.replace(' ', '_')}_{place}.weight"] = nn.Parameter(param)
+            found[f"{name.replace(' ', '_')}_{place}_{n}.weight"] = nn.Parameter(param)
     return found
 
 
@@ -130,6 +142,8 @@ class Trained:
                 own: dict[str, Any] = {"mesh": mesh}
                 if case.how == "fsdp columns":
                     own["shard_placement_fn"] = models.by_columns(world.size if world else 1)
+                if case.how == "fsdp placed":
+                    own["shard_placement_fn"] = placed(world.size if world else 1, case)
                 for block in self.model.blocks:
                     fully_shard(block, **own)
                 fully_shard(self.model, **own)
