@@ -65,7 +65,9 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if any(isinstance(x, DTensor) for x in leaves) or any(issubclass(t, DTensor) for t in types):
+        if any(isinstance(x, DTensor) for x in leaves) or any(
+            issubclass(t, DTensor) for t in types
+        ):
             return NotImplemented  # DTensor makes local ops of it, and those come here
         name = func._schema.name
         space, _, op = name.partition("::")

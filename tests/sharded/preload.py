@@ -3,14 +3,6 @@
 import atexit
 import os
 
-import torch._dynamo
-import torch._inductor.utils
-import torch.distributed.checkpoint
-import torch.distributed.checkpoint.state_dict
-import torch.distributed.fsdp
-import torch.distributed.tensor
-import torch.nn.parallel
-
 import tests.sharded.ranks
 import tests.sharded.training  # noqa: F401
 

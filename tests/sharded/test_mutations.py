@@ -67,7 +67,9 @@ POISONED = "blocks.1.tall.weight"
 def expected(case: Case, poisoned: bool) -> list[training.Step]:
     if not poisoned:
         return training.reference(case)
-    return training.assembled([test_not_finite.run(None, case, POISONED, 2, float("nan"))[1][:STEPS]])
+    return training.assembled(
+        [test_not_finite.run(None, case, POISONED, 2, float("nan"))[1][:STEPS]]
+    )
 
 
 def difference(outcome: Outcome, case: Case, poisoned: bool) -> str:
@@ -89,6 +91,7 @@ def test_a_run_without_it_is_seen(name: str, brief: Ranks) -> None:
     poisoned = name == "guard"
     args = {"case": case, "poisoned": poisoned}
     whole = brief.run(f"all but nothing: {name}", train, mutation=None, **args)
+    whole.checked()
     assert difference(whole, case, poisoned) == "", "without a mutation it is one process"
     outcome = brief.run(f"without {name}", train, mutation=MUTATIONS[name], **args)
     found = difference(outcome, case, poisoned)
@@ -127,17 +130,21 @@ def stand_in(world: World, function: str, calls: Any, how: Any) -> Any:
 
 
 def test_what_a_mutation_does(ranks: Worlds) -> None:
-    (both, all_), _ = ranks(2).run("all", stand_in, function="sum_", calls="all", how="skip").checked()
+    (both, all_), _ = (
+        ranks(2).run("all", stand_in, function="sum_", calls="all", how="skip").checked()
+    )
     assert both == [[1.0, 1.0]] * 4 and all_ == 4
-    (own, first), _ = ranks(2).run(
-        "first", stand_in, function="sum_", calls="first", how="skip"
-    ).checked()
+    (own, first), _ = (
+        ranks(2).run("first", stand_in, function="sum_", calls="first", how="skip").checked()
+    )
     assert own == [[1.0, 1.0], [3.0, 3.0]] * 2 and first == 2
-    (own, later), _ = ranks(2).run(
-        "later", stand_in, function="sum_", calls="later", how="skip"
-    ).checked()
+    (own, later), _ = (
+        ranks(2).run("later", stand_in, function="sum_", calls="later", how="skip").checked()
+    )
     assert own == [[3.0, 3.0], [1.0, 1.0]] * 2 and later == 2
-    for turned, _ in ranks(2).run(
-        "turned", stand_in, function="to_columns", calls="all", how="one rank"
-    ).checked():
+    for turned, _ in (
+        ranks(2)
+        .run("turned", stand_in, function="to_columns", calls="all", how="one rank")
+        .checked()
+    ):
         assert turned == [[1.0, 0.0]] * 4

@@ -116,7 +116,9 @@ def check(ranks: Worlds, size: int, case: Case, bad: str, when: str, value: floa
         for key, (x, _) in out[at][1][bad].items():
             if key not in COUNTERS:
                 assert torch.equal(x, state[key][0]), f"rank {rank} changed {key}"
-    moved = [name for name, x in steps[at][0].items() if not torch.equal(x, before_of(values, name))]
+    moved = [
+        name for name, x in steps[at][0].items() if not torch.equal(x, before_of(values, name))
+    ]
     assert set(moved) == set(steps[at][0]) - {bad}, "the others take their step"
     assert bool((steps[-1][0][bad] != steps[at][0][bad]).all()), "and this one goes on"
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 
 from tests.sharded import training
 from tests.sharded.combinations import FACTORS, NAMED, SHORT, is_defined, pairwise, to_case
@@ -67,6 +69,53 @@ def test_it_is_one_process(name: str, size: int, how: str, ranks: Worlds) -> Non
 def test_blocks_tables_norms_and_convolutions_too(size: int, ranks: Worlds) -> None:
     """The whole model, by block and root."""
     check(ranks, size, "whole model", NAMED["rsvd"])
+
+
+def torch_or(name: str, **of: Any) -> Case:
+    """A named case, or torch's AdamW, for which the harness must hold too."""
+    own = Case("torch.AdamW", {"foreach": False}) if name == "torch" else NAMED[name]
+    return replace(own, **of)
+
+
+@pytest.mark.parametrize("how", ["fsdp", "tensors"])
+@pytest.mark.parametrize("name", ["torch", "svd", "fira svd", "random", "dct memory"])
+def test_pairs_of_ranks_are_worlds_of_their_own(name: str, how: str, ranks: Worlds) -> None:
+    """A rank's number in its group is not its number in the world: who owns, and who sends."""
+    case = torch_or(name, how=how, only=("wide", "few"), mesh="pairs", steps=6)
+    expected = training.reference(case.reference)
+    values = ranks(4).run(name, training.train, case=case).checked()
+    for pair in (values[:2], values[2:]):
+        training.assert_equal_runs(training.assembled(pair), expected)
+
+
+@pytest.mark.parametrize("name", ["torch", "svd", "fira svd", "dct each step"])
+def test_one_optimizer_of_two_meshes(name: str, ranks: Worlds) -> None:
+    """Weights split by the rows of a square of ranks beside weights split by its columns."""
+    case = torch_or(name, how="tensors", only=("wide", "tall"), mesh="crossed", steps=6)
+    case = replace(case, places=("0", "0", "1", "1"))
+    expected = training.reference(case.reference)
+    values = ranks(4).run(name, training.train, case=case).checked()
+    for n, group in ((0, (0, 2)), (0, (1, 3)), (1, (0, 1)), (1, (2, 3))):
+        own = {key for key in expected[0][0] if int(key.split(".")[0][-1]) % 2 == n}
+        part = [[kept(step, own) for step in values[rank]] for rank in group]
+        run = training.assembled(part)
+        training.assert_equal_runs(run, [kept(step, own) for step in expected])
+
+
+def kept(step: Any, names: set[str]) -> Any:
+    return tuple({key: x for key, x in half.items() if key in names} for half in step)
+
+
+@pytest.mark.parametrize("name", ["torch", "rsvd", "dct memory"])
+def test_micro_batches_that_are_not_reduced(name: str, ranks: Worlds) -> None:
+    check(ranks, 2, name, torch_or(name, only=SHORT, pieces=3))
+
+
+@pytest.mark.parametrize("name", ["torch", "svd", "fira svd", "frugal columns", "dct memory"])
+def test_float32(name: str, ranks: Worlds) -> None:
+    """To the rounding of its products, which are of fewer columns than in one process."""
+    case = torch_or(name, how="tensors", only=("wide", "tall", "few"), steps=6, dtype=torch.float32)
+    check(ranks, 3, name, case, weights=1e-5, state=1e-3)
 
 
 @pytest.mark.slow

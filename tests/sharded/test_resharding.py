@@ -63,7 +63,10 @@ def load(trained: Trained, folder: str, flat: bool) -> None:
         "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
     }
     planner = None
-    if isinstance(optimizer, LowRankOptimizer) and optimizer.param_groups[0]["projector"] == "block":
+    if (
+        isinstance(optimizer, LowRankOptimizer)
+        and optimizer.param_groups[0]["projector"] == "block"
+    ):
         hold_blocks(optimizer)
         state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=options)
         planner = dcp.DefaultLoadPlanner(allow_partial_load=True)

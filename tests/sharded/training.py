@@ -43,6 +43,12 @@ class Case:
     places: tuple[str, ...] = ("0", "1", "r")
     """Of plain DTensors: dimensions that are split, or "r" where none is."""
     steps: int = STEPS
+    mesh: str = "all"
+    """``all`` ranks in one dimension, ``pairs`` of them, each a world of its own, or ``crossed``:
+    of plain DTensors some by the rows of a square of ranks and some by its columns."""
+    dtype: torch.dtype = torch.float64
+    pieces: int = 1
+    """Micro-batches of a step."""
 
     def __hash__(self) -> int:
         return hash(repr(self))
@@ -50,7 +56,8 @@ class Case:
     @property
     def reference(self) -> Case:
         """The case whose run by one process is the same."""
-        return self if self.how == "tensors" else replace(self, how="fsdp")
+        how = self.how if self.how == "tensors" else "fsdp"
+        return replace(self, how=how, mesh="all", pieces=1)
 
 
 Part = tuple[Tensor, int | None]
@@ -83,8 +90,16 @@ def placed(size: int, case: Case) -> Any:
     return shard_placement_fn(size, **own)
 
 
-def tensors_of(case: Case, mesh: DeviceMesh | None) -> dict[str, nn.Parameter]:
-    """Plain parameters, one of each shape and placement; DTensors if there is a mesh."""
+def meshes_of(case: Case, size: int) -> list[DeviceMesh]:
+    """Where the parameters of a case are, in turn."""
+    if case.mesh == "all":
+        return [init_device_mesh("cpu", (size,))]
+    square = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("down", "across"))
+    return [square["across"]] if case.mesh == "pairs" else [square["down"], square["across"]]
+
+
+def tensors_of(case: Case, meshes: Sequence[DeviceMesh]) -> dict[str, nn.Parameter]:
+    """Plain parameters, one of each shape and placement; DTensors if there are meshes."""
     generator = torch.Generator().manual_seed(3)
     found = {}
     for name, shape in models.SHAPES.items():
@@ -92,8 +107,10 @@ def tensors_of(case: Case, mesh: DeviceMesh | None) -> dict[str, nn.Parameter]:
             x = torch.randn(shape, generator=generator, dtype=torch.float64)
             if (case.only and name not in case.only) or not places_fit(shape, place):
                 continue
-            param = x if mesh is None else distribute_tensor(x, mesh, [placement(place)])
-            found[f"{name.replace(' ', '_')}_{place}_{n}.weight"] = nn.Parameter(param)
+            x = x.to(case.dtype)
+            if meshes:
+                x = distribute_tensor(x, meshes[n % len(meshes)], [placement(place)])
+            found[f"{name.replace(' ', '_')}_{place}_{n}.weight"] = nn.Parameter(x)
     return found
 
 
@@ -112,7 +129,7 @@ def set_tensor_grads(named: dict[str, nn.Parameter], step: int) -> None:
     """Gradients of a noisy quadratic, in the placement of their parameter."""
     generator = torch.Generator().manual_seed(500 + step)
     for param in named.values():
-        noise = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+        noise = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param.dtype)
         if isinstance(param, DTensor):
             mesh, places = param.device_mesh, param.placements
             own = distribute_tensor(noise, mesh, places, src_data_rank=None).to_local()
@@ -130,20 +147,20 @@ class Trained:
     def __init__(self, case: Case, world: World | None = None) -> None:
         self.case = case
         self.rank, self.size = (0, 1) if world is None else world
-        mesh = None
-        if world is not None:
-            mesh = init_device_mesh("cpu", (world.size,))
+        meshes = [] if world is None else meshes_of(case, world.size)
+        if case.mesh != "all" and meshes:  # a world of its own, with the data of all of it
+            self.rank, self.size = meshes[0].get_local_rank(), meshes[0].size()
         self.model: models.Model | None = None
         if case.how == "tensors":
-            self.named: dict[str, nn.Parameter] = tensors_of(case, mesh)
+            self.named: dict[str, nn.Parameter] = tensors_of(case, meshes)
         else:
             self.model = models.awkward(case.only)
-            if mesh is not None:
-                own: dict[str, Any] = {"mesh": mesh}
+            if meshes:
+                own: dict[str, Any] = {"mesh": meshes[0]}
                 if case.how == "fsdp columns":
-                    own["shard_placement_fn"] = models.by_columns(world.size if world else 1)
+                    own["shard_placement_fn"] = models.by_columns(self.size)
                 if case.how == "fsdp placed":
-                    own["shard_placement_fn"] = placed(world.size if world else 1, case)
+                    own["shard_placement_fn"] = placed(self.size, case)
                 for block in self.model.blocks:
                     fully_shard(block, **own)
                 fully_shard(self.model, **own)
@@ -155,8 +172,13 @@ class Trained:
         self.optimizer.zero_grad()
         if self.model is None:
             set_tensor_grads(self.named, step)
-        else:
-            self.model(step, self.rank, self.size).backward()
+            return
+        for piece in range(self.case.pieces):
+            if self.case.pieces > 1:
+                self.model.set_requires_gradient_sync(piece == self.case.pieces - 1)
+            count = self.size * self.case.pieces
+            loss = self.model(step, self.rank + piece * self.size, count)
+            (loss / self.case.pieces).backward()
 
     def step(self, step: int) -> None:
         self.backward(step)
