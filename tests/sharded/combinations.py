@@ -1,0 +1,183 @@
+"""What is run sharded: named cases, and rows in which every two values of two factors meet."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from tests.sharded.training import Case, make_optimizer
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "galore adamw": ("GaLoreAdamW", {}),
+    "galore lion": ("GaLoreLion", {}),
+    "galore sgd": ("GaLoreSGD", {"momentum": 0.9}),
+    "fira": ("FiraAdamW", {}),
+    "fira matrix": ("FiraAdamW", {"scaling": "matrix"}),
+    "fira paper": ("FiraAdamW", {"alpha_mode": "paper", "limiter": None}),
+    "frugal sign": ("FrugalAdamW", {"free_rule": "sign"}),
+    "frugal sgd": ("FrugalAdamW", {"free_rule": "sgd", "free_lr_scale": 0.5}),
+    "frugal lion": ("FrugalLion", {}),
+    "frugal momentum": ("FrugalSGD", {"momentum": 0.9, "proj_params_lr_scale": 0.5}),
+    "dct": ("DCTAdamW", {}),
+    "dct memory": ("DCTAdamW", {"error_feedback": "float32"}),
+}
+"""Every rule with every residual; at a gap of one step where that is the class's default."""
+
+_NAMED: dict[str, tuple[str, dict[str, Any]]] = {
+    "svd": ("galore adamw", {"projector": "svd", "rank": 3}),
+    "rsvd": ("galore adamw", {"projector": "rsvd", "on_refresh": "project"}),
+    "random": ("galore adamw", {"projector": "random", "on_refresh": "reset"}),
+    "dct": ("galore adamw", {"projector": "dct", "on_refresh": "project"}),
+    "hadamard": ("galore adamw", {"projector": "hadamard"}),
+    "columns": ("galore adamw", {"projector": "columns", "on_refresh": "project"}),
+    "rows": ("galore adamw", {"projector": "rows", "on_refresh": "reset"}),
+    "block": ("galore adamw", {"projector": "block", "density": 0.5}),
+    "svd at once": ("galore adamw", {"projector": "svd", "stagger": False, "maximize": True}),
+    "svd full": ("galore adamw", {"projector": "svd", "proj_type": "full"}),
+    "rsvd full": ("galore sgd", {"proj_type": "full", "on_refresh": "project"}),
+    "random full": ("galore lion", {"projector": "random", "proj_type": "full"}),
+    "dct full": ("fira", {"projector": "dct", "proj_type": "full", "on_refresh": "project"}),
+    "svd left": ("galore lion", {"projector": "svd", "proj_type": "left"}),
+    "rsvd right": ("galore sgd", {"proj_type": "right", "on_refresh": "project"}),
+    "svd larger side": ("galore adamw", {"projector": "svd", "proj_type": "reverse_std"}),
+    "fira svd": ("fira", {"projector": "svd"}),
+    "fira rsvd": ("fira matrix", {"on_refresh": "reset"}),
+    "fira paper": ("fira paper", {"projector": "random"}),
+    "fira columns": ("fira", {"projector": "columns"}),
+    "frugal block": ("frugal sign", {}),
+    "frugal block in turn": ("frugal sgd", {"block_order": "ascending"}),
+    "frugal columns": ("frugal sign", {"projector": "columns"}),
+    "frugal rows": ("frugal sgd", {"projector": "rows", "on_refresh": "project"}),
+    "frugal svd": ("frugal sign", {"projector": "svd"}),
+    "frugal lion": ("frugal lion", {"projector": "columns", "on_refresh": "keep"}),
+    "frugal momentum": ("frugal momentum", {"projector": "svd", "on_refresh": "keep"}),
+    "dct each step": ("dct", {}),
+    "dct memory": ("dct memory", {}),
+    "dct memory now and then": ("dct memory", {"update_proj_gap": 3}),
+    "dct as released": ("dct", {"ranking": "l1", "basis": "dct3", "on_refresh": "keep"}),
+    "hadamard memory": ("dct memory", {"projector": "hadamard", "update_proj_gap": 2}),
+}
+
+
+def case_of(method: str, options: Mapping[str, Any], **of: Any) -> Case:
+    """A method with some options; a density where the class or the projector takes one.
+
+    Between singular vectors of both sides a gradient is diagonal: what Adam makes of the zeros
+    beside it depends on rounding, unless eps is above that.
+    """
+    cls, own = METHODS[method]
+    own = {**own, **options}
+    density = own.pop("density", None)
+    projector = own.get("projector", "block" if cls.startswith("Frugal") else None)
+    if density is not None or projector in ("block", "columns", "rows"):
+        key = "density" if cls.startswith("Frugal") else "rank"
+        own[key] = density or 0.5
+    diagonal = own.get("proj_type") == "full" and projector in ("svd", "rsvd", None)
+    if diagonal and cls.endswith("AdamW"):
+        own["eps"] = 1e-3
+    return Case(cls, own, **of)
+
+
+SHORT = ("wide", "tall", "few", "experts")
+"""Shapes of the default runs: split on either side, by less than a row, and by experts."""
+
+NAMED = {name: case_of(*chosen) for name, chosen in _NAMED.items()}
+"""Each promise by name."""
+
+FACTORS: dict[str, Sequence[Any]] = {
+    "method": tuple(METHODS),
+    "projector": ("svd", "rsvd", "random", "dct", "hadamard", "columns", "rows", "block"),
+    "proj_type": ("std", "reverse_std", "left", "right", "full"),
+    "on_refresh": ("keep", "reset", "project"),
+    "gap": (1, 2, 4),
+    "how": ("fsdp", "fsdp columns", "0", "1", "r"),
+    "only": (
+        ("wide", "experts"),
+        ("tall", "conv"),
+        ("square", "few"),
+        ("large", "narrow", "experts pair"),
+    ),
+    "stagger": (True, False),
+}
+"""Class and residual, basis, side, transport, cadence, placement, shapes."""
+
+Row = tuple[Any, ...]
+
+
+def to_case(row: Row) -> Case:
+    chosen = dict(zip(FACTORS, row, strict=True))
+    method, gap, how, only = (chosen.pop(key) for key in ("method", "gap", "how", "only"))
+    of: dict[str, Any] = {"how": how, "only": only, "steps": 8}
+    if how in ("0", "1", "r"):
+        of |= {"how": "tensors", "places": (how,)}
+    if chosen["projector"] == "block":
+        chosen["seed"] = 5  # its draws change within these steps
+    return case_of(method, {**chosen, "update_proj_gap": gap}, **of)
+
+
+def is_defined(row: Row) -> bool:
+    """Whether one process would run it, and rounding not decide it.
+
+    Lion takes signs of coordinates, and those between singular vectors of both sides are zero.
+    """
+    chosen = dict(zip(FACTORS, row, strict=True))
+    diagonal = chosen["proj_type"] == "full" and chosen["projector"] in ("svd", "rsvd")
+    if diagonal and "Lion" in METHODS[chosen["method"]][0]:
+        return False
+    return goes_with(chosen["method"], chosen["projector"])
+
+
+@functools.cache
+def goes_with(method: str, projector: str) -> bool:
+    """Whether one process would run it: some residuals refuse some projectors."""
+    weight = torch.nn.Parameter(torch.randn(6, 6, dtype=torch.float64))
+    weight.grad = torch.randn(6, 6, dtype=torch.float64)
+    try:
+        make_optimizer(case_of(method, {"projector": projector}), [("weight", weight)]).step()
+    except ValueError:
+        return False
+    return True
+
+
+def pairwise(factors: Mapping[str, Sequence[Any]], allowed: Any, seed: int = 0) -> list[Row]:
+    """Rows in which any two values of two factors meet, wherever some allowed row has both.
+
+    Greedy: of some random rows that begin with a pair that has not met, the one with most such.
+    """
+    draw = random.Random(seed)
+    values = list(factors.values())
+    n = len(values)
+    left = {
+        (i, j, a, b)
+        for i, j in itertools.combinations(range(n), 2)
+        for a, b in itertools.product(range(len(values[i])), range(len(values[j])))
+    }
+    rows: list[Row] = []
+    while left:
+        i, j, a, b = min(left)
+        best: tuple[int, tuple[int, ...]] | None = None
+        for _ in range(40):
+            row = [draw.randrange(len(v)) for v in values]
+            row[i], row[j] = a, b
+            count = len(left & set(_pairs_of(row)))
+            if (best is None or count > best[0]) and allowed(_row(values, row)):
+                best = count, tuple(row)
+        if best is None:
+            left.discard((i, j, a, b))  # no row may have both
+            continue
+        left -= set(_pairs_of(best[1]))
+        rows.append(_row(values, best[1]))
+    return rows
+
+
+def _row(values: Sequence[Sequence[Any]], row: Sequence[int]) -> Row:
+    return tuple(own[x] for own, x in zip(values, row, strict=True))
+
+
+def _pairs_of(row: Sequence[int]) -> list[tuple[int, int, int, int]]:
+    return [(i, j, row[i], row[j]) for i, j in itertools.combinations(range(len(row)), 2)]

@@ -1,0 +1,131 @@
+"""Small awkward models, and batches that every rank takes another part of.
+
+Every layer has a batch of its own, of more samples than any dimension, so that every gradient has
+full rank: of one that has not, the sign of what a subspace leaves is rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SAMPLES = 48
+"""Of one step: a multiple of every number of ranks, more than any dimension."""
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "wide": (5, 12),
+    "tall": (13, 6),  # 13 rows: no number of ranks divides them
+    "square": (8, 8),
+    "few": (2, 9),  # empty shards from 3 ranks on
+    "narrow": (9, 2),  # the same on the other side
+    "large": (16, 12),  # rows > columns, and both divided by 2 and 4
+    "experts": (3, 5, 7),
+    "experts pair": (2, 8, 4),  # fewer experts than ranks
+    "conv": (6, 3, 2, 2),
+}
+"""Of all weights that a step may project."""
+
+
+class Layer(nn.Module):
+    """One weight of any shape, and a bias; its loss is that of a batch of its own."""
+
+    def __init__(self, shape: tuple[int, ...], place: int, bias: bool = True) -> None:
+        super().__init__()
+        self.shape, self.place = shape, place
+        self.weight = nn.Parameter(0.5 * torch.randn(shape))
+        self.bias = nn.Parameter(0.1 * torch.randn(shape[-2 if len(shape) == 3 else 0]))
+        if not bias:
+            self.bias = None
+
+    def forward(self, step: int, rank: int, size: int) -> Tensor:
+        inputs = self.shape[1:] if len(self.shape) != 3 else self.shape[::2]
+        if len(self.shape) == 4:
+            inputs = (inputs[0], inputs[1] + 1, inputs[2])
+        x = part(inputs, step, self.place, rank, size)
+        if len(self.shape) == 2:
+            y = F.linear(x, self.weight, self.bias)
+        elif len(self.shape) == 3:
+            y = torch.einsum("bei,eoi->beo", x, self.weight)
+            y = y if self.bias is None else y + self.bias
+        else:
+            y = F.conv2d(x, self.weight, self.bias)
+        return (y.tanh() - part(y.shape[1:], step, 100 + self.place, rank, size)).square().mean()
+
+
+class Table(nn.Module):
+    """An embedding and the norm behind it: what no optimizer here projects."""
+
+    def __init__(self, rows: int, width: int, place: int) -> None:
+        super().__init__()
+        self.place = place
+        self.embed = nn.Embedding(rows, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, step: int, rank: int, size: int) -> Tensor:
+        generator = torch.Generator().manual_seed(77 * step)
+        tokens = torch.randint(self.embed.num_embeddings, (SAMPLES,), generator=generator)
+        y = self.norm(self.embed(tokens[rank::size]))
+        return (y.tanh() - part(y.shape[1:], step, 100 + self.place, rank, size)).square().mean()
+
+
+class Block(nn.Module):
+    """What is sharded together."""
+
+    def __init__(self, layers: dict[str, nn.Module]) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, step: int, rank: int, size: int) -> Tensor:
+        return sum((layer(step, rank, size) for layer in self.children()), torch.zeros(()))
+
+
+class Model(nn.Module):
+    """Blocks, and layers of the root."""
+
+    def __init__(self, blocks: list[dict[str, nn.Module]], own: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(layers) for layers in blocks)
+        self.own = Block(own)
+
+    def forward(self, step: int, rank: int, size: int) -> Tensor:
+        return sum((block(step, rank, size) for block in self.blocks), self.own(step, rank, size))
+
+
+def part(shape: Any, step: int, place: int, rank: int, size: int) -> Tensor:
+    """The samples of a rank: another part of the same batch for any number of ranks."""
+    generator = torch.Generator().manual_seed(1000 * step + place)
+    return torch.randn(SAMPLES, *shape, generator=generator, dtype=torch.float64)[rank::size]
+
+
+def awkward(only: tuple[str, ...] = ()) -> Model:
+    """The same weights at every call: all shapes, or ``only`` some and nothing beside them."""
+    before = torch.get_rng_state()
+    torch.manual_seed(11)
+    names = list(SHAPES)
+    layers: dict[str, nn.Module] = {
+        name.replace(" ", "_"): Layer(SHAPES[name], names.index(name), bias=not only)
+        for name in only or names
+    }
+    halves = [dict(list(layers.items())[i::2]) for i in range(2)]
+    if not only:
+        halves[0]["table"] = Table(7, 5, 50)
+    own: dict[str, nn.Module] = {"root": Layer((7, 10), 60)} if not only else {}
+    model = Model([half for half in halves if half], own).double()
+    torch.set_rng_state(before)
+    return model
+
+
+def by_columns(size: int) -> Callable[[nn.Parameter], Any]:
+    """FSDP2's ``shard_placement_fn``: columns wherever it can split them evenly."""
+    from torch.distributed.tensor import Shard
+
+    def place(param: nn.Parameter) -> Any:
+        even = param.dim() in (2, 4) and param.shape[1] % size == 0
+        return Shard(1) if even else None
+
+    return place

@@ -1,0 +1,220 @@
+"""A world of k processes that runs named jobs one after the other and outlives their failures.
+
+Processes are forked from a server that has imported torch, so that a world costs a fraction of a
+second. A job that raises on one rank gives the tracebacks of all; one that hangs is a failure with
+its name and the stacks of those that hung, and the jobs after it run in a new world.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import io
+import logging
+import multiprocessing as mp
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+GROUP_TIMEOUT = 60.0
+"""Seconds that a collective waits for the other ranks."""
+GRACE = 25.0
+"""Seconds that ranks may go on after the first has finished a job: longer is a hang."""
+
+
+class World(NamedTuple):
+    """What a job is told of where it runs."""
+
+    rank: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job: a value or a traceback of each rank."""
+
+    name: str
+    values: list[Any]
+    errors: list[str | None]
+
+    @property
+    def failed(self) -> bool:
+        """Whether any rank raised or hung."""
+        return any(error is not None for error in self.errors)
+
+    def checked(self) -> list[Any]:
+        """The value of each rank.
+
+        Raises:
+            AssertionError: with the tracebacks of the ranks that have none.
+        """
+        told = [f"rank {i}: {error}" for i, error in enumerate(self.errors) if error is not None]
+        if told:
+            raise AssertionError(f"{self.name} failed on {len(told)} ranks\n" + "\n".join(told))
+        return self.values
+
+
+def _begin(rank: int, size: int, folder: str, epoch: int) -> None:
+    """The default group, on a store of its own; the environment is that of torchrun."""
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ.update({key: str(value) for key, value in own.items()})
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store{epoch}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=GROUP_TIMEOUT),
+    )
+
+
+def _alone(rank: int) -> None:
+    """Global numbers of a process that is nobody's twin, and one thread."""
+    torch.set_num_threads(1)
+    torch.manual_seed(1000 + rank)
+    np.random.seed(1000 + rank)
+    random.seed(1000 + rank)
+
+
+def _answer(rank: int, size: int, job: Callable[..., Any], args: dict[str, Any]) -> Any:
+    _alone(rank)
+    try:
+        value = job(World(rank, size), **args)
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        return None, buffer.getvalue()
+    except BaseException:  # the others wait for this rank: closed connections tell them
+        error = traceback.format_exc()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return error, None
+
+
+def serve(pipe: Connection, rank: int, size: int, folder: str) -> None:
+    """One rank: jobs from the pipe, until there are none."""
+    stacks = open(f"{folder}/stack{rank}", "w")  # noqa: SIM115  as long as the process
+    faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
+    logging.disable(logging.NOTSET)
+    logging.lastResort = None  # what is logged is captured by jobs that look
+    sys.stderr = open(f"{folder}/stderr{rank}", "w")  # noqa: SIM115
+    held = -1
+    while True:
+        try:
+            task = pipe.recv()
+        except EOFError:
+            return
+        epoch, job, args = task
+        if epoch != held:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            try:
+                _begin(rank, size, folder, epoch)
+            except BaseException:
+                pipe.send((traceback.format_exc(), None))
+                continue
+            held = epoch
+        pipe.send(_answer(rank, size, job, args))
+
+
+class Ranks:
+    """``size`` processes in one gloo group; they start with the first job."""
+
+    def __init__(self, size: int, grace: float = GRACE) -> None:
+        self.size = size
+        self.grace = grace
+        self._epoch = 0
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def run(self, name: str, job: Callable[..., Any], **args: Any) -> Outcome:
+        """What every rank makes of ``job(world, **args)``, a function of a module."""
+        self._start()
+        for pipe in self._pipes:
+            pipe.send((self._epoch, job, args))
+        answers = self._gather()
+        if any(answer is None for answer in answers):
+            stacks = self._hung(answers)
+            errors: list[str | None] = []
+            for answer, stack in zip(answers, stacks, strict=True):
+                lost = f"hung, or died, in {name!r}:\n{stack}"
+                errors.append(lost if answer is None else answer[0])
+            return Outcome(name, [None] * self.size, errors)
+        done = [answer for answer in answers if answer is not None]
+        errors = [error for error, _ in done]
+        if any(error is not None for error in errors):
+            self._epoch += 1  # the group is broken: the next job has a new one
+            return Outcome(name, [None] * self.size, errors)
+        values = [torch.load(io.BytesIO(data), weights_only=False) for _, data in done]
+        return Outcome(name, values, errors)
+
+    def close(self) -> None:
+        """End the processes that this world started."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(2)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        if self._folder is not None:
+            self._folder.cleanup()
+        self._processes, self._pipes, self._folder = [], [], None
+
+    def _start(self) -> None:
+        if self._processes:
+            return
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["tests.sharded.preload"])
+        self._folder = tempfile.TemporaryDirectory()
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            own = (theirs, rank, self.size, self._folder.name)
+            process = context.Process(target=serve, args=own, daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def _gather(self) -> list[Any]:
+        """Answers by rank; None of those that gave none in time."""
+        answers: list[Any] = [None] * self.size
+        open_ = dict(zip(self._pipes, range(self.size), strict=True))
+        end = time.monotonic() + GROUP_TIMEOUT + self.grace
+        while open_ and time.monotonic() < end:
+            for pipe in wait(list(open_), max(0.0, end - time.monotonic())):
+                assert isinstance(pipe, Connection)
+                rank = open_.pop(pipe)
+                try:
+                    answers[rank] = pipe.recv()
+                except EOFError:
+                    pass  # the process is gone
+                end = min(end, time.monotonic() + self.grace)
+        return answers
+
+    def _hung(self, answers: list[Any]) -> list[str]:
+        """Stacks of the ranks that gave no answer; the world ends."""
+        assert self._folder is not None
+        folder, stacks = Path(self._folder.name), []
+        for process, answer in zip(self._processes, answers, strict=True):
+            if answer is None and process.is_alive():
+                os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(0.3)
+        for rank, process in enumerate(self._processes):
+            ends = [folder / f"{kind}{rank}" for kind in ("stack", "stderr")]
+            stacks.append("\n".join(f.read_text()[-3000:] for f in ends if f.exists()))
+            process.kill()
+        self.close()
+        return stacks

@@ -1,0 +1,271 @@
+"""What a step sends, and that no rank ever holds what it should not: counted, not estimated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import lowrank_optim
+from tests.sharded.meter import (
+    Collective,
+    Meter,
+    New,
+    allowed,
+    assert_collectives,
+    assert_small,
+)
+from tests.sharded.ranks import Ranks, World
+from tests.sharded.training import Case, Trained
+
+Worlds = Callable[[int], Ranks]
+
+# ------------------------------------------------------------------ the meter itself
+
+
+def sharded(world: World, shape: tuple[int, ...] = (64, 48), place: int = 0) -> DTensor:
+    mesh = init_device_mesh("cpu", (world.size,))
+    x = torch.arange(float(shape[0] * shape[1]), dtype=torch.float64).reshape(shape).sin()
+    return distribute_tensor(x, mesh, [Shard(place)], src_data_rank=None)
+
+
+WHOLE: dict[str, Callable[[DTensor], Any]] = {
+    "gathers": lambda x: x.full_tensor(),
+    "decomposes": lambda x: torch.linalg.svd(x, full_matrices=False),
+    "replicates": lambda x: x.redistribute(placements=[Replicate()]),
+    "adds": lambda x: x + torch.ones_like(x).redistribute(placements=[Replicate()]),
+    "allocates": lambda x: x.to_local().new_zeros(x.shape),
+    "has a state of the global shape": lambda x: torch.zeros(x.shape, dtype=x.dtype),
+}
+"""What puts a whole matrix on every rank."""
+
+
+def watched(world: World, how: str) -> Any:
+    x = sharded(world)
+    limit = x.to_local().numel() * 8
+    with Meter() as before:
+        x.to_local() * 2
+        x.to_local().add_(1)
+        x * 2
+    assert_small(before, limit)
+    assert_collectives(before, {})
+    with Meter() as after:
+        WHOLE[how](x)
+    with pytest.raises(AssertionError, match="storages above"):
+        assert_small(after, limit)
+    if after.collectives:
+        with pytest.raises(AssertionError, match="collectives"):
+            assert_collectives(after, {})
+    return after.counts, after.largest.bytes
+
+
+@pytest.mark.parametrize("how", WHOLE)
+def test_a_whole_matrix_is_caught(how: str, ranks: Worlds) -> None:
+    silent = how in ("allocates", "has a state of the global shape")
+    for counts, largest in ranks(2).run(how, watched, how=how).checked():
+        assert largest >= 64 * 48 * 8
+        assert bool(counts) != silent
+
+
+def each_kind(world: World) -> Any:
+    """Every collective once, as a list of what was seen."""
+    x = torch.ones(12, dtype=torch.float64)
+    out = torch.empty(12 * world.size, dtype=torch.float64)
+    group = dist.group.WORLD
+    lists = [torch.empty_like(x) for _ in range(world.size)]
+    pieces = list(torch.ones(12, dtype=torch.float64).chunk(world.size))
+    with Meter() as meter:
+        dist.all_reduce(x)
+        dist.broadcast(x, 0)
+        dist.all_gather(lists, x)
+        dist.all_gather_into_tensor(out, x)
+        dist.gather(x, lists if world.rank == 0 else None, 0)
+        dist.scatter(x, lists if world.rank == 0 else None, 0)
+        dist.all_to_all_single(torch.empty_like(x), x)
+        dist.all_to_all([torch.empty_like(p) for p in pieces], pieces)
+        dist.reduce(x, 0)
+        dist.barrier()
+        functional.all_reduce(x, "sum", group).sum()
+        functional.all_gather_tensor(x, 0, group).sum()
+        functional.all_to_all_single(x, None, None, group).sum()
+        functional.broadcast(x, 0, group).sum()
+        functional.reduce_scatter_tensor(x, "sum", 0, group).sum()
+        if world.rank == 0:
+            dist.send(x, 1)
+        elif world.rank == 1:
+            dist.recv(x, 0)
+    return [(c.kind, c.bytes) for c in meter.collectives]
+
+
+def test_every_collective_is_seen_once(ranks: Worlds) -> None:
+    kinds = "all_reduce broadcast all_gather all_gather gather scatter all_to_all all_to_all reduce"
+    kinds += " all_reduce all_gather all_to_all broadcast reduce_scatter"
+    for rank, seen in enumerate(ranks(2).run("each kind", each_kind).checked()):
+        expected = [(kind, 96) for kind in kinds.split()]
+        expected += [("send" if rank == 0 else "recv", 96)]
+        got = [x for x in seen if x[0] != "scatter"]
+        assert got == [x for x in expected if x[0] != "scatter"]
+        assert [x[0] for x in seen] == [x[0] for x in expected]
+
+
+# ------------------------------------------------------------------ what a step sends
+
+SIZE = 4
+M, N, R = 8, 96, 2
+"""Of the matrix of these cases: projected side, free side, rank."""
+ITEM = 8
+"""Bytes of a float64."""
+GUARD = 2 * ITEM
+"""Of one parameter: the sum of squares of its gradient, and whether it is there."""
+SHARD = M * N // SIZE * ITEM
+STEPS = 5
+DUE = (0, 3)
+"""Steps at which bases are due: every three steps."""
+
+Table = dict[str, tuple[int, int]]
+
+
+def plus(*tables: Table) -> Table:
+    """Their sum."""
+    out: Table = {}
+    for table in tables:
+        for kind, (count, size) in table.items():
+            before = out.get(kind, (0, 0))
+            out[kind] = before[0] + count, before[1] + size
+    return out
+
+
+NOTHING: Table = {}
+TURNED: Table = {"all_to_all": (2, 2 * SHARD)}
+"""Rows to columns, and the update back."""
+SCORES: Table = {"all_reduce": (1, M * ITEM)}
+BASIS: Table = {"broadcast": (1, M * R * ITEM)}
+OWNER: Table = plus({"gather": (1, SHARD)}, BASIS)
+BOTH_OWNER: Table = {"gather": (1, SHARD), "broadcast": (2, (M + N) * R * ITEM)}
+SMALL: Table = {"all_reduce": (1, R * R * ITEM)}
+TWO_SCALARS: Table = {"all_reduce": (1, 2 * ITEM)}
+
+SENT: dict[str, tuple[str, dict[str, Any], Table, Table]] = {
+    "svd": ("GaLoreAdamW", {"projector": "svd"}, NOTHING, OWNER),
+    "rsvd": ("GaLoreLion", {"projector": "rsvd"}, NOTHING, OWNER),
+    "random": ("GaLoreAdamW", {"projector": "random"}, NOTHING, BASIS),
+    "dct": ("GaLoreAdamW", {"projector": "dct"}, NOTHING, SCORES),
+    "hadamard": ("GaLoreAdamW", {"projector": "hadamard"}, NOTHING, SCORES),
+    "columns": ("FrugalAdamW", {"projector": "columns", "density": 0.25}, NOTHING, NOTHING),
+    "rows": ("FrugalSGD", {"projector": "rows", "density": 0.25}, NOTHING, NOTHING),
+    "block": ("FrugalAdamW", {"density": 1.0}, NOTHING, NOTHING),
+    "fira": ("FiraAdamW", {"projector": "svd"}, TWO_SCALARS, OWNER),
+    "two sides": ("GaLoreAdamW", {"projector": "svd", "proj_type": "full"}, SMALL, BOTH_OWNER),
+    "memory": ("DCTAdamW", {"error_feedback": "float32", "update_proj_gap": 3}, NOTHING, SCORES),
+    "frugal svd": ("FrugalAdamW", {"projector": "svd", "density": 0.25}, NOTHING, OWNER),
+}
+"""Class, options, what every step sends beside the guard, and what a refresh adds."""
+
+TURNS = {"columns": (1,), "block": ()}
+"""Dimensions whose split is of the projected side, where that is not the shorter."""
+
+
+def measured(world: World, cls: str, options: dict[str, Any], place: int, alike: int) -> Any:
+    """Each step's collectives and storages, of some equal matrices."""
+    mesh = init_device_mesh("cpu", (world.size,))
+    generator = torch.Generator().manual_seed(4)
+
+    def draw() -> Tensor:
+        x = torch.randn(M, N, generator=generator, dtype=torch.float64)
+        return distribute_tensor(x, mesh, [Shard(place)], src_data_rank=None)
+
+    named = [(f"layer{i}.weight", nn.Parameter(draw())) for i in range(alike)]
+    own = {"lr": 1e-2, "update_proj_gap": 3, "stagger": False, **options}
+    if "density" not in own:
+        own["rank"] = R
+    optimizer = getattr(lowrank_optim, cls)(named, **own)
+    out = []
+    for _ in range(STEPS):
+        for _, param in named:
+            param.grad = draw()
+        with Meter() as meter:
+            optimizer.step()
+        out.append((meter.collectives, meter.news, allowed(optimizer)))
+    return out
+
+
+def metered(collectives: list[Collective], news: list[New]) -> Meter:
+    meter = Meter()
+    meter.collectives, meter.news = collectives, news
+    return meter
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["rows split", "columns split"])
+@pytest.mark.parametrize("name", SENT)
+def test_a_step_sends_exactly_this(name: str, place: int, ranks: Worlds) -> None:
+    """And no rank makes anything above its share, but for the one that finds a basis."""
+    cls, options, each, due = SENT[name]
+    every = plus({"all_reduce": (1, GUARD)}, each)
+    if place in TURNS.get(options.get("projector", "dct" if "DCT" in cls else "block"), (0,)):
+        every = plus(every, TURNED)
+    args = {"cls": cls, "options": options, "place": place, "alike": 1}
+    steps = list(zip(*ranks(SIZE).run(name, measured, **args).checked(), strict=True))
+    for step, seen in enumerate(steps):
+        expected = plus(every, due) if step in DUE else every
+        above = 0
+        for collectives, news, limit in seen:
+            meter = metered(collectives, news)
+            assert_collectives(meter, expected)
+            assert_small(meter, M * N * ITEM)
+            above += max(new.bytes for new in news) > limit
+        owners = 1 if step in DUE and "gather" in due else 0
+        assert above <= owners, f"{above} ranks made more than their share in step {step}"
+
+
+def test_alike_matrices_share_their_collectives(ranks: Worlds) -> None:
+    """Three in a bucket: as many collectives as one, three times the bytes."""
+    options = {"projector": "svd", "proj_type": "left"}
+    args = {"cls": "FiraAdamW", "options": options, "place": 0, "alike": 3}
+    for steps in ranks(SIZE).run("alike", measured, **args).checked():
+        collectives, news, _ = steps[1]
+        each = plus({"all_reduce": (1, GUARD)}, TWO_SCALARS, TURNED)
+        expected = {kind: (count, 3 * size) for kind, (count, size) in each.items()}
+        assert_collectives(metered(collectives, news), expected)
+
+
+def whole_model(world: World, how: str, cls: str, options: dict[str, Any]) -> Any:
+    only = ("wide", "tall", "large", "square")
+    trained = Trained(Case(cls, {"stagger": False, **options}, how, only), world)
+    out = []
+    for step in range(STEPS):
+        trained.backward(step)
+        with Meter() as meter:
+            trained.optimizer.step()
+        out.append((meter.counts, meter.bytes, len(trained.named)))
+    return out
+
+
+PLACED = {
+    "galore": ("GaLoreAdamW", {"projector": "svd"}),
+    "frugal": ("FrugalSGD", {"projector": "rsvd", "on_refresh": "keep", "density": 0.3}),
+    "larger side": ("GaLoreAdamW", {"projector": "svd", "proj_type": "reverse_std"}),
+}
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_as_placed_by_the_package_only_the_guard_is_sent(name: str, ranks: Worlds) -> None:
+    cls, options = PLACED[name]
+    args = {"how": "fsdp placed", "cls": cls, "options": options}
+    for steps in ranks(2).run(name, whole_model, **args).checked():
+        for step, (counts, sizes, params) in enumerate(steps):
+            if step not in DUE:
+                assert (counts, sizes) == ({"all_reduce": 1}, {"all_reduce": params * GUARD})
+
+
+def test_by_rows_what_is_wide_turns(ranks: Worlds) -> None:
+    """Of wide, tall, large and square the first alone is projected on the side that is split."""
+    args = {"how": "fsdp", "cls": "GaLoreAdamW", "options": {"projector": "svd"}}
+    for steps in ranks(3).run("by rows", whole_model, **args).checked():
+        assert steps[1][0] == {"all_reduce": 1, "all_to_all": 2}

@@ -1,0 +1,150 @@
+"""The tests see every collective: without any one kind of them a run is not that of one process."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.sharded import test_not_finite, training
+from tests.sharded.combinations import NAMED
+from tests.sharded.mutations import MUTATIONS, SEAM, Mutation, mutated
+from tests.sharded.ranks import Outcome, Ranks, World
+from tests.sharded.training import Case, Trained
+
+Worlds = Callable[[int], Ranks]
+STEPS = 5
+ONLY = ("wide", "tall")
+
+SEEN_BY: dict[str, str] = {
+    "guard": "svd",
+    "scores": "dct",
+    "sum of two sides": "svd full",
+    "scalars of Fira": "fira svd",
+    "turn to columns": "rsvd",
+    "turn to rows": "frugal svd",
+    "gather to the owner": "svd",
+    "broadcast of the basis": "random",
+}
+"""A case that uses the collective; that of the guard has a gradient that is not finite."""
+
+
+@pytest.fixture(scope="module")
+def brief() -> Iterator[Ranks]:
+    """A world that takes a few seconds of waiting for a hang: here ranks part on purpose."""
+    world = Ranks(3, grace=4.0)
+    yield world
+    world.close()
+
+
+def train(world: World, case: Case, mutation: Mutation | None, poisoned: bool) -> Any:
+    """A short run, with a gradient that is not finite in its third step if ``poisoned``."""
+    logging.disable(logging.WARNING)
+    trained = Trained(case, world)
+    out = []
+    with mutated(mutation, world, importlib.import_module(SEAM)) as count:
+        for step in range(STEPS):
+            trained.backward(step)
+            if poisoned and step == 2:
+                test_not_finite.poison(trained, POISONED, float("nan"))
+            count.in_step = 0
+            trained.optimizer.step()
+            out.append(trained.held())
+    return out, count.changed
+
+
+POISONED = "blocks.1.tall.weight"
+
+
+def expected(case: Case, poisoned: bool) -> list[training.Step]:
+    if not poisoned:
+        return training.reference(case)
+    return training.assembled(
+        [test_not_finite.run(None, case, POISONED, 2, float("nan"))[1][:STEPS]]
+    )
+
+
+def difference(outcome: Outcome, case: Case, poisoned: bool) -> str:
+    """How a run is not that of one process; "" if it is."""
+    if outcome.failed:
+        return next(error for error in outcome.errors if error)
+    steps = [out for out, _ in outcome.values]
+    try:
+        training.assert_equal_runs(training.assembled(steps), expected(case, poisoned))
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_run_without_it_is_seen(name: str, brief: Ranks) -> None:
+    case = replace(NAMED[SEEN_BY[name]], only=ONLY, steps=STEPS)
+    case = replace(case, options={**case.options, "stagger": False})
+    poisoned = name == "guard"
+    args = {"case": case, "poisoned": poisoned}
+    whole = brief.run(f"all but nothing: {name}", train, mutation=None, **args)
+    whole.checked()
+    assert difference(whole, case, poisoned) == "", "without a mutation it is one process"
+    outcome = brief.run(f"without {name}", train, mutation=MUTATIONS[name], **args)
+    found = difference(outcome, case, poisoned)
+    if not outcome.failed:
+        assert all(changed > 0 for _, changed in outcome.values), f"nothing calls {name}"
+    assert found, f"a run without {name} passes for one process's"
+    assert "has no attribute" not in found and "ModuleNotFound" not in found, found
+
+
+# ------------------------------------------------------------------ the mutations themselves
+
+
+def sum_(x: Tensor) -> Tensor:
+    dist.all_reduce(x)
+    return x
+
+
+def to_columns(x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    dist.all_to_all_single(out, x)
+    return out
+
+
+def stand_in(world: World, function: str, calls: Any, how: Any) -> Any:
+    """Two steps of two calls each."""
+    seam = sys.modules[__name__]
+    out = []
+    with mutated(Mutation(function, calls, how), world, seam) as count:
+        for _ in range(2):
+            count.in_step = 0
+            for _ in range(2):
+                x = torch.full((world.size,), 1.0 + world.rank)
+                out.append(getattr(seam, function)(x).tolist())
+    assert getattr(seam, function) is not None
+    return out, count.changed
+
+
+def test_what_a_mutation_does(ranks: Worlds) -> None:
+    (both, all_), _ = (
+        ranks(2).run("all", stand_in, function="sum_", calls="all", how="skip").checked()
+    )
+    assert both == [[1.0, 1.0]] * 4 and all_ == 4
+    (own, first), _ = (
+        ranks(2).run("first", stand_in, function="sum_", calls="first", how="skip").checked()
+    )
+    assert own == [[1.0, 1.0], [3.0, 3.0]] * 2 and first == 2
+    (own, later), _ = (
+        ranks(2).run("later", stand_in, function="sum_", calls="later", how="skip").checked()
+    )
+    assert own == [[3.0, 3.0], [1.0, 1.0]] * 2 and later == 2
+    for turned, _ in (
+        ranks(2)
+        .run("turned", stand_in, function="to_columns", calls="all", how="one rank")
+        .checked()
+    ):
+        assert turned == [[1.0, 0.0]] * 4

@@ -1,0 +1,193 @@
+"""What no sharded step can do is refused on every rank alike, before anything changes."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+import lowrank_optim
+from tests.sharded.ranks import Ranks, World
+
+Worlds = Callable[[int], Ranks]
+
+SST: dict[str, Any] = {"steps_per_iteration": 3, "warmup_steps": 1}
+SWITCH: dict[str, Any] = {"interval": 4, "freeze_steps": 2}
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "randk": ("FrugalAdamW", {"projector": "randk", "density": 0.3}, "randk"),
+    "sst": ("SSTAdamW", {**SST, "rank": 2}, "SST"),
+    "sst active": ("SSTAdamW", {**SST, "rank": 2, "factors": "active"}, "SST"),
+    "switchlora": ("SwitchLoRAAdamW", {**SWITCH, "rank": 2}, "SwitchLoRA"),
+    "adafactor": ("GaLoreAdafactor", {"rank": 2}, "Adafactor"),
+    "8bit": ("GaLoreAdamW8bit", {"rank": 2}, "8bit"),
+    "8bit frugal": ("FrugalLion", {"state_dtype": "8bit", "projector": "columns"}, "8bit"),
+    "8bit memory": ("DCTAdamW", {"rank": 2, "error_feedback": "8bit"}, "8bit"),
+    "rounding": ("GaLoreAdamW", {"rank": 2, "stochastic_rounding": True}, "stochastic_rounding"),
+}
+"""Class, options, and what the message must name."""
+
+
+def outcome(world: World, cls: str, options: dict[str, Any], how: str) -> Any:
+    """The first error of making, and stepping, an optimizer; and whether anything moved."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    dtype = torch.bfloat16 if "stochastic_rounding" in options else torch.float32
+    layer = nn.Module()
+    layer.weight = nn.Parameter(torch.randn(8, 12).to(dtype))
+    if how == "fsdp":
+        fully_shard(layer, mesh=init_device_mesh("cpu", (world.size,)))
+    elif how == "square":
+        layer.weight = nn.Parameter(spread(world, layer.weight.detach(), [Shard(0), Shard(1)]))
+    elif how == "replicas of shards":
+        layer.weight = nn.Parameter(spread(world, layer.weight.detach(), [Replicate(), Shard(0)]))
+    before = layer.weight.detach().to_local().clone()
+    try:
+        optimizer = getattr(lowrank_optim, cls)(layer.named_parameters(), lr=0.1, **options)
+        for _ in range(2):
+            layer.weight.grad = torch.randn_like(layer.weight)
+            optimizer.step()
+    except Exception as error:
+        same = torch.equal(layer.weight.detach().to_local(), before)
+        return type(error).__name__, str(error), same
+    return "none", "", False
+
+
+def spread(world: World, x: torch.Tensor, places: Any) -> DTensor:
+    mesh = init_device_mesh("cpu", (world.size // 2, 2))
+    return distribute_tensor(x, mesh, places)
+
+
+def check(values: list[Any], *words: str) -> None:
+    assert len(set(values)) == 1, "the ranks say different things"
+    kind, text, same = values[0]
+    assert kind == "NotImplementedError", (kind, text)
+    assert "weight" in text, f"which weight: {text}"
+    for word in words:
+        assert word in text, f"{word!r} is not in {text!r}"
+    assert same, "the weight has changed"
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(name: str, ranks: Worlds) -> None:
+    cls, options, word = REFUSED[name]
+    values = ranks(2).run(name, outcome, cls=cls, options=options, how="fsdp").checked()
+    check(values, word)
+
+
+@pytest.mark.parametrize("how", ["square", "replicas of shards"])
+def test_meshes_of_two_dimensions(how: str, ranks: Worlds) -> None:
+    args = {"cls": "GaLoreAdamW", "options": {"rank": 2}, "how": how}
+    check(ranks(4).run(how, outcome, **args).checked(), "mesh")
+
+
+def on_square(world: World, places: Any) -> Any:
+    """Dense weights of a mesh of two dimensions, and torch's own step of them."""
+    x = torch.randn(8, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    g = torch.randn(8, 12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    own, theirs = nn.Parameter(spread(world, x, places)), nn.Parameter(x.clone())
+    groups: Any = [{"params": [("weight", own)], "rank": None}]
+    ours = lowrank_optim.GaLoreAdamW(groups, lr=0.1)
+    torchs = torch.optim.AdamW([theirs], lr=0.1, foreach=False)
+    for _ in range(3):
+        own.grad, theirs.grad = spread(world, g, places), g.clone()
+        ours.step()
+        torchs.step()
+    return float((own.detach().full_tensor() - theirs.detach()).abs().max())
+
+
+@pytest.mark.parametrize(
+    "places", [[Shard(0), Shard(1)], [Replicate(), Shard(0)], [Shard(0), Shard(0)]], ids=str
+)
+def test_dense_weights_of_any_mesh_are_fine(places: Any, ranks: Worlds) -> None:
+    for gap in ranks(4).run("square", on_square, places=places).checked():
+        assert gap <= 1e-12
+
+
+def no_interval(world: World, shape: tuple[int, ...], place: int, flatten: bool) -> Any:
+    """A split inside a dimension that is flattened."""
+    warnings.simplefilter("ignore")
+    mesh = init_device_mesh("cpu", (world.size,))
+    x = distribute_tensor(torch.randn(shape), mesh, [Shard(place)])
+    param = nn.Parameter(x)
+    before = param.detach().to_local().clone()
+    try:
+        group: Any = {"params": [("weight", param)], "rank": 2, "flatten": flatten}
+        optimizer = lowrank_optim.GaLoreAdamW([group])
+        param.grad = torch.randn_like(param)
+        optimizer.step()
+    except Exception as error:
+        return type(error).__name__, str(error), torch.equal(param.detach().to_local(), before)
+    return "none", "", False
+
+
+@pytest.mark.parametrize(
+    ("shape", "place", "flatten"), [((6, 3, 4, 4), 2, False), ((6, 4, 4), 2, True)], ids=str
+)
+def test_a_split_that_is_no_interval(
+    shape: tuple[int, ...], place: int, flatten: bool, ranks: Worlds
+) -> None:
+    args = {"shape": shape, "place": place, "flatten": flatten}
+    check(ranks(2).run("no interval", no_interval, **args).checked(), "split")
+
+
+def other_gradient(world: World, kind: str) -> Any:
+    """A gradient that is not placed as its weight is."""
+    warnings.simplefilter("ignore")
+    mesh = init_device_mesh("cpu", (world.size,))
+    draw = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(8, 12, generator=draw, dtype=torch.float64) for _ in range(2))
+    param = nn.Parameter(distribute_tensor(x, mesh, [Shard(0)]))
+    optimizer = lowrank_optim.GaLoreAdamW([("weight", param)], lr=0.1, rank=2)
+    alone = nn.Parameter(x.clone())
+    one = lowrank_optim.GaLoreAdamW([("weight", alone)], lr=0.1, rank=2)
+    alone.grad = g
+    one.step()
+    if kind == "partial":
+        param.grad = DTensor.from_local(g / world.size, mesh, [Partial()])
+    else:
+        place = Replicate() if kind == "whole" else Shard(1)
+        param.grad = distribute_tensor(g, mesh, [place])
+    before = param.detach().to_local().clone()
+    try:
+        optimizer.step()
+    except Exception as error:
+        return type(error).__name__, str(error), torch.equal(param.detach().to_local(), before)
+    return "stepped", "", float((param.detach().full_tensor() - alone.detach()).abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["partial", "whole", "columns"])
+def test_a_gradient_of_another_placement_is_right_or_refused(kind: str, ranks: Worlds) -> None:
+    """Local parts that do not belong together have fitting shapes at times: never in silence."""
+    values = ranks(2).run(kind, other_gradient, kind=kind).checked()
+    assert len(set(values)) == 1, values
+    what, text, fine = values[0]
+    assert fine, (what, text)
+    assert what == "stepped" or "weight" in text, text
+
+
+def attaching(world: World, mode: Any) -> Any:
+    warnings.simplefilter("ignore")
+    layer = nn.Linear(12, 8, bias=False)
+    fully_shard(layer, mesh=init_device_mesh("cpu", (world.size,)))
+    optimizer = lowrank_optim.GaLoreAdamW(layer.named_parameters(), rank=2)
+    before = layer.weight.detach().to_local().clone()
+    try:
+        lowrank_optim.attach_in_backward(optimizer, mode)
+        layer(torch.randn(4, 12)).sum().backward()
+    except Exception as error:
+        return type(error).__name__, str(error), torch.equal(layer.weight.to_local(), before)
+    return "none", "", False
+
+
+@pytest.mark.parametrize("mode", ["project", "step"])
+def test_attaching_to_backward(mode: str, ranks: Worlds) -> None:
+    check(ranks(2).run(mode, attaching, mode=mode).checked(), "attach_in_backward")

@@ -1,0 +1,177 @@
+"""What one rank of 64 keeps: counted on a group that sends nothing, against the estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import lowrank_optim
+from lowrank_optim import LowRankOptimizer, memory
+from lowrank_optim.engine.plan import on_host
+
+SHAPES = {"wide": (128, 512), "tall": (512, 128), "square": (256, 256), "experts": (64, 128, 64)}
+"""Divided by 64 in every way."""
+RANK = 16
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "galore": ("GaLoreAdamW", {"projector": "svd"}),
+    "two sides": ("GaLoreAdamW", {"projector": "svd", "proj_type": "full"}),
+    "larger side": ("GaLoreLion", {"projector": "rsvd", "proj_type": "reverse_std"}),
+    "momentum in bfloat16": ("GaLoreSGD", {"momentum": 0.9, "state_dtype": "bfloat16"}),
+    "fira": ("FiraAdamW", {"projector": "random"}),
+    "columns": ("FrugalAdamW", {"projector": "columns"}),
+    "rows": ("FrugalLion", {"projector": "rows"}),
+    "blocks": ("FrugalAdamW", {}),
+    "dct": ("DCTAdamW", {}),
+    "dct memory": ("DCTAdamW", {"error_feedback": "float32"}),
+    "dct memory bfloat16": ("DCTAdamW", {"error_feedback": "bfloat16", "update_proj_gap": 9}),
+    "dense": ("GaLoreAdamW", {"rank": None}),
+}
+
+
+@contextmanager
+def pretended(size: int, rank: int) -> Iterator[None]:
+    """A world of ``size`` of which this process is one rank and the others do not exist."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class Weights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        for name, shape in SHAPES.items():
+            layer = nn.Module()
+            layer.weight = nn.Parameter(torch.ones(shape))
+            self.add_module(name, layer)
+
+
+def made(method: str, size: int, rank: int) -> LowRankOptimizer:
+    """An optimizer with the state of its first step, on one rank."""
+    cls, options = METHODS[method]
+    own: dict[str, Any] = {"lr": 1e-2, **options}
+    if not cls.startswith("Frugal"):
+        own = {"rank": RANK, **own}
+    model = Weights()
+    if size > 1:
+        mesh = init_device_mesh("cpu", (size,))
+        for layer in model.children():
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    params: Any = model.named_parameters()
+    if own.get("rank", 1) is None:
+        params = [{"params": list(params), "rank": own.pop("rank")}]
+    optimizer: LowRankOptimizer = getattr(lowrank_optim, cls)(params, **own)
+    optimizer._make_state()
+    return optimizer
+
+
+def entries(optimizer: LowRankOptimizer) -> dict[tuple[str, str], Tensor]:
+    out = {}
+    for group in optimizer.param_groups:
+        for item in optimizer._items(group):
+            for key, x in optimizer.state[item.param].items():
+                out[item.name, key] = x
+    return out
+
+
+def nbytes(x: Tensor) -> int:
+    """Of what is here."""
+    local = x.to_local() if isinstance(x, DTensor) else x
+    return local.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("size", [8, 64])
+@pytest.mark.parametrize("method", METHODS)
+def test_state_of_a_rank(method: str, size: int) -> None:
+    """Together it is one process's; what grows with a split side is split, the rest is whole.
+
+    On the first rank, and on the last, which has least where sizes do not divide.
+    """
+    alone = entries(made(method, 1, 0))
+    for rank in (0, size - 1):
+        with pretended(size, rank):
+            split = entries(made(method, size, rank))
+            assert split.keys() == alone.keys()
+            for (name, key), x in split.items():
+                check_entry(f"{key} of {name}", key, x, alone[name, key], size)
+
+
+BIG = 1024
+"""Numbers of an entry from which on no rank may keep a copy of all of them."""
+
+
+def check_entry(what: str, key: str, x: Tensor, one: Tensor, size: int) -> None:
+    assert x.shape == one.shape and x.dtype == one.dtype, what
+    if on_host(key):
+        assert not isinstance(x, DTensor) and x.device == one.device, f"{what} is a plain scalar"
+    if one.dim() == 0:
+        return
+    assert isinstance(x, DTensor), f"{what} is of a sharded weight and a plain tensor"
+    (place,) = x.placements
+    experts = what.endswith("experts.weight") and one.dim() > 1 and len(one) == 64
+    if experts:
+        assert place == Shard(0), f"{what} is {place}: experts are split, and all that is theirs"
+    elif key in ("basis", "basis_index", "index") or key.endswith(".age"):
+        assert isinstance(place, Replicate), f"{what} is {place}"
+    elif one.numel() >= BIG:
+        assert isinstance(place, Shard), f"{what} is {place}: {nbytes(x)} bytes on every rank"
+    if isinstance(place, Shard):
+        assert nbytes(x) * size == one.numel() * one.element_size(), what
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_moments_shrink_with_the_ranks(method: str) -> None:
+    """``memory.report`` counts what is here: moments a 64th of the estimate of one process."""
+    cls, options = METHODS[method]
+    own = {"rank": RANK, **options} if not cls.startswith("Frugal") else options
+    groups = None
+    if own.get("rank", 1) is None:
+        groups = dense
+        own.pop("rank")
+    whole = memory.estimate(Weights(), getattr(lowrank_optim, cls), groups=groups, **own)
+    with pretended(64, 0):
+        optimizer = made(method, 64, 0)
+        held = memory.report(optimizer)
+        counted = sum(nbytes(x) for x in entries(optimizer).values())
+        counted += sum(x.nbytes for x in optimizer._shared.tensors())
+    assert held.total == counted
+    alone = entries(made(method, 1, 0))
+    small = sum(x.nbytes for x in alone.values() if x.dim() and x.numel() < BIG)
+    assert whole.moments / 64 <= held.moments <= whole.moments / 64 + small
+    assert held.basis <= whole.basis and held.other <= whole.other
+
+
+def dense(module: nn.Module) -> Any:
+    return [{"params": list(module.named_parameters()), "rank": None}]
+
+
+def test_sizes_that_do_not_divide_are_split_as_the_weight_is() -> None:
+    """A rank has as many columns of the moments as ``torch.chunk`` gives it; the last have none."""
+    cut = [13 // 5 + 1] * 4 + [1]  # chunks of 3
+    for rank, expected in enumerate([*cut, 0, 0]):
+        with pretended(7 if expected == 0 else 5, rank if expected else 6):
+            size = dist.get_world_size()
+            mesh = init_device_mesh("cpu", (size,))
+            layer = nn.Linear(6, 13, bias=False)
+            fully_shard(layer, mesh=mesh)
+            optimizer = lowrank_optim.GaLoreAdamW(layer.named_parameters(), rank=2)
+            optimizer._make_state()
+            moment = optimizer.state[layer.weight]["low.exp_avg"]
+            assert tuple(moment.shape) == (2, 13)
+            own = layer.weight.to_local().shape[0]
+            assert tuple(moment.to_local().shape) == (2, own)
+            if size == 5:
+                assert own == expected
