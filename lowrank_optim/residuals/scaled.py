@@ -99,13 +99,12 @@ class Scaled(Forgetful):
 
     def _norms(self, seen: ResidualInputs) -> tuple[Tensor, Tensor | None, Tensor]:
         """Of R, of G where there is a limiter, and of the direction: by column or of all."""
-        batch = seen.grad.shape[:-2]
 
         def norm(x: Tensor) -> Tensor:
             if self._by_column(seen):
                 (found,) = ops.column_norms([x])
                 return found  # type: ignore[no-any-return]
-            return ops.matrix_norm(x.reshape(*batch, 1, -1) if x is not seen.grad else x)
+            return ops.matrix_norm(x.flatten(-2).unsqueeze(-2) if x is not seen.grad else x)
 
         of_low, of_direction = norm(seen.low), norm(seen.direction)
         return of_low, None if self.limiter is None else norm(seen.grad), of_direction

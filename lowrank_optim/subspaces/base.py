@@ -196,6 +196,10 @@ class Subspace(ABC):
         """A number that is 0 or not finite where ``grad`` tells nothing, and what else was seen."""
         return torch.linalg.vector_norm(ops.matrix_norm(grad)), None
 
+    def of_columns(self, start: int, stop: int, n: int) -> Self:
+        """This subspace for columns ``start`` to ``stop`` of ``n``, of which alone a step knows."""
+        return self
+
     def scores(self, grad: Tensor) -> Tensor | None:
         """What a refresh sees of columns ``(m, n_i)``, where that of all columns is their sum.
 

@@ -138,7 +138,9 @@ class DCT(FixedBasis):
     def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
         """``P^T G (Q)``: the chosen coefficients of a transform in tiles, or a product."""
         low = self._project(state["basis_index"], grad)
-        if self.two_sided:
+        if self.columns is not None:
+            low = low @ self._right(grad, state["basis_index_right"]).to(low.dtype)
+        elif self.two_sided:
             low = self._project(state["basis_index_right"], low.mT).mT
         return {"low": reduce(low)}
 
@@ -188,9 +190,9 @@ class DCT(FixedBasis):
     def _widened(self, low: Tensor, state: State, param: Tensor) -> Tensor:
         """``N Q^T (..., r, n)`` of ``N (..., r, r)``."""
         n, index = param.shape[-1], state["basis_index_right"]
-        if not self.fast(n, param):
+        if self.columns is not None or not self.fast(n, param):
             wide = low.to(compute_dtype(low.dtype))
-            return wide @ self._columns(param, index, n).mT.to(wide.dtype)
+            return wide @ self._right(param, index).mT.to(wide.dtype)
         plan = self._plan(n, param)
         if low.dim() == 2:
             return plan.lift(low.mT, index.long())

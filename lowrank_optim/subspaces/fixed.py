@@ -50,6 +50,7 @@ class FixedBasis(Projector):
             less (default: "l2").
         update_proj_gap: steps between refreshes, of the group.
         shared: where the optimizer keeps Q.
+        columns: those of a larger matrix that are stepped here: start, stop, and how many it has.
     """
 
     indexed: ClassVar[bool] = True
@@ -57,6 +58,7 @@ class FixedBasis(Projector):
     ranking: str = "l2"
     update_proj_gap: int = 1
     shared: Shared = field(default_factory=Shared, compare=False, repr=False)
+    columns: tuple[int, int, int] | None = None
 
     @abstractmethod
     def vectors(self, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -152,6 +154,15 @@ class FixedBasis(Projector):
         right = source_of(after["basis_index_right"], before["basis_index_right"])
         return {"low": BasisChange(source=source_of(new, old), source_right=right)}
 
+    def of_columns(self, start: int, stop: int, n: int) -> Self:
+        """Of two sides: the right basis is of all columns, and some of its rows are used."""
+        return replace(self, columns=(start, stop, n)) if self.two_sided else self
+
+    def _right(self, like: Tensor, index: Tensor) -> Tensor:
+        """Q ``(..., n, r)`` of the columns that are here."""
+        start, stop, n = self.columns or (0, like.shape[-1], like.shape[-1])
+        return self._columns(like, index, n)[..., start:stop, :]
+
     def _choose_(self, index: Tensor, scores: Tensor) -> Tensor:
         """Indices ``(..., r)`` of the largest ``scores (..., m)``, and the places of the old."""
         source = torch.empty_like(index)
@@ -211,8 +222,7 @@ class FixedBasis(Projector):
         """The state of a projector that keeps its columns."""
         dense = {"basis": self._columns(param, state["basis_index"]).to(dtype)}
         if self.two_sided:
-            right = self._columns(param, state["basis_index_right"], param.shape[-1])
-            dense["basis_right"] = right.to(dtype)
+            dense["basis_right"] = self._right(param, state["basis_index_right"]).to(dtype)
         return dense
 
     def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:

@@ -114,7 +114,17 @@ def here(item: ParamPlan) -> ParamPlan:
     weight = local(item.param).detach()  # one of this step: its gradient must not outlive it
     if item.param.grad is not None:
         weight.grad = part.of(item.param.grad)
-    return replace(item, param=weight, view=_view_here(item, weight))
+    return replace(item, param=weight, view=_view_here(item, weight), subspace=subspace_here(item))
+
+
+def subspace_here(item: ParamPlan) -> Subspace | None:
+    """The subspace as a step of the columns that are here needs it."""
+    part, view, subspace = item.part, item.view, item.subspace
+    if part is None or not part.summed or view is None or subspace is None:
+        return subspace
+    sizes = widths(part, view)
+    start = sum(sizes[: part.rank])
+    return subspace.of_columns(start, start + sizes[part.rank], view.n)
 
 
 def stepped(item: ParamPlan, weight: Tensor) -> ParamPlan:
@@ -124,7 +134,7 @@ def stepped(item: ParamPlan, weight: Tensor) -> ParamPlan:
         return item
     if item.part.stepped is None:
         return replace(item, param=weight, view=_view_here(item, weight))
-    return replace(item, param=weight, view=item.part.stepped)
+    return replace(item, param=weight, view=item.part.stepped, subspace=subspace_here(item))
 
 
 def _view_here(item: ParamPlan, weight: Tensor) -> MatrixView | None:

@@ -166,7 +166,8 @@ def _inputs(d: Due) -> list[tuple[Tensor, int]]:
 def _gathers(d: Due) -> bool:
     """Whether the owner needs the gradient itself."""
     remembers = d.chosen.residual.wants == "memory"  # then its norm is known to nobody
-    return d.subspace.reads_grad or d.part.side == "batch" or remembers
+    assert d.item.view is not None  # of a batch, matrices without a gradient keep their basis
+    return d.subspace.reads_grad or bool(d.item.view.batch) or remembers
 
 
 def _sizes(d: Due) -> Sequence[int]:

@@ -187,8 +187,8 @@ def _adapt(chunk: list[Work], undo: Undo) -> list[MatrixStep]:
     _fetch(chunk)
     found = []
     for w in chunk:
-        assert w.grad is not None and w.item.subspace is not None
-        found.append(w.item.subspace.coords(w.state, w.grad, reduce=identity))
+        assert w.grad is not None and w.twin.subspace is not None
+        found.append(w.twin.subspace.coords(w.state, w.grad, reduce=identity))
     if part.summed:
         parts = [own[name] for own in found for name in _sums(w.item.subspace, view)]
         collectives.sum_(parts, part.group)
