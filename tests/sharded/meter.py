@@ -56,7 +56,6 @@ class Meter(TorchDispatchMode):
     """Records while it is entered: ``with Meter() as meter: optimizer.step()``."""
 
     collectives: list[Collective] = field(default_factory=list)
-    largest: New = New(0, "none", ())
     news: list[New] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -73,16 +72,18 @@ class Meter(TorchDispatchMode):
         space, _, op = name.partition("::")
         known = {_storage(x) for x in leaves}
         out = func(*args, **kwargs)
-        if space in NAMESPACES:
-            if op not in WAITS:
-                self.collectives.append(Collective(kind_of(op), sent(op, args, kwargs), op))
+        if space in NAMESPACES and op not in WAITS:
+            self.collectives.append(Collective(kind_of(op), sent(op, args, kwargs), op))
         for x in tree_leaves(out):
             # a tensor of torch.distributed's own may stand for one that is under way
             if isinstance(x, Tensor) and type(x) is Tensor and _storage(x) not in known:
-                new = New(x.untyped_storage().nbytes(), name, tuple(x.shape))
-                self.news.append(new)
-                self.largest = max(self.largest, new)
+                self.news.append(New(x.untyped_storage().nbytes(), name, tuple(x.shape)))
         return out
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest new storage."""
+        return max((new.bytes for new in self.news), default=0)
 
     @property
     def counts(self) -> dict[str, int]:

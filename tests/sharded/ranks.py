@@ -7,6 +7,7 @@ its name and the stacks of those that hung, and the jobs after it run in a new w
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import io
 import logging
@@ -67,13 +68,13 @@ class Outcome:
         return self.values
 
 
-def _begin(rank: int, size: int, folder: str, epoch: int) -> None:
-    """The default group, on a store of its own; the environment is that of torchrun."""
+def _begin(rank: int, size: int, store: dist.Store, epoch: int) -> None:
+    """The default group, on keys of its own; the environment is that of torchrun."""
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ.update({key: str(value) for key, value in own.items()})
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{folder}/store{epoch}",
+        store=dist.PrefixStore(f"epoch{epoch}", store),
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=GROUP_TIMEOUT),
@@ -102,13 +103,15 @@ def _answer(rank: int, size: int, job: Callable[..., Any], args: dict[str, Any])
         return error, None
 
 
-def serve(pipe: Connection, rank: int, size: int, folder: str) -> None:
+def serve(pipe: Connection, rank: int, size: int, folder: str, port: int) -> None:
     """One rank: jobs from the pipe, until there are none."""
     stacks = open(f"{folder}/stack{rank}", "w")  # noqa: SIM115  as long as the process
     faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
     logging.disable(logging.NOTSET)
     logging.lastResort = None  # what is logged is captured by jobs that look
     sys.stderr = open(f"{folder}/stderr{rank}", "w")  # noqa: SIM115
+    # a store of files asks every second whether the others are there
+    store = dist.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=GROUP_TIMEOUT))
     held = -1
     while True:
         try:
@@ -120,7 +123,7 @@ def serve(pipe: Connection, rank: int, size: int, folder: str) -> None:
             if dist.is_initialized():
                 dist.destroy_process_group()
             try:
-                _begin(rank, size, folder, epoch)
+                _begin(rank, size, store, epoch)
             except BaseException:
                 pipe.send((traceback.format_exc(), None))
                 continue
@@ -138,6 +141,7 @@ class Ranks:
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._store: dist.TCPStore | None = None
 
     def run(self, name: str, job: Callable[..., Any], **args: Any) -> Outcome:
         """What every rank makes of ``job(world, **args)``, a function of a module."""
@@ -171,7 +175,7 @@ class Ranks:
                 process.join()
         if self._folder is not None:
             self._folder.cleanup()
-        self._processes, self._pipes, self._folder = [], [], None
+        self._processes, self._pipes, self._folder, self._store = [], [], None, None
 
     def _start(self) -> None:
         if self._processes:
@@ -179,9 +183,10 @@ class Ranks:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["tests.sharded.preload"])
         self._folder = tempfile.TemporaryDirectory()
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            own = (theirs, rank, self.size, self._folder.name)
+            own = (theirs, rank, self.size, self._folder.name, self._store.port)
             process = context.Process(target=serve, args=own, daemon=True)
             process.start()
             theirs.close()
@@ -197,10 +202,8 @@ class Ranks:
             for pipe in wait(list(open_), max(0.0, end - time.monotonic())):
                 assert isinstance(pipe, Connection)
                 rank = open_.pop(pipe)
-                try:
+                with contextlib.suppress(EOFError):  # the process is gone
                     answers[rank] = pipe.recv()
-                except EOFError:
-                    pass  # the process is gone
                 end = min(end, time.monotonic() + self.grace)
         return answers
 

@@ -129,22 +129,29 @@ def stand_in(world: World, function: str, calls: Any, how: Any) -> Any:
     return out, count.changed
 
 
-def test_what_a_mutation_does(ranks: Worlds) -> None:
-    (both, all_), _ = (
-        ranks(2).run("all", stand_in, function="sum_", calls="all", how="skip").checked()
-    )
-    assert both == [[1.0, 1.0]] * 4 and all_ == 4
-    (own, first), _ = (
-        ranks(2).run("first", stand_in, function="sum_", calls="first", how="skip").checked()
-    )
-    assert own == [[1.0, 1.0], [3.0, 3.0]] * 2 and first == 2
-    (own, later), _ = (
-        ranks(2).run("later", stand_in, function="sum_", calls="later", how="skip").checked()
-    )
-    assert own == [[3.0, 3.0], [1.0, 1.0]] * 2 and later == 2
-    for turned, _ in (
-        ranks(2)
-        .run("turned", stand_in, function="to_columns", calls="all", how="one rank")
-        .checked()
-    ):
-        assert turned == [[1.0, 0.0]] * 4
+WHAT: dict[str, tuple[dict[str, str], list[list[float]], int]] = {
+    "all": ({"function": "sum_", "calls": "all", "how": "skip"}, [[1.0, 1.0]] * 4, 4),
+    "first": (
+        {"function": "sum_", "calls": "first", "how": "skip"},
+        [[1.0, 1.0], [3.0, 3.0]] * 2,
+        2,
+    ),
+    "later": (
+        {"function": "sum_", "calls": "later", "how": "skip"},
+        [[3.0, 3.0], [1.0, 1.0]] * 2,
+        2,
+    ),
+    "turned": (
+        {"function": "to_columns", "calls": "all", "how": "one rank"},
+        [[1.0, 0.0]] * 4,
+        4,
+    ),
+}
+"""A mutation, what the first rank gets of two steps with two calls each, and how many changed."""
+
+
+@pytest.mark.parametrize("name", WHAT)
+def test_what_a_mutation_does(name: str, ranks: Worlds) -> None:
+    args, expected, changed = WHAT[name]
+    first, _ = ranks(2).run(name, stand_in, **args).checked()
+    assert first == (expected, changed)

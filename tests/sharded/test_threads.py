@@ -91,7 +91,7 @@ def test_replicas_are_the_same_bits(case: str, ranks: Worlds) -> None:
 
 
 def decompositions(world: World) -> Any:
-    """What threads change: singular vectors, and the product that a randomised basis begins with."""
+    """What threads change: singular vectors."""
     torch.set_num_threads(1 + world.rank)
     x = batch(3, 0)
     u = torch.linalg.svd(torch.cat([x, x.roll(1, 0)], 1)[:, :INNER], full_matrices=False)[0]
