@@ -12,6 +12,7 @@ from lowrank_optim.backward.project_mode import ProjectMode
 from lowrank_optim.backward.projecting import COORDS_DTYPES, FIRST_BASES
 from lowrank_optim.backward.step_mode import StepMode
 from lowrank_optim.optimizer import LowRankOptimizer
+from lowrank_optim.sharding.parts import is_sharded
 
 ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "mode": (lambda x: x in ("project", "step"), "'project' or 'step'"),
@@ -104,6 +105,7 @@ def attach_in_backward(
 
     Raises:
         TypeError: the optimizer is not one of this package.
+        NotImplementedError: a parameter is a DTensor.
         ValueError: an argument is out of range, or ``mode="project"`` and the method uses what its
             subspace does not see.
         RuntimeError: the optimizer, or another one of its parameters, works inside backward
@@ -134,6 +136,13 @@ def attach_in_backward(
     for name, (allowed, words) in ARGUMENTS.items():
         if not allowed(given[name]):
             raise ValueError(f"{name} must be {words}, got {given[name]!r}")
+    for group in optimizer.param_groups:
+        for plan in optimizer._items(group):
+            if is_sharded(plan.param):
+                raise NotImplementedError(
+                    f"attach_in_backward does not support {plan.name}, a DTensor: FSDP2 frees "
+                    "whole gradients itself, and adds up shards. Leave it out under fully_shard"
+                )
     if mode == "project":
         return ProjectMode(optimizer, max_norm, first_basis, coords_dtype)
     return StepMode(optimizer, max_norm, accumulation_steps, keep_norms)

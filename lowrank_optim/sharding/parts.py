@@ -163,8 +163,8 @@ def _side(placement: object, view: MatrixView, name: str) -> tuple[Side, int]:
         return ("columns" if view.flip else "rows"), 1
     if any(size > 1 for size in view.shape[first + 1 : dim]):
         raise NotImplementedError(
-            f"{name} {view.shape} is seen as one matrix, of which {placement} cuts no interval of "
-            f"columns: use Shard({first}) or Shard({first + 1}), or give it rank=None"
+            f"{name} {view.shape} is seen as one matrix, which {placement} does not split into "
+            f"intervals of columns: use Shard({first}) or Shard({first + 1}), or give it rank=None"
         )
     unit = 1
     for size in view.shape[dim + 1 :]:

@@ -76,7 +76,9 @@ class Meter(TorchDispatchMode):
             self.collectives.append(Collective(kind_of(op), sent(op, args, kwargs), op))
         for x in tree_leaves(out):
             # a tensor of torch.distributed's own may stand for one that is under way
-            if isinstance(x, Tensor) and type(x) is Tensor and _storage(x) not in known:
+            if not isinstance(x, Tensor) or type(x) is not Tensor or x.is_meta:
+                continue
+            if _storage(x) not in known:
                 self.news.append(New(x.untyped_storage().nbytes(), name, tuple(x.shape)))
         return out
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from tests.sharded.ranks import World
 
-SEAM = "lowrank_optim.engine.sharded.collectives"
+SEAM = "lowrank_optim.sharding.collectives"
 """The one module through which a step talks to other ranks."""
 
 
@@ -37,8 +37,8 @@ MUTATIONS: dict[str, Mutation] = {
     "scalars of Fira": Mutation("sum_", "later"),
     "turn to columns": Mutation("to_columns", how="one rank"),
     "turn to rows": Mutation("to_rows", how="one rank"),
-    "gather to the owner": Mutation("gather", how="one rank"),
-    "broadcast of the basis": Mutation("broadcast_"),
+    "gather to the owner": Mutation("exchange", how="one rank"),
+    "broadcast of the basis": Mutation("broadcast", how="one rank"),
 }
 """A guard is the first sum of a step, since it comes before anything is written."""
 

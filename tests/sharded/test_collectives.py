@@ -146,9 +146,15 @@ NOTHING: Table = {}
 TURNED: Table = {"all_to_all": (2, 2 * SHARD)}
 """Rows to columns, and the update back."""
 SCORES: Table = {"all_reduce": (1, M * ITEM)}
-BASIS: Table = {"broadcast": (1, M * R * ITEM)}
-OWNER: Table = plus({"gather": (1, SHARD)}, BASIS)
-BOTH_OWNER: Table = {"gather": (1, SHARD), "broadcast": (2, (M + N) * R * ITEM)}
+FINE = 8
+"""Whether the owner found a basis."""
+BASIS: Table = {"broadcast": (1, M * R * ITEM + FINE)}
+OWNER: Table = plus({"all_to_all": (1, SHARD)}, BASIS)
+"""Shards to the owner, the basis to all."""
+RIGHT = N // SIZE * R * ITEM
+BOTH_OWNER: Table = plus({"all_to_all": (2, SHARD + RIGHT)}, BASIS)
+"""The right basis is split as columns are: its old pieces go to the owner, and new ones come back,
+which the owner sends."""
 SMALL: Table = {"all_reduce": (1, R * R * ITEM)}
 TWO_SCALARS: Table = {"all_reduce": (1, 2 * ITEM)}
 
@@ -215,7 +221,7 @@ def test_a_step_sends_exactly_this(name: str, place: int, ranks: Worlds) -> None
     for step, seen in enumerate(steps):
         expected = plus(every, due) if step in DUE else every
         above = 0
-        for collectives, news, limit in seen:
+        for rank, (collectives, news, limit) in enumerate(seen):
             meter = metered(collectives, news)
             assert_collectives(meter, expected)
             assert_small(meter, M * N * ITEM)

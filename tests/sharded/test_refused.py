@@ -30,7 +30,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "adafactor": ("GaLoreAdafactor", {"rank": 2}, "Adafactor"),
     "8bit": ("GaLoreAdamW8bit", {"rank": 2}, "8bit"),
     "8bit frugal": ("FrugalLion", {"state_dtype": "8bit", "projector": "columns"}, "8bit"),
-    "8bit memory": ("DCTAdamW", {"rank": 2, "error_feedback": "8bit"}, "8bit"),
     "rounding": ("GaLoreAdamW", {"rank": 2, "stochastic_rounding": True}, "stochastic_rounding"),
 }
 """Class, options, and what the message must name."""

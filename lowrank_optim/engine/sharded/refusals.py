@@ -6,6 +6,13 @@ import torch
 
 from lowrank_optim.engine.plan import ParamPlan, Strategies
 from lowrank_optim.stores import FloatStore
+from lowrank_optim.subspaces.base import PROJECTORS, Subspace
+
+
+def _name(kind: type[Subspace]) -> str:
+    """As a group calls it, or else the class."""
+    names = [name for name, known in PROJECTORS.items() if known is kind]
+    return f"projector={names[0]!r}" if names else kind.__name__
 
 
 def check_supported(item: ParamPlan, chosen: Strategies, method: str) -> None:
@@ -20,7 +27,7 @@ def check_supported(item: ParamPlan, chosen: Strategies, method: str) -> None:
     why = ""
     if subspace is not None and subspace.whole is not None:
         why = (
-            f"{subspace.whole}. Take projector='columns', 'rsvd' or 'dct' of another class, or "
+            f"{_name(type(subspace))}: {subspace.whole}. Take projector='columns', 'rsvd' or 'dct' of another class, or "
             "train under DistributedDataParallel"
         )
     elif not chosen.rule.elementwise:
@@ -30,7 +37,7 @@ def check_supported(item: ParamPlan, chosen: Strategies, method: str) -> None:
         )
     elif not isinstance(chosen.store, FloatStore):
         why = (
-            "blocks of 8-bit states would cross the edges of shards. Take state_dtype='bfloat16' "
+            "state_dtype='8bit' keeps blocks that would cross the edges of shards. Take state_dtype='bfloat16' "
             "or 'float32'"
         )
     elif chosen.rounding and item.param.dtype == torch.bfloat16:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lowrank_optim.engine.blocks import advance
 from lowrank_optim.engine.bucket import Bucket, warn_skipped
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, on_accelerator
-from lowrank_optim.engine.refresh import basis_due
+from lowrank_optim.engine.refresh import basis_due, refresh_
 from lowrank_optim.engine.sharded.guard import agreed_norms
 from lowrank_optim.engine.sharded.local import here, stepped, widths
 from lowrank_optim.engine.sharded.refresh import Due, refresh_together
@@ -96,7 +96,7 @@ class ShardedStep:
             w.norm = norms.get(id(w.item.param))
             if w.norm is not None:
                 undo.begin(w.state)
-                usable += [w] if _is_usable(w) else []
+                usable += [w] if _is_usable(w, undo) else []
         buckets: dict[Any, list[Work]] = {}
         for w in usable:
             if w.item.subspace is None or isinstance(w.item.subspace, Block):
@@ -112,14 +112,20 @@ class ShardedStep:
         _step_chunks(chunks, undo)
 
 
-def _is_usable(w: Work) -> bool:
-    """Whether a gradient is finite; if not, all ranks skip it. A device masks it instead."""
+def _is_usable(w: Work, undo: Undo) -> bool:
+    """Whether a gradient is finite; if not, all ranks skip it. A device masks it instead.
+
+    What is drawn, and does not look at the gradient, is drawn all the same.
+    """
     assert w.norm is not None
     if on_accelerator(w.norm) or math.isfinite(w.norm):
         return True
     subspace = w.item.subspace
-    if subspace is not None and subspace.needs_grad and basis_due(w.item, w.state, w.chosen):
-        w.state["postponed"] += 1
+    if subspace is not None and not isinstance(subspace, Block):
+        if basis_due(w.item, w.state, w.chosen):
+            undo.keep(w.state, subspace.refreshed(w.state))
+            plan, weight = stepped(w.item, w.twin.param), w.twin.param
+            refresh_(plan, w.state, weight, int(w.state["step"]), w.chosen, look=(w.norm, None))
     w.state["step"] += 1
     warn_skipped(w.item)
     return False

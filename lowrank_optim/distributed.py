@@ -1,0 +1,63 @@
+"""Placements for FSDP2 with which optimizer steps send as little as they can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.distributed.tensor import Shard
+
+from lowrank_optim.groups.values import check
+from lowrank_optim.subspaces.base import PROJECTORS, view_for
+
+Placement = Callable[[Tensor], Shard | None]
+
+
+def shard_placement_fn(
+    world_size: int, *, proj_type: str = "std", projector: str = "rsvd", flatten: bool = False
+) -> Placement:
+    """The ``shard_placement_fn`` of ``fully_shard`` that never splits a projected dimension.
+
+    ``fully_shard`` splits rows, dimension 0, unless it is told otherwise. A matrix ``(rows, cols)``
+    with fewer rows than columns is projected on its rows, and a step must then bring its columns
+    together and take the update back. With dimension 1 split instead, no step sends anything but
+    one number a parameter: whether its gradient is finite (Fira: two more).
+
+    Args:
+        world_size: ranks that share a parameter. ``fully_shard`` splits dimension 1 only where
+            they divide it; other parameters keep dimension 0.
+        proj_type: of the optimizer (default: "std").
+        projector: of the optimizer (default: "rsvd"; "columns" and "rows" say which side is split).
+        flatten: of the group, for 3-d parameters (default: False).
+
+    Returns:
+        A function of a parameter, which returns ``Shard(dim)``, or None for dimension 0.
+
+    Raises:
+        ValueError: an argument is not known.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim.distributed import shard_placement_fn
+        >>> place = shard_placement_fn(8)
+        >>> place(torch.nn.Parameter(torch.empty(4096, 11008)))
+        Shard(dim=1)
+        >>> print(place(torch.nn.Parameter(torch.empty(11008, 4096))))
+        None
+    """
+    if not (isinstance(world_size, int) and world_size >= 1):
+        raise ValueError(f"world_size must be a number of ranks, 1 or more, got {world_size!r}")
+    group = {"proj_type": proj_type, "projector": projector, "flatten": flatten}
+    check({**group, "rank": 1})
+
+    def place(param: Tensor) -> Shard | None:
+        view = view_for(group, param.shape)
+        if view is None or view.flip:
+            return None
+        first = len(view.batch)
+        if param.shape[first + 1] % world_size:
+            return None
+        return Shard(first + 1)
+
+    assert projector in PROJECTORS
+    return place
