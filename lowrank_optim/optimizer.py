@@ -409,12 +409,7 @@ class LowRankOptimizer(PlannedOptimizer):
             raise
 
     def _introduce(self, ready: bool) -> None:
-        """Say before the first step what it will do, and what it will not.
-
-        Raises:
-            RuntimeError: the parameters belong to no model any more.
-        """
-        check_owned([p for group in self.param_groups for p in group["params"]])
+        """Say before the first step what it will do, and what it will not."""
         if not ready:
             warnings.warn(
                 f"no parameter of this {type(self).__name__} has a gradient, and its step changes "
@@ -433,12 +428,15 @@ class LowRankOptimizer(PlannedOptimizer):
         """What a group chose, its items, and those with a gradient that can be stepped.
 
         Raises:
-            RuntimeError: a gradient, or a parameter, is not what a step can use.
+            RuntimeError: a gradient, or a parameter, is not what a step can use, or the parameter
+                belongs to no model any more.
             ValueError: the group was edited in a way that its state cannot follow.
         """
         items = self._items(group)
         chosen = self._strategies(group)
         ready = [item for item in items if item.param.grad is not None]
+        if len(ready) < len(items):  # at any step: its state may have been loaded
+            check_owned([item.param for item in items if item.param.grad is None])
         check_gradients(ready, type(self).__name__)
         return chosen, items, ready
 
