@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from lowrank_optim.checkpoints.load import load_state_dict
+from lowrank_optim.checkpoints.load import broadcasting, load_state_dict, with_places
 from lowrank_optim.engine import tracing, zero
 from lowrank_optim.engine.blocks import advance, catch_up, placed
 from lowrank_optim.engine.compiled import Traced
@@ -441,12 +441,7 @@ class LowRankOptimizer(PlannedOptimizer):
             refresh_alike(replicas, alike, undo)
 
     def _introduce(self, ready: bool) -> None:
-        """Say before the first step what it will do, and what it will not.
-
-        Raises:
-            RuntimeError: the parameters belong to no model any more.
-        """
-        check_owned([p for group in self.param_groups for p in group["params"]])
+        """Say before the first step what it will do, and what it will not."""
         if not ready:
             warnings.warn(
                 f"no parameter of this {type(self).__name__} has a gradient, and its step changes "
@@ -465,12 +460,15 @@ class LowRankOptimizer(PlannedOptimizer):
         """What a group chose, its items, and those with a gradient that can be stepped.
 
         Raises:
-            RuntimeError: a gradient, or a parameter, is not what a step can use.
+            RuntimeError: a gradient, or a parameter, is not what a step can use, or the parameter
+                belongs to no model any more.
             ValueError: the group was edited in a way that its state cannot follow.
         """
         items = self._items(group)
         chosen = self._strategies(group)
         ready = [item for item in items if item.param.grad is not None]
+        if len(ready) < len(items):  # at any step: its state may have been loaded
+            check_owned([item.param for item in items if item.param.grad is None])
         check_gradients(ready, type(self).__name__)
         return chosen, items, ready
 
@@ -554,6 +552,11 @@ class LowRankOptimizer(PlannedOptimizer):
             super().zero_grad(set_to_none)
 
     # ---------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of torch; where its loader has rank 0 fill it in, with all keys that it may need."""
+        state_dict = super().state_dict()
+        return with_places(self, state_dict) if broadcasting() else state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint: tensors keep their dtypes and are copied; all hooks run.

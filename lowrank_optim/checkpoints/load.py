@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from lowrank_optim.checkpoints.form import Entries, by_name, check_form, check_owners, check_shared
 from lowrank_optim.engine.plan import (
     ParamPlan,
+    State,
     Strategies,
     alloc_moments,
     check_state,
@@ -53,9 +56,11 @@ def load_state_dict(
             {**_without_params(g), "method": "another optimizer", **_named_as_here(canonical(s), g)}
             for s, g in zip(incoming["param_groups"], optimizer.param_groups, strict=False)
         ]
-        groups += incoming["param_groups"][len(groups) :]  # torch reports the wrong number
+        groups += incoming["param_groups"][len(groups) :]
         state = incoming["state"]
-        saved.update((n, _entries(state[i])) for n, i in enumerate(ids) if i in state)
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        mine = enumerate(zip(ids, params, strict=False))  # torch reports the wrong number
+        saved.update((n, _entries(state[i], p)) for n, (i, p) in mine if i in state)
         if [len(g["params"]) for g in groups] == [len(g["params"]) for g in optimizer.param_groups]:
             check_shared(optimizer.param_groups, groups)
             dtypes.update(check_fit(optimizer, groups, saved))
@@ -128,6 +133,34 @@ def hold_blocks(optimizer: PlannedOptimizer) -> None:
                 alloc_moments(item, chosen, state, item.param)
 
 
+def broadcasting() -> bool:
+    """Whether torch's loader asks for a state that it lets rank 0 fill in, on every rank."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "_load_optim_state_dict":
+        frame = frame.f_back
+    info = None if frame is None else frame.f_locals.get("info")
+    flat = getattr(info, "flatten_optimizer_state_dict", False)
+    return bool(getattr(info, "broadcast_from_rank0", False)) and not flat
+
+
+def with_places(optimizer: PlannedOptimizer, state_dict: StateDict) -> StateDict:
+    """A state dict that has a key for every moment of every block, and no values there.
+
+    The loader of torch lets rank 0 fill in the keys that a rank has, drops others and leaves what
+    rank 0 does not have as it was. Which blocks are idle is another matter in the checkpoint.
+    """
+    state = dict(state_dict["state"])
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        chosen = optimizer._strategies(group)
+        for i, item in zip(saved["params"], optimizer._items(group), strict=True):
+            if isinstance(item.subspace, Block) and state.get(i):
+                moments: State = {}
+                alloc_moments(item, chosen, moments, torch.empty_like(item.param, device="meta"))
+                empty = {k: item.param.new_empty(0, dtype=x.dtype) for k, x in moments.items()}
+                state[i] = {**state[i], **empty}
+    return {**state_dict, "state": state}
+
+
 def _without_params(group: Group) -> Group:
     """The keys that fill in for what a checkpoint of an older or another optimizer lacks."""
     return {k: v for k, v in group.items() if k not in ("params", "param_names")}
@@ -140,13 +173,18 @@ def _named_as_here(saved: Group, mine: Group) -> Group:
     return {**saved, "param_names": mine["param_names"]}
 
 
-def _entries(saved: Mapping[str, Any]) -> Entries:
-    """A parameter's saved state without empty dicts.
+def _entries(saved: Mapping[str, Any], param: Tensor) -> Entries:
+    """A parameter's saved state without empty dicts, and without moments that nobody filled in.
 
-    ``torch.distributed.checkpoint`` puts one where a flattened checkpoint lacks a key that the
-    optimizer has.
+    ``torch.distributed.checkpoint`` puts an empty dict where a flattened checkpoint lacks a key
+    that the optimizer has.
     """
-    return {k: v for k, v in saved.items() if not (isinstance(v, Mapping) and not v)}
+    return {
+        k: v
+        for k, v in saved.items()
+        if not (isinstance(v, Mapping) and not v)
+        and not (isinstance(v, Tensor) and not v.numel() and param.numel())
+    }
 
 
 def _placed(key: str, value: Any, param: Tensor, dtype: torch.dtype) -> Tensor:

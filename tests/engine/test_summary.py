@@ -149,10 +149,22 @@ def _ranks(rank: int, path: str) -> None:
 
     net = model()
     optimizer = GaLoreAdamW(net.named_parameters(), rank=4)
-    fully_shard(net)
-    net(torch.randn(3, 24)).square().mean().backward()
-    with pytest.raises(RuntimeError, match=r"make the optimizer after fully_shard\(model\)"):
+    wrapped = FullyShardedDataParallel(net, device_id=device, use_orig_params=False)
+    wrapped(torch.randn(3, 24)).square().mean().backward()
+    with pytest.warns(UserWarning, match="make the optimizer after what replaces the parameters"):
         optimizer.step()
+
+    for stepped in (False, True):  # or loaded: either way it has a state
+        net = model()
+        optimizer = GaLoreAdamW(net.named_parameters(), rank=4)
+        if stepped:
+            net(torch.randn(3, 24)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        fully_shard(net)
+        net(torch.randn(3, 24)).square().mean().backward()
+        with pytest.raises(RuntimeError, match=r"make the optimizer after fully_shard\(model\)"):
+            optimizer.step()
     dist.destroy_process_group()
 
 

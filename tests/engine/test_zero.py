@@ -46,10 +46,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Module:
-    """Sizes that ZeRO does not leave in their order, and one that looks like an embedding."""
+    """Sizes that ZeRO does not leave in their order, and a matrix that a rank of 3 covers."""
     torch.manual_seed(0)
     layers = [nn.Embedding(90, 12), nn.Linear(12, 30), nn.Linear(30, 9), nn.Linear(9, 9)]
-    return nn.Sequential(*layers, nn.Linear(9, 24, bias=False)).to(dtype)
+    return nn.Sequential(*layers, nn.Linear(3, 24, bias=False)).to(dtype)
 
 
 def options(case: str) -> tuple[str, dict[str, Any]]:

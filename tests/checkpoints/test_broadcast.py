@@ -1,0 +1,112 @@
+"""Rank 0 reads a checkpoint and tells the others: also of blocks, whose entries come and go."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+from lowrank_optim import LowRankOptimizer, lowrank_groups, methods
+from lowrank_optim.ops import quant
+from tests import ranks, runs
+
+STEPS, GAP = 9, 3
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "block": ("FrugalAdamW", {"projector": "block", "density": 0.34}),
+    "block 8bit": ("FrugalAdamW8bit", {"projector": "block", "density": 0.34}),
+    "ascending": (
+        "FrugalSGD",
+        {"projector": "block", "density": 0.34, "block_order": "ascending", "momentum": 0.9},
+    ),
+    "columns": ("FrugalAdamW", {"projector": "columns", "density": 0.34}),
+    "galore": ("GaLoreAdamW", {"rank": 3}),
+}
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+TOLD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+
+
+def made(case: str) -> tuple[nn.Module, LowRankOptimizer]:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *[layer for _ in range(3) for layer in (nn.Linear(8, 10), nn.Linear(10, 8))]
+    )
+    name, options = CASES[case]
+    own = dict(options)
+    ranked = {"density": own.pop("density")} if "density" in own else {"rank": own.pop("rank")}
+    groups = lowrank_groups(net, **ranked)
+    optimizer = getattr(methods, name)(groups, lr=0.01, update_proj_gap=GAP, **own)
+    return DistributedDataParallel(net), optimizer
+
+
+def trained(model: nn.Module, optimizer: LowRankOptimizer, steps: range, rank: int) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        optimizer.zero_grad()
+        model(torch.randn(4, 8, generator=generator)).square().mean().backward()
+        optimizer.step()
+
+
+def active(optimizer: LowRankOptimizer) -> list[bool]:
+    return ["exp_avg" in s or "momentum_buffer" in s for s in optimizer.state.values()]
+
+
+def work(rank: int) -> None:
+    quant.MIN_SIZE = 30
+    for case in CASES:
+        for cut in (4, 6, 8):
+            for before in (0, 2):  # steps of the optimizer that it is loaded into
+                goes_on(case, cut, before, rank)
+    broken(rank)
+
+
+def goes_on(case: str, cut: int, before: int, rank: int) -> None:
+    model, optimizer = made(case)
+    trained(model, optimizer, range(cut), rank)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=FULL))
+    twin, resumed = made(case)
+    trained(twin, resumed, range(before), rank)
+    if case == "block" and cut == 8 and not before:
+        assert active(optimizer) != active(made_and_stepped(case, rank)), "nothing to tell"
+    set_optimizer_state_dict(twin, resumed, saved if rank == 0 else {}, options=TOLD)
+    twin.load_state_dict(model.state_dict())
+    runs.assert_same_state(runs.entries(resumed), runs.entries(optimizer))
+    trained(model, optimizer, range(cut, STEPS), rank)
+    trained(twin, resumed, range(cut, STEPS), rank)
+    runs.assert_same(twin.parameters(), model.parameters())
+    runs.assert_same_state(runs.entries(resumed), runs.entries(optimizer))
+
+
+def made_and_stepped(case: str, rank: int) -> LowRankOptimizer:
+    model, optimizer = made(case)
+    trained(model, optimizer, range(1), rank)
+    return optimizer
+
+
+def broken(rank: int) -> None:
+    """A block in turn whose moments are missing is an error on every rank: none waits for them."""
+    model, optimizer = made("block")
+    trained(model, optimizer, range(8), rank)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=FULL))
+    for entry in saved.get("state", {}).values():
+        if entry.get("clock") is not None:
+            entry.pop("exp_avg", None)
+    twin, resumed = made("block")
+    with pytest.raises(
+        ValueError, match=r"state is \['clock', 'exp_avg_sq', .* there and \['clock'"
+    ):
+        set_optimizer_state_dict(twin, resumed, saved if rank == 0 else {}, options=TOLD)
+
+
+def test_a_run_goes_on_from_what_rank_0_tells(tmp_path: Path) -> None:
+    """Bit for bit on both: idle blocks differ between a checkpoint and who loads it."""
+    ranks.together(work, tmp_path)
