@@ -21,7 +21,7 @@ from lowrank_optim.engine.plan import (
     on_host,
 )
 from lowrank_optim.engine.planned import PlannedOptimizer
-from lowrank_optim.engine.sharded.local import kept_as, whole_meta_state
+from lowrank_optim.engine.sharded.local import here, kept_as, whole_meta_state
 from lowrank_optim.groups import Group, canonical
 from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.stores import scale_key
@@ -130,7 +130,8 @@ def hold_blocks(optimizer: PlannedOptimizer) -> None:
             if not isinstance(item.subspace, Block) or not state:
                 continue
             if any(slot.name not in state for slot in chosen.rule.slots(item.param.shape)):
-                alloc_moments(item, chosen, state, item.param)
+                part = here(item)
+                alloc_moments(part, chosen, optimizer._state_of(item, chosen), part.param)
 
 
 def broadcasting() -> bool:
@@ -227,9 +228,10 @@ def check_fit(
             merged.setdefault("param_names", mine["param_names"])
         optimizer._check(merged)
         chosen = optimizer._strategies(merged)
-        for here, there in zip(optimizer._planned(mine), optimizer._planned(merged), strict=True):
+        pairs = zip(optimizer._planned(mine), optimizer._planned(merged), strict=True)
+        for ours, there in pairs:
             if n in saved:
-                _same_structure(optimizer, here, there, mine, merged, saved[n])
+                _same_structure(optimizer, ours, there, mine, merged, saved[n])
                 dtypes[n] = _fitting(optimizer, there, chosen, loaded, saved[n])
             n += 1
     return dtypes

@@ -129,7 +129,9 @@ def no_interval(world: World, shape: tuple[int, ...], place: int, flatten: bool)
 
 
 @pytest.mark.parametrize(
-    ("shape", "place", "flatten"), [((6, 3, 4, 4), 2, False), ((6, 4, 4), 2, True)], ids=str
+    ("shape", "place", "flatten"),
+    [((6, 3, 4, 4), 2, False), ((6, 4, 4), 2, True), ((6, 3, 4, 4), 1, False)],
+    ids=str,
 )
 def test_a_split_that_is_no_interval(
     shape: tuple[int, ...], place: int, flatten: bool, ranks: Worlds

@@ -119,10 +119,10 @@ def placement(place: str) -> Any:
 
 
 def places_fit(shape: Sequence[int], place: str) -> bool:
-    """Whether there is such a dimension, and splitting it leaves intervals of a matrix."""
+    """Whether there is such a dimension, and splitting it leaves even intervals of a matrix."""
     if place == "r":
         return True
-    return int(place) < (2 if len(shape) == 4 else len(shape))
+    return int(place) < (1 if len(shape) == 4 else len(shape))
 
 
 def set_tensor_grads(named: dict[str, nn.Parameter], step: int) -> None:

@@ -27,8 +27,8 @@ def check_supported(item: ParamPlan, chosen: Strategies, method: str) -> None:
     why = ""
     if subspace is not None and subspace.whole is not None:
         why = (
-            f"{_name(type(subspace))}: {subspace.whole}. Take projector='columns', 'rsvd' or 'dct' of another class, or "
-            "train under DistributedDataParallel"
+            f"{_name(type(subspace))}: {subspace.whole}. Take another class with "
+            "projector='columns', 'rsvd' or 'dct', or train under DistributedDataParallel"
         )
     elif not chosen.rule.elementwise:
         why = (
@@ -37,8 +37,8 @@ def check_supported(item: ParamPlan, chosen: Strategies, method: str) -> None:
         )
     elif not isinstance(chosen.store, FloatStore):
         why = (
-            "state_dtype='8bit' keeps blocks that would cross the edges of shards. Take state_dtype='bfloat16' "
-            "or 'float32'"
+            "state_dtype='8bit' keeps blocks that would cross the edges of shards. Take "
+            "state_dtype='bfloat16' or 'float32'"
         )
     elif chosen.rounding and item.param.dtype == torch.bfloat16:
         why = (

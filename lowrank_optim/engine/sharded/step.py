@@ -120,12 +120,12 @@ def _is_usable(w: Work, undo: Undo) -> bool:
     assert w.norm is not None
     if on_accelerator(w.norm) or math.isfinite(w.norm):
         return True
-    subspace = w.item.subspace
-    if subspace is not None and not isinstance(subspace, Block):
-        if basis_due(w.item, w.state, w.chosen):
-            undo.keep(w.state, subspace.refreshed(w.state))
-            plan, weight = stepped(w.item, w.twin.param), w.twin.param
-            refresh_(plan, w.state, weight, int(w.state["step"]), w.chosen, look=(w.norm, None))
+    subspace, weight = w.item.subspace, w.twin.param
+    dense = subspace is None or isinstance(subspace, Block)
+    if subspace is not None and not dense and basis_due(w.item, w.state, w.chosen):
+        undo.keep(w.state, subspace.refreshed(w.state))
+        plan, step = stepped(w.item, weight), int(w.state["step"])
+        refresh_(plan, w.state, weight, step, w.chosen, look=(w.norm, None))
     w.state["step"] += 1
     warn_skipped(w.item)
     return False
