@@ -34,15 +34,14 @@ def check(ranks: Worlds, size: int, name: str, case: Case, **within: float) -> N
     training.assert_all_moved(case.reference, run)
 
 
-@pytest.mark.parametrize("how", HOWS)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("size", "how"), zip(SIZES, HOWS, strict=True))
 def test_torch_passes_its_own_measure(size: int, how: str, ranks: Worlds) -> None:
     """What the harness measures is right for an optimizer that is."""
-    case = Case("torch.AdamW", {"foreach": False}, how, () if size == 4 else SHORT, steps=5)
-    check(ranks, size, f"torch {how}", case)
+    only = () if how == "fsdp columns" else SHORT
+    check(ranks, size, f"torch {how}", Case("torch.AdamW", {"foreach": False}, how, only, steps=5))
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", list(NAMED)[::4])
 def test_a_named_case_is_well_posed(name: str) -> None:
     """Gradients rounded otherwise change nothing that is compared, so that a difference is one."""
     case = replace(NAMED[name], only=SHORT)
@@ -65,10 +64,9 @@ def test_it_is_one_process(name: str, size: int, how: str, ranks: Worlds) -> Non
     check(ranks, size, name, replace(NAMED[name], how=how, only=SHORT))
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_blocks_tables_norms_and_convolutions_too(size: int, ranks: Worlds) -> None:
+def test_blocks_tables_norms_and_convolutions_too(ranks: Worlds) -> None:
     """The whole model, by block and root."""
-    check(ranks, size, "whole model", NAMED["rsvd"])
+    check(ranks, 3, "whole model", NAMED["rsvd"])
 
 
 def torch_or(name: str, **of: Any) -> Case:
@@ -77,8 +75,10 @@ def torch_or(name: str, **of: Any) -> Case:
     return replace(own, **of)
 
 
-@pytest.mark.parametrize("how", ["fsdp", "tensors"])
-@pytest.mark.parametrize("name", ["torch", "svd", "fira svd", "random", "dct memory"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("torch", "fsdp"), ("svd", "tensors"), ("fira svd", "fsdp"), ("dct each step", "tensors")],
+)
 def test_pairs_of_ranks_are_worlds_of_their_own(name: str, how: str, ranks: Worlds) -> None:
     """A rank's number in its group is not its number in the world: who owns, and who sends."""
     case = torch_or(name, how=how, only=("wide", "few"), mesh="pairs", steps=6)
@@ -88,7 +88,7 @@ def test_pairs_of_ranks_are_worlds_of_their_own(name: str, how: str, ranks: Worl
         training.assert_equal_runs(training.assembled(pair), expected)
 
 
-@pytest.mark.parametrize("name", ["torch", "svd", "fira svd", "dct each step"])
+@pytest.mark.parametrize("name", ["torch", "svd", "fira svd"])
 def test_one_optimizer_of_two_meshes(name: str, ranks: Worlds) -> None:
     """Weights split by the rows of a square of ranks beside weights split by its columns."""
     case = torch_or(name, how="tensors", only=("wide", "tall"), mesh="crossed", steps=6)
@@ -106,12 +106,12 @@ def kept(step: Any, names: set[str]) -> Any:
     return tuple({key: x for key, x in half.items() if key in names} for half in step)
 
 
-@pytest.mark.parametrize("name", ["torch", "rsvd", "dct memory"])
+@pytest.mark.parametrize("name", ["torch", "rsvd"])
 def test_micro_batches_that_are_not_reduced(name: str, ranks: Worlds) -> None:
-    check(ranks, 2, name, torch_or(name, only=SHORT, pieces=3))
+    check(ranks, 2, name, torch_or(name, only=SHORT, pieces=3, steps=6))
 
 
-@pytest.mark.parametrize("name", ["torch", "svd", "fira svd", "frugal columns", "dct memory"])
+@pytest.mark.parametrize("name", ["torch", "svd", "dct memory"])
 def test_float32(name: str, ranks: Worlds) -> None:
     """To the rounding of its products, which are of fewer columns than in one process."""
     case = torch_or(name, how="tensors", only=("wide", "tall", "few"), steps=6, dtype=torch.float32)
@@ -126,9 +126,9 @@ def test_it_is_one_process_everywhere(name: str, size: int, how: str, ranks: Wor
     check(ranks, size, name, replace(NAMED[name], how=how))
 
 
-@pytest.mark.parametrize("at", range(0, len(ROWS), 4), ids=lambda i: named(ROWS[i]))
+@pytest.mark.parametrize("at", range(0, len(ROWS), 8), ids=lambda i: named(ROWS[i]))
 def test_any_two_choices_go_together(at: int, ranks: Worlds) -> None:
-    check(ranks, SIZES[at // 4 % 3], named(ROWS[at]), to_case(ROWS[at]))
+    check(ranks, SIZES[at // 8 % 3], named(ROWS[at]), to_case(ROWS[at]))
 
 
 @pytest.mark.slow
@@ -140,7 +140,7 @@ def test_any_two_choices_go_together_everywhere(
     check(ranks, size, named(row), to_case(row))
 
 
-@pytest.mark.parametrize("name", ["rsvd", "fira svd", "dct each step"])
+@pytest.mark.parametrize("name", ["rsvd", "dct each step"])
 def test_moments_in_bfloat16(name: str, ranks: Worlds) -> None:
     """Their rounding is drawn, so that a run is near: within a tenth of the way it went."""
     case = replace(NAMED[name], only=SHORT)
