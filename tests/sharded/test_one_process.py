@@ -11,8 +11,8 @@ import torch
 
 from tests.sharded import training
 from tests.sharded.combinations import FACTORS, NAMED, SHORT, is_defined, pairwise, to_case
-from tests.sharded.ranks import Ranks
-from tests.sharded.training import Case
+from tests.sharded.ranks import Ranks, World
+from tests.sharded.training import Case, Trained
 
 Worlds = Callable[[int], Ranks]
 SIZES = (2, 3, 4)
@@ -34,7 +34,7 @@ def check(ranks: Worlds, size: int, name: str, case: Case, **within: float) -> N
     training.assert_all_moved(case.reference, run)
 
 
-@pytest.mark.parametrize(("size", "how"), zip(SIZES, HOWS, strict=True))
+@pytest.mark.parametrize(("size", "how"), list(zip(SIZES, HOWS, strict=True)))
 def test_torch_passes_its_own_measure(size: int, how: str, ranks: Worlds) -> None:
     """What the harness measures is right for an optimizer that is."""
     only = () if how == "fsdp columns" else SHORT
@@ -166,3 +166,54 @@ def test_every_two_values_meet() -> None:
             met = {(row[i], row[j]) for row in ROWS}
             missing = {(x, y) for x in FACTORS[a] for y in FACTORS[b]} - met
             assert missing <= {("dct memory", "block")}, (a, b, missing)
+
+
+def faulty(world: World, case: Case, fault: str) -> Any:
+    """A run of torch's AdamW in which the last rank does something by itself, once."""
+    trained = Trained(case, world)
+    out = []
+    for step in range(case.steps):
+        trained.backward(step)
+        if step == 2 and world.rank == world.size - 1:
+            for param in trained.named.values():
+                grad = param.grad.to_local()
+                if fault == "rounds otherwise":
+                    grad.mul_(1 + 1e-6)
+                elif fault == "misses its gradient":
+                    grad.zero_()
+                elif fault == "is one ulp away":
+                    param.to_local().detach().mul_(1 + 2.0**-52)
+        trained.optimizer.step()
+        out.append(trained.held())
+    return out
+
+
+FAULTS = {
+    "nothing": ("0", ""),
+    "rounds otherwise": ("0", "from one process"),
+    "misses its gradient": ("1", "from one process"),
+    "is one ulp away": ("r", "rank 2 has another"),
+}
+"""What a rank does, of weights split which way, and what is said of it."""
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_one_rank_is_seen(fault: str, ranks: Worlds) -> None:
+    place, told = FAULTS[fault]
+    case = Case("torch.AdamW", {"foreach": False, "eps": 1e-2}, "tensors", ("tall",), (place,), 5)
+    values = ranks(3).run(fault, faulty, case=case, fault=fault).checked()
+    if not told:
+        training.assert_equal_runs(training.assembled(values), training.reference(case))
+        return
+    with pytest.raises(AssertionError, match=told):
+        training.assert_equal_runs(training.assembled(values), training.reference(case))
+
+
+def test_a_shard_that_stands_still_is_seen() -> None:
+    case = Case("torch.AdamW", {"foreach": False}, "tensors", ("tall",), ("0",), 2)
+    run = training.assembled([training.train(None, case)])
+    training.assert_all_moved(case, run)
+    (name,) = run[-1][0]
+    run[-1][0][name][-1] = training.start(case)[name][-1]
+    with pytest.raises(AssertionError, match=r"6 of 78 entries of tall_0_0\.weight have not moved"):
+        training.assert_all_moved(case, run)
