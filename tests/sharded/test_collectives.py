@@ -208,8 +208,10 @@ def metered(collectives: list[Collective], news: list[New]) -> Meter:
     return meter
 
 
-@pytest.mark.parametrize("place", [0, 1], ids=["rows split", "columns split"])
-@pytest.mark.parametrize("name", SENT)
+SPLIT = [(name, 0) for name in SENT] + [(name, 1) for name in ("svd", "columns", "fira", "memory")]
+
+
+@pytest.mark.parametrize(("name", "place"), SPLIT)
 def test_a_step_sends_exactly_this(name: str, place: int, ranks: Worlds) -> None:
     """And no rank makes anything above its share, but for the one that finds a basis."""
     cls, options, each, due = SENT[name]

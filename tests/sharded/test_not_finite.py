@@ -130,7 +130,7 @@ def before_of(values: Any, name: str) -> torch.Tensor:
 BAD = {"wide": "blocks.0.wide.weight", "tall": "blocks.1.tall.weight", "few": "blocks.0.few.weight"}
 TURNS = [
     (name, when, list(BAD)[i % 3], (2, 3, 4)[(i + i // 3) % 3])
-    for i, (name, when) in enumerate((n, w) for n in CASES for w in list(WHEN)[:2])
+    for i, (name, when) in enumerate((n, list(WHEN)[i % 2]) for i, n in enumerate(CASES))
 ]
 
 
@@ -154,17 +154,16 @@ def test_all_ranks_skip_the_weight_everywhere(
     check(ranks, 3, replace(CASES[name], how=how), BAD[bad], when, value)
 
 
-@pytest.mark.parametrize("place", ["0", "1", "r"])
+@pytest.mark.parametrize("place", ["0", "r"])
 def test_plain_dtensors_too(place: str, ranks: Worlds) -> None:
     case = replace(CASES["svd"], how="tensors", places=(place,))
     check(ranks, 3, case, f"wide_{place}_0.weight", "in mid-run", float("nan"))
 
 
 def test_a_dense_weight_too(ranks: Worlds) -> None:
-    """A bias of the whole model, and its embedding."""
+    """The embedding of the whole model."""
     case = replace(CASES["svd"], only=())
-    for bad in ("blocks.0.wide.bias", "blocks.0.table.embed.weight"):
-        check(ranks, 2, case, bad, "in mid-run", float("nan"))
+    check(ranks, 2, case, "blocks.0.table.embed.weight", "in mid-run", float("nan"))
 
 
 def missing(world: World | None, case: Case) -> Any:
@@ -181,7 +180,7 @@ def missing(world: World | None, case: Case) -> Any:
     return out
 
 
-@pytest.mark.parametrize("name", ["svd", "fira svd", "dct memory", "frugal block"])
+@pytest.mark.parametrize("name", ["fira svd", "dct memory", "frugal block"])
 def test_a_weight_without_a_gradient_stands_still(name: str, ranks: Worlds) -> None:
     """As in one process, and the others step."""
     case = replace(CASES[name], only=SHORT)

@@ -11,8 +11,8 @@ import torch
 
 from tests.sharded import training
 from tests.sharded.combinations import FACTORS, NAMED, SHORT, is_defined, pairwise, to_case
-from tests.sharded.ranks import Ranks
-from tests.sharded.training import Case
+from tests.sharded.ranks import Ranks, World
+from tests.sharded.training import Case, Trained
 
 Worlds = Callable[[int], Ranks]
 SIZES = (2, 3, 4)
@@ -34,15 +34,14 @@ def check(ranks: Worlds, size: int, name: str, case: Case, **within: float) -> N
     training.assert_all_moved(case.reference, run)
 
 
-@pytest.mark.parametrize("how", HOWS)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("size", "how"), list(zip(SIZES, HOWS, strict=True)))
 def test_torch_passes_its_own_measure(size: int, how: str, ranks: Worlds) -> None:
     """What the harness measures is right for an optimizer that is."""
-    case = Case("torch.AdamW", {"foreach": False}, how, () if size == 4 else SHORT, steps=5)
-    check(ranks, size, f"torch {how}", case)
+    only = () if how == "fsdp columns" else SHORT
+    check(ranks, size, f"torch {how}", Case("torch.AdamW", {"foreach": False}, how, only, steps=5))
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", list(NAMED)[::4])
 def test_a_named_case_is_well_posed(name: str) -> None:
     """Gradients rounded otherwise change nothing that is compared, so that a difference is one."""
     case = replace(NAMED[name], only=SHORT)
@@ -65,10 +64,9 @@ def test_it_is_one_process(name: str, size: int, how: str, ranks: Worlds) -> Non
     check(ranks, size, name, replace(NAMED[name], how=how, only=SHORT))
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_blocks_tables_norms_and_convolutions_too(size: int, ranks: Worlds) -> None:
+def test_blocks_tables_norms_and_convolutions_too(ranks: Worlds) -> None:
     """The whole model, by block and root."""
-    check(ranks, size, "whole model", NAMED["rsvd"])
+    check(ranks, 3, "whole model", NAMED["rsvd"])
 
 
 def torch_or(name: str, **of: Any) -> Case:
@@ -77,8 +75,10 @@ def torch_or(name: str, **of: Any) -> Case:
     return replace(own, **of)
 
 
-@pytest.mark.parametrize("how", ["fsdp", "tensors"])
-@pytest.mark.parametrize("name", ["torch", "svd", "fira svd", "random", "dct memory"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("torch", "fsdp"), ("svd", "tensors"), ("fira svd", "fsdp"), ("dct each step", "tensors")],
+)
 def test_pairs_of_ranks_are_worlds_of_their_own(name: str, how: str, ranks: Worlds) -> None:
     """A rank's number in its group is not its number in the world: who owns, and who sends."""
     case = torch_or(name, how=how, only=("wide", "few"), mesh="pairs", steps=6)
@@ -88,7 +88,7 @@ def test_pairs_of_ranks_are_worlds_of_their_own(name: str, how: str, ranks: Worl
         training.assert_equal_runs(training.assembled(pair), expected)
 
 
-@pytest.mark.parametrize("name", ["torch", "svd", "fira svd", "dct each step"])
+@pytest.mark.parametrize("name", ["torch", "svd", "fira svd"])
 def test_one_optimizer_of_two_meshes(name: str, ranks: Worlds) -> None:
     """Weights split by the rows of a square of ranks beside weights split by its columns."""
     case = torch_or(name, how="tensors", only=("wide", "tall"), mesh="crossed", steps=6)
@@ -106,12 +106,12 @@ def kept(step: Any, names: set[str]) -> Any:
     return tuple({key: x for key, x in half.items() if key in names} for half in step)
 
 
-@pytest.mark.parametrize("name", ["torch", "rsvd", "dct memory"])
+@pytest.mark.parametrize("name", ["torch", "rsvd"])
 def test_micro_batches_that_are_not_reduced(name: str, ranks: Worlds) -> None:
-    check(ranks, 2, name, torch_or(name, only=SHORT, pieces=3))
+    check(ranks, 2, name, torch_or(name, only=SHORT, pieces=3, steps=6))
 
 
-@pytest.mark.parametrize("name", ["torch", "svd", "fira svd", "frugal columns", "dct memory"])
+@pytest.mark.parametrize("name", ["torch", "svd", "dct memory"])
 def test_float32(name: str, ranks: Worlds) -> None:
     """To the rounding of its products, which are of fewer columns than in one process."""
     case = torch_or(name, how="tensors", only=("wide", "tall", "few"), steps=6, dtype=torch.float32)
@@ -126,9 +126,9 @@ def test_it_is_one_process_everywhere(name: str, size: int, how: str, ranks: Wor
     check(ranks, size, name, replace(NAMED[name], how=how))
 
 
-@pytest.mark.parametrize("at", range(0, len(ROWS), 4), ids=lambda i: named(ROWS[i]))
+@pytest.mark.parametrize("at", range(0, len(ROWS), 8), ids=lambda i: named(ROWS[i]))
 def test_any_two_choices_go_together(at: int, ranks: Worlds) -> None:
-    check(ranks, SIZES[at // 4 % 3], named(ROWS[at]), to_case(ROWS[at]))
+    check(ranks, SIZES[at // 8 % 3], named(ROWS[at]), to_case(ROWS[at]))
 
 
 @pytest.mark.slow
@@ -140,7 +140,7 @@ def test_any_two_choices_go_together_everywhere(
     check(ranks, size, named(row), to_case(row))
 
 
-@pytest.mark.parametrize("name", ["rsvd", "fira svd", "dct each step"])
+@pytest.mark.parametrize("name", ["rsvd", "dct each step"])
 def test_moments_in_bfloat16(name: str, ranks: Worlds) -> None:
     """Their rounding is drawn, so that a run is near: within a tenth of the way it went."""
     case = replace(NAMED[name], only=SHORT)
@@ -166,3 +166,54 @@ def test_every_two_values_meet() -> None:
             met = {(row[i], row[j]) for row in ROWS}
             missing = {(x, y) for x in FACTORS[a] for y in FACTORS[b]} - met
             assert missing <= {("dct memory", "block")}, (a, b, missing)
+
+
+def faulty(world: World, case: Case, fault: str) -> Any:
+    """A run of torch's AdamW in which the last rank does something by itself, once."""
+    trained = Trained(case, world)
+    out = []
+    for step in range(case.steps):
+        trained.backward(step)
+        if step == 2 and world.rank == world.size - 1:
+            for param in trained.named.values():
+                grad = param.grad.to_local()
+                if fault == "rounds otherwise":
+                    grad.mul_(1 + 1e-6)
+                elif fault == "misses its gradient":
+                    grad.zero_()
+                elif fault == "is one ulp away":
+                    param.to_local().detach().mul_(1 + 2.0**-52)
+        trained.optimizer.step()
+        out.append(trained.held())
+    return out
+
+
+FAULTS = {
+    "nothing": ("0", ""),
+    "rounds otherwise": ("0", "from one process"),
+    "misses its gradient": ("1", "from one process"),
+    "is one ulp away": ("r", "rank 2 has another"),
+}
+"""What a rank does, of weights split which way, and what is said of it."""
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_one_rank_is_seen(fault: str, ranks: Worlds) -> None:
+    place, told = FAULTS[fault]
+    case = Case("torch.AdamW", {"foreach": False, "eps": 1e-2}, "tensors", ("tall",), (place,), 5)
+    values = ranks(3).run(fault, faulty, case=case, fault=fault).checked()
+    if not told:
+        training.assert_equal_runs(training.assembled(values), training.reference(case))
+        return
+    with pytest.raises(AssertionError, match=told):
+        training.assert_equal_runs(training.assembled(values), training.reference(case))
+
+
+def test_a_shard_that_stands_still_is_seen() -> None:
+    case = Case("torch.AdamW", {"foreach": False}, "tensors", ("tall",), ("0",), 2)
+    run = training.assembled([training.train(None, case)])
+    training.assert_all_moved(case, run)
+    (name,) = run[-1][0]
+    run[-1][0][name][-1] = training.start(case)[name][-1]
+    with pytest.raises(AssertionError, match=r"6 of 78 entries of tall_0_0\.weight have not moved"):
+        training.assert_all_moved(case, run)

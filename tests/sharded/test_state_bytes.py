@@ -158,20 +158,21 @@ def dense(module: nn.Module) -> Any:
     return [{"params": list(module.named_parameters()), "rank": None}]
 
 
-def test_sizes_that_do_not_divide_are_split_as_the_weight_is() -> None:
-    """A rank has as many columns of the moments as ``torch.chunk`` gives it; the last have none."""
-    cut = [13 // 5 + 1] * 4 + [1]  # chunks of 3
-    for rank, expected in enumerate([*cut, 0, 0]):
-        with pretended(7 if expected == 0 else 5, rank if expected else 6):
-            size = dist.get_world_size()
-            mesh = init_device_mesh("cpu", (size,))
-            layer = nn.Linear(6, 13, bias=False)
-            fully_shard(layer, mesh=mesh)
-            optimizer = lowrank_optim.GaLoreAdamW(layer.named_parameters(), rank=2)
-            optimizer._make_state()
-            moment = optimizer.state[layer.weight]["low.exp_avg"]
-            assert tuple(moment.shape) == (2, 13)
-            own = layer.weight.to_local().shape[0]
-            assert tuple(moment.to_local().shape) == (2, own)
-            if size == 5:
-                assert own == expected
+CHUNKS = [(5, 0, 3), (5, 3, 3), (5, 4, 1), (6, 5, 0)]
+"""Ranks, one of them, and how many of 13 rows it has."""
+
+
+@pytest.mark.parametrize(("size", "rank", "rows"), CHUNKS)
+def test_sizes_that_do_not_divide_are_split_as_the_weight_is(
+    size: int, rank: int, rows: int
+) -> None:
+    """A rank has as many columns of the moments as it has rows of the weight; the last none."""
+    with pretended(size, rank):
+        layer = nn.Linear(6, 13, bias=False)
+        fully_shard(layer, mesh=init_device_mesh("cpu", (size,)))
+        assert layer.weight.to_local().shape[0] == rows
+        optimizer = lowrank_optim.GaLoreAdamW(layer.named_parameters(), rank=2)
+        optimizer._make_state()
+        moment = optimizer.state[layer.weight]["low.exp_avg"]
+        assert tuple(moment.shape) == (2, 13)
+        assert tuple(moment.to_local().shape) == (2, rows)
