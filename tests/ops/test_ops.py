@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -406,19 +404,14 @@ def test_names_that_no_op_knows_raise(backend: str) -> None:
         ops.coordinate_add_([x], [x.clone()], [index], [low], 1.0, 0.1, 1.0, 1.0, "cubic")
 
 
-def test_the_command_names_backends_and_reasons() -> None:
+def test_the_command_names_backends_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:
     """``python -m lowrank_optim.ops``: what serves, and for each backend why or why not."""
-    done = subprocess.run(
-        [sys.executable, "-m", "lowrank_optim.ops"],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    lines = done.stdout.splitlines()
+    runpy.run_module("lowrank_optim.ops", run_name="__main__")
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
     chosen = dispatch._choose.__wrapped__(None, "cpu", False).__name__.rsplit(".", 1)[-1]
-    assert f"cpu, float32: {chosen}" in done.stdout or "not set" not in lines[0]
-    assert "cpu, float64: reference" in done.stdout or "not set" not in lines[0]
+    assert f"cpu, float32: {chosen}" in printed or "not set" not in lines[0]
+    assert "cpu, float64: reference" in printed or "not set" not in lines[0]
     for name in dispatch.BACKENDS:
         (line,) = [x for x in lines if x.split()[:1] == [name]][:1]
         assert line.split()[1] in ("yes", "no")
