@@ -73,7 +73,7 @@ AXES: dict[str, Sequence[Any]] = {
     "rank": (2, 3),
 }
 """What is drawn; where the host may not wait, steps run as on a device whose queue would stall."""
-EXPERTS = (3, 5, 7)
+EXPERTS = (2, 5, 7)
 STEPS, GAP, LR, DECAY = 3, 2, 0.0625, 0.125  # numbers that float32 has
 
 REFUSED = {
