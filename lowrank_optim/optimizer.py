@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
-from functools import partial
+from functools import cache, partial
 from itertools import takewhile
 from typing import Any, ClassVar, TypedDict
 
@@ -151,12 +151,17 @@ class LowRankOptimizer(PlannedOptimizer):
             METHODS[cls.__name__] = cls
 
     @classmethod
-    def group_keys(cls) -> set[str]:
+    @cache  # signatures are slow to read, and making an optimizer reads every method's
+    def group_keys(cls) -> frozenset[str]:
         """Keys of parameter groups that this class reads: arguments of it and of its rule."""
-        own = inspect.signature(cls.__init__).parameters.values()
+        # a wrapper that becomes a subclass, as Lightning's, has its own constructor before ours
+        ours = next(
+            c for c in cls.__mro__ if issubclass(c, LowRankOptimizer) and "__init__" in vars(c)
+        )
+        own = inspect.signature(ours.__init__).parameters.values()
         named = {x.name for x in own if x.kind is not x.VAR_KEYWORD}
         named |= {field.name for field in fields(cls.rule_class)}
-        return (named | DEFAULTS.keys() | {*cls.extra_keys}) - {"self", "params"}
+        return frozenset((named | DEFAULTS.keys() | {*cls.extra_keys}) - {"self", "params"})
 
     def __init__(self, params: Iterable[Any], defaults: Group) -> None:
         defaults = {**canonical(defaults), "method": type(self).__name__}

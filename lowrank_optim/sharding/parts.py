@@ -129,8 +129,8 @@ def part_of(param: Tensor, view: MatrixView | None, name: str) -> Part | None:
     sizes = tuple(unit * x for x in cuts(whole // unit, ranks))
     if side == "columns" and sizes != cuts(whole, ranks):
         raise NotImplementedError(
-            f"{name} {shape} is to be projected, and {placements[0]} splits it into uneven pieces of "
-            f"{unit} columns: take Shard(0), or a size that {ranks} ranks divide"
+            f"{name} {shape} is to be projected, and {placements[0]} splits it into uneven pieces "
+            f"of {unit} columns: take Shard(0), or a size that {ranks} ranks divide"
         )
     here = stepped = _cut(view, param, side, sizes[rank] if side != "whole" else 0)
     if side == "rows":

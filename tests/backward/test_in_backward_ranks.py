@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -156,7 +155,7 @@ def work(rank: int, world: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Tensor]]]:
     """What two processes ended with; an assertion that fails in one of them fails here."""
     folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, (2, str(folder)), nprocs=2)  # type: ignore[no-untyped-call]
+    runs.two_ranks(work, 2, str(folder))
     return [torch.load(folder / f"rank{i}.pt") for i in range(2)]
 
 

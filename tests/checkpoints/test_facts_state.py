@@ -106,9 +106,10 @@ PAIRS = [
 def test_fact_13_a_resumed_run_is_bit_identical(
     name: str, projector: str, dtype: torch.dtype
 ) -> None:
-    """Saved at any of eight steps, loaded with ``weights_only=True``: the same bits at the end.
+    """Saved at some of eight steps, loaded with ``weights_only=True``: the same bits at the end.
 
-    Steps 3 and 6 are refreshes, so the save falls before, on and after one; bfloat16 parameters
+    A projected matrix refreshes at every third step: three steps in turn are before, on and after
+    one, wherever its own falls. ``test_state.py`` resumes at every step. bfloat16 parameters
     keep float32 moments through the load, and stochastic rounding resumes its random numbers. The
     release pickles a Python object, which ``weights_only`` refuses.
     """
@@ -128,8 +129,8 @@ def test_fact_13_a_resumed_run_is_bit_identical(
         torch.save(([p.detach() for p in params], optimizer.state_dict()), file)
         checkpoints.append(file.getvalue())
         cases.run(optimizer, params, [row])
-    for i, saved in enumerate(checkpoints):
-        weights, state = torch.load(io.BytesIO(saved), weights_only=True)
+    for i in (2, 3, 4) if name in cases.projecting_names() else range(8):
+        weights, state = torch.load(io.BytesIO(checkpoints[i]), weights_only=True)
         again, resumed = make()
         for p, w in zip(again, weights, strict=True):
             p.data.copy_(w)

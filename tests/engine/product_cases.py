@@ -73,7 +73,7 @@ AXES: dict[str, Sequence[Any]] = {
     "rank": (2, 3),
 }
 """What is drawn; where the host may not wait, steps run as on a device whose queue would stall."""
-EXPERTS = (3, 5, 7)
+EXPERTS = (2, 5, 7)
 STEPS, GAP, LR, DECAY = 3, 2, 0.0625, 0.125  # numbers that float32 has
 
 REFUSED = {
@@ -94,11 +94,11 @@ def refusal(subspace: str, residual: str, case: dict[str, Any]) -> str | None:
 
 
 def crossed(subspace: str, residual: str) -> Iterator[tuple[str, str, str]]:
-    """Every rule and transport, and the stores in turn."""
-    turn = [*SUBSPACES].index(subspace) + [*RESIDUALS].index(residual)
+    """Every rule, and the transports and the stores in turn, each with each."""
+    s, r = [*SUBSPACES].index(subspace), [*RESIDUALS].index(residual)
     for i, rule in enumerate(RULES):
-        for j, on_refresh in enumerate(TRANSPORTS):
-            yield rule, [*STORES][(turn + i + j) % len(STORES)], on_refresh
+        on_refresh = [*TRANSPORTS][(s + r + i) % len(TRANSPORTS)]
+        yield rule, [*STORES][(s + 2 * (r + i)) % len(STORES)], on_refresh
 
 
 def drawn(subspace: str, residual: str, times: int = 0) -> Iterator[dict[str, Any]]:

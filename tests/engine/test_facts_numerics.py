@@ -176,7 +176,7 @@ def test_fact_17_a_group_without_rank_is_torch_adamw_bit_for_bit(
 
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 def test_fact_18_the_second_moment_of_bfloat16_weights_decays(state_dtype: str) -> None:
-    """Gradients of 1 for 2500 steps, then of 0.01 for 2500: v must follow, below 0.05.
+    """Gradients of 1 for 1600 steps, then of 0.01 for 2300: v must follow, below 0.05.
 
     At beta2 = 0.9985 a step takes 1.5e-3 of v away, less than half a unit in the last place of
     bfloat16: rounded to nearest, v stays at 2.1 for ever. That was so for dense parameters with
@@ -186,10 +186,10 @@ def test_fact_18_the_second_moment_of_bfloat16_weights_decays(state_dtype: str) 
     groups = [{"params": [p], "rank": rank} for p, rank in zip(params, (2, None), strict=True)]
     options = {"update_proj_gap": 100_000, "state_dtype": state_dtype, "projector": "svd"}
     optimizer = GaLoreAdamW(groups, lr=1e-6, betas=(0.9, 0.9985), **options)
-    for size in (1.0, 0.01):
+    for size, steps in ((1.0, 1600), (0.01, 2300)):
         for param in params:
             param.grad = size * torch.eye(8, dtype=torch.bfloat16)  # P^T G has size and 0
-        for _ in range(2500):
+        for _ in range(steps):
             optimizer.step()
         for param, key in zip(params, ("low.exp_avg_sq", "exp_avg_sq"), strict=True):
             largest = float(optimizer.state[param][key].max())

@@ -1,7 +1,8 @@
 """Roles are composable: every subspace, residual, rule, store and transport against one oracle.
 
-All of (subspace, residual, rule, transport) are run, their stores in turn; what else a group says
-is drawn for each of them, and every pair of choices meets. The slow test runs all stores.
+All of (subspace, residual, rule) are run, transports and stores in turn; what else a group says is
+drawn for each of them, and every two choices meet, as do every three of these four roles. The slow
+test runs all transports and stores with each of them.
 """
 
 from __future__ import annotations
@@ -149,11 +150,13 @@ def test_a_term_of_an_unknown_kind_is_an_error(subspace: str) -> None:
 
 def test_every_pair_of_choices_meets() -> None:
     """What is drawn leaves no two values of two axes that no case has together."""
-    met = set()
+    met, roles = set(), set()
     for subspace, residual in itertools.product(SUBSPACES, RESIDUALS):
         for case in drawn(subspace, residual):
             named = {"subspace": subspace, "residual": residual, **case, "lr": str(case["lr"])}
             met |= set(itertools.combinations(sorted((k, str(v)) for k, v in named.items()), 2))
+            own = (subspace, residual, case["rule"], case["on_refresh"])
+            roles |= {frozenset(x) for x in itertools.combinations(own, 3)}
     values: dict[str, Sequence[Any]] = {
         **AXES, "subspace": [*SUBSPACES], "residual": [*RESIDUALS], "rule": [*RULES],
         "store": [*STORES], "on_refresh": [*TRANSPORTS],
@@ -166,3 +169,5 @@ def test_every_pair_of_choices_meets() -> None:
         if {a, b} == {"aged", "subspace"}:
             missing.discard((True, "block"))
         assert not missing, (a, b, missing)
+    for three in itertools.combinations((SUBSPACES, RESIDUALS, RULES, TRANSPORTS), 3):
+        assert {frozenset(x) for x in itertools.product(*three)} <= roles

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 
@@ -24,7 +23,7 @@ from lowrank_optim import (
     methods,
 )
 from lowrank_optim.nn import convert
-from tests import cases
+from tests import cases, runs
 
 
 def model() -> nn.Sequential:
@@ -170,4 +169,4 @@ def _ranks(rank: int, path: str) -> None:
 
 def test_sharding_that_cannot_train_is_told(tmp_path: Path) -> None:
     """FSDP1 trained dense AdamW in silence; an optimizer from before ``fully_shard``, nothing."""
-    mp.spawn(_ranks, (str(tmp_path / "store"),), nprocs=2)
+    runs.two_ranks(_ranks, str(tmp_path / "store"))

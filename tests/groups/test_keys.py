@@ -111,6 +111,21 @@ def test_every_key_of_every_class_has_a_check() -> None:
     assert known_keys() - checked == {"form", "shapes", "indices"}
 
 
+def test_the_constructor_of_a_wrapper_adds_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning makes its wrapper a subclass of what it wraps: ``optimizer=`` was a known key."""
+    registered: dict[str, Any] = {}
+    monkeypatch.setattr(keys, "METHODS", registered)
+
+    class Wrapper:
+        def __init__(self, optimizer: Any) -> None:
+            pass
+
+    for cls in CLASSES:
+        registered[cls.__name__] = type(f"Wrapped{cls.__name__}", (Wrapper, cls), {})
+        assert registered[cls.__name__].group_keys() == cls.group_keys()
+    assert "optimizer" not in known_keys()
+
+
 # ------------------------------------------------------------------ of another method
 
 OTHERS: list[tuple[type[LowRankOptimizer], str, Any, str]] = [

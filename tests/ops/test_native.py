@@ -530,8 +530,8 @@ def test_results_do_not_depend_on_the_instruction_set() -> None:
     wanted = ["baseline", "avx2", "avx512"]
     wanted = wanted[: wanted.index(native.isa()) + 1]
     code = "from tests.ops import test_native as t; print(t.native.isa(), t.fingerprint())"
-    prints = {}
-    for name in wanted:
+    prints = {wanted[-1]: [native.isa(), fingerprint()]}  # what this process loaded
+    for name in wanted[:-1]:
         done = subprocess.run(
             [sys.executable, "-c", code],
             env={**os.environ, "LOWRANK_OPTIM_ISA": name},
@@ -541,5 +541,5 @@ def test_results_do_not_depend_on_the_instruction_set() -> None:
             check=True,
         )
         prints[name] = done.stdout.split()
-    assert [p[0] for p in prints.values()] == wanted
+    assert all(p[0] == name for name, p in prints.items())
     assert len({p[1] for p in prints.values()}) == 1

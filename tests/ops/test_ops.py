@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +22,7 @@ from lowrank_optim.ops.schema import SCHEMAS
 from tests.ops import ops_cases as cases
 from tests.ops import ops_cosines
 from tests.ops.checks import check_stored, run
+from tests.ops.interpreted import INTERPRETED, run_interpreted
 
 READY, REASON = native.available("cpu")
 needs_native = pytest.mark.skipif(not READY, reason=REASON)
@@ -36,7 +35,6 @@ def test_the_library_is_there_where_it_could_be_built() -> None:
         assert READY, REASON
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["triton"] if INTERPRETED else ["reference", pytest.param("native", marks=needs_native)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HOW = ["rows", "columns", "slice"]
@@ -121,10 +119,9 @@ def test_coordinate_steps(backend: str, how: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("op", ops_cosines.COSINES)
 def test_cosines(backend: str, op: str, basis: str, how: str, dtype: torch.dtype) -> None:
     """Every kind of factor, tiles and their tails; with rows' own steps and moves, and without."""
-    # 97: no native kernel has a stage for it; 131: two tiles of Triton's, whose interpreter is slow
-    for n in (1, 12, 131) if INTERPRETED else (1, 2, 12, 35, 64, 97):
-        # where an interpreter takes seconds, each basis with one of the two
-        for flag in (basis == "dct2",) if n == 131 else (False, True):
+    # 97: no native kernel has a stage for it; test_triton_cosine.py has the lengths of Triton's
+    for n in (12,) if INTERPRETED else (1, 2, 12, 35, 64, 97):
+        for flag in (False, True):
             keys = {"by_row": flag, "moved": flag, "ranking": ("l1", "l2")[flag]}
             run(op, ops_cosines.arguments(op, dtype, n=n, how=how, basis=basis, **keys))
 
@@ -315,15 +312,7 @@ def test_triton_interpreted() -> None:
     """The same matrix in a process where Triton interprets; it cannot round to bfloat16."""
     chosen = "guarded or no_ or denormal or flags or top_rows or unsound_lift and float32"
     chosen += " or (matrices or matrix or columns_of or directions or cosines) and rows and float32"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    run_interpreted(__file__, chosen=f"({chosen}) and not opcheck")
 
 
 def test_no_square_of_a_direction_vanishes(backend: str) -> None:
@@ -415,19 +404,14 @@ def test_names_that_no_op_knows_raise(backend: str) -> None:
         ops.coordinate_add_([x], [x.clone()], [index], [low], 1.0, 0.1, 1.0, 1.0, "cubic")
 
 
-def test_the_command_names_backends_and_reasons() -> None:
+def test_the_command_names_backends_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:
     """``python -m lowrank_optim.ops``: what serves, and for each backend why or why not."""
-    done = subprocess.run(
-        [sys.executable, "-m", "lowrank_optim.ops"],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    lines = done.stdout.splitlines()
+    runpy.run_module("lowrank_optim.ops", run_name="__main__")
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
     chosen = dispatch._choose.__wrapped__(None, "cpu", False).__name__.rsplit(".", 1)[-1]
-    assert f"cpu, float32: {chosen}" in done.stdout or "not set" not in lines[0]
-    assert "cpu, float64: reference" in done.stdout or "not set" not in lines[0]
+    assert f"cpu, float32: {chosen}" in printed or "not set" not in lines[0]
+    assert "cpu, float64: reference" in printed or "not set" not in lines[0]
     for name in dispatch.BACKENDS:
         (line,) = [x for x in lines if x.split()[:1] == [name]][:1]
         assert line.split()[1] in ("yes", "no")

@@ -9,7 +9,6 @@ bfloat16 matrices, so the launchers give it float32 products.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +22,8 @@ pytest.importorskip("triton")
 from lowrank_optim.ops import triton as ops
 from lowrank_optim.ops.triton import lift, matrices
 from tests.compare import assert_close, assert_mostly_close
+from tests.ops.interpreted import INTERPRETED, crossed, run_interpreted
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 MARKS = [
     pytest.mark.gpu,
@@ -35,21 +34,13 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
-def test_interpreted() -> None:
+@pytest.mark.parametrize("marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_interpreted(marks: str) -> None:
     """Everything below, in a process where Triton interprets."""
-    here = Path(__file__)
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", str(here)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=here.parents[2],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+    run_interpreted(__file__, marks=marks)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="a process without triton is the same from here")
 def test_without_triton_the_package_imports_and_says_why() -> None:
     """A missing triton is a reason, not an ImportError at import."""
     code = (
@@ -391,9 +382,7 @@ class TestEightBit:
                 fits = value.abs() < 6e4
                 assert_close(out[fits], value[fits], dtype)
 
-    @pytest.mark.parametrize("by_row", [False, True])
-    @pytest.mark.parametrize("guarded", [False, True])
-    @pytest.mark.parametrize("single", [False, True])
+    @pytest.mark.parametrize(("by_row", "guarded", "single"), crossed(*[(False, True)] * 3))
     def test_adamw(self, by_row: bool, guarded: bool, single: bool) -> None:
         signed, unsigned = maps()
         ms, codes, scales = eight_bit(signed)
@@ -516,7 +505,6 @@ VIEWS = ["plain", "transposed", "strided"]
 # with tails; two batch dims; a single column; rank 0
 MATRICES = [((), 5, 9, 3), ((), 70, 130, 33), ((2,), 65, 64, 16), ((2, 2), 9, 17, 4),
             ((), 40, 1, 2), ((), 6, 8, 0)]  # fmt: skip
-IDS = ["small", "tails", "batch", "batch2", "column", "rank0"]
 
 
 class TestMatrices:
@@ -547,9 +535,7 @@ class TestMatrices:
         p = (randn(*batch, m, r) / max(1, m) ** 0.5).to(dtype)
         return w, g, p, randn(*batch, r, n), randn(*batch, r, n)
 
-    @pytest.mark.parametrize("case", MATRICES, ids=IDS)
-    @pytest.mark.parametrize("how", VIEWS)
-    @pytest.mark.parametrize("dtype", FLOATS)
+    @pytest.mark.parametrize(("case", "how", "dtype"), crossed(MATRICES, VIEWS, FLOATS))
     def test_lift_add_scaled(
         self, case: tuple[tuple[int, ...], int, int, int], how: str, dtype: torch.dtype
     ) -> None:
@@ -560,9 +546,7 @@ class TestMatrices:
         ops.lift_add_scaled_([w], [g], [p], [term], [low], [c], 0.9, 0.1, 0.5)
         assert_close(w, expected, dtype)
 
-    @pytest.mark.parametrize("case", MATRICES, ids=IDS)
-    @pytest.mark.parametrize("how", VIEWS)
-    @pytest.mark.parametrize("dtype", FLOATS)
+    @pytest.mark.parametrize(("case", "how", "dtype"), crossed(MATRICES, VIEWS, FLOATS))
     def test_lift_add_sign(
         self, case: tuple[tuple[int, ...], int, int, int], how: str, dtype: torch.dtype
     ) -> None:
@@ -575,11 +559,11 @@ class TestMatrices:
         rate = 1e-2 if dtype == torch.bfloat16 and not INTERPRETED else 1e-3
         assert_mostly_close(w, expected, dtype, max_error_rate=rate)
 
-    @pytest.mark.parametrize("free", ["sign", "sgd", "none"])
-    @pytest.mark.parametrize("case", MATRICES, ids=IDS)
-    @pytest.mark.parametrize("how", VIEWS)
+    @pytest.mark.parametrize(
+        ("case", "how", "free"), crossed(MATRICES, VIEWS, ("sign", "sgd", "none"))
+    )
     def test_coordinate_add(
-        self, free: str, case: tuple[tuple[int, ...], int, int, int], how: str
+        self, case: tuple[tuple[int, ...], int, int, int], how: str, free: str
     ) -> None:
         w, g, _, term, _ = self.operands(case, how, torch.float32)
         batch, m, _, r = case

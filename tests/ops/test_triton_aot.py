@@ -26,6 +26,11 @@ FAST += [(name, AMD) for name in FIRST.values()]
 SLOW = [(name, x) for x in aot.TARGETS for name in VARIANTS if (name, x) not in FAST]
 REGISTERS = {"sm": 255, "gf": 512}  # addressable by one thread
 FUSED = ("lift", "column_norms")
+HALVES = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+PRODUCTS = {f"lift_{kind} {form}": x for kind in ("scaled", "sign")
+            for form, x in (("bf16", HALVES), ("fp32", "fma.rn.f32"))}  # fmt: skip
+"""bfloat16 operands reach the matrix units, float32 accumulators; float32 ones are exact."""
+MMA = ("sm_80", "sm_86", "sm_89", "sm_120")  # others have matrix units of their own
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +53,10 @@ def check(name: str, target_name: str) -> None:
         # remain are the refinement steps of the correctly rounded division and square root,
         # which only the assembler writes
         assert "fma" not in compiled.asm["ptx"]
+    product = PRODUCTS.get(name.split("/")[0])
+    if product and target_name in MMA:
+        assert product in compiled.asm["ptx"], name
+        assert "tf32" not in compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize(("name", "target"), FAST)
@@ -73,19 +82,6 @@ def test_every_kernel_is_compiled() -> None:
     }
     assert listed == written
     assert len(written) < len(OPS)  # lion and moment, signed and not, share theirs
-
-
-def test_bf16_products_use_tensor_cores() -> None:
-    """bfloat16 operands reach the matrix units, float32 accumulators; float32 ones are exact."""
-    for name, instruction in {
-        "lift_scaled bf16/rows": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
-        "lift_sign bf16/rows": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
-        "lift_scaled fp32/rows": "fma.rn.f32",
-        "lift_sign fp32/rows": "fma.rn.f32",
-    }.items():
-        ptx = aot.build(VARIANTS[name], aot.TARGETS["sm_80"]).asm["ptx"]
-        assert instruction in ptx, name
-        assert "tf32" not in ptx
 
 
 def test_compiled_for_portability() -> None:

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -140,7 +139,7 @@ def changes(run: list[dict[str, Tensor]], entry: str) -> int:
 @pytest.mark.slow
 def test_two_processes_under_ddp_hold_the_same_bits(tmp_path: Path) -> None:
     """Weights, state and choices after every step, across draws, switches and refreshes."""
-    mp.spawn(work, (2, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
+    runs.two_ranks(work, 2, str(tmp_path))
     first, second = (torch.load(tmp_path / f"rank{i}.pt") for i in range(2))
     for case in CASES:
         for step, (a, b) in enumerate(zip(first[case], second[case], strict=True)):
