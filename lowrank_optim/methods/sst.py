@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.refresh import phase, refresh_, refresh_due
+from lowrank_optim.engine.sharded.replicas import refresh_layers
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group
 from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
@@ -195,7 +196,9 @@ class SSTAdamW(LowRankOptimizer):
             assert view is not None
             subspace = SpectralModule.from_group(group, view)
             kind = kinds.setdefault((view, subspace), len(kinds))
-            yield Layer(members[0], names[0], at, uid, FactorView(*view), subspace, kind, members)
+            yield Layer(
+                members[0], names[0], at, uid, FactorView(*view), subspace, kind, members=members
+            )
             for k in range(1, size):
                 yield Layer(members[k], names[k], at + k, uid, None, None)
 
@@ -216,11 +219,18 @@ class SSTAdamW(LowRankOptimizer):
             return
         leaders = [item for item in items if item.subspace is not None]
         super()._step_items(leaders, group, replace(chosen, gap=NEVER, stagger=False), undo)
+        due = list[tuple[ParamPlan, State]]()
         for item in leaders:
             state = self._state_of(item, chosen)
             step, last = int(state["step"]), int(state["refresh_step"])
             if refresh_due(step, last, chosen.gap, phase(item, chosen)):
-                refresh_(item, state, item.param, step, chosen)
+                due.append((item, state))
+        (alike,) = self._replicas or (None,)
+        if alike is not None:  # one rank factors, and all have its factors
+            refresh_layers(due, chosen, alike)
+            return
+        for item, state in due:
+            refresh_(item, state, item.param, int(state["step"]), chosen)
 
 
 class SSTAdamW8bit(SSTAdamW):

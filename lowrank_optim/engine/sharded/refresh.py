@@ -337,6 +337,8 @@ def refresh_replicas(due: Sequence[Due]) -> None:
 
 def _whole_gradient(d: Due) -> Tensor:
     """All of it is here; made when it is needed, as error feedback makes a matrix of its own."""
+    if not d.subspace.needs_grad:
+        return d.twin.param
     assert d.twin.view is not None and d.twin.param.grad is not None
     return d.chosen.residual.before(d.state, d.twin.view.of(d.twin.param.grad))
 

@@ -57,6 +57,15 @@ def group_of_replicas(params: Sequence[Tensor], uids: Sequence[int]) -> dist.Pro
     return group if len(set(digests)) == 1 else None
 
 
+def refresh_layers(
+    layers: Sequence[tuple[ParamPlan, State]], chosen: Strategies, group: dist.ProcessGroup
+) -> None:
+    """Refresh layers of factors, of which every rank has all."""
+    for item, _ in layers:
+        item.part = item.part or replica(item.view, group, item.param.shape)
+    refresh_replicas([Due(item, item, state, None, chosen) for item, state in layers])
+
+
 def refresh_alike(
     work: Sequence[tuple[ParamPlan, State, Strategies]], group: dist.ProcessGroup, undo: Undo
 ) -> None:
