@@ -244,7 +244,10 @@ def apply(
     finite = w.finite if on_accelerator(param) else None
     undo.keep(w.state, chosen.residual.stepped)
     seen = inputs_of(w)
-    term = None if seen is None else chosen.residual.after(w.state, seen, w.measured)
+    term = None
+    if seen is not None:
+        others = () if w.measured is None else (w.measured,)
+        term = chosen.residual.after(w.state, seen, *others)
     size = chosen.rule.step_size(lr, float(w.state["step"]), param)
     if isinstance(size, Tensor) and size.numel() == 1 and not on_accelerator(param):
         size = float(size)

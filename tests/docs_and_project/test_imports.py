@@ -35,7 +35,7 @@ LAYERS: tuple[set[str], ...] = (
     {"engine"},
     {"checkpoints"},
     {"optimizer"},
-    {"methods", "backward", "nn", "presets"},
+    {"methods", "backward", "nn", "presets", "distributed"},
     {"memory"},
     {"integrations", ""},
 )
