@@ -195,7 +195,9 @@ class SSTAdamW(LowRankOptimizer):
             assert view is not None
             subspace = SpectralModule.from_group(group, view)
             kind = kinds.setdefault((view, subspace), len(kinds))
-            yield Layer(members[0], names[0], at, uid, FactorView(*view), subspace, kind, members)
+            yield Layer(
+                members[0], names[0], at, uid, FactorView(*view), subspace, kind, members=members
+            )
             for k in range(1, size):
                 yield Layer(members[k], names[k], at + k, uid, None, None)
 
