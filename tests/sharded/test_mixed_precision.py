@@ -56,7 +56,7 @@ def set_mean_grads(model: nn.Module, step: int, size: int) -> None:
 
 
 def trained(world: World, which: str) -> float:
-    """Each step from the same weights, whose roundings would else differ; the largest difference."""
+    """The largest difference after a step, each from the same weights: roundings would differ."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     model, expected = net(), net()
