@@ -174,7 +174,8 @@ def estimate(
         check_projecting(optimizer)
     _make_state(optimizer)
     held = report(optimizer)
-    sizes = {p: storage_bytes([local(p)]) for p in twins.values() if p.requires_grad}
+    trained: list[Tensor] = [p for p in twins.values() if p.requires_grad]
+    sizes = {p: storage_bytes([local(p)]) for p in trained}
     left: dict[Tensor, Left] = {}
     whole: set[Tensor] = set()
     if in_backward == "project" and first_basis == "micro":

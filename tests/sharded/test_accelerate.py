@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowrank_optim
-from lowrank_optim import lowrank_groups
+from lowrank_optim import attach_in_backward, lowrank_groups
 from tests.sharded.accelerated import accelerate, fsdp
 from tests.sharded.ranks import Ranks, World
 
@@ -120,3 +120,41 @@ def test_prepare(name: str, state: str, meta: bool, ranks: Worlds, tmp_path: Pat
     """Weights and norms are those of one process, before and after a checkpoint."""
     args = {"folder": str(tmp_path), "state": state, "meta": meta}
     ranks(2).run(name, prepared, which=name, **args).checked()
+
+
+def too_late(world: World, how: str) -> str:
+    """What is said where a model is sharded under an optimizer that is at work already."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    with fsdp():
+        plugin = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2)
+        accelerator = accelerate.Accelerator(cpu=True, fsdp_plugin=plugin)
+        model = net()
+        optimizer = made("galore", model)
+        if how == "stepped":
+            loss_of(model, 0).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        else:
+            attach_in_backward(optimizer, how)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        try:
+            accelerator.backward(loss_of(model, 1, *world))
+            optimizer.step()
+        except (NotImplementedError, RuntimeError) as error:
+            return str(error)
+        return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("stepped", "0.weight is not the tensor that the optimizer has a state of, which would"),
+        ("step", "attach_in_backward does not support 0.weight, a DTensor"),
+        ("project", "attach_in_backward does not support 0.weight, a DTensor"),
+    ],
+)
+def test_an_optimizer_that_is_at_work(how: str, told: str, ranks: Worlds) -> None:
+    """Its state would start again in silence, and gradients that are shards are not whole."""
+    for said in ranks(2).run(how, too_late, how=how).checked():
+        assert said.startswith(told), said
