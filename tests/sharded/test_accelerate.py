@@ -111,8 +111,8 @@ def _ready(options: dict[str, Any], name: str, seed: int) -> Any:
     ("name", "state", "meta"),
     [
         ("galore", "SHARDED_STATE_DICT", False),
-        ("fira", "FULL_STATE_DICT", False),
-        ("dct", "SHARDED_STATE_DICT", True),
+        pytest.param("fira", "FULL_STATE_DICT", False, marks=pytest.mark.slow),
+        pytest.param("dct", "SHARDED_STATE_DICT", True, marks=pytest.mark.slow),
         ("frugal", "FULL_STATE_DICT", True),
     ],
 )

@@ -75,7 +75,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["galore", pytest.param("frugal", marks=pytest.mark.slow)])
 def test_it_trains_as_one_process_and_resumes(name: str, ranks: Worlds, tmp_path: Path) -> None:
     method, options, kind = CASES[name]
     one = run(method, options, str(tmp_path / "one"), 1)
@@ -85,5 +85,5 @@ def test_it_trains_as_one_process_and_resumes(name: str, ranks: Worlds, tmp_path
     for first, again, names in ranks(2).run(name, sharded, **args).checked():
         assert sorted(names) == sorted(expected)
         for key, x in expected.items():
-            assert float((first[key] - x).abs().max()) < 1e-6, key
+            assert float((first[key] - x).abs().max()) < 1e-10, key
             assert torch.equal(again[key], first[key]), key
