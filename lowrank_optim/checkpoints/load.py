@@ -136,13 +136,22 @@ def hold_blocks(optimizer: PlannedOptimizer) -> None:
 
 
 def broadcasting() -> bool:
-    """Whether torch's loader asks for a state that it lets rank 0 fill in, on every rank."""
+    """Whether torch's loader asks for a state that it lets rank 0 fill in, on every rank.
+
+    What rank 0 is about to send is made contiguous: a moment that was put together from uneven
+    columns need not be, and torch 2.6 sends its memory as it lies.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_name != "_load_optim_state_dict":
         frame = frame.f_back
     info = None if frame is None else frame.f_locals.get("info")
     flat = getattr(info, "flatten_optimizer_state_dict", False)
-    return bool(getattr(info, "broadcast_from_rank0", False)) and not flat
+    found = bool(getattr(info, "broadcast_from_rank0", False)) and not flat
+    if found and frame is not None:
+        sent = frame.f_locals.get("optim_state_dict") or {}
+        for entry in sent.get("state", {}).values():
+            entry.update({k: x.contiguous() for k, x in entry.items() if isinstance(x, Tensor)})
+    return found
 
 
 def with_places(optimizer: PlannedOptimizer, state_dict: StateDict) -> StateDict:
