@@ -30,6 +30,7 @@ from lowrank_optim.engine.preflight import (
     check_moved,
     check_named,
     check_owned,
+    check_replaced,
     moved,
     structure,
 )
@@ -280,7 +281,8 @@ class LowRankOptimizer(PlannedOptimizer):
         Raises:
             ValueError: the group was edited in a way that the state of its parameters, or anything,
                 cannot follow.
-            RuntimeError: a parameter changed its shape, dtype or device under its state.
+            RuntimeError: a parameter changed its shape, dtype or device under its state, or was
+                replaced.
         """
         now = structure(group)
         key = tuple(map(id, group["params"])), tuple(now.items())
@@ -295,6 +297,7 @@ class LowRankOptimizer(PlannedOptimizer):
                 check_known(added, self._allowed(group), type(self).__name__, "an edited group")
                 check_moved([item for item in was if item.param in self.state])
             items = self._planned(group)
+            check_replaced(items, was, self.state)
             check_edits(items, was, self.state, self._strategies(group), before, now)
             plan = self._plans[id(group)] = Plan(key, now, items)
         return plan.items

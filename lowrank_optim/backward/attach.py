@@ -8,11 +8,11 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 
 from lowrank_optim.backward.handle import InBackward
+from lowrank_optim.backward.parallel import check_plain
 from lowrank_optim.backward.project_mode import ProjectMode
 from lowrank_optim.backward.projecting import COORDS_DTYPES, FIRST_BASES
 from lowrank_optim.backward.step_mode import StepMode
 from lowrank_optim.optimizer import LowRankOptimizer
-from lowrank_optim.sharding.parts import is_sharded
 
 ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "mode": (lambda x: x in ("project", "step"), "'project' or 'step'"),
@@ -136,13 +136,7 @@ def attach_in_backward(
     for name, (allowed, words) in ARGUMENTS.items():
         if not allowed(given[name]):
             raise ValueError(f"{name} must be {words}, got {given[name]!r}")
-    for group in optimizer.param_groups:
-        for plan in optimizer._items(group):
-            if is_sharded(plan.param):
-                raise NotImplementedError(
-                    f"attach_in_backward does not support {plan.name}, a DTensor: FSDP2 frees "
-                    "whole gradients itself, and adds up shards. Leave it out under fully_shard"
-                )
+    check_plain(optimizer.param_groups)
     if mode == "project":
         return ProjectMode(optimizer, max_norm, first_basis, coords_dtype)
     return StepMode(optimizer, max_norm, accumulation_steps, keep_norms)

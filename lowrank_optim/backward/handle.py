@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from lowrank_optim.backward.parallel import MESSAGE, in_ddp
+from lowrank_optim.backward.parallel import MESSAGE, check_plain, in_ddp
 from lowrank_optim.backward.projecting import items_of
 from lowrank_optim.engine import tracing
 from lowrank_optim.engine.plan import ParamPlan
@@ -94,6 +94,7 @@ class InBackward:
         return group, plan
 
     def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        check_plain(self.optimizer.param_groups)
         self._settle()
         # a closure that computes gradients is refused; Lightning passes one that does not
         return tuple(map(self._guarded, args)), {k: self._guarded(x) for k, x in kwargs.items()}
@@ -119,6 +120,7 @@ class InBackward:
                 "then step(); in Lightning, use manual optimization"
             )
         if not self._checked:
+            check_plain(self.optimizer.param_groups)
             if in_ddp(self._hooks):
                 raise RuntimeError(MESSAGE)
             self._checked = True

@@ -1,4 +1,4 @@
-"""Who else writes gradients: data parallelism that averages them after backward's hooks."""
+"""Who else writes gradients: data parallelism that adds them up after backward's hooks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from lowrank_optim.engine.sharded.replicas import wrapping
+from lowrank_optim.groups import Group
+from lowrank_optim.groups.notices import param_name
+from lowrank_optim.sharding.parts import is_sharded
 
 MESSAGE = (
     "attach_in_backward cannot work with DistributedDataParallel, which averages gradients over "
@@ -18,3 +21,19 @@ MESSAGE = (
 def in_ddp(params: Iterable[Tensor]) -> bool:
     """Whether any of these is a parameter that ``DistributedDataParallel`` averages."""
     return wrapping(params) is not None
+
+
+def check_plain(groups: Iterable[Group]) -> None:
+    """Raise if a parameter is a DTensor, or has become one since hooks were attached.
+
+    Raises:
+        NotImplementedError: with its name.
+    """
+    for group in groups:
+        for i, param in enumerate(group["params"]):
+            if is_sharded(param):
+                raise NotImplementedError(
+                    f"attach_in_backward does not support {param_name(group, i)}, a DTensor: FSDP2 "
+                    "frees whole gradients itself, and adds up shards. Leave it out under "
+                    "fully_shard"
+                )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from lowrank_optim.engine.plan import (
     on_host,
 )
 from lowrank_optim.engine.planned import PlannedOptimizer
-from lowrank_optim.engine.sharded.local import here, kept_as, whole_meta_state
+from lowrank_optim.engine.sharded.local import LocalState, here, kept_as, whole_meta_state
 from lowrank_optim.groups import Group, canonical
 from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.stores import scale_key
@@ -135,31 +136,51 @@ def hold_blocks(optimizer: PlannedOptimizer) -> None:
 
 
 def broadcasting() -> bool:
-    """Whether torch's loader asks for a state that it lets rank 0 fill in, on every rank."""
+    """Whether torch's loader asks for a state that it lets rank 0 fill in, on every rank.
+
+    What rank 0 is about to send is made contiguous: a moment that was put together from uneven
+    columns need not be, and torch 2.6 sends its memory as it lies.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_name != "_load_optim_state_dict":
         frame = frame.f_back
     info = None if frame is None else frame.f_locals.get("info")
     flat = getattr(info, "flatten_optimizer_state_dict", False)
-    return bool(getattr(info, "broadcast_from_rank0", False)) and not flat
+    found = bool(getattr(info, "broadcast_from_rank0", False)) and not flat
+    if found and frame is not None:
+        sent = frame.f_locals.get("optim_state_dict") or {}
+        for entry in sent.get("state", {}).values():
+            entry.update({k: x.contiguous() for k, x in entry.items() if isinstance(x, Tensor)})
+    return found
 
 
 def with_places(optimizer: PlannedOptimizer, state_dict: StateDict) -> StateDict:
     """A state dict that has a key for every moment of every block, and no values there.
 
     The loader of torch lets rank 0 fill in the keys that a rank has, drops others and leaves what
-    rank 0 does not have as it was. Which blocks are idle is another matter in the checkpoint.
+    rank 0 does not have as it was. Which blocks are idle is another matter in the checkpoint. It
+    replaces a plain tensor and writes into a DTensor, which is NaN until then.
     """
     state = dict(state_dict["state"])
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         chosen = optimizer._strategies(group)
         for i, item in zip(saved["params"], optimizer._items(group), strict=True):
             if isinstance(item.subspace, Block) and state.get(i):
-                moments: State = {}
-                alloc_moments(item, chosen, moments, torch.empty_like(item.param, device="meta"))
-                empty = {k: item.param.new_empty(0, dtype=x.dtype) for k, x in moments.items()}
-                state[i] = {**state[i], **empty}
+                state[i] = {**state[i], **_places(item, chosen)}
     return {**state_dict, "state": state}
+
+
+def _places(item: ParamPlan, chosen: Strategies) -> State:
+    """What :func:`with_places` puts in the place of a block's moments."""
+    if not is_sharded(item.param):
+        moments: State = {}
+        alloc_moments(item, chosen, moments, torch.empty_like(item.param, device="meta"))
+        return {k: item.param.new_empty(0, dtype=x.dtype) for k, x in moments.items()}
+    part, held = here(item), LocalState({}, item, chosen)
+    alloc_moments(part, chosen, held, part.param)
+    for x in held.values():
+        x.fill_(math.nan)
+    return held.outer
 
 
 def _without_params(group: Group) -> Group:
@@ -184,8 +205,16 @@ def _entries(saved: Mapping[str, Any], param: Tensor) -> Entries:
         k: v
         for k, v in saved.items()
         if not (isinstance(v, Mapping) and not v)
-        and not (isinstance(v, Tensor) and not v.numel() and param.numel())
+        and not (isinstance(v, Tensor) and _unfilled(v, param))
     }
+
+
+def _unfilled(x: Tensor, param: Tensor) -> bool:
+    """Whether a saved entry is still one of :func:`with_places`."""
+    if not is_sharded(x):
+        return not x.numel() and bool(param.numel())
+    own = local(x)
+    return bool(own.numel()) and bool(own.isnan().all())
 
 
 def _placed(key: str, value: Any, param: Tensor, dtype: torch.dtype) -> Tensor:
@@ -253,7 +282,10 @@ def _fitting(
         check_state(
             item, chosen, {k: as_dtype(k, local(x), expected[k].dtype) for k, x in tensors.items()}
         )
-    return {k: v.dtype for k, v in expected.items()}
+    idle = isinstance(item.subspace, Block) and float(tensors["refresh_step"]) < 0
+    # moments that a reader left in its place: of another turn, or zeros of :func:`hold_blocks`
+    kept = whole_meta_state(item, chosen, active=False) if idle else expected
+    return {k: v.dtype for k, v in kept.items()}
 
 
 @contextmanager

@@ -71,6 +71,26 @@ def check_moved(items: Sequence[ParamPlan]) -> None:
         raise RuntimeError(f"{what}: make the optimizer after what reshapes or shards parameters")
 
 
+def check_replaced(
+    items: Sequence[ParamPlan], was: Sequence[ParamPlan], states: Mapping[Any, State]
+) -> None:
+    """Raise if other tensors stand in a group for parameters whose state would be left behind.
+
+    Raises:
+        RuntimeError: naming the first.
+    """
+    if len(items) != len(was):
+        return
+    for old, new in zip(was, items, strict=True):
+        same = old.param is new.param or old.name != new.name
+        if not same and states.get(old.param) and not states.get(new.param):
+            raise RuntimeError(
+                f"{new.name} is not the tensor that the optimizer has a state of, which would "
+                "start again: shard the model (fully_shard, or accelerator.prepare with the "
+                "optimizer) before the first step, and load a checkpoint after that"
+            )
+
+
 def check_flattened(group: Group) -> None:
     """Raise for a group that is to be projected and whose matrices have been flattened.
 

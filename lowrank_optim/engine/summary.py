@@ -46,7 +46,7 @@ class Summary(NamedTuple):
     dense: tuple[str, ...]
     """Names of matrices without a subspace, the largest first."""
     state_bytes: int
-    """State of the optimizer once it has stepped, with what its matrices share."""
+    """State of the optimizer once it has stepped, with what its matrices share; of this rank."""
     rates: tuple[Rates, ...]
     """Of each group with projected parameters, equal ones once."""
 

@@ -95,7 +95,17 @@ FOREIGN: dict[str, str] = {
 METHODS: dict[str, type[Any]] = {}
 """Public optimizer classes by name, as they are defined: messages say which reads a key."""
 
-_NOT_KEYS = ("rank", "scale", "two_sided", "shared", "density", "position", "count", "first")
+_NOT_KEYS = (
+    "rank",
+    "scale",
+    "two_sided",
+    "shared",
+    "columns",
+    "density",
+    "position",
+    "count",
+    "first",
+)
 """Fields of projectors that have another source than a group key of that name."""
 
 

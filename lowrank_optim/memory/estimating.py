@@ -25,6 +25,7 @@ from lowrank_optim.memory.activations import Left, causal_lm, in_flight
 from lowrank_optim.memory.layouts import LAYOUTS
 from lowrank_optim.memory.reporting import host_bytes, report, storage_bytes
 from lowrank_optim.optimizer import LowRankOptimizer
+from lowrank_optim.sharding.parts import is_sharded, local
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,9 @@ def estimate(
 
     No formula is repeated here: the optimizer is built over parameters on the meta device, where
     tensors have a shape and no memory, it makes its own state there, and :func:`report` adds up
-    what it made. The state equals what :func:`report` says of the real one, to the byte.
+    what it made. The state equals what :func:`report` says of the real one, to the byte. Of a model
+    that ``fully_shard`` has sharded, all figures are of this rank and of what it holds between
+    steps: its shards, not the layers that FSDP2 has gathered.
 
     Args:
         model: an ``nn.Module`` on any device, the meta device included, or a ``transformers``
@@ -136,6 +139,7 @@ def estimate(
         **options: arguments of the optimizer.
 
     Raises:
+        NotImplementedError: ``in_backward`` or ``tokens`` of a model of DTensors.
         ValueError: ``in_backward``, ``first_basis``, ``coords_dtype`` or a named layout is not
             known, the method has no such mode, or activations are asked for of a model without a
             ``config``.
@@ -153,6 +157,7 @@ def estimate(
         peak          104.00 MiB  without activations
     """
     _check(model, groups, in_backward, accumulation_steps, tokens, checkpointing, dtype)
+    _check_sharded(model, in_backward, tokens)
     optimizer_class = _class_of(optimizer_class)
     check_choices(first_basis, coords_dtype)
     module = model
@@ -169,7 +174,8 @@ def estimate(
         check_projecting(optimizer)
     _make_state(optimizer)
     held = report(optimizer)
-    sizes: dict[Tensor, int] = {p: storage_bytes([p]) for p in twins.values() if p.requires_grad}
+    trained: list[Tensor] = [p for p in twins.values() if p.requires_grad]
+    sizes = {p: storage_bytes([local(p)]) for p in trained}
     left: dict[Tensor, Left] = {}
     whole: set[Tensor] = set()
     if in_backward == "project" and first_basis == "micro":
@@ -182,7 +188,7 @@ def estimate(
     left = {p: parts for p, parts in left.items() if p not in whole}
     live += sum(_bytes(parts) - sizes[p] for p, parts in left.items())
     found = Estimate(
-        weights=storage_bytes(twins.values()),
+        weights=storage_bytes([local(p) for p in twins.values()]),
         gradients=gradients,
         largest_gradient=largest,
         live_gradients=live,
@@ -248,6 +254,27 @@ def _check(
         raise ValueError(f"checkpointing must be True or False, got {checkpointing!r}")
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+
+
+def _check_sharded(model: Any, in_backward: Any, tokens: Any) -> None:
+    """Raise for what is not known of one rank of several.
+
+    Raises:
+        NotImplementedError: the model is sharded, and gradients or activations are asked for that
+            depend on when its layers are gathered.
+    """
+    if not isinstance(model, nn.Module) or not any(map(is_sharded, model.parameters())):
+        return
+    if in_backward is not None:
+        raise NotImplementedError(
+            f"in_backward={in_backward!r} of a model of DTensors: attach_in_backward does not "
+            "support them, as FSDP2 frees whole gradients itself. Leave it out"
+        )
+    if tokens is not None:
+        raise NotImplementedError(
+            "tokens of a model of DTensors: what is gathered at once depends on how it is sharded. "
+            "Give its configuration for the activations, or leave tokens out"
+        )
 
 
 def _positive(value: Any) -> bool:

@@ -348,3 +348,24 @@ def test_in_memory_blocks_of_any_age_are_read(flat: bool) -> None:
     runs.train(list(twin.parameters()), resumed, range(SAVED, STEPS))
     runs.assert_same(twin.parameters(), model.parameters())
     runs.assert_same_state(runs.entries(resumed), runs.entries(optimizer))
+
+
+def test_a_whole_state_leaves_no_moments_of_the_optimizer_that_reads_it() -> None:
+    """An idle block begins its turn from zeros, not from what it had learnt in another run.
+
+    Of a whole state torch's loader keeps what the optimizer has and the checkpoint has not.
+    """
+    whole = StateDictOptions(full_state_dict=True)
+    model, optimizer = blocks(0)
+    runs.train(list(model.parameters()), optimizer, range(SAVED))
+    twin, resumed = blocks(1)
+    runs.train(list(twin.parameters()), resumed, range(2))
+    assert active(twin, resumed) == [True, True, False, False]
+    state = get_optimizer_state_dict(model, optimizer, options=whole)
+    set_optimizer_state_dict(twin, resumed, state, options=whole)
+    twin.load_state_dict(model.state_dict())
+    assert active(twin, resumed) == [False, False, True, True]
+    runs.train(list(model.parameters()), optimizer, range(SAVED, STEPS))
+    runs.train(list(twin.parameters()), resumed, range(SAVED, STEPS))
+    runs.assert_same(twin.parameters(), model.parameters())
+    runs.assert_same_state(runs.entries(resumed), runs.entries(optimizer))

@@ -6,6 +6,8 @@ import atexit
 import importlib
 import os
 
+import torch
+
 LATER = (
     "torch._dynamo",
     "torch._inductor.utils",
@@ -20,6 +22,11 @@ LATER = (
 
 for name in LATER:
     importlib.import_module(name)
+
+for name in ("record_event", "wait_event"):
+    # all that FSDP2 of torch 2.6 misses on a CPU: later ones have them, and they do nothing
+    if not hasattr(torch.cpu.Stream, name):
+        setattr(torch.cpu.Stream, name, lambda *_: None)
 
 # as it ends, Triton's bindings list the objects that its caches still hold
 atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import lowrank_optim
 from tests.sharded.meter import (
@@ -23,7 +23,7 @@ from tests.sharded.meter import (
     assert_small,
 )
 from tests.sharded.ranks import Ranks, World
-from tests.sharded.training import Case, Trained
+from tests.sharded.training import Case, Trained, here
 
 Worlds = Callable[[int], Ranks]
 
@@ -33,7 +33,7 @@ Worlds = Callable[[int], Ranks]
 def sharded(world: World, shape: tuple[int, ...] = (64, 48), place: int = 0) -> DTensor:
     mesh = init_device_mesh("cpu", (world.size,))
     x = torch.arange(float(shape[0] * shape[1]), dtype=torch.float64).reshape(shape).sin()
-    return distribute_tensor(x, mesh, [Shard(place)], src_data_rank=None)
+    return here(x, mesh, [Shard(place)])
 
 
 WHOLE: dict[str, Callable[[DTensor], Any]] = {
@@ -185,7 +185,7 @@ def measured(world: World, cls: str, options: dict[str, Any], place: int, alike:
 
     def draw() -> Tensor:
         x = torch.randn(M, N, generator=generator, dtype=torch.float64)
-        return distribute_tensor(x, mesh, [Shard(place)], src_data_rank=None)
+        return here(x, mesh, [Shard(place)])
 
     named = [(f"layer{i}.weight", nn.Parameter(draw())) for i in range(alike)]
     own = {"lr": 1e-2, "update_proj_gap": 3, "stagger": False, **options}

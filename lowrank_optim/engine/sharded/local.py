@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state, on_host
 from lowrank_optim.sharding.parts import Part, cuts, is_sharded, local
@@ -56,8 +56,10 @@ class LocalState(MutableMapping[str, Tensor]):
         if not on_host(key):
             places = self._placements(key)
             if not is_sharded(x):  # every rank has it: none need send any
-                x = distribute_tensor(x, self._part.mesh, places, src_data_rank=None)
-            elif tuple(x.placements) != places:  # type: ignore[attr-defined]
+                x = DTensor.from_local(
+                    x, self._part.mesh, [Replicate()] * len(places), run_check=False
+                )
+            if tuple(x.placements) != places:  # type: ignore[attr-defined]
                 x = x.redistribute(placements=places)  # type: ignore[attr-defined]
         self.outer[key] = x
 
