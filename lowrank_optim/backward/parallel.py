@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from lowrank_optim.engine.sharded.replicas import wrapping
+from lowrank_optim.engine.sharded.replicas import averaged
 
 MESSAGE = (
     "attach_in_backward cannot work with DistributedDataParallel, which averages gradients over "
@@ -17,4 +17,4 @@ MESSAGE = (
 
 def in_ddp(params: Iterable[Tensor]) -> bool:
     """Whether any of these is a parameter that ``DistributedDataParallel`` averages."""
-    return wrapping(params) is not None
+    return bool(averaged(params))
