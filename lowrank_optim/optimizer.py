@@ -410,7 +410,7 @@ class LowRankOptimizer(PlannedOptimizer):
             ):  # of all groups: a basis found with other ranks is of no use without its step
                 self._with_other_ranks(work, undo)
                 for group, (chosen, items, ready) in zip(self.param_groups, work, strict=True):
-                    here = [item for item in ready if not is_sharded(item.param)]
+                    here = [item for item in ready if not item.sharded]
                     self._advance(items, here, chosen, undo)
                     self._step_items(here, group, chosen, undo)
         except BaseException as error:
@@ -428,9 +428,11 @@ class LowRankOptimizer(PlannedOptimizer):
         alike = {}
         if not self._places:  # of ZeroRedundancyOptimizer ranks have a part of them each
             alike = self._replicas.groups(lambda: [i for _, items, _ in work for i in items])
+        if not alike and not any([i.sharded for _, items, _ in work for i in items]):
+            return
         sharded, replicas = ShardedStep(), []
         for group, (chosen, items, ready) in zip(self.param_groups, work, strict=True):
-            own = [i for i in items if is_sharded(i.param)]
+            own = [i for i in items if i.sharded]
             own = [i for i in own if i.param.requires_grad or i.param.grad is not None]
             if own:
                 states = [self._state_of(item, chosen) for item in own]
@@ -534,7 +536,7 @@ class LowRankOptimizer(PlannedOptimizer):
 
     def _state_of(self, item: ParamPlan, chosen: Strategies) -> State:
         state: State = self.state[item.param]
-        if item.part is not None and is_sharded(item.param):
+        if item.sharded:
             return local_state(item, self.state[item.param], chosen)
         if not state:
             state.update(init_state(item, chosen, item.param))

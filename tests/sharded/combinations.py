@@ -47,7 +47,7 @@ _NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "svd larger side": ("galore adamw", {"projector": "svd", "proj_type": "reverse_std"}),
     "fira svd": ("fira", {"projector": "svd"}),
     "fira rsvd": ("fira matrix", {"on_refresh": "reset"}),
-    "fira paper": ("fira paper", {"projector": "random"}),
+    "fira paper": ("fira paper", {"projector": "random", "seed": 2}),
     "fira columns": ("fira", {"projector": "columns"}),
     "frugal block": ("frugal sign", {}),
     "frugal block in turn": ("frugal sgd", {"block_order": "ascending"}),

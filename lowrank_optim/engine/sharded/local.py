@@ -114,7 +114,7 @@ def local_state(item: ParamPlan, outer: dict[str, Tensor], chosen: Strategies) -
 def here(item: ParamPlan) -> ParamPlan:
     """What stands for the part of a parameter that is here: its weights, its gradient."""
     part = item.part
-    if part is None or not part.sharded:
+    if part is None or not item.sharded:
         return item
     weight = local(item.param).detach()  # one of this step: its gradient must not outlive it
     if item.param.grad is not None:
