@@ -129,6 +129,8 @@ def is_defined(row: Row) -> bool:
     diagonal = chosen["proj_type"] == "full" and chosen["projector"] in ("svd", "rsvd")
     if diagonal and "Lion" in METHODS[chosen["method"]][0]:
         return False
+    if chosen["method"].startswith("fira") and chosen["projector"] == "block":
+        return False  # refused of what is sharded
     return goes_with(chosen["method"], chosen["projector"])
 
 
