@@ -13,7 +13,6 @@ from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from lowrank_optim.checkpoints.load import broadcasting, load_state_dict, with_places
@@ -36,7 +35,7 @@ from lowrank_optim.engine.preflight import (
 )
 from lowrank_optim.engine.sharded import ShardedStep, local_state
 from lowrank_optim.engine.sharded.refusals import check_supported
-from lowrank_optim.engine.sharded.replicas import group_of_replicas, refresh_alike
+from lowrank_optim.engine.sharded.replicas import Replicas, refresh_alike
 from lowrank_optim.engine.step import step_items
 from lowrank_optim.engine.summary import Summary, summary_of
 from lowrank_optim.engine.undo import Undo
@@ -176,7 +175,7 @@ class LowRankOptimizer(PlannedOptimizer):
         self._plans: dict[int, Plan] = {}
         self._places: dict[Tensor, int] = {}
         self._shared = Shared()
-        self._replicas: tuple[ProcessGroup | None] | None = None
+        self._replicas = Replicas()
         super().__init__(groups, defaults)
         self._traced = Traced(self)
 
@@ -215,7 +214,7 @@ class LowRankOptimizer(PlannedOptimizer):
         self._plans = {}
         self._places = self.__dict__.get("_places", {})
         self._shared = Shared()
-        self._replicas = None
+        self._replicas = Replicas()
         self._traced = Traced(self, self.__dict__.get("_traced"))
         for group in self.param_groups:
             for key, value in self.defaults.items():
@@ -332,11 +331,6 @@ class LowRankOptimizer(PlannedOptimizer):
         if dense and group["rank"] is not None:
             logger.info("dense in a group of rank %s: %s", group["rank"], ", ".join(dense))
 
-    def _group_of_replicas(self) -> ProcessGroup | None:
-        """The ranks that train the same parameters in the same way, looked for at a first step."""
-        items = [item for group in self.param_groups for item in self._items(group)]
-        return group_of_replicas([i.param for i in items], [i.uid for i in items])
-
     def _wants(self, group: Group, i: int) -> bool:
         """Whether a group asks for parameter ``i`` to be projected, if it is a matrix."""
         rank, param = group["rank"], group["params"][i]
@@ -414,11 +408,12 @@ class LowRankOptimizer(PlannedOptimizer):
         self._make_state()
         undo = Undo()
         try:
-            with undo:
+            with (
+                undo
+            ):  # of all groups: a basis found with other ranks is of no use without its step
                 self._with_other_ranks(work, undo)
-            for group, (chosen, items, ready) in zip(self.param_groups, work, strict=True):
-                here = [item for item in ready if not is_sharded(item.param)]
-                with undo:
+                for group, (chosen, items, ready) in zip(self.param_groups, work, strict=True):
+                    here = [item for item in ready if not item.sharded]
                     self._advance(items, here, chosen, undo)
                     self._step_items(here, group, chosen, undo)
         except BaseException as error:
@@ -433,19 +428,22 @@ class LowRankOptimizer(PlannedOptimizer):
         self, work: list[tuple[Strategies, list[ParamPlan], list[ParamPlan]]], undo: Undo
     ) -> None:
         """What ranks do together: all of a step of DTensors, and the refreshes of replicas."""
-        if self._replicas is None:
-            self._replicas = (self._group_of_replicas(),)
-        (alike,) = self._replicas
+        alike = {}
+        if not self._places:  # of ZeroRedundancyOptimizer ranks have a part of them each
+            alike = self._replicas.groups(lambda: [i for _, items, _ in work for i in items])
+        if not alike and not any([i.sharded for _, items, _ in work for i in items]):
+            return
         sharded, replicas = ShardedStep(), []
         for group, (chosen, items, ready) in zip(self.param_groups, work, strict=True):
-            own = [i for i in items if is_sharded(i.param) and i.param.requires_grad]
+            own = [i for i in items if i.sharded]
+            own = [i for i in own if i.param.requires_grad or i.param.grad is not None]
             if own:
                 states = [self._state_of(item, chosen) for item in own]
                 sharded.add(own, states, chosen, group["lr"], group["weight_decay"], undo)
-            if alike is not None:
+            if alike:
                 replicas += [(item, self._state_of(item, chosen), chosen) for item in ready]
         sharded.run(undo)
-        if alike is not None:
+        if alike:
             refresh_alike(replicas, alike, undo)
 
     def _introduce(self, ready: bool) -> None:
@@ -512,10 +510,16 @@ class LowRankOptimizer(PlannedOptimizer):
 
         Raises:
             ValueError: the parameter is in no group.
+            NotImplementedError: it lies on several ranks.
         """
         for group in self.param_groups:
             for item in self._items(group):
                 if item.param is param:
+                    if is_sharded(param):
+                        raise NotImplementedError(
+                            f"step_param does not support {item.name}, a DTensor: ranks step all "
+                            "of an optimizer's together. Call step()"
+                        )
                     if param.grad is not None:
                         self._step_alone(item, group)
                     return
@@ -535,7 +539,7 @@ class LowRankOptimizer(PlannedOptimizer):
 
     def _state_of(self, item: ParamPlan, chosen: Strategies) -> State:
         state: State = self.state[item.param]
-        if item.part is not None and is_sharded(item.param):
+        if item.sharded:
             return local_state(item, self.state[item.param], chosen)
         if not state:
             state.update(init_state(item, chosen, item.param))

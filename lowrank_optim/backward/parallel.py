@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from lowrank_optim.engine.sharded.replicas import wrapping
+from lowrank_optim.engine.sharded.replicas import averaged
 from lowrank_optim.groups import Group
 from lowrank_optim.groups.notices import param_name
 from lowrank_optim.sharding.parts import is_sharded
@@ -20,7 +20,7 @@ MESSAGE = (
 
 def in_ddp(params: Iterable[Tensor]) -> bool:
     """Whether any of these is a parameter that ``DistributedDataParallel`` averages."""
-    return wrapping(params) is not None
+    return bool(averaged(params))
 
 
 def check_plain(groups: Iterable[Group]) -> None:

@@ -63,6 +63,11 @@ class ParamPlan:
         self.made = self.param.shape, self.param.dtype, self.param.device
 
     @property
+    def sharded(self) -> bool:
+        """Whether it lies on several ranks, a part on each."""
+        return self.part is not None and self.part.mesh is not None
+
+    @property
     def salt(self) -> tuple[int, ...]:
         """What tells roundings of this part from those of others: equal noise is no noise."""
         part = self.part

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Unpack
 from torch import Tensor
 
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
-from lowrank_optim.engine.refresh import phase, refresh_, refresh_due
+from lowrank_optim.engine.refresh import phase, refresh_due
 from lowrank_optim.engine.sharded.replicas import refresh_layers
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group
@@ -225,12 +225,7 @@ class SSTAdamW(LowRankOptimizer):
             step, last = int(state["step"]), int(state["refresh_step"])
             if refresh_due(step, last, chosen.gap, phase(item, chosen)):
                 due.append((item, state))
-        (alike,) = self._replicas or (None,)
-        if alike is not None:  # one rank factors, and all have its factors
-            refresh_layers(due, chosen, alike)
-            return
-        for item, state in due:
-            refresh_(item, state, item.param, int(state["step"]), chosen)
+        refresh_layers(due, chosen, self._replicas)
 
 
 class SSTAdamW8bit(SSTAdamW):

@@ -58,31 +58,40 @@ class Scaled(Forgetful):
 
     def measure(self, seen: ResidualInputs) -> Measured | None:
         """Squares of the columns' scaled norms, added up; or norms of the matrix."""
-        of_low, of_grad, of_direction = self._norms(seen)
         if not self._by_column(seen):
+            of_low, of_grad, of_direction = self._norms(seen)
             found = [of_low, of_direction, *([] if of_grad is None else [of_grad])]
             return Measured(torch.stack(found), True, 2, ())
+        factor, *squares = self._of_columns(seen)
+        sums = torch.stack(squares) if squares else factor.new_zeros(0, *factor.shape[:-1], 1)
+        return Measured(sums, False, 0, (factor,))
+
+    def _of_columns(self, seen: ResidualInputs) -> list[Tensor]:
+        """The factor of each, and for a limiter the squares of all of scaled G and R."""
+        of_low, of_grad, of_direction = self._norms(seen)
         factor = of_direction / (of_low + TINY)
-        if of_grad is None:
-            return Measured(factor.new_zeros(0, *factor.shape[:-1], 1), False, 0, (factor,))
-        whole = (factor * of_grad).square().sum(-1, keepdim=True)
-        inside = (factor * of_low).square().sum(-1, keepdim=True)
-        return Measured(torch.stack([whole, inside]), False, 0, (factor,))
+        scaled = [] if of_grad is None else [factor * of_grad, factor * of_low]
+        return [factor, *(x.square().sum(-1, keepdim=True) for x in scaled)]
 
     def after(
         self, state: State, seen: ResidualInputs, measured: Measured | None = None
     ) -> Term | None:
         """One factor for every column of G."""
-        measured = measured or self.measure(seen)
-        assert measured is not None
         low, direction = seen.low, seen.direction
-        if measured.columns:
-            (factor,) = measured.columns
-            squares = measured.sums
+        squares: Sequence[Tensor]
+        if self._by_column(seen):
+            if measured is None:
+                factor, *squares = self._of_columns(seen)
+            else:
+                (factor,), squares = measured.columns, list(measured.sums)
         else:
-            of_low, of_direction, *of_grad = measured.sums
+            if measured is None:
+                of_low, of_all, of_direction = self._norms(seen)
+                of_grad = [] if of_all is None else [of_all]
+            else:
+                of_low, of_direction, *of_grad = measured.sums
             factor = of_direction / (of_low + TINY)
-            squares = torch.stack([(factor * x).square() for x in (*of_grad, of_low)])
+            squares = [(factor * x).square() for x in (*of_grad, of_low)]
         if self.limiter is not None:
             total = self._norm(squares[0], squares[1], seen)
             factor = factor * self._limit_(state["residual_norm"], total, seen.finite)

@@ -134,3 +134,27 @@ def test_no_two_modules_import_each_other() -> None:
 def test_no_circle_for_types_either() -> None:
     """Nor closed by names that annotations alone use."""
     assert circles(typing=True) == set()
+
+
+def at_import(tree: ast.AST) -> Iterator[ast.AST]:
+    """Nodes that run when a module is imported: no bodies of functions."""
+    for child in ast.iter_child_nodes(tree):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and not is_type_checking(
+            child
+        ):
+            yield child
+            yield from at_import(child)
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"lowrank_optim.distributed"}))
+def test_nothing_of_several_processes_is_imported_before_there_are_any(name: str) -> None:
+    """DTensors take a second to import, and a torch built without distributed has no groups.
+
+    ``import torch.distributed`` is all that any torch allows.
+    """
+    for node in at_import(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert not (node.module or "").startswith("torch.distributed"), ast.unparse(node)
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                assert not alias.name.startswith("torch.distributed."), ast.unparse(node)

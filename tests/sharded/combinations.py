@@ -47,7 +47,7 @@ _NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "svd larger side": ("galore adamw", {"projector": "svd", "proj_type": "reverse_std"}),
     "fira svd": ("fira", {"projector": "svd"}),
     "fira rsvd": ("fira matrix", {"on_refresh": "reset"}),
-    "fira paper": ("fira paper", {"projector": "random"}),
+    "fira paper": ("fira paper", {"projector": "random", "seed": 2}),
     "fira columns": ("fira", {"projector": "columns"}),
     "frugal block": ("frugal sign", {}),
     "frugal block in turn": ("frugal sgd", {"block_order": "ascending"}),
@@ -129,6 +129,8 @@ def is_defined(row: Row) -> bool:
     diagonal = chosen["proj_type"] == "full" and chosen["projector"] in ("svd", "rsvd")
     if diagonal and "Lion" in METHODS[chosen["method"]][0]:
         return False
+    if chosen["method"].startswith("fira") and chosen["projector"] == "block":
+        return False  # refused of what is sharded
     return goes_with(chosen["method"], chosen["projector"])
 
 

@@ -27,6 +27,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "sst": ("SSTAdamW", {**SST, "rank": 2}, "SST"),
     "sst active": ("SSTAdamW", {**SST, "rank": 2, "factors": "active"}, "SST"),
     "switchlora": ("SwitchLoRAAdamW", {**SWITCH, "rank": 2}, "SwitchLoRA"),
+    "fira block": ("FiraAdamW", {"projector": "block", "rank": 0.5}, "block"),
     "adafactor": ("GaLoreAdafactor", {"rank": 2}, "Adafactor"),
     "8bit": ("GaLoreAdamW8bit", {"rank": 2}, "8bit"),
     "8bit frugal": ("FrugalLion", {"state_dtype": "8bit", "projector": "columns"}, "8bit"),

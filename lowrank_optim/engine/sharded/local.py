@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state, on_host
 from lowrank_optim.sharding.parts import Part, cuts, is_sharded, local
@@ -54,6 +53,8 @@ class LocalState(MutableMapping[str, Tensor]):
     def load(self, key: str, x: Tensor) -> None:
         """Take in a whole entry, or a DTensor however it lies."""
         if not on_host(key):
+            from torch.distributed.tensor import DTensor, Replicate
+
             places = self._placements(key)
             if not is_sharded(x):  # every rank has it: none need send any
                 x = DTensor.from_local(
@@ -66,6 +67,8 @@ class LocalState(MutableMapping[str, Tensor]):
     def _placements(self, key: str) -> tuple[Any, ...]:
         if self._part.side == "entries":
             return self._part.placements
+        from torch.distributed.tensor import Replicate, Shard  # slow; who has a DTensor has it
+
         return (Shard(self._dims[key][0]) if key in self._dims else Replicate(),)
 
     def _whole(self, key: str, x: Tensor) -> Tensor:
@@ -76,6 +79,8 @@ class LocalState(MutableMapping[str, Tensor]):
         if key in self._dims:
             dim, size = self._dims[key]
             shape[dim] = size
+        from torch.distributed.tensor import DTensor
+
         whole: Tensor = DTensor.from_local(
             x,
             self._part.mesh,
@@ -111,7 +116,7 @@ def local_state(item: ParamPlan, outer: dict[str, Tensor], chosen: Strategies) -
 def here(item: ParamPlan) -> ParamPlan:
     """What stands for the part of a parameter that is here: its weights, its gradient."""
     part = item.part
-    if part is None or not part.sharded:
+    if part is None or not item.sharded:
         return item
     weight = local(item.param).detach()  # one of this step: its gradient must not outlive it
     if item.param.grad is not None:

@@ -31,6 +31,8 @@ class Due(NamedTuple):
     grad: Tensor | None
     """The columns that are here, where a refresh looks at them."""
     chosen: Strategies
+    norm: Tensor | None = None
+    """Of its whole gradient, where ranks have agreed on it."""
 
     @property
     def step(self) -> int:
@@ -195,7 +197,7 @@ def _find(d: Due, arrived: Sequence[Sequence[Tensor]]) -> Found:
     inputs, view = _inputs(d), d.item.view
     assert view is not None and d.grad is not None
     whole = [torch.cat([own[i] for own in arrived], dim) for i, (_, dim) in enumerate(inputs)]
-    grad = whole.pop(0) if _gathers(d) else d.grad.new_ones(()).expand(view.m, view.n)
+    grad = whole.pop(0) if _gathers(d) else _as_informative(d).expand(view.m, view.n)
     split = split_dims(d.item, d.chosen)
     state: State = {k: d.state[k].clone() for k in d.entries if k not in split}
     state.update(zip([k for k in d.entries if k in split], whole, strict=True))
@@ -203,6 +205,12 @@ def _find(d: Due, arrived: Sequence[Sequence[Tensor]]) -> Found:
     plan = replace(d.item, param=meta, part=None)
     moved = find_(plan, {**state, "postponed": d.state["postponed"]}, grad, d.step, d.chosen)
     return Found(moved is not None, state, moved or {})
+
+
+def _as_informative(d: Due) -> Tensor:
+    """A number that is 0, or not finite, where the whole gradient is: all that is looked at."""
+    assert d.norm is not None and d.grad is not None
+    return torch.where(d.norm > 0, d.norm / d.norm, d.norm).to(d.grad.dtype)
 
 
 def _sent(

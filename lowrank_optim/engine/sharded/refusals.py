@@ -7,6 +7,7 @@ import torch
 from lowrank_optim.engine.plan import ParamPlan, Strategies
 from lowrank_optim.stores import FloatStore
 from lowrank_optim.subspaces.base import PROJECTORS, Subspace
+from lowrank_optim.subspaces.block import Block
 
 
 def _name(kind: type[Subspace]) -> str:
@@ -29,6 +30,11 @@ def check_supported(item: ParamPlan, chosen: Strategies, method: str) -> None:
         why = (
             f"{_name(type(subspace))}: {subspace.whole}. Take another class with "
             "projector='columns', 'rsvd' or 'dct', or train under DistributedDataParallel"
+        )
+    elif isinstance(subspace, Block) and chosen.residual.stepped:
+        why = (
+            "projector='block' beside a residual that is scaled by whole matrices. Take a FRUGAL "
+            "class, or projector='columns' or 'rsvd'"
         )
     elif not chosen.rule.elementwise:
         why = (

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
-from lowrank_optim.engine.refresh import basis_due
+from lowrank_optim.engine.refresh import basis_due, refresh_
 from lowrank_optim.engine.sharded.refresh import Due, refresh_replicas
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.sharding.parts import replica
@@ -19,59 +19,95 @@ from lowrank_optim.subspaces.block import Block
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
 
-def wrapping(params: Iterable[Tensor]) -> DistributedDataParallel | None:
-    """The ``DistributedDataParallel`` that averages gradients of any of these, if one does.
+def averaged(params: Iterable[Tensor]) -> dict[int, dist.ProcessGroup]:
+    """The ranks over which ``DistributedDataParallel`` averages gradients, by id of a parameter.
 
     It leaves no trace on a parameter, so all objects are asked; milliseconds, where ranks exist.
     """
     if not (dist.is_available() and dist.is_initialized()):
-        return None
+        return {}
     wanted = {id(p) for p in params}
+    found: dict[int, dist.ProcessGroup] = {}
     for x in gc.get_objects():
         # not isinstance, which a proxy may answer by importing what it stands for
-        if issubclass(type(x), DistributedDataParallel):
+        if issubclass(type(x), DistributedDataParallel) and hasattr(x, "process_group"):
             ignored = getattr(x, "parameters_to_ignore", ())
-            if any(id(p) in wanted for n, p in x.module.named_parameters() if n not in ignored):
-                found: DistributedDataParallel = x
-                return found
-    return None
+            own = {id(p) for n, p in x.module.named_parameters() if n not in ignored}
+            found.update(dict.fromkeys(own & wanted, x.process_group))
+    return found
 
 
-def group_of_replicas(params: Sequence[Tensor], uids: Sequence[int]) -> dist.ProcessGroup | None:
-    """The ranks that step the same parameters with the same gradients; None if there are no others.
+class Replicas:
+    """Which parameters of an optimizer other ranks step alike, each with the same gradient."""
 
-    Ranks of ``ZeroRedundancyOptimizer`` have a part of them each: they share none.
+    def __init__(self) -> None:
+        self._steps = 0
+        self._groups: dict[int, dist.ProcessGroup] = {}
 
-    Args:
-        params: of the optimizer.
-        uids: of each, what its draws depend on.
-    """
-    wrapper = wrapping(params)
-    if wrapper is None or wrapper.process_group.size() == 1:
-        return None
-    mine = [(uid, tuple(p.shape)) for uid, p in zip(uids, params, strict=True)]
+    def group_of(self, param: Tensor) -> dist.ProcessGroup | None:
+        """The ranks that were found to have a parameter; None if nobody else has."""
+        return self._groups.get(id(param))
+
+    def groups(self, items: Callable[[], Sequence[ParamPlan]]) -> dict[int, dist.ProcessGroup]:
+        """By id of the parameter; called once a step.
+
+        Parameters are looked for at the first step, the second, the fourth and so on until there
+        are some: a model may be wrapped after a step, as one that makes state for a checkpoint.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            self._steps, self._groups = 0, {}
+            return {}
+        self._steps += 1
+        if not self._groups and self._steps & (self._steps - 1) == 0:
+            own = items()
+            shared = averaged(i.param for i in own)
+            by_group: dict[int, list[ParamPlan]] = {}
+            for item in own:
+                if id(item.param) in shared:
+                    by_group.setdefault(id(shared[id(item.param)]), []).append(item)
+            for alike in by_group.values():
+                group = shared[id(alike[0].param)]
+                if group.size() > 1 and _is_alike(alike, group):
+                    self._groups.update({id(item.param): group for item in alike})
+        return self._groups
+
+
+def _is_alike(items: Sequence[ParamPlan], group: dist.ProcessGroup) -> bool:
+    """Whether all ranks of a group have these parameters, in this order."""
+    mine = [(item.uid, tuple(item.param.shape)) for item in items]
     digest = hashlib.sha256(repr(mine).encode()).hexdigest()
-    group: dist.ProcessGroup = wrapper.process_group
     digests: list[str | None] = [None] * group.size()
     dist.all_gather_object(digests, digest, group=group)
-    return group if len(set(digests)) == 1 else None
+    return len(set(digests)) == 1
 
 
 def refresh_layers(
-    layers: Sequence[tuple[ParamPlan, State]], chosen: Strategies, group: dist.ProcessGroup
+    layers: Sequence[tuple[ParamPlan, State]], chosen: Strategies, replicas: Replicas
 ) -> None:
-    """Refresh layers of factors, of which every rank has all."""
-    for item, _ in layers:
+    """Refresh layers of factors: alone, or by one of the ranks that have them."""
+    by_group: dict[int, list[Due]] = {}
+    for item, state in layers:
+        group = replicas.group_of(item.param)
+        if group is None:
+            refresh_(item, state, item.param, int(state["step"]), chosen)
+            continue
         item.part = item.part or replica(item.view, group, item.param.shape)
-    refresh_replicas([Due(item, item, state, None, chosen) for item, state in layers])
+        by_group.setdefault(id(group), []).append(Due(item, item, state, None, chosen))
+    for due in by_group.values():
+        refresh_replicas(due)
 
 
 def refresh_alike(
-    work: Sequence[tuple[ParamPlan, State, Strategies]], group: dist.ProcessGroup, undo: Undo
+    work: Sequence[tuple[ParamPlan, State, Strategies]],
+    groups: Mapping[int, dist.ProcessGroup],
+    undo: Undo,
 ) -> None:
     """Refresh what is due of replicas before they step: a step then finds nothing due."""
-    due = []
+    by_group: dict[int, list[Due]] = {}
     for item, state, chosen in work:
+        item.tried = -1  # a step that failed was undone
+        if id(item.param) not in groups:
+            continue
         subspace, step = item.subspace, int(state.get("step", 0))
         if subspace is None or isinstance(subspace, Block) or not item.alone:
             continue
@@ -79,11 +115,12 @@ def refresh_alike(
             continue
         if subspace.reproducible(step):
             continue
+        group = groups[id(item.param)]
         item.part = item.part or replica(item.view, group, item.param.shape)
         undo.begin(state)
         undo.keep(state, subspace.refreshed(state))
-        due.append(Due(item, item, state, None, chosen))
-    steps = [d.step for d in due]
-    refresh_replicas(due)
-    for d, step in zip(due, steps, strict=True):
-        d.item.tried = step
+        by_group.setdefault(id(group), []).append(Due(item, item, state, None, chosen))
+    for due in by_group.values():
+        refresh_replicas(due)
+        for d in due:
+            d.item.tried = d.step

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_optim import ops
 from lowrank_optim.engine.blocks import advance
 from lowrank_optim.engine.bucket import Bucket, warn_skipped
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, on_accelerator
@@ -106,10 +107,18 @@ class ShardedStep:
                 buckets.setdefault(w.key, []).append(w)
         chunks = []
         for alike in buckets.values():
-            size = chunk_size(alike[0].twin, alike[0].chosen)
+            size = _together(alike[0])
             chunks += [alike[i : i + size] for i in range(0, len(alike), size)]
         _refresh(chunks, undo)
         _step_chunks(chunks, undo)
+
+
+def _together(w: Work) -> int:
+    """How many alike matrices to step at once: as many on ranks that have less of each."""
+    part = w.item.part
+    assert part is not None
+    whole = chunk_size(w.item, w.chosen)
+    return whole if part.side == "whole" else whole * part.ranks
 
 
 def _is_usable(w: Work, undo: Undo) -> bool:
@@ -143,7 +152,7 @@ def _refresh(chunks: Sequence[list[Work]], undo: Undo) -> None:
         subspace = w.item.subspace
         assert subspace is not None
         undo.keep(w.state, subspace.refreshed(w.state))
-    refresh_together([Due(w.item, w.twin, w.state, w.grad, w.chosen) for w in due])
+    refresh_together([Due(w.item, w.twin, w.state, w.grad, w.chosen, w.norm) for w in due])
 
 
 def _looks(w: Work) -> bool:
@@ -276,6 +285,7 @@ def _add_rows_(w: Work, s: MatrixStep, update: Tensor) -> None:
     if on_accelerator(weight):
         one = torch.ones((), dtype=torch.promote_types(weight.dtype, torch.float32))
         decay = torch.where(s.finite, one.to(weight.device) * decay, 1.0)
-    rows.mul_(decay).add_(update)
+    wider = torch.promote_types(rows.dtype, torch.float32)
+    ops.add_(rows, update.to(wider), decay, 1.0, None)
     if not shares_memory(rows, weight):
         weight.copy_((rows.mT if view.flip else rows).reshape(view.shape))

@@ -1,0 +1,255 @@
+"""Which parameters replicas share, and what becomes of those that they do not."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+import lowrank_optim
+from lowrank_optim import optimizer as optimizer_module
+from tests.sharded.ranks import Ranks, World
+
+Worlds = Callable[[int], Ranks]
+OPTIONS: dict[str, Any] = {"lr": 1e-2, "rank": 3, "projector": "svd", "update_proj_gap": 2}
+
+
+def network(seed: int = 0, layers: int = 2) -> nn.Sequential:
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    torch.manual_seed(seed)
+    return nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(layers))).double()
+
+
+def batch(step: int, rank: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randn(16, 8, generator=generator, dtype=torch.float64)
+
+
+def backward(model: nn.Module, step: int, rank: int) -> None:
+    model(batch(step, rank)).square().mean().backward()
+
+
+def other_bits(world: World) -> Any:
+    """Let each rank find another basis: what only an owner's broadcast makes good.
+
+    Returns what puts it back.
+    """
+    from lowrank_optim.subspaces.svd import SVD
+
+    find = SVD.find
+
+    def found(self: Any, *args: Any) -> Tensor:
+        return find(self, *args) * (1 + 2.0**-30 * world.rank)
+
+    SVD.find = found  # type: ignore[method-assign]
+    return lambda: setattr(SVD, "find", find)
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def alike(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def beside(world: World, layers: int) -> Any:
+    """A model of all ranks, and a weight of each rank's own that has a gradient on one only."""
+    back = other_bits(world)
+    model, own = network(), network(5 + world.rank)
+    ddp = DistributedDataParallel(model)
+    named = [*model.named_parameters("shared"), *own.named_parameters("own")]
+    optimizer = lowrank_optim.GaLoreAdamW(named, stagger=False, **OPTIONS)
+    one = network(5 + world.rank)
+    single = lowrank_optim.GaLoreAdamW(one.named_parameters("own"), stagger=False, **OPTIONS)
+    try:
+        for step in range(5):
+            optimizer.zero_grad()
+            single.zero_grad()
+            backward(ddp, step, world.rank)
+            if world.rank == 0 or layers:
+                backward(own, step, world.rank)
+                backward(one, step, world.rank)
+                single.step()
+            optimizer.step()
+    finally:
+        back()
+    return weights(model), alike(weights(own), weights(one))
+
+
+@pytest.mark.parametrize("both", [0, 1], ids=["gradient on one rank", "gradients of each rank"])
+def test_what_no_ddp_averages_is_of_the_rank_alone(both: int, ranks: Worlds) -> None:
+    first, second = ranks(2).run("beside", beside, layers=both).checked()
+    assert alike(first[0], second[0])
+    assert first[1] and second[1], "another rank's basis came into it"
+
+
+def two_models(world: World) -> Any:
+    """One of all ranks and one of pairs of them, by one optimizer."""
+    back = other_bits(world)
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    models = network(), network(7 + world.rank // 2)
+    ddps = [
+        DistributedDataParallel(models[0]),
+        DistributedDataParallel(models[1], process_group=pairs[world.rank // 2]),
+    ]
+    named = [*models[0].named_parameters("all"), *models[1].named_parameters("pair")]
+    optimizer = lowrank_optim.GaLoreAdamW(named, **OPTIONS)
+    try:
+        for step in range(5):
+            optimizer.zero_grad()
+            for ddp in ddps:
+                backward(ddp, step, world.rank)
+            optimizer.step()
+    finally:
+        back()
+    return weights(models[0]), weights(models[1])
+
+
+def test_two_models_of_other_ranks(ranks: Worlds) -> None:
+    values = ranks(4).run("two models", two_models).checked()
+    assert all(alike(values[0][0], all_) for all_, _ in values)
+    assert alike(values[0][1], values[1][1]) and alike(values[2][1], values[3][1])
+    assert not alike(values[0][1], values[2][1])
+
+
+def wrapped_later(world: World) -> Any:
+    """The first step is taken before there is a wrapper."""
+    back = other_bits(world)
+    model = network()
+    optimizer = lowrank_optim.GaLoreAdamW(model.named_parameters(), **OPTIONS)
+    try:
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        ddp = DistributedDataParallel(model)
+        for step in range(6):
+            optimizer.zero_grad()
+            backward(ddp, step, world.rank)
+            optimizer.step()
+    finally:
+        back()
+    return weights(model)
+
+
+def test_a_model_wrapped_after_a_step(ranks: Worlds) -> None:
+    first, second = ranks(2).run("wrapped later", wrapped_later).checked()
+    assert alike(first, second)
+
+
+def zero(world: World) -> Any:
+    """More ranks than parameters: one has none, and must not keep the others waiting."""
+    model = network(layers=2)
+    ddp = DistributedDataParallel(model)
+    optimizer = ZeroRedundancyOptimizer(
+        model.parameters(), optimizer_class=lowrank_optim.GaLoreAdamW, **OPTIONS
+    )
+    for step in range(4):
+        optimizer.zero_grad()
+        backward(ddp, step, world.rank)
+        optimizer.step()
+    return weights(model)
+
+
+def test_zero_redundancy_with_a_rank_without_parameters(ranks: Worlds) -> None:
+    first, *others = ranks(3).run("zero", zero).checked()
+    assert all(alike(first, other) for other in others)
+
+
+def failing(world: World) -> Any:
+    """An error after the refreshes of a step: it is taken again, with the same bases."""
+    back = other_bits(world)
+    model = network()
+    ddp = DistributedDataParallel(model)
+    own = {**OPTIONS, "stagger": False, "on_refresh": "project"}
+    optimizer = lowrank_optim.GaLoreAdamW(model.named_parameters(), **own)
+    step_items = optimizer_module.step_items
+
+    def fail(*_: Any) -> None:
+        raise MemoryError("on purpose")
+
+    same = True
+    try:
+        for step in range(5):
+            optimizer.zero_grad()
+            backward(ddp, step, world.rank)
+            if step == 2:
+                before = [x.clone() for s in optimizer.state.values() for x in s.values()]
+                optimizer_module.step_items = fail  # type: ignore[assignment]
+                with pytest.raises(MemoryError):
+                    optimizer.step()
+                optimizer_module.step_items = step_items
+                same = alike(before, [x for s in optimizer.state.values() for x in s.values()])
+            optimizer.step()
+    finally:
+        back()
+        optimizer_module.step_items = step_items
+    refreshed = [float(s["refresh_step"]) for s in optimizer.state.values()]
+    return same, refreshed, weights(model)
+
+
+def test_an_error_leaves_bases_as_they_were(ranks: Worlds) -> None:
+    first, second = ranks(2).run("failing", failing).checked()
+    assert first[0] and second[0], "the state has changed"
+    assert first[1] == second[1] == [4.0, 4.0]
+    assert alike(first[2], second[2])
+
+
+def copies(world: World) -> Any:
+    """An optimizer that knows its ranks can be copied, pickled and traced."""
+    model = network()
+    ddp = DistributedDataParallel(model)
+    optimizer = lowrank_optim.GaLoreAdamW(model.named_parameters(), **OPTIONS)
+    for step in range(3):
+        optimizer.zero_grad()
+        backward(ddp, step, world.rank)
+        optimizer.step()
+    twin = copy.deepcopy(optimizer)
+    again = pickle.loads(pickle.dumps(optimizer))
+    for other in (twin, again):
+        for group, mine in zip(other.param_groups, optimizer.param_groups, strict=True):
+            for p, q in zip(group["params"], mine["params"], strict=True):
+                assert torch.equal(p, q)
+                p.grad = q.grad.clone()
+        other.step()
+    optimizer.step()
+    moved = [
+        [p.detach() for g in o.param_groups for p in g["params"]] for o in (optimizer, twin, again)
+    ]
+    return alike(moved[0], moved[1]) and alike(moved[0], moved[2])
+
+
+def test_an_optimizer_of_replicas_can_be_copied(ranks: Worlds) -> None:
+    assert all(ranks(2).run("copies", copies).checked())
+
+
+def compiled(world: World) -> Any:
+    back = other_bits(world)
+    model = network()
+    ddp = DistributedDataParallel(model)
+    optimizer = lowrank_optim.GaLoreAdamW(model.named_parameters(), **OPTIONS)
+    step_ = torch.compile(optimizer.step, backend="eager")
+    try:
+        for step in range(5):
+            optimizer.zero_grad()
+            backward(ddp, step, world.rank)
+            step_()
+    finally:
+        back()
+    return weights(model)
+
+
+def test_a_compiled_step_of_replicas(ranks: Worlds) -> None:
+    first, second = ranks(2).run("compiled", compiled).checked()
+    assert alike(first, second)
