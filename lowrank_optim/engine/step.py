@@ -244,7 +244,8 @@ def apply(
     finite = w.finite if on_accelerator(param) else None
     undo.keep(w.state, chosen.residual.stepped)
     seen = inputs_of(w)
-    term = None if seen is None else chosen.residual.after(w.state, seen, w.measured)
+    told = () if w.measured is None else (w.measured,)  # a residual of one process knows of none
+    term = None if seen is None else chosen.residual.after(w.state, seen, *told)
     size = chosen.rule.step_size(lr, float(w.state["step"]), param)
     if isinstance(size, Tensor) and size.numel() == 1 and not on_accelerator(param):
         size = float(size)

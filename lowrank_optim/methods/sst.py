@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Unpack
 
 from torch import Tensor
@@ -195,7 +196,8 @@ class SSTAdamW(LowRankOptimizer):
             assert view is not None
             subspace = SpectralModule.from_group(group, view)
             kind = kinds.setdefault((view, subspace), len(kinds))
-            yield Layer(members[0], names[0], at, uid, FactorView(*view), subspace, kind, members)
+            plan = partial(Layer, members[0], names[0], at, uid, FactorView(*view), subspace, kind)
+            yield plan(members=members)
             for k in range(1, size):
                 yield Layer(members[k], names[k], at + k, uid, None, None)
 
