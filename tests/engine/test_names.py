@@ -161,7 +161,7 @@ def test_numbers_are_of_bare_names_and_distinct() -> None:
         assert uid_of(wrapped.format(names[5])) == uids[5]
 
 
-WRITTEN = 6495098945243830705
+WRITTEN = 7627622310132177329
 
 
 def loads(offsets: Sequence[int], gap: int, window: int) -> list[int]:
@@ -182,15 +182,15 @@ def spread(offsets: Sequence[int], gap: int, window: int) -> float:
 def test_names_spread_refreshes_more_evenly_than_hashes(names: list[str], gap: int) -> None:
     """Per step, where one refresh stalls, and over 5 % of a gap, where they add up.
 
-    A 7B at gap 200 has at most 3 in a step, where places had 2 and a hash of each name alone 5.
+    A 7B at gap 200 has at most 2 in a step, as places had; a hash of each name alone 5.
     """
     ours = [stagger_offset(uid_of(name), gap) for name in names]
     places = [stagger_offset(n, gap) for n in range(len(names))]
     hashed = [_hash(name, 32) * gap >> 32 for name in names]
     most = [max(loads(offsets, gap, 1)) for offsets in (places, ours, hashed)]
-    assert most[0] < most[1] < most[2] and most[1] <= most[0] + 2
+    assert most[0] <= most[1] < most[2] and most[1] <= most[0] + 2
     if gap == 200 and len(names) == 224:
-        assert most == [2, 3, 5]
+        assert most == [2, 2, 5]
     for window, share in ((1, 0.75), (gap // 20, 0.45)):
         assert spread(ours, gap, window) < share * spread(hashed, gap, window)
 

@@ -150,7 +150,14 @@ def without_news(world: World | None, projector: str, place: int, factor: float)
 
 
 @pytest.mark.parametrize("place", [0, 1, None])
-@pytest.mark.parametrize("projector", ["random", "svd", "dct", "hadamard", "columns"])
+@pytest.mark.parametrize(
+    "projector",
+    [
+        "random",
+        "dct",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("svd", "hadamard", "columns")),
+    ],
+)
 def test_gradients_of_zeros_postpone_as_in_one_process(
     projector: str, place: int | None, ranks: Worlds
 ) -> None:

@@ -86,7 +86,10 @@ def trained(world: World, which: str) -> float:
     return most
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [x if n < 2 else pytest.param(x, marks=pytest.mark.slow) for n, x in enumerate(OPTIMIZERS)],
+)
 def test_float32_weights_of_bfloat16_layers(name: str, ranks: Worlds) -> None:
     """Weights and the clipped norm are those of the same arithmetic in one process."""
     for most in ranks(2).run(name, trained, which=name).checked():
