@@ -40,7 +40,14 @@ def llama_config(name: str, vocab_size: int = 32000) -> LlamaConfig:
 
 
 def llama(
-    hidden: int, mlp: int, layers: int, heads: int, *, vocab_size: int, context: int = 2048
+    hidden: int,
+    mlp: int,
+    layers: int,
+    heads: int,
+    kv_heads: int | None = None,
+    *,
+    vocab_size: int,
+    context: int = 2048,
 ) -> LlamaConfig:
     """A LLaMA configuration; input and output embeddings are separate matrices, as in LLaMA."""
     from transformers import LlamaConfig  # takes seconds: only where a model is wanted
@@ -51,6 +58,7 @@ def llama(
         intermediate_size=mlp,
         num_hidden_layers=layers,
         num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=context,
         tie_word_embeddings=False,
         use_cache=False,

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from lowrank_optim.engine.plan import on_host
@@ -20,7 +21,8 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     storages = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
-        key = id(tensor) if tensor.is_meta else (str(tensor.device), storage.data_ptr())
+        no_data = tensor.is_meta or isinstance(tensor, FakeTensor)
+        key = id(tensor) if no_data else (str(tensor.device), storage.data_ptr())
         if storage.nbytes():
             storages[key] = storage.nbytes()
     return sum(storages.values())

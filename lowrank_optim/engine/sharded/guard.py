@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.engine.plan import ParamPlan
+from lowrank_optim.engine.plan import ParamPlan, on_accelerator
+from lowrank_optim.engine.tracing import fake_mode
 from lowrank_optim.sharding import collectives
 
 
@@ -44,7 +45,8 @@ def _of_mesh(items: Sequence[tuple[ParamPlan, ParamPlan]]) -> dict[int, Tensor]:
         collectives.sum_([squares], group)
         ranks *= group.size()
     have = [twin.param.grad is not None for _, twin in items]
-    if not squares.is_cuda:  # a device would wait
+    # a device would wait, and tensors without data have no answer
+    if not on_accelerator(squares) and fake_mode() is None:
         for (item, _), count in zip(items, squares[1].tolist(), strict=True):
             if 0 < count < ranks:
                 raise RuntimeError(

@@ -1,0 +1,52 @@
+"""The benchmark of messages: its figures are those that docs/distributed.md lets anyone add up."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.communication import SIZE, Model, _counted, count, pretended, wire
+from benchmarks.meter import Collective
+
+RANKS = 4
+
+
+def llama_like(layers: int) -> Model:
+    """A wide matrix and a tall one a layer, and a table that is not projected."""
+    shapes: dict[str, tuple[int, ...]] = {"embed.weight": (40, 16)}
+    for i in range(layers):
+        shapes[f"m.layers.{i}.down.weight"] = (16, 48)
+        shapes[f"m.layers.{i}.up.weight"] = (48, 16)
+    return Model("small", 4, layers, shapes, frozenset(k for k in shapes if "layers" in k))
+
+
+@pytest.mark.parametrize("placed", [False, True])
+def test_figures_are_those_that_the_table_gives(placed: bool) -> None:
+    """Wide matrices are exchanged where rows are split; bases are whole, moments a part."""
+    layers, m, n, r = 3, 16, 48, 4
+    model = llama_like(layers)
+    found = count("GaLore rsvd", model, RANKS, placed=placed)
+    rows = 0 if placed else layers * 2 * m * n // RANKS  # two all-to-alls of what is here
+    guard = 2 * len(model.shapes) * 8
+    factor = (RANKS - 1) / RANKS
+    assert found.sent == factor * (rows * SIZE + 2 * guard)
+    assert found.basis == 2 * layers * m * r * SIZE
+    assert found.moments == 2 * (2 * layers * r * n + 40 * 16) * SIZE // RANKS
+    gathered = 2 * layers * m * n // RANKS * SIZE * factor
+    broadcast = 2 * layers * m * r * SIZE
+    refresh = found.refreshed - found.sent
+    assert refresh == pytest.approx(gathered + broadcast, rel=0.1)  # each message is rounded up
+    assert found.messages == (1 if placed else 3)
+
+
+def test_layers_beyond_the_second_add_what_the_second_does() -> None:
+    model = llama_like(3)
+    grown = count("DCT-AdamW", model, RANKS, placed=False)
+    with pretended(RANKS) as mesh:
+        whole = _counted("DCT-AdamW", model, mesh, False)
+    assert (grown.basis, grown.moments, grown.sent) == (whole.basis, whole.moments, whole.sent)
+
+
+def test_what_leaves_a_rank() -> None:
+    """A ring's all-reduce sends all but a part twice; nobody sends to itself."""
+    sent = [Collective(kind, 800, kind) for kind in ("all_reduce", "all_to_all", "broadcast")]
+    assert [wire([one], 8) for one in sent] == [1400, 700, 800]
