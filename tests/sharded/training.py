@@ -40,7 +40,7 @@ class Case:
     ``fsdp``: by rows. ``fsdp columns``: by columns wherever that is even. ``fsdp placed``: as
     ``lowrank_optim.distributed`` places it. ``tensors``: plain DTensors of every placement.
     ``parallel``: by FSDP2 over weights that tensor parallel has split by rows and by columns in
-    turn; ``parallel columns`` is the same, with FSDP2 by columns wherever that is even.
+    turn; ``parallel columns`` and ``parallel placed`` as under FSDP2 alone.
     """
     only: tuple[str, ...] = ()
     """Shapes; all if empty."""
@@ -193,7 +193,7 @@ class Trained:
                     self.rank, self.size = own["mesh"].get_local_rank(), own["mesh"].size()
                 if case.how.endswith(" columns"):
                     own["shard_placement_fn"] = models.by_columns(self.size)
-                if case.how == "fsdp placed":
+                if case.how.endswith(" placed"):
                     own["shard_placement_fn"] = placed(self.size, case)
                 for block in self.model.blocks:
                     fully_shard(block, **own)
