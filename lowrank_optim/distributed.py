@@ -50,7 +50,7 @@ def shard_placement_fn(
     if not (isinstance(world_size, int) and world_size >= 1):
         raise ValueError(f"world_size must be a number of ranks, 1 or more, got {world_size!r}")
     group = {"proj_type": proj_type, "projector": projector, "flatten": flatten}
-    check({**group, "rank": 1})
+    check({**group, "rank": 0.5})  # any that goes with all projectors
 
     def place(param: Tensor) -> Shard | None:
         view = view_for(group, param.shape)

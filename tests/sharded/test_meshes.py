@@ -121,9 +121,12 @@ def without(world: World | None, case: Case, mutation: Mutation | None, poisoned
     return out, count.changed
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def brief() -> Iterator[Ranks]:
-    """A world that takes a few seconds of waiting for a hang: here ranks part on purpose."""
+    """A world that takes a few seconds of waiting for a hang: here ranks part on purpose.
+
+    One for each test: where a group has failed, torch still knows meshes of it.
+    """
     world = Ranks(4, grace=4.0)
     yield world
     world.close()
@@ -400,12 +403,11 @@ def test_norms_are_those_of_whole_gradients(bad: str, ranks: Worlds) -> None:
 # ------------------------------------------------------------------ other orders, other groups
 
 
-def backwards(world: World, sizes: tuple[int, ...], places: str, name: str) -> Any:
+def backwards(world: World, sizes: tuple[int, ...], case: Case) -> Any:
     """A mesh of ranks that do not follow each other as they do in their groups."""
     logging.disable(logging.WARNING)
     order = torch.tensor([2, 0, 3, 1])[: world.size].argsort().view(sizes)
     mesh = DeviceMesh("cpu", order)
-    case = replace(NAMED[name], how="tensors", only=("wide", "tall"), places=(places,), steps=7)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "meshes_of", lambda *_: [mesh])
         trained = Trained(case, world)
@@ -422,8 +424,7 @@ def backwards(world: World, sizes: tuple[int, ...], places: str, name: str) -> A
 )
 def test_ranks_in_another_order(sizes: Any, places: str, name: str, ranks: Worlds) -> None:
     case = replace(NAMED[name], how="tensors", only=("wide", "tall"), places=(places,), steps=7)
-    args = {"sizes": sizes, "places": places, "name": name}
-    run = training.assembled(ranks(4).run(name, backwards, **args).checked())
+    run = training.assembled(ranks(4).run(name, backwards, sizes=sizes, case=case).checked())
     for i, (weights, _) in enumerate(training.reference(case.reference)):
         for key, x in weights.items():
             training.assert_within(run[i][0][key], x, training.WEIGHTS, f"{key} after step {i}")
