@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -40,7 +40,8 @@ class Case:
     ``fsdp``: by rows. ``fsdp columns``: by columns wherever that is even. ``fsdp placed``: as
     ``lowrank_optim.distributed`` places it. ``tensors``: plain DTensors of every placement.
     ``parallel``: by FSDP2 over weights that tensor parallel has split by rows and by columns in
-    turn; ``parallel columns`` and ``parallel placed`` as under FSDP2 alone.
+    turn; ``parallel columns`` and ``parallel placed`` as under FSDP2 alone. ``fsdp offloaded``:
+    with weights on the host.
     """
     only: tuple[str, ...] = ()
     """Shapes; all if empty."""
@@ -195,6 +196,8 @@ class Trained:
                     own["shard_placement_fn"] = models.by_columns(self.size)
                 if case.how.endswith(" placed"):
                     own["shard_placement_fn"] = placed(self.size, case)
+                if case.how.endswith(" offloaded"):
+                    own["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
                 for block in self.model.blocks:
                     fully_shard(block, **own)
                 fully_shard(self.model, **own)

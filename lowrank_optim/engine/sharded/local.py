@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -53,12 +53,9 @@ class LocalState(MutableMapping[str, Tensor]):
     def load(self, key: str, x: Tensor) -> None:
         """Take in a whole entry, or a DTensor however it lies."""
         if not on_host(key):
-            from torch.distributed.tensor import DTensor, Replicate
-
             places = self._placements(key)
             if not is_sharded(x):  # every rank has it: none need send any
-                whole = [Replicate()] * len(places)
-                x = DTensor.from_local(x, self._part.mesh, whole, run_check=False)
+                x = as_dtensor(x, self._part.mesh, self._part.placed(None), x.shape)
             if tuple(x.placements) != places:  # type: ignore[attr-defined]
                 x = x.redistribute(placements=places)  # type: ignore[attr-defined]
         self.outer[key] = x
@@ -76,17 +73,25 @@ class LocalState(MutableMapping[str, Tensor]):
         if key in self._dims:
             dim, size = self._dims[key]
             shape[dim] = size
-        from torch.distributed.tensor import DTensor
+        return as_dtensor(x, self._part.mesh, self._placements(key), shape)
 
+
+def as_dtensor(x: Tensor, mesh: Any, places: tuple[Any, ...], shape: Sequence[int]) -> Tensor:
+    """A DTensor of ``shape`` of which ``x`` is here, where it is."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    size, stride = torch.Size(shape), torch.empty(tuple(shape), device="meta").stride()
+    if x.device.type in (mesh.device_type, "meta"):
         whole: Tensor = DTensor.from_local(
-            x,
-            self._part.mesh,
-            self._placements(key),
-            run_check=False,
-            shape=torch.Size(shape),
-            stride=torch.empty(shape, device="meta").stride(),
+            x, mesh, places, run_check=False, shape=size, stride=stride
         )
         return whole
+    # from_local would move it to the mesh's device, away from a weight that is offloaded
+    spec = DTensorSpec(mesh, places, tensor_meta=TensorMeta(size, stride, x.dtype))
+    make: Any = DTensor
+    kept: Tensor = make(x, spec, requires_grad=False)
+    return kept
 
 
 def kept_as(item: ParamPlan, chosen: Strategies, entries: dict[str, Tensor]) -> dict[str, Tensor]:
