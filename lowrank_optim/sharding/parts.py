@@ -255,11 +255,12 @@ def _shares(
         batch = named["batch"]
         cut = Cut(sizes, tuple(dims.index(batch.dims[i]) for i in batch.cut.order))
         return cut, tuple(own("batch", view.batch[0], at) for at in ats), None
-    # who has whole columns keeps them, as near as can be: what splits columns splits them first
+    # who has whole columns keeps them, as near as can be: what splits columns splits them first,
+    # where pieces are even, as torch's loaders of whole states take no strided split of others
     columns = named.get("columns")
     first = [] if columns is None else [dims.index(columns.dims[i]) for i in columns.cut.order]
     cut = Cut(sizes, (*first, *(i for i in range(len(dims)) if i not in first)))
-    if not cut.is_read_alike(-(-view.n // unit)):
+    if -(-view.n // unit) % math.prod(sizes):
         cut = Cut(sizes, tuple(range(len(dims))))
     stored = tuple(Block(own("rows", view.m, at), own("columns", view.n, at)) for at in ats)
     stepped = tuple(cut.interval(view.n, at, unit) for at in ats)
