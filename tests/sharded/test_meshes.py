@@ -404,7 +404,10 @@ def test_norms_are_those_of_whole_gradients(bad: str, ranks: Worlds) -> None:
 
 
 def backwards(world: World, sizes: tuple[int, ...], case: Case) -> Any:
-    """A mesh of ranks that do not follow each other as they do in their groups."""
+    """A mesh of ranks that do not follow each other as they do in their groups.
+
+    ``full_tensor`` goes by groups and coordinates go by the mesh: what counts is where a part is.
+    """
     logging.disable(logging.WARNING)
     order = torch.tensor([2, 0, 3, 1])[: world.size].argsort().view(sizes)
     mesh = DeviceMesh("cpu", order)
@@ -414,7 +417,7 @@ def backwards(world: World, sizes: tuple[int, ...], case: Case) -> Any:
     out = []
     for step in range(case.steps):
         trained.step(step)
-        out.append(({name: (full(x), None) for name, x in trained.named.items()}, {}))
+        out.append(({name: training.in_place(x.detach()) for name, x in trained.named.items()}, {}))
     return out
 
 
@@ -428,3 +431,28 @@ def test_ranks_in_another_order(sizes: Any, places: str, name: str, ranks: World
     for i, (weights, _) in enumerate(training.reference(case.reference)):
         for key, x in weights.items():
             training.assert_within(run[i][0][key], x, training.WEIGHTS, f"{key} after step {i}")
+
+
+def of_a_stage(world: World, places: str) -> Any:
+    """Four ranks of five have a square mesh; the fifth, as another stage, knows nothing of it."""
+    logging.disable(logging.WARNING)
+    mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2))
+    if world.rank == 4:
+        return None
+    case = replace(NAMED["svd"], how="tensors", only=("wide",), places=(places,), steps=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "meshes_of", lambda *_: [mesh])
+        trained = Trained(case, world)
+    for step in range(case.steps):
+        trained.step(step)
+    return [full(x) for x in trained.named.values()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("places", ["01", "a0", "rr"])
+def test_other_ranks_need_not_know(places: str, ranks: Worlds) -> None:
+    """A group of several dimensions is made by its members alone."""
+    case = replace(NAMED["svd"], how="tensors", only=("wide",), places=(places,), steps=4)
+    (expected,) = training.reference(case)[-1][0].values()
+    for own in ranks(5).run("stage", of_a_stage, places=places).checked()[:4]:
+        assert float((own[0] - expected).abs().max()) <= training.WEIGHTS

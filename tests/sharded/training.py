@@ -238,14 +238,19 @@ class Trained:
 def part_of(x: Any) -> Part:
     if not isinstance(x, DTensor):
         return torch.as_tensor(x).clone(), None
-    local = x.to_local().detach().clone()
     if x.device_mesh.ndim > 1:
-        shape, offset = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
-        assert shape == tuple(local.shape), f"{shape} of {x.shape} as {x.placements}: {local.shape}"
-        return local, Region(tuple(x.shape), tuple(offset))
+        return in_place(x)
     (place,) = x.placements
     split = place.dim if isinstance(place, Shard) else None
-    return local, split
+    return x.to_local().detach().clone(), split
+
+
+def in_place(x: DTensor) -> Part:
+    """What is here, and where that is in the whole, as torch says."""
+    local = x.to_local().detach().clone()
+    shape, offset = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
+    assert shape == tuple(local.shape), f"{shape} of {x.shape} as {x.placements}: {local.shape}"
+    return local, Region(tuple(x.shape), tuple(offset))
 
 
 def whole(parts: Sequence[Part], where: str) -> Tensor:
