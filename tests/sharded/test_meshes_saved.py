@@ -67,11 +67,15 @@ def test_a_run_from_mesh_to_mesh_is_one_run_everywhere(
 @pytest.mark.parametrize("key", [key for key in LEGS if "x" in key])
 @pytest.mark.parametrize("name", ["fira svd", "svd full", "dct memory"])
 def test_another_optimizer_takes_over(name: str, key: str, ranks: Worlds) -> None:
-    """From whole states that every rank has, and from shards."""
-    case = replace(of(name, key), steps=8)
+    """From whole states that every rank has, and from shards.
+
+    Under tensor parallel of sizes that ranks divide: torch reads no other whole weights.
+    """
+    only = ("large", "square") if "parallel" in key else ONLY
+    case = replace(of(name, key), steps=8, only=only)
     for full in (False, True):
         values = ranks(4).run(name, in_memory, case=case, flat=False, full=full).checked()
-        expected = training.reference(replace(of(name, "1"), steps=8))
+        expected = training.reference(case.reference)
         training.assert_equal_runs(training.assembled(values), expected)
 
 
