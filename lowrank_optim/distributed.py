@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from lowrank_optim.groups.values import check
 from lowrank_optim.subspaces.base import view_for
@@ -24,8 +25,9 @@ def shard_placement_fn(
     one number a parameter: whether its gradient is finite (Fira: two more).
 
     Args:
-        world_size: ranks that share a parameter. ``fully_shard`` splits dimension 1 only where
-            they divide it; other parameters keep dimension 0.
+        world_size: ranks among which ``fully_shard`` splits a parameter: of a mesh of two
+            dimensions, the size of the second. ``fully_shard`` splits dimension 1 only where they
+            divide it, or what tensor parallel left of it; other parameters keep dimension 0.
         proj_type: of the optimizer (default: "std").
         projector: of the optimizer (default: "rsvd"; "columns" and "rows" say which side is split).
         flatten: of the group, for 3-d parameters (default: False).
@@ -48,15 +50,23 @@ def shard_placement_fn(
     if not (isinstance(world_size, int) and world_size >= 1):
         raise ValueError(f"world_size must be a number of ranks, 1 or more, got {world_size!r}")
     group = {"proj_type": proj_type, "projector": projector, "flatten": flatten}
-    check({**group, "rank": 1})
+    check({**group, "rank": 0.5})  # any that goes with all projectors
 
     def place(param: Tensor) -> Shard | None:
         view = view_for(group, param.shape)
         if view is None or view.flip:
             return None
         first = len(view.batch)
-        if param.shape[first + 1] % world_size:
+        if param.shape[first + 1] % (world_size * _pieces(param, first + 1)):
             return None
         return Shard(first + 1)
 
     return place
+
+
+def _pieces(param: Tensor, dim: int) -> int:
+    """In how many pieces tensor parallel has split a dimension."""
+    if not isinstance(param, DTensor):
+        return 1
+    own = zip(param.device_mesh.shape, param.placements, strict=True)
+    return math.prod(size for size, place in own if place.is_shard(dim))

@@ -313,6 +313,7 @@ class LowRankOptimizer(PlannedOptimizer):
         start = sum(len(other["params"]) for other in self._before(group))
         names = group.get("param_names")
         dense = []
+        chosen = self._strategies(group)
         kinds: dict[Any, int] = {}
         for i, param in enumerate(group["params"]):
             view = view_for(group, param.shape) if self._wants(group, i) else None
@@ -323,10 +324,11 @@ class LowRankOptimizer(PlannedOptimizer):
                 subspace = self.subspace(group, view).sharing(self._shared)
                 _check_fit(_name(group, i), subspace, self.residual(group))
             kind = kinds.setdefault((view, subspace), len(kinds))
-            part = part_of(param, None if isinstance(subspace, Block) else view, _name(group, i))
+            shared = None if isinstance(subspace, Block) else view
+            part = part_of(param, shared, _name(group, i), chosen.store.unit)
             uid = self._places.get(param, start + i) if names is None else uid_of(names[i])
             item = ParamPlan(param, _name(group, i), start + i, uid, view, subspace, kind, part)
-            check_supported(item, self._strategies(group), type(self).__name__)
+            check_supported(item, chosen, type(self).__name__)
             yield item
         if dense and group["rank"] is not None:
             logger.info("dense in a group of rank %s: %s", group["rank"], ", ".join(dense))

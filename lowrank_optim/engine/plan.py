@@ -69,9 +69,12 @@ class ParamPlan:
 
     @property
     def salt(self) -> tuple[int, ...]:
-        """What tells roundings of this part from those of others: equal noise is no noise."""
+        """What tells roundings of this part from those of others: equal noise is no noise.
+
+        Copies of a part round alike.
+        """
         part = self.part
-        return () if part is None or part.side == "whole" else (part.rank,)
+        return () if part is None or part.side == "whole" else (part.place,)
 
     @property
     def key(self) -> tuple[Any, ...]:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lowrank_optim.sharding.grid import Block, Grid, length
+
 ALIGN = 8
 """Tensors in one message begin at multiples of this many bytes."""
 
@@ -99,61 +101,78 @@ def exchange(
 
 
 def to_columns(
-    rows: Sequence[Tensor],
-    heights: Sequence[Sequence[int]],
-    widths: Sequence[Sequence[int]],
-    rank: int,
-    group: dist.ProcessGroup,
+    blocks: Sequence[Tensor], grid: Grid, rank: int, group: dist.ProcessGroup
 ) -> list[Tensor]:
-    """Columns of matrices of which each rank has rows: one all-to-all.
+    """Columns of alike matrices of which each rank has a block: one all-to-all.
 
     Args:
-        rows: of each matrix ``(..., m_i, n)`` those of this rank.
-        heights: of each matrix, the rows that each rank has.
-        widths: of each, the columns that each rank is to have.
+        blocks: of each matrix ``(..., m, n)`` what this rank stores, ``(..., m_i, n_i)``.
+        grid: who stores what, and who is to have which columns.
         rank: this one's place in the group.
         group: the ranks.
 
     Returns:
-        ``(..., m, n_i)`` of each.
+        ``(..., m, n_i)`` of each, with the columns of this rank.
     """
-    outgoing, incoming = _pieces(rows, widths, heights, -1, rank)
-    parts = exchange(outgoing, incoming, group, rows[0].device)
-    return [torch.cat([own[i] for own in parts], -2) for i in range(len(rows))]
+    stored, stepped = grid.stored[rank], grid.stepped[rank]
+    goes = [grid.sent(rank, to) for to in range(len(grid.stepped))]
+    comes = [grid.sent(source, rank) for source in range(len(grid.stored))]
+    outgoing = [[_cut(x, stored, own) for x in blocks if own is not None] for own in goes]
+    parts = exchange(outgoing, _forms(blocks, comes), group, blocks[0].device)
+    whole = Block((0, grid.m), stepped)
+    stays = grid.stays(rank)
+    out = []
+    for i, x in enumerate(blocks):
+        new = x.new_empty(*x.shape[:-2], grid.m, length(stepped))
+        if stays is not None:
+            _cut(new, whole, stays).copy_(_cut(x, stored, stays))
+        for source, own in enumerate(comes):
+            if own is not None:
+                _cut(new, whole, own).copy_(parts[source][i])
+        out.append(new)
+    return out
 
 
-def to_rows(
-    columns: Sequence[Tensor],
-    heights: Sequence[Sequence[int]],
-    widths: Sequence[Sequence[int]],
-    rank: int,
-    group: dist.ProcessGroup,
+def to_blocks(
+    columns: Sequence[Tensor], grid: Grid, rank: int, group: dist.ProcessGroup
 ) -> list[Tensor]:
     """The way back of :func:`to_columns`: one all-to-all."""
-    outgoing, incoming = _pieces(columns, heights, widths, -2, rank)
-    parts = exchange(outgoing, incoming, group, columns[0].device)
-    return [torch.cat([own[i] for own in parts], -1) for i in range(len(columns))]
+    stored, whole = grid.stored[rank], Block((0, grid.m), grid.stepped[rank])
+    goes = [grid.sent(to, rank) for to in range(len(grid.stored))]
+    comes = [grid.sent(rank, source) for source in range(len(grid.stepped))]
+    outgoing = [[_cut(x, whole, own) for x in columns if own is not None] for own in goes]
+    parts = exchange(outgoing, _forms(columns, comes), group, columns[0].device)
+    stays = grid.stays(rank)
+    out = []
+    for i, x in enumerate(columns):
+        new = x.new_empty(*x.shape[:-2], length(stored.rows), length(stored.columns))
+        if stays is not None:
+            _cut(new, stored, stays).copy_(_cut(x, whole, stays))
+        for source, own in enumerate(comes):
+            if own is not None:
+                _cut(new, stored, own).copy_(parts[source][i])
+        out.append(new)
+    return out
 
 
-def _pieces(
-    xs: Sequence[Tensor],
-    cut: Sequence[Sequence[int]],
-    joined: Sequence[Sequence[int]],
-    dim: int,
-    rank: int,
-) -> tuple[list[list[Tensor]], list[list[Form]]]:
-    """What of each tensor goes to each rank, cut along ``dim``, and the forms of what comes."""
-    pieces = [torch.split(x, list(sizes), dim) for x, sizes in zip(xs, cut, strict=True)]
-    ranks = range(len(cut[0]))
-    incoming = []
-    for source in ranks:
-        forms = []
-        for x, mine, theirs in zip(xs, cut, joined, strict=True):
-            shape = list(x.shape)
-            shape[dim], shape[-3 - dim] = mine[rank], theirs[source]
-            forms.append(Form(tuple(shape), x.dtype))
-        incoming.append(forms)
-    return [[piece[to] for piece in pieces] for to in ranks], incoming
+def _cut(x: Tensor, of: Block, own: Block) -> Tensor:
+    """The block ``own`` of a tensor that holds the block ``of``."""
+    if 0 in (length(own.rows), length(own.columns)):
+        return x[..., : length(own.rows), : length(own.columns)]
+    rows, columns = own.rows[0] - of.rows[0], own.columns[0] - of.columns[0]
+    return x[..., rows : rows + length(own.rows), columns : columns + length(own.columns)]
+
+
+def _forms(xs: Sequence[Tensor], blocks: Sequence[Block | None]) -> list[list[Form]]:
+    """Of what comes from each rank."""
+    return [
+        [
+            Form((*x.shape[:-2], length(own.rows), length(own.columns)), x.dtype)
+            for x in xs
+            if own is not None
+        ]
+        for own in blocks
+    ]
 
 
 def _unpacked(buffer: Tensor, forms: Sequence[Form]) -> list[Tensor]:

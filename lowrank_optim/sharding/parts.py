@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
 
+from lowrank_optim.sharding.grid import Block, Cut, Grid, Interval, coordinates, cut_of, length
+from lowrank_optim.sharding.groups import check_backend, group_over, members, ranks_over
 from lowrank_optim.tensors.matrix import MatrixView
 
-Side = Literal["whole", "columns", "rows", "batch", "entries"]
+Side = Literal["whole", "columns", "blocks", "batch", "entries"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,18 +24,25 @@ class Part:
 
     A matrix is stepped by columns of its canonical view, ``(m, n)`` with m projected: whatever is
     done to a column needs that column and the basis, so that ranks with other columns need not be
-    asked. Where rows are here, one exchange makes columns of them.
+    asked. Where other blocks are here, one exchange makes columns of them.
+
+    Some dimensions of the mesh split the matrix, and along the others there are copies of it. All
+    that ranks share of a matrix is shared by those of the first kind; what one of them finds goes
+    from the first copy to the others, which stay the same to the bit.
     """
 
     side: Side
-    """What this rank has of the canonical view: the "whole" (every rank has), "columns", "rows",
-    matrices of a "batch", or, of a parameter that is not projected, any "entries"."""
+    """What this rank has of the canonical view: the "whole" (every rank has), the "columns" that
+    it steps, other "blocks", matrices of a "batch", or, of a parameter that is not projected, any
+    "entries"."""
     rank: int
     """Place of this process in the group."""
-    sizes: tuple[int, ...]
-    """Rows, columns or matrices that each rank of the group has."""
-    groups: tuple[dist.ProcessGroup, ...]
-    """Of each dimension of the mesh; a matrix lies on one."""
+    ranks: int
+    """Processes that have parts of this matrix."""
+    spans: tuple[Interval, ...]
+    """Columns that each rank of the group steps, or matrices of the batch."""
+    place: int
+    """Of what is here among all parts: the same for all copies of it."""
     mesh: Any
     """The DeviceMesh; None of plain tensors that are replicated."""
     placements: tuple[Any, ...]
@@ -39,30 +50,83 @@ class Part:
     here: MatrixView | None
     """The part as it is stored."""
     stepped: MatrixView | None
-    """The part that is stepped: columns where rows are stored."""
+    """The part that is stepped: columns where blocks are stored."""
     shape: tuple[int, ...]
     """Of the whole parameter."""
+    dims: tuple[int, ...] = ()
+    """Dimensions of the mesh over which the group goes: those that split it, or all."""
+    copied: tuple[int, ...] = ()
+    """Dimensions of the mesh along which there are copies of what the group has."""
+    cut: Cut | None = None
+    """How ``dims`` split columns, or a batch, among them."""
+    grid: Grid | None = None
+    """Of blocks: what each rank of the group has, and what it steps."""
+    alike: dist.ProcessGroup | None = None
+    """Of plain tensors: the ranks that have them too."""
 
     @property
     def sharded(self) -> bool:
         """Whether this is of a DTensor, not of a plain tensor that others have too."""
         return self.mesh is not None
 
-    @property
+    @functools.cached_property
+    def groups(self) -> tuple[dist.ProcessGroup, ...]:
+        """Of each dimension of the mesh."""
+        return tuple(self.mesh.get_all_groups())
+
+    @functools.cached_property
     def group(self) -> dist.ProcessGroup:
         """The processes that have parts of this matrix."""
-        (group,) = self.groups
-        return group
+        return self.alike or group_over(self.mesh, self.dims)
 
-    @property
-    def ranks(self) -> int:
-        """How many processes those are."""
-        return self.group.size()
+    @functools.cached_property
+    def copies(self) -> dist.ProcessGroup | None:
+        """The processes that have the same part; None where there is no other."""
+        return group_over(self.mesh, self.copied) if self.copied else None
+
+    @functools.cached_property
+    def first(self) -> int:
+        """Place of the first copy among :attr:`copies`."""
+        return members(self.mesh, self.copied).index(ranks_over(self.mesh, self.copied)[0])
+
+    @functools.cached_property
+    def leads(self) -> bool:
+        """Whether this rank is of the first copy."""
+        at = self.mesh.get_coordinate() if self.copied else ()
+        return all(at[dim] == 0 for dim in self.copied)
+
+    @functools.cached_property
+    def times(self) -> int:
+        """How many ranks of the mesh have what this one has."""
+        return int(self.mesh.size()) // (1 if self.side == "whole" else self.ranks)
 
     @property
     def summed(self) -> bool:
         """Whether each rank steps other columns of one matrix."""
-        return self.side in ("columns", "rows")
+        return self.side in ("columns", "blocks")
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """With the view of a matrix, what tells how it is shared."""
+        mesh = () if self.mesh is None else tuple(self.mesh.shape)
+        return self.side, mesh, self.placements, id(self.group)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Columns that each rank steps, or matrices of the batch."""
+        return tuple(map(length, self.spans))
+
+    def placed(self, dim: int | None) -> tuple[Any, ...]:
+        """Placements of an entry of the state that is split along ``dim``, or not at all."""
+        from torch.distributed.tensor import Replicate, Shard  # slow; who has a DTensor has it
+        from torch.distributed.tensor.placement_types import _StridedShard
+
+        found: list[Any] = [Replicate()] * self.mesh.ndim
+        if dim is not None and self.cut is not None:
+            for at, factor in zip(self.dims, self.cut.factors, strict=True):
+                strided = factor > 1
+                found[at] = _StridedShard(dim, split_factor=factor) if strided else Shard(dim)
+        return tuple(found)
 
     def of(self, x: Tensor) -> Tensor:
         """The part of a DTensor that is here; a gradient is brought to the parameter's places.
@@ -93,69 +157,153 @@ def local(x: Tensor) -> Tensor:
     return found
 
 
-def cuts(size: int, ranks: int) -> tuple[int, ...]:
-    """How ``torch.chunk``, and so a Shard, cuts ``size`` into as many pieces, empty ones last."""
-    most = -(-size // ranks)
-    return tuple(max(0, min(most, size - i * most)) for i in range(ranks))
+class Axis(NamedTuple):
+    """How one side of a matrix, or its batch, is split."""
+
+    dim: int
+    """Of the tensor."""
+    unit: int
+    """Rows or columns of the matrix to an index of that dimension."""
+    dims: tuple[int, ...]
+    """Of the mesh."""
+    cut: Cut
 
 
-def part_of(param: Tensor, view: MatrixView | None, name: str) -> Part | None:
+def part_of(param: Tensor, view: MatrixView | None, name: str, unit: int = 1) -> Part | None:
     """What this rank has of a parameter; None of one that is plain.
 
     Args:
         param: the parameter.
         view: of the whole, where it is projected.
         name: for errors.
+        unit: columns that a rank steps together: what it steps begins at a multiple (default: 1).
 
     Raises:
         NotImplementedError: it is projected, and lies in a way that is not supported.
+        RuntimeError: its process group has no backend for its device.
     """
     if not is_sharded(param):
         return None
     mesh, placements = param.device_mesh, tuple(param.placements)  # type: ignore[attr-defined]
-    groups = tuple(mesh.get_all_groups())
+    for group in mesh.get_all_groups():
+        check_backend(group, local(param).device, name)
+    axes = {} if view is None else _axes(placements, mesh, view, name)
+    split = [i for i, p in enumerate(placements) if type(p).__name__ != "Replicate"]
+    dims = tuple([i for i in split if mesh.size(i) > 1] or split[:1])
+    copied = tuple(i for i in range(mesh.ndim) if i not in split and mesh.size(i) > 1)
+    sizes, at = [mesh.size(i) for i in dims], [mesh.get_coordinate()[i] for i in dims]
+    place = list(coordinates(sizes)).index(tuple(at))
     shape = tuple(param.shape)
     if view is None:
-        return Part("entries", mesh.get_rank(), (), groups, mesh, placements, None, None, shape)
-    if mesh.ndim != 1:
-        raise NotImplementedError(
-            f"{name} is to be projected and lies on a mesh of {mesh.ndim} dimensions, "
-            f"{placements}: low-rank groups support meshes of one. Shard over one dimension, or "
-            "give it rank=None"
-        )
-    side, unit = _side(placements[0], view, name)
-    rank, ranks = mesh.get_local_rank(), mesh.size()
-    whole = {"whole": 1, "columns": view.n, "rows": view.m, "batch": (view.batch or (1,))[0]}[side]
-    sizes = tuple(unit * x for x in cuts(whole // unit, ranks))
-    if side == "columns" and sizes != cuts(whole, ranks):
-        raise NotImplementedError(
-            f"{name} {shape} is to be projected, and {placements[0]} splits it into uneven pieces "
-            f"of {unit} columns: take Shard(0), or a size that {ranks} ranks divide"
-        )
-    here = stepped = _cut(view, param, side, sizes[rank] if side != "whole" else 0)
-    if side == "rows":
-        mine = cuts(view.n, ranks)[rank]
+        return Part(
+            "entries", place, math.prod(sizes), (), place, mesh, placements, None, None, shape,
+            dims, copied,
+        )  # fmt: skip
+    if not dims:
+        dims = copied or (0,)
+        order = members(mesh, dims)
+        rank = order.index(mesh.get_rank())
+        return Part(
+            "whole", rank, len(order), (), 0, mesh, placements, view, view, shape, dims
+        )  # fmt: skip
+    # the order of ranks in their group, which need not be that of the mesh
+    over = ranks_over(mesh, dims)
+    ordered = tuple(over.index(rank) for rank in members(mesh, dims))
+    cut, spans, grid = _shares(view, tuple(sizes), dims, tuple(axes.items()), unit, ordered)
+    rank = ordered.index(place)
+    side: Side = "batch" if grid is None else "blocks" if grid.moves else "columns"
+    here = _stored(view, tuple(local(param).shape), grid, spans, rank)
+    stepped = here
+    if side == "blocks":
+        mine = length(spans[rank])
         stepped = MatrixView((*view.batch, view.m, mine), view.batch, view.m, mine, False)
-    return Part(side, rank, sizes, groups, mesh, placements, here, stepped, shape)
+    kept = grid if side == "blocks" else None
+    return Part(
+        side, rank, len(ordered), spans, place, mesh, placements, here, stepped, shape, dims,
+        copied, cut, kept,
+    )  # fmt: skip
 
 
 def replica(view: MatrixView | None, group: dist.ProcessGroup, shape: Sequence[int]) -> Part:
     """A plain parameter that every rank of ``group`` has, as under DistributedDataParallel."""
-    return Part("whole", dist.get_rank(group), (), (group,), None, (), view, view, tuple(shape))
+    rank, ranks = dist.get_rank(group), group.size()
+    return Part("whole", rank, ranks, (), 0, None, (), view, view, tuple(shape), alike=group)
 
 
-def _side(placement: object, view: MatrixView, name: str) -> tuple[Side, int]:
-    """What a placement cuts of the canonical view, and the least piece that it cuts."""
-    kind = type(placement).__name__
-    if kind == "Replicate":
-        return "whole", 1
-    if kind != "Shard":
+@functools.lru_cache(maxsize=4096)
+def _shares(
+    view: MatrixView,
+    sizes: tuple[int, ...],
+    dims: tuple[int, ...],
+    axes: tuple[tuple[str, Axis], ...],
+    unit: int,
+    ordered: tuple[int, ...],
+) -> tuple[Cut, tuple[Interval, ...], Grid | None]:
+    """How columns, or matrices, are shared, what of them each rank has, and blocks if any."""
+    named = dict(axes)
+    ats = [list(coordinates(sizes))[i] for i in ordered]
+
+    def own(side: str, whole: int, at: Sequence[int]) -> Interval:
+        if side not in named:
+            return 0, whole
+        axis = named[side]
+        inner = [at[dims.index(dim)] for dim in axis.dims]
+        start, stop = axis.cut.interval(view.shape[axis.dim], inner)
+        return start * axis.unit, stop * axis.unit
+
+    if "batch" in named:
+        batch = named["batch"]
+        cut = Cut(sizes, tuple(dims.index(batch.dims[i]) for i in batch.cut.order))
+        return cut, tuple(own("batch", view.batch[0], at) for at in ats), None
+    # who has whole columns keeps them, as near as can be: what splits columns splits them first,
+    # where pieces are even, as torch's loaders of whole states take no strided split of others
+    columns = named.get("columns")
+    first = [] if columns is None else [dims.index(columns.dims[i]) for i in columns.cut.order]
+    cut = Cut(sizes, (*first, *(i for i in range(len(dims)) if i not in first)))
+    if -(-view.n // unit) % math.prod(sizes):
+        cut = Cut(sizes, tuple(range(len(dims))))
+    stored = tuple(Block(own("rows", view.m, at), own("columns", view.n, at)) for at in ats)
+    stepped = tuple(cut.interval(view.n, at, unit) for at in ats)
+    return cut, stepped, Grid(view.m, view.n, stored, stepped)
+
+
+def _axes(placements: Sequence[Any], mesh: Any, view: MatrixView, name: str) -> dict[str, Axis]:
+    """What splits rows, columns and batch of the canonical view."""
+    by_dim: dict[int, list[int]] = {}
+    for i, place in enumerate(placements):
+        kind = type(place).__name__
+        if kind not in ("Replicate", "Shard", "_StridedShard"):
+            raise NotImplementedError(
+                f"{name} is to be projected and lies as {place}, which is no interval of its rows "
+                "or columns: use Shard or Replicate, or give it rank=None"
+            )
+        if kind != "Replicate":
+            by_dim.setdefault(place.dim % len(view.shape), []).append(i)
+    found: dict[str, Axis] = {}
+    for dim, dims in by_dim.items():
+        side, unit = _side(dim, view, name)
+        dims = [i for i in dims if mesh.size(i) > 1] or dims[:1]
+        sizes = [mesh.size(i) for i in dims]
+        cut = cut_of(sizes, [int(getattr(placements[i], "split_factor", 1)) for i in dims])
+        if cut is None or not cut.is_read_alike(view.shape[dim]) or side in found:
+            raise NotImplementedError(
+                f"{name} {view.shape} is to be projected, and {tuple(placements)} on a mesh of "
+                f"{tuple(mesh.shape)} does not give each rank one interval of dimension {dim} that "
+                "DTensor knows: take a size that the ranks divide, or give it rank=None"
+            )
+        found[side] = Axis(dim, unit, tuple(dims), cut)
+    some = {side: axis for side, axis in found.items() if max(axis.cut.sizes) > 1}
+    found = some or dict(list(found.items())[:1])
+    if "batch" in found and len(found) > 1:
         raise NotImplementedError(
-            f"{name} is to be projected and lies as {placement}, which is no interval of its rows "
-            "or columns: use Shard(0), Shard(1) or Replicate on a mesh of one dimension, or give "
-            "it rank=None"
+            f"{name} {view.shape} is to be projected, and {tuple(placements)} splits both the "
+            "matrices and their number: split one of the two, or give it rank=None"
         )
-    dim = placement.dim % len(view.shape)  # type: ignore[attr-defined]
+    return found
+
+
+def _side(dim: int, view: MatrixView, name: str) -> tuple[str, int]:
+    """What a split of a tensor's dimension cuts of the canonical view, and the least piece."""
     first = len(view.batch)
     if dim < first:
         return "batch", 1
@@ -163,7 +311,7 @@ def _side(placement: object, view: MatrixView, name: str) -> tuple[Side, int]:
         return ("columns" if view.flip else "rows"), 1
     if any(size > 1 for size in view.shape[first + 1 : dim]):
         raise NotImplementedError(
-            f"{name} {view.shape} is seen as one matrix, which {placement} does not split into "
+            f"{name} {view.shape} is seen as one matrix, which Shard({dim}) does not split into "
             f"intervals of columns: use Shard({first}) or Shard({first + 1}), or give it rank=None"
         )
     unit = 1
@@ -172,13 +320,15 @@ def _side(placement: object, view: MatrixView, name: str) -> tuple[Side, int]:
     return ("rows" if view.flip else "columns"), unit
 
 
-def _cut(view: MatrixView, param: Tensor, side: Side, size: int) -> MatrixView:
+def _stored(
+    view: MatrixView,
+    shape: tuple[int, ...],
+    grid: Grid | None,
+    spans: Sequence[Interval],
+    rank: int,
+) -> MatrixView:
     """The view of what is stored here."""
-    if side == "whole":
-        return view
-    shape = tuple(local(param).shape)
-    if side == "batch":
-        return view._replace(shape=shape, batch=(size,))
-    if side == "columns":
-        return view._replace(shape=shape, n=size)
-    return view._replace(shape=shape, m=size)
+    if grid is None:
+        return view._replace(shape=shape, batch=(length(spans[rank]),))
+    rows, columns = grid.stored[rank]
+    return view._replace(shape=shape, m=length(rows), n=length(columns))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -15,6 +15,9 @@ State = MutableMapping[str, Tensor]
 
 class Store(Protocol):
     """Allocates, reads and writes one slot of the state; arithmetic is in ``compute_dtype``."""
+
+    unit: ClassVar[int]
+    """Columns that it keeps together: where ranks share a moment, they cut it at multiples."""
 
     @property
     def rounds(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class Block8Store:
     ``<slot>`` holds the codes in the slot's shape and ``<slot>_scale`` the scales. A slot of fewer
     than :data:`lowrank_optim.ops.quant.MIN_SIZE` elements is kept in float32, and has no scales.
     """
+
+    unit: ClassVar[int] = 1
 
     small: FloatStore = field(default_factory=lambda: FloatStore(torch.float32))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class FloatStore:
     bfloat16 round stochastically: to nearest, a second moment with beta2 = 0.999 never decays,
     because 1e-3 of it is less than half a unit in the last place.
     """
+
+    unit: ClassVar[int] = 1
 
     dtype: torch.dtype
 

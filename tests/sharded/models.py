@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 SAMPLES = 48
 """Of one step: a multiple of every number of ranks, more than any dimension."""
@@ -46,7 +48,11 @@ class Layer(nn.Module):
         if len(self.shape) == 4:
             inputs = (inputs[0], inputs[1] + 1, inputs[2])
         x = part(inputs, step, self.place, rank, size)
-        if len(self.shape) == 2:
+        if isinstance(self.weight, DTensor):  # of tensor parallel, whose ranks have one batch
+            mesh = self.weight.device_mesh
+            x = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+            y = F.linear(x, self.weight, self.bias).full_tensor()
+        elif len(self.shape) == 2:
             y = F.linear(x, self.weight, self.bias)
         elif len(self.shape) == 3:
             y = torch.einsum("bei,eoi->beo", x, self.weight)
@@ -122,10 +128,20 @@ def awkward(only: tuple[str, ...] = ()) -> Model:
 
 def by_columns(size: int) -> Callable[[nn.Parameter], Any]:
     """FSDP2's ``shard_placement_fn``: columns wherever it can split them evenly."""
-    from torch.distributed.tensor import Shard
 
     def place(param: nn.Parameter) -> Any:
-        even = param.dim() in (2, 4) and param.shape[1] % size == 0
+        local = param.to_local() if isinstance(param, DTensor) else param
+        even = param.dim() in (2, 4) and local.shape[1] % size == 0
         return Shard(1) if even else None
 
     return place
+
+
+def parallelize(model: Model, mesh: DeviceMesh) -> None:
+    """Matrices split by rows and by columns in turn, as tensor parallel splits them."""
+    layers = [x for x in model.modules() if isinstance(x, Layer) and len(x.shape) == 2]
+    for i, layer in enumerate(layers):
+        for name, param in list(layer.named_parameters()):
+            split = [Shard(i % 2)] if name == "weight" else [Replicate()]
+            x = distribute_tensor(param.detach(), mesh, split, src_data_rank=None)
+            layer.register_parameter(name, nn.Parameter(x))

@@ -23,7 +23,7 @@ from tests.sharded.meter import (
     assert_small,
 )
 from tests.sharded.ranks import Ranks, World
-from tests.sharded.training import Case, Trained, here
+from tests.sharded.training import Case, Trained, here, placement
 
 Worlds = Callable[[int], Ranks]
 
@@ -178,14 +178,18 @@ TURNS = {"columns": (1,), "block": ()}
 """Dimensions whose split is of the projected side, where that is not the shorter."""
 
 
-def measured(world: World, cls: str, options: dict[str, Any], place: int, alike: int) -> Any:
-    """Each step's collectives and storages, of some equal matrices."""
-    mesh = init_device_mesh("cpu", (world.size,))
+def measured(world: World, cls: str, options: dict[str, Any], place: int | str, alike: int) -> Any:
+    """Each step's collectives and storages, of some equal matrices.
+
+    On all ranks in a row, or on a square of them where ``place`` has a letter for each dimension.
+    """
+    places = [placement(letter) for letter in str(place)]
+    mesh = init_device_mesh("cpu", (world.size,) if len(places) == 1 else (world.size // 2, 2))
     generator = torch.Generator().manual_seed(4)
 
     def draw() -> Tensor:
         x = torch.randn(M, N, generator=generator, dtype=torch.float64)
-        return here(x, mesh, [Shard(place)])
+        return here(x, mesh, places)
 
     named = [(f"layer{i}.weight", nn.Parameter(draw())) for i in range(alike)]
     own = {"lr": 1e-2, "update_proj_gap": 3, "stagger": False, **options}

@@ -8,13 +8,15 @@ import logging
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.optim import Optimizer
 
 import lowrank_optim
@@ -37,15 +39,20 @@ class Case:
 
     ``fsdp``: by rows. ``fsdp columns``: by columns wherever that is even. ``fsdp placed``: as
     ``lowrank_optim.distributed`` places it. ``tensors``: plain DTensors of every placement.
+    ``parallel``: by FSDP2 over weights that tensor parallel has split by rows and by columns in
+    turn; ``parallel columns`` and ``parallel placed`` as under FSDP2 alone. ``fsdp offloaded``:
+    with weights on the host.
     """
     only: tuple[str, ...] = ()
     """Shapes; all if empty."""
     places: tuple[str, ...] = ("0", "1", "r")
-    """Of plain DTensors: dimensions that are split, or "r" where none is."""
+    """Of plain DTensors: dimensions that are split, or "r" where none is; of a square of ranks two
+    letters, with "a" for a strided split of dimension 0, and "b" of dimension 1."""
     steps: int = STEPS
     mesh: str = "all"
     """``all`` ranks in one dimension, ``pairs`` of them, each a world of its own, or ``crossed``:
-    of plain DTensors some by the rows of a square of ranks and some by its columns."""
+    of plain DTensors some by the rows of a square of ranks and some by its columns. ``square``: a
+    mesh of two dimensions, over which FSDP2 has copies of shards."""
     dtype: torch.dtype = torch.float64
     pieces: int = 1
     """Micro-batches of a step."""
@@ -60,8 +67,16 @@ class Case:
         return replace(self, how=how, mesh="all", pieces=1)
 
 
-Part = tuple[Tensor, int | None]
-"""What a rank holds of a tensor, and the dimension that is split, if any."""
+class Region(NamedTuple):
+    """Where a rank's part of a tensor is, as DTensor has it."""
+
+    shape: tuple[int, ...]
+    """Of the whole."""
+    offset: tuple[int, ...]
+
+
+Part = tuple[Tensor, int | Region | None]
+"""What a rank holds of a tensor, and the dimension that is split, if any; or where it is."""
 Held = dict[str, Part]
 
 
@@ -95,6 +110,8 @@ def meshes_of(case: Case, size: int) -> list[DeviceMesh]:
     if case.mesh == "all":
         return [init_device_mesh("cpu", (size,))]
     square = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("down", "across"))
+    if case.mesh == "square":
+        return [square]
     return [square["across"]] if case.mesh == "pairs" else [square["down"], square["across"]]
 
 
@@ -109,26 +126,32 @@ def tensors_of(case: Case, meshes: Sequence[DeviceMesh]) -> dict[str, nn.Paramet
                 continue
             x = x.to(case.dtype)
             if meshes:
-                x = distribute_tensor(x, meshes[n % len(meshes)], [placement(place)])
+                x = here(x, meshes[n % len(meshes)], [placement(letter) for letter in place])
             found[f"{name.replace(' ', '_')}_{place}_{n}.weight"] = nn.Parameter(x)
     return found
 
 
+STRIDED = {"a": 0, "b": 1}
+
+
 def placement(place: str) -> Any:
+    if place in STRIDED:
+        return _StridedShard(STRIDED[place], split_factor=2)
     return Replicate() if place == "r" else Shard(int(place))
 
 
 def places_fit(shape: Sequence[int], place: str) -> bool:
-    """Whether there is such a dimension, and splitting it leaves even intervals of a matrix."""
-    if place == "r":
-        return True
-    return int(place) < (1 if len(shape) == 4 else len(shape))
+    """Whether there are such dimensions, and splitting them leaves intervals of matrices."""
+    dims = {STRIDED.get(x, x) for x in place if x != "r"}
+    found = {int(x) for x in dims}
+    if len(shape) == 3 and 0 in found and len(found) > 1:
+        return False  # both the matrices and their number
+    return all(x < (2 if len(shape) == 4 else len(shape)) for x in found)
 
 
 def here(x: Tensor, mesh: DeviceMesh, places: Sequence[Any]) -> DTensor:
     """What every rank has, in other placements: none need send any."""
-    whole = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return whole.redistribute(placements=places)
+    return distribute_tensor(x, mesh, places, src_data_rank=None)
 
 
 def set_tensor_grads(named: dict[str, nn.Parameter], step: int) -> None:
@@ -154,7 +177,9 @@ class Trained:
         self.case = case
         self.rank, self.size = (0, 1) if world is None else world
         meshes = [] if world is None else meshes_of(case, world.size)
-        if case.mesh != "all" and meshes:  # a world of its own, with the data of all of it
+        if (
+            case.mesh in ("pairs", "crossed") and meshes
+        ):  # a world of its own, with the data of all of it
             self.rank, self.size = meshes[0].get_local_rank(), meshes[0].size()
         self.model: models.Model | None = None
         if case.how == "tensors":
@@ -163,10 +188,16 @@ class Trained:
             self.model = models.awkward(case.only)
             if meshes:
                 own: dict[str, Any] = {"mesh": meshes[0]}
-                if case.how == "fsdp columns":
+                if case.how.startswith("parallel"):
+                    models.parallelize(self.model, meshes[0]["across"])
+                    own["mesh"] = meshes[0]["down"]
+                    self.rank, self.size = own["mesh"].get_local_rank(), own["mesh"].size()
+                if case.how.endswith(" columns"):
                     own["shard_placement_fn"] = models.by_columns(self.size)
-                if case.how == "fsdp placed":
+                if case.how.endswith(" placed"):
                     own["shard_placement_fn"] = placed(self.size, case)
+                if case.how.endswith(" offloaded"):
+                    own["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
                 for block in self.model.blocks:
                     fully_shard(block, **own)
                 fully_shard(self.model, **own)
@@ -207,22 +238,51 @@ class Trained:
 def part_of(x: Any) -> Part:
     if not isinstance(x, DTensor):
         return torch.as_tensor(x).clone(), None
+    if x.device_mesh.ndim > 1:
+        return in_place(x)
     (place,) = x.placements
     split = place.dim if isinstance(place, Shard) else None
     return x.to_local().detach().clone(), split
 
 
+def in_place(x: DTensor) -> Part:
+    """What is here, and where that is in the whole, as torch says."""
+    local = x.to_local().detach().clone()
+    shape, offset = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
+    assert shape == tuple(local.shape), f"{shape} of {x.shape} as {x.placements}: {local.shape}"
+    return local, Region(tuple(x.shape), tuple(offset))
+
+
 def whole(parts: Sequence[Part], where: str) -> Tensor:
     """What the ranks hold together; copies must be alike to the bit."""
+    regions = [split for _, split in parts if isinstance(split, Region)]
+    if regions:
+        assert len(regions) == len(parts), f"{where} is not everywhere a DTensor of one mesh"
+        return pieced([x for x, _ in parts], regions, where)
     splits = {split for _, split in parts}
     assert len(splits) == 1, f"{where} is split differently: {splits}"
     (split,) = splits
-    if split is not None:
+    if isinstance(split, int):
         return torch.cat([x for x, _ in parts], split)
     first = parts[0][0]
     for i, (x, _) in enumerate(parts):
         assert x.dtype == first.dtype and torch.equal(x, first), f"{where}: rank {i} has another"
     return first
+
+
+def pieced(parts: Sequence[Tensor], regions: Sequence[Region], where: str) -> Tensor:
+    """Parts in their places: all of it, and where two ranks have a place they agree."""
+    out = torch.empty(regions[0].shape, dtype=parts[0].dtype)
+    seen = torch.zeros(regions[0].shape, dtype=torch.bool)
+    for i, (x, region) in enumerate(zip(parts, regions, strict=True)):
+        assert region.shape == regions[0].shape and x.dtype == out.dtype, where
+        at = tuple(slice(a, a + n) for a, n in zip(region.offset, x.shape, strict=True))
+        before = seen[at]
+        assert torch.equal(x[before], out[at][before]), f"{where}: rank {i} has another"
+        out[at] = x
+        seen[at] = True
+    assert bool(seen.all()), f"{where}: nobody has {int((~seen).sum())} entries"
+    return out
 
 
 def together(held: Sequence[Held], where: str) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from lowrank_optim.sharding import collectives
 def agreed_norms(items: Sequence[tuple[ParamPlan, ParamPlan]]) -> dict[int, Tensor]:
     """The norm of each whole gradient, by the ``id`` of its parameter; none of those without.
 
-    One all-reduce for all parameters of a mesh.
+    One all-reduce for all parameters of a mesh, for each of its dimensions.
 
     Args:
         items: parameters, and what stands for the part of each that is here.
@@ -36,9 +36,11 @@ def _of_mesh(items: Sequence[tuple[ParamPlan, ParamPlan]]) -> dict[int, Tensor]:
     part, device = items[0][0].part, items[0][1].param.device
     assert part is not None
     squares = torch.zeros(2, len(items), dtype=torch.float64, device=device)
-    for n, (_, twin) in enumerate(items):
+    for n, (item, twin) in enumerate(items):
         if twin.param.grad is not None:
-            squares[0, n] = _square(twin.param.grad)
+            assert item.part is not None
+            # a copy counts for its share: of k copies each adds the k-th part of the square
+            squares[0, n] = _square(twin.param.grad) / item.part.times
             squares[1, n] = 1
     ranks = 1
     for group in part.groups:

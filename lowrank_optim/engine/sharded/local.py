@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state, on_host
-from lowrank_optim.sharding.parts import Part, cuts, is_sharded, local
+from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.tensors.matrix import MatrixView
 
@@ -53,13 +53,9 @@ class LocalState(MutableMapping[str, Tensor]):
     def load(self, key: str, x: Tensor) -> None:
         """Take in a whole entry, or a DTensor however it lies."""
         if not on_host(key):
-            from torch.distributed.tensor import DTensor, Replicate
-
             places = self._placements(key)
             if not is_sharded(x):  # every rank has it: none need send any
-                x = DTensor.from_local(
-                    x, self._part.mesh, [Replicate()] * len(places), run_check=False
-                )
+                x = as_dtensor(x, self._part.mesh, self._part.placed(None), x.shape)
             if tuple(x.placements) != places:  # type: ignore[attr-defined]
                 x = x.redistribute(placements=places)  # type: ignore[attr-defined]
         self.outer[key] = x
@@ -67,9 +63,7 @@ class LocalState(MutableMapping[str, Tensor]):
     def _placements(self, key: str) -> tuple[Any, ...]:
         if self._part.side == "entries":
             return self._part.placements
-        from torch.distributed.tensor import Replicate, Shard  # slow; who has a DTensor has it
-
-        return (Shard(self._dims[key][0]) if key in self._dims else Replicate(),)
+        return self._part.placed(self._dims[key][0] if key in self._dims else None)
 
     def _whole(self, key: str, x: Tensor) -> Tensor:
         """A part as a DTensor of the parameter's mesh; nobody else is asked."""
@@ -79,17 +73,25 @@ class LocalState(MutableMapping[str, Tensor]):
         if key in self._dims:
             dim, size = self._dims[key]
             shape[dim] = size
-        from torch.distributed.tensor import DTensor
+        return as_dtensor(x, self._part.mesh, self._placements(key), shape)
 
+
+def as_dtensor(x: Tensor, mesh: Any, places: tuple[Any, ...], shape: Sequence[int]) -> Tensor:
+    """A DTensor of ``shape`` of which ``x`` is here, where it is."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    size, stride = torch.Size(shape), torch.empty(tuple(shape), device="meta").stride()
+    if x.device.type in (mesh.device_type, "meta"):
         whole: Tensor = DTensor.from_local(
-            x,
-            self._part.mesh,
-            self._placements(key),
-            run_check=False,
-            shape=torch.Size(shape),
-            stride=torch.empty(shape, device="meta").stride(),
+            x, mesh, places, run_check=False, shape=size, stride=stride
         )
         return whole
+    # from_local would move it to the mesh's device, away from a weight that is offloaded
+    spec = DTensorSpec(mesh, places, tensor_meta=TensorMeta(size, stride, x.dtype))
+    make: Any = DTensor
+    kept: Tensor = make(x, spec, requires_grad=False)
+    return kept
 
 
 def kept_as(item: ParamPlan, chosen: Strategies, entries: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -129,13 +131,11 @@ def subspace_here(item: ParamPlan) -> Subspace | None:
     part, view, subspace = item.part, item.view, item.subspace
     if part is None or not part.summed or view is None or subspace is None:
         return subspace
-    sizes = widths(part, view)
-    start = sum(sizes[: part.rank])
-    return subspace.of_columns(start, start + sizes[part.rank], view.n)
+    return subspace.of_columns(*part.spans[part.rank], view.n)
 
 
 def stepped(item: ParamPlan, weight: Tensor) -> ParamPlan:
-    """What stands for the part that is stepped: the columns, where rows are here."""
+    """What stands for the part that is stepped: columns, where other blocks are here."""
     assert item.part is not None
     if item.part.mesh is None:
         return item
@@ -181,11 +181,6 @@ def _split_dims(
         if grown:
             found[key] = grown[0], shape[grown[0]]
     return found
-
-
-def widths(part: Part, view: MatrixView) -> tuple[int, ...]:
-    """The columns that each rank steps."""
-    return part.sizes if part.side == "columns" else cuts(view.n, part.ranks)
 
 
 def meta_state(item: ParamPlan, chosen: Strategies, active: bool | None = None) -> State:

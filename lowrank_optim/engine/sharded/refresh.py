@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.refresh import find_, follow_, refresh_
-from lowrank_optim.engine.sharded.local import split_dims, stepped, widths
+from lowrank_optim.engine.sharded.local import split_dims, stepped
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.collectives import Form, form
 from lowrank_optim.sharding.parts import Part
@@ -75,10 +75,13 @@ def refresh_together(due: Sequence[Due]) -> None:
     owner     a basis that is found                the matrix to its owner, the basis to all
     replicas  a matrix that every rank has         the basis, from its owner to all
     ========= ==================================== ===========================================
+
+    Where a mesh has copies of what is split, scores are added up and bases found in the first copy
+    alone, and one broadcast takes them to the others.
     """
-    by_group: dict[int, list[Due]] = {}
+    by_group: dict[tuple[int, int], list[Due]] = {}
     for d in due:
-        by_group.setdefault(id(d.part.group), []).append(d)
+        by_group.setdefault((id(d.part.group), id(d.part.copies)), []).append(d)
     for own in by_group.values():
         scored, owned, copied = [], [], []
         for d in own:
@@ -101,8 +104,13 @@ def refresh_together(due: Sequence[Due]) -> None:
 def _by_scores(scored: Sequence[tuple[Due, Tensor]]) -> None:
     if not scored:
         return
-    collectives.sum_([scores for _, scores in scored], scored[0][0].part.group)
-    for d, scores in scored:
+    part, found = scored[0][0].part, [scores for _, scores in scored]
+    if part.leads:
+        collectives.sum_(found, part.group)
+    if part.copies is not None:
+        sent, forms = found if part.leads else None, [form(x) for x in found]
+        found = collectives.broadcast(sent, forms, part.first, part.copies, found[0].device)
+    for (d, _), scores in zip(scored, found, strict=True):
         assert d.grad is not None
         refresh_(d.columns, d.state, d.grad, d.step, d.chosen, look=(scores.sum(), scores))
 
@@ -128,7 +136,18 @@ def _rounds(due: Sequence[Due]) -> Iterator[tuple[Due | None, ...]]:
 
 
 def _by_owner(jobs: Sequence[Due | None]) -> None:
-    """A round: rank i finds the basis of ``jobs[i]``."""
+    """A round: rank i finds the basis of ``jobs[i]``, in the first copy of what they have."""
+    part = next(d for d in jobs if d is not None).part
+    told = _from_owners(jobs) if part.leads else {}
+    if part.copies is not None:
+        told = _to_copies(jobs, told, part.copies)
+    for owner, d in enumerate(jobs):
+        if d is not None:
+            _follow(d, told[owner], part.leads and owner == part.rank)
+
+
+def _from_owners(jobs: Sequence[Due | None]) -> dict[int, Told]:
+    """By owner, what each found: with the pieces of this rank, where ranks have pieces."""
     some = next(d for d in jobs if d is not None)
     rank, group, device = some.part.rank, some.part.group, some.twin.param.device
     mine = jobs[rank]
@@ -136,23 +155,43 @@ def _by_owner(jobs: Sequence[Due | None]) -> None:
     incoming: list[list[Form]] = [[] for _ in jobs]
     if mine is not None:
         incoming = [
-            [_part_form(x, dim, _sizes(mine)[source]) for x, dim in _inputs(mine)]
+            [_part_form(x, dim, mine.part.sizes[source]) for x, dim in _inputs(mine)]
             for source in range(len(jobs))
         ]
     arrived: list[list[Tensor]] = [[] for _ in jobs]
     if any(outgoing):
         arrived = collectives.exchange(outgoing, incoming, group, device)
     found = None if mine is None else _find(mine, arrived)
-    got = {
+    told = {
         owner: _sent(d, found if owner == rank else None, owner, group, device)
         for owner, d in enumerate(jobs)
         if d is not None
     }
-    _scatter(jobs, mine, found, got, group, device)
-    for owner, result in got.items():
-        d = jobs[owner]
-        assert d is not None
-        _follow(d, result, owner == rank)
+    _scatter(jobs, mine, found, told, group, device)
+    return told
+
+
+def _to_copies(
+    jobs: Sequence[Due | None], told: dict[int, Told], copies: dist.ProcessGroup
+) -> dict[int, Told]:
+    """What the first copy was told, in all of them: one broadcast for the round."""
+    some = [(owner, d) for owner, d in enumerate(jobs) if d is not None]
+    part, device = some[0][1].part, some[0][1].twin.param.device
+    sent: list[Tensor] | None = None
+    if part.leads:
+        sent = []
+        for owner, d in some:
+            own = told[owner]
+            sent += [own.fine, *(own.entries[key] for key in d.entries), *own.turns]
+    forms = [[FINE, *(form(d.state[key]) for key in d.entries), *_forms(d)] for _, d in some]
+    got = iter(
+        collectives.broadcast(sent, [f for own in forms for f in own], part.first, copies, device)
+    )
+    found = {}
+    for owner, d in some:
+        fine, entries = next(got), {key: next(got) for key in d.entries}
+        found[owner] = Told(fine, entries, [next(got) for _ in _forms(d)])
+    return found
 
 
 def _inputs(d: Due) -> list[tuple[Tensor, int]]:
@@ -170,11 +209,6 @@ def _gathers(d: Due) -> bool:
     remembers = d.chosen.residual.wants == "memory"  # then its norm is known to nobody
     assert d.item.view is not None  # of a batch, matrices without a gradient keep their basis
     return d.subspace.reads_grad or bool(d.item.view.batch) or remembers
-
-
-def _sizes(d: Due) -> Sequence[int]:
-    assert d.item.view is not None
-    return d.part.sizes if d.part.side == "batch" else widths(d.part, d.item.view)
 
 
 def _part_form(x: Tensor, dim: int, size: int) -> Form:
@@ -196,7 +230,9 @@ def _find(d: Due, arrived: Sequence[Sequence[Tensor]]) -> Found:
     """Put the matrix together, and refresh as one process would."""
     inputs, view = _inputs(d), d.item.view
     assert view is not None and d.grad is not None
-    whole = [torch.cat([own[i] for own in arrived], dim) for i, (_, dim) in enumerate(inputs)]
+    # by where they begin: ranks need not have their pieces in the order of their group
+    ranks = sorted(range(len(arrived)), key=lambda rank: d.part.spans[rank])
+    whole = [torch.cat([arrived[r][i] for r in ranks], dim) for i, (_, dim) in enumerate(inputs)]
     grad = whole.pop(0) if _gathers(d) else _as_informative(d).expand(view.m, view.n)
     split = split_dims(d.item, d.chosen)
     state: State = {k: d.state[k].clone() for k in d.entries if k not in split}
@@ -213,27 +249,47 @@ def _as_informative(d: Due) -> Tensor:
     return torch.where(d.norm > 0, d.norm / d.norm, d.norm).to(d.grad.dtype)
 
 
+class Told(NamedTuple):
+    """What ranks are told of what an owner found."""
+
+    fine: Tensor
+    """Whether it found any."""
+    entries: State
+    """The new basis; entries that are split as this rank has them."""
+    turns: list[Tensor]
+    """Rotations that moments follow."""
+
+    def moved(self, d: Due) -> dict[str, BasisChange]:
+        """How coordinates moved, where a rotation tells."""
+        found: dict[str, BasisChange] = {}
+        for (coord, side, _), x in zip(_turns(d), self.turns, strict=True):
+            change, turn = found.get(coord, BasisChange()), partial(_itself, x)
+            found[coord] = change._replace(right=turn) if side else change._replace(rotation=turn)
+        return found
+
+
+FINE = Form((1,), torch.uint8)
+
+
 def _sent(
     d: Due, found: Found | None, owner: int, group: dist.ProcessGroup, device: torch.device
-) -> Found:
+) -> Told:
     """What the owner found, on every rank; split entries are not in it yet."""
     split = split_dims(d.item, d.chosen)
     keys = [k for k in d.entries if k not in split]
-    turns = [] if d.part.side == "batch" else _turns(d)
-    forms = [Form((1,), torch.uint8), *(form(d.state[k]) for k in keys), *(f for _, _, f in turns)]
     tensors = None
     if found is not None:
         fine = torch.tensor([found.fine], dtype=torch.uint8)
-        rotations = [_rotation(found, coord, side, f) for coord, side, f in turns]
+        rotations = [_rotation(found, coord, side, f) for coord, side, f in _turns(d)]
         tensors = [fine, *(found.entries[k] for k in keys), *rotations]
+    forms = [FINE, *(form(d.state[k]) for k in keys), *_forms(d)]
     fine, *rest = collectives.broadcast(tensors, forms, owner, group, device)
-    entries = dict(zip(keys, rest, strict=False))
-    moved: dict[str, BasisChange] = {c: BasisChange() for c, side, _ in turns if not side}
-    for (coord, side, _), x in zip(turns, rest[len(keys) :], strict=True):
-        turn = partial(_itself, x)
-        change = moved[coord]
-        moved[coord] = change._replace(right=turn) if side else change._replace(rotation=turn)
-    return Found(bool(fine.item()), entries, moved)
+    return Told(fine, dict(zip(keys, rest, strict=False)), rest[len(keys) :])
+
+
+def _forms(d: Due) -> list[Form]:
+    """Of the rotations."""
+    return [f for _, _, f in _turns(d)]
 
 
 def _itself(x: Tensor) -> Tensor:
@@ -242,7 +298,11 @@ def _itself(x: Tensor) -> Tensor:
 
 def _turns(d: Due) -> list[tuple[str, int, Form]]:
     """Rotations that moments follow: coordinate, side (0 rows, 1 columns), form."""
-    if d.chosen.on_refresh != "project" or int(d.state["refresh_step"]) < 0:
+    if (
+        d.part.side == "batch"
+        or d.chosen.on_refresh != "project"
+        or int(d.state["refresh_step"]) < 0
+    ):
         return []
     view, subspace = d.item.view, d.subspace
     if not isinstance(subspace, Projector) or subspace.indexed:
@@ -266,7 +326,7 @@ def _scatter(
     jobs: Sequence[Due | None],
     mine: Due | None,
     found: Found | None,
-    got: dict[int, Found],
+    told: dict[int, Told],
     group: dist.ProcessGroup,
     device: torch.device,
 ) -> None:
@@ -274,16 +334,15 @@ def _scatter(
     outgoing: list[list[Tensor]] = [[] for _ in jobs]
     if mine is not None and found is not None:
         for key, (dim, _) in _split_entries(mine).items():
-            pieces = torch.split(found.entries[key], list(_sizes(mine)), dim)
-            for own, piece in zip(outgoing, pieces, strict=True):
-                own.append(piece)
+            for own, (start, stop) in zip(outgoing, mine.part.spans, strict=True):
+                own.append(found.entries[key].narrow(dim, start, stop - start))
     incoming = [
         [] if d is None else [form(d.state[key]) for key in _split_entries(d)] for d in jobs
     ]
     if not any(incoming):
         return
     arrived = collectives.exchange(outgoing, incoming, group, device)
-    for owner, result in got.items():
+    for owner, result in told.items():
         d = jobs[owner]
         assert d is not None
         result.entries.update(zip(_split_entries(d), arrived[owner], strict=True))
@@ -294,17 +353,17 @@ def _split_entries(d: Due) -> dict[str, tuple[int, int]]:
     return {key: split[key] for key in d.entries if key in split}
 
 
-def _follow(d: Due, found: Found, here: bool) -> None:
+def _follow(d: Due, told: Told, here: bool) -> None:
     """Keep the new basis, and let the moments that are here follow it."""
-    if not found.fine:
+    if not bool(told.fine.item()):
         if not here:  # the owner has counted it, and said why
             d.state["postponed"] += 1
         return
     old = {key: d.state[key].clone() for key in d.entries}
-    for key, x in found.entries.items():
+    for key, x in told.entries.items():
         d.state[key].copy_(x)
     new = {key: d.state[key] for key in d.entries}
-    moved = d.subspace.changed(old, new) or found.moved or _moved_here(old, new)
+    moved = d.subspace.changed(old, new) or told.moved(d) or _moved_here(old, new)
     follow_(d.columns, d.state, moved, d.step, d.chosen)
 
 

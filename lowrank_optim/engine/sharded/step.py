@@ -16,7 +16,7 @@ from lowrank_optim.engine.bucket import Bucket, warn_skipped
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, on_accelerator
 from lowrank_optim.engine.refresh import basis_due, refresh_
 from lowrank_optim.engine.sharded.guard import agreed_norms
-from lowrank_optim.engine.sharded.local import here, stepped, widths
+from lowrank_optim.engine.sharded.local import here, stepped
 from lowrank_optim.engine.sharded.refresh import Due, refresh_together
 from lowrank_optim.engine.step import (
     MatrixStep,
@@ -56,7 +56,7 @@ class Work:
         """Alike matrices can be stepped together."""
         part = self.item.part
         assert part is not None
-        return id(self.chosen), *self.twin.key, part.side, part.sizes, id(part.group)
+        return id(self.chosen), *self.twin.key, *part.layout
 
 
 class ShardedStep:
@@ -166,17 +166,14 @@ def _fetch(works: Sequence[Work]) -> None:
     missing = [w for w in works if w.grad is None]
     if not missing:
         return
-    part, view = missing[0].item.part, missing[0].item.view
-    assert part is not None and part.here is not None and view is not None
+    part = missing[0].item.part
+    assert part is not None
     grads = []
     for w in missing:
         assert w.twin.param.grad is not None and w.twin.view is not None
         grads.append(w.twin.view.of(w.twin.param.grad))
-    if part.side == "rows":
-        grads = collectives.to_columns(
-            grads, [part.sizes] * len(grads), [widths(part, view)] * len(grads), part.rank,
-            part.group,
-        )  # fmt: skip
+    if part.grid is not None:
+        grads = collectives.to_columns(grads, part.grid, part.rank, part.group)
     for w, grad in zip(missing, grads, strict=True):
         w.grad = w.chosen.residual.before(w.state, grad)
 
@@ -255,7 +252,7 @@ def _finish(chunk: Sequence[Work], steps: Sequence[MatrixStep], undo: Undo) -> N
     """Phase four: W moves where it is, or by what comes back from the ranks with its columns."""
     part = chunk[0].item.part
     assert part is not None
-    if part.side != "rows":
+    if part.grid is None:
         for w, s in zip(chunk, steps, strict=True):
             apply(s, w.chosen, w.lr, w.weight_decay, undo)
         return
@@ -266,26 +263,22 @@ def _finish(chunk: Sequence[Work], steps: Sequence[MatrixStep], undo: Undo) -> N
         s.item = stepped(w.item, weight.new_zeros(part.stepped.shape))
         apply(s, w.chosen, w.lr, 0.0, undo)
         updates.append(s.item.param)
-    view = chunk[0].item.view
-    assert view is not None
-    count = len(updates)
-    cut = [part.sizes] * count, [widths(part, view)] * count
-    updates = collectives.to_rows(updates, *cut, part.rank, part.group)
+    updates = collectives.to_blocks(updates, part.grid, part.rank, part.group)
     for w, s, update in zip(chunk, steps, updates, strict=True):
-        _add_rows_(w, s, update)
+        _add_block_(w, s, update)
 
 
-def _add_rows_(w: Work, s: MatrixStep, update: Tensor) -> None:
-    """``W <- decay W + update`` of the rows that are here."""
+def _add_block_(w: Work, s: MatrixStep, update: Tensor) -> None:
+    """``W <- decay W + update`` of the block that is here."""
     view, weight = w.twin.view, w.twin.param
     assert view is not None
-    rows = view.of(weight)
+    block = view.of(weight)
     size = w.chosen.rule.step_size(w.lr, float(w.state["step"]), weight)
     decay = 1 - size * w.weight_decay
     if on_accelerator(weight):
         one = torch.ones((), dtype=torch.promote_types(weight.dtype, torch.float32))
         decay = torch.where(s.finite, one.to(weight.device) * decay, 1.0)
-    wider = torch.promote_types(rows.dtype, torch.float32)
-    ops.add_(rows, update.to(wider), decay, 1.0, None)
-    if not shares_memory(rows, weight):
-        weight.copy_((rows.mT if view.flip else rows).reshape(view.shape))
+    wider = torch.promote_types(block.dtype, torch.float32)
+    ops.add_(block, update.to(wider), decay, 1.0, None)
+    if not shares_memory(block, weight):
+        weight.copy_((block.mT if view.flip else block).reshape(view.shape))
