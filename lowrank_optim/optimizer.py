@@ -525,8 +525,21 @@ class LowRankOptimizer(PlannedOptimizer):
                     return
         raise ValueError("the parameter is in none of the optimizer's groups")
 
-    def _step_alone(self, item: ParamPlan, group: Group, begins: bool | None = None) -> None:
-        """One parameter with a gradient; ``begins`` as of ``engine.blocks.catch_up``."""
+    def _step_alone(
+        self,
+        item: ParamPlan,
+        group: Group,
+        begins: bool | None = None,
+        alike: Mapping[int, Any] | None = None,
+    ) -> None:
+        """One parameter with a gradient.
+
+        Args:
+            item: the parameter.
+            group: its group.
+            begins: as of ``engine.blocks.catch_up``.
+            alike: ranks that step it at the same place among all that they exchange.
+        """
         chosen = self._strategies(group)
         check_gradients([item], type(self).__name__)
         with tracing.hosted(), Undo() as undo:
@@ -535,6 +548,8 @@ class LowRankOptimizer(PlannedOptimizer):
                 items = self._items(group)
                 self._begin_blocks(items, undo)
                 catch_up(item, items, self.state, chosen, begins)
+            if alike:
+                refresh_alike([(item, self._state_of(item, chosen), chosen)], alike, undo)
             self._step_items([item], group, chosen, undo)
 
     def _state_of(self, item: ParamPlan, chosen: Strategies) -> State:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -105,16 +105,31 @@ Take = Callable[[ProjectedGrad, Tensor], Coords]
 
 
 def projected(
-    plan: ParamPlan, state: State, grad: Tensor, strategies: Strategies, coords_dtype: str
+    plan: ParamPlan,
+    state: State,
+    grad: Tensor,
+    strategies: Strategies,
+    coords_dtype: str,
+    salt: Sequence[int] = (),
 ) -> ProjectedGrad:
-    """The gradient in the basis in use, to which more gradients can be added."""
-    return _begin(
-        plan, grad, lambda _, more: coords_of(plan, state, more), state, strategies, coords_dtype
-    )
+    """The gradient in the basis in use, to which more gradients can be added.
+
+    ``salt`` tells roundings of this rank from those of others.
+    """
+
+    def take(_: ProjectedGrad, more: Tensor) -> Coords:
+        return coords_of(plan, state, more)
+
+    return _begin(plan, grad, take, state, strategies, coords_dtype, salt)
 
 
 def first_projected(
-    plan: ParamPlan, state: State, grad: Tensor, strategies: Strategies, coords_dtype: str
+    plan: ParamPlan,
+    state: State,
+    grad: Tensor,
+    strategies: Strategies,
+    coords_dtype: str,
+    salt: Sequence[int] = (),
 ) -> ProjectedGrad:
     """The gradient in a first basis found from itself, which only a step makes part of the state.
 
@@ -135,7 +150,7 @@ def first_projected(
         coords = coords_of(plan, projected_grad.fresh or basis, more)
         return coords if math.isfinite(norm) else {k: x.fill_(norm) for k, x in coords.items()}
 
-    return _begin(plan, grad, take, state, strategies, coords_dtype)
+    return _begin(plan, grad, take, state, strategies, coords_dtype, salt)
 
 
 def _begin(
@@ -145,13 +160,14 @@ def _begin(
     state: State,
     strategies: Strategies,
     coords_dtype: str,
+    salt: Sequence[int],
 ) -> ProjectedGrad:
     """A first gradient; what comes later is added in float32 and rounded by a seed of its own.
 
     The seed is of optimizer, parameter, step and number of the gradient, so that a run that is
     resumed rounds as one that was not interrupted.
     """
-    seed = mixed(strategies.seed, plan.uid, int(state["step"]), 4)
+    seed = mixed(strategies.seed, plan.uid, int(state["step"]), 4, *salt)
 
     def add_(projected_grad: ProjectedGrad, more: Tensor, alpha: float) -> None:
         for n, (name, x) in enumerate(take(projected_grad, more).items()):
