@@ -417,6 +417,9 @@ class LowRankOptimizer(PlannedOptimizer):
                     self._advance(items, here, chosen, undo)
                     self._step_items(here, group, chosen, undo)
         except BaseException as error:
+            for _, items, _ in work:
+                for item in items:
+                    item.tried = -1  # the refreshes of this step are undone
             count = sum(i.alone or i.subspace is not None for *_, ready in work for i in ready)
             error.add_note(
                 f"{undo.taken} of {count} parameters had taken this step of {type(self).__name__}; "

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch.distributed as dist
-from torch.optim import Optimizer
 
 from lowrank_optim.backward.handle import InBackward
 from lowrank_optim.backward.parallel import check_plain, is_process_group
 from lowrank_optim.backward.project_mode import ProjectMode
 from lowrank_optim.backward.projecting import COORDS_DTYPES, FIRST_BASES
 from lowrank_optim.backward.step_mode import StepMode
+from lowrank_optim.backward.wrapped import unwrapped
 from lowrank_optim.optimizer import LowRankOptimizer
 
 ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -31,26 +31,6 @@ ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 """Arguments of :func:`attach_in_backward`: what each may be, as a test and in words."""
-
-
-def _unwrapped(optimizer: Any) -> LowRankOptimizer:
-    """The optimizer, or the one inside a wrapper, such as accelerate's and Lightning's.
-
-    Raises:
-        TypeError: it is not one of this package.
-    """
-    inner, kinds = optimizer, [type(optimizer)]
-    while isinstance(getattr(inner, "optimizer", None), Optimizer):  # Lightning's has both types
-        inner = inner.optimizer
-        kinds.append(type(inner))
-    if not (isinstance(optimizer, Optimizer) and isinstance(inner, LowRankOptimizer)):
-        named = [f"{kind.__module__}.{kind.__qualname__}" for kind in kinds]
-        got = repr(optimizer) if isinstance(optimizer, type) else " of a ".join(named)
-        raise TypeError(
-            "attach_in_backward takes an optimizer of lowrank_optim, such as GaLoreAdamW, or one "
-            f"that accelerate or Lightning wrapped, got {got}"
-        )
-    return inner
 
 
 def attach_in_backward(
@@ -146,7 +126,7 @@ def attach_in_backward(
         "coords_dtype": coords_dtype,
         "process_group": process_group,
     }
-    optimizer = _unwrapped(optimizer)
+    optimizer = unwrapped(optimizer)
     for name, (allowed, words) in ARGUMENTS.items():
         if not allowed(given[name]):
             raise ValueError(f"{name} must be {words}, got {given[name]!r}")

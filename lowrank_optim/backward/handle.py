@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowrank_optim.backward.averaging import Averaging
 from lowrank_optim.backward.parallel import MESSAGE, check_plain, in_ddp, late_ranks
-from lowrank_optim.backward.projecting import items_of
+from lowrank_optim.backward.projecting import Plans, items_of
 from lowrank_optim.engine import tracing
 from lowrank_optim.engine.plan import ParamPlan
 from lowrank_optim.groups import Group, notices
@@ -62,7 +62,7 @@ class InBackward:
         self.optimizer, self.max_norm = optimizer, max_norm
         self._in_closure = False
         self._checked = False
-        self._plans: dict[Tensor, tuple[Group, list[ParamPlan], ParamPlan]] = {}
+        self._plans = Plans(optimizer)
         self._check()
         for _, plan in items_of(optimizer):
             if list(attached_to(plan.param)):
@@ -135,22 +135,9 @@ class InBackward:
                     self._hooks[param] = hook
 
     def _find(self, param: Tensor) -> tuple[Group, ParamPlan]:
-        """The group and plan of a parameter, looked up again when groups were edited or loaded."""
-        known = self._plans.get(param)
-        if known is not None:
-            group, plans, plan = known
-            if any(g is group for g in self.optimizer.param_groups) and (
-                self.optimizer._items(group) is plans
-            ):
-                return group, plan
-        self._plans = {
-            plan.param: (group, plans, plan)
-            for group in self.optimizer.param_groups
-            for plans in [self.optimizer._items(group)]
-            for plan in plans
-        }
-        group, _, plan = self._plans[param]
-        return group, plan
+        found = self._plans.find(param)
+        assert found is not None
+        return found
 
     def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         check_plain(self.optimizer.param_groups)

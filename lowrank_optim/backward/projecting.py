@@ -28,6 +28,31 @@ def items_of(optimizer: LowRankOptimizer) -> Iterator[tuple[Group, ParamPlan]]:
             yield group, plan
 
 
+class Plans:
+    """The group and plan of a parameter, looked up again when groups were edited or loaded."""
+
+    def __init__(self, optimizer: LowRankOptimizer) -> None:
+        self._optimizer = optimizer
+        self._known: dict[Tensor, tuple[Group, list[ParamPlan], ParamPlan]] = {}
+
+    def find(self, param: Tensor) -> tuple[Group, ParamPlan] | None:
+        """None of a parameter that the optimizer has not."""
+        groups = self._optimizer.param_groups
+        known = self._known.get(param)
+        if known is not None:
+            group, plans, plan = known
+            if any(g is group for g in groups) and self._optimizer._items(group) is plans:
+                return group, plan
+        self._known = {
+            plan.param: (group, plans, plan)
+            for group in groups
+            for plans in [self._optimizer._items(group)]
+            for plan in plans
+        }
+        known = self._known.get(param)
+        return None if known is None else (known[0], known[2])
+
+
 FIRST_BASES = ("micro", "boundary")
 COORDS_DTYPES = ("auto", "float32", "bfloat16")
 
@@ -45,8 +70,19 @@ def check_choices(first_basis: str, coords_dtype: str) -> None:
         raise ValueError(f"coords_dtype must be {names}, got {coords_dtype!r}")
 
 
-def check_projecting(optimizer: LowRankOptimizer) -> None:
+def check_projecting(
+    optimizer: LowRankOptimizer,
+    who: str = "mode='project'",
+    does: str = "frees",
+    instead: str = "use mode='step'",
+) -> None:
     """Raise if coordinates are not all that a step needs, or a gradient would always stay whole.
+
+    Args:
+        optimizer: the optimizer.
+        who: that keeps coordinates alone, for the message.
+        does: with the rest.
+        instead: what to do.
 
     Raises:
         ValueError: naming the parameter.
@@ -57,19 +93,19 @@ def check_projecting(optimizer: LowRankOptimizer) -> None:
             continue
         if isinstance(plan.subspace, Block):
             raise ValueError(
-                f"{name} takes {plan.name} whole or not at all, and mode='project' frees "
-                "gradients for coordinates: use mode='step'"
+                f"{name} takes {plan.name} whole or not at all, and {who} keeps coordinates of "
+                f"gradients alone: {instead}"
             )
         residual = optimizer.residual(group)
         if not isinstance(residual, Drop) or plan.subspace.applies_grad(None):
             raise ValueError(
                 f"{name} uses what its subspace does not see of the "
-                f"gradient of {plan.name}, which mode='project' frees: use mode='step'"
+                f"gradient of {plan.name}, which {who} {does}: {instead}"
             )
         if optimizer._strategies(group).gap == 1:
             raise ValueError(
-                f"{name} moves the subspace of {plan.name} at every step, and mode='project' "
-                "keeps a gradient whole where it is to move: use mode='step', or refresh less "
+                f"{name} moves the subspace of {plan.name} at every step, and {who} "
+                f"keeps a gradient whole where it is to move: {instead}, or refresh less "
                 "often where the method allows it (update_proj_gap)"
             )
 
