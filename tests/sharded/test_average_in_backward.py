@@ -42,7 +42,7 @@ EQUAL: dict[str, Run] = {
     "other order on a rank": Run(SVD, turned=True, bucket=300),
     "scaled": Run(SVD, scaled=True),
     "reentrant checkpoints": Run(SVD, reentrant=True, bucket=300),
-    "unused": Run(WHOLE, unused=True, bucket=1 << 10),
+    "unused": Run(SVD, unused=True, bucket=300),
     "unused, accumulated": Run(SVD, unused=True, pieces=2),
     "both sides": Run(
         Case("GaLoreAdamW", {"projector": "svd", "proj_type": "full", **DIAGONAL}, only=SHORT)
@@ -51,7 +51,7 @@ EQUAL: dict[str, Run] = {
         Case("SSTAdamW", {"steps_per_iteration": 3, "warmup_steps": 1, "rank": 2}, only=SHORT)
     ),
     "stepped": Run(SVD, "step", bucket=300),
-    "stepped, all shapes": Run(replace(WHOLE, cls="FiraAdamW"), "step", pieces=2, bucket=1 << 10),
+    "stepped, the rest too": Run(replace(SVD, cls="FiraAdamW"), "step", pieces=2, bucket=300),
     "stepped, unused": Run(SVD, "step", unused=True, pieces=2, bucket=300),
     "stepped blocks": Run(
         Case("FrugalAdamW", {"density": 0.5}, only=SHORT), "step", turned=True, bucket=300
@@ -75,6 +75,8 @@ SLOW = {
     for name, (cls, own) in _MORE.items()
     for how in ("project", "step")
 } | {
+    "unused, all shapes": Run(WHOLE, unused=True, bucket=1 << 10),
+    "all shapes, step": Run(replace(WHOLE, cls="FiraAdamW"), "step", pieces=2, bucket=1 << 10),
     "memory, step": Run(Case("DCTAdamW", {"error_feedback": "float32"}, only=SHORT), "step"),
     "switched, step": Run(Case("SwitchLoRAAdamW", {"rank": 2}, only=SHORT), "step"),
 }
@@ -192,10 +194,13 @@ def counted(world: World, how: str, accumulated: bool) -> Any:
         forward = DistributedDataParallel(model)
     else:
         handle = attach_in_backward(optimizer, how, process_group=dist.group.WORLD)  # type: ignore[arg-type]
+
+    def got(_: Tensor) -> None:
+        events.append("got")
+        live.append(held(named))
+
     for _, p in named:
-        p.register_post_accumulate_grad_hook(
-            lambda p: (events.append("got"), live.append(held(named)))
-        )
+        p.register_post_accumulate_grad_hook(got)
     x = torch.randn(8, M, dtype=torch.float64)
     for _ in range(2):
         forward(x).square().mean().backward()
@@ -242,19 +247,17 @@ def test_coordinates_are_all_that_is_sent_and_kept(accumulated: bool, ranks: Wor
         assert counts["all_reduce"] == -(-sent // (8 << 10)) > 1
         first = events.index("sent")
         assert "got" in events[first:], "nothing left before the last gradient arrived"
-        # what is kept, and of micro-batches before what has not been handed over yet
-        assert most <= (2 if accumulated else 1) * sent + 8 * MATRIX * 0
-    for counts, sizes, most, _ in (
-        ranks(2).run("counted, ddp", counted, how="ddp", accumulated=False).checked()
-    ):
-        assert sizes["all_reduce"] == 8 * (LAYERS * MATRIX + DENSE)
+        # all that is kept in buckets; of the micro-batch before what has not been handed over
+        assert most <= sent * (2 if accumulated else 1)
+    args = {"how": "ddp", "accumulated": False}
+    for _, sizes, most, _ in ranks(2).run("counted, ddp", counted, **args).checked():
+        assert sizes["all_reduce"] == 8 * (LAYERS * MATRIX + DENSE) > 10 * sent
         assert most >= sizes["all_reduce"]
-        assert sent < 0.1 * sizes["all_reduce"]
 
 
 def test_a_step_inside_backward_keeps_two_buckets(ranks: Worlds) -> None:
     args = {"how": "step", "accumulated": False}
-    for counts, sizes, most, events in ranks(2).run("counted", counted, **args).checked():
+    for _, sizes, most, events in ranks(2).run("counted", counted, **args).checked():
         assert sizes == {"all_reduce": 8 * (LAYERS * MATRIX + DENSE + FLAGS)}
         # of one that is under way, one that is filled, and what each has over a bucket's size
         assert most <= 2 * 8 * (MATRIX + 2 * N + 10) + (8 << 10) < sizes["all_reduce"] / 2
