@@ -1,4 +1,4 @@
-"""Placements for FSDP2 with which optimizer steps send as little as they can."""
+"""Several processes: placements for FSDP2 and a hook for DDP, with which little is sent."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from lowrank_optim.backward.comm_hook import ddp_comm_hook
 from lowrank_optim.groups.values import check
 from lowrank_optim.subspaces.base import view_for
+
+__all__ = ["ddp_comm_hook", "shard_placement_fn"]
 
 Placement = Callable[[Tensor], Shard | None]
 

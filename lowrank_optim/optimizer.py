@@ -419,6 +419,9 @@ class LowRankOptimizer(PlannedOptimizer):
                     self._advance(items, here, chosen, undo)
                     self._step_items(here, group, chosen, undo)
         except BaseException as error:
+            for _, items, _ in work:
+                for item in items:
+                    item.tried = -1  # the refreshes of this step are undone
             count = sum(i.alone or i.subspace is not None for *_, ready in work for i in ready)
             error.add_note(
                 f"{undo.taken} of {count} parameters had taken this step of {type(self).__name__}; "
@@ -527,8 +530,21 @@ class LowRankOptimizer(PlannedOptimizer):
                     return
         raise ValueError("the parameter is in none of the optimizer's groups")
 
-    def _step_alone(self, item: ParamPlan, group: Group, begins: bool | None = None) -> None:
-        """One parameter with a gradient; ``begins`` as of ``engine.blocks.catch_up``."""
+    def _step_alone(
+        self,
+        item: ParamPlan,
+        group: Group,
+        begins: bool | None = None,
+        alike: Mapping[int, Any] | None = None,
+    ) -> None:
+        """One parameter with a gradient.
+
+        Args:
+            item: the parameter.
+            group: its group.
+            begins: as of ``engine.blocks.catch_up``.
+            alike: ranks that step it at the same place among all that they exchange.
+        """
         chosen = self._strategies(group)
         check_gradients([item], type(self).__name__)
         with tracing.hosted(), Undo() as undo:
@@ -537,6 +553,8 @@ class LowRankOptimizer(PlannedOptimizer):
                 items = self._items(group)
                 self._begin_blocks(items, undo)
                 catch_up(item, items, self.state, chosen, begins)
+            if alike:
+                refresh_alike([(item, self._state_of(item, chosen), chosen)], alike, undo)
             self._step_items([item], group, chosen, undo)
 
     def _state_of(self, item: ParamPlan, chosen: Strategies) -> State:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from torch.optim import Optimizer
+import torch.distributed as dist
 
 from lowrank_optim.backward.handle import InBackward
-from lowrank_optim.backward.parallel import check_plain
+from lowrank_optim.backward.parallel import check_plain, is_process_group
 from lowrank_optim.backward.project_mode import ProjectMode
 from lowrank_optim.backward.projecting import COORDS_DTYPES, FIRST_BASES
 from lowrank_optim.backward.step_mode import StepMode
+from lowrank_optim.backward.wrapped import unwrapped
 from lowrank_optim.optimizer import LowRankOptimizer
 
 ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -21,31 +22,15 @@ ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: x is None or (isinstance(x, int | float) and not isinstance(x, bool) and x > 0),
         "None or a positive number",
     ),
-    "first_basis": (lambda x: x in FIRST_BASES, "'micro' or 'boundary'"),
+    "first_basis": (lambda x: x is None or x in FIRST_BASES, "None, 'micro' or 'boundary'"),
     "coords_dtype": (lambda x: x in COORDS_DTYPES, "'auto', 'float32' or 'bfloat16'"),
     "keep_norms": (lambda x: isinstance(x, bool), "True or False"),
+    "process_group": (
+        lambda x: x is None or is_process_group(x),
+        "None or a ProcessGroup that this process is in, such as torch.distributed.group.WORLD",
+    ),
 }
 """Arguments of :func:`attach_in_backward`: what each may be, as a test and in words."""
-
-
-def _unwrapped(optimizer: Any) -> LowRankOptimizer:
-    """The optimizer, or the one inside a wrapper, such as accelerate's and Lightning's.
-
-    Raises:
-        TypeError: it is not one of this package.
-    """
-    inner, kinds = optimizer, [type(optimizer)]
-    while isinstance(getattr(inner, "optimizer", None), Optimizer):  # Lightning's has both types
-        inner = inner.optimizer
-        kinds.append(type(inner))
-    if not (isinstance(optimizer, Optimizer) and isinstance(inner, LowRankOptimizer)):
-        named = [f"{kind.__module__}.{kind.__qualname__}" for kind in kinds]
-        got = repr(optimizer) if isinstance(optimizer, type) else " of a ".join(named)
-        raise TypeError(
-            "attach_in_backward takes an optimizer of lowrank_optim, such as GaLoreAdamW, or one "
-            f"that accelerate or Lightning wrapped, got {got}"
-        )
-    return inner
 
 
 def attach_in_backward(
@@ -54,9 +39,10 @@ def attach_in_backward(
     *,
     accumulation_steps: int = 1,
     max_norm: float | None = None,
-    first_basis: Literal["micro", "boundary"] = "micro",
+    first_basis: Literal["micro", "boundary"] | None = None,
     keep_norms: bool = False,
     coords_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    process_group: dist.ProcessGroup | None = None,
 ) -> InBackward:
     r"""Free every gradient inside backward, so that whole gradients never coexist.
 
@@ -73,23 +59,27 @@ def attach_in_backward(
 
     State and checkpoints are those of the optimizer without it.
 
-    Not for ``DistributedDataParallel``: it averages gradients after these hooks, and keeps them all
-    in its buckets. Train the module itself on every rank instead. For ``"step"``, average in a hook
-    on each parameter that is registered before; for ``"project"``, with ``first_basis="boundary"``,
-    before ``step()``, where ``p.grad.coords`` is all there is to send of a matrix
-    (``docs/guides/inside_backward.md``).
+    With a ``process_group`` every rank trains the module itself on its own data, without
+    ``DistributedDataParallel``, which keeps all gradients in its buckets. What is kept of gradients
+    (coordinates; whole ones where a basis is due, or there is no subspace) is averaged over the
+    ranks in buckets that leave while backward runs, and ``p.grad`` holds the average when it
+    returns. ``handle.no_sync()`` is that of ``DistributedDataParallel``. Ranks begin with the
+    parameters of rank 0; buffers, and parameters that the optimizer has not, are as each rank made
+    them. One rank finds each basis. A rank that does not reach a parameter counts as zeros.
 
     Args:
         optimizer: any optimizer of this package, also as accelerate or Lightning wrapped it.
         mode: ``"project"`` or ``"step"``.
-        accumulation_steps: calls of ``backward()`` before a step. ``mode="project"`` takes any
-            number without being told.
+        accumulation_steps: calls of ``backward()`` before a step (default: 1). ``mode="project"``
+            takes any number without being told; with a ``process_group`` only the last of as many
+            averages, as if the others were in ``no_sync()``.
         max_norm: ``mode="project"`` clips by the global norm of what will be applied, in
             ``step()``: of coordinates, and of gradients that have none. ``mode="step"`` clips each
             parameter alone, and warns that it does.
         first_basis: where the very first basis of ``mode="project"`` comes from: ``"micro"``, the
             first micro-batch, or ``"boundary"``, the accumulated gradient, which is exact and keeps
-            whole gradients during the first step.
+            whole gradients during the first step (default: ``"micro"``; with a ``process_group``
+            ``"boundary"``, as the first basis must be that of all ranks).
         coords_dtype: what ``mode="project"`` keeps coordinates in. ``"auto"``: bfloat16 where they
             come in bfloat16, as products with gradients of bfloat16 do, so that one micro-batch
             loses nothing; else float32, or wider as the weights. ``"float32"`` and ``"bfloat16"``:
@@ -99,15 +89,18 @@ def attach_in_backward(
             memory, until ``step()``: ``clip_grad_norm_`` then returns the true global norm, and
             scales nothing that has been stepped. ``mode="project"`` needs no telling: its norms are
             those of coordinates (default: False).
+        process_group: the ranks that gradients are averaged over, such as
+            ``torch.distributed.group.WORLD`` (which is None before ``init_process_group``), or None
+            for this process alone (default: None). Every rank of it calls this function.
 
     Returns:
-        A handle with ``remove()``, and a context manager.
+        A handle with ``remove()`` and ``no_sync()``, and a context manager.
 
     Raises:
         TypeError: the optimizer is not one of this package.
         NotImplementedError: a parameter is a DTensor.
         ValueError: an argument is out of range, or ``mode="project"`` and the method uses what its
-            subspace does not see.
+            subspace does not see; or the ranks have other parameters.
         RuntimeError: the optimizer, or another one of its parameters, works inside backward
             already; later, ``step(closure)`` runs
             backward in its closure, or the first backward is that of ``DistributedDataParallel``.
@@ -131,12 +124,21 @@ def attach_in_backward(
         "first_basis": first_basis,
         "keep_norms": keep_norms,
         "coords_dtype": coords_dtype,
+        "process_group": process_group,
     }
-    optimizer = _unwrapped(optimizer)
+    optimizer = unwrapped(optimizer)
     for name, (allowed, words) in ARGUMENTS.items():
         if not allowed(given[name]):
             raise ValueError(f"{name} must be {words}, got {given[name]!r}")
     check_plain(optimizer.param_groups)
-    if mode == "project":
-        return ProjectMode(optimizer, max_norm, first_basis, coords_dtype)
-    return StepMode(optimizer, max_norm, accumulation_steps, keep_norms)
+    if mode == "step":
+        return StepMode(optimizer, max_norm, accumulation_steps, keep_norms, process_group)
+    if process_group is not None and first_basis == "micro":
+        raise ValueError(
+            "first_basis='micro' finds the first bases in gradients of this rank alone, and with a "
+            "process_group they must be those of all ranks: pass 'boundary', or leave it out"
+        )
+    first_basis = first_basis or ("micro" if process_group is None else "boundary")
+    return ProjectMode(
+        optimizer, max_norm, first_basis, coords_dtype, process_group, accumulation_steps
+    )

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from lowrank_optim.backward.parallel import MESSAGE, check_plain, in_ddp
-from lowrank_optim.backward.projecting import items_of
+from lowrank_optim.backward.averaging import Averaging
+from lowrank_optim.backward.parallel import MESSAGE, check_plain, in_ddp, late_ranks
+from lowrank_optim.backward.projecting import Plans, items_of
 from lowrank_optim.engine import tracing
 from lowrank_optim.engine.plan import ParamPlan
-from lowrank_optim.groups import Group
+from lowrank_optim.groups import Group, notices
 from lowrank_optim.optimizer import LowRankOptimizer
+from lowrank_optim.sharding.collectives import Form, form
 
 _ATTACHED = "_in_backward"
+LATE = (
+    "attach_in_backward was called without a process_group before there were other processes, and "
+    "averages nothing with them: dist.group.WORLD is None until init_process_group, so call that "
+    "first"
+)
 
 
 def attached_to(param: Tensor) -> Iterator[InBackward]:
@@ -30,15 +41,28 @@ class InBackward:
     """What :func:`attach_in_backward` returns. ``with`` removes it at the end.
 
     Parameters unfrozen or added later are taken up at the next step.
+
+    A gradient goes through three places. :meth:`_arrived`: this rank's is complete for one
+    backward. :meth:`_averaged`: it is that of the step, over all ranks. :meth:`_settle`: what is
+    left to do in ``step()``.
     """
 
-    def __init__(self, optimizer: LowRankOptimizer, max_norm: float | None) -> None:
+    averages_at_once = False
+    """Whether an average is wanted as soon as its message has arrived, or all at the end."""
+
+    def __init__(
+        self,
+        optimizer: LowRankOptimizer,
+        max_norm: float | None,
+        process_group: dist.ProcessGroup | None = None,
+        accumulation_steps: int = 1,
+    ) -> None:
         if getattr(optimizer, _ATTACHED, None) is not None:
             raise RuntimeError("the optimizer works inside backward already: remove() that first")
         self.optimizer, self.max_norm = optimizer, max_norm
         self._in_closure = False
         self._checked = False
-        self._plans: dict[Tensor, tuple[Group, list[ParamPlan], ParamPlan]] = {}
+        self._plans = Plans(optimizer)
         self._check()
         for _, plan in items_of(optimizer):
             if list(attached_to(plan.param)):
@@ -46,6 +70,19 @@ class InBackward:
                     f"another optimizer takes the gradient of {plan.name} inside backward: "
                     "remove() the handle that attach_in_backward returned for it first"
                 )
+        self._alone = not dist.is_available() or not dist.is_initialized()
+        """Whether there was nobody to average with when this was made."""
+        self._ranks: Averaging | None = None
+        if process_group is not None:
+            self._ranks = Averaging(
+                optimizer,
+                process_group,
+                accumulation_steps,
+                form_of=self._in_form,
+                forms_of=self._forms,
+                averaged=self._averaged,
+                at_once=self.averages_at_once,
+            )
         self._hooks: dict[Tensor, Any] = {}
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -59,8 +96,30 @@ class InBackward:
         for handle in (*self._handles, *self._hooks.values()):
             handle.remove()
         self._hooks, self._handles = {}, []
+        if self._ranks is not None:
+            self._ranks.remove()
+            self._ranks = None
         if getattr(self.optimizer, _ATTACHED, None) is self:
             setattr(self.optimizer, _ATTACHED, None)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Backwards within add up on this rank, as those of DistributedDataParallel's ``no_sync``.
+
+        The next backward outside averages what they left together with its own. Without a
+        ``process_group`` there is nothing to put off.
+
+        Example:
+            >>> import torch
+            >>> from lowrank_optim import GaLoreAdamW, attach_in_backward
+            >>> model = torch.nn.Linear(64, 32)
+            >>> optimizer = GaLoreAdamW(model.named_parameters(), lr=1e-2, rank=4)
+            >>> handle = attach_in_backward(optimizer)  # with process_group=dist.group.WORLD
+            >>> with handle.no_sync():
+            ...     (model(torch.randn(8, 64)).square().mean() / 2).backward()
+            >>> (model(torch.randn(8, 64)).square().mean() / 2).backward()
+            >>> optimizer.step()
+        """
+        return nullcontext() if self._ranks is None else self._ranks.no_sync()
 
     def __enter__(self) -> Self:
         return self
@@ -76,25 +135,15 @@ class InBackward:
                     self._hooks[param] = hook
 
     def _find(self, param: Tensor) -> tuple[Group, ParamPlan]:
-        """The group and plan of a parameter, looked up again when groups were edited or loaded."""
-        known = self._plans.get(param)
-        if known is not None:
-            group, plans, plan = known
-            if any(g is group for g in self.optimizer.param_groups) and (
-                self.optimizer._items(group) is plans
-            ):
-                return group, plan
-        self._plans = {
-            plan.param: (group, plans, plan)
-            for group in self.optimizer.param_groups
-            for plans in [self.optimizer._items(group)]
-            for plan in plans
-        }
-        group, _, plan = self._plans[param]
-        return group, plan
+        found = self._plans.find(param)
+        assert found is not None
+        return found
 
     def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         check_plain(self.optimizer.param_groups)
+        if self._ranks is not None:
+            self._ranks.share()
+            self._ranks.check_averaged()
         self._settle()
         # a closure that computes gradients is refused; Lightning passes one that does not
         return tuple(map(self._guarded, args)), {k: self._guarded(x) for k, x in kwargs.items()}
@@ -123,9 +172,14 @@ class InBackward:
             check_plain(self.optimizer.param_groups)
             if in_ddp(self._hooks):
                 raise RuntimeError(MESSAGE)
+            if self._ranks is None and self._alone and late_ranks():
+                warnings.warn(LATE, stacklevel=notices.users_level())
             self._checked = True
         with tracing.hosted():
             self._arrived(param)
+            if self._ranks is not None:
+                with torch.no_grad():
+                    self._ranks.arrived(param)
 
     def _after_step(self, *_: Any) -> None:
         self._hook_all()
@@ -137,5 +191,15 @@ class InBackward:
         """What is left to do between the last backward and the step."""
 
     def _arrived(self, param: Tensor) -> None:
-        """A gradient is complete for this backward."""
+        """A gradient is complete for this backward, on this rank."""
         raise NotImplementedError
+
+    def _averaged(self, param: Tensor) -> None:
+        """A gradient is that of the step: averaged over the ranks after the last backward."""
+
+    def _in_form(self, param: Tensor) -> None:
+        """Bring a gradient into the form in which it is kept, whether it arrived or lay there."""
+
+    def _forms(self, param: Tensor) -> Sequence[Form]:
+        """Shapes and dtypes of that form."""
+        return [form(param)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch.distributed as dist
 from torch import Tensor
 
 from lowrank_optim.engine.sharded.replicas import averaged
@@ -14,13 +15,25 @@ from lowrank_optim.sharding.parts import is_sharded
 MESSAGE = (
     "attach_in_backward cannot work with DistributedDataParallel, which averages gradients over "
     "the ranks only after the hooks that project or step them, and keeps all of them: train the "
-    "module itself, and average in hooks of your own (see attach_in_backward)"
+    "module itself with attach_in_backward(..., process_group=dist.group.WORLD), which averages "
+    "them; or keep the wrapper without attach_in_backward, and let it send coordinates by "
+    "model.register_comm_hook(None, lowrank_optim.distributed.ddp_comm_hook(optimizer))"
 )
 
 
 def in_ddp(params: Iterable[Tensor]) -> bool:
     """Whether any of these is a parameter that ``DistributedDataParallel`` averages."""
     return bool(averaged(params))
+
+
+def late_ranks() -> bool:
+    """Whether there are several processes by now."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_process_group(x: object) -> bool:
+    """Whether gradients can be averaged over it; not where this process is no member."""
+    return dist.is_available() and isinstance(x, dist.ProcessGroup)
 
 
 def check_plain(groups: Iterable[Group]) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -14,8 +18,12 @@ from lowrank_optim.backward.projecting import (
     items_of,
     projected,
 )
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.refresh import basis_due, refresh_
+from lowrank_optim.engine.sharded.replicas import refresh_alike
+from lowrank_optim.engine.undo import Undo
 from lowrank_optim.optimizer import LowRankOptimizer
+from lowrank_optim.sharding.collectives import Form, form
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
 
@@ -28,31 +36,61 @@ class ProjectMode(InBackward):
         max_norm: float | None,
         first_basis: str,
         coords_dtype: str,
+        process_group: dist.ProcessGroup | None = None,
+        accumulation_steps: int = 1,
     ) -> None:
         self.first_basis, self.coords_dtype = first_basis, coords_dtype
-        super().__init__(optimizer, max_norm)
+        # equal noise on every rank would not average out
+        self._salt = () if process_group is None else (dist.get_rank(process_group),)
+        self._low: dict[Any, list[Form]] = {}
+        """Forms of coordinates, once known, by what they depend on."""
+        super().__init__(optimizer, max_norm, process_group, accumulation_steps)
 
     def _check(self) -> None:
         check_projecting(self.optimizer)
 
     @torch.no_grad()
     def _arrived(self, param: Tensor) -> None:
+        self._in_form(param)
+
+    def _in_form(self, param: Tensor) -> None:
         grad = param.grad
         if isinstance(grad, ProjectedGrad):
             if grad.spill is None:
                 return
             grad = param.grad = grad.spill  # it was zeroed in place: start again
         assert grad is not None
-        group, plan = self._find(param)
-        if plan.subspace is None or not plan.alone or grad.is_sparse:
+        basis = None if grad.is_sparse else self._basis(param)
+        if basis is None:
             return
+        plan, state, strategies = basis
+        first = self.first_basis == "micro" and int(state["refresh_step"]) < 0
+        begin = first_projected if first else projected
+        param.grad = begin(plan, state, grad, strategies, self.coords_dtype, self._salt)
+
+    def _basis(self, param: Tensor) -> tuple[ParamPlan, State, Strategies] | None:
+        """What a gradient is projected by in this step; None where it stays whole."""
+        group, plan = self._find(param)
+        if plan.subspace is None or not plan.alone:
+            return None
         strategies = self.optimizer._strategies(group)
         state = self.optimizer.state.get(param) or first_state()
-        first = int(state["refresh_step"]) < 0
-        if first and self.first_basis == "micro":
-            param.grad = first_projected(plan, state, grad, strategies, self.coords_dtype)
-        elif not basis_due(plan, state, strategies):
-            param.grad = projected(plan, state, grad, strategies, self.coords_dtype)
+        first = int(state["refresh_step"]) < 0 and self.first_basis == "micro"
+        if not first and basis_due(plan, state, strategies):
+            return None
+        return plan, state, strategies
+
+    def _forms(self, param: Tensor) -> Sequence[Form]:
+        basis = self._basis(param)
+        if basis is None:
+            return super()._forms(param)
+        plan, state, strategies = basis
+        key = plan.view, plan.subspace, param.dtype, param.device
+        if key not in self._low:  # asked of a gradient of zeros, which takes no memory
+            zero = torch.zeros((), dtype=param.dtype, device=param.device).expand(param.shape)
+            like = projected(plan, state, zero, strategies, self.coords_dtype, self._salt)
+            self._low[key] = [form(x) for x in like.coords.values()]
+        return self._low[key]
 
     @torch.no_grad()
     def _settle(self) -> None:
@@ -60,18 +98,26 @@ class ProjectMode(InBackward):
         if self.max_norm is None:
             return
         self.optimizer._make_state()
+        whole = []
         for group, plan in items_of(self.optimizer):
             grad = plan.param.grad
             if plan.subspace is None or not plan.alone:
                 continue
             if grad is None or isinstance(grad, ProjectedGrad):
                 continue
-            assert plan.view is not None
             strategies = self.optimizer._strategies(group)
-            state = self.optimizer._state_of(plan, strategies)
+            whole.append((plan, self.optimizer._state_of(plan, strategies), strategies))
+        if self._ranks is not None:
+            with Undo() as undo:
+                refresh_alike(whole, self.optimizer._replicas.known, undo)
+        for plan, state, strategies in whole:
+            grad = plan.param.grad
+            assert plan.view is not None and grad is not None
             if basis_due(plan, state, strategies):
                 refresh_(plan, state, plan.view.of(grad), int(state["step"]), strategies)
-            plan.param.grad = projected(plan, state, grad, strategies, self.coords_dtype)
+            plan.param.grad = projected(
+                plan, state, grad, strategies, self.coords_dtype, self._salt
+            )
         clip_grad_norm_([plan.param for _, plan in items_of(self.optimizer)], self.max_norm)
 
     def remove(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,31 @@ def items_of(optimizer: LowRankOptimizer) -> Iterator[tuple[Group, ParamPlan]]:
             yield group, plan
 
 
+class Plans:
+    """The group and plan of a parameter, looked up again when groups were edited or loaded."""
+
+    def __init__(self, optimizer: LowRankOptimizer) -> None:
+        self._optimizer = optimizer
+        self._known: dict[Tensor, tuple[Group, list[ParamPlan], ParamPlan]] = {}
+
+    def find(self, param: Tensor) -> tuple[Group, ParamPlan] | None:
+        """None of a parameter that the optimizer has not."""
+        groups = self._optimizer.param_groups
+        known = self._known.get(param)
+        if known is not None:
+            group, plans, plan = known
+            if any(g is group for g in groups) and self._optimizer._items(group) is plans:
+                return group, plan
+        self._known = {
+            plan.param: (group, plans, plan)
+            for group in groups
+            for plans in [self._optimizer._items(group)]
+            for plan in plans
+        }
+        known = self._known.get(param)
+        return None if known is None else (known[0], known[2])
+
+
 FIRST_BASES = ("micro", "boundary")
 COORDS_DTYPES = ("auto", "float32", "bfloat16")
 
@@ -45,8 +70,19 @@ def check_choices(first_basis: str, coords_dtype: str) -> None:
         raise ValueError(f"coords_dtype must be {names}, got {coords_dtype!r}")
 
 
-def check_projecting(optimizer: LowRankOptimizer) -> None:
+def check_projecting(
+    optimizer: LowRankOptimizer,
+    who: str = "mode='project'",
+    does: str = "frees",
+    instead: str = "use mode='step'",
+) -> None:
     """Raise if coordinates are not all that a step needs, or a gradient would always stay whole.
+
+    Args:
+        optimizer: the optimizer.
+        who: that keeps coordinates alone, for the message.
+        does: with the rest.
+        instead: what to do.
 
     Raises:
         ValueError: naming the parameter.
@@ -57,19 +93,19 @@ def check_projecting(optimizer: LowRankOptimizer) -> None:
             continue
         if isinstance(plan.subspace, Block):
             raise ValueError(
-                f"{name} takes {plan.name} whole or not at all, and mode='project' frees "
-                "gradients for coordinates: use mode='step'"
+                f"{name} takes {plan.name} whole or not at all, and {who} keeps coordinates of "
+                f"gradients alone: {instead}"
             )
         residual = optimizer.residual(group)
         if not isinstance(residual, Drop) or plan.subspace.applies_grad(None):
             raise ValueError(
                 f"{name} uses what its subspace does not see of the "
-                f"gradient of {plan.name}, which mode='project' frees: use mode='step'"
+                f"gradient of {plan.name}, which {who} {does}: {instead}"
             )
         if optimizer._strategies(group).gap == 1:
             raise ValueError(
-                f"{name} moves the subspace of {plan.name} at every step, and mode='project' "
-                "keeps a gradient whole where it is to move: use mode='step', or refresh less "
+                f"{name} moves the subspace of {plan.name} at every step, and {who} "
+                f"keeps a gradient whole where it is to move: {instead}, or refresh less "
                 "often where the method allows it (update_proj_gap)"
             )
 
@@ -105,16 +141,31 @@ Take = Callable[[ProjectedGrad, Tensor], Coords]
 
 
 def projected(
-    plan: ParamPlan, state: State, grad: Tensor, strategies: Strategies, coords_dtype: str
+    plan: ParamPlan,
+    state: State,
+    grad: Tensor,
+    strategies: Strategies,
+    coords_dtype: str,
+    salt: Sequence[int] = (),
 ) -> ProjectedGrad:
-    """The gradient in the basis in use, to which more gradients can be added."""
-    return _begin(
-        plan, grad, lambda _, more: coords_of(plan, state, more), state, strategies, coords_dtype
-    )
+    """The gradient in the basis in use, to which more gradients can be added.
+
+    ``salt`` tells roundings of this rank from those of others.
+    """
+
+    def take(_: ProjectedGrad, more: Tensor) -> Coords:
+        return coords_of(plan, state, more)
+
+    return _begin(plan, grad, take, state, strategies, coords_dtype, salt)
 
 
 def first_projected(
-    plan: ParamPlan, state: State, grad: Tensor, strategies: Strategies, coords_dtype: str
+    plan: ParamPlan,
+    state: State,
+    grad: Tensor,
+    strategies: Strategies,
+    coords_dtype: str,
+    salt: Sequence[int] = (),
 ) -> ProjectedGrad:
     """The gradient in a first basis found from itself, which only a step makes part of the state.
 
@@ -135,7 +186,7 @@ def first_projected(
         coords = coords_of(plan, projected_grad.fresh or basis, more)
         return coords if math.isfinite(norm) else {k: x.fill_(norm) for k, x in coords.items()}
 
-    return _begin(plan, grad, take, state, strategies, coords_dtype)
+    return _begin(plan, grad, take, state, strategies, coords_dtype, salt)
 
 
 def _begin(
@@ -145,13 +196,14 @@ def _begin(
     state: State,
     strategies: Strategies,
     coords_dtype: str,
+    salt: Sequence[int],
 ) -> ProjectedGrad:
     """A first gradient; what comes later is added in float32 and rounded by a seed of its own.
 
     The seed is of optimizer, parameter, step and number of the gradient, so that a run that is
     resumed rounds as one that was not interrupted.
     """
-    seed = mixed(strategies.seed, plan.uid, int(state["step"]), 4)
+    seed = mixed(strategies.seed, plan.uid, int(state["step"]), 4, *salt)
 
     def add_(projected_grad: ProjectedGrad, more: Tensor, alpha: float) -> None:
         for n, (name, x) in enumerate(take(projected_grad, more).items()):

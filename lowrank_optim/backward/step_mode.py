@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -20,17 +22,20 @@ from lowrank_optim.subspaces.block import Block
 class StepMode(InBackward):
     """Each parameter is stepped, and its gradient freed, in the last backward before a step."""
 
+    averages_at_once = True
+
     def __init__(
         self,
         optimizer: LowRankOptimizer,
         max_norm: float | None,
         accumulation_steps: int,
         keep_norms: bool,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.accumulation_steps, self.keep_norms = accumulation_steps, keep_norms
         self._arrivals: dict[Tensor, int] = {}
         self._begun_groups: set[int] = set()
-        super().__init__(optimizer, max_norm)
+        super().__init__(optimizer, max_norm, process_group, accumulation_steps)
         # else a scaler finds no gradient, and says so in words that do not help
         optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
         if max_norm is not None:
@@ -51,7 +56,23 @@ class StepMode(InBackward):
                 f"was stepped at accumulation_steps={self.accumulation_steps}; a parameter that "
                 "two checkpointed segments share needs use_reentrant=False"
             )
+        if self._ranks is None:
+            self._averaged(param)
+
+    def _averaged(self, param: Tensor) -> None:
+        self._arrivals[param] = self.accumulation_steps  # a last backward may have missed it
         self._step(param, self.keep_norms)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Not of this mode.
+
+        Raises:
+            RuntimeError: ``accumulation_steps`` says which backward steps, and so averages.
+        """
+        raise RuntimeError(
+            "mode='step' averages and steps in the last of accumulation_steps backwards: pass that "
+            "number to attach_in_backward, in place of no_sync()"
+        )
 
     def _step(self, param: Tensor, keep_norm: bool = False) -> None:
         """Step and free, unless it must wait for its siblings."""
@@ -67,7 +88,8 @@ class StepMode(InBackward):
             norm = torch.linalg.vector_norm(param.grad)
         begins = isinstance(plan.subspace, Block) and id(group) not in self._begun_groups
         self._begun_groups |= {id(group)} if begins else set()
-        self.optimizer._step_alone(plan, group, begins)
+        alike = {} if self._ranks is None else self.optimizer._replicas.known
+        self.optimizer._step_alone(plan, group, begins, alike)
         param.grad = SteppedGrad(param, norm) if keep_norm and norm is not None else None
 
     def _forget_norms(self) -> None:

@@ -48,6 +48,16 @@ def sum_(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
         x.copy_(part.view(x.shape))
 
 
+def average_(x: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Begin to average a tensor over the ranks, in place: one all-reduce, and who waits for it.
+
+    Divided before it is added up, as DistributedDataParallel does: sums of float16 would overflow.
+    """
+    x.div_(group.size())
+    work: dist.Work = dist.all_reduce(x, group=group, async_op=True)
+    return work
+
+
 def broadcast(
     tensors: Sequence[Tensor] | None,
     forms: Sequence[Form],

@@ -166,9 +166,10 @@ BAD: dict[str, list[Any]] = {
     "mode": ["both", None, "Step", 1, ["step"]],
     "accumulation_steps": [0, -1, 2.0, True, "2", None],
     "max_norm": [0, -1.0, math.nan, True, "1.0", torch.tensor(1.0)],
-    "first_basis": [1, "last", None],
+    "first_basis": [1, "last"],
     "keep_norms": [1, None, "yes"],
     "coords_dtype": ["float16", torch.bfloat16, None],
+    "process_group": ["world", 0, -100, torch.distributed],
 }
 
 

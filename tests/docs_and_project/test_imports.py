@@ -35,8 +35,8 @@ LAYERS: tuple[set[str], ...] = (
     {"engine"},
     {"checkpoints"},
     {"optimizer"},
-    {"methods", "backward", "nn", "presets", "distributed"},
-    {"memory"},
+    {"methods", "backward", "nn", "presets"},
+    {"memory", "distributed"},
     {"integrations", ""},
 )
 """What is in the package, from the bottom up: a layer imports those before it, and itself."""

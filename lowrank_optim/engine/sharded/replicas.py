@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -48,6 +50,20 @@ class Replicas:
         """The ranks that were found to have a parameter; None if nobody else has."""
         return self._groups.get(id(param))
 
+    def share(self, params: Iterable[Tensor], group: dist.ProcessGroup) -> None:
+        """Parameters that are known to be averaged over a group: none need be looked for."""
+        if group.size() > 1:
+            self._groups.update(dict.fromkeys(map(id, params), group))
+
+    def release(self) -> None:
+        """Nobody averages what :meth:`share` told of any more."""
+        self._groups = {}
+
+    @property
+    def known(self) -> Mapping[int, dist.ProcessGroup]:
+        """The groups that are known, by id of the parameter; nobody is asked."""
+        return self._groups
+
     def groups(self, items: Callable[[], Sequence[ParamPlan]]) -> dict[int, dist.ProcessGroup]:
         """By id of the parameter; called once a step.
 
@@ -70,6 +86,26 @@ class Replicas:
                 if group.size() > 1 and _is_alike(alike, group):
                     self._groups.update({id(item.param): group for item in alike})
         return self._groups
+
+
+def check_same_parameters(items: Sequence[ParamPlan], group: dist.ProcessGroup) -> None:
+    """Raise, on every rank, unless all have the same parameters in the same order.
+
+    Raises:
+        ValueError: with the first that differs.
+    """
+    mine = [(i.name, i.uid, tuple(i.param.shape), i.param.dtype) for i in items]
+    theirs: list[Any] = [None] * group.size()
+    dist.all_gather_object(theirs, mine, group=group)
+    for rank, own in enumerate(theirs):
+        for first, other in zip_longest(theirs[0], own):
+            if first != other:
+                words = ["nothing" if x is None else f"{x[0]} {x[2]}" for x in (first, other)]
+                raise ValueError(
+                    "ranks that train together need the same parameters in the same order, and "
+                    f"rank {rank} of the group has {words[1]} where rank 0 has {words[0]}: make "
+                    "the same groups on every rank"
+                )
 
 
 def _is_alike(items: Sequence[ParamPlan], group: dist.ProcessGroup) -> bool:
