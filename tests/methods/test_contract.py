@@ -12,10 +12,23 @@ from tests import cases
 from tests.methods.contract import CONTRACT, every_parameter_moves
 
 METHODS = pytest.mark.parametrize("name", cases.method_names())
+WITH_CLAUSES = [
+    pytest.param(
+        clause,
+        name,
+        id=f"{clause.__name__}-{name}",
+        marks=pytest.mark.slow if name.endswith("8bit") and i % 4 else (),
+    )
+    for i, clause in enumerate(CONTRACT)
+    for name in cases.method_names()
+]
+"""Matrices here are too small for codes, so that a class of 8 bits is the other with its name.
+
+With moments in codes the contract is kept in ``tests/stores/test_8bit.py``.
+"""
 
 
-@METHODS
-@pytest.mark.parametrize("clause", CONTRACT, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("clause", "name"), WITH_CLAUSES)
 def test_method(clause: Callable[[str], None], name: str) -> None:
     clause(name)
 
