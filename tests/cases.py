@@ -112,11 +112,12 @@ def is_beyond(name: str, projector: str | None) -> bool:
     """Whether a pair repeats what two others measure: every method, and every projector, has one.
 
     Each residual meets each projector in ``tests/engine/test_product.py``, and each kind of state.
-    A class of 8 bits is another's with the moments of large matrices in codes.
+    A rule is the same on indices as on a basis, and a class of 8 bits is another's with the moments
+    of large matrices in codes.
     """
     if name in CROSSED[1:]:
         return projector not in ("svd", "columns", OWN.get(name))
-    return name.endswith("8bit") and projector == "columns"
+    return name not in CROSSED and projector == "columns"
 
 
 def params(rows: Iterable[Sequence[Any]]) -> list[Any]:

@@ -12,6 +12,11 @@ import pytest
 Row = tuple[Any, ...]
 
 
+def named(value: Any) -> str:
+    """An id that is the same in every process: a function's name, not its address."""
+    return getattr(value, "__name__", None) or str(value)
+
+
 def paired(*axes: Sequence[Any], marks: Any = pytest.mark.slow) -> list[Any]:
     """All combinations of some axes, as parameters: the default run has every two of their values.
 

@@ -631,8 +631,17 @@ def floors() -> tuple[int, int, int]:
     return freed, first - state, later
 
 
-@pytest.mark.parametrize("first", [False, True])
-@pytest.mark.parametrize("mode", [None, "project", "step"])
+@pytest.mark.parametrize(
+    ("mode", "first"),
+    [
+        (None, False),
+        ("project", False),
+        ("project", True),
+        ("step", True),
+        pytest.param(None, True, marks=pytest.mark.slow),
+        pytest.param("step", False, marks=pytest.mark.slow),
+    ],
+)
 def test_peak_gradient_memory_is_the_largest_gradient(mode: Any, first: bool, floors: Any) -> None:
     """Of two accumulated backwards of a LLaMA, at its first step, or later.
 

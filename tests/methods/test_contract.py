@@ -12,12 +12,14 @@ from tests import cases
 from tests.methods.contract import CONTRACT, every_parameter_moves
 
 METHODS = pytest.mark.parametrize("name", cases.method_names())
+ALIKE = ("FrugalLion", "FrugalSGD")
+"""Their rules are those of GaLore's classes, and their residual is FrugalAdamW's."""
 WITH_CLAUSES = [
     pytest.param(
         clause,
         name,
         id=f"{clause.__name__}-{name}",
-        marks=pytest.mark.slow if name.endswith("8bit") and i % 4 else (),
+        marks=pytest.mark.slow if i % 4 and (name.endswith("8bit") or name in ALIKE) else (),
     )
     for i, clause in enumerate(CONTRACT)
     for name in cases.method_names()

@@ -16,7 +16,7 @@ from lowrank_optim import SwitchLoRAAdamW, lowrank_groups
 from lowrank_optim.nn import convert
 from lowrank_optim.subspaces import ahead
 from tests import runs
-from tests.pairwise import in_turns
+from tests.pairwise import in_turns, named
 
 Taken = list[bool]
 
@@ -75,7 +75,7 @@ SWITCHING: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(
-    ("options", "make"), in_turns(SWITCHING, (of_weights, of_modules)), ids=str
+    ("options", "make"), in_turns(SWITCHING, (of_weights, of_modules)), ids=named
 )
 def test_every_window_was_fetched_and_the_run_is_the_same(
     make: Made, options: dict[str, Any], taken: Taken, monkeypatch: pytest.MonkeyPatch
