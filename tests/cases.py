@@ -104,6 +104,30 @@ def pairs() -> list[tuple[str, str]]:
     ]
 
 
+OWN = {"FrugalAdamW": "block", "DCTAdamW": "dct"}
+"""What these project on by default, where that is neither "svd" nor "columns"."""
+
+
+def is_beyond(name: str, projector: str | None) -> bool:
+    """Whether a pair repeats what two others measure: every method, and every projector, has one.
+
+    Each residual meets each projector in ``tests/engine/test_product.py``, and each kind of state.
+    A rule is the same on indices as on a basis, and a class of 8 bits is another's with the moments
+    of large matrices in codes.
+    """
+    if name in CROSSED[1:]:
+        return projector not in ("svd", "columns", OWN.get(name))
+    return name not in CROSSED and projector == "columns"
+
+
+def params(rows: Iterable[Sequence[Any]]) -> list[Any]:
+    """Rows that begin with a method and a projector; those that are beyond are slow."""
+    return [
+        pytest.param(*row, marks=pytest.mark.slow if is_beyond(row[0], row[1]) else ())
+        for row in rows
+    ]
+
+
 def in_turn(
     pairs: Iterable[tuple[str, str]], values: Sequence[Hashable]
 ) -> list[tuple[str, str, Any]]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -82,9 +80,3 @@ def loaded(data: bytes, **options: Any) -> dict[str, Any]:
 def resumed(optimizer: Optimizer, fresh: Optimizer) -> None:
     """Through a file, into an optimizer that has never stepped."""
     fresh.load_state_dict(loaded(saved(optimizer)))
-
-
-def two_ranks(work: Callable[..., None], *args: Any) -> None:
-    """``work(rank, *args)`` in two processes, forked from one that has imported the package."""
-    multiprocessing.set_forkserver_preload(["lowrank_optim", work.__module__])
-    mp.start_processes(work, args, nprocs=2, start_method="forkserver")  # type: ignore[no-untyped-call]

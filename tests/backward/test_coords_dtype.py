@@ -24,6 +24,7 @@ from tests.backward.nets import (
     train,
 )
 from tests.compare import assert_close
+from tests.pairwise import in_turns
 
 SHAPE = (24, 40)
 
@@ -83,8 +84,7 @@ def test_the_format_is_the_one_asked_for(dtype: Any, asked: Any, kept: torch.dty
         assert weight.grad is not None and weight.grad.dtype == dtype
 
 
-@pytest.mark.parametrize("asked", ["auto", "float32"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "asked"), in_turns(METHODS, ("auto", "float32")))
 def test_one_micro_batch_loses_nothing(name: str, asked: Any) -> None:
     """bfloat16 products are kept as they come: the run without it, to the bit, refreshes too."""
     if not projectable(name):
@@ -361,8 +361,7 @@ class Weights(nn.Module):
         sum((p * torch.randn_like(p)).sum() for p in self.all).backward()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), in_turns([*KINDS], (torch.float32, torch.bfloat16)))
 def test_the_estimate_is_what_the_worst_step_holds(kind: str, dtype: torch.dtype) -> None:
     """To the byte, over two gaps: coordinates in their formats, and what is due whole.
 

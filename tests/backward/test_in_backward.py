@@ -31,11 +31,13 @@ from tests.backward.nets import (
     train,
 )
 from tests.compare import assert_close
+from tests.pairwise import paired
 
 
-@pytest.mark.parametrize("stagger", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "dtype", "stagger"),
+    paired([*METHODS], [torch.float64, torch.float32, torch.bfloat16], [False, True]),
+)
 def test_projecting_one_batch_is_the_step_to_the_bit(name, dtype, stagger) -> None:
     """Without accumulation nothing is reordered: parameters and state are the same bits."""
     if not projectable(name):
@@ -265,8 +267,15 @@ def test_grad_scaler_skips_and_nothing_changes() -> None:
     assert_same(plain, inside, bitwise)
 
 
-@pytest.mark.parametrize("pieces", [1, 3])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "pieces"),
+    [
+        # one piece is measured to the bit of every method, and with every projector, above
+        pytest.param(name, pieces, marks=pytest.mark.slow if pieces == 1 and i % 4 else ())
+        for i, name in enumerate(METHODS)
+        for pieces in (1, 3)
+    ],
+)
 def test_stepping_inside_backward_is_the_step(name: str, pieces: int) -> None:
     """Every method, steps on the boundary only: the same bits as gradients that wait in p.grad."""
     plain, inside = (make(name, stagger=True) for _ in range(2))
@@ -622,8 +631,17 @@ def floors() -> tuple[int, int, int]:
     return freed, first - state, later
 
 
-@pytest.mark.parametrize("first", [False, True])
-@pytest.mark.parametrize("mode", [None, "project", "step"])
+@pytest.mark.parametrize(
+    ("mode", "first"),
+    [
+        (None, False),
+        ("project", False),
+        ("project", True),
+        ("step", True),
+        pytest.param(None, True, marks=pytest.mark.slow),
+        pytest.param("step", False, marks=pytest.mark.slow),
+    ],
+)
 def test_peak_gradient_memory_is_the_largest_gradient(mode: Any, first: bool, floors: Any) -> None:
     """Of two accumulated backwards of a LLaMA, at its first step, or later.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from lowrank_optim import GaLoreAdamW, LowRankOptimizer, attach_in_backward
 from lowrank_optim.backward import handle
 from tests import runs
 from tests.compare import assert_close
+from tests.sharded.ranks import Ranks, World
 
 STEPS = 8
 PIECES = 2
@@ -142,41 +143,35 @@ def other(rank: int) -> list[Tensor]:
     return weights(model)
 
 
-def work(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
-    done = {f.__name__: f(rank) for f in (ddp, stepping, projecting, unseen, other)}
-    done |= {name: refused(rank, *case) for name, case in REFUSED.items()}
-    torch.save(done, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+def work(world: World) -> dict[str, list[Tensor]]:
+    done = {f.__name__: f(world.rank) for f in (ddp, stepping, projecting, unseen, other)}
+    return done | {name: refused(world.rank, *case) for name, case in REFUSED.items()}
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Tensor]]]:
+def ended(ranks: Callable[[int], Ranks]) -> list[dict[str, list[Tensor]]]:
     """What two processes ended with; an assertion that fails in one of them fails here."""
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    runs.two_ranks(work, 2, str(folder))
-    return [torch.load(folder / f"rank{i}.pt") for i in range(2)]
+    return ranks(2).run("in backward", work).checked()
 
 
 @pytest.mark.parametrize("how", ["ddp", "stepping", "projecting", "other"])
-def test_ranks_hold_the_same_bits(how: str, ranks: Any) -> None:
-    runs.assert_same(ranks[0][how], ranks[1][how])
+def test_ranks_hold_the_same_bits(how: str, ended: Any) -> None:
+    runs.assert_same(ended[0][how], ended[1][how])
 
 
 @pytest.mark.parametrize("how", ["stepping", "projecting"])
-def test_without_the_wrapper_it_is_what_the_wrapper_does(how: str, ranks: Any) -> None:
-    for a, b in zip(ranks[0][how], ranks[0]["ddp"], strict=True):
+def test_without_the_wrapper_it_is_what_the_wrapper_does(how: str, ended: Any) -> None:
+    for a, b in zip(ended[0][how], ended[0]["ddp"], strict=True):
         assert_close(a, b)
     assert any(
-        not torch.equal(a, b) for a, b in zip(make()[0].parameters(), ranks[0][how], strict=True)
+        not torch.equal(a, b) for a, b in zip(make()[0].parameters(), ended[0][how], strict=True)
     )
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_the_wrapper_is_refused_at_the_first_backward(case: str, ranks: Any) -> None:
+def test_the_wrapper_is_refused_at_the_first_backward(case: str, ended: Any) -> None:
     """Asserted where it happens; here, that the weights are those of the start."""
-    for held in ranks:
+    for held in ended:
         runs.assert_same(held[case], weights(make()[0]))
 
 

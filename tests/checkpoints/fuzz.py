@@ -122,10 +122,9 @@ def load(optimizer: LowRankOptimizer, bad: Any) -> bool:
     return True
 
 
-def main(examples: int, number: int = 0) -> None:
-    torch.set_num_threads(1)
+def damaged(examples: int, number: int = 0) -> tuple[int, int]:
+    """How many changed checkpoints were refused, and how many were loaded and stepped from."""
     logging.disable()  # of gradients that a wild moment has made infinite
-    quant.MIN_SIZE = 40
     made = [trained(*kind) for kind in KINDS]
     good = [copy.deepcopy(optimizer.state_dict()) for _, optimizer in made]
     weights = [runs.copies(params) for params, _ in made]
@@ -150,8 +149,15 @@ def main(examples: int, number: int = 0) -> None:
                 param.data.copy_(start)
 
     run()
-    print(f"{counts[False]} refused, {counts[True]} loaded")
-    assert counts[False] > counts[True] > 0
+    return counts[False], counts[True]
+
+
+def main(examples: int, number: int = 0) -> None:
+    torch.set_num_threads(1)
+    quant.MIN_SIZE = 40
+    refused, taken = damaged(examples, number)
+    print(f"{refused} refused, {taken} loaded")
+    assert refused > taken > 0
 
 
 if __name__ == "__main__":

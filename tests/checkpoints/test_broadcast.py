@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_optim import LowRankOptimizer, lowrank_groups, methods
 from lowrank_optim.ops import quant
-from tests import ranks, runs
+from tests import runs
+from tests.sharded.ranks import Ranks, World
+
+Worlds = Callable[[int], Ranks]
 
 STEPS, GAP = 9, 3
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -60,16 +64,15 @@ def active(optimizer: LowRankOptimizer) -> list[bool]:
     return ["exp_avg" in s or "momentum_buffer" in s for s in optimizer.state.values()]
 
 
-def work(rank: int) -> None:
-    quant.MIN_SIZE = 30
-    for case in CASES:
-        for cut in (4, 6, 8):
-            for before in (0, 2):  # steps of the optimizer that it is loaded into
-                goes_on(case, cut, before, rank)
-    broken(rank)
+def goes_on(world: World, case: str, cut: int, before: int) -> None:
+    """An optimizer that has taken ``before`` steps goes on from one that has taken ``cut``."""
+    rank = world.rank
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quant, "MIN_SIZE", 30)
+        _goes_on(case, cut, before, rank)
 
 
-def goes_on(case: str, cut: int, before: int, rank: int) -> None:
+def _goes_on(case: str, cut: int, before: int, rank: int) -> None:
     model, optimizer = made(case)
     trained(model, optimizer, range(cut), rank)
     saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=FULL))
@@ -92,8 +95,9 @@ def made_and_stepped(case: str, rank: int) -> LowRankOptimizer:
     return optimizer
 
 
-def broken(rank: int) -> None:
+def broken(world: World) -> None:
     """A block in turn whose moments are missing is an error on every rank: none waits for them."""
+    rank = world.rank
     model, optimizer = made("block")
     trained(model, optimizer, range(8), rank)
     saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=FULL))
@@ -107,6 +111,21 @@ def broken(rank: int) -> None:
         set_optimizer_state_dict(twin, resumed, saved if rank == 0 else {}, options=TOLD)
 
 
-def test_a_run_goes_on_from_what_rank_0_tells(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "cut", "before"),
+    [
+        pytest.param(*row, marks=pytest.mark.slow if row[0] != "block" and (sum(at) % 3) else ())
+        for at in itertools.product(range(len(CASES)), range(3), range(2))
+        for row in [([*CASES][at[0]], (4, 6, 8)[at[1]], (0, 2)[at[2]])]
+    ],
+)
+def test_a_run_goes_on_from_what_rank_0_tells(
+    case: str, cut: int, before: int, ranks: Worlds
+) -> None:
     """Bit for bit on both: idle blocks differ between a checkpoint and who loads it."""
-    ranks.together(work, tmp_path)
+    args = {"case": case, "cut": cut, "before": before}
+    ranks(2).run(f"{case}, {cut}, {before}", goes_on, **args).checked()
+
+
+def test_a_block_whose_moments_are_missing_is_an_error_on_every_rank(ranks: Worlds) -> None:
+    ranks(2).run("broken", broken).checked()

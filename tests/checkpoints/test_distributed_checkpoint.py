@@ -40,6 +40,7 @@ from lowrank_optim.checkpoints.load import hold_blocks
 from lowrank_optim.ops import quant
 from lowrank_optim.optimizer import LowRankOptimizer
 from tests import runs
+from tests.pairwise import paired
 
 SAVED, STEPS = 4, 9  # with a gap of 3: between refreshes, and two refreshes after
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -101,9 +102,9 @@ def round_trip(
     target[0].load_state_dict(source[0].state_dict())
 
 
-@pytest.mark.parametrize("disk", [False, True])
-@pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "flat", "disk"), paired([*METHODS], [False, True], [False, True])
+)
 def test_run_goes_on_exactly(
     method: str, flat: bool, disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

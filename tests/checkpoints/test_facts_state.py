@@ -102,7 +102,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("name, projector, dtype", cases.in_turn(PAIRS, DTYPES))
+@pytest.mark.parametrize("name, projector, dtype", cases.params(cases.in_turn(PAIRS, DTYPES)))
 def test_fact_13_a_resumed_run_is_bit_identical(
     name: str, projector: str, dtype: torch.dtype
 ) -> None:

@@ -8,9 +8,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from lowrank_optim.ops import quant
+from tests.checkpoints.fuzz import damaged
+from tests.sharded.ranks import Ranks, World
 
 
 def fuzz(examples: int, seed: int) -> None:
@@ -27,9 +32,16 @@ def fuzz(examples: int, seed: int) -> None:
     assert " refused" in done.stdout
 
 
-def test_damaged_checkpoints() -> None:
+def test_damaged_checkpoints(ranks: Callable[[int], Ranks]) -> None:
     """Values, dtypes, shapes, orders, missing and extra entries, and junk in their place."""
-    fuzz(100, seed=0)
+    ((refused, taken),) = ranks(1).run("fuzz", of_rank, examples=100).checked()
+    assert refused > taken > 0
+
+
+def of_rank(world: World, examples: int) -> tuple[int, int]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quant, "MIN_SIZE", 40)
+        return damaged(examples)
 
 
 @pytest.mark.slow

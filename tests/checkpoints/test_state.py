@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-import subprocess
-import sys
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,8 @@ from lowrank_optim import (
     memory,
 )
 from tests import cases, runs
+from tests.pairwise import in_turns, paired
+from tests.sharded.ranks import Ranks, World
 
 GAP, STEPS = 3, 8  # three refreshes of every matrix, and steps between them
 AROUND_A_REFRESH = (2, 3, 4)  # before, on and after one, of every matrix wherever its own falls
@@ -74,9 +73,10 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("stagger", [True, False])
-@pytest.mark.parametrize("formats", FORMATS)
-@pytest.mark.parametrize("projector", ["svd", "rsvd", "random"])
+@pytest.mark.parametrize(
+    ("projector", "formats", "stagger"),
+    paired(["svd", "rsvd", "random"], [*FORMATS], [True, False]),
+)
 def test_resume_at_every_step_is_exact(projector: str, formats: str, stagger: bool) -> None:
     dtype, options = FORMATS[formats]
     options = {**options, "projector": projector, "stagger": stagger}
@@ -89,15 +89,26 @@ def test_resume_is_exact_for_every_side_and_transport(proj_type: str, on_refresh
     assert_resumes(GaLoreAdamW, torch.float32, {"proj_type": proj_type, "on_refresh": on_refresh})
 
 
-@pytest.mark.parametrize("projector", sorted(PROJECTORS))
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("projector", "method"), in_turns(sorted(PROJECTORS), [*METHODS]))
 def test_resume_is_exact_for_every_method_and_projector(method: str, projector: str) -> None:
     cls, options = METHODS[method]
     options = {**options, "rank": cases.rank_for(projector, 3), "projector": projector}
     assert_resumes(cls, torch.float32, options)
 
 
-def test_resume_in_a_fresh_process_is_exact(tmp_path: Path) -> None:
+def resumes(world: World, projectors: Sequence[str], folder: str) -> None:
+    """What another process makes of the files that this one has left."""
+    torch.manual_seed(987)
+    for projector in projectors:
+        checkpoint = torch.load(f"{folder}/{projector}.pt", weights_only=True)
+        optimizer = make(checkpoint["w"], **checkpoint["options"])
+        optimizer.load_state_dict(checkpoint["o"])
+        runs.train(checkpoint["w"], optimizer, range(4, STEPS))
+        done = {"w": checkpoint["w"], "o": optimizer.state_dict()}
+        torch.save(done, f"{folder}/{projector} resumed.pt")
+
+
+def test_resume_in_a_fresh_process_is_exact(tmp_path: Path, ranks: Callable[[int], Ranks]) -> None:
     """The packages that draw projections from the global generator fail here by 2e-2 and more.
 
     A process that resumes has another global state, so only generators seeded from the run's own
@@ -113,30 +124,8 @@ def test_resume_in_a_fresh_process_is_exact(tmp_path: Path) -> None:
         torch.save(saved, tmp_path / f"{projector}.pt")
         runs.train(params, optimizer, range(4, STEPS))
         wanted[projector] = params, optimizer.state_dict()
-    script = f"""
-        import torch
-        from tests import runs
-        from tests.checkpoints import test_state
-        torch.set_num_threads(1)
-        torch.manual_seed(987)
-        for projector in {[*wanted]}:
-            checkpoint = torch.load(projector + ".pt", weights_only=True)
-            optimizer = test_state.make(checkpoint["w"], **checkpoint["options"])
-            optimizer.load_state_dict(checkpoint["o"])
-            runs.train(checkpoint["w"], optimizer, range(4, {STEPS}))
-            done = {{"w": checkpoint["w"], "o": optimizer.state_dict()}}
-            torch.save(done, projector + " resumed.pt")
-    """
-    root = str(Path(__file__).parents[2])
-    subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"import sys; sys.path.insert(0, {root!r})\n" + textwrap.dedent(script),
-        ],
-        check=True,
-        cwd=tmp_path,
-    )
+    args = {"projectors": [*wanted], "folder": str(tmp_path)}
+    ranks(1).run("fresh process", resumes, **args).checked()
     for projector, (params, ours) in wanted.items():
         resumed = torch.load(tmp_path / f"{projector} resumed.pt", weights_only=True)
         runs.assert_same(resumed["w"], params)

@@ -105,7 +105,16 @@ def assert_refuses(optimizer: LowRankOptimizer, names: list[str]) -> int:
     return count
 
 
-@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        pytest.param(
+            *x, marks=pytest.mark.slow if cases.is_beyond(x[0], x[1].get("projector")) else ()
+        )
+        for x in CASES
+    ],
+    ids=str,
+)
 def test_every_entry_of_every_state(
     name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -81,12 +83,22 @@ def product_scratch(case: Case) -> int:
     return allocations(products).largest
 
 
-@pytest.mark.parametrize(
-    ("case", "rounding"),
+def marked(rows: Sequence[tuple[Case, bool]]) -> list[Any]:
+    """ "std" is the left side of what is wide, and the right one of what is tall."""
+    named = {"wide": "left", "tall": "right", "experts": "std"}
+    return [
+        pytest.param(c, rounding, marks=pytest.mark.slow if c.proj_type == named[c.shape] else ())
+        for c, rounding in rows
+    ]
+
+
+ROUNDED = marked(
     # only bfloat16 weights are rounded
-    [(c, False) for c in CASES] + [(c, True) for c in CASES if c.dtype == torch.bfloat16],
-    ids=str,
+    [(c, False) for c in CASES] + [(c, True) for c in CASES if c.dtype == torch.bfloat16]
 )
+
+
+@pytest.mark.parametrize(("case", "rounding"), ROUNDED, ids=str)
 def test_a_step_allocates_what_its_low_rank_parts_do(case: Case, rounding: bool) -> None:
     """Projected gradient, direction, their casts, and copies of moments: nothing grows with W.
 
@@ -107,11 +119,7 @@ def test_a_step_allocates_what_its_low_rank_parts_do(case: Case, rounding: bool)
         assert found.peak < full_bytes(param) / 4
 
 
-@pytest.mark.parametrize(
-    ("case", "rounding"),
-    [(c, False) for c in CASES] + [(c, True) for c in CASES if c.dtype == torch.bfloat16],
-    ids=str,
-)
+@pytest.mark.parametrize(("case", "rounding"), ROUNDED, ids=str)
 def test_the_residual_of_fira_is_never_formed(case: Case, rounding: bool) -> None:
     """Coordinates, and one tile for the product that the fused pass reads; the release forms G - E.
 
@@ -131,7 +139,11 @@ def test_the_residual_of_fira_is_never_formed(case: Case, rounding: bool) -> Non
     assert found.peak <= 6 * low + scratch + (8 if rounding else 1) * tile
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(x.values[0], marks=x.marks) for x in marked([(c, False) for c in CASES])],
+    ids=str,
+)
 def test_a_refresh_allocates_what_its_sketch_does(case: Case) -> None:
     """A warm randomised refresh; a 16-bit gradient is cast a tile at a time, never whole."""
     optimizer = case.optimizer(projector="rsvd", update_proj_gap=1)

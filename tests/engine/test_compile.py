@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from lowrank_optim import GaLoreAdamW, LowRankOptimizer, attach_in_backward, methods
 from lowrank_optim.nn import convert
 from tests import cases, runs
+from tests.pairwise import paired
 
 NAMES = cases.method_names()
 GAP = 3
@@ -129,7 +130,11 @@ IN_TURN = [
 
 @pytest.mark.parametrize(
     ("name", "backend", "ops"),
-    [(name, *both) for i, name in enumerate(NAMES) for both in IN_TURN[i % 2]],
+    [
+        pytest.param(name, *both, marks=pytest.mark.slow if (i // 2 + n) % 2 else ())
+        for i, name in enumerate(NAMES)
+        for n, both in enumerate(IN_TURN[i % 2])
+    ],
 )
 def test_one_graph_and_the_numbers_of_the_eager_loop(
     name: str, backend: str, ops: str, monkeypatch: pytest.MonkeyPatch
@@ -155,16 +160,21 @@ def test_parameters_without_gradient_that_a_step_writes(name: str, backend: str)
 
 
 @inductor
-@pytest.mark.parametrize("name", ["GaLoreAdamW", "DCTAdamW8bit", "switchlora"])
+@pytest.mark.parametrize(
+    # of DCTAdamW, in float32, the last test of this file
+    "name",
+    ["GaLoreAdamW", pytest.param("DCTAdamW8bit", marks=pytest.mark.slow), "switchlora"],
+)
 def test_inductor(name: str) -> None:
     """The default backend, which gives the op the parameters themselves."""
     make = (lambda: modules(name)) if name == "switchlora" else (lambda: made(name))
     assert_compiles_once(make, "inductor")
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "dynamic"),
+    paired(["eager", "aot_eager"], [torch.float32, torch.bfloat16], [None, True]),
+)
 def test_parameters_of_every_kind(backend: str, dtype: torch.dtype, dynamic: bool | None) -> None:
     """Batches, scalars, transposed and sliced storage: a copy of one is stepped as itself is."""
     ends = []

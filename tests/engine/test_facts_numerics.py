@@ -71,7 +71,7 @@ def snapshot(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Tenso
         ((3, 6, 10), 3, -math.inf),
     ],
 )
-@pytest.mark.parametrize(("name", "projector"), cases.pairs())
+@pytest.mark.parametrize(("name", "projector"), cases.params(cases.pairs()))
 def test_fact_15_a_bad_gradient_changes_nothing(
     name: str, projector: str, shape: tuple[int, ...], step: int, bad: float
 ) -> None:
@@ -118,7 +118,7 @@ def test_fact_15_also_for_dense_parameters(name: str, shape: tuple[int, ...], ba
 
 
 @pytest.mark.parametrize("shape", [SHAPE, (3, 6, 10)])
-@pytest.mark.parametrize(("name", "projector"), cases.pairs())
+@pytest.mark.parametrize(("name", "projector"), cases.params(cases.pairs()))
 def test_fact_16_a_zero_first_gradient_does_not_freeze_the_weights(
     name: str, shape: tuple[int, ...], projector: str
 ) -> None:
@@ -174,7 +174,9 @@ def test_fact_17_a_group_without_rank_is_torch_adamw_bit_for_bit(
                 assert torch.equal(ours.state[a][key], want.state[b][key])
 
 
-@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "state_dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
+)
 def test_fact_18_the_second_moment_of_bfloat16_weights_decays(state_dtype: str) -> None:
     """Gradients of 1 for 1600 steps, then of 0.01 for 2300: v must follow, below 0.05.
 

@@ -36,6 +36,14 @@ DRAWING: dict[str, dict[str, Any]] = {
 }
 """Methods without a projector."""
 CASES = [(name, p, {}) for name, p in cases.pairs()] + [(k, None, v) for k, v in DRAWING.items()]
+ALL = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow if cases.is_beyond(*case[:2]) else ())
+        for case in CASES
+    ],
+    ids=lambda case: f"{case[0]}-{case[1]}",
+)
 OWN_ORDER = [(name, p, o) for name, p, o in CASES if p == "block"]
 NAMES = list(SHAPES)
 Arrange = Callable[[Sequence[str]], list[list[str]]]
@@ -74,7 +82,7 @@ def assert_same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 
 @pytest.mark.filterwarnings("ignore:.*does not use")
 @pytest.mark.filterwarnings("ignore:.*is clamped")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+@ALL
 def test_order_groups_and_wrappers_change_no_bit(
     case: tuple[str, str | None, dict[str, Any]],
 ) -> None:
@@ -211,7 +219,7 @@ def test_a_run_takes_up_any_other_phase_of_the_gap() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*does not use")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+@ALL
 def test_a_checkpoint_of_draws_by_place_goes_on(
     case: tuple[str, str | None, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import warnings
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 
@@ -23,7 +22,8 @@ from lowrank_optim import (
     methods,
 )
 from lowrank_optim.nn import convert
-from tests import cases, runs
+from tests import cases
+from tests.sharded.ranks import Ranks, World
 
 
 def model() -> nn.Sequential:
@@ -124,8 +124,7 @@ def test_a_step_without_any_gradient_is_told() -> None:
 # ------------------------------------------------------------------ sharded
 
 
-def _ranks(rank: int, path: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+def _ranks(world: World) -> None:
     device = torch.device("cpu")
 
     def flattened(**options: Any) -> Any:
@@ -164,9 +163,8 @@ def _ranks(rank: int, path: str) -> None:
         net(torch.randn(3, 24)).square().mean().backward()
         with pytest.raises(RuntimeError, match=r"make the optimizer after fully_shard\(model\)"):
             optimizer.step()
-    dist.destroy_process_group()
 
 
-def test_sharding_that_cannot_train_is_told(tmp_path: Path) -> None:
+def test_sharding_that_cannot_train_is_told(ranks: Callable[[int], Ranks]) -> None:
     """FSDP1 trained dense AdamW in silence; an optimizer from before ``fully_shard``, nothing."""
-    runs.two_ranks(_ranks, str(tmp_path / "store"))
+    ranks(2).run("sharding", _ranks).checked()

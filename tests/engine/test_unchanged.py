@@ -63,7 +63,9 @@ METHODS = [
 
 @pytest.mark.parametrize("steps", [1, GAP], ids=["plain", "refresh"])
 @pytest.mark.parametrize(
-    ("name", "projector", "options"), METHODS, ids=[f"{a}-{b}-{c}" for a, b, c in METHODS]
+    ("name", "projector", "options"),
+    cases.params(METHODS),
+    ids=[f"{a}-{b}-{c}" for a, b, c in METHODS],
 )
 def test_a_fault_in_any_op_changes_nothing(
     name: str, projector: str, options: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch

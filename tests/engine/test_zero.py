@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -14,8 +13,11 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from lowrank_optim import GaLoreAdamW, LowRankOptimizer, lowrank_groups, methods
 from lowrank_optim.nn import convert
-from tests import cases, ranks
+from tests import cases
 from tests.compare import assert_close
+from tests.sharded.ranks import Ranks, World
+
+Worlds = Callable[[int], Ranks]
 
 STEPS, GAP = 10, 3
 SST = {"steps_per_iteration": GAP, "iterations_per_round": 2, "warmup_steps": 1}
@@ -77,29 +79,31 @@ def assert_as_one(
             raise AssertionError(f"{case}, {name}: {error}") from None
 
 
-def work(rank: int) -> None:
+def as_one(world: World, case: str) -> None:
+    """A method of one process, and the same under ZeRO, which gives this rank some parameters."""
     warnings.simplefilter("ignore", UserWarning)
-    for case in CASES:
-        name, own = options(case)
-        dtype = torch.bfloat16 if "bfloat16" in case else torch.float64
-        whole, sharded = network(dtype), network(dtype)
-        one = getattr(methods, name)(whole.parameters(), **own)
-        many = ZeroRedundancyOptimizer(sharded.parameters(), getattr(methods, name), **own)
-        assert 0 < sum(len(g["params"]) for g in many.optim.param_groups) < 8
-        trained(whole, one, range(STEPS))
-        trained(sharded, many, range(STEPS))
-        assert_as_one(case, sharded, whole)
+    name, own = options(case)
+    dtype = torch.bfloat16 if "bfloat16" in case else torch.float64
+    whole, sharded = network(dtype), network(dtype)
+    one = getattr(methods, name)(whole.parameters(), **own)
+    many = ZeroRedundancyOptimizer(sharded.parameters(), getattr(methods, name), **own)
+    assert 0 < sum(len(g["params"]) for g in many.optim.param_groups) < 8
+    trained(whole, one, range(STEPS))
+    trained(sharded, many, range(STEPS))
+    assert_as_one(case, sharded, whole)
 
-    groups_as_one()
-    resumed_as_one(rank)
-    refused()
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_method_trains_as_one_process(case: str, ranks: Worlds) -> None:
+    """It gives each rank its parameters alone, the largest first, without or with wrong names."""
+    ranks(2).run(case, as_one, case=case).checked()
 
 
 def unnamed(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in group.items() if k != "param_names"} for group in groups]
 
 
-def groups_as_one() -> None:
+def groups_as_one(world: World) -> None:
     """Groups with a rank each; groups with the constructor's; one that is late."""
     own: dict[str, Any] = {"lr": 0.01, "update_proj_gap": GAP, "projector": "random"}
     overrides = {r"^4\.": {"rank": 2}}
@@ -124,7 +128,7 @@ def groups_as_one() -> None:
     assert_as_one("constructor's rank", pair[1], pair[0])
 
 
-def resumed_as_one(rank: int) -> None:
+def resumed_as_one(world: World) -> None:
     """Consolidated on rank 0, and loaded on both."""
     own: dict[str, Any] = {"lr": 0.01, "update_proj_gap": GAP, "projector": "random", "rank": 3}
     whole, sharded = network(), network()
@@ -132,7 +136,7 @@ def resumed_as_one(rank: int) -> None:
     first = ZeroRedundancyOptimizer(sharded.parameters(), GaLoreAdamW, **own)
     trained(sharded, first, range(5))
     first.consolidate_state_dict(to=0)
-    saved: list[Any] = [first.state_dict() if rank == 0 else None]
+    saved: list[Any] = [first.state_dict() if world.rank == 0 else None]
     torch.distributed.broadcast_object_list(saved, src=0)
     again = ZeroRedundancyOptimizer(sharded.parameters(), GaLoreAdamW, **own)
     again.load_state_dict(saved[0])
@@ -140,7 +144,7 @@ def resumed_as_one(rank: int) -> None:
     assert_as_one("resumed", sharded, whole)
 
 
-def refused() -> None:
+def refused(world: World) -> None:
     """What depends on all parameters of a group, or on names, and before anything changed."""
 
     def told(groups: Any, cls: type[LowRankOptimizer], text: str, **own: Any) -> None:
@@ -167,9 +171,9 @@ def refused() -> None:
         told(unnamed(factors), cls, text)
 
 
-def test_zero_trains_as_one_process_or_refuses(tmp_path: Path) -> None:
-    """It gives each rank its parameters alone, the largest first, without or with wrong names."""
-    ranks.together(work, tmp_path)
+@pytest.mark.parametrize("job", [groups_as_one, resumed_as_one, refused])
+def test_groups_and_checkpoints_too_or_it_is_refused(job: Any, ranks: Worlds) -> None:
+    ranks(2).run(job.__name__, job).checked()
 
 
 def test_names_must_be_as_many_as_parameters() -> None:

@@ -88,7 +88,14 @@ def test_layer_wise_is_the_ordinary_run(tmp_path: Path) -> None:
     assert_equal_models(runs[0].model, runs[1].model)
 
 
-@pytest.mark.parametrize("name", [n for n in methods.__all__ if n != "GaLoreAdamW"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n.endswith("8bit") else ())
+        for n in methods.__all__
+        if n != "GaLoreAdamW"
+    ],
+)
 def test_other_methods_learn_at_the_given_rate(tmp_path: Path, name: str) -> None:
     """At learning rate 0 and no decay nothing moves; at another the loss falls."""
     method, more = getattr(methods, name), {"optim_args": "rank=4, update_proj_gap=2"}

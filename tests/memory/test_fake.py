@@ -66,7 +66,9 @@ def layout(states: list[dict[str, torch.Tensor]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "projector", "options", "dtype"), KINDS, ids=["-".join(map(str, x)) for x in KINDS]
+    ("name", "projector", "options", "dtype"),
+    cases.params(KINDS),
+    ids=["-".join(map(str, x)) for x in KINDS],
 )
 def test_a_fake_step_is_a_real_one(
     name: str, projector: str, options: dict[str, Any], dtype: torch.dtype

@@ -12,10 +12,25 @@ from tests import cases
 from tests.methods.contract import CONTRACT, every_parameter_moves
 
 METHODS = pytest.mark.parametrize("name", cases.method_names())
+ALIKE = ("FrugalLion", "FrugalSGD")
+"""Their rules are those of GaLore's classes, and their residual is FrugalAdamW's."""
+WITH_CLAUSES = [
+    pytest.param(
+        clause,
+        name,
+        id=f"{clause.__name__}-{name}",
+        marks=pytest.mark.slow if i % 4 and (name.endswith("8bit") or name in ALIKE) else (),
+    )
+    for i, clause in enumerate(CONTRACT)
+    for name in cases.method_names()
+]
+"""Matrices here are too small for codes, so that a class of 8 bits is the other with its name.
+
+With moments in codes the contract is kept in ``tests/stores/test_8bit.py``.
+"""
 
 
-@METHODS
-@pytest.mark.parametrize("clause", CONTRACT, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("clause", "name"), WITH_CLAUSES)
 def test_method(clause: Callable[[str], None], name: str) -> None:
     clause(name)
 

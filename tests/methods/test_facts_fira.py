@@ -18,6 +18,7 @@ from lowrank_optim.tensors.matrix import matrix_view
 from tests import cases
 from tests.compare import assert_close, relative
 from tests.oracles.fira import fira
+from tests.pairwise import paired
 
 LR = 0.1
 PLAIN: dict[str, Any] = {"lr": LR, "weight_decay": 0.0, "limiter": None, "rank": 3}
@@ -297,9 +298,10 @@ def test_fact_31_nothing_is_read_on_the_host(paper: bool, kind: str) -> None:
         subspace.push_(into, state, {"low": low * lr}, term.times(lr))
 
 
-@pytest.mark.parametrize("projector", cases.projector_names())
-@pytest.mark.parametrize("proj_type", cases.PROJ_TYPES)
-@pytest.mark.parametrize("mode, scaling", [(m, s) for m in MODES for s in ("column", "matrix")])
+@pytest.mark.parametrize(
+    ("mode", "scaling", "proj_type", "projector"),
+    paired([*MODES], ["column", "matrix"], cases.PROJ_TYPES, cases.projector_names()),
+)
 def test_the_norm_identity_is_the_norm(
     mode: str, scaling: str, proj_type: str, projector: str
 ) -> None:

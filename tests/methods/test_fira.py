@@ -16,6 +16,7 @@ from tests import cases
 from tests.cases import matrices
 from tests.compare import assert_close, relative
 from tests.oracles.fira import fira
+from tests.pairwise import paired
 from tests.runs import resumed
 
 HYPER: dict[str, Any] = {"lr": 3e-2, "scale": 0.6, "weight_decay": 0.1, **cases.RULES["adamw"]}
@@ -50,11 +51,11 @@ def expected(start: Tensor, grads: list[Tensor], rank: int, **kwargs: Any) -> Te
 
 
 @pytest.mark.filterwarnings("ignore:rank 4 is clamped")
-@pytest.mark.parametrize("mode, scaling, limiter", COMBINATIONS)
-@pytest.mark.parametrize("proj_type", cases.PROJ_TYPES)
-@pytest.mark.parametrize("shape", list(cases.SHAPES))
+@pytest.mark.parametrize(
+    ("shape", "proj_type", "combination"), paired([*cases.SHAPES], cases.PROJ_TYPES, COMBINATIONS)
+)
 def test_method_is_the_oracle(
-    shape: str, proj_type: str, mode: str, scaling: str, limiter: float | None
+    shape: str, proj_type: str, combination: tuple[str, str, float | None]
 ) -> None:
     """Same weights after every one of ten steps, four refreshes and a resume on the way.
 
@@ -64,7 +65,7 @@ def test_method_is_the_oracle(
     size = cases.SHAPES[shape]
     start, grads = cases.parameter(size), growing(size, STEPS)
     hyper = {**HYPER, "proj_type": proj_type}
-    hyper |= {"alpha_mode": mode, "scaling": scaling, "limiter": limiter}
+    hyper |= dict(zip(("alpha_mode", "scaling", "limiter"), combination, strict=True))
     if proj_type == "full":
         hyper["eps"] = 1e-4
     want = expected(start, grads, cases.RANK, gap=3, **hyper)
@@ -178,7 +179,9 @@ def test_bfloat16_weights_follow_the_float64_oracle(shape: tuple[int, ...], mode
     assert relative(param, want) < 2e-2
 
 
-@pytest.mark.parametrize("shape", [(24, 80), (80, 24), (3, 24, 64)])
+@pytest.mark.parametrize(
+    "shape", [pytest.param((24, 80), marks=pytest.mark.slow), (80, 24), (3, 24, 64)]
+)
 def test_stochastic_rounding_of_the_residual_is_unbiased(shape: tuple[int, ...]) -> None:
     """Steps a hundredth of a unit in the last place: to nearest, bfloat16 weights never move.
 

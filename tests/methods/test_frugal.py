@@ -30,6 +30,7 @@ from tests import cases
 from tests.compare import assert_close, assert_mostly_close
 from tests.oracles.frugal import down, frugal, up
 from tests.oracles.galore import side, signed
+from tests.pairwise import in_turns, paired
 
 GAP, STEPS = 3, 8
 CLASSES: dict[str, tuple[type[LowRankOptimizer], dict[str, Any]]] = {
@@ -92,10 +93,10 @@ def follow(
     return weights, parts, optimizer
 
 
-@pytest.mark.parametrize("on_refresh", ["reset", "keep", "project"])
-@pytest.mark.parametrize("free", ["sign", "sgd", "none"])
-@pytest.mark.parametrize("projector", [*INDEX, *BASES])
-@pytest.mark.parametrize("rule", CLASSES)
+@pytest.mark.parametrize(
+    ("rule", "projector", "free", "on_refresh"),
+    paired([*CLASSES], [*INDEX, *BASES], ["sign", "sgd", "none"], ["reset", "keep", "project"]),
+)
 def test_frugal_is_the_straight_line_code(
     rule: str, projector: str, free: str, on_refresh: str
 ) -> None:
@@ -532,8 +533,7 @@ def test_a_bad_gradient_changes_nothing(projector: str) -> None:
                         assert torch.equal(p, old) == still
 
 
-@pytest.mark.parametrize("projector", [*INDEX, "block"])
-@pytest.mark.parametrize("free", ["sign", "sgd"])
+@pytest.mark.parametrize(("projector", "free"), in_turns([*INDEX, "block"], ("sign", "sgd")))
 def test_bfloat16_weights_follow_float32_ones(projector: str, free: str) -> None:
     """With stochastic rounding small steps add up: 200 of 1e-3 on weights of 1, where half a unit
     in the last place is 4e-3."""

@@ -12,6 +12,7 @@ from tests import cases
 from tests.cases import matrices
 from tests.compare import assert_close, assert_mostly_close, relative
 from tests.oracles.galore import galore
+from tests.pairwise import paired
 from tests.runs import resumed
 
 CLASSES = {
@@ -36,10 +37,10 @@ def expected(start: Tensor, grads: list[Tensor], rank: int, **kwargs: Any) -> Te
 
 
 @pytest.mark.filterwarnings("ignore:rank 4 is clamped")
-@pytest.mark.parametrize("on_refresh", ["keep", "reset", "project"])
-@pytest.mark.parametrize("rule", CLASSES)
-@pytest.mark.parametrize("proj_type", cases.PROJ_TYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "proj_type", "rule", "on_refresh"),
+    paired(SHAPES, cases.PROJ_TYPES, [*CLASSES], ["keep", "reset", "project"]),
+)
 def test_method_is_the_oracle(shape: str, proj_type: str, rule: str, on_refresh: str) -> None:
     """Same weights after every one of ten steps, four refreshes and a resume on the way.
 

@@ -21,6 +21,7 @@ from lowrank_optim.tensors.matrix import matrix_view
 from tests import cases, runs
 from tests.compare import assert_close, relative
 from tests.oracles import sst as oracle
+from tests.pairwise import in_turns
 
 F64 = torch.float64
 
@@ -499,8 +500,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize(("config", "dtype"), in_turns([*CONFIGS], (torch.float32, torch.bfloat16)))
 def test_resume_in_the_middle_of_an_iteration(config: str, dtype: torch.dtype) -> None:
     """Through ``weights_only`` files, bit for bit, draws and factorisations included."""
     options = dict(CONFIGS[config])

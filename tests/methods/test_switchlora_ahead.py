@@ -16,6 +16,7 @@ from lowrank_optim import SwitchLoRAAdamW, lowrank_groups
 from lowrank_optim.nn import convert
 from lowrank_optim.subspaces import ahead
 from tests import runs
+from tests.pairwise import in_turns, named
 
 Taken = list[bool]
 
@@ -64,17 +65,17 @@ def assert_same(a: tuple[nn.Module, SwitchLoRAAdamW], b: tuple[nn.Module, Switch
     runs.assert_same_state(runs.entries(a[1]), runs.entries(b[1]))
 
 
-@pytest.mark.parametrize("make", [of_weights, of_modules])
+SWITCHING: list[dict[str, Any]] = [
+    {"rank": 6, "interval": 4, "freeze_steps": 1},
+    {"rank": 16, "interval": 4, "freeze_steps": 1},  # two are free: what has just left is next
+    {"rank": 5, "interval": 12, "freeze_steps": 2, "total_steps": 400, "descent": "Z"},
+    {"rank": 6, "interval": 4, "freeze_steps": 1, "restart_every": 7},
+    {"rank": 6, "interval": 4, "freeze_steps": 1, "state_dtype": "8bit"},
+]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"rank": 6, "interval": 4, "freeze_steps": 1},
-        {"rank": 16, "interval": 4, "freeze_steps": 1},  # two are free: what has just left is next
-        {"rank": 5, "interval": 12, "freeze_steps": 2, "total_steps": 400, "descent": "Z"},
-        {"rank": 6, "interval": 4, "freeze_steps": 1, "restart_every": 7},
-        {"rank": 6, "interval": 4, "freeze_steps": 1, "state_dtype": "8bit"},
-    ],
-    ids=str,
+    ("options", "make"), in_turns(SWITCHING, (of_weights, of_modules)), ids=named
 )
 def test_every_window_was_fetched_and_the_run_is_the_same(
     make: Made, options: dict[str, Any], taken: Taken, monkeypatch: pytest.MonkeyPatch

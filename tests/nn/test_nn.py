@@ -66,17 +66,25 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
         optimizer.step()
 
 
-@pytest.mark.parametrize("stagger", [False, True])
+SAME: dict[str, dict[str, Any]] = {
+    "default": {},
+    "plain": {"enhanced": False, "seed": 3},
+    "flip": {"sampling": "topr", "negative": "flip", "vector_lr_scale": 0.5},
+    "maximize": {"iterations_per_round": 2, "proj_type": "left", "maximize": True, "lr": 1e-3},
+}
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("options", "stagger"),
     [
-        {},
-        {"enhanced": False, "seed": 3},
-        {"sampling": "topr", "negative": "flip", "vector_lr_scale": 0.5},
-        {"iterations_per_round": 2, "proj_type": "left", "maximize": True, "lr": 1e-3},
+        pytest.param(
+            options, stagger, id=f"{name}-{stagger}",
+            marks=pytest.mark.slow if i % 2 == stagger else (),
+        )
+        for i, (name, options) in enumerate(SAME.items())
+        for stagger in (False, True)
     ],
-    ids=["default", "plain", "flip", "maximize"],
-)
+)  # fmt: skip
 def test_modules_and_weights_follow_the_same_run(stagger: bool, options: dict[str, Any]) -> None:
     """Ten iterations and several factorisations, layer by layer."""
     dense, model = network(), network()
@@ -100,8 +108,17 @@ def grouped(model: nn.Module) -> Any:
     return lowrank_groups(model, rank=3)
 
 
-@pytest.mark.parametrize("cls", [SSTAdamW, SSTAdamW8bit])
-@pytest.mark.parametrize(("first", "groups"), [(0, grouped), (11, grouped), (12, plain)])
+@pytest.mark.parametrize(
+    ("first", "groups", "cls"),
+    [
+        (0, grouped, SSTAdamW),
+        (11, grouped, SSTAdamW8bit),
+        (12, plain, SSTAdamW),
+        pytest.param(0, grouped, SSTAdamW8bit, marks=pytest.mark.slow),
+        pytest.param(11, grouped, SSTAdamW, marks=pytest.mark.slow),
+        pytest.param(12, plain, SSTAdamW8bit, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_may_change_its_form(cls: type[SSTAdamW], first: int, groups: Any) -> None:
     """To modules and back, in the middle of an iteration, between two, or before the first step.
 

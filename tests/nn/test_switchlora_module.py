@@ -19,6 +19,7 @@ from lowrank_optim.nn.switchlora import SwitchLoRALinear
 from lowrank_optim.subspaces.switching import Schedule
 from tests import runs
 from tests.compare import assert_close
+from tests.pairwise import in_turns, named
 
 R = 4
 FAST = {"interval": 4, "freeze_steps": 2}
@@ -82,18 +83,20 @@ def forms(
     return dense, first, turned, second
 
 
-@pytest.mark.parametrize("make", [network, gpt])
+FORMS: list[dict[str, Any]] = [
+    {},
+    {"order": "random", "freeze_step_counter": False},
+    {"decay_on": "weight", "weight_decay": 0.3},
+    {"weight_decay": 0.3, "scale": 5.0},
+    {"restart_every": 7},
+    {"pool_device": "param", "maximize": True},
+]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"order": "random", "freeze_step_counter": False},
-        {"decay_on": "weight", "weight_decay": 0.3},
-        {"weight_decay": 0.3, "scale": 5.0},
-        {"restart_every": 7},
-        {"pool_device": "param", "maximize": True},
-    ],
-    ids=str,
+    ("options", "make"),
+    in_turns(FORMS, (network, gpt)),
+    ids=named,
 )
 def test_fact_18_both_forms_follow_one_trajectory(
     make: Callable[[], nn.Module], options: dict[str, Any]

@@ -5,7 +5,6 @@ Triton reads TRITON_INTERPRET when it is imported, and other modules compile in 
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
@@ -15,23 +14,37 @@ from typing import Any
 
 import pytest
 
+from tests.pairwise import paired
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether this is such a process."""
 
 
-def run_interpreted(file: str, *, marks: str = "not slow", chosen: str = "") -> None:
-    """The tests of ``file`` with these marks and names, in a process where Triton interprets."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", marks]
+FILES = ("test_triton.py", "test_triton_cosine.py", "test_ops.py")
+"""In one process: Triton and torch are imported once."""
+SHARED = (
+    "guarded or no_ or denormal or flags or top_rows or unsound_lift and float32"
+    " or (matrices or matrix or columns_of or directions or cosines) and rows and float32"
+)
+"""Of what all backends have in common; Triton's interpreter cannot round to bfloat16."""
+
+
+def run_interpreted(marks: str) -> None:
+    """The tests of the kernels with these marks, in a process where Triton interprets."""
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", marks]
+    command += ["-k", f"not test_ops or ({SHARED}) and not opcheck"]
     run = subprocess.run(
-        [*command, "-k", chosen, file],
+        [*command, *(str(here / name) for name in FILES)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
+        cwd=here.parents[1],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+    for name in FILES:
+        assert name in run.stdout, f"nothing of {name} was run: {run.stdout[-2000:]}"
 
 
 def unless_interpreted(*values: Any) -> Any:
@@ -41,16 +54,5 @@ def unless_interpreted(*values: Any) -> Any:
 
 
 def crossed(*axes: Sequence[Any]) -> list[Any]:
-    """All combinations of three axes; interpreted, the slow run has some of them.
-
-    Left are those whose last value is given by the sum of the others, as in a Latin square: every
-    two values of two axes meet where no axis before the last is shorter than it.
-    """
-    found = []
-    for at in itertools.product(*(range(len(axis)) for axis in axes)):
-        values = [axis[i] for axis, i in zip(axes, at, strict=True)]
-        if sum(at[:-1]) % len(axes[-1]) == at[-1]:
-            found.append(pytest.param(*values, id="-".join(map(str, values))))
-        else:
-            found.append(unless_interpreted(*values))
-    return found
+    """All combinations of some axes; interpreted, the default run has every two of their values."""
+    return paired(*axes, marks=pytest.mark.slow if INTERPRETED else ())

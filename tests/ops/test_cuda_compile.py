@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.pairwise import in_turns
+
 CSRC = Path(__file__).parents[2] / "csrc"
 SOURCES = {"update": 4, "block": 5, "matrix": 5}  # kernels in each file
 FAST, MORE = [80, 120], [75, 86, 89, 90, 100]
@@ -37,8 +39,7 @@ def report(source: str, arch: int, out: Path) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("source", "arch"), in_turns([*SOURCES], ARCHITECTURES))
 def test_no_spills_and_bounded_resources(arch: int, source: str, tmp_path: Path) -> None:
     text = report(source, arch, tmp_path / "out.cubin")
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import runpy
 import shutil
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -22,7 +21,8 @@ from lowrank_optim.ops.schema import SCHEMAS
 from tests.ops import ops_cases as cases
 from tests.ops import ops_cosines
 from tests.ops.checks import check_stored, run
-from tests.ops.interpreted import INTERPRETED, run_interpreted
+from tests.ops.interpreted import INTERPRETED
+from tests.pairwise import paired
 
 READY, REASON = native.available("cpu")
 needs_native = pytest.mark.skipif(not READY, reason=REASON)
@@ -113,10 +113,9 @@ def test_coordinate_steps(backend: str, how: str, dtype: torch.dtype) -> None:
         run("coordinate_adamw_", a)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("basis", ["dct2", "dct3"])
-@pytest.mark.parametrize("op", ops_cosines.COSINES)
+@pytest.mark.parametrize(
+    ("op", "basis", "how", "dtype"), paired(ops_cosines.COSINES, ["dct2", "dct3"], HOW, DTYPES)
+)
 def test_cosines(backend: str, op: str, basis: str, how: str, dtype: torch.dtype) -> None:
     """Every kind of factor, tiles and their tails; with rows' own steps and moves, and without."""
     # 97: no native kernel has a stage for it; test_triton_cosine.py has the lengths of Triton's
@@ -304,15 +303,6 @@ def test_reference_and_native_round_alike() -> None:
         found.append(outs)
     for a, b in zip(*found, strict=True):
         assert torch.equal(a.view(torch.int16), b.view(torch.int16))
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
-@pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
-def test_triton_interpreted() -> None:
-    """The same matrix in a process where Triton interprets; it cannot round to bfloat16."""
-    chosen = "guarded or no_ or denormal or flags or top_rows or unsound_lift and float32"
-    chosen += " or (matrices or matrix or columns_of or directions or cosines) and rows and float32"
-    run_interpreted(__file__, chosen=f"({chosen}) and not opcheck")
 
 
 def test_no_square_of_a_direction_vanishes(backend: str) -> None:

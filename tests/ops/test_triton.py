@@ -22,7 +22,7 @@ pytest.importorskip("triton")
 from lowrank_optim.ops import triton as ops
 from lowrank_optim.ops.triton import lift, matrices
 from tests.compare import assert_close, assert_mostly_close
-from tests.ops.interpreted import INTERPRETED, crossed, run_interpreted
+from tests.ops.interpreted import INTERPRETED, crossed, unless_interpreted
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 MARKS = [
@@ -31,13 +31,6 @@ MARKS = [
 ]
 BETA1, BETA2 = 0.9, 0.99
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
-@pytest.mark.parametrize("marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_interpreted(marks: str) -> None:
-    """Everything below, in a process where Triton interprets."""
-    run_interpreted(__file__, marks=marks)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="a process without triton is the same from here")
@@ -109,15 +102,18 @@ def adamw64(g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 class TestDirections:
     pytestmark = [] if INTERPRETED else MARKS
 
-    @pytest.mark.parametrize("shapes", [[(7, 300)], SHAPES], ids=["one", "many"])
-    @pytest.mark.parametrize("by_row", [False, True])
-    @pytest.mark.parametrize("guarded", [False, True])
-    @pytest.mark.parametrize("grad,out", [(torch.float32,) * 2, (torch.bfloat16,) * 2,
-                                          (torch.float16, torch.float32)])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("shapes", "by_row", "guarded", "formats"),
+        crossed(
+            [[(7, 300)], SHAPES], [False, True], [False, True],
+            [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float16, torch.float32)],
+        ),
+    )  # fmt: skip
     def test_adamw(
-        self, shapes: list[tuple[int, ...]], by_row: bool, guarded: bool, grad: torch.dtype,
-        out: torch.dtype,
+        self, shapes: list[tuple[int, ...]], by_row: bool, guarded: bool,
+        formats: tuple[torch.dtype, torch.dtype],
     ) -> None:  # fmt: skip
+        grad, out = formats
         gs, ms = lists(shapes, grad), lists(shapes, torch.float32)
         vs = [x.abs() for x in lists(shapes, torch.float32)]
         outs, count = blank(gs, out), len(gs)
@@ -141,9 +137,9 @@ class TestDirections:
             assert_close(v, v64, torch.float32)
             assert_close(o, d, out)
 
-    @pytest.mark.parametrize("shapes", [[(1025,)], SHAPES], ids=["one", "many"])
-    @pytest.mark.parametrize("guarded", [False, True])
-    @pytest.mark.parametrize("dtype", FLOATS)
+    @pytest.mark.parametrize(
+        ("shapes", "guarded", "dtype"), crossed([[(1025,)], SHAPES], [False, True], FLOATS)
+    )
     def test_lion_and_moment(
         self, shapes: list[tuple[int, ...]], guarded: bool, dtype: torch.dtype
     ) -> None:
@@ -295,8 +291,14 @@ def eight_bit(table: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
 class TestEightBit:
     pytestmark = [] if INTERPRETED else MARKS
 
-    @pytest.mark.parametrize("signed", [True, False])
-    @pytest.mark.parametrize("dtype", FLOATS)
+    @pytest.mark.parametrize(
+        ("signed", "dtype"),
+        [
+            (True, torch.float32), (False, torch.bfloat16), (True, torch.float16),
+            unless_interpreted(False, torch.float32), unless_interpreted(True, torch.bfloat16),
+            unless_interpreted(False, torch.float16),
+        ],
+    )  # fmt: skip
     def test_quantize_gives_the_codes_of_bitsandbytes(
         self, signed: bool, dtype: torch.dtype
     ) -> None:

@@ -25,7 +25,7 @@ from lowrank_optim.subspaces.base import identity
 from tests import cases
 from tests.ops import ops_cosines
 from tests.ops.checks import check
-from tests.ops.interpreted import INTERPRETED, crossed, run_interpreted, unless_interpreted
+from tests.ops.interpreted import INTERPRETED, crossed, unless_interpreted
 from tests.ops.ops_cases import strided
 from tests.oracles.dct_adamw import dct_adamw
 
@@ -35,20 +35,18 @@ MARKS = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 BASES = ["dct2", "dct3"]
-LENGTHS = [1, 2, 35, 128, 131, 258, *map(unless_interpreted, (3, 6, 64, 127))]
+LENGTHS = {"dct2": (1, 2, 35, 128), "dct3": (1, 2, 131, 258)}
+PAIRED = [
+    pytest.param(basis, m, marks=() if m in LENGTHS[basis] or not INTERPRETED else pytest.mark.slow)
+    for basis in BASES
+    for m in (1, 2, 3, 6, 35, 64, 127, 128, 131, 258)
+]
 """Alone, with and without a middle; odd, even and prime; a tile of 64 pairs, one more, and two.
 
 128 has a tile of pairs, and one more in a spectrum; 258 has 129 pairs, and 130 of a spectrum: a
 third tile of one pair, and of the middle alone.
 """
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
-@pytest.mark.parametrize("marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_interpreted(marks: str) -> None:
-    """Everything below, in a process where Triton interprets."""
-    run_interpreted(__file__, marks=marks)
 
 
 def randn(*shape: int, how: str = "rows", dtype: torch.dtype = torch.float32) -> Tensor:
@@ -85,11 +83,10 @@ def scores(grad: Tensor, basis: str, ranking: str = "l2") -> Tensor:
     return ops.cosine_scores([grad], plan(grad.shape[0], basis), basis, ranking)[0]
 
 
-@pytest.mark.parametrize("basis", BASES)
-class TestTransforms:
+@pytest.mark.parametrize(("basis", "m"), PAIRED)
+class TestLengths:
     pytestmark = [] if INTERPRETED else MARKS
 
-    @pytest.mark.parametrize("m", LENGTHS)
     def test_scores(self, basis: str, m: int) -> None:
         """One column; a tile and a tail of one; more than one program adds up, and a tail."""
         for width, ranking in ((1, "l1"), (33, "l2"), (161, "l1" if m % 2 else "l2")):
@@ -98,17 +95,6 @@ class TestTransforms:
             want = size.sum(1) if ranking == "l1" else size.square().sum(1)
             check(scores(grad, basis, ranking), (want, None), f"{width} {ranking}")
 
-    @pytest.mark.parametrize("m", [1, 35, 128])
-    def test_an_index_that_is_no_coefficient_is_not_followed(self, basis: str, m: int) -> None:
-        """A kernel cannot raise: nothing is read there, and the row is NaN; others are right."""
-        wrong = [-(2**31), -1, m, m + 1, 2**31 - 1]
-        grad = randn(m, 40)
-        index = torch.tensor([0, *wrong, m - 1], dtype=torch.int32, device=DEVICE)
-        out = project(grad, index, basis)
-        assert out[1:-1].isnan().all()
-        assert torch.equal(out[[0, -1]], project(grad, index[[0, -1]], basis))
-
-    @pytest.mark.parametrize("m", LENGTHS)
     def test_projections_and_lifts(self, basis: str, m: int) -> None:
         """Some of the coefficients, one and all; columns less and more than a tile."""
         q = rows(m, basis)
@@ -120,6 +106,21 @@ class TestTransforms:
             want = 0.9 * w.double() - 0.1 * (own.mT @ low.double())
             lift(w, index, low, basis)
             check(w, (want, None), "lift")
+
+
+@pytest.mark.parametrize("basis", BASES)
+class TestTransforms:
+    pytestmark = [] if INTERPRETED else MARKS
+
+    @pytest.mark.parametrize("m", [1, 35, 128])
+    def test_an_index_that_is_no_coefficient_is_not_followed(self, basis: str, m: int) -> None:
+        """A kernel cannot raise: nothing is read there, and the row is NaN; others are right."""
+        wrong = [-(2**31), -1, m, m + 1, 2**31 - 1]
+        grad = randn(m, 40)
+        index = torch.tensor([0, *wrong, m - 1], dtype=torch.int32, device=DEVICE)
+        out = project(grad, index, basis)
+        assert out[1:-1].isnan().all()
+        assert torch.equal(out[[0, -1]], project(grad, index[[0, -1]], basis))
 
     @pytest.mark.parametrize(
         ("how", "dtype", "m"), crossed(("rows", "columns", "slice"), FLOATS, (35, 66))
@@ -258,10 +259,13 @@ class TestSteps:
     def test_every_length_is_served(self) -> None:
         assert all(fuses_cosine(randn(m, 1), m) for m in (1, 12, 97, 4093))
 
-    @pytest.mark.parametrize("waits", [True, False], ids=["host", "device"])
-    @pytest.mark.parametrize("options", [
-        {}, {"basis": "dct3", "ranking": 1, "gap": 3}, {"memory": 32}, {"own_age": False, "gap": 3},
-    ], ids=["default", "dct3", "error_feedback", "global_age"])  # fmt: skip
+    @pytest.mark.parametrize(("options", "waits"), [
+        ({}, True), ({"basis": "dct3", "ranking": 1, "gap": 3}, False), ({"memory": 32}, True),
+        ({"own_age": False, "gap": 3}, False),
+        unless_interpreted({}, False), unless_interpreted({"memory": 32}, False),
+        unless_interpreted({"basis": "dct3", "ranking": 1, "gap": 3}, True),
+        unless_interpreted({"own_age": False, "gap": 3}, True),
+    ], ids=str)  # fmt: skip
     def test_dct_adamw(
         self, options: dict[str, Any], waits: bool, forced: dict[str, int],
         monkeypatch: pytest.MonkeyPatch,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from tests.pairwise import Row
 from tests.sharded.training import Case, make_optimizer
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -106,8 +105,6 @@ FACTORS: dict[str, Sequence[Any]] = {
 }
 """Class and residual, basis, side, transport, cadence, placement, shapes."""
 
-Row = tuple[Any, ...]
-
 
 def to_case(row: Row) -> Case:
     chosen = dict(zip(FACTORS, row, strict=True))
@@ -144,42 +141,3 @@ def goes_with(method: str, projector: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def pairwise(factors: Mapping[str, Sequence[Any]], allowed: Any, seed: int = 0) -> list[Row]:
-    """Rows in which any two values of two factors meet, wherever some allowed row has both.
-
-    Greedy: of some random rows that begin with a pair that has not met, the one with most such.
-    """
-    draw = random.Random(seed)
-    values = list(factors.values())
-    n = len(values)
-    left = {
-        (i, j, a, b)
-        for i, j in itertools.combinations(range(n), 2)
-        for a, b in itertools.product(range(len(values[i])), range(len(values[j])))
-    }
-    rows: list[Row] = []
-    while left:
-        i, j, a, b = min(left)
-        best: tuple[int, tuple[int, ...]] | None = None
-        for _ in range(40):
-            row = [draw.randrange(len(v)) for v in values]
-            row[i], row[j] = a, b
-            count = len(left & set(_pairs_of(row)))
-            if (best is None or count > best[0]) and allowed(_row(values, row)):
-                best = count, tuple(row)
-        if best is None:
-            left.discard((i, j, a, b))  # no row may have both
-            continue
-        left -= set(_pairs_of(best[1]))
-        rows.append(_row(values, best[1]))
-    return rows
-
-
-def _row(values: Sequence[Sequence[Any]], row: Sequence[int]) -> Row:
-    return tuple(own[x] for own, x in zip(values, row, strict=True))
-
-
-def _pairs_of(row: Sequence[int]) -> list[tuple[int, int, int, int]]:
-    return [(i, j, row[i], row[j]) for i, j in itertools.combinations(range(len(row)), 2)]

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.pairwise import pairwise
 from tests.sharded import training
-from tests.sharded.combinations import FACTORS, NAMED, SHORT, is_defined, pairwise, to_case
+from tests.sharded.combinations import FACTORS, NAMED, SHORT, is_defined, to_case
 from tests.sharded.ranks import Ranks, World
 from tests.sharded.training import Case, Trained
 

@@ -20,6 +20,7 @@ from tests import cases, runs
 from tests.allocations import allocations
 from tests.compare import relative
 from tests.methods import contract
+from tests.pairwise import in_turns, paired
 from tests.stores.shapes import SHAPES
 
 RULES = {"AdamW": {"betas": (0.9, 0.95)}, "Lion": {"betas": (0.8, 0.95)}, "SGD": {"momentum": 0.9}}
@@ -177,8 +178,7 @@ def regression(cls: Callable[..., Any], seed: int, **options: Any) -> tuple[floa
     return losses[0], losses[-1]
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("rank", [None, 40])
+@pytest.mark.parametrize(("seed", "rank"), in_turns(range(3), (None, 40)))
 def test_training_ends_near_float32(rank: int | None, seed: int) -> None:
     """100 steps, moments of 5120 and 8192 elements: the last loss within 5 % of float32's."""
     options = {"lr": 3e-3, "scale": 1.0, "update_proj_gap": 20}
@@ -207,9 +207,14 @@ def matrices(dtype: torch.dtype) -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
 
 
-@pytest.mark.parametrize("on_refresh", ["keep", "reset", "project"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("method", ["GaLoreAdamW8bit", "GaLoreLion", "GaLoreAdafactor"])
+@pytest.mark.parametrize(
+    ("method", "dtype", "on_refresh"),
+    paired(
+        ["GaLoreAdamW8bit", "GaLoreLion", "GaLoreAdafactor"],
+        [torch.float32, torch.bfloat16],
+        ["keep", "reset", "project"],
+    ),
+)
 def test_resume_is_exact(method: str, dtype: torch.dtype, on_refresh: str) -> None:
     """Saved at every step, read with ``weights_only``, and ended bit for bit as it would have."""
     own = {"state_dtype": "8bit", "on_refresh": on_refresh, "rank": 16, "projector": "rsvd"}
@@ -323,8 +328,24 @@ CLAUSES = [
 """What does not depend on which elements share a block."""
 
 
-@pytest.mark.parametrize("clause", CLAUSES, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("name", [n for n in cases.method_names() if not n.endswith("8bit")])
+ALIKE = ("FiraAdamW", "FrugalAdamW", "FrugalLion", "FrugalSGD")
+"""Their rules and their stores are those of GaLore's classes; of a residual there are no codes."""
+
+
+@pytest.mark.parametrize(
+    ("clause", "name"),
+    [
+        pytest.param(
+            clause,
+            name,
+            id=f"{name}-{clause.__name__}",
+            marks=pytest.mark.slow if name in ALIKE and (i + ALIKE.index(name)) % 4 else (),
+        )
+        for i, clause in enumerate(CLAUSES)
+        for name in cases.method_names()
+        if not name.endswith("8bit")
+    ],
+)
 def test_the_contract_in_8_bits(
     clause: Callable[[str], None], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,7 +364,7 @@ NEAR |= {
 }
 
 
-@pytest.mark.parametrize(("method", "projector", "proj_type"), NEAR)
+@pytest.mark.parametrize(("method", "projector", "proj_type"), cases.params(NEAR))
 def test_every_method_and_projector_is_near_float32(
     method: str, projector: str, proj_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from lowrank_optim import PROJECTORS, Projector, register
 from lowrank_optim.engine.plan import seeded
 from lowrank_optim.subspaces import RefreshContext
 from tests import cases
+from tests.pairwise import paired
 from tests.subspaces.contract import (
     CONTRACT,
     SHAPES,
@@ -23,10 +24,26 @@ from tests.subspaces.contract import (
     setup,
 )
 
+NAMED_SIDES = ("reverse_std", "left", "right")
+"""Sides that "std" takes too, of wide matrices or of tall ones: in turn."""
 
-@pytest.mark.parametrize("proj_type", cases.PROJ_TYPES)
-@pytest.mark.parametrize("projector", cases.projector_names())
-@pytest.mark.parametrize("clause", CONTRACT, ids=lambda f: f.__name__)
+
+@pytest.mark.parametrize(
+    ("clause", "projector", "proj_type"),
+    [
+        pytest.param(
+            clause,
+            projector,
+            proj_type,
+            id=f"{clause.__name__}-{projector}-{proj_type}",
+            marks=pytest.mark.slow if proj_type in NAMED_SIDES[:n] + NAMED_SIDES[n + 1 :] else (),
+        )
+        for i, clause in enumerate(CONTRACT)
+        for j, projector in enumerate(cases.projector_names())
+        for n in [(i + j) % 3]
+        for proj_type in cases.PROJ_TYPES
+    ],
+)
 def test_projector(clause: Callable[[str, str], None], projector: str, proj_type: str) -> None:
     clause(projector, proj_type)
 
@@ -94,9 +111,10 @@ RESIDUALS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("forced", [False, True], ids=["branching", "branchless"])
-@pytest.mark.parametrize("residual", RESIDUALS)
-@pytest.mark.parametrize("projector", cases.projector_names())
+@pytest.mark.parametrize(
+    ("projector", "residual", "forced"),
+    paired(cases.projector_names(), [*RESIDUALS], [False, True]),
+)
 def test_no_entry_of_a_bad_gradient_goes_unseen(
     projector: str, residual: str, forced: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

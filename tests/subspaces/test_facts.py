@@ -191,8 +191,16 @@ def test_fact_08_training_on_the_transpose_is_the_transpose(name: str, proj_type
 
 
 @pytest.mark.filterwarnings("ignore:rank")
-@pytest.mark.parametrize("rank", [3, 6, 99])
-@pytest.mark.parametrize("name", cases.method_names())
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [  # a side is that of any rank below it, and of any above it
+        pytest.param(
+            name, rank, marks=pytest.mark.slow if name.endswith("8bit") or (i + j) % 3 == 0 else ()
+        )
+        for i, name in enumerate(cases.method_names())
+        for j, rank in enumerate((3, 6, 99))
+    ],
+)
 def test_fact_14_the_side_is_decided_once_also_when_the_rank_reaches_it(
     name: str, rank: int
 ) -> None:

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import itertools
 import logging
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_optim import LowRankOptimizer, lowrank_groups, methods
 from lowrank_optim.nn import convert
 from tests import runs
+from tests.sharded.ranks import Ranks, World
 
 STEPS = 14
 GAP = 3
@@ -85,25 +85,21 @@ def held(model: nn.Module, optimizer: LowRankOptimizer) -> dict[str, Tensor]:
     return out
 
 
-def work(rank: int, world: int, folder: str) -> None:
-    """One rank: every case under DDP; what it holds after each step goes to a file."""
+def work(world: World, case: str) -> list[dict[str, Tensor]]:
+    """One rank: a case under DDP, and what it holds after each step."""
     logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
-    kept: dict[str, list[dict[str, Tensor]]] = {}
-    for case in CASES:
-        model, optimizer = make(case)
-        dtype = next(model.parameters()).dtype
-        ddp = DistributedDataParallel(model)
-        other_numbers(rank)
-        kept[case] = []
-        for step in range(STEPS):
-            optimizer.zero_grad()
-            ddp(batch(step, rank, dtype)).square().mean().backward()
-            optimizer.step()
-            kept[case].append(held(model, optimizer))
-    torch.save(kept, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    rank = world.rank
+    model, optimizer = make(case)
+    dtype = next(model.parameters()).dtype
+    ddp = DistributedDataParallel(model)
+    other_numbers(rank)
+    kept = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        ddp(batch(step, rank, dtype)).square().mean().backward()
+        optimizer.step()
+        kept.append(held(model, optimizer))
+    return kept
 
 
 CHOICES = {
@@ -137,18 +133,17 @@ def changes(run: list[dict[str, Tensor]], entry: str) -> int:
 
 
 @pytest.mark.slow
-def test_two_processes_under_ddp_hold_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_under_ddp_hold_the_same_bits(
+    case: str, ranks: Callable[[int], Ranks]
+) -> None:
     """Weights, state and choices after every step, across draws, switches and refreshes."""
-    runs.two_ranks(work, 2, str(tmp_path))
-    first, second = (torch.load(tmp_path / f"rank{i}.pt") for i in range(2))
-    for case in CASES:
-        for step, (a, b) in enumerate(zip(first[case], second[case], strict=True)):
-            assert a.keys() == b.keys(), (case, step)
-            for key in a:
-                assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), (
-                    case, step, key,
-                )  # fmt: skip
-        assert changes(first[case], CHOICES[case]) >= 3, case
+    first, second = ranks(2).run(case, work, case=case).checked()
+    for step, (a, b) in enumerate(zip(first, second, strict=True)):
+        assert a.keys() == b.keys(), step
+        for key in a:
+            assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), (step, key)
+    assert changes(first, CHOICES[case]) >= 3
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -29,14 +29,22 @@ def averaged(params: Iterable[Tensor]) -> dict[int, dist.ProcessGroup]:
     if not (dist.is_available() and dist.is_initialized()):
         return {}
     wanted = {id(p) for p in params}
+    kinds = {id(cls) for cls in _with_subclasses(DistributedDataParallel)}
     found: dict[int, dist.ProcessGroup] = {}
     for x in gc.get_objects():
-        # not isinstance, which a proxy may answer by importing what it stands for
-        if issubclass(type(x), DistributedDataParallel) and hasattr(x, "process_group"):
+        # not isinstance, which a proxy may answer by importing what it stands for; nor issubclass,
+        # which asks an abstract class about each of some hundred thousand objects
+        if id(type(x)) in kinds and hasattr(x, "process_group"):
             ignored = getattr(x, "parameters_to_ignore", ())
             own = {id(p) for n, p in x.module.named_parameters() if n not in ignored}
             found.update(dict.fromkeys(own & wanted, x.process_group))
     return found
+
+
+def _with_subclasses(cls: type) -> Iterator[type]:
+    yield cls
+    for sub in cls.__subclasses__():
+        yield from _with_subclasses(sub)
 
 
 class Replicas:
