@@ -41,7 +41,7 @@ def averaged(params: Iterable[Tensor]) -> dict[int, dist.ProcessGroup]:
     return found
 
 
-def _with_subclasses(cls: type) -> Iterator[type]:
+def _with_subclasses(cls: type[Any]) -> Iterator[type[Any]]:
     yield cls
     for sub in cls.__subclasses__():
         yield from _with_subclasses(sub)
