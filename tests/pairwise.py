@@ -26,19 +26,23 @@ def paired(*axes: Sequence[Any], marks: Any = pytest.mark.slow) -> list[Any]:
     """
     places = {str(i): range(len(axis)) for i, axis in enumerate(axes)}
     fast = set(pairwise(places))
-    return [
-        pytest.param(
-            *(axis[i] for axis, i in zip(axes, at, strict=True)),
-            marks=() if at in fast else marks,
-        )
-        for at in itertools.product(*places.values())
-    ]
+    found = []
+    for at in itertools.product(*places.values()):
+        values = [axis[i] for axis, i in zip(axes, at, strict=True)]
+        name = "-".join(map(named, values))
+        found.append(pytest.param(*values, id=name, marks=() if at in fast else marks))
+    return found
 
 
 def in_turns(values: Sequence[Any], turns: Sequence[Any]) -> list[Any]:
     """All combinations of two axes, as parameters: the default run has each value with one turn."""
     return [
-        pytest.param(value, turn, marks=() if i % len(turns) == j else pytest.mark.slow)
+        pytest.param(
+            value,
+            turn,
+            id=f"{named(value)}-{named(turn)}",
+            marks=() if i % len(turns) == j else pytest.mark.slow,
+        )
         for i, value in enumerate(values)
         for j, turn in enumerate(turns)
     ]

@@ -16,11 +16,18 @@ _made: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], dist.ProcessGroup]] 
 """Groups that no mesh has, by their ranks; they go with the default group."""
 
 
+def coordinate(mesh: Any) -> list[int]:
+    """Of this rank; a mesh that torch has kept from another process group remembers another's."""
+    with _disable_current_modes():  # a fake tensor has no numbers
+        found: list[int] = (mesh.mesh == mesh.get_rank()).nonzero()[0].tolist()
+    return found
+
+
 def ranks_over(mesh: Any, dims: Sequence[int]) -> list[int]:
     """Those that differ from this one in ``dims`` alone, in the order of the mesh."""
-    at = mesh.get_coordinate()
+    at = coordinate(mesh)
     index = tuple(slice(None) if i in dims else at[i] for i in range(mesh.ndim))
-    with _disable_current_modes():  # a fake tensor has no numbers
+    with _disable_current_modes():
         found: list[int] = mesh.mesh[index].reshape(-1).tolist()
     return found
 

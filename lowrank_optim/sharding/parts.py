@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lowrank_optim.sharding.grid import Block, Cut, Grid, Interval, coordinates, cut_of, length
-from lowrank_optim.sharding.groups import check_backend, group_over, members, ranks_over
+from lowrank_optim.sharding.groups import check_backend, coordinate, group_over, members, ranks_over
 from lowrank_optim.tensors.matrix import MatrixView
 
 Side = Literal["whole", "columns", "blocks", "batch", "entries"]
@@ -92,7 +92,7 @@ class Part:
     @functools.cached_property
     def leads(self) -> bool:
         """Whether this rank is of the first copy."""
-        at = self.mesh.get_coordinate() if self.copied else ()
+        at = coordinate(self.mesh) if self.copied else []
         return all(at[dim] == 0 for dim in self.copied)
 
     @functools.cached_property
@@ -191,7 +191,8 @@ def part_of(param: Tensor, view: MatrixView | None, name: str, unit: int = 1) ->
     split = [i for i, p in enumerate(placements) if type(p).__name__ != "Replicate"]
     dims = tuple([i for i in split if mesh.size(i) > 1] or split[:1])
     copied = tuple(i for i in range(mesh.ndim) if i not in split and mesh.size(i) > 1)
-    sizes, at = [mesh.size(i) for i in dims], [mesh.get_coordinate()[i] for i in dims]
+    at = coordinate(mesh)
+    sizes, at = [mesh.size(i) for i in dims], [at[i] for i in dims]
     place = list(coordinates(sizes)).index(tuple(at))
     shape = tuple(param.shape)
     if view is None:

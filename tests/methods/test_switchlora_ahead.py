@@ -16,7 +16,7 @@ from lowrank_optim import SwitchLoRAAdamW, lowrank_groups
 from lowrank_optim.nn import convert
 from lowrank_optim.subspaces import ahead
 from tests import runs
-from tests.pairwise import in_turns, named
+from tests.pairwise import in_turns
 
 Taken = list[bool]
 
@@ -75,7 +75,8 @@ SWITCHING: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(
-    ("options", "make"), in_turns(SWITCHING, (of_weights, of_modules)), ids=named
+    ("options", "make"),
+    in_turns(SWITCHING, (of_weights, of_modules)),
 )
 def test_every_window_was_fetched_and_the_run_is_the_same(
     make: Made, options: dict[str, Any], taken: Taken, monkeypatch: pytest.MonkeyPatch

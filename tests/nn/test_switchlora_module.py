@@ -19,7 +19,7 @@ from lowrank_optim.nn.switchlora import SwitchLoRALinear
 from lowrank_optim.subspaces.switching import Schedule
 from tests import runs
 from tests.compare import assert_close
-from tests.pairwise import in_turns, named
+from tests.pairwise import in_turns
 
 R = 4
 FAST = {"interval": 4, "freeze_steps": 2}
@@ -96,7 +96,6 @@ FORMS: list[dict[str, Any]] = [
 @pytest.mark.parametrize(
     ("options", "make"),
     in_turns(FORMS, (network, gpt)),
-    ids=named,
 )
 def test_fact_18_both_forms_follow_one_trajectory(
     make: Callable[[], nn.Module], options: dict[str, Any]

@@ -130,8 +130,10 @@ def by_columns(size: int) -> Callable[[nn.Parameter], Any]:
     """FSDP2's ``shard_placement_fn``: columns wherever it can split them evenly."""
 
     def place(param: nn.Parameter) -> Any:
-        local = param.to_local() if isinstance(param, DTensor) else param
-        even = param.dim() in (2, 4) and local.shape[1] % size == 0
+        pieces = size
+        if isinstance(param, DTensor) and param.placements[0].is_shard(1):
+            pieces *= param.device_mesh.size()
+        even = param.dim() in (2, 4) and param.shape[1] % pieces == 0
         return Shard(1) if even else None
 
     return place
