@@ -23,11 +23,12 @@ from lowrank_optim.engine.plan import (
     on_accelerator,
     read_slots,
     slot_keys,
-    weight_seed,
+    weight_noise,
     write_slots_,
 )
 from lowrank_optim.engine.refresh import basis_due, refresh_
 from lowrank_optim.engine.undo import Undo
+from lowrank_optim.ops import Noise
 from lowrank_optim.residuals import Drop, Measured, ResidualInputs
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.stores import scale_key
@@ -82,7 +83,8 @@ class Phases:
             work = [w for w in work if _is_finite(w)]
         adapt(work, chosen, undo)
         for w in work:
-            apply(w, chosen, lr, weight_decay, undo)
+            rounding = weight_noise(w.item, w.state, chosen)
+            apply(w, chosen, lr, weight_decay, undo, rounding)
 
 
 WAYS: tuple[BucketStep, ...] = (IdleBlock(), Dense(), Phases())
@@ -235,8 +237,18 @@ def apply(
     lr: float | Tensor,
     weight_decay: float,
     undo: Undo,
+    rounding: Noise | None,
 ) -> None:
-    """Phase four: lift the direction and add it to the weights."""
+    """Phase four: lift the direction and add it to the weights.
+
+    Args:
+        w: the matrix; its plan may stand for a buffer that its update is to be made in.
+        chosen: what its group chose.
+        lr: of the group.
+        weight_decay: likewise.
+        undo: what to put back.
+        rounding: seed and positions of the weights as they are stored; None rounds to nearest.
+    """
     view, subspace = w.item.view, w.item.subspace
     assert view is not None and subspace is not None
     param = view.of(w.item.param)
@@ -265,7 +277,7 @@ def apply(
     if chosen.maximize and low is not None and subspace.applies_grad(term):
         # coordinates are those of -G, and so is all that is linear in them: turn both back
         update, low, lr_now = {k: -x for k, x in update.items()}, -low, -lr_now
-    rounding = weight_seed(w.item, w.state, chosen) if chosen.rounding else None
+    rounding = None if rounding is None else view.noise(rounding)
     # where nothing of it is applied the weights stand in: its coordinates alone may exist, or it
     # may be wider than the weights, as with error feedback
     grad = w.grad if subspace.applies_grad(term) else param

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import Tensor
 
+from lowrank_optim.ops import Noise
 from lowrank_optim.tensors.matrix import MatrixView
 
 Side = Literal["whole", "columns", "rows", "batch", "entries"]
@@ -97,6 +98,37 @@ def cuts(size: int, ranks: int) -> tuple[int, ...]:
     """How ``torch.chunk``, and so a Shard, cuts ``size`` into as many pieces, empty ones last."""
     most = -(-size // ranks)
     return tuple(max(0, min(most, size - i * most)) for i in range(ranks))
+
+
+def noise_of(x: Tensor, seed: int) -> Noise:
+    """Seed and positions, in the whole tensor, of what is here of it."""
+    if not is_sharded(x):
+        return Noise.over(seed, x.shape)
+    return noise_at(seed, x.shape, x.device_mesh, x.placements)  # type: ignore[attr-defined]
+
+
+def noise_at(seed: int, shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> Noise:
+    """The same of a DTensor of ``shape`` that lies so on a mesh."""
+    return Noise.over(seed, shape, corner(shape, mesh, placements))
+
+
+def corner(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> tuple[int, ...]:
+    """The index in a whole tensor of the first entry that is here.
+
+    Dimensions of the mesh that split one of the tensor cut each other's pieces, in their order; a
+    ``_StridedShard`` cuts those of the dimensions after it.
+    """
+    at, left = [0] * len(shape), list(shape)
+    order = [*range(len(placements))]
+    order.sort(key=lambda k: type(placements[k]).__name__ == "_StridedShard")  # stable
+    for k in order:
+        if type(placements[k]).__name__ == "Replicate":
+            continue
+        dim, rank = placements[k].dim % len(shape), mesh.get_local_rank(k)
+        sizes = cuts(left[dim], mesh.size(k))
+        at[dim] += sum(sizes[:rank])
+        left[dim] = sizes[rank]
+    return tuple(at)
 
 
 def part_of(param: Tensor, view: MatrixView | None, name: str) -> Part | None:

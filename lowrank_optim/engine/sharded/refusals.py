@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from lowrank_optim.engine.plan import ParamPlan, Strategies
 from lowrank_optim.stores import FloatStore
 from lowrank_optim.subspaces.base import PROJECTORS, Subspace
@@ -45,11 +43,6 @@ def check_supported(item: ParamPlan, chosen: Strategies, method: str) -> None:
         why = (
             "state_dtype='8bit' keeps blocks that would cross the edges of shards. Take "
             "state_dtype='bfloat16' or 'float32'"
-        )
-    elif chosen.rounding and item.param.dtype == torch.bfloat16:
-        why = (
-            "its noise would depend on the number of ranks. Keep float32 weights with a "
-            "MixedPrecisionPolicy(param_dtype=torch.bfloat16), or pass stochastic_rounding=False"
         )
     elif not item.alone:
         why = "factors of one layer need each other. Train the weights themselves, not modules"

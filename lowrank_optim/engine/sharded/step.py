@@ -13,7 +13,14 @@ from torch import Tensor
 from lowrank_optim import ops
 from lowrank_optim.engine.blocks import advance
 from lowrank_optim.engine.bucket import Bucket, warn_skipped
-from lowrank_optim.engine.plan import ParamPlan, State, Strategies, on_accelerator
+from lowrank_optim.engine.plan import (
+    ParamPlan,
+    State,
+    Strategies,
+    on_accelerator,
+    rounds,
+    weight_noise,
+)
 from lowrank_optim.engine.refresh import basis_due, refresh_
 from lowrank_optim.engine.sharded.guard import agreed_norms
 from lowrank_optim.engine.sharded.local import here, stepped, widths
@@ -28,7 +35,9 @@ from lowrank_optim.engine.step import (
     step_bucket,
 )
 from lowrank_optim.engine.undo import Undo
+from lowrank_optim.ops import Noise
 from lowrank_optim.residuals import Measured
+from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.sharding import collectives
 from lowrank_optim.subspaces.base import Subspace, identity
 from lowrank_optim.subspaces.block import Block
@@ -257,14 +266,17 @@ def _finish(chunk: Sequence[Work], steps: Sequence[MatrixStep], undo: Undo) -> N
     assert part is not None
     if part.side != "rows":
         for w, s in zip(chunk, steps, strict=True):
-            apply(s, w.chosen, w.lr, w.weight_decay, undo)
+            rounding = weight_noise(w.twin, w.state, w.chosen)
+            apply(s, w.chosen, w.lr, w.weight_decay, undo, rounding)
         return
     updates = []
     for w, s in zip(chunk, steps, strict=True):
         assert part.stepped is not None
         weight = w.twin.param
-        s.item = stepped(w.item, weight.new_zeros(part.stepped.shape))
-        apply(s, w.chosen, w.lr, 0.0, undo)
+        # what is to be rounded once, where it is added to the weights, must not be rounded before
+        dtype = compute_dtype(weight.dtype) if rounds(w.twin, w.chosen) else weight.dtype
+        s.item = stepped(w.item, weight.new_zeros(part.stepped.shape, dtype=dtype))
+        apply(s, w.chosen, w.lr, 0.0, undo, _exact(s.item, w))
         updates.append(s.item.param)
     view = chunk[0].item.view
     assert view is not None
@@ -273,6 +285,11 @@ def _finish(chunk: Sequence[Work], steps: Sequence[MatrixStep], undo: Undo) -> N
     updates = collectives.to_rows(updates, *cut, part.rank, part.group)
     for w, s, update in zip(chunk, steps, updates, strict=True):
         _add_rows_(w, s, update)
+
+
+def _exact(buffer: ParamPlan, w: Work) -> Noise | None:
+    """Positions in a buffer of updates: it rounds nothing, and is filled as weights that do."""
+    return Noise.over(0, buffer.param.shape) if rounds(w.twin, w.chosen) else None
 
 
 def _add_rows_(w: Work, s: MatrixStep, update: Tensor) -> None:
@@ -286,6 +303,8 @@ def _add_rows_(w: Work, s: MatrixStep, update: Tensor) -> None:
         one = torch.ones((), dtype=torch.promote_types(weight.dtype, torch.float32))
         decay = torch.where(s.finite, one.to(weight.device) * decay, 1.0)
     wider = torch.promote_types(rows.dtype, torch.float32)
-    ops.add_(rows, update.to(wider), decay, 1.0, None)
+    noise = weight_noise(w.twin, w.state, w.chosen)
+    noise = None if noise is None else view.noise(noise)
+    ops.add_(rows, update.to(wider), decay, 1.0, noise)
     if not shares_memory(rows, weight):
         weight.copy_((rows.mT if view.flip else rows).reshape(view.shape))
