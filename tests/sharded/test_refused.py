@@ -31,7 +31,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "adafactor": ("GaLoreAdafactor", {"rank": 2}, "Adafactor"),
     "8bit": ("GaLoreAdamW8bit", {"rank": 2}, "8bit"),
     "8bit frugal": ("FrugalLion", {"state_dtype": "8bit", "projector": "columns"}, "8bit"),
-    "rounding": ("GaLoreAdamW", {"rank": 2, "stochastic_rounding": True}, "stochastic_rounding"),
 }
 """Class, options, and what the message must name."""
 
@@ -40,9 +39,8 @@ def outcome(world: World, cls: str, options: dict[str, Any], how: str) -> Any:
     """The first error of making, and stepping, an optimizer; and whether anything moved."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    dtype = torch.bfloat16 if "stochastic_rounding" in options else torch.float32
     layer = nn.Module()
-    layer.weight = nn.Parameter(torch.randn(8, 12).to(dtype))
+    layer.weight = nn.Parameter(torch.randn(8, 12))
     if how == "fsdp":
         fully_shard(layer, mesh=init_device_mesh("cpu", (world.size,)))
     elif how == "square":
