@@ -12,9 +12,6 @@ from torch import Tensor
 from lowrank_optim import ops
 from lowrank_optim.engine.bucket import Bucket, warn_skipped
 from lowrank_optim.engine.plan import (
-    ParamPlan,
-    State,
-    Strategies,
     on_accelerator,
     read_slots,
     rounds,
@@ -23,7 +20,7 @@ from lowrank_optim.engine.plan import (
     write_slots_,
 )
 from lowrank_optim.ops.quant import Moment, Quantized
-from lowrank_optim.rules.base import compute_dtype
+from lowrank_optim.rules.base import Asking, Split, compute_dtype, finished
 from lowrank_optim.subspaces.block import Block
 
 
@@ -37,20 +34,22 @@ class Dense:
 
     def step_(self, bucket: Bucket) -> None:
         """Torch's own step where its arithmetic is the same, else in tiles."""
-        (item,), (state,), chosen, lr, weight_decay, _ = bucket
-        began = 0 if item.subspace is None else int(state["refresh_step"])
-        _step(item, state, chosen, lr, weight_decay, since=began)
+        finished(dense_phases(bucket))
 
 
-def _step(
-    item: ParamPlan,
-    state: State,
-    chosen: Strategies,
-    lr: float | Tensor,
-    weight_decay: float,
-    since: int,
-) -> None:
-    """One step; ``since`` is how many it had taken before its moments began."""
+def dense_phases(
+    bucket: Bucket, split: Split | None = None, rms: Tensor | None = None
+) -> Asking[None]:
+    """A step of a dense parameter, asking for sums of what is on all ranks.
+
+    Args:
+        bucket: the parameter.
+        split: how it lies on the ranks (default: here is all of it).
+        rms: root mean square of the whole, where its step size depends on it.
+    """
+    (item,), (state,), chosen, lr, weight_decay, _ = bucket
+    # how many steps it had taken before its moments began
+    since = 0 if item.subspace is None else int(state["refresh_step"])
     factor = 1.0 if item.subspace is None else chosen.lr_scale
     param, grad, rule = item.param, item.param.grad, chosen.rule
     assert grad is not None
@@ -79,7 +78,7 @@ def _step(
     state["step"] += 1
     rounding = weight_noise(item, state, chosen)
     step = float(state["step"]) - since
-    size = rule.step_size(lr, step, param)
+    size = rule.step_size(lr, step, param, rms)
     decay = 1 - size * weight_decay
     size = size if factor == 1 else size * factor
     held = read_slots(item, state, slot_keys("", param.shape, chosen), chosen)
@@ -92,7 +91,7 @@ def _step(
     for start, p, g, own in tiles:
         g = g.to(compute_dtype(param.dtype))
         g = g.neg() if chosen.maximize else g
-        ((direction,), (correction,)) = rule.directions_([g], [own], [step])
+        (direction,), (correction,) = yield from rule.phases_([g], [own], [step], split=split)
         noise = rounding.narrow(0, start) if rounding is not None and start else rounding
         ops.add_(p, direction * (size * correction), decay, -1.0, noise)
     write_slots_(item, state, held, chosen)

@@ -51,7 +51,7 @@ def check(ranks: Worlds, size: int, name: str, how: str, only: tuple[str, ...]) 
                                     dtype=torch.bfloat16, drawn=True))  # fmt: skip
     assert any(not torch.equal(x, other[-1][0][key]) for key, x in expected[-1][0].items())
     for key, x in training.start(case).items():
-        assert float((expected[-1][0][key] != x).double().mean()) > 0.7, f"{key} stood still"
+        assert float((expected[-1][0][key] != x).double().mean()) > 0.5, f"{key} stood still"
     values = ranks(size).run(f"{name} {how}", training.train, case=case).checked()
     training.assert_equal_runs(training.assembled(values), expected, weights=0, state=0)
 

@@ -22,8 +22,15 @@ from lowrank_optim.engine.plan import (
     weight_noise,
 )
 from lowrank_optim.engine.refresh import basis_due, refresh_
-from lowrank_optim.engine.sharded.guard import agreed_norms
+from lowrank_optim.engine.sharded.guard import Asked, agreed
 from lowrank_optim.engine.sharded.local import here, stepped, widths
+from lowrank_optim.engine.sharded.means import (
+    coord_splits,
+    dense_split,
+    step_dense,
+    weight_rms,
+    weight_squares,
+)
 from lowrank_optim.engine.sharded.refresh import Due, refresh_together
 from lowrank_optim.engine.step import (
     MatrixStep,
@@ -37,7 +44,7 @@ from lowrank_optim.engine.step import (
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops import Noise
 from lowrank_optim.residuals import Measured
-from lowrank_optim.rules.base import compute_dtype
+from lowrank_optim.rules.base import Split, compute_dtype
 from lowrank_optim.sharding import collectives
 from lowrank_optim.subspaces.base import Subspace, identity
 from lowrank_optim.subspaces.block import Block
@@ -57,6 +64,8 @@ class Work:
     weight_decay: float
     norm: Tensor | None = None
     """Of its whole gradient."""
+    rms: Tensor | None = None
+    """Root mean square of its whole weights, where its step size depends on it."""
     grad: Tensor | None = None
     """The columns to be projected, once they are here."""
 
@@ -100,20 +109,29 @@ class ShardedStep:
 
     def run(self, undo: Undo) -> None:
         """Take the step."""
-        norms = agreed_norms([(w.item, w.twin) for w in self._work])
+        known = agreed(
+            [Asked(w.item, w.twin, weight_squares(w.item, w.twin, w.chosen)) for w in self._work]
+        )
         usable = []
         for w in self._work:
-            w.norm = norms.get(id(w.item.param))
-            if w.norm is not None:
+            found = known.get(id(w.item.param))
+            if found is not None:
+                w.norm, w.rms = found.norm, weight_rms(w.item, found.weights)
                 undo.begin(w.state)
                 usable += [w] if _is_usable(w, undo) else []
         buckets: dict[Any, list[Work]] = {}
+        dense: list[tuple[ParamPlan, Bucket, Split, Tensor | None]] = []
         for w in usable:
             if w.item.subspace is None or isinstance(w.item.subspace, Block):
                 bucket = Bucket([w.twin], [w.state], w.chosen, w.lr, w.weight_decay, undo)
-                step_bucket(bucket)
+                split = dense_split(w.item)
+                if w.chosen.rule.elementwise or split is None:
+                    step_bucket(bucket)
+                else:
+                    dense.append((w.item, bucket, split, w.rms))
             else:
                 buckets.setdefault(w.key, []).append(w)
+        step_dense(dense)
         chunks = []
         for alike in buckets.values():
             size = _together(alike[0])
@@ -220,10 +238,12 @@ def _adapt(chunk: list[Work], undo: Undo) -> list[MatrixStep]:
     for w, coords in zip(chunk, found, strict=True):
         assert w.grad is not None and w.norm is not None
         steps.append(begun(w.twin, w.state, w.grad, coords, chosen))
-        steps[-1].norm, steps[-1].whole = w.norm, (view.m, view.n)
+        steps[-1].norm, steps[-1].whole, steps[-1].rms = w.norm, (view.m, view.n), w.rms
         w.grad = None
     torch._foreach_add_([w.state["step"] for w in chunk], [torch.ones(())] * len(chunk))
-    adapt(steps, chosen, undo)
+    splits = coord_splits(chunk[0].item) if part.summed else None
+    for asked in adapt(steps, chosen, undo, splits):
+        collectives.sum_(asked, part.group)
     if part.summed:
         for s in steps:
             seen = inputs_of(s)
@@ -297,7 +317,7 @@ def _add_rows_(w: Work, s: MatrixStep, update: Tensor) -> None:
     view, weight = w.twin.view, w.twin.param
     assert view is not None
     rows = view.of(weight)
-    size = w.chosen.rule.step_size(w.lr, float(w.state["step"]), weight)
+    size = w.chosen.rule.step_size(w.lr, float(w.state["step"]), rows, w.rms)
     decay = 1 - size * w.weight_decay
     if on_accelerator(weight):
         one = torch.ones((), dtype=torch.promote_types(weight.dtype, torch.float32))
