@@ -28,7 +28,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "sst active": ("SSTAdamW", {**SST, "rank": 2, "factors": "active"}, "SST"),
     "switchlora": ("SwitchLoRAAdamW", {**SWITCH, "rank": 2}, "SwitchLoRA"),
     "fira block": ("FiraAdamW", {"projector": "block", "rank": 0.5}, "block"),
-    "adafactor": ("GaLoreAdafactor", {"rank": 2}, "Adafactor"),
+    "adafactor block": ("GaLoreAdafactor", {"projector": "block", "rank": 0.5}, "Adafactor"),
     "8bit": ("GaLoreAdamW8bit", {"rank": 2}, "8bit"),
     "8bit frugal": ("FrugalLion", {"state_dtype": "8bit", "projector": "columns"}, "8bit"),
 }
@@ -47,9 +47,17 @@ def outcome(world: World, cls: str, options: dict[str, Any], how: str) -> Any:
         layer.weight = nn.Parameter(spread(world, layer.weight.detach(), [Shard(0), Shard(1)]))
     elif how == "replicas of shards":
         layer.weight = nn.Parameter(spread(world, layer.weight.detach(), [Replicate(), Shard(0)]))
+    elif how == "kernel":
+        mesh = init_device_mesh("cpu", (world.size,))
+        kernel = torch.randn(6, 3, 4, 4).to(torch.bfloat16)
+        layer.weight = nn.Parameter(distribute_tensor(kernel, mesh, [Shard(2)]))
     before = layer.weight.detach().to_local().clone()
     try:
-        optimizer = getattr(lowrank_optim, cls)(layer.named_parameters(), lr=0.1, **options)
+        named: Any = layer.named_parameters()
+        if options.get("rank", 0) is None:  # a key of groups
+            named = [{"params": list(named), "rank": None}]
+            options = {key: x for key, x in options.items() if key != "rank"}
+        optimizer = getattr(lowrank_optim, cls)(named, lr=0.1, **options)
         for _ in range(2):
             layer.weight.grad = torch.randn_like(layer.weight)
             optimizer.step()
@@ -85,6 +93,17 @@ def test_what_is_refused(name: str, ranks: Worlds) -> None:
 def test_meshes_of_two_dimensions(how: str, ranks: Worlds) -> None:
     args = {"cls": "GaLoreAdamW", "options": {"rank": 2}, "how": how}
     check(ranks(4).run(how, outcome, **args).checked(), "mesh")
+
+
+def test_means_on_meshes_of_two_dimensions(ranks: Worlds) -> None:
+    args = {"cls": "GaLoreAdafactor", "options": {"rank": None}, "how": "square"}
+    check(ranks(4).run("means", outcome, **args).checked(), "Adafactor", "mesh", "AdamW")
+
+
+def test_blocks_whose_inner_dimensions_are_split_do_not_round(ranks: Worlds) -> None:
+    options = {"projector": "block", "density": 1.0, "stochastic_rounding": True}
+    args = {"cls": "FrugalAdamW", "options": options, "how": "kernel"}
+    check(ranks(2).run("kernel", outcome, **args).checked(), "stochastic_rounding", "Shard(0)")
 
 
 def on_square(world: World, places: Any) -> Any:
