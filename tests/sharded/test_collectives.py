@@ -185,7 +185,7 @@ SENT: dict[str, tuple[str, dict[str, Any], Table, Table]] = {
     ),
     "adafactor scaled": (
         "GaLoreAdafactor",
-        {"projector": "svd", **SCALED},
+        {"projector": "svd"},
         plus(MEANS, WEIGHTS),
         OWNER,
     ),
