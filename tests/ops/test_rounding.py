@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.ops import bitsandbytes, composite, native, reference
+from lowrank_optim.ops import bitsandbytes, composite, cosine, native, reference
 from lowrank_optim.ops.noise import Noise
 from lowrank_optim.subspaces import coordinate, dct, entries
 from lowrank_optim.subspaces.base import Target
@@ -127,7 +127,7 @@ def pushes(batch: tuple[int, ...]) -> dict[str, Push]:
         return Target(w, g, low, 2.0**-9, 0.5, noise)
 
     def fast(w: Tensor, g: Tensor, noise: Noise) -> None:
-        space = dct.DCT(R, columns=None)
+        space = dct.DCT(R, transform="fft", columns=None)
         at = index if not batch else index.expand(2, R)
         space.push_(into(w, g, noise), {"basis_index": at}, {"low": low}, None)
 
@@ -170,6 +170,7 @@ def test_tiles_do_not_show(name: str, layout: str, monkeypatch: pytest.MonkeyPat
                             (ops.tiles, "TILE_ELEMENTS"), (entries, "TILE")):  # fmt: skip
             if name != "entries" or module is not entries:  # its draws are of its tiles
                 monkeypatch.setattr(module, key, size)
+        monkeypatch.setitem(cosine.TILE_ELEMENTS, False, size)
         w = start.clone()
         push(view.of(w), view.of(grad), noise)
         found.append(w)
