@@ -130,9 +130,22 @@ LRO_HD uint32_t lro_hash(uint32_t x) {  // lowbias32
   return x;
 }
 
-LRO_HD uint16_t lro_round_stochastic(float x, uint32_t index, uint32_t seed) {
+// What the noise is a hash of: where entry i lies in the whole.
+struct lro_place {
+  int64_t width;
+  uint32_t offset, row, column;
+};
+
+LRO_HD uint32_t lro_position(int64_t i, lro_place p) {
+  if (i < p.width) return p.offset + (uint32_t)i * p.column;
+  // a 64-bit division costs a GPU several times what a 32-bit one does
+  int64_t r = ((i | p.width) >> 32) ? i / p.width : (int64_t)((uint32_t)i / (uint32_t)p.width);
+  return p.offset + (uint32_t)r * p.row + (uint32_t)(i - r * p.width) * p.column;
+}
+
+LRO_HD uint16_t lro_round_stochastic(float x, uint32_t position, uint32_t seed) {
   uint32_t u = lro_bits(x);
-  uint32_t noisy = (u + (lro_hash(index ^ seed) & 0xffffu)) >> 16;
+  uint32_t noisy = (u + (lro_hash(position ^ seed) & 0xffffu)) >> 16;
   lro_bf16 nearest;
   lro_store(&nearest, x);
   return (uint16_t)((u & 0x7f800000u) == 0x7f800000u ? nearest.bits : noisy);

@@ -67,13 +67,19 @@ int LRO_LOCAL(lro_stochastic_round)(const lro_rounding* a, int threads) {
   lro_parallel(
       a->count, threads, [&](int64_t i) { return lro_ceil(a->numels[i], CHUNK); },
       [&](int64_t i, int64_t task) {
-        int64_t begin = task * CHUNK, n = lro_min(CHUNK, a->numels[i] - begin);
-        const float* __restrict x = a->values[i] + begin;
-        uint16_t* __restrict out = a->outs[i] + begin;
-        uint32_t seed = a->seeds[i], base = (uint32_t)begin;
+        int64_t begin = task * CHUNK, end = lro_min(begin + CHUNK, a->numels[i]);
+        lro_place place = {a->widths[i], a->offsets[i], a->rows[i], a->columns[i]};
+        uint32_t seed = a->seeds[i], step = place.column;
+        while (begin < end) {  // a row, or what of it is in this chunk
+          int64_t n = lro_min(place.width - begin % place.width, end - begin);
+          const float* __restrict x = a->values[i] + begin;
+          uint16_t* __restrict out = a->outs[i] + begin;
+          uint32_t base = lro_position(begin, place);
 #pragma omp simd
-        for (int64_t k = 0; k < n; ++k) {
-          out[k] = lro_round_stochastic(x[k], base + (uint32_t)k, seed);
+          for (int64_t k = 0; k < n; ++k) {
+            out[k] = lro_round_stochastic(x[k], base + (uint32_t)k * step, seed);
+          }
+          begin += n;
         }
       });
   return LRO_OK;

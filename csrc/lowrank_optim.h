@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define LRO_ABI 5
+#define LRO_ABI 6
 
 enum { LRO_FLOAT32 = 0, LRO_BFLOAT16 = 1, LRO_FLOAT16 = 2 };
 enum {
@@ -71,12 +71,17 @@ typedef struct {
   int32_t dtype;
 } lro_blockwise;
 
+// Entry i of a tensor is at position offset + (i / width) row + (i % width) column, modulo 2^32.
 typedef struct {
   int64_t count;
   const int64_t* numels;
   const float* const* values;
   uint16_t* const* outs;  // bfloat16
   const uint32_t* seeds;
+  const uint32_t* offsets;
+  const int64_t* widths;  // at least 1
+  const uint32_t* rows;
+  const uint32_t* columns;
 } lro_rounding;
 
 typedef struct {

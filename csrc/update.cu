@@ -94,14 +94,16 @@ struct Rounds {
   const float* value[LRO_LIST];
   uint16_t* out[LRO_LIST];
   int64_t numel[LRO_LIST];
+  lro_place place[LRO_LIST];
   uint32_t seed[LRO_LIST];
 };
 
 __global__ void __launch_bounds__(256) round_kernel(const __grid_constant__ Rounds list) {
   int t = blockIdx.y;
   int64_t step = (int64_t)gridDim.x * blockDim.x;
+  lro_place place = list.place[t];
   for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < list.numel[t]; i += step) {
-    list.out[t][i] = lro_round_stochastic(list.value[t][i], (uint32_t)i, list.seed[t]);
+    list.out[t][i] = lro_round_stochastic(list.value[t][i], lro_position(i, place), list.seed[t]);
   }
 }
 
@@ -128,6 +130,8 @@ LRO_EXPORT int lro_cuda_stochastic_round(const lro_rounding* a, void* stream) {
       list.out[k] = a->outs[from + k];
       list.numel[k] = a->numels[from + k];
       list.seed[k] = a->seeds[from + k];
+      list.place[k] = {a->widths[from + k], a->offsets[from + k], a->rows[from + k],
+                       a->columns[from + k]};
       most = most < list.numel[k] ? list.numel[k] : most;
     }
     dim3 grid(lro_grid(most, 256 * 4, 4096), (unsigned)count);

@@ -213,7 +213,7 @@ def _begin(
     for n, (name, x) in enumerate(take(out, grad).items()):
         dtype = kept_dtype(x.dtype, coords_dtype)
         if x.dtype != dtype == torch.bfloat16:
-            x = ops.stochastic_round(x.float(), mixed(seed, 0, n))
+            x = ops.stochastic_round(x.float(), ops.Noise.over(mixed(seed, 0, n), x.shape))
         out.coords[name] = x.to(dtype).contiguous()
     return out
 
@@ -225,6 +225,7 @@ def _add_(coords: Tensor, more: Tensor, alpha: float, seed: int) -> None:
         return
     size = CHUNK_BYTES[on_accelerator(coords)] // 4
     pieces = (torch.split(x, size) for x in (coords.view(-1), more.reshape(-1)))
+    noise = ops.Noise.over(seed, (coords.numel(),))
     for n, (piece, x) in enumerate(zip(*pieces, strict=True)):
         total = piece.float().add_(x, alpha=alpha)
-        piece.copy_(ops.stochastic_round(total, mixed(seed, n)))
+        ops.put_(piece, total, noise.narrow(0, n * size))

@@ -16,7 +16,7 @@ from lowrank_optim.engine.plan import (
     active_blocks,
     alloc_moments,
     on_accelerator,
-    weight_seed,
+    weight_noise,
 )
 from lowrank_optim.residuals import ResidualInputs
 from lowrank_optim.stores import scale_key
@@ -157,7 +157,8 @@ def _step_idle(
     term = chosen.residual.after(state, ResidualInputs(grad, low, low, 1.0, none, finite))
     sign = -1 if chosen.maximize else 1
     own = none.init(view, param)
-    rounding = weight_seed(item, state, chosen)
+    rounding = weight_noise(item, state, chosen)
+    rounding = None if rounding is None else view.noise(rounding)
     size_now = size * chosen.lr_scale * sign
     into = Target(param, grad, low, size_now, 1 - size * weight_decay, rounding, finite)  # type: ignore[arg-type]
     none.push_(into, own, {"low": low}, term)

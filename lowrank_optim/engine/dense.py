@@ -12,18 +12,15 @@ from torch import Tensor
 from lowrank_optim import ops
 from lowrank_optim.engine.bucket import Bucket, warn_skipped
 from lowrank_optim.engine.plan import (
-    ParamPlan,
-    State,
-    Strategies,
-    mixed,
     on_accelerator,
     read_slots,
+    rounds,
     slot_keys,
-    weight_seed,
+    weight_noise,
     write_slots_,
 )
 from lowrank_optim.ops.quant import Moment, Quantized
-from lowrank_optim.rules.base import compute_dtype
+from lowrank_optim.rules.base import Asking, Split, compute_dtype, finished
 from lowrank_optim.subspaces.block import Block
 
 
@@ -37,20 +34,22 @@ class Dense:
 
     def step_(self, bucket: Bucket) -> None:
         """Torch's own step where its arithmetic is the same, else in tiles."""
-        (item,), (state,), chosen, lr, weight_decay, _ = bucket
-        began = 0 if item.subspace is None else int(state["refresh_step"])
-        _step(item, state, chosen, lr, weight_decay, since=began)
+        finished(dense_phases(bucket))
 
 
-def _step(
-    item: ParamPlan,
-    state: State,
-    chosen: Strategies,
-    lr: float | Tensor,
-    weight_decay: float,
-    since: int,
-) -> None:
-    """One step; ``since`` is how many it had taken before its moments began."""
+def dense_phases(
+    bucket: Bucket, split: Split | None = None, rms: Tensor | None = None
+) -> Asking[None]:
+    """A step of a dense parameter, asking for sums of what is on all ranks.
+
+    Args:
+        bucket: the parameter.
+        split: how it lies on the ranks (default: here is all of it).
+        rms: root mean square of the whole, where its step size depends on it.
+    """
+    (item,), (state,), chosen, lr, weight_decay, _ = bucket
+    # how many steps it had taken before its moments began
+    since = 0 if item.subspace is None else int(state["refresh_step"])
     factor = 1.0 if item.subspace is None else chosen.lr_scale
     param, grad, rule = item.param, item.param.grad, chosen.rule
     assert grad is not None
@@ -61,9 +60,8 @@ def _step(
         return
     keys = [slot.name for slot in rule.slots(param.shape)]
     same = all(x.dtype == param.dtype for x in (grad, *(state[k] for k in keys)))
-    if (
-        same and not chosen.store.rounds and factor == 1
-    ):  # torch rounds a bfloat16 moment to nearest: it sticks
+    nearest = not chosen.store.rounds and not rounds(item, chosen)  # as torch rounds
+    if same and nearest and factor == 1:
         slots = [state[k] for k in keys]
         steps = state["step"] - since if since else state["step"]
         if rule.step_dense_(
@@ -78,29 +76,29 @@ def _step(
             state["step"].copy_(steps + since)
             return
     state["step"] += 1
+    rounding = weight_noise(item, state, chosen)
     step = float(state["step"]) - since
-    size = rule.step_size(lr, step, param)
+    size = rule.step_size(lr, step, param, rms)
     decay = 1 - size * weight_decay
     size = size if factor == 1 else size * factor
     held = read_slots(item, state, slot_keys("", param.shape, chosen), chosen)
     moments = [x for _, _, x in held]
-    rounding = weight_seed(item, state, chosen)
     rows = param.shape[0] if param.dim() else 1
     if rule.elementwise and rows:
         rows = max(1, ops.TILE_ELEMENTS * rows // max(1, param.numel()))
-    whole: Iterable[Tile] = [(param, grad, moments)]
+    whole: Iterable[Tile] = [(0, param, grad, moments)]
     tiles = _tiles(rows, param, grad, moments) if rule.elementwise else whole
-    for tile, (p, g, own) in enumerate(tiles):
+    for start, p, g, own in tiles:
         g = g.to(compute_dtype(param.dtype))
         g = g.neg() if chosen.maximize else g
-        ((direction,), (correction,)) = rule.directions_([g], [own], [step])
-        tile_seed = None if rounding is None else mixed(rounding, tile)
-        ops.add_(p, direction * (size * correction), decay, -1.0, tile_seed)
+        (direction,), (correction,) = yield from rule.phases_([g], [own], [step], split=split)
+        noise = rounding.narrow(0, start) if rounding is not None and start else rounding
+        ops.add_(p, direction * (size * correction), decay, -1.0, noise)
     write_slots_(item, state, held, chosen)
 
 
-Tile = tuple[Tensor, Tensor, Sequence[Moment]]
-"""A parameter, its gradient and its moments, or matching pieces of them."""
+Tile = tuple[int, Tensor, Tensor, Sequence[Moment]]
+"""A first row; a parameter, its gradient and its moments, or matching pieces of them."""
 
 
 def _tiles(rows: int, param: Tensor, grad: Tensor, moments: Sequence[Moment]) -> Iterator[Tile]:
@@ -109,10 +107,12 @@ def _tiles(rows: int, param: Tensor, grad: Tensor, moments: Sequence[Moment]) ->
     Moments in 8 bits are cut as they are: none of them exists in float32.
     """
     if param.dim() == 0:
-        yield param, grad, moments
+        yield 0, param, grad, moments
         return
     period = math.lcm(*(x.period for x in moments if isinstance(x, Quantized)))
     rows = -(-rows // period) * period
     pieces = [x.split(rows) if isinstance(x, Quantized) else torch.split(x, rows) for x in moments]
     own = zip(*pieces, strict=True) if pieces else itertools.repeat(())
-    yield from zip(torch.split(param, rows), torch.split(grad, rows), own, strict=bool(pieces))
+    first = range(0, param.shape[0] or 1, rows or 1)
+    tiles = torch.split(param, rows), torch.split(grad, rows)
+    yield from zip(first, *tiles, own, strict=bool(pieces))

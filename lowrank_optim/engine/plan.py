@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops import Noise
 from lowrank_optim.ops.quant import Moment
 from lowrank_optim.residuals import Residual
 from lowrank_optim.rules.base import Rule, Slot
-from lowrank_optim.sharding.parts import Part
+from lowrank_optim.sharding.parts import Part, noise_at, noise_of
 from lowrank_optim.stores import Store
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.block import Block
@@ -66,15 +67,6 @@ class ParamPlan:
     def sharded(self) -> bool:
         """Whether it lies on several ranks, a part on each."""
         return self.part is not None and self.part.mesh is not None
-
-    @property
-    def salt(self) -> tuple[int, ...]:
-        """What tells roundings of this part from those of others: equal noise is no noise.
-
-        Copies of a part round alike.
-        """
-        part = self.part
-        return () if part is None or part.side == "whole" else (part.place,)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -254,12 +246,26 @@ def write_slots_(
     """Write back the moments that were copied to be read; the others are in place already."""
     for n, (key, slot, x) in enumerate(held):
         if isinstance(x, Tensor) and x is not state[key]:
-            seed = mixed(chosen.seed, item.uid, int(state["step"]), 1, n, *item.salt)
-            chosen.store.write_(state, key, slot, x, seed, finite)
+            seed = mixed(chosen.seed, item.uid, int(state["step"]), 1, n)
+            chosen.store.write_(state, key, slot, x, moment_noise(state, key, seed), finite)
 
 
-def weight_seed(item: ParamPlan, state: State, chosen: Strategies) -> int | None:
-    """Seed of the stochastic rounding of a weight; None to round to nearest."""
-    if not chosen.rounding:
+def moment_noise(state: State, key: str, seed: int) -> Noise:
+    """Of the stochastic rounding of a moment, a part of which may be all that is here."""
+    kept = getattr(state, "outer", state)
+    return noise_of(kept[key], seed)
+
+
+def rounds(item: ParamPlan, chosen: Strategies) -> bool:
+    """Whether the weights round stochastically: of bfloat16 alone."""
+    return chosen.rounding and item.param.dtype == torch.bfloat16
+
+
+def weight_noise(item: ParamPlan, state: State, chosen: Strategies) -> Noise | None:
+    """Of the stochastic rounding of a weight as it is stored; None to round to nearest."""
+    if not rounds(item, chosen):
         return None
-    return mixed(chosen.seed, item.uid, int(state["step"]), 3, *item.salt)
+    seed, part = mixed(chosen.seed, item.uid, int(state["step"]), 3), item.part
+    if part is None or part.mesh is None:
+        return noise_of(item.param, seed)
+    return noise_at(seed, part.shape, part.mesh, part.placements)

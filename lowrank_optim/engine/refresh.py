@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError
 
-from lowrank_optim.engine.plan import ParamPlan, State, Strategies, age_key, mixed, seeded, slot_key
+from lowrank_optim.engine.plan import (
+    ParamPlan,
+    State,
+    Strategies,
+    age_key,
+    mixed,
+    moment_noise,
+    seeded,
+    slot_key,
+)
 from lowrank_optim.groups.names import turn_of
 from lowrank_optim.ops import quant
 from lowrank_optim.ops.rows import take_rows
@@ -174,8 +183,8 @@ def _transport(
         moments.append((slot, x, bias))
     TRANSPORTS[chosen.on_refresh](moments, moved)
     for n, (key, (slot, x, _)) in enumerate(zip(keys, moments, strict=True)):
-        seed = mixed(chosen.seed, item.uid, int(time), 2, n, *item.salt)
-        chosen.store.write_(state, key, slot, x, seed)
+        seed = mixed(chosen.seed, item.uid, int(time), 2, n)
+        chosen.store.write_(state, key, slot, x, moment_noise(state, key, seed))
 
 
 def _moved_as_stored(

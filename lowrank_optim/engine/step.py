@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,13 +23,14 @@ from lowrank_optim.engine.plan import (
     on_accelerator,
     read_slots,
     slot_keys,
-    weight_seed,
+    weight_noise,
     write_slots_,
 )
 from lowrank_optim.engine.refresh import basis_due, refresh_
 from lowrank_optim.engine.undo import Undo
+from lowrank_optim.ops import Noise
 from lowrank_optim.residuals import Drop, Measured, ResidualInputs
-from lowrank_optim.rules.base import compute_dtype
+from lowrank_optim.rules.base import Asking, Split, compute_dtype, finished
 from lowrank_optim.stores import scale_key
 from lowrank_optim.subspaces.base import Target, identity
 from lowrank_optim.subspaces.block import Block
@@ -56,6 +57,8 @@ class MatrixStep:
     """Of each coordinate, with the factor that corrects its bias."""
     whole: tuple[int, int] | None = None
     """Sides of the whole matrix, where only columns are here."""
+    rms: Tensor | None = None
+    """Root mean square of all weights, where step sizes depend on it and a part of them is here."""
     measured: Measured | None = None
     """What its residual needs of the whole matrix, where others have columns of it."""
 
@@ -80,9 +83,10 @@ class Phases:
         _measure(work)
         if not on_accelerator(work[0].grad):
             work = [w for w in work if _is_finite(w)]
-        adapt(work, chosen, undo)
+        finished(adapt(work, chosen, undo))
         for w in work:
-            apply(w, chosen, lr, weight_decay, undo)
+            rounding = weight_noise(w.item, w.state, chosen)
+            apply(w, chosen, lr, weight_decay, undo, rounding)
 
 
 WAYS: tuple[BucketStep, ...] = (IdleBlock(), Dense(), Phases())
@@ -180,16 +184,30 @@ def begun(
     return MatrixStep(item, state, grad, coords, float(time))
 
 
-def adapt(work: Sequence[MatrixStep], chosen: Strategies, undo: Undo) -> None:
-    """Phase three: directions of every coordinate of alike matrices, moments updated."""
+def adapt(
+    work: Sequence[MatrixStep],
+    chosen: Strategies,
+    undo: Undo,
+    splits: Mapping[str, Split] | None = None,
+) -> Asking[None]:
+    """Phase three: directions of every coordinate of alike matrices, moments updated.
+
+    Args:
+        work: the matrices.
+        chosen: what their group chose.
+        undo: what to put back.
+        splits: how coordinates lie on the ranks, where a part of them is here (default: of none).
+    """
     for coord in work[0].coords if work else ():
-        for w, result in zip(work, _adapt(work, coord, chosen, undo), strict=True):
+        split = None if splits is None else splits.get(coord)
+        results = yield from _adapt(work, coord, chosen, undo, split)
+        for w, result in zip(work, results, strict=True):
             w.directions[coord] = result
 
 
 def _adapt(
-    work: Sequence[MatrixStep], coord: str, chosen: Strategies, undo: Undo
-) -> list[tuple[Tensor, float]]:
+    work: Sequence[MatrixStep], coord: str, chosen: Strategies, undo: Undo, split: Split | None
+) -> Asking[list[tuple[Tensor, float]]]:
     """Directions of one coordinate: moments are read, updated and written back."""
     grads = [w.coords[coord] for w in work]
     keys = slot_keys(coord, grads[0].shape, chosen)
@@ -208,7 +226,9 @@ def _adapt(
     dtype = work[0].item.param.dtype if plain else compute_dtype(work[0].item.param.dtype)
     moments = [[x for _, _, x in own] for own in held]
     ages = [_older_(w, coord) for w in work] if chosen.aged else []
-    directions, corrections = chosen.rule.directions_(grads, moments, times, dtype, finite, ages)
+    directions, corrections = yield from chosen.rule.phases_(
+        grads, moments, times, dtype, finite, ages, split
+    )
     for n, (w, own) in enumerate(zip(work, held, strict=True)):
         write_slots_(w.item, w.state, own, chosen, finite[n] if finite else None)
     return list(zip(directions, corrections, strict=True))
@@ -235,8 +255,18 @@ def apply(
     lr: float | Tensor,
     weight_decay: float,
     undo: Undo,
+    rounding: Noise | None,
 ) -> None:
-    """Phase four: lift the direction and add it to the weights."""
+    """Phase four: lift the direction and add it to the weights.
+
+    Args:
+        w: the matrix; its plan may stand for a buffer that its update is to be made in.
+        chosen: what its group chose.
+        lr: of the group.
+        weight_decay: likewise.
+        undo: what to put back.
+        rounding: seed and positions of the weights as they are stored; None rounds to nearest.
+    """
     view, subspace = w.item.view, w.item.subspace
     assert view is not None and subspace is not None
     param = view.of(w.item.param)
@@ -248,7 +278,7 @@ def apply(
     if seen is not None:
         others = () if w.measured is None else (w.measured,)
         term = chosen.residual.after(w.state, seen, *others)
-    size = chosen.rule.step_size(lr, float(w.state["step"]), param)
+    size = chosen.rule.step_size(lr, float(w.state["step"]), param, w.rms)
     if isinstance(size, Tensor) and size.numel() == 1 and not on_accelerator(param):
         size = float(size)
     factor = subspace.lr_factor(int(w.state["step"]) - 1 - max(0, int(w.state["refresh_step"])))
@@ -265,7 +295,7 @@ def apply(
     if chosen.maximize and low is not None and subspace.applies_grad(term):
         # coordinates are those of -G, and so is all that is linear in them: turn both back
         update, low, lr_now = {k: -x for k, x in update.items()}, -low, -lr_now
-    rounding = weight_seed(w.item, w.state, chosen) if chosen.rounding else None
+    rounding = None if rounding is None else view.noise(rounding)
     # where nothing of it is applied the weights stand in: its coordinates alone may exist, or it
     # may be wider than the weights, as with error feedback
     grad = w.grad if subspace.applies_grad(term) else param

@@ -6,6 +6,7 @@ from lowrank_optim.ops.composite import (
     lift_add_term_,
     matrix_norm,
     project,
+    put_,
     stochastic_round,
     total_norms,
 )
@@ -30,10 +31,12 @@ from lowrank_optim.ops.moments import (
     moment_,
     quantize_,
 )
+from lowrank_optim.ops.noise import Noise
 from lowrank_optim.ops.tiles import TILE_ELEMENTS
 
 __all__ = [
     "TILE_ELEMENTS",
+    "Noise",
     "Rows",
     "adamw_direction_",
     "add_",
@@ -54,6 +57,7 @@ __all__ = [
     "matrix_norm",
     "moment_",
     "project",
+    "put_",
     "quantize_",
     "stochastic_round",
     "top_rows_",

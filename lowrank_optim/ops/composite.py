@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.noise import Noise
 from lowrank_optim.ops.tiles import TILE_ELEMENTS, tile_rows
 
 
@@ -59,7 +60,7 @@ def lift_add_(
     right: Tensor | None,
     decay: float | Tensor,
     alpha: float,
-    rounding: int | None,
+    rounding: Noise | None,
 ) -> None:
     """``W <- decay W + alpha P N (Q^T)`` in one GEMM call, rounded once into the parameter.
 
@@ -70,9 +71,9 @@ def lift_add_(
         right: Q ``(..., n, r)``.
         decay: factor of the weights; a tensor ``()`` or ``(..., 1, 1)`` is read on its device.
         alpha: factor of the update.
-        rounding: seed of the stochastic rounding into bfloat16; None rounds to nearest.
+        rounding: of the stochastic rounding into bfloat16; None rounds to nearest.
     """
-    if rounding is not None and param.dtype == torch.bfloat16:
+    if rounding is not None:
         _lift_add_rounded_(param, basis, low, right, decay, alpha, rounding)
         return
     if isinstance(decay, Tensor):
@@ -94,7 +95,7 @@ def _lift_add_rounded_(
     right: Tensor | None,
     decay: float | Tensor,
     alpha: float,
-    seed: int,
+    rounding: Noise,
 ) -> None:
     if right is not None:
         low = low @ right.mT.to(low.dtype)
@@ -104,12 +105,13 @@ def _lift_add_rounded_(
     decays: Sequence[float | Tensor] = [decay] * len(matrices)
     if isinstance(decay, Tensor):
         decays = decay.reshape(-1).expand(len(matrices)).unbind()
-    for w, p, x, d in zip(matrices, bases, lows, decays, strict=True):
-        rows = max(1, TILE_ELEMENTS // w.shape[1])
-        for tile, q in zip(torch.split(w, rows), torch.split(p, rows), strict=True):
+    noises = [rounding.select(n) for n in range(len(matrices))] if param.dim() == 3 else [rounding]
+    for w, p, x, d, noise in zip(matrices, bases, lows, decays, noises, strict=True):
+        rows = max(1, TILE_ELEMENTS // max(1, w.shape[1]))
+        for start in range(0, w.shape[0], rows):
+            tile, q = w[start : start + rows], p[start : start + rows]
             new = torch.addmm(tile.float().mul_(d), q.float(), x.float(), alpha=alpha)
-            tile.copy_(stochastic_round(new, seed))
-            seed += 0x9E3779B9  # each tile counts its elements from zero
+            put_(tile, new, noise.narrow(0, start))
 
 
 def lift_add_term_(
@@ -123,7 +125,7 @@ def lift_add_term_(
     decay: float | Tensor,
     lr: float,
     scale: float,
-    rounding: int | None,
+    rounding: Noise | None,
     finite: Tensor | None,
 ) -> None:
     """``W <- decay W - lr (a P N + term)`` by tiles of rows, rounded once into the parameter.
@@ -141,7 +143,7 @@ def lift_add_term_(
         decay: factor of the weights; a tensor is read on its device.
         lr: step size.
         scale: a.
-        rounding: seed of the stochastic rounding into bfloat16; None rounds to nearest.
+        rounding: of the stochastic rounding into bfloat16; None rounds to nearest.
         finite: 0-d bool on the device; where False, W stays as it is.
     """
     wide = torch.promote_types(param.dtype, torch.float32)
@@ -149,7 +151,7 @@ def lift_add_term_(
     small = n * scale if columns is None else n.addcmul(r, columns, value=-1.0).mul_(scale)
     rows = tile_rows(param)
     tiles = zip(*(torch.split(x, rows, -2) for x in (param, grad, basis)), strict=True)
-    for w, g, p in tiles:
+    for tile, (w, g, p) in enumerate(tiles):
         g, p = g.to(wide), p.to(wide)
         change = p @ small
         if columns is None:
@@ -157,17 +159,31 @@ def lift_add_term_(
         else:
             change.addcmul_(g, columns)
         new = w.to(wide).mul(decay).sub_(change, alpha=lr)
-        if rounding is not None and param.dtype == torch.bfloat16:
-            new = stochastic_round(new, rounding)
-            rounding += 0x9E3779B9  # each tile counts its elements from zero
-        w.copy_(new if finite is None else torch.where(finite, new, w.to(new.dtype)))
+        new = new if finite is None else torch.where(finite, new, w.to(new.dtype))
+        put_(w, new, None if rounding is None else rounding.narrow(-2, tile * rows))
 
 
-def stochastic_round(x: Tensor, seed: int) -> Tensor:
-    """``x`` float32 in bfloat16, rounded without bias from a hash of (position, seed)."""
+def put_(out: Tensor, x: Tensor, rounding: Noise | None) -> None:
+    """``out <- x``, rounded stochastically where that is asked for and ``out`` is bfloat16."""
+    rounds = rounding is not None and out.dtype == torch.bfloat16
+    out.copy_(stochastic_round(x, rounding) if rounds and rounding is not None else x)
+
+
+def stochastic_round(x: Tensor, noise: Noise) -> Tensor:
+    """``x`` float32 in bfloat16, rounded without bias from a hash of (position, seed).
+
+    Args:
+        x: any shape.
+        noise: seed, and positions of the entries of ``x`` in the whole that it is a piece of.
+    """
     x = x.contiguous()
     out = torch.empty_like(x, dtype=torch.bfloat16)
-    torch.ops.lowrank_optim.stochastic_round_([x], [out], [seed & 0x7FFFFFFF])
+    if x.numel() == 0:
+        return out
+    places = noise.layout(x.shape)
+    pieces = (list(t.view(len(places), -1).unbind()) for t in (x, out))
+    seeds = [noise.seed & 0x7FFFFFFF] * len(places)
+    torch.ops.lowrank_optim.stochastic_round_(*pieces, seeds, *map(list, zip(*places, strict=True)))
     return out
 
 
@@ -176,10 +192,7 @@ def add_(
     update: Tensor,
     decay: float | Tensor,
     alpha: float,
-    rounding: int | None,
+    rounding: Noise | None,
 ) -> None:
     """``W <- decay W + alpha N`` elementwise, rounded once; ``update`` in at least float32."""
-    new = param.to(update.dtype).mul(decay).add_(update, alpha=alpha)
-    if rounding is not None and param.dtype == torch.bfloat16:
-        new = stochastic_round(new, rounding)
-    param.copy_(new)
+    put_(param, param.to(update.dtype).mul(decay).add_(update, alpha=alpha), rounding)

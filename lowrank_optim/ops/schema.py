@@ -40,7 +40,8 @@ SCHEMAS = {
     f"{_BLOCKS}) -> ()",
     "dequantize_blockwise_": "(Tensor[] codes, Tensor[] scales, Tensor(a!)[] outs, Tensor table, "
     f"{_BLOCKS}) -> ()",
-    "stochastic_round_": "(Tensor[] xs, Tensor(a!)[] outs, int[] seeds) -> ()",
+    "stochastic_round_": "(Tensor[] xs, Tensor(a!)[] outs, int[] seeds, int[] offsets, "
+    "int[] widths, int[] row_strides, int[] column_strides) -> ()",
     "column_norms": "(Tensor[] xs) -> Tensor[]",
     "lift_add_scaled_": f"({_APPLY}, Tensor[] bases, Tensor[] updates, Tensor[] lows, "
     "Tensor[] columns, float decay, float lr, float scale, Tensor[] finite) -> ()",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,21 +11,38 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.rules.base import Rule, Slot, Slots, compute_dtype, directions_like
+from lowrank_optim.rules.base import (
+    Asking,
+    Directions,
+    Rule,
+    Slot,
+    Slots,
+    Split,
+    compute_dtype,
+    directions_like,
+    finished,
+    together,
+)
 
 
-def rms(x: Tensor) -> Tensor:
-    """Root mean square of all entries."""
-    norm = torch.linalg.vector_norm(x, dtype=compute_dtype(x.dtype))
-    return torch.div(norm, max(1, x.numel()) ** 0.5)
+def norms(x: Tensor) -> Tensor:
+    """Norm of all entries ``()``; of each matrix of a batch ``(E, 1, 1)``: experts stay apart."""
+    dim = (1, 2) if x.dim() == 3 else None
+    norm: Tensor = torch.linalg.vector_norm(
+        x, dim=dim, keepdim=dim is not None, dtype=compute_dtype(x.dtype)
+    )
+    return norm
+
+
+def rms_of(norm: Tensor, shape: Sequence[int]) -> Tensor:
+    """Root mean square of what has this norm, of a tensor of ``shape``."""
+    count = math.prod(shape[1:] if len(shape) == 3 else shape)
+    return torch.div(norm, max(1, count) ** 0.5)
 
 
 def matrix_rms(x: Tensor) -> Tensor:
-    """Root mean square of each matrix of a batch, ``(E, 1, 1)``: experts stay apart."""
-    if x.dim() != 3:
-        return rms(x)
-    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=compute_dtype(x.dtype))
-    return torch.div(norm, max(1, x[0].numel()) ** 0.5)
+    """Root mean square of all entries, or of each matrix of a batch, as :func:`norms`."""
+    return rms_of(norms(x), x.shape)
 
 
 @dataclass(frozen=True)
@@ -80,46 +98,108 @@ class Adafactor(Rule):
         dtype: torch.dtype | None = None,
         finite: Sequence[Tensor] = (),
         ages: Sequence[Tensor] = (),
-    ) -> tuple[list[Tensor], list[float]]:
+    ) -> Directions:
         """The clipped direction, averaged if ``beta1`` is set, and a correction of 1."""
-        directions = []
-        for n, (g, own, t) in enumerate(zip(grads, slots, steps, strict=True)):
-            ok = finite[n : n + 1]
-            dense = [x for x in own if isinstance(x, Tensor)]  # the squares, which come first
-            squares = dense[: 2 if g.dim() >= 2 else 1]
-            kept = [x.clone() for x in squares] if ok else []
-            g = g.to(compute_dtype(g.dtype))
-            fresh = t**self.decay_rate  # weight of the new square: 1 - beta2(t)
-            square = g.square().add_(self.eps[0])
-            if g.dim() < 2:
-                root = squares[0].lerp_(square, fresh).rsqrt()
-            else:
-                row, col = squares
-                row.lerp_(square.mean(-1), fresh)
-                col.lerp_(square.mean(-2), fresh)
-                scaled = (row / row.mean(-1, keepdim=True)).rsqrt()
-                root = scaled.unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
-            direction = root.mul_(g)
-            direction.div_((matrix_rms(direction) / self.clip_threshold).clamp_(min=1.0))
-            if self.beta1 is not None:
-                (average,) = directions_like([direction], None)
-                ops.moment_([direction], own[-1:], [average], self.beta1, 1 - self.beta1, ok)
-                direction = average
-            elif ok:
-                direction = torch.where(ok[0], direction, 0.0)
-            for x, old in zip(squares, kept, strict=bool(ok)):
-                x.copy_(torch.where(ok[0], x, old))
-            directions.append(direction if dtype is None else direction.to(dtype))
+        each = zip(grads, slots, steps, _each(finite, len(grads)), strict=True)
+        directions = [finished(self._phases_(g, own, t, dtype, ok, None)) for g, own, t, ok in each]
         return directions, [1.0] * len(directions)
+
+    def phases_(
+        self,
+        grads: Sequence[Tensor],
+        slots: Sequence[Slots],
+        steps: Sequence[float],
+        dtype: torch.dtype | None = None,
+        finite: Sequence[Tensor] = (),
+        ages: Sequence[Tensor] = (),
+        split: Split | None = None,
+    ) -> Asking[Directions]:
+        """The same of what is here: means are asked for, and then the norm of the direction."""
+        if split is None:
+            return self.directions_(grads, slots, steps, dtype, finite, ages)
+        each = zip(grads, slots, steps, _each(finite, len(grads)), strict=True)
+        work = [self._phases_(g, own, t, dtype, ok, split) for g, own, t, ok in each]
+        directions = yield from together(work)
+        return directions, [1.0] * len(directions)
+
+    def _phases_(
+        self,
+        g: Tensor,
+        own: Slots,
+        t: float,
+        dtype: torch.dtype | None,
+        ok: Sequence[Tensor],
+        split: Split | None,
+    ) -> Asking[Tensor]:
+        """The direction of one gradient."""
+        dense = [x for x in own if isinstance(x, Tensor)]  # the squares, which come first
+        squares = dense[: 2 if g.dim() >= 2 else 1]
+        kept = [x.clone() for x in squares] if ok else []
+        g = g.to(compute_dtype(g.dtype))
+        fresh = t**self.decay_rate  # weight of the new square: 1 - beta2(t)
+        square = g.square().add_(self.eps[0])
+        if g.dim() < 2:
+            root = squares[0].lerp_(square, fresh).rsqrt()
+        else:
+            row, col = squares
+            mean = yield from _update_(row, col, square, fresh, split)
+            scaled = (row / mean).rsqrt()
+            root = scaled.unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
+        direction = root.mul_(g)
+        norm, shape = norms(direction), g.shape if split is None else split.shape
+        if split is not None and (g.dim() != 3 or split.dim != -3):
+            total = norm.square()
+            yield [total]
+            norm = total.sqrt()
+        direction.div_((rms_of(norm, shape) / self.clip_threshold).clamp_(min=1.0))
+        if self.beta1 is not None:
+            (average,) = directions_like([direction], None)
+            ops.moment_([direction], own[-1:], [average], self.beta1, 1 - self.beta1, ok)
+            direction = average
+        elif ok:
+            direction = torch.where(ok[0], direction, 0.0)
+        for x, old in zip(squares, kept, strict=bool(ok)):
+            x.copy_(torch.where(ok[0], x, old))
+        return direction if dtype is None else direction.to(dtype)
+
+    def weighs(self) -> bool:
+        """With ``scale_parameter``."""
+        return self.scale_parameter
 
     def biases(self, step: float) -> tuple[float, ...]:
         """The decay of the second moment corrects itself; the first is used as it is."""
         return 1.0, 1.0, 1.0
 
-    def step_size(self, lr: float | Tensor | None, step: float, param: Tensor) -> float | Tensor:
+    def step_size(
+        self, lr: float | Tensor | None, step: float, param: Tensor, rms: Tensor | None = None
+    ) -> float | Tensor:
         """``lr``, or ``min(1e-2, 1/sqrt(t))``; times the weights' RMS if ``scale_parameter``."""
         if self.relative_step:
             relative = min(1e-6 * step if self.warmup_init else 1e-2, step**-0.5)
             lr = relative if lr is None else 0.0  # a loader's first step must move nothing
         assert lr is not None
-        return lr * matrix_rms(param).clamp(min=self.eps[1]) if self.scale_parameter else lr
+        if not self.scale_parameter:
+            return lr
+        rms = matrix_rms(param) if rms is None else rms
+        return lr * rms.clamp(min=self.eps[1])
+
+
+def _each(finite: Sequence[Tensor], count: int) -> list[Sequence[Tensor]]:
+    return [finite[n : n + 1] for n in range(count)]
+
+
+def _update_(
+    row: Tensor, col: Tensor, square: Tensor, fresh: float, split: Split | None
+) -> Asking[Tensor]:
+    """Take a square into the means of rows and columns; the mean of the rows ``(..., 1)``."""
+    rows, columns = square.shape[-2:] if split is None else split.shape[-2:]
+    dim = 0 if split is None else split.dim
+    by_row, by_column = square.sum(-1), square.sum(-2)
+    if dim == -1:
+        yield [by_row]
+    row.lerp_(by_row / columns, fresh)
+    total = row.sum(-1, keepdim=True)
+    if dim == -2:
+        yield [by_column, total]
+    col.lerp_(by_column / rows, fresh)
+    return total / rows

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,48 @@ class Slot(NamedTuple):
         kept = list(shape)
         del kept[self.averaged]
         return tuple(kept)
+
+
+class Split(NamedTuple):
+    """What is here of a gradient, where other ranks have the rest of it."""
+
+    shape: tuple[int, ...]
+    """Of the whole."""
+    dim: int
+    """The dimension that is split, counted from the end."""
+
+
+Directions = tuple[list[Tensor], list[float]]
+_T = TypeVar("_T")
+Asking = Generator[list[Tensor], None, _T]
+"""Work that asks, each time it yields, for some tensors to be added up over the ranks in place."""
+
+
+def finished(phases: Asking[_T]) -> _T:
+    """The result where all there is to be added up is here."""
+    while True:
+        try:
+            next(phases)
+        except StopIteration as end:
+            result: _T = end.value
+            return result
+
+
+def together(phases: Sequence[Asking[_T]]) -> Asking[list[_T]]:
+    """Several at a time: what they ask for in the same turn is asked for at once."""
+    results: dict[int, _T] = {}
+    while len(results) < len(phases):
+        asked: list[Tensor] = []
+        for n, own in enumerate(phases):
+            if n in results:
+                continue
+            try:
+                asked += next(own)
+            except StopIteration as end:
+                results[n] = end.value
+        if len(results) < len(phases):
+            yield asked
+    return [results[n] for n in range(len(phases))]
 
 
 @dataclass(frozen=True)
@@ -85,12 +127,50 @@ class Rule:
         """
         raise NotImplementedError
 
+    def phases_(
+        self,
+        grads: Sequence[Tensor],
+        slots: Sequence[Slots],
+        steps: Sequence[float],
+        dtype: torch.dtype | None = None,
+        finite: Sequence[Tensor] = (),
+        ages: Sequence[Tensor] = (),
+        split: Split | None = None,
+    ) -> Asking[Directions]:
+        """:meth:`directions_` of what is here, asking for sums of what is on all ranks.
+
+        Args:
+            grads: as of :meth:`directions_`, like all that follow.
+            slots: likewise.
+            steps: likewise.
+            dtype: likewise.
+            finite: likewise.
+            ages: likewise.
+            split: how the gradients lie on the ranks (default: here are all of them).
+        """
+        yield from ()  # an elementwise rule asks for nothing
+        return self.directions_(grads, slots, steps, dtype, finite, ages)
+
+    def weighs(self) -> bool:
+        """Whether step sizes depend on the weights, by the root mean square of each matrix."""
+        return False
+
     def biases(self, step: float) -> tuple[float, ...]:
         """``1 - beta^step`` of each slot: how far its moving mean has come from zero."""
         raise NotImplementedError
 
-    def step_size(self, lr: float | Tensor | None, step: float, param: Tensor) -> float | Tensor:
-        """The learning rate of one parameter; Adafactor's depends on the step and the weights."""
+    def step_size(
+        self, lr: float | Tensor | None, step: float, param: Tensor, rms: Tensor | None = None
+    ) -> float | Tensor:
+        """The learning rate of one parameter; Adafactor's depends on the step and the weights.
+
+        Args:
+            lr: of the group.
+            step: of the parameter.
+            param: what is here of it.
+            rms: root mean square of the whole, where others have parts of it (default: of what is
+                here), as :func:`matrix_rms` has it.
+        """
         assert lr is not None  # Adafactor alone has step sizes of its own
         return lr
 

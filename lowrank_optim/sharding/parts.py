@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
+from lowrank_optim.ops import Noise
 from lowrank_optim.sharding.grid import Block, Cut, Grid, Interval, coordinates, cut_of, length
 from lowrank_optim.sharding.groups import check_backend, coordinate, group_over, members, ranks_over
 from lowrank_optim.tensors.matrix import MatrixView
@@ -167,6 +168,33 @@ class Axis(NamedTuple):
     dims: tuple[int, ...]
     """Of the mesh."""
     cut: Cut
+
+
+def noise_of(x: Tensor, seed: int) -> Noise:
+    """Seed and positions, in the whole tensor, of what is here of it."""
+    if not is_sharded(x):
+        return Noise.over(seed, x.shape)
+    return noise_at(seed, x.shape, x.device_mesh, x.placements)  # type: ignore[attr-defined]
+
+
+def noise_at(seed: int, shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> Noise:
+    """The same of a DTensor of ``shape`` that lies so on a mesh."""
+    return Noise.over(seed, shape, corner(shape, mesh, placements))
+
+
+def corner(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> tuple[int, ...]:
+    """The index in a whole tensor of the first entry that is here."""
+    by_dim: dict[int, list[int]] = {}
+    for k, place in enumerate(placements):
+        if type(place).__name__ != "Replicate":
+            by_dim.setdefault(place.dim % len(shape), []).append(k)
+    found, at = [0] * len(shape), coordinate(mesh)
+    for dim, dims in by_dim.items():
+        sizes = [mesh.size(k) for k in dims]
+        cut = cut_of(sizes, [int(getattr(placements[k], "split_factor", 1)) for k in dims])
+        cut = cut or Cut(tuple(sizes), tuple(range(len(dims))))
+        found[dim] = cut.interval(shape[dim], [at[k] for k in dims])[0]
+    return tuple(found)
 
 
 def part_of(param: Tensor, view: MatrixView | None, name: str, unit: int = 1) -> Part | None:

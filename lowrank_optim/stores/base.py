@@ -7,6 +7,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
+from lowrank_optim.ops import Noise
 from lowrank_optim.ops.quant import Moment
 from lowrank_optim.rules.base import Slot
 
@@ -52,7 +53,7 @@ class Store(Protocol):
         key: str,
         slot: Slot,
         x: Tensor,
-        seed: int,
+        noise: Noise,
         finite: Tensor | None = None,
     ) -> None:
         """Keep a tensor that was read and updated.
@@ -62,7 +63,7 @@ class Store(Protocol):
             key: of the slot.
             slot: what it holds.
             x: its values; nothing is to do where this is the stored tensor itself.
-            seed: of the stochastic rounding of narrow formats.
+            noise: of the stochastic rounding of narrow formats.
             finite: where False, ``x`` is as it was read and what is stored must not change.
         """
         ...

@@ -83,7 +83,7 @@ class Block8Store:
         key: str,
         slot: Slot,
         x: Tensor,
-        seed: int,
+        noise: ops.Noise,
         finite: Tensor | None = None,
     ) -> None:
         """Encode, to the nearest code.
@@ -92,7 +92,7 @@ class Block8Store:
         """
         scales = state.get(scale_key(key))
         if scales is None:
-            self.small.write_(state, key, slot, x, seed)
+            self.small.write_(state, key, slot, x, noise)
             return
         kept = Quantized(state[key], scales, slot.signed)
         if finite is None:

@@ -63,15 +63,14 @@ class FloatStore:
         key: str,
         slot: Slot,
         x: Tensor,
-        seed: int,
+        noise: ops.Noise,
         finite: Tensor | None = None,
     ) -> None:
         """Rounded where the format is narrow; a value that it holds already stays itself."""
         kept = state[key]
         if kept is x:
             return
-        narrow = kept.dtype == torch.bfloat16
-        kept.copy_(ops.stochastic_round(x.float(), seed) if narrow else x)
+        ops.put_(kept, x.float() if kept.dtype == torch.bfloat16 else x, noise)
 
 
 register("float32", FloatStore(torch.float32))

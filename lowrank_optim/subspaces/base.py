@@ -92,8 +92,8 @@ class Target(NamedTuple):
     """Learning rate times the bias correction."""
     decay: float | Tensor = 1.0
     """Factor of the weights."""
-    rounding: int | None = None
-    """Seed of the stochastic rounding into bfloat16; None rounds to nearest."""
+    rounding: ops.Noise | None = None
+    """Of the stochastic rounding into bfloat16; None rounds to nearest."""
     finite: Tensor | None = None
     """0-d bool on the device; where False the weights must stay as they are."""
 
@@ -382,7 +382,7 @@ class Projector(Subspace):
             ones = torch.ones_like(low[..., :1, :], dtype=wider)
             term = Term("scaled", ones * term.gain)
             wide, scale = (wide, 1.0) if scale == 1 else (wide * scale, 1.0)
-        rounds = into.rounding is not None and into.param.dtype == torch.bfloat16
+        rounds = into.rounding is not None
         if rounds or isinstance(term.gain, Tensor) or isinstance(into.decay, Tensor):
             ops.lift_add_term_(
                 into.param, into.grad, state["basis"], wide, low, term.columns, term.gain,

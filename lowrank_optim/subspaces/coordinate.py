@@ -25,7 +25,6 @@ from lowrank_optim.tensors.values import check_index
 
 FREE = {"sign": "sign", "raw": "sgd"}
 """Free rule of the fused apply for each kind of term that it takes."""
-TILE_STEP = 0x9E3779B9
 
 
 @dataclass(frozen=True)
@@ -162,10 +161,9 @@ class Rows(Coordinates):
 
 def fusible(into: Target, term: Term | None) -> bool:
     """Whether the one-pass op takes this apply: numbers on the host, rounding to nearest."""
-    rounded = into.rounding is not None and into.param.dtype == torch.bfloat16
     factors = into.decay, into.lr, 0.0 if term is None else term.gain
     numbers = not any(isinstance(x, Tensor) for x in factors)
-    return numbers and not rounded and (term is None or term.kind in FREE)
+    return numbers and into.rounding is None and (term is None or term.kind in FREE)
 
 
 def rows_of_tile(param: Tensor) -> int:
@@ -192,7 +190,6 @@ def add_by_tiles_(
     """
     w, g = into.param, into.grad
     dtype, decay = torch.promote_types(w.dtype, torch.float32), into.guarded_decay()
-    seed = into.rounding
     for start in range(0, w.shape[-2], rows):
         tile = w[..., start : start + rows, :]
         rest = _outside(g[..., start : start + rows, :].to(dtype), term)
@@ -201,11 +198,7 @@ def add_by_tiles_(
         if into.finite is not None:
             update = torch.where(into.finite, update, 0.0)
         new = tile.to(dtype) * decay - update
-        if seed is not None and w.dtype == torch.bfloat16:
-            tile.copy_(ops.stochastic_round(new, seed))
-            seed += TILE_STEP  # each tile counts its elements from zero
-        else:
-            tile.copy_(new)
+        ops.put_(tile, new, None if into.rounding is None else into.rounding.narrow(-2, start))
 
 
 def _outside(g: Tensor, term: Term | None) -> Tensor:

@@ -172,13 +172,14 @@ class DCT(FixedBasis):
             own_decay = decay
             if isinstance(decay, Tensor) and decay.dim() > 0:
                 own_decay = decay.reshape(-1)[n if decay.numel() > 1 else 0]
-            seed = None if into.rounding is None else into.rounding + 0x85EBCA6B * n
-            one = into._replace(param=param, grad=grad, low=y, decay=own_decay, rounding=seed)
+            noise = into.rounding
+            if noise is not None and param is not into.param:
+                noise = noise.select(n)
+            one = into._replace(param=param, grad=grad, low=y, decay=own_decay, rounding=noise)
             columns = None
             if term is not None and term.columns is not None:
                 columns = term.columns if param is into.param else term.columns[n]
-            rounds = seed is not None and param.dtype == torch.bfloat16
-            if term is None and isinstance(into.decay, float) and not rounds:
+            if term is None and isinstance(into.decay, float) and noise is None:
                 finite = [] if into.finite is None else [into.finite]
                 ops.cosine_lift_add_(
                     [param], [own], [x], self.plan(param.shape[0], param), self.basis, into.decay,
@@ -203,7 +204,7 @@ class DCT(FixedBasis):
         self, into: Target, index: Tensor, low: Tensor, term: Term | None, columns: Tensor | None
     ) -> None:
         plan = self._plan(into.param.shape[0], into.param)
-        for tile, at in enumerate(column_tiles(into.param)):
+        for at in column_tiles(into.param):
             if term is None:
                 step, size = plan.lift(low[:, at], index), into.lr * self.scale
             else:
@@ -216,9 +217,8 @@ class DCT(FixedBasis):
                 weights.add_(step, alpha=-size)
             else:
                 new = weights.to(step.dtype).mul_(into.decay).add_(step, alpha=-size)
-                if into.rounding is not None and weights.dtype == torch.bfloat16:
-                    new = ops.stochastic_round(new, into.rounding + 0x9E3779B9 * tile)
-                weights.copy_(new)
+                noise = None if into.rounding is None else into.rounding.mT.narrow(0, at.start)
+                ops.put_(weights, new, noise)
 
     def _with_term(
         self,

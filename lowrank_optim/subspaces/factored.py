@@ -85,6 +85,6 @@ class SwitchedFactors(Switched):
                 None,
                 decay,
                 self.s,
-                into.rounding,
+                None if into.rounding is None else self.natural(into.rounding),
             )
         self.keep_(state, moved)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from lowrank_optim.subspaces.switching import Schedule, ring, runs, thawing, whe
 from lowrank_optim.subspaces.terms import Term, Wants
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.values import check_finite, check_index
+
+_Turned = TypeVar("_Turned", Tensor, ops.Noise)
 
 SIDES = ("A", "B")
 """Rows of A ``(r, in)`` and, transposed, columns of B ``(out, r)``."""
@@ -118,8 +120,8 @@ class Switched(Subspace):
         """Lengths of A's rows and of B's columns: inputs and outputs."""
         return (view.m, view.n) if self.flip else (view.n, view.m)
 
-    def natural(self, x: Tensor) -> Tensor:
-        """A canonical matrix as (out, in)."""
+    def natural(self, x: _Turned) -> _Turned:
+        """A canonical matrix, or its noise, as (out, in)."""
         return x.mT if self.flip else x
 
     def pool(self, state: State, side: int) -> Tensor:
@@ -326,7 +328,7 @@ class Switched(Subspace):
             None,
             into.guarded_decay() if self.decay_on == "weight" else 1.0,
             self.s,
-            into.rounding,
+            None if into.rounding is None else self.natural(into.rounding),
         )
         self.keep_(state, moved)
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lowrank_optim.ops import Noise
+
 
 def shares_memory(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are in the same storage, that of tensors without data included."""
@@ -42,6 +44,19 @@ class MatrixView(NamedTuple):
         rows, cols = (self.n, self.m) if self.flip else (self.m, self.n)
         x = x.reshape(*self.batch, rows, cols)
         return x.mT if self.flip else x
+
+    def noise(self, noise: Noise) -> Noise:
+        """The positions of the entries of ``of(x)``, from those of x.
+
+        Raises:
+            ValueError: dimensions that the view merges are no interval of the whole.
+        """
+        first, strides = len(self.batch), noise.strides
+        for d in range(first + 2, len(strides)):
+            if strides[d - 1] != strides[d] * self.shape[d]:
+                raise ValueError(f"{self.shape} with strides {strides} has no rows and columns")
+        merged = noise._replace(strides=(*strides[: first + 1], strides[-1]))
+        return merged.mT if self.flip else merged
 
     @property
     def full_rank(self) -> int:

@@ -76,29 +76,34 @@ def _permute_(moments: Moments, moved: BasisChange) -> None:
     if factors:
         _turn_factors_(
             factors[-1], factors[-2],
-            lambda x: x.clone() if moved.source is None else take_rows(x, moved.source, -1),
-            lambda x: x.clone() if moved.source_right is None
-            else take_rows(x, moved.source_right, -1),
+            _taken(moved.source), _taken(moved.source_right),
         )  # fmt: skip
 
 
 Turn = Callable[[Tensor], Tensor]
 
 
-def _squared(c: Tensor | None) -> Turn:
+def _taken(source: Tensor | None) -> Turn | None:
+    return None if source is None else lambda x: take_rows(x, source, -1)
+
+
+def _squared(c: Tensor | None) -> Turn | None:
     """How the means of squares turn with ``c``."""
     if c is None:
-        return Tensor.clone
+        return None
     return lambda x: (c.to(x.dtype).square() @ x.unsqueeze(-1)).squeeze(-1)
 
 
-def _turn_factors_(row: Tensor, col: Tensor, left: Turn, right: Turn) -> None:
+def _turn_factors_(row: Tensor, col: Tensor, left: Turn | None, right: Turn | None) -> None:
     """Row means ``(..., r)`` and column means ``(..., n)`` of the turned ``row col^T / mean(row)``.
 
-    A new basis holds only part of the old energy: a turn of one side scales the means over it.
+    A new basis holds only part of the old energy: a turn of one side scales the means over it. A
+    side that stays scales nothing, and only some of its columns may be here.
     """
 
-    def turned(turn: Turn, x: Tensor) -> tuple[Tensor, Tensor]:
+    def turned(turn: Turn | None, x: Tensor) -> tuple[Tensor, Tensor | float]:
+        if turn is None:
+            return x.clone(), 1.0
         new, tiny = turn(x), torch.finfo(x.dtype).tiny
         return new, new.mean(-1, keepdim=True) / x.mean(-1, keepdim=True).clamp(min=tiny)
 

@@ -228,7 +228,9 @@ def kept(case: dict[str, Any], index: int, batch: bool) -> Any:
             if case["store"] == "bfloat16":
                 seed = mixed(0, index, s, 2, n) if moved else mixed(0, index, s + 1, 1, n)
                 out = torch.empty_like(x, dtype=torch.bfloat16)
-                reference.stochastic_round_([x], [out], [seed & 0x7FFFFFFF])
+                reference.stochastic_round_(
+                    [x], [out], [seed & 0x7FFFFFFF], [0], [x.numel()], [0], [1]
+                )
             else:
                 out = through_8_bits(x, signed=name == "m")
             for slots, own in zip(experts, out if batch else [out], strict=True):

@@ -219,9 +219,9 @@ int main() {
   Buffer x(N, 0, true), out(N, 1);
   const float* from = (const float*)x.at();
   uint16_t* to = (uint16_t*)out.at();
-  uint32_t seed = 7;
-  int64_t n = N;
-  lro_rounding a = {1, &n, &from, &to, &seed};
+  uint32_t seed = 7, offset = 11, row = 1000, column = 3;
+  int64_t n = N, width = 7;
+  lro_rounding a = {1, &n, &from, &to, &seed, &offset, &width, &row, &column};
   int status = lro_stochastic_round(&a, 1);
   mix(to, 2 * N);
   say("stochastic_round", 0, status);

@@ -170,6 +170,10 @@ def storage(
         "scales": [s for _, s in pairs],
         "outs": [torch.full(s, torch.nan, dtype=out) for s in FLAT],
         "seeds": [3, 0, 2**31 - 1, 5, 12345, 7, 1][: len(FLAT)],
+        "offsets": [0, 17, 2**32 - 1, 1, 2, 3, 4][: len(FLAT)],
+        "widths": [3, 1, 2000, 7, 33, 2**33, 5][: len(FLAT)],
+        "row_strides": [5, 2**32 - 1, 4096, 70, 40, 3, 7][: len(FLAT)],
+        "column_strides": [1, 1, 3, 2, 2**31, 1, 64][: len(FLAT)],
     }
     _layouts(found, FLAT, signed)
     return {name: found[name] for name in names(op)}

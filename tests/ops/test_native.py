@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lowrank_optim.ops import native
 from tests.ops import ops_cases, ops_cosines
+from tests.ops.rounding import flat_places
 
 AVAILABLE, REASON = native.available("cpu")
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason=REASON)
@@ -334,7 +335,7 @@ def test_stochastic_rounding_is_the_hash() -> None:
     xs[2][:3] = torch.tensor([float("nan"), float("inf"), float("-inf")])
     outs = [torch.empty(x.shape, dtype=torch.bfloat16) for x in xs]
     seeds = [1, 2**31 + 5, -3, 12345]
-    native.stochastic_round_(xs, outs, seeds)
+    native.stochastic_round_(xs, outs, seeds, *flat_places(xs))
     for x, out, seed in zip(xs, outs, seeds, strict=True):
         expected = reference(x, seed)
         finite = x.isfinite()
@@ -342,7 +343,7 @@ def test_stochastic_rounding_is_the_hash() -> None:
         assert torch.equal(out[~finite].nan_to_num(7.0), expected[~finite].nan_to_num(7.0))
     ones = torch.full((200_000,), 1.0 + 2**-10)  # an eighth of the way to the next bfloat16
     out = torch.empty(ones.shape, dtype=torch.bfloat16)
-    native.stochastic_round_([ones], [out], [7])
+    native.stochastic_round_([ones], [out], [7], *flat_places([ones]))
     assert abs(float((out > 1).double().mean()) - 0.125) < 5 * (0.125 * 0.875 / 200_000) ** 0.5
 
 
@@ -485,7 +486,7 @@ def fingerprint() -> str:
         )
         results += [*out, *c, *s, *c2, *s2]
         wide = [torch.empty(shape, dtype=torch.bfloat16)]
-        native.stochastic_round_(m, wide, [3])
+        native.stochastic_round_(m, wide, [3], [5], [7], [90], [2])
         results += wide
         for w in views(shape, dtype):
             results += native.column_norms([w])

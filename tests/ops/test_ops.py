@@ -22,6 +22,7 @@ from tests.ops import ops_cases as cases
 from tests.ops import ops_cosines
 from tests.ops.checks import check_stored, run
 from tests.ops.interpreted import INTERPRETED
+from tests.ops.rounding import flat_places
 from tests.pairwise import paired
 
 READY, REASON = native.available("cpu")
@@ -305,7 +306,7 @@ def test_reference_and_native_round_alike() -> None:
     found = []
     for module in (reference, native):
         outs = [torch.zeros(x.shape, dtype=torch.bfloat16) for x in xs]
-        module.stochastic_round_(xs, outs, [17 * i for i in range(len(xs))])
+        module.stochastic_round_(xs, outs, [17 * i for i in range(len(xs))], *flat_places(xs))
         found.append(outs)
     for a, b in zip(*found, strict=True):
         assert torch.equal(a.view(torch.int16), b.view(torch.int16))

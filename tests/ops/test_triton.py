@@ -23,6 +23,7 @@ from lowrank_optim.ops import triton as ops
 from lowrank_optim.ops.triton import lift, matrices
 from tests.compare import assert_close, assert_mostly_close
 from tests.ops.interpreted import INTERPRETED, crossed, unless_interpreted
+from tests.ops.rounding import LAYOUTS, flat_places, positions, rounded
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 MARKS = [
@@ -464,18 +465,32 @@ class TestRounding:
         seeds = [0, 2**31 + 5, 1, -3]
         for count in (1, 4):
             outs = blank(xs[:count], torch.bfloat16)
-            ops.stochastic_round_(xs[:count], outs, seeds[:count])
+            ops.stochastic_round_(xs[:count], outs, seeds[:count], *flat_places(xs[:count]))
             for x, out, seed in zip(xs, outs, seeds, strict=False):
                 bits = x.reshape(-1).view(torch.int32).long() & 0xFFFFFFFF
                 bits = bits + (hashed(x.numel(), seed) & 0xFFFF) >> 16
                 assert torch.equal(out.view(torch.int16).reshape(-1), bits.to(torch.int16))
+
+    @pytest.mark.parametrize("many", [False, True])
+    def test_positions(self, many: bool) -> None:
+        """Pieces of a whole: rows shorter and longer than a program, turned, and past 2^32."""
+        places = list(LAYOUTS.values())
+        xs = [1 + torch.rand(4000, device=DEVICE) for _ in places]
+        outs = blank(xs, torch.bfloat16)
+        seeds = [2**31 + 17 * i for i in range(len(xs))]
+        for at in [slice(None)] if many else [slice(i, i + 1) for i in range(len(xs))]:
+            columns = [list(x) for x in zip(*places[at], strict=True)]
+            ops.stochastic_round_(xs[at], outs[at], seeds[at], *columns)
+        for x, out, seed, place in zip(xs, outs, seeds, places, strict=True):
+            wanted = rounded(x, seed, positions(x.numel(), *place))
+            assert torch.equal(out.view(torch.int16), wanted.view(torch.int16)), place
 
     def test_not_finite(self) -> None:
         """Inf and NaN pass through, even a NaN whose payload is in the bits that are dropped."""
         x = torch.tensor([0x7F800000, 0x7F800001, 0x7FC00000], dtype=torch.int32, device=DEVICE)
         x = torch.cat([x, x | -(2**31)]).view(torch.float32)
         out = torch.empty(6, dtype=torch.bfloat16, device=DEVICE)
-        ops.stochastic_round_([x], [out], [77])
+        ops.stochastic_round_([x], [out], [77], *flat_places([x]))
         assert out[[0, 3]].tolist() == [float("inf"), -float("inf")]
         assert out[[1, 2, 4, 5]].isnan().all()
 
@@ -483,7 +498,7 @@ class TestRounding:
         """The mean of many roundings is the number: 5 standard errors of a two-valued variable."""
         x = torch.full((1 << 14,), 1 + 0.3 * 2**-7, device=DEVICE)
         out = torch.empty_like(x, dtype=torch.bfloat16)
-        ops.stochastic_round_([x], [out], [1])
+        ops.stochastic_round_([x], [out], [1], *flat_places([x]))
         up = (out.double() - 1) * 2**7
         assert set(up.unique().tolist()) == {0.0, 1.0}
         assert abs(float(up.mean()) - 0.3) < 5 * (0.3 * 0.7 / x.numel()) ** 0.5
@@ -665,7 +680,7 @@ class TestDevice:
 
         def step() -> None:
             ops.adamw_direction_(*state, BETA1, BETA2, [1e-8] * 3, [], [], [])
-            ops.stochastic_round_(state[3], halves, [1, 2, 3])
+            ops.stochastic_round_(state[3], halves, [1, 2, 3], *flat_places(halves))
             ops.column_norms([w])
             ops.lift_add_scaled_([w], [g], [p], [term], [low], [c], 0.9, 0.1, 0.5)
             ops.lift_add_sign_([w], [g], [p], [term], [low], 0.9, 0.1, 0.5, 0.3)

@@ -35,6 +35,8 @@ MUTATIONS: dict[str, Mutation] = {
     "scores": Mutation("sum_", "later"),
     "sum of two sides": Mutation("sum_", "later"),
     "scalars of Fira": Mutation("sum_", "later"),
+    "means of Adafactor": Mutation("sum_", "later"),
+    "weights of Adafactor": Mutation("sum_", "first"),
     "turn to columns": Mutation("to_columns", how="one rank"),
     "turn to rows": Mutation("to_blocks", how="one rank"),
     "gather to the owner": Mutation("exchange", how="one rank"),

@@ -158,6 +158,12 @@ which the owner sends."""
 SMALL: Table = {"all_reduce": (1, R * R * ITEM)}
 TWO_SCALARS: Table = {"all_reduce": (1, 2 * ITEM)}
 
+MEANS: Table = {"all_reduce": (2, R * ITEM + ITEM)}
+"""Sums of the squares of each row; the norm of the direction."""
+WEIGHTS: Table = {"all_reduce": (0, ITEM)}
+"""The sum of the squares of the weights travels with the guard."""
+FIXED: dict[str, Any] = {"scale_parameter": False}
+
 SENT: dict[str, tuple[str, dict[str, Any], Table, Table]] = {
     "svd": ("GaLoreAdamW", {"projector": "svd"}, NOTHING, OWNER),
     "rsvd": ("GaLoreLion", {"projector": "rsvd"}, NOTHING, OWNER),
@@ -170,6 +176,19 @@ SENT: dict[str, tuple[str, dict[str, Any], Table, Table]] = {
     "fira": ("FiraAdamW", {"projector": "svd"}, TWO_SCALARS, OWNER),
     "two sides": ("GaLoreAdamW", {"projector": "svd", "proj_type": "full"}, SMALL, BOTH_OWNER),
     "memory": ("DCTAdamW", {"error_feedback": "float32", "update_proj_gap": 3}, NOTHING, SCORES),
+    "adafactor": ("GaLoreAdafactor", {"projector": "svd", **FIXED}, MEANS, OWNER),
+    "adafactor two sides": (
+        "GaLoreAdafactor",
+        {"projector": "svd", "proj_type": "full", **FIXED},
+        SMALL,
+        BOTH_OWNER,
+    ),
+    "adafactor scaled": (
+        "GaLoreAdafactor",
+        {"projector": "svd"},
+        plus(MEANS, WEIGHTS),
+        OWNER,
+    ),
     "frugal svd": ("FrugalAdamW", {"projector": "svd", "density": 0.25}, NOTHING, OWNER),
 }
 """Class, options, what every step sends beside the guard, and what a refresh adds."""
@@ -212,7 +231,10 @@ def metered(collectives: list[Collective], news: list[New]) -> Meter:
     return meter
 
 
-SPLIT = [(name, 0) for name in SENT] + [(name, 1) for name in ("svd", "columns", "fira", "memory")]
+ACROSS = ("svd", "columns", "fira", "memory", "adafactor")
+SPLIT = [(name, 0) for name in SENT] + [
+    (name, 1) for name in ("svd", "columns", "fira", "memory", "adafactor")
+]
 
 
 @pytest.mark.parametrize(("name", "place"), SPLIT)
@@ -229,12 +251,12 @@ def test_a_step_sends_exactly_this(name: str, place: int, ranks: Worlds) -> None
         above = 0
         for rank, (collectives, news, limit) in enumerate(seen):
             meter = metered(collectives, news)
-            back = N * R * ITEM if step in DUE and name == "two sides" and not rank else 0
+            back = N * R * ITEM if step in DUE and "two sides" in name and not rank else 0
             assert_collectives(meter, plus(expected, {"all_to_all": (0, back)}))
-            right = N * R * ITEM if name == "two sides" else 0  # the old one, beside the matrix
+            right = N * R * ITEM if "two sides" in name else 0  # the old one, beside the matrix
             assert_small(meter, M * N * ITEM + right)
             # both bases' parts travel with the shard in one message
-            above += meter.largest > limit + (RIGHT if name == "two sides" else 0)
+            above += meter.largest > limit + (RIGHT if "two sides" in name else 0)
         owners = 1 if step in DUE and "broadcast" in due and name != "random" else 0
         most = [(metered(c, n).largest, limit) for c, n, limit in seen]
         assert above <= owners, f"{above} ranks made more than their share in step {step}: {most}"
@@ -249,6 +271,14 @@ def test_alike_matrices_share_their_collectives(ranks: Worlds) -> None:
         each = plus({"all_reduce": (1, GUARD)}, TWO_SCALARS, TURNED)
         expected = {kind: (count, 3 * size) for kind, (count, size) in each.items()}
         assert_collectives(metered(collectives, news), expected)
+
+
+def test_dense_adafactor_sends_two_messages_for_all(ranks: Worlds) -> None:
+    """Of several parameters by rows: means, then norms, and the guard before them."""
+    args = {"how": "fsdp", "cls": "GaLoreAdafactor", "options": {"rank": None, **FIXED}}
+    for steps in ranks(2).run("dense", whole_model, **args).checked():
+        for counts, _, _ in steps:
+            assert counts == {"all_reduce": 3}
 
 
 def whole_model(world: World, how: str, cls: str, options: dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.sharded import test_not_finite, training
+from tests.sharded import test_adafactor, test_not_finite, training
 from tests.sharded.combinations import NAMED
 from tests.sharded.mutations import MUTATIONS, SEAM, Mutation, mutated
 from tests.sharded.ranks import Outcome, Ranks, World
@@ -29,12 +29,19 @@ SEEN_BY: dict[str, str] = {
     "scores": "dct",
     "sum of two sides": "svd full",
     "scalars of Fira": "fira svd",
+    "means of Adafactor": "adafactor",
+    "weights of Adafactor": "adafactor scaled",
     "turn to columns": "rsvd",
     "turn to rows": "frugal svd",
     "gather to the owner": "svd",
     "broadcast of the basis": "random",
 }
 """A case that uses the collective; that of the guard has a gradient that is not finite."""
+CASES = {
+    **NAMED,
+    "adafactor": test_adafactor.case_of("svd", "fsdp", ()),
+    "adafactor scaled": test_adafactor.case_of("rsvd relative", "fsdp", ()),
+}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +93,7 @@ def difference(outcome: Outcome, case: Case, poisoned: bool) -> str:
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_run_without_it_is_seen(name: str, brief: Ranks) -> None:
-    case = replace(NAMED[SEEN_BY[name]], only=ONLY, steps=STEPS)
+    case = replace(CASES[SEEN_BY[name]], only=ONLY, steps=STEPS)
     case = replace(case, options={**case.options, "stagger": False})
     poisoned = name == "guard"
     args = {"case": case, "poisoned": poisoned}

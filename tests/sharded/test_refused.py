@@ -28,10 +28,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "sst active": ("SSTAdamW", {**SST, "rank": 2, "factors": "active"}, "SST"),
     "switchlora": ("SwitchLoRAAdamW", {**SWITCH, "rank": 2}, "SwitchLoRA"),
     "fira block": ("FiraAdamW", {"projector": "block", "rank": 0.5}, "block"),
-    "adafactor": ("GaLoreAdafactor", {"rank": 2}, "Adafactor"),
+    "adafactor block": ("GaLoreAdafactor", {"projector": "block", "rank": 0.5}, "Adafactor"),
     "8bit": ("GaLoreAdamW8bit", {"rank": 2}, "8bit"),
     "8bit frugal": ("FrugalLion", {"state_dtype": "8bit", "projector": "columns"}, "8bit"),
-    "rounding": ("GaLoreAdamW", {"rank": 2, "stochastic_rounding": True}, "stochastic_rounding"),
 }
 """Class, options, and what the message must name."""
 
@@ -40,14 +39,23 @@ def outcome(world: World, cls: str, options: dict[str, Any], how: str) -> Any:
     """The first error of making, and stepping, an optimizer; and whether anything moved."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    dtype = torch.bfloat16 if "stochastic_rounding" in options else torch.float32
     layer = nn.Module()
-    layer.weight = nn.Parameter(torch.randn(8, 12).to(dtype))
+    layer.weight = nn.Parameter(torch.randn(8, 12))
     if how == "fsdp":
         fully_shard(layer, mesh=init_device_mesh("cpu", (world.size,)))
+    elif how == "square":
+        layer.weight = nn.Parameter(spread(world, layer.weight.detach(), [Shard(0), Shard(1)]))
+    elif how == "kernel":
+        mesh = init_device_mesh("cpu", (world.size,))
+        kernel = torch.randn(6, 3, 4, 4).to(torch.bfloat16)
+        layer.weight = nn.Parameter(distribute_tensor(kernel, mesh, [Shard(2)]))
     before = layer.weight.detach().to_local().clone()
     try:
-        optimizer = getattr(lowrank_optim, cls)(layer.named_parameters(), lr=0.1, **options)
+        named: Any = layer.named_parameters()
+        if options.get("rank", 0) is None:  # a key of groups
+            named = [{"params": list(named), "rank": None}]
+            options = {key: x for key, x in options.items() if key != "rank"}
+        optimizer = getattr(lowrank_optim, cls)(named, lr=0.1, **options)
         for _ in range(2):
             layer.weight.grad = torch.randn_like(layer.weight)
             optimizer.step()
@@ -96,6 +104,17 @@ def both_split(world: World) -> Any:
 
 def test_experts_whose_matrices_are_split_too(ranks: Worlds) -> None:
     check(ranks(4).run("both split", both_split).checked(), "both")
+
+
+def test_means_on_meshes_of_two_dimensions(ranks: Worlds) -> None:
+    args = {"cls": "GaLoreAdafactor", "options": {"rank": None}, "how": "square"}
+    check(ranks(4).run("means", outcome, **args).checked(), "Adafactor", "mesh", "AdamW")
+
+
+def test_blocks_whose_inner_dimensions_are_split_do_not_round(ranks: Worlds) -> None:
+    options = {"projector": "block", "density": 1.0, "stochastic_rounding": True}
+    args = {"cls": "FrugalAdamW", "options": options, "how": "kernel"}
+    check(ranks(2).run("kernel", outcome, **args).checked(), "stochastic_rounding", "Shard(0)")
 
 
 def on_square(world: World, places: Any) -> Any:

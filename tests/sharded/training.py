@@ -56,6 +56,9 @@ class Case:
     dtype: torch.dtype = torch.float64
     pieces: int = 1
     """Micro-batches of a step."""
+    drawn: bool = False
+    """Gradients are drawn, as those of plain DTensors always are, and not those of a loss: they are
+    the same bits on any number of ranks."""
 
     def __hash__(self) -> int:
         return hash(repr(self))
@@ -93,7 +96,10 @@ def make_optimizer(case: Case, named: Iterable[tuple[str, Tensor]]) -> Optimizer
             own["update_proj_gap"] = GAP
         if "density" not in case.options:
             own["rank"] = RANK
-        optimizer = getattr(lowrank_optim, case.cls)(named, **{**own, **case.options})
+        own |= case.options
+        if own.get("rank", 0) is None:  # a key of groups
+            named = [{"params": list(named), "rank": own.pop("rank")}]  # type: ignore[assignment]
+        optimizer = getattr(lowrank_optim, case.cls)(named, **own)
         return optimizer
 
 
@@ -185,7 +191,7 @@ class Trained:
         if case.how == "tensors":
             self.named: dict[str, nn.Parameter] = tensors_of(case, meshes)
         else:
-            self.model = models.awkward(case.only)
+            self.model = models.awkward(case.only).to(case.dtype)
             if meshes:
                 own: dict[str, Any] = {"mesh": meshes[0]}
                 if case.how.startswith("parallel"):
@@ -207,7 +213,7 @@ class Trained:
     def backward(self, step: int) -> None:
         """Gradients of a step: averaged over the ranks, as whoever shards does it."""
         self.optimizer.zero_grad()
-        if self.model is None:
+        if self.model is None or self.case.drawn:
             set_tensor_grads(self.named, step)
             return
         for piece in range(self.case.pieces):

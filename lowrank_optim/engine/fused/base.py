@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from lowrank_optim import ops
@@ -14,6 +13,7 @@ from lowrank_optim.engine.plan import (
     State,
     Strategies,
     on_accelerator,
+    rounds,
 )
 from lowrank_optim.residuals import Drop, Free
 from lowrank_optim.rules.adamw import AdamW
@@ -32,8 +32,8 @@ def is_plain(bucket: Bucket) -> bool:
     if part is not None and part.sharded:
         return False
     plain = type(chosen.rule) is AdamW and type(chosen.residual) in (Drop, Free)
-    rounds = chosen.rounding and param.dtype == torch.bfloat16
-    if not plain or rounds or chosen.maximize or isinstance(bucket.lr, Tensor):
+    rounded = rounds(bucket.items[0], chosen)
+    if not plain or rounded or chosen.maximize or isinstance(bucket.lr, Tensor):
         return False
     if type(chosen.store) is not FloatStore or on_accelerator(param):
         return False

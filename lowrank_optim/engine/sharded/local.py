@@ -29,6 +29,7 @@ class LocalState(MutableMapping[str, Tensor]):
         assert item.part is not None
         self._part = item.part
         self._dims = split_dims(item, chosen)
+        self._slots = {slot.name: slot for slot in chosen.rule.slots(item.part.shape)}
 
     def __getitem__(self, key: str) -> Tensor:
         """The part that is here."""
@@ -62,14 +63,20 @@ class LocalState(MutableMapping[str, Tensor]):
 
     def _placements(self, key: str) -> tuple[Any, ...]:
         if self._part.side == "entries":
-            return self._part.placements
+            slot = self._slots.get(key)
+            if slot is None or slot.averaged is None:
+                return self._part.placements
+            return without(self._part.placements, slot.averaged % len(self._part.shape))
         return self._part.placed(self._dims[key][0] if key in self._dims else None)
 
     def _whole(self, key: str, x: Tensor) -> Tensor:
         """A part as a DTensor of the parameter's mesh; nobody else is asked."""
         if on_host(key) or is_sharded(x):
             return x
-        shape = list(self._part.shape if self._part.side == "entries" else x.shape)
+        shape = list(x.shape)
+        if self._part.side == "entries":
+            slot = self._slots.get(key)
+            shape = list(self._part.shape if slot is None else slot.shape(self._part.shape))
         if key in self._dims:
             dim, size = self._dims[key]
             shape[dim] = size
@@ -92,6 +99,20 @@ def as_dtensor(x: Tensor, mesh: Any, places: tuple[Any, ...], shape: Sequence[in
     make: Any = DTensor
     kept: Tensor = make(x, spec, requires_grad=False)
     return kept
+
+
+def without(placements: Sequence[Any], dim: int) -> tuple[Any, ...]:
+    """Where a tensor lies of which one dimension is averaged away, on all ranks together."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    def moved(place: Any) -> Any:
+        if not hasattr(place, "dim"):
+            return place
+        if place.dim == dim:
+            return Replicate()
+        return Shard(place.dim - (place.dim > dim))
+
+    return tuple(moved(place) for place in placements)
 
 
 def kept_as(item: ParamPlan, chosen: Strategies, entries: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -149,6 +170,8 @@ def _view_here(item: ParamPlan, weight: Tensor) -> MatrixView | None:
     if item.view is None or item.part.here is not None:
         return item.part.here
     shape = tuple(weight.shape)  # of a block, whose entries are alike: any matrix of them will do
+    if len(shape) == 3:  # a cut of any dimension leaves rows and columns
+        return MatrixView(shape, shape[:1], *shape[1:], False)
     n = 1
     for size in shape[1:]:
         n *= size

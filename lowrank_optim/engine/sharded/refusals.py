@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from lowrank_optim.engine.plan import ParamPlan, Strategies
+from lowrank_optim.engine.plan import ParamPlan, Strategies, rounds
 from lowrank_optim.stores import FloatStore
 from lowrank_optim.subspaces.base import PROJECTORS, Subspace
 from lowrank_optim.subspaces.block import Block
@@ -14,6 +12,13 @@ def _name(kind: type[Subspace]) -> str:
     """As a group calls it, or else the class."""
     names = [name for name, known in PROJECTORS.items() if known is kind]
     return f"projector={names[0]!r}" if names else kind.__name__
+
+
+def _inner(item: ParamPlan) -> bool:
+    """Whether a dimension behind the second of a kernel is split."""
+    assert item.part is not None
+    dims = [p.dim % item.param.dim() for p in item.part.placements if hasattr(p, "dim")]
+    return item.param.dim() > 3 and max(dims, default=0) > 1
 
 
 def check_supported(item: ParamPlan, chosen: Strategies, method: str) -> None:
@@ -36,20 +41,25 @@ def check_supported(item: ParamPlan, chosen: Strategies, method: str) -> None:
             "projector='block' beside a residual that is scaled by whole matrices. Take a FRUGAL "
             "class, or projector='columns' or 'rsvd'"
         )
-    elif not chosen.rule.elementwise:
+    elif not chosen.rule.elementwise and subspace is None and len(part.dims) > 1:
         why = (
-            f"{type(chosen.rule).__name__} takes means over whole tensors. Take an AdamW, Lion or "
-            "SGD class"
+            f"{type(chosen.rule).__name__} takes means over whole tensors, and adds up those of a "
+            "dense one over one dimension of a mesh. Take an AdamW, Lion or SGD class"
+        )
+    elif not chosen.rule.elementwise and isinstance(subspace, Block):
+        why = (
+            f"projector='block' beside {type(chosen.rule).__name__}, which takes means over whole "
+            "tensors. Take projector='columns' or 'rsvd', or an AdamW, Lion or SGD class"
+        )
+    elif isinstance(subspace, Block) and rounds(item, chosen) and _inner(item):
+        why = (
+            "stochastic_rounding of a block whose inner dimensions are split. Take Shard(0), or "
+            "stochastic_rounding=False"
         )
     elif not isinstance(chosen.store, FloatStore):
         why = (
             "state_dtype='8bit' keeps blocks that would cross the edges of shards. Take "
             "state_dtype='bfloat16' or 'float32'"
-        )
-    elif chosen.rounding and item.param.dtype == torch.bfloat16:
-        why = (
-            "its noise would depend on the number of ranks. Keep float32 weights with a "
-            "MixedPrecisionPolicy(param_dtype=torch.bfloat16), or pass stochastic_rounding=False"
         )
     elif not item.alone:
         why = "factors of one layer need each other. Train the weights themselves, not modules"

@@ -13,10 +13,24 @@ from torch import Tensor
 from lowrank_optim import ops
 from lowrank_optim.engine.blocks import advance
 from lowrank_optim.engine.bucket import Bucket, warn_skipped
-from lowrank_optim.engine.plan import ParamPlan, State, Strategies, on_accelerator
+from lowrank_optim.engine.plan import (
+    ParamPlan,
+    State,
+    Strategies,
+    on_accelerator,
+    rounds,
+    weight_noise,
+)
 from lowrank_optim.engine.refresh import basis_due, refresh_
-from lowrank_optim.engine.sharded.guard import agreed_norms
+from lowrank_optim.engine.sharded.guard import Asked, agreed
 from lowrank_optim.engine.sharded.local import here, stepped
+from lowrank_optim.engine.sharded.means import (
+    coord_splits,
+    dense_split,
+    step_dense,
+    weight_rms,
+    weight_squares,
+)
 from lowrank_optim.engine.sharded.refresh import Due, refresh_together
 from lowrank_optim.engine.step import (
     MatrixStep,
@@ -28,7 +42,9 @@ from lowrank_optim.engine.step import (
     step_bucket,
 )
 from lowrank_optim.engine.undo import Undo
+from lowrank_optim.ops import Noise
 from lowrank_optim.residuals import Measured
+from lowrank_optim.rules.base import Split, compute_dtype
 from lowrank_optim.sharding import collectives
 from lowrank_optim.subspaces.base import Subspace, identity
 from lowrank_optim.subspaces.block import Block
@@ -48,6 +64,8 @@ class Work:
     weight_decay: float
     norm: Tensor | None = None
     """Of its whole gradient."""
+    rms: Tensor | None = None
+    """Root mean square of its whole weights, where its step size depends on it."""
     grad: Tensor | None = None
     """The columns to be projected, once they are here."""
 
@@ -91,20 +109,29 @@ class ShardedStep:
 
     def run(self, undo: Undo) -> None:
         """Take the step."""
-        norms = agreed_norms([(w.item, w.twin) for w in self._work])
+        known = agreed(
+            [Asked(w.item, w.twin, weight_squares(w.item, w.twin, w.chosen)) for w in self._work]
+        )
         usable = []
         for w in self._work:
-            w.norm = norms.get(id(w.item.param))
-            if w.norm is not None:
+            found = known.get(id(w.item.param))
+            if found is not None:
+                w.norm, w.rms = found.norm, weight_rms(w.item, found.weights)
                 undo.begin(w.state)
                 usable += [w] if _is_usable(w, undo) else []
         buckets: dict[Any, list[Work]] = {}
+        dense: list[tuple[ParamPlan, Bucket, Split, Tensor | None]] = []
         for w in usable:
             if w.item.subspace is None or isinstance(w.item.subspace, Block):
                 bucket = Bucket([w.twin], [w.state], w.chosen, w.lr, w.weight_decay, undo)
-                step_bucket(bucket)
+                split = dense_split(w.item)
+                if w.chosen.rule.elementwise or split is None:
+                    step_bucket(bucket)
+                else:
+                    dense.append((w.item, bucket, split, w.rms))
             else:
                 buckets.setdefault(w.key, []).append(w)
+        step_dense(dense)
         chunks = []
         for alike in buckets.values():
             size = _together(alike[0])
@@ -208,10 +235,12 @@ def _adapt(chunk: list[Work], undo: Undo) -> list[MatrixStep]:
     for w, coords in zip(chunk, found, strict=True):
         assert w.grad is not None and w.norm is not None
         steps.append(begun(w.twin, w.state, w.grad, coords, chosen))
-        steps[-1].norm, steps[-1].whole = w.norm, (view.m, view.n)
+        steps[-1].norm, steps[-1].whole, steps[-1].rms = w.norm, (view.m, view.n), w.rms
         w.grad = None
     torch._foreach_add_([w.state["step"] for w in chunk], [torch.ones(())] * len(chunk))
-    adapt(steps, chosen, undo)
+    splits = coord_splits(chunk[0].item) if part.summed else None
+    for asked in adapt(steps, chosen, undo, splits):
+        collectives.sum_(asked, part.group)
     if part.summed:
         for s in steps:
             seen = inputs_of(s)
@@ -254,18 +283,26 @@ def _finish(chunk: Sequence[Work], steps: Sequence[MatrixStep], undo: Undo) -> N
     assert part is not None
     if part.grid is None:
         for w, s in zip(chunk, steps, strict=True):
-            apply(s, w.chosen, w.lr, w.weight_decay, undo)
+            rounding = weight_noise(w.twin, w.state, w.chosen)
+            apply(s, w.chosen, w.lr, w.weight_decay, undo, rounding)
         return
     updates = []
     for w, s in zip(chunk, steps, strict=True):
         assert part.stepped is not None
         weight = w.twin.param
-        s.item = stepped(w.item, weight.new_zeros(part.stepped.shape))
-        apply(s, w.chosen, w.lr, 0.0, undo)
+        # what is to be rounded once, where it is added to the weights, must not be rounded before
+        dtype = compute_dtype(weight.dtype) if rounds(w.twin, w.chosen) else weight.dtype
+        s.item = stepped(w.item, weight.new_zeros(part.stepped.shape, dtype=dtype))
+        apply(s, w.chosen, w.lr, 0.0, undo, _exact(s.item, w))
         updates.append(s.item.param)
     updates = collectives.to_blocks(updates, part.grid, part.rank, part.group)
     for w, s, update in zip(chunk, steps, updates, strict=True):
         _add_block_(w, s, update)
+
+
+def _exact(buffer: ParamPlan, w: Work) -> Noise | None:
+    """Positions in a buffer of updates: it rounds nothing, and is filled as weights that do."""
+    return Noise.over(0, buffer.param.shape) if rounds(w.twin, w.chosen) else None
 
 
 def _add_block_(w: Work, s: MatrixStep, update: Tensor) -> None:
@@ -273,12 +310,14 @@ def _add_block_(w: Work, s: MatrixStep, update: Tensor) -> None:
     view, weight = w.twin.view, w.twin.param
     assert view is not None
     block = view.of(weight)
-    size = w.chosen.rule.step_size(w.lr, float(w.state["step"]), weight)
+    size = w.chosen.rule.step_size(w.lr, float(w.state["step"]), block, w.rms)
     decay = 1 - size * w.weight_decay
     if on_accelerator(weight):
         one = torch.ones((), dtype=torch.promote_types(weight.dtype, torch.float32))
         decay = torch.where(s.finite, one.to(weight.device) * decay, 1.0)
     wider = torch.promote_types(block.dtype, torch.float32)
-    ops.add_(block, update.to(wider), decay, 1.0, None)
+    noise = weight_noise(w.twin, w.state, w.chosen)
+    noise = None if noise is None else view.noise(noise)
+    ops.add_(block, update.to(wider), decay, 1.0, noise)
     if not shares_memory(block, weight):
         weight.copy_((block.mT if view.flip else block).reshape(view.shape))

@@ -24,7 +24,7 @@ ERRORS = {
     6: "indices outside their rows, or not ascending",
 }
 BAD_INDEX = 6
-ABI = 5
+ABI = 6
 
 
 def _struct(name: str, fields: str) -> Any:
@@ -41,7 +41,7 @@ Update: Any = _struct(
     " grad_dtype:i out_dtype:i",
 )
 Blockwise: Any = _struct("Blockwise", "count:q values codes scales map rows cols blocks dtype:i")
-Rounding: Any = _struct("Rounding", "count:q numels values outs seeds")
+Rounding: Any = _struct("Rounding", "count:q numels values outs seeds offsets widths rows columns")
 Norms: Any = _struct("Norms", "count:q values outs rows cols row_strides col_strides dtype:i")
 Apply: Any = _struct(
     "Apply",

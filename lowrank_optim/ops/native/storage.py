@@ -24,6 +24,7 @@ from lowrank_optim.ops.native.loader import (
     Rounding,
     run,
 )
+from lowrank_optim.ops.noise import check_places
 
 
 def _blockwise(
@@ -84,16 +85,27 @@ def dequantize_blockwise_(
         _blockwise("dequantize", outs, codes, scales, map, (rows, cols, blocks))
 
 
-def stochastic_round_(xs: Sequence[Tensor], outs: Sequence[Tensor], seeds: Sequence[int]) -> None:
-    """float32 to bfloat16, up or down without bias; the noise is a hash of flat index and seed."""
+def stochastic_round_(
+    xs: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    seeds: Sequence[int],
+    offsets: Sequence[int],
+    widths: Sequence[int],
+    row_strides: Sequence[int],
+    column_strides: Sequence[int],
+) -> None:
+    """float32 to bfloat16, up or down without bias; the noise is a hash of position and seed."""
     if not xs:
         return
     same(len(xs), outs=outs, seeds=seeds)
     sizes(outs, xs, "outs")
     exactly(xs, torch.float32, "inputs")
     exactly(outs, torch.bfloat16, "outs")
+    check_places(len(xs), offsets, widths, row_strides, column_strides)
     arrays = Arrays(xs[0].device)
     args = Rounding(count=len(xs), numels=arrays.int64([x.numel() for x in xs]))
     args.values, args.outs = arrays.pointers(xs), arrays.pointers(outs)
-    args.seeds = arrays.uint32(seeds)
+    args.seeds, args.offsets = arrays.uint32(seeds), arrays.uint32(offsets)
+    args.widths = arrays.int64(widths)
+    args.rows, args.columns = arrays.uint32(row_strides), arrays.uint32(column_strides)
     run("stochastic_round", xs[0].device, args)

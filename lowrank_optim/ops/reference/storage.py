@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.noise import check_places
 from lowrank_optim.ops.reference.arguments import Tensors
 from lowrank_optim.ops.tiles import TILE_ELEMENTS, spans
 
@@ -121,19 +122,46 @@ def _lowbias32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def stochastic_round_(xs: Tensors, outs: Tensors, seeds: Sequence[int]) -> None:
+def _positions(
+    i: int,
+    count: int,
+    offset: int,
+    width: int,
+    row: int,
+    column: int,
+    *,
+    device: torch.device,
+) -> Tensor:
+    """Positions of ``count`` entries from the i-th on; products wrap, as the sum does."""
+    index = torch.arange(i, i + count, device=device)
+    position = torch.div(index, width, rounding_mode="floor") * row + index % width * column
+    return (position + offset) & 0xFFFFFFFF
+
+
+def stochastic_round_(
+    xs: Tensors,
+    outs: Tensors,
+    seeds: Sequence[int],
+    offsets: Sequence[int],
+    widths: Sequence[int],
+    row_strides: Sequence[int],
+    column_strides: Sequence[int],
+) -> None:
     """float32 to bfloat16, up or down with the probability that makes it unbiased.
 
     The 16 bits that bfloat16 drops are added to 16 random ones and the sum is truncated. They come
-    from a hash of (position, seed), so that every backend draws the same. Numbers that are not
-    finite pass through.
+    from a hash of (position, seed), so that every backend draws the same. Entry i is at position
+    ``offset + (i // width) row_stride + (i % width) column_stride`` of the whole, modulo 2^32.
+    Numbers that are not finite pass through.
     """
-    for x, out, seed in zip(xs, outs, seeds, strict=True):
+    places = offsets, widths, row_strides, column_strides
+    check_places(len(xs), *places)
+    for x, out, seed, *place in zip(xs, outs, seeds, *places, strict=True):
         flat, flat_out = x.reshape(-1), out.view(-1)
         for i in range(0, x.numel(), TILE_ELEMENTS):
             piece = flat[i : i + TILE_ELEMENTS].contiguous()
-            index = torch.arange(i, i + piece.numel(), device=x.device) & 0xFFFFFFFF
-            noise = _lowbias32(index ^ (seed & 0xFFFFFFFF)) & 0xFFFF
+            position = _positions(i, piece.numel(), *place, device=x.device)
+            noise = _lowbias32(position ^ (seed & 0xFFFFFFFF)) & 0xFFFF
             bits = ((piece.view(torch.int32).to(torch.int64) & 0xFFFFFFFF) + noise) & 0xFFFF0000
             rounded = bits.to(torch.int32).view(torch.float32)
             flat_out[i : i + TILE_ELEMENTS] = torch.where(piece.isfinite(), rounded, piece)
