@@ -28,10 +28,10 @@ class SwitchedFactors(Switched):
         state = super().init(view, param)
         return {k: v for k, v in state.items() if not k.startswith("basis_")}
 
-    def _start_factor_(self, state: State, side: int, drawn: Tensor) -> None:
+    def _start_factors_(self, state: State) -> None:
         """They were made with the module, and have a gradient already."""
 
-    def _restart_(self, state: State) -> None:
+    def balance_(self, state: State) -> None:
         """The gradients were taken at the old factors, and turn with them."""
         turns = balance_(state["basis_A"], state["basis_B"])
         for side, turn in zip(SIDES, turns, strict=True):

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.linalg import LinAlgError
 
-from lowrank_optim.engine.plan import ParamPlan, State, Strategies
-from lowrank_optim.engine.refresh import find_, follow_, refresh_
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies, on_host
+from lowrank_optim.engine.refresh import find_, follow_, postpone_, refresh_
 from lowrank_optim.engine.sharded.local import split_dims, stepped, widths
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.collectives import Form, form
@@ -57,8 +58,15 @@ class Due(NamedTuple):
         return self.item.subspace
 
     @property
+    def balanced(self) -> Sequence[str]:
+        """Entries that an owner makes of themselves; the rest of the refresh needs no other."""
+        return self.subspace.balanced(self.step)
+
+    @property
     def entries(self) -> list[str]:
-        """State keys of the basis."""
+        """State keys of what an owner finds."""
+        if self.balanced:
+            return list(self.balanced)
         assert self.item.view is not None
         meta = torch.empty(self.item.view.shape, dtype=self.item.param.dtype, device="meta")
         return list(self.subspace.init(self.item.view, meta))
@@ -73,6 +81,7 @@ def refresh_together(due: Sequence[Due]) -> None:
     alone     drawn sets: columns, rows            none
     scores    dct, hadamard by columns             one all-reduce of m scores, for all of them
     owner     a basis that is found                the matrix to its owner, the basis to all
+    owner     factors of W, or of themselves       those to their owner, and the new ones back
     replicas  a matrix that every rank has         the basis, from its owner to all
     ========= ==================================== ===========================================
     """
@@ -132,11 +141,11 @@ def _by_owner(jobs: Sequence[Due | None]) -> None:
     some = next(d for d in jobs if d is not None)
     rank, group, device = some.part.rank, some.part.group, some.twin.param.device
     mine = jobs[rank]
-    outgoing = [[] if d is None else [x for x, _ in _inputs(d)] for d in jobs]
+    outgoing = [[] if d is None else [x for x, *_ in _inputs(d)] for d in jobs]
     incoming: list[list[Form]] = [[] for _ in jobs]
     if mine is not None:
         incoming = [
-            [_part_form(x, dim, _sizes(mine)[source]) for x, dim in _inputs(mine)]
+            [_part_form(x, dim, sizes[source]) for x, dim, sizes in _inputs(mine)]
             for source in range(len(jobs))
         ]
     arrived: list[list[Tensor]] = [[] for _ in jobs]
@@ -155,18 +164,33 @@ def _by_owner(jobs: Sequence[Due | None]) -> None:
         _follow(d, result, owner == rank)
 
 
-def _inputs(d: Due) -> list[tuple[Tensor, int]]:
-    """What the owner needs of this rank, and the dimension along which ranks have pieces."""
-    split = split_dims(d.item, d.chosen)
-    found = []
+def _inputs(d: Due) -> list[tuple[Tensor, int, Sequence[int]]]:
+    """What the owner needs of this rank, the dimension in which ranks have pieces, and their sizes.
+
+    Factors of W are all found anew, and of W alone.
+    """
+    if _factors_weight(d):
+        assert d.twin.view is not None
+        weight = d.twin.view.of(d.twin.param)
+        dims = {"batch": 0, "rows": weight.dim() - 2, "columns": weight.dim() - 1}
+        return [(weight, dims[d.part.side], d.part.sizes)]
+    split, found = split_dims(d.item, d.chosen), []
     if _gathers(d):
         assert d.grad is not None
         found.append((d.grad, 0 if d.part.side == "batch" else d.grad.dim() - 1))
-    return found + [(d.state[key], split[key][0]) for key in d.entries if key in split]
+    found += [(d.state[key], split[key][0]) for key in d.entries if key in split]
+    return [(x, dim, _sizes(d)) for x, dim in found]
+
+
+def _factors_weight(d: Due) -> bool:
+    """Whether the owner needs the weight, and nothing else."""
+    return d.subspace.of_weight and not d.balanced
 
 
 def _gathers(d: Due) -> bool:
     """Whether the owner needs the gradient itself."""
+    if d.balanced:
+        return False
     remembers = d.chosen.residual.wants == "memory"  # then its norm is known to nobody
     assert d.item.view is not None  # of a batch, matrices without a gradient keep their basis
     return d.subspace.reads_grad or bool(d.item.view.batch) or remembers
@@ -195,16 +219,45 @@ class Found(NamedTuple):
 def _find(d: Due, arrived: Sequence[Sequence[Tensor]]) -> Found:
     """Put the matrix together, and refresh as one process would."""
     inputs, view = _inputs(d), d.item.view
-    assert view is not None and d.grad is not None
-    whole = [torch.cat([own[i] for own in arrived], dim) for i, (_, dim) in enumerate(inputs)]
-    grad = whole.pop(0) if _gathers(d) else _as_informative(d).expand(view.m, view.n)
+    assert view is not None
+    whole = [torch.cat([own[i] for own in arrived], dim) for i, (_, dim, _) in enumerate(inputs)]
+    if _factors_weight(d):
+        return _factored(d, whole[0])
     split = split_dims(d.item, d.chosen)
     state: State = {k: d.state[k].clone() for k in d.entries if k not in split}
+    if d.balanced:
+        state.update(zip([k for k in d.entries if k in split], whole, strict=True))
+        return _balanced(d, state)
+    grad = whole.pop(0) if _gathers(d) else _as_informative(d).expand(view.m, view.n)
     state.update(zip([k for k in d.entries if k in split], whole, strict=True))
     meta = torch.empty(view.shape, dtype=d.item.param.dtype, device="meta")
     plan = replace(d.item, param=meta, part=None)
     moved = find_(plan, {**state, "postponed": d.state["postponed"]}, grad, d.step, d.chosen)
     return Found(moved is not None, state, moved or {})
+
+
+def _factored(d: Due, weight: Tensor) -> Found:
+    """Factors of the whole weight, in the canonical view."""
+    view = d.item.view
+    assert view is not None
+    shape = (*view.batch, view.m, view.n)
+    plan = replace(
+        d.item, param=weight, view=view._replace(shape=shape, flip=False), part=None, local=None
+    )
+    state = d.subspace.init(view, weight)
+    state.update({k: d.state[k].clone() for k in state if on_host(k)})
+    moved = find_(plan, {**state, "postponed": d.state["postponed"]}, weight, d.step, d.chosen)
+    return Found(moved is not None, state, moved or {})
+
+
+def _balanced(d: Due, state: State) -> Found:
+    """Entries that were made of themselves."""
+    try:
+        d.subspace.balance_(state)
+    except LinAlgError as error:
+        postpone_(d.item, d.state, d.step, str(error))
+        return Found(False, state, {})
+    return Found(True, state, {})
 
 
 def _as_informative(d: Due) -> Tensor:
@@ -219,7 +272,7 @@ def _sent(
     """What the owner found, on every rank; split entries are not in it yet."""
     split = split_dims(d.item, d.chosen)
     keys = [k for k in d.entries if k not in split]
-    turns = [] if d.part.side == "batch" else _turns(d)
+    turns = [] if d.part.side == "batch" or d.balanced else _turns(d)
     forms = [Form((1,), torch.uint8), *(form(d.state[k]) for k in keys), *(f for _, _, f in turns)]
     tensors = None
     if found is not None:
@@ -303,6 +356,10 @@ def _follow(d: Due, found: Found, here: bool) -> None:
     old = {key: d.state[key].clone() for key in d.entries}
     for key, x in found.entries.items():
         d.state[key].copy_(x)
+    if d.balanced:
+        seen = (torch.ones(()), True)
+        refresh_(d.columns, d.state, d.twin.param, d.step, d.chosen, look=seen)
+        return
     new = {key: d.state[key] for key in d.entries}
     moved = d.subspace.changed(old, new) or found.moved or _moved_here(old, new)
     follow_(d.columns, d.state, moved, d.step, d.chosen)
@@ -353,6 +410,6 @@ def _whole_gradient(d: Due) -> Tensor:
 
 def _copied(d: Due) -> list[str]:
     """What a refresh may have changed of a state that every rank has."""
-    if d.subspace.whole is not None or d.chosen.on_refresh != "keep":
+    if d.subspace.of_weight or d.chosen.on_refresh != "keep":
         return [key for key in d.state if key != "step"]
     return [*d.entries, "refresh_step", "postponed"]

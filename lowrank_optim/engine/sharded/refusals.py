@@ -27,10 +27,7 @@ def check_supported(item: ParamPlan, chosen: Strategies, method: str) -> None:
         return
     why = ""
     if subspace is not None and subspace.whole is not None:
-        why = (
-            f"{_name(type(subspace))}: {subspace.whole}. Take another class with "
-            "projector='columns', 'rsvd' or 'dct', or train under DistributedDataParallel"
-        )
+        why = f"{_name(type(subspace))}: {subspace.whole}, or train under DistributedDataParallel"
     elif isinstance(subspace, Block) and chosen.residual.stepped:
         why = (
             "projector='block' beside a residual that is scaled by whole matrices. Take a FRUGAL "

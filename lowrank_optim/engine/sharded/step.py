@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lowrank_optim import ops
@@ -20,11 +21,13 @@ from lowrank_optim.engine.sharded.local import here, stepped, widths
 from lowrank_optim.engine.sharded.refresh import Due, refresh_together
 from lowrank_optim.engine.step import (
     MatrixStep,
+    Push,
     adapt,
-    apply,
     begun,
     chunk_size,
     inputs_of,
+    prepared,
+    push,
     step_bucket,
 )
 from lowrank_optim.engine.undo import Undo
@@ -92,12 +95,13 @@ class ShardedStep:
     def run(self, undo: Undo) -> None:
         """Take the step."""
         norms = agreed_norms([(w.item, w.twin) for w in self._work])
-        usable = []
+        usable: list[Work] = []
+        skipped: list[Work] = []
         for w in self._work:
             w.norm = norms.get(id(w.item.param))
             if w.norm is not None:
                 undo.begin(w.state)
-                usable += [w] if _is_usable(w, undo) else []
+                (usable if _is_usable(w) else skipped).append(w)
         buckets: dict[Any, list[Work]] = {}
         for w in usable:
             if w.item.subspace is None or isinstance(w.item.subspace, Block):
@@ -109,7 +113,10 @@ class ShardedStep:
         for alike in buckets.values():
             size = _together(alike[0])
             chunks += [alike[i : i + size] for i in range(0, len(alike), size)]
-        _refresh(chunks, undo)
+        _refresh(chunks, skipped, undo)
+        for w in skipped:
+            w.state["step"] += 1
+            warn_skipped(w.item)
         _step_chunks(chunks, undo)
 
 
@@ -121,33 +128,36 @@ def _together(w: Work) -> int:
     return whole if part.side == "whole" else whole * part.ranks
 
 
-def _is_usable(w: Work, undo: Undo) -> bool:
-    """Whether a gradient is finite; if not, all ranks skip it. A device masks it instead.
-
-    What is drawn, and does not look at the gradient, is drawn all the same.
-    """
+def _is_usable(w: Work) -> bool:
+    """Whether a gradient is finite; if not, all ranks skip it. A device masks it instead."""
     assert w.norm is not None
-    if on_accelerator(w.norm) or math.isfinite(w.norm):
-        return True
-    subspace, weight = w.item.subspace, w.twin.param
-    dense = subspace is None or isinstance(subspace, Block)
-    if subspace is not None and not dense and basis_due(w.item, w.state, w.chosen):
-        undo.keep(w.state, subspace.refreshed(w.state))
-        plan, step = stepped(w.item, weight), int(w.state["step"])
-        refresh_(plan, w.state, weight, step, w.chosen, look=(w.norm, None))
-    w.state["step"] += 1
-    warn_skipped(w.item)
-    return False
+    return on_accelerator(w.norm) or math.isfinite(w.norm)
 
 
-def _refresh(chunks: Sequence[list[Work]], undo: Undo) -> None:
-    """Phase one, for all matrices that are due."""
+def _refresh(chunks: Sequence[list[Work]], skipped: Sequence[Work], undo: Undo) -> None:
+    """Phase one, for all matrices that are due.
+
+    What is drawn, or found of W, is so where a gradient is not finite too; what looks at the
+    gradient counts as postponed.
+    """
     due = []
     for chunk in chunks:
         own = [w for w in chunk if basis_due(w.item, w.state, w.chosen)]
         if own and _looks(own[0]):
             _fetch(own)
         due += own
+    for w in skipped:
+        subspace, weight = w.item.subspace, w.twin.param
+        if subspace is None or isinstance(subspace, Block):
+            continue
+        if w.norm is None or not basis_due(w.item, w.state, w.chosen):
+            continue
+        if not subspace.needs_grad:
+            due.append(w)
+            continue
+        undo.keep(w.state, subspace.refreshed(w.state))
+        plan, step = stepped(w.item, weight), int(w.state["step"])
+        refresh_(plan, w.state, weight, step, w.chosen, look=(w.norm, None))
     for w in due:
         subspace = w.item.subspace
         assert subspace is not None
@@ -255,36 +265,53 @@ def _finish(chunk: Sequence[Work], steps: Sequence[MatrixStep], undo: Undo) -> N
     """Phase four: W moves where it is, or by what comes back from the ranks with its columns."""
     part = chunk[0].item.part
     assert part is not None
-    if part.side != "rows":
+    if part.side == "rows":  # zeros, which become the update of the columns
         for w, s in zip(chunk, steps, strict=True):
-            apply(s, w.chosen, w.lr, w.weight_decay, undo)
+            assert part.stepped is not None
+            s.item = stepped(w.item, w.twin.param.new_zeros(part.stepped.shape))
+    ready = [
+        prepared(s, w.chosen, w.lr, w.weight_decay, undo) for w, s in zip(chunk, steps, strict=True)
+    ]
+    if part.summed:
+        ready = _sum_across(part.group, steps, ready)
+    for w, s, own in zip(chunk, steps, ready, strict=True):
+        push(s, own, w.chosen, undo)
+    if part.side != "rows":
         return
-    updates = []
-    for w, s in zip(chunk, steps, strict=True):
-        assert part.stepped is not None
-        weight = w.twin.param
-        s.item = stepped(w.item, weight.new_zeros(part.stepped.shape))
-        apply(s, w.chosen, w.lr, 0.0, undo)
-        updates.append(s.item.param)
     view = chunk[0].item.view
     assert view is not None
-    count = len(updates)
+    count = len(steps)
     cut = [part.sizes] * count, [widths(part, view)] * count
+    updates = [s.item.param for s in steps]
     updates = collectives.to_rows(updates, *cut, part.rank, part.group)
-    for w, s, update in zip(chunk, steps, updates, strict=True):
-        _add_rows_(w, s, update)
+    for w, own, update in zip(chunk, ready, updates, strict=True):
+        assert w.item.subspace is not None
+        _add_rows_(w, own.into.guarded_decay() if w.item.subspace.decays_weight else 1.0, update)
 
 
-def _add_rows_(w: Work, s: MatrixStep, update: Tensor) -> None:
+def _sum_across(
+    group: dist.ProcessGroup, steps: Sequence[MatrixStep], ready: Sequence[Push]
+) -> list[Push]:
+    """Let each push know what it needs of all columns: one all-reduce, if it needs any."""
+    found = []
+    for s, own in zip(steps, ready, strict=True):
+        assert s.item.subspace is not None
+        sums = s.item.subspace.across(own.into, s.state, own.update)
+        found += [] if sums is None else [sums]
+    collectives.sum_(found, group)
+    if not found:
+        return list(ready)
+    return [
+        own._replace(into=own.into._replace(across=sums))
+        for own, sums in zip(ready, found, strict=True)
+    ]
+
+
+def _add_rows_(w: Work, decay: float | Tensor, update: Tensor) -> None:
     """``W <- decay W + update`` of the rows that are here."""
     view, weight = w.twin.view, w.twin.param
     assert view is not None
     rows = view.of(weight)
-    size = w.chosen.rule.step_size(w.lr, float(w.state["step"]), weight)
-    decay = 1 - size * w.weight_decay
-    if on_accelerator(weight):
-        one = torch.ones((), dtype=torch.promote_types(weight.dtype, torch.float32))
-        decay = torch.where(s.finite, one.to(weight.device) * decay, 1.0)
     wider = torch.promote_types(rows.dtype, torch.float32)
     ops.add_(rows, update.to(wider), decay, 1.0, None)
     if not shares_memory(rows, weight):
