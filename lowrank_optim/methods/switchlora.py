@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lowrank_optim.engine.bucket import Bucket
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
+from lowrank_optim.engine.sharded.refusals import check_layer
 from lowrank_optim.engine.step import step_bucket
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group
@@ -189,6 +190,9 @@ class SwitchLoRAAdamW(LowRankOptimizer):
         That has the name of W0; where there are no names, a triple counts as one parameter.
         """
         params, starts, parts = group["params"], set(group["factor_starts"]), 0
+        for i in starts:
+            name = group["param_names"][i] if "param_names" in group else f"parameter {i}"
+            check_layer(name, params[i : i + 3], type(self).__name__, "a group without convert()")
         extra = 2 * sum(len(other.get("factor_starts", ())) for other in self._before(group))
         names, uid = group.get("param_names"), 0
         for i, item in enumerate(super()._plan(group)):

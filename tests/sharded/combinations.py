@@ -76,7 +76,8 @@ _NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "switchlora": ("switchlora", {}),
     "switchlora at random": ("switchlora", {"order": "random", "freeze_step_counter": False}),
     "switchlora of weights": (
-        "switchlora", {"decay_on": "weight", "pool_device": "param", "fan_in_fan_out": True},
+        "switchlora",
+        {"decay_on": "weight", "pool_device": "param", "fan_in_fan_out": True},
     ),
     "switchlora restarts": ("switchlora", {"restart_every": 4, "weight_decay": 0.1}),
     "switchlora larger side": ("switchlora", {"proj_type": "reverse_std", "rank": 2}),

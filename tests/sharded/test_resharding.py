@@ -41,6 +41,8 @@ METHODS = (
     "frugal columns",
     "frugal block",
     "frugal momentum",
+    "sst",
+    "switchlora restarts",
 )
 
 
@@ -116,7 +118,7 @@ def test_torch_passes_its_own_measure(flat: bool, ranks: Worlds, tmp_path: Path)
     check(ranks, "torch", case, flat, tmp_path, ROUTE[:3])
 
 
-@pytest.mark.parametrize("name", ["rsvd", "dct memory", "frugal block"])
+@pytest.mark.parametrize("name", ["rsvd", "dct memory", "frugal block", "sst", "switchlora"])
 def test_a_run_over_several_numbers_of_ranks_is_one_run(
     name: str, ranks: Worlds, tmp_path: Path
 ) -> None:
