@@ -29,7 +29,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 """Every rule with every residual; at a gap of one step where that is the class's default."""
 
 SST: dict[str, Any] = {"factors": "active", "steps_per_iteration": 3, "warmup_steps": 2}
-SWITCH: dict[str, Any] = {"interval": 4, "freeze_steps": 2, "rank": 0.5}
+SWITCH: dict[str, Any] = {"interval": 4, "freeze_steps": 1, "rank": 0.5}
 FACTORED: dict[str, tuple[str, dict[str, Any]]] = {
     "sst": ("SSTAdamW", SST),
     "switchlora": ("SwitchLoRAAdamW", SWITCH),
@@ -74,7 +74,10 @@ _NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "sst flip": ("sst", {"negative": "flip", "s_lr_scale": 30.0, "on_refresh": "project"}),
     "sst larger side": ("sst", {"proj_type": "reverse_std", "rank": 2, "stagger": False}),
     "switchlora": ("switchlora", {}),
-    "switchlora at random": ("switchlora", {"order": "random", "freeze_step_counter": False}),
+    "switchlora at random": (
+        "switchlora",
+        {"order": "random", "freeze_step_counter": False, "freeze_steps": 2},
+    ),
     "switchlora of weights": (
         "switchlora",
         {"decay_on": "weight", "pool_device": "param", "fan_in_fan_out": True},

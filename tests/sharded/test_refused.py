@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import lowrank_optim
+from lowrank_optim.nn import convert
 from tests.sharded.ranks import Ranks, World
 
 Worlds = Callable[[int], Ranks]
@@ -85,7 +86,7 @@ def modules(world: World, method: str, cls: str) -> Any:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     model = nn.Sequential(nn.Linear(12, 8))
-    groups = lowrank_optim.nn.convert(model, method, rank=2)
+    groups = convert(model, method, rank=2)
     places = [(g, [next(n for n, p in model.named_parameters() if p is x) for x in g["params"]])
               for g in groups]  # fmt: skip
     fully_shard(model, mesh=init_device_mesh("cpu", (world.size,)))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lowrank_optim.engine.plan import ParamPlan, Strategies
-from lowrank_optim.sharding.parts import is_sharded
 from lowrank_optim.stores import FloatStore
 from lowrank_optim.subspaces.base import PROJECTORS, Subspace
 from lowrank_optim.subspaces.block import Block
@@ -20,24 +19,42 @@ def _name(kind: type[Subspace]) -> str:
     return f"projector={names[0]!r}" if names else kind.__name__
 
 
-def check_layer(name: str, members: Iterable[Tensor], method: str, instead: str) -> None:
-    """Raise for a layer of factors of which some are DTensors.
+def check_layer(
+    name: str,
+    members: Sequence[Tensor],
+    method: str,
+    instead: str,
+    rounded: bool | None = None,
+) -> None:
+    """Raise for a layer of factors that lie on several ranks in a way that is not supported.
 
     Args:
         name: of the layer's first factor.
         members: all its parameters.
         method: the optimizer's name.
         instead: what trains the weights themselves on several ranks.
+        rounded: whether weights are rounded stochastically; None if no layer may be of DTensors.
 
     Raises:
         NotImplementedError: with what to use in its place.
     """
-    places = [x.placements for x in members if is_sharded(x)]  # type: ignore[attr-defined]
-    if places:
+    places = [tuple(getattr(x, "placements", ())) for x in members]
+    if not any(places):
+        return
+    kinds = {type(place).__name__ for own in places for place in own}
+    meshes = {getattr(x, "device_mesh", None) for x in members}
+    why = ""
+    if rounded is None:
+        why = "all its factors would be on every rank"
+    elif any(len(own) != 1 for own in places) or kinds - {"Shard", "Replicate"} or len(meshes) > 1:
+        why = "its parameters must all lie as Shard or Replicate on one mesh of one dimension"
+    elif rounded and any(x.dtype == torch.bfloat16 for x in members):
+        why = "stochastic_rounding of the frozen weight would depend on the number of ranks"
+    if why:
         raise NotImplementedError(
-            f"{method} does not support {name}, a DTensor with {places[0]}: the factors of a layer "
-            "need each other, and lie on several ranks. Train the weights themselves, not modules: "
-            f"{instead}, or train under DistributedDataParallel"
+            f"{method} does not support {name}, a layer of factors, DTensors with {places}: {why}. "
+            f"Train the weights themselves, not modules: {instead}; or train under "
+            "DistributedDataParallel"
         )
 
 

@@ -1,0 +1,150 @@
+"""SwitchLoRA's layers of factors on several ranks: gathered, and stepped as by one process."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import lowrank_optim
+from lowrank_optim.nn import convert
+from tests.sharded import models, training
+from tests.sharded.meter import Meter
+from tests.sharded.ranks import Ranks, World
+from tests.sharded.test_not_finite import poison
+from tests.sharded.training import Case, Trained
+
+Worlds = Callable[[int], Ranks]
+SHAPES = {"wide": (5, 12), "tall": (13, 6), "few": (2, 9), "also": (5, 12)}
+"""Outputs and inputs; from three ranks on some have nothing of two outputs."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "switched": {},
+    "restarts": {"restart_every": 4, "weight_decay": 0.1},
+    "weights decay": {"decay_on": "weight", "order": "random"},
+    "8bit": {"pool_device": "param"},
+}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Options, how the layers are split, and a step with a gradient that is not finite."""
+
+    name: str
+    columns: bool = False
+    bad: int = -1
+
+
+class Model(nn.Module):
+    """Linear layers, each with a loss of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, (rows, cols) in SHAPES.items():
+            self.add_module(name, nn.Linear(cols, rows))
+
+    def forward(self, step: int, rank: int, size: int) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for place, (name, (rows, cols)) in enumerate(SHAPES.items()):
+            y = self.get_submodule(name)(models.part((cols,), step, place, rank, size)).tanh()
+            total = total + (y - models.part((rows,), step, 50 + place, rank, size)).square().mean()
+        return total
+
+
+class Layers(Trained):
+    """A run of a converted model."""
+
+    def __init__(self, chosen: Chosen, world: World | None) -> None:
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        self.case = Case("SwitchLoRAAdamW")
+        self.rank, self.size = (0, 1) if world is None else world
+        torch.manual_seed(3)
+        self.model: Any = Model().double()
+        own = {"interval": 4, "freeze_steps": 2, **OPTIONS[chosen.name]}
+        groups = convert(self.model, "switchlora", rank=2, **own)
+        if world is not None:
+            mesh = init_device_mesh("cpu", (world.size,))
+            place = models.by_columns(world.size) if chosen.columns else None
+            for layer in self.model.children():
+                fully_shard(layer, mesh=mesh, shard_placement_fn=place)
+            fully_shard(self.model, mesh=mesh)
+        self.named = dict(self.model.named_parameters())
+        for group in groups:
+            group["params"] = [self.named[name] for name in group["param_names"]]
+        cls = "SwitchLoRAAdamW8bit" if chosen.name == "8bit" else "SwitchLoRAAdamW"
+        self.optimizer = getattr(lowrank_optim, cls)(groups, lr=1e-2)
+
+
+def train(world: World | None, chosen: Chosen) -> Any:
+    run, out = Layers(chosen, world), []
+    for step in range(training.STEPS):
+        run.backward(step)
+        if step == chosen.bad:
+            poison(run, "wide.lora_B", float("nan"))
+        run.optimizer.step()
+        out.append(run.held())
+    return out
+
+
+def switches(run: Any) -> int:
+    slots = [s["wide.lora_A"]["host.held"].tolist() for _, s in run]
+    return sum(a != b for a, b in itertools.pairwise(slots))
+
+
+CASES = [
+    (2, Chosen("switched")),
+    (3, Chosen("restarts")),
+    (2, Chosen("weights decay", columns=True)),
+    (3, Chosen("switched", bad=5)),
+]
+
+
+@pytest.mark.parametrize(("size", "chosen"), CASES, ids=str)
+def test_it_is_one_process(size: int, chosen: Chosen, ranks: Worlds) -> None:
+    expected = training.assembled([train(None, chosen)])
+    assert switches(expected) >= 3
+    values = ranks(size).run(str(chosen), train, chosen=chosen).checked()
+    run = training.assembled(values)
+    training.assert_equal_runs(run, expected)
+    moved = [n for n, x in run[-1][0].items() if bool((x != run[0][0][n]).all())]
+    assert {"wide.weight", "tall.lora_A", "tall.lora_B", "few.lora_A"} <= {*moved}, moved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_it_is_one_process_everywhere(name: str, size: int, columns: bool, ranks: Worlds) -> None:
+    test_it_is_one_process(size, Chosen(name, columns), ranks)
+
+
+def metered(world: World) -> Any:
+    run, out = Layers(Chosen("switched"), world), []
+    for step in range(3):
+        run.backward(step)
+        with Meter() as meter:
+            run.optimizer.step()
+        out.append((meter.counts, meter.bytes))
+    split = [run.optimizer.state[run.named["wide.lora_A"]][key] for key in ("A.exp_avg", "A.age")]
+    return out, [isinstance(x, DTensor) for x in split]
+
+
+def test_alike_layers_are_gathered_together(ranks: Worlds) -> None:
+    """Factors and gradients of both layers of one shape in one message; the rest is the guard."""
+    for steps, kept in ranks(2).run("gathered", metered).checked():
+        assert kept == [False, False]
+        numbers = [1 * cols + -(-rows // 2) * 2 for rows, cols in SHAPES.values()]
+        gathered = 8 * 2 * sum(numbers)
+        for counts, sizes in steps:
+            assert counts == {"all_gather": 3, "all_reduce": 1}
+            assert sizes == {"all_gather": gathered, "all_reduce": 16 * len(SHAPES)}
