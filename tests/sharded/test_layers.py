@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from tests.sharded import models, training
 from tests.sharded.meter import Meter
 from tests.sharded.ranks import Ranks, World
 from tests.sharded.test_not_finite import poison
+from tests.sharded.test_resharding import load, save
 from tests.sharded.training import Case, Trained
 
 Worlds = Callable[[int], Ranks]
@@ -31,7 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "switched": {},
     "restarts": {"restart_every": 4, "weight_decay": 0.1},
     "weights decay": {"decay_on": "weight", "order": "random"},
-    "8bit": {"pool_device": "param"},
+    "pools beside": {"pool_device": "param", "freeze_step_counter": False},
 }
 
 
@@ -81,8 +83,7 @@ class Layers(Trained):
         self.named = dict(self.model.named_parameters())
         for group in groups:
             group["params"] = [self.named[name] for name in group["param_names"]]
-        cls = "SwitchLoRAAdamW8bit" if chosen.name == "8bit" else "SwitchLoRAAdamW"
-        self.optimizer = getattr(lowrank_optim, cls)(groups, lr=1e-2)
+        self.optimizer = lowrank_optim.SwitchLoRAAdamW(groups, lr=1e-2)
 
 
 def train(world: World | None, chosen: Chosen) -> Any:
@@ -126,6 +127,35 @@ def test_it_is_one_process(size: int, chosen: Chosen, ranks: Worlds) -> None:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_it_is_one_process_everywhere(name: str, size: int, columns: bool, ranks: Worlds) -> None:
     test_it_is_one_process(size, Chosen(name, columns), ranks)
+
+
+LEG = 4
+
+
+def leg(world: World, chosen: Chosen, begin: int, source: str | None, target: str) -> Any:
+    """Some steps of a run on so many ranks, from a checkpoint to a checkpoint."""
+    run, out = Layers(chosen, world if world.size > 1 else None), []
+    if source is not None:
+        with torch.no_grad():
+            for param in run.named.values():
+                param.zero_()  # what is not read is seen
+        load(run, source, False, strict=False)  # of a layer one factor holds the state
+    for step in range(begin, begin + LEG):
+        run.step(step)
+        out.append(run.held())
+    save(run, target, False)
+    return out
+
+
+def test_a_run_over_several_numbers_of_ranks_is_one_run(ranks: Worlds, tmp_path: Path) -> None:
+    chosen, source = Chosen("restarts"), None
+    expected = training.assembled([train(None, chosen)])
+    for i, size in enumerate((2, 1, 3)):
+        args = {"chosen": chosen, "begin": i * LEG, "source": source}
+        source = str(tmp_path / str(i))
+        values = ranks(size).run(f"leg {i}", leg, target=source, **args).checked()
+        part = expected[i * LEG : (i + 1) * LEG]
+        training.assert_equal_runs(training.assembled(values), part)
 
 
 def metered(world: World) -> Any:

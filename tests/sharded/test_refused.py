@@ -89,7 +89,10 @@ def modules(world: World, method: str, cls: str) -> Any:
     groups = convert(model, method, rank=2)
     places = [(g, [next(n for n, p in model.named_parameters() if p is x) for x in g["params"]])
               for g in groups]  # fmt: skip
-    fully_shard(model, mesh=init_device_mesh("cpu", (world.size,)))
+    square = {"mesh_dim_names": ("replicas", "shards")}
+    one, two = (world.size,), (world.size, 1)
+    mesh = init_device_mesh("cpu", two, **square) if method == "switchlora" else None
+    fully_shard(model, mesh=mesh or init_device_mesh("cpu", one))
     for group, names in places:
         group["params"] = [model.get_parameter(name) for name in names]
     before = [p.detach().to_local().clone() for p in model.parameters()]
@@ -106,7 +109,10 @@ def modules(world: World, method: str, cls: str) -> Any:
 
 @pytest.mark.parametrize(
     ("method", "cls", "word"),
-    [("sst", "SSTAdamW", "factors='active'"), ("switchlora", "SwitchLoRAAdamW", "convert()")],
+    [
+        ("sst", "SSTAdamW", "factors='active'"),
+        ("switchlora", "SwitchLoRAAdamW", "one mesh of one dimension"),
+    ],
 )
 def test_layers_of_factors(method: str, cls: str, word: str, ranks: Worlds) -> None:
     values = ranks(2).run(method, modules, method=method, cls=cls).checked()

@@ -56,10 +56,10 @@ def save(trained: Trained, folder: str, flat: bool) -> None:
     dcp.save(state, checkpoint_id=folder)
 
 
-def load(trained: Trained, folder: str, flat: bool) -> None:
+def load(trained: Trained, folder: str, flat: bool, strict: bool = True) -> None:
     model, optimizer = trained.model, trained.optimizer
     assert model is not None
-    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    options = StateDictOptions(flatten_optimizer_state_dict=flat, strict=strict)
     state: dict[str, Any] = {
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
