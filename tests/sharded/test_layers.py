@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import logging
 import warnings
@@ -21,6 +22,7 @@ import lowrank_optim
 from lowrank_optim.nn import convert
 from tests.sharded import models, training
 from tests.sharded.meter import Meter
+from tests.sharded.mutations import SEAM, Mutation, mutated
 from tests.sharded.ranks import Ranks, World
 from tests.sharded.test_not_finite import poison
 from tests.sharded.test_resharding import load, save
@@ -127,6 +129,33 @@ def test_it_is_one_process(size: int, chosen: Chosen, ranks: Worlds) -> None:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_it_is_one_process_everywhere(name: str, size: int, columns: bool, ranks: Worlds) -> None:
     test_it_is_one_process(size, Chosen(name, columns), ranks)
+
+
+def mutant(world: World, chosen: Chosen, mutation: Mutation) -> Any:
+    run, out = Layers(chosen, world), []
+    with mutated(mutation, world, importlib.import_module(SEAM)) as count:
+        for step in range(6):
+            run.backward(step)
+            count.in_step = 0
+            run.optimizer.step()
+            out.append(run.held())
+    assert count.changed
+    return out
+
+
+@pytest.mark.parametrize(
+    "mutation", [Mutation("gather", how="one rank"), Mutation("broadcast", how="skip")], ids=str
+)
+def test_a_run_without_a_message_is_seen(mutation: Mutation) -> None:
+    chosen, world = Chosen("restarts"), Ranks(2, grace=4.0)
+    outcome = world.run("mutant", mutant, chosen=chosen, mutation=mutation)
+    world.close()
+    if outcome.failed:
+        assert "assert count.changed" not in str(outcome.errors)
+        return
+    with pytest.raises(AssertionError):
+        expected = training.assembled([train(None, chosen)])[:6]
+        training.assert_equal_runs(training.assembled(outcome.values), expected)
 
 
 LEG = 4
