@@ -220,7 +220,8 @@ class SwitchLoRAAdamW(LowRankOptimizer):
     def _state_of(self, item: ParamPlan, chosen: Strategies) -> State:
         if isinstance(item, PartItem):
             return {}
-        if isinstance(item, FactorItem) and not self.state[item.param]:  # whole on every rank
+        if isinstance(item, FactorItem) and is_sharded(item.param) and not self.state[item.param]:
+            # whole on every rank, as the factors are while they are stepped
             self.state[item.param].update(init_state(item, chosen, local(item.param)))
         return super()._state_of(item, chosen)
 
@@ -280,7 +281,7 @@ class SwitchLoRAAdamW(LowRankOptimizer):
             assert isinstance(subspace, SwitchedFactors) and item.view is not None
             subspace = replace(subspace, agree=by_first_rank(item.param))
             if where is not None:
-                # natural() has outputs first, and transposes what view.of() has of (in, out)
+                # outputs are dimension 0 as stored, but of weights that are stored (in, out)
                 outputs = where[0] == int(subspace.flip != item.view.flip)
                 here = where[1:]
                 subspace = (
