@@ -97,14 +97,14 @@ def find_(
     """Find new coordinates; None, and counted, if that had to be postponed."""
     view, subspace = item.view, item.subspace
     assert view is not None and subspace is not None
-    seen = None
+    seen = None if look is None else look[1]
     if subspace.needs_grad:
         norm, seen = look or subspace.look(grad)
         if not _is_informative(item, state, float(norm), step):
             return None
     generator = seeded(chosen.seed, item.uid, step)
     # a part of W is of no use to what is a factor of W
-    whole = item.part is None or not item.part.sharded
+    whole = item.part is None or not item.part.sharded or item.part.side == "whole"
     param = view.of(item.param) if whole else None
     ctx = RefreshContext(view, generator, item.uid, step, param=param, seen=seen)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from lowrank_optim.rules.base import Asking, Split, compute_dtype, finished
 from lowrank_optim.stores import scale_key
 from lowrank_optim.subspaces.base import Target, identity
 from lowrank_optim.subspaces.block import Block
+from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import shares_memory
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
@@ -267,6 +268,26 @@ def apply(
         undo: what to put back.
         rounding: seed and positions of the weights as they are stored; None rounds to nearest.
     """
+    push(w, prepared(w, chosen, lr, weight_decay, undo, rounding), chosen, undo)
+
+
+class Push(NamedTuple):
+    """What a subspace adds to the weights, and how."""
+
+    into: Target
+    update: dict[str, Tensor]
+    term: Term | None
+
+
+def prepared(
+    w: MatrixStep,
+    chosen: Strategies,
+    lr: float | Tensor,
+    weight_decay: float,
+    undo: Undo,
+    rounding: Noise | None,
+) -> Push:
+    """All that phase four needs to know, before it writes."""
     view, subspace = w.item.view, w.item.subspace
     assert view is not None and subspace is not None
     param = view.of(w.item.param)
@@ -299,8 +320,15 @@ def apply(
     # where nothing of it is applied the weights stand in: its coordinates alone may exist, or it
     # may be wider than the weights, as with error feedback
     grad = w.grad if subspace.applies_grad(term) else param
-    into = Target(param, grad, low, lr_now, decay, rounding, finite)
-    subspace.push_(into, w.state, update, term)
+    return Push(Target(param, grad, low, lr_now, decay, rounding, finite), update, term)
+
+
+def push(w: MatrixStep, ready: Push, chosen: Strategies, undo: Undo) -> None:
+    """Write the weights, and what follows them."""
+    view, subspace = w.item.view, w.item.subspace
+    assert view is not None and subspace is not None
+    param, finite = ready.into.param, ready.into.finite
+    subspace.push_(ready.into, w.state, ready.update, ready.term)
     if not shares_memory(param, w.item.param):
         stored = param.mT if view.flip else param  # strides that allow no matrix view
         w.item.param.copy_(stored.reshape(view.shape))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.refresh import phase, refresh_due
+from lowrank_optim.engine.sharded.refusals import check_layer
 from lowrank_optim.engine.sharded.replicas import refresh_layers
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group
@@ -191,6 +192,7 @@ class SSTAdamW(LowRankOptimizer):
         for n, shape in enumerate(group["shapes"]):
             members = group["params"][n * size : (n + 1) * size]
             names = group["param_names"][n * size : (n + 1) * size]
+            check_layer(names[0], members, type(self).__name__, "factors='active'")
             uid, at = group["indices"][n * size], index + n * size
             view = matrix_view(shape, group["proj_type"])
             assert view is not None

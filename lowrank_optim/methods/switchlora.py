@@ -11,7 +11,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Unpack
 
@@ -19,14 +19,17 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.engine.bucket import Bucket
-from lowrank_optim.engine.plan import ParamPlan, State, Strategies
-from lowrank_optim.engine.step import step_bucket
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state
+from lowrank_optim.engine.sharded.layers import by_first_rank, gathered, interval, keep_, placed_as
+from lowrank_optim.engine.sharded.refusals import check_layer
+from lowrank_optim.engine.step import chunk_size, step_bucket
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group
 from lowrank_optim.groups.names import uid_of
 from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
 from lowrank_optim.residuals import Drop, Residual
 from lowrank_optim.rules import AdamW, Rule
+from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.factored import SwitchedFactors
 from lowrank_optim.subspaces.switched import Switched
@@ -189,6 +192,11 @@ class SwitchLoRAAdamW(LowRankOptimizer):
         That has the name of W0; where there are no names, a triple counts as one parameter.
         """
         params, starts, parts = group["params"], set(group["factor_starts"]), 0
+        for i in starts:
+            name = group["param_names"][i] if "param_names" in group else f"parameter {i}"
+            instead = "a group without convert()"
+            rounded = group["stochastic_rounding"]
+            check_layer(name, params[i : i + 3], type(self).__name__, instead, rounded)
         extra = 2 * sum(len(other.get("factor_starts", ())) for other in self._before(group))
         names, uid = group.get("param_names"), 0
         for i, item in enumerate(super()._plan(group)):
@@ -212,6 +220,9 @@ class SwitchLoRAAdamW(LowRankOptimizer):
     def _state_of(self, item: ParamPlan, chosen: Strategies) -> State:
         if isinstance(item, PartItem):
             return {}
+        if isinstance(item, FactorItem) and is_sharded(item.param) and not self.state[item.param]:
+            # whole on every rank, as the factors are while they are stepped
+            self.state[item.param].update(init_state(item, chosen, local(item.param)))
         return super()._state_of(item, chosen)
 
     def _checked(self, group: Group) -> tuple[Strategies, list[ParamPlan], list[ParamPlan]]:
@@ -233,25 +244,66 @@ class SwitchLoRAAdamW(LowRankOptimizer):
         own = [item for item in items if isinstance(item, FactorItem)]
         rest = [item for item in items if not isinstance(item, FactorItem | PartItem)]
         super()._step_items(rest, group, chosen, undo)
-        buckets: dict[Any, list[tuple[ParamPlan, State]]] = {}
+        buckets: dict[Any, list[FactorItem]] = {}
         for item in own:
-            entry = self._as_weight(item, chosen)
-            buckets.setdefault((*entry[0].key, item.view, item.subspace), []).append(entry)
-        for bucket in buckets.values():
-            wholes, states = zip(*bucket, strict=True)
-            lr, weight_decay = group["lr"], group["weight_decay"]
-            step_bucket(Bucket(wholes, states, chosen, lr, weight_decay, undo))
+            key = item.param.dtype, item.base.dtype, item.param.device, item.view, item.subspace
+            mesh = getattr(item.param, "device_mesh", None)
+            buckets.setdefault((*key, mesh), []).append(item)
+        lr, weight_decay = group["lr"], group["weight_decay"]
+        for alike in buckets.values():
+            size = chunk_size(alike[0], chosen)
+            for i in range(0, len(alike), size):
+                chunk = alike[i : i + size]
+                factors = _factors(chunk)
+                wholes, states = zip(
+                    *[
+                        self._as_weight(x, own, chosen)
+                        for x, own in zip(chunk, factors, strict=True)
+                    ],
+                    strict=True,
+                )
+                step_bucket(Bucket(wholes, states, chosen, lr, weight_decay, undo))
+                for x, (a, b, *_) in zip(chunk, factors, strict=True):
+                    if is_sharded(x.param):
+                        keep_(x.param, a)
+                        keep_(x.b, b)
 
-    def _as_weight(self, item: FactorItem, chosen: Strategies) -> tuple[ParamPlan, State]:
+    def _as_weight(
+        self, item: FactorItem, own: Sequence[Tensor], chosen: Strategies
+    ) -> tuple[ParamPlan, State]:
         """A triple as the weight W0 and a state that holds factors and gradients too."""
-        assert item.param.grad is not None and item.b.grad is not None
-        factors = {"basis_A": item.param.detach(), "basis_B": item.b.detach().mT}
-        grads = {"grad_A": item.param.grad, "grad_B": item.b.grad.mT}
-        weight = item.base.detach()
+        a, b, grad_a, grad_b = own
+        factors = {"basis_A": a, "basis_B": b.mT}
+        grads = {"grad_A": grad_a, "grad_B": grad_b.mT}
+        weight, subspace = local(item.base.detach()), item.subspace
+        where = interval(item.base)
+        if is_sharded(item.param):
+            assert isinstance(subspace, SwitchedFactors) and item.view is not None
+            subspace = replace(subspace, agree=by_first_rank(item.param))
+            if where is not None:
+                # outputs are dimension 0 as stored, but of weights that are stored (in, out)
+                outputs = where[0] == int(subspace.flip != item.view.flip)
+                here = where[1:]
+                subspace = (
+                    replace(subspace, outputs=here) if outputs else replace(subspace, inputs=here)
+                )
         # a stand-in for a gradient of W, which is never made: its values are not read
         weight.grad = weight.detach()
-        whole = ParamPlan(weight, item.name, item.index, item.uid, item.view, item.subspace)
+        whole = ParamPlan(weight, item.name, item.index, item.uid, item.view, subspace)
         return whole, {**self._state_of(item, chosen), **factors, **grads}
+
+
+def _factors(items: Sequence[FactorItem]) -> list[list[Tensor]]:
+    """A, B and their gradients, of each layer; whole, where ranks have parts of them."""
+    found = []
+    for item in items:
+        assert item.param.grad is not None and item.b.grad is not None
+        found.append([item.param.detach(), item.b.detach(), item.param.grad, item.b.grad])
+    if not is_sharded(items[0].param):
+        return found
+    flat = gathered([y for a, b, *grads in found for y in (
+        a, b, *(placed_as(g, p) for g, p in zip(grads, (a, b), strict=True)))])  # fmt: skip
+    return [flat[i : i + 4] for i in range(0, len(flat), 4)]
 
 
 class SwitchLoRAAdamW8bit(SwitchLoRAAdamW):

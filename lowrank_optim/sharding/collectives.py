@@ -83,6 +83,31 @@ def broadcast(
     return parts
 
 
+def gather(
+    tensors: Sequence[Tensor],
+    forms: Sequence[Sequence[Form]],
+    group: dist.ProcessGroup,
+    device: torch.device,
+) -> list[list[Tensor]]:
+    """What each rank has, on every rank: one all-gather, of as much as the most that one has.
+
+    Args:
+        tensors: of this rank.
+        forms: of what each rank has.
+        group: the ranks.
+        device: where the tensors are.
+    """
+    most = max(sum(f.nbytes for f in own) for own in forms)
+    buffer = torch.empty(most, dtype=torch.uint8, device=device)
+    for part, x in zip(_unpacked(buffer, [form(x) for x in tensors]), tensors, strict=True):
+        part.copy_(x)
+    arrived = torch.empty(len(forms) * most, dtype=torch.uint8, device=device)
+    dist.all_gather_into_tensor(arrived, buffer, group=group)
+    return [
+        _unpacked(own, of) for own, of in zip(arrived.view(len(forms), most), forms, strict=True)
+    ]
+
+
 def exchange(
     outgoing: Sequence[Sequence[Tensor]],
     incoming: Sequence[Sequence[Form]],

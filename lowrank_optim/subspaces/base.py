@@ -96,6 +96,8 @@ class Target(NamedTuple):
     """Of the stochastic rounding into bfloat16; None rounds to nearest."""
     finite: Tensor | None = None
     """0-d bool on the device; where False the weights must stay as they are."""
+    across: Tensor | None = None
+    """Sums over all columns, by :meth:`Subspace.across`, where W has only some of them."""
 
     def guarded_decay(self) -> float | Tensor:
         """The decay, 1 where the gradient is not finite."""
@@ -124,12 +126,36 @@ class Subspace(ABC):
     """Whether what a refresh finds depends on more of the gradient than its shape."""
     indexed: ClassVar[bool] = False
     """Whether :meth:`changed` knows how coordinates moved."""
-    whole: ClassVar[str | None] = None
-    """Why every rank must have all of a matrix; None where columns of it can be stepped alone."""
+    of_weight: ClassVar[bool] = False
+    """Whether its coordinates are of factors of W: a refresh looks at W and not at the gradient."""
+
+    @property
+    def whole(self) -> str | None:
+        """Why every rank must have all of a matrix, and what to use in its place, as a clause.
+
+        None where columns of it can be stepped alone.
+        """
+        return None
+
+    @property
+    def decays_weight(self) -> bool:
+        """Whether weight decay multiplies W itself, by the factor that :meth:`push_` is given."""
+        return True
 
     def reproducible(self, count: int) -> bool:
         """Whether a refresh after ``count`` steps gives the same bits on every machine."""
         return False
+
+    def balanced(self, count: int) -> Sequence[str]:
+        """Entries that a refresh after ``count`` steps makes of themselves alone, whole matrices.
+
+        One rank does, by :meth:`balance_`; all finish the refresh alone, and find True in
+        ``ctx.seen``.
+        """
+        return ()
+
+    def balance_(self, state: State) -> None:  # noqa: B027
+        """What a refresh does to the entries of :meth:`balanced`."""
 
     @property
     def meaning(self) -> tuple[Any, ...]:
@@ -232,6 +258,13 @@ class Subspace(ABC):
         self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
     ) -> None:
         """``W <- decay W - lr (lift(update) + term)``; state changes when W has, or not at all."""
+
+    def across(self, into: Target, state: State, update: dict[str, Tensor]) -> Tensor | None:
+        """What :meth:`push_` must know of all columns, as sums over those that are here.
+
+        None where a column moves by itself. The arguments are those of :meth:`push_`.
+        """
+        return None
 
     def lr_factor(self, since: int) -> float:
         """Factor of the learning rate, ``since`` steps after the last refresh."""

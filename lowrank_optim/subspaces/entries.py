@@ -65,9 +65,15 @@ class RandK(Subspace):
         Zmushko et al. (2025), arXiv:2411.07837: ``coord_choice="randk"``.
     """
 
-    whole: ClassVar[str | None] = "its entries are drawn over the whole matrix"
     needs_grad: ClassVar[bool] = False
     sees_all: ClassVar[bool] = False
+
+    @property
+    def whole(self) -> str | None:
+        """A piece is permuted as a whole."""
+        return (
+            "its entries are drawn over the whole matrix. Take projector='columns', 'rsvd' or 'dct'"
+        )
 
     @classmethod
     def side(cls, proj_type: str) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from lowrank_optim import ops
@@ -21,21 +22,49 @@ class SwitchedFactors(Switched):
 
     The state handed in holds, besides its own, ``basis_A`` and ``basis_B`` (the parameters) and
     ``grad_A`` and ``grad_B`` (their gradients, B's transposed); the weight of the step is W0.
+
+    Args:
+        outputs: which of the outputs W0 has here, where others have more; None for all.
+        inputs: which of the inputs.
+        agree: runs a function on one rank, and gives all ranks the tensors that it wrote; None
+            where the factors are on this rank alone.
     """
+
+    outputs: tuple[int, int] | None = None
+    inputs: tuple[int, int] | None = None
+    agree: Callable[[Callable[[], None], Sequence[Tensor]], None] | None = field(
+        default=None, compare=False, repr=False
+    )
+
+    def _cut(self, x: Tensor, name: str) -> Tensor:
+        """Of rows as long as those of A or of B transposed, what belongs to the part of W0."""
+        here = self.inputs if name == "A" else self.outputs
+        return x if here is None else x[..., here[0] : here[1]]
 
     def init(self, view: MatrixView, param: Tensor) -> State:
         """As of :class:`Switched`, without factors."""
         state = super().init(view, param)
         return {k: v for k, v in state.items() if not k.startswith("basis_")}
 
-    def _start_factor_(self, state: State, side: int, drawn: Tensor) -> None:
+    def _start_factors_(self, state: State) -> None:
         """They were made with the module, and have a gradient already."""
 
-    def _restart_(self, state: State) -> None:
+    def balance_(self, state: State) -> None:
         """The gradients were taken at the old factors, and turn with them."""
-        turns = balance_(state["basis_A"], state["basis_B"])
-        for side, turn in zip(SIDES, turns, strict=True):
-            state[f"grad_{side}"] = turn @ state[f"grad_{side}"].to(turn.dtype)
+        grads = {side: state[f"grad_{side}"].to(state[f"basis_{side}"].dtype) for side in SIDES}
+        turned = {side: torch.empty_like(x) for side, x in grads.items()}
+        factors = [state[f"basis_{side}"] for side in SIDES]
+
+        def work() -> None:
+            turns = balance_(*factors)
+            for side, turn in zip(SIDES, turns, strict=True):
+                turned[side].copy_(turn @ grads[side])
+
+        if self.agree is None:
+            work()
+        else:
+            self.agree(work, [*factors, *turned.values()])
+        state.update({f"grad_{side}": x for side, x in turned.items()})
 
     def _exchange_(
         self,
@@ -47,7 +76,8 @@ class SwitchedFactors(Switched):
         ctx: RefreshContext,
     ) -> None:
         """Also ``W0 <- W0 + s b (a - c)^T``, for all vectors at once and rounded once."""
-        factor, other = (state[f"basis_{name}"] for name in (SIDES[side], SIDES[1 - side]))
+        name, counterpart = SIDES[side], SIDES[1 - side]
+        factor, other = state[f"basis_{name}"], state[f"basis_{counterpart}"]
         index = list(slots)
         before = factor[index]
         super()._exchange_(state, side, slots, old, new, ctx)
@@ -56,8 +86,8 @@ class SwitchedFactors(Switched):
         weight = weight.mT if side else weight
         ops.lift_add_(
             weight,
-            other[index].mT,
-            before - factor[index],
+            self._cut(other[index], counterpart).mT,
+            self._cut(before - factor[index], name),
             None,
             1.0,
             self.s,
@@ -77,11 +107,11 @@ class SwitchedFactors(Switched):
         decay = into.guarded_decay() if self.decay_on == "weight" else 1.0
         if isinstance(decay, Tensor) or decay != 1:
             weight = self.natural(into.param)
-            left = state["basis_B"].mT * (decay - 1)
+            left = self._cut(state["basis_B"], "B").mT * (decay - 1)
             ops.lift_add_(
                 weight,
                 left,
-                state["basis_A"],
+                self._cut(state["basis_A"], "A"),
                 None,
                 decay,
                 self.s,

@@ -84,9 +84,16 @@ class Spectral(Subspace):
     )  # fmt: skip
     """State keys of the factors where all are on the device."""
     needs_grad: ClassVar[bool] = False
-    whole: ClassVar[str | None] = "its factors are those of the whole weight"
+    of_weight: ClassVar[bool] = True
 
     # ---------------------------------------------------------------- state
+
+    @property
+    def whole(self) -> str | None:
+        """All vectors of one side, as large as a square W, would be on every rank."""
+        if not self.exact:
+            return None
+        return "it keeps all factors of the whole weight. Pass factors='active'"
 
     @property
     def exact(self) -> bool:
@@ -265,6 +272,10 @@ class Spectral(Subspace):
             "v": BasisChange(source=none),
         }
 
+    def changed(self, before: State, after: State) -> dict[str, BasisChange] | None:
+        """Nothing is left of the old vectors where W has been factored."""
+        return None if self.exact else self._all_new(after)
+
     def in_order(self, state: State, side: str) -> Tensor:
         """All u ``(..., k, m)`` or v ``(..., k, n)`` in the order of the factorisation."""
         active, rest = state[f"basis_{side}"], state[self.rest_keys["uv".index(side)]]
@@ -292,8 +303,19 @@ class Spectral(Subspace):
             gu, gv = gu * s, gv * s
         return {"u": reduce(gu), "s": reduce(gs.unsqueeze(-2)), "v": reduce(gv)}
 
+    def across(self, into: Target, state: State, update: dict[str, Tensor]) -> Tensor:
+        """Of each v, once it has moved: the square of its length, and whether it has moved."""
+        v = state["basis_v"]
+        step = update["v"].to(v.dtype) * (into.lr * self.vector_lr_scale)
+        return torch.stack([(v - step).double().square().sum(-1), (step != 0).any(-1).double()])
+
     def advanced(
-        self, state: State, update: dict[str, Tensor], lr: float, decay: float | Tensor
+        self,
+        state: State,
+        update: dict[str, Tensor],
+        lr: float,
+        decay: float | Tensor,
+        across: Tensor | None = None,
     ) -> Change:
         """A step of the factors: unit vectors, singular values not below zero, decay on s alone."""
         u, v, s = state["basis_u"], state["basis_v"], state["basis_s"]
@@ -302,7 +324,7 @@ class Spectral(Subspace):
         sign = torch.where(new_s < 0, -1.0, 1.0).to(s) if self.negative == "flip" else None
         before = self._of_active(state, decayed) * v
         new_u = stepped(u, update["u"], lr * self.vector_lr_scale)
-        new_v = stepped(v, update["v"], lr * self.vector_lr_scale)
+        new_v = stepped(v, update["v"], lr * self.vector_lr_scale, across)
         gained = new_s - decayed if sign is not None else new_s.clamp(min=0) - decayed
         after = self._of_active(state, decayed + gained) * new_v
         turned = new_u - u
@@ -336,7 +358,7 @@ class Spectral(Subspace):
         The difference is taken of the factors, not of the products: a step of zero is no step.
         """
         old_u, decay = state["basis_u"], into.guarded_decay()
-        change = self.advanced(state, update, into.lr, decay)
+        change = self.advanced(state, update, into.lr, decay, into.across)
         lefts = [torch.cat([change.turned, old_u], -2)]
         rights = [torch.cat([change.after, change.after - change.before], -2)]
         for where, u, v in self.rest(state):

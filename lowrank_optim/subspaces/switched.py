@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -32,6 +32,9 @@ _Turned = TypeVar("_Turned", Tensor, ops.Noise)
 
 SIDES = ("A", "B")
 """Rows of A ``(r, in)`` and, transposed, columns of B ``(out, r)``."""
+
+DRAWN = 256
+"""Candidates that are drawn at once: a pool can be as large as the weight."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Switched(Subspace):
         restart_every: steps after which B A is refactorised and all moments start again; or None.
         flip: whether the canonical view is (in, out) rather than (out, in).
         shared: where the optimizer keeps candidates that were fetched ahead.
+        columns: where the columns of the canonical view that are here begin and end, and how many
+            there are in all; None if all are here.
     """
 
     interval: int = 40
@@ -85,13 +90,36 @@ class Switched(Subspace):
     restart_every: int | None = None
     flip: bool = False
     shared: Shared = field(default_factory=Shared, compare=False, repr=False)
+    columns: tuple[int, int, int] | None = None
 
     needs_grad: ClassVar[bool] = False
-    whole: ClassVar[str | None] = "its factors are those of the whole weight"
+    of_weight: ClassVar[bool] = True
+
+    @property
+    def decays_weight(self) -> bool:
+        """Not where decay acts on the factors."""
+        return self.decay_on == "weight"
 
     def reproducible(self, count: int) -> bool:
         """Vectors are copied; a restart factors them."""
-        return not (self.restart_every and count and count % self.restart_every == 0)
+        return not self.balanced(count)
+
+    def balanced(self, count: int) -> Sequence[str]:
+        """At a restart the factors: all else of a refresh copies vectors."""
+        due = self.restart_every and count and count % self.restart_every == 0
+        return ("basis_A", "basis_B") if due else ()
+
+    def balance_(self, state: State) -> None:
+        """``B A`` stays."""
+        balance_(state["basis_A"], state["basis_B"])
+
+    def of_columns(self, start: int, stop: int, n: int) -> Self:
+        """The candidates are as many as of all columns, and drawn with them."""
+        return replace(self, columns=(start, stop, n))
+
+    def candidates(self, view: MatrixView) -> int:
+        """Entries k of a pool, of the whole matrix."""
+        return min(view.m, view.n if self.columns is None else self.columns[2])
 
     @property
     def meaning(self) -> tuple[Any, ...]:
@@ -142,7 +170,7 @@ class Switched(Subspace):
 
     def init(self, view: MatrixView, param: Tensor) -> State:
         """Zeros, but for the order: the first step draws the numbers."""
-        k, dtype = view.full_rank, compute_dtype(param.dtype)
+        k, dtype = self.candidates(view), compute_dtype(param.dtype)
         host = self.pool_device == "cpu"
         state: State = {}
         for side, shape in self.coord_shapes(view).items():
@@ -177,14 +205,29 @@ class Switched(Subspace):
 
     def draw(self, view: MatrixView, generator: torch.Generator) -> list[Tensor]:
         """The candidates ``(k, in)`` and ``(k, out)`` at first: float32, the same on any device."""
-        cols, rows = self.sizes(view)
+        pools = [torch.empty(self.candidates(view), size) for size in self.sizes(view)]
+        for side, entries, drawn in self.drawn(view, generator):
+            pools[side][entries] = drawn
+        return pools
+
+    def drawn(
+        self, view: MatrixView, generator: torch.Generator
+    ) -> Iterator[tuple[int, slice, Tensor]]:
+        """The same, some at a time: the side, which entries of its pool, and what is here of them.
+
+        All columns are drawn, and those of other ranks are left out.
+        """
+        start, stop, n = self.columns or (0, view.n, view.n)
+        whole, k = view._replace(n=n), self.candidates(view)
+        cols, rows = self.sizes(whole)
         stds = published_stds(rows, cols, self.rank, self.scale or 1.0)
-        bounds = [math.sqrt(3) * std for std in stds]
-        shapes = [(view.full_rank, size) for size in (cols, rows)]
-        return [
-            torch.empty(shape).uniform_(-bound, bound, generator=generator)
-            for shape, bound in zip(shapes, bounds, strict=True)
-        ]
+        for side, (size, std) in enumerate(zip((cols, rows), stds, strict=True)):
+            bound, split = math.sqrt(3) * std, side == int(self.flip)
+            for at in range(0, k, DRAWN):
+                entries = slice(at, min(at + DRAWN, k))
+                x = torch.empty(entries.stop - at, size)
+                x.uniform_(-bound, bound, generator=generator)
+                yield side, entries, x[:, start:stop] if split else x
 
     # ---------------------------------------------------------------- switching
 
@@ -195,8 +238,9 @@ class Switched(Subspace):
         before: list[list[int]] = state["host.frozen"].tolist()
         fresh = [thawing(x) if self.freeze_step_counter else set() for x in before]
         frozen = [[max(0, n - 1) for n in own] for own in before]
-        if self.restart_every and ctx.count and ctx.count % self.restart_every == 0:
-            self._restart_(state)
+        if self.balanced(ctx.count):
+            if not ctx.seen:
+                self.balance_(state)
             fresh = [set(range(self.rank)) for _ in SIDES]
             frozen = [[0] * self.rank for _ in SIDES]
         for side, slots in enumerate(self._choose_(state, frozen, ctx)):
@@ -211,21 +255,20 @@ class Switched(Subspace):
         }
 
     def _start_(self, state: State, ctx: RefreshContext) -> None:
-        for side, drawn in enumerate(self.draw(ctx.view, ctx.generator)):
-            self.pool(state, side).copy_(drawn)
-            self._start_factor_(state, side, drawn)
+        for side, entries, drawn in self.drawn(ctx.view, ctx.generator):
+            self.pool(state, side)[..., entries, :].copy_(drawn)
+        self._start_factors_(state)
 
-    def _start_factor_(self, state: State, side: int, drawn: Tensor) -> None:
-        state[f"basis_{SIDES[side]}"].copy_(drawn[state["host.held"][side]])
-
-    def _restart_(self, state: State) -> None:
-        balance_(state["basis_A"], state["basis_B"])
+    def _start_factors_(self, state: State) -> None:
+        for side, held in enumerate(state["host.held"]):
+            pool = self.pool(state, side)
+            state[f"basis_{SIDES[side]}"].copy_(pool[..., held.to(pool.device), :])
 
     def _choose_(
         self, state: State, frozen: Sequence[Sequence[int]], ctx: RefreshContext
     ) -> list[list[int]]:
         """Switch vectors of A, then of B; returns the slots of each."""
-        r, k = self.rank, ctx.view.full_rank
+        r, k = self.rank, self.candidates(ctx.view)
         schedule = Schedule(self.interval, self.total_steps, self.descent_ratio, self.descent)
         counts = [sum(n > 0 for n in own) for own in frozen]
         count = schedule.count(ctx.count, r, ctx.generator)
@@ -254,7 +297,7 @@ class Switched(Subspace):
 
     def _fetch_ahead_(self, state: State, schedule: Schedule, ctx: RefreshContext) -> None:
         """Let it fetch the most that the next step can ask for."""
-        own, r, k = self._ahead(state, ctx), self.rank, ctx.view.full_rank
+        own, r, k = self._ahead(state, ctx), self.rank, self.candidates(ctx.view)
         if own is None:
             return
         count = min(math.ceil(r * schedule.rate(ctx.count + 1) / self.interval), k - r)

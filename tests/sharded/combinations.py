@@ -27,6 +27,14 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Every rule with every residual; at a gap of one step where that is the class's default."""
 
+SST: dict[str, Any] = {"factors": "active", "steps_per_iteration": 3, "warmup_steps": 2}
+SWITCH: dict[str, Any] = {"interval": 4, "freeze_steps": 1, "rank": 0.5}
+FACTORED: dict[str, tuple[str, dict[str, Any]]] = {
+    "sst": ("SSTAdamW", SST),
+    "switchlora": ("SwitchLoRAAdamW", SWITCH),
+}
+"""Methods whose coordinates are of factors of the weight: they have no projector, and no side."""
+
 _NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "svd": ("galore adamw", {"projector": "svd", "rank": 3}),
     "rsvd": ("galore adamw", {"projector": "rsvd", "on_refresh": "project"}),
@@ -60,6 +68,21 @@ _NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "dct memory now and then": ("dct memory", {"update_proj_gap": 3}),
     "dct as released": ("dct", {"ranking": "l1", "basis": "dct3", "on_refresh": "keep"}),
     "hadamard memory": ("dct memory", {"projector": "hadamard", "update_proj_gap": 2}),
+    "sst": ("sst", {}),
+    "sst by the rule": ("sst", {"enhanced": False, "sampling": "uniform", "maximize": True}),
+    "sst flip": ("sst", {"negative": "flip", "s_lr_scale": 30.0, "on_refresh": "project"}),
+    "sst larger side": ("sst", {"proj_type": "reverse_std", "rank": 2, "stagger": False}),
+    "switchlora": ("switchlora", {}),
+    "switchlora at random": (
+        "switchlora",
+        {"order": "random", "freeze_step_counter": False, "freeze_steps": 2, "seed": 3},
+    ),
+    "switchlora of weights": (
+        "switchlora",
+        {"decay_on": "weight", "pool_device": "param", "fan_in_fan_out": True},
+    ),
+    "switchlora restarts": ("switchlora", {"restart_every": 4, "weight_decay": 0.1}),
+    "switchlora larger side": ("switchlora", {"proj_type": "reverse_std", "rank": 2}),
 }
 
 
@@ -69,7 +92,7 @@ def case_of(method: str, options: Mapping[str, Any], **of: Any) -> Case:
     Between singular vectors of both sides a gradient is diagonal: what Adam makes of the zeros
     beside it depends on rounding, unless eps is above that.
     """
-    cls, own = METHODS[method]
+    cls, own = {**METHODS, **FACTORED}[method]
     own = {**own, **options}
     density = own.pop("density", None)
     projector = own.get("projector", "block" if cls.startswith("Frugal") else None)

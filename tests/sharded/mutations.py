@@ -25,7 +25,7 @@ class Mutation:
     """A function of the seam, and which of its calls in a step are changed."""
 
     function: str
-    calls: Literal["all", "first", "later"] = "all"
+    calls: Literal["all", "first", "later", "even", "odd"] = "all"
     how: Literal["skip", "one rank"] = "skip"
     """Give the argument back, or let what the first rank sends be all that arrives."""
 
@@ -41,8 +41,18 @@ MUTATIONS: dict[str, Mutation] = {
     "turn to rows": Mutation("to_blocks", how="one rank"),
     "gather to the owner": Mutation("exchange", how="one rank"),
     "broadcast of the basis": Mutation("broadcast", how="one rank"),
+    "sum of SST's u and s": Mutation("sum_", "even"),
+    "length of SST's v": Mutation("sum_", "odd"),
+    "weight to SST's owner": Mutation("exchange", "first", how="one rank"),
+    "SST's u and s to all": Mutation("broadcast", how="one rank"),
+    "SST's v to who has its columns": Mutation("exchange", "later", how="one rank"),
+    "sum of one factor of SwitchLoRA": Mutation("sum_", "later"),
+    "factors to the owner of a restart": Mutation("exchange", "first", how="one rank"),
+    "one factor of a restart to all": Mutation("broadcast", how="one rank"),
+    "the other to who has its columns": Mutation("exchange", "later", how="one rank"),
 }
-"""A guard is the first sum of a step, since it comes before anything is written."""
+"""A guard is the first sum of a step, since it comes before anything is written. SST sums twice for
+each of its buckets, coordinates and then lengths."""
 
 
 @dataclass
@@ -51,6 +61,13 @@ class Count:
 
     in_step: int = 0
     changed: int = 0
+
+
+def chosen(calls: str, n: int) -> bool:
+    """Whether the n-th call of a step, counted from 1, is changed; the first is never odd."""
+    if calls in ("even", "odd"):
+        return n > 1 and (n % 2 == 0) == (calls == "even")
+    return calls == "all" or (calls == "first") == (n == 1)
 
 
 @contextmanager
@@ -68,8 +85,7 @@ def mutated(mutation: Mutation | None, world: World, seam: ModuleType) -> Iterat
 
     def changed(*args: Any, **kwargs: Any) -> Any:
         count.in_step += 1
-        is_first = count.in_step == 1
-        if mutation.calls != "all" and (mutation.calls == "first") != is_first:
+        if not chosen(mutation.calls, count.in_step):
             return original(*args, **kwargs)
         count.changed += 1
         if mutation.how == "skip":

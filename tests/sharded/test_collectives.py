@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import lowrank_optim
+from lowrank_optim.subspaces import switched
 from tests.sharded.meter import (
     Collective,
     Meter,
@@ -163,6 +164,18 @@ MEANS: Table = {"all_reduce": (2, R * ITEM + ITEM)}
 WEIGHTS: Table = {"all_reduce": (0, ITEM)}
 """The sum of the squares of the weights travels with the guard."""
 FIXED: dict[str, Any] = {"scale_parameter": False}
+FACTORS: Table = {"all_reduce": (2, (M * R + R) * ITEM + 2 * R * ITEM)}
+"""Coordinates of u and s; then of each v its length, and whether it moved."""
+COUNTER = 8
+"""The iteration, with what aligns it."""
+FOUND: Table = {"broadcast": (1, FINE + (M * R + R) * ITEM + COUNTER)}
+FACTORED: Table = plus({"all_to_all": (2, SHARD)}, FOUND)
+"""The weight to its owner, u and s to all; v goes back, which the owner sends."""
+ONE_FACTOR: Table = {"all_reduce": (1, M * R * ITEM)}
+BALANCED: Table = plus({"all_to_all": (2, N // SIZE * R * ITEM)}, BASIS)
+"""The split factor to the owner and back, and the other to all."""
+SST = {"factors": "active", "steps_per_iteration": 3}
+SWITCH = {"interval": 4, "freeze_steps": 1}
 
 SENT: dict[str, tuple[str, dict[str, Any], Table, Table]] = {
     "svd": ("GaLoreAdamW", {"projector": "svd"}, NOTHING, OWNER),
@@ -190,6 +203,9 @@ SENT: dict[str, tuple[str, dict[str, Any], Table, Table]] = {
         OWNER,
     ),
     "frugal svd": ("FrugalAdamW", {"projector": "svd", "density": 0.25}, NOTHING, OWNER),
+    "sst": ("SSTAdamW", SST, FACTORS, FACTORED),
+    "switchlora": ("SwitchLoRAAdamW", SWITCH, ONE_FACTOR, NOTHING),
+    "restarts": ("SwitchLoRAAdamW", {**SWITCH, "restart_every": 3}, ONE_FACTOR, BALANCED),
 }
 """Class, options, what every step sends beside the guard, and what a refresh adds."""
 
@@ -211,7 +227,10 @@ def measured(world: World, cls: str, options: dict[str, Any], place: int | str, 
         return here(x, mesh, places)
 
     named = [(f"layer{i}.weight", nn.Parameter(draw())) for i in range(alike)]
-    own = {"lr": 1e-2, "update_proj_gap": 3, "stagger": False, **options}
+    own = {"lr": 1e-2, "stagger": False, **options}
+    if not cls.startswith(("SST", "Switch")):
+        own["update_proj_gap"] = 3
+    switched.DRAWN = 2  # of the candidates, whose pool is no larger than the weight here
     if "density" not in own:
         own["rank"] = R
     optimizer = getattr(lowrank_optim, cls)(named, **own)
@@ -231,10 +250,12 @@ def metered(collectives: list[Collective], news: list[New]) -> Meter:
     return meter
 
 
-ACROSS = ("svd", "columns", "fira", "memory", "adafactor")
-SPLIT = [(name, 0) for name in SENT] + [
-    (name, 1) for name in ("svd", "columns", "fira", "memory", "adafactor")
-]
+BY_COLUMNS = (
+    "svd", "columns", "fira", "memory", "adafactor", "sst", "switchlora", "restarts"
+)  # fmt: skip
+SPLIT = [(name, 0) for name in SENT] + [(name, 1) for name in BY_COLUMNS]
+FROM_OWNER = ("two sides", "adafactor two sides", "sst", "restarts")
+"""Where something that is split goes back from the owner."""
 
 
 @pytest.mark.parametrize(("name", "place"), SPLIT)
@@ -242,22 +263,23 @@ def test_a_step_sends_exactly_this(name: str, place: int, ranks: Worlds) -> None
     """And no rank makes anything above its share, but for the one that finds a basis."""
     cls, options, each, due = SENT[name]
     every = plus({"all_reduce": (1, GUARD)}, each)
-    if place in TURNS.get(options.get("projector", "dct" if "DCT" in cls else "block"), (0,)):
+    if place in TURNS.get(options.get("projector", "block" if "Frugal" in cls else ""), (0,)):
         every = plus(every, TURNED)
     args = {"cls": cls, "options": options, "place": place, "alike": 1}
     steps = list(zip(*ranks(SIZE).run(name, measured, **args).checked(), strict=True))
     for step, seen in enumerate(steps):
-        expected = plus(every, due) if step in DUE else every
+        is_due = step in DUE and not (name == "restarts" and not step)
+        expected = plus(every, due) if is_due else every
         above = 0
         for rank, (collectives, news, limit) in enumerate(seen):
             meter = metered(collectives, news)
-            back = N * R * ITEM if step in DUE and "two sides" in name and not rank else 0
+            back = N * R * ITEM if is_due and name in FROM_OWNER and not rank else 0
             assert_collectives(meter, plus(expected, {"all_to_all": (0, back)}))
             right = N * R * ITEM if "two sides" in name else 0  # the old one, beside the matrix
             assert_small(meter, M * N * ITEM + right)
             # both bases' parts travel with the shard in one message
             above += meter.largest > limit + (RIGHT if "two sides" in name else 0)
-        owners = 1 if step in DUE and "broadcast" in due and name != "random" else 0
+        owners = 1 if is_due and "broadcast" in due and name != "random" else 0
         most = [(metered(c, n).largest, limit) for c, n, limit in seen]
         assert above <= owners, f"{above} ranks made more than their share in step {step}: {most}"
 

@@ -101,7 +101,8 @@ def goes_on(world: World, case: Case, way: str, cuts: Any = CUTS) -> list[int]:
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [("frugal block", way) for way in WAYS] + [("torch", WAYS[0]), ("dct memory", WAYS[0])],
+    [("frugal block", way) for way in WAYS]
+    + [("torch", WAYS[0]), ("dct memory", WAYS[0]), ("sst", WAYS[1]), ("switchlora", WAYS[0])],
 )
 def test_a_run_goes_on_from_a_whole_state(name: str, way: str, ranks: Worlds) -> None:
     """Bit for bit, whichever blocks are idle there and here."""
@@ -116,7 +117,8 @@ def test_a_run_goes_on_from_a_whole_state(name: str, way: str, ranks: Worlds) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    "name", ["svd", "fira svd", "dct memory", "frugal momentum", "random full"]
+    "name",
+    ["svd", "fira svd", "dct memory", "frugal momentum", "random full", "sst", "switchlora"],
 )
 def test_a_run_goes_on_from_a_whole_state_everywhere(name: str, way: str, ranks: Worlds) -> None:
     """On three ranks, some of which have nothing of a matrix."""

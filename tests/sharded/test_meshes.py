@@ -76,7 +76,14 @@ def check(ranks: Worlds, name: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "how"), [("rsvd", "copies"), ("fira svd", "parallel"), ("dct memory", "tensors")]
+    ("name", "how"),
+    [
+        ("rsvd", "copies"),
+        ("fira svd", "parallel"),
+        ("dct memory", "tensors"),
+        ("sst", "parallel"),
+        ("switchlora of weights", "copies"),
+    ],
 )
 def test_it_is_one_process(name: str, how: str, ranks: Worlds) -> None:
     check(ranks, f"{name} {how}", on_square(name, how))
@@ -91,7 +98,8 @@ ADAFACTOR = {"scale_parameter": True, "beta1": None, "clip_threshold": 0.7}
 def test_means_of_whole_tensors(how: str, rank: int | None, ranks: Worlds) -> None:
     """Copies count once in the weights' root mean square, and not in sums over columns."""
     case = Case("GaLoreAdafactor", {**ADAFACTOR, "projector": "svd", "rank": rank})
-    check(ranks, f"means {how}", replace(case, mesh="square", **HOWS[how]))
+    only = ("wide", "tall", "large") if rank else HOWS[how]["only"]
+    check(ranks, f"means {how}", replace(case, mesh="square", **{**HOWS[how], "only": only}))
 
 
 @pytest.mark.slow

@@ -35,6 +35,15 @@ SEEN_BY: dict[str, str] = {
     "turn to rows": "frugal svd",
     "gather to the owner": "svd",
     "broadcast of the basis": "random",
+    "sum of SST's u and s": "sst",
+    "length of SST's v": "sst",
+    "weight to SST's owner": "sst",
+    "SST's u and s to all": "sst",
+    "SST's v to who has its columns": "sst",
+    "sum of one factor of SwitchLoRA": "switchlora",
+    "factors to the owner of a restart": "switchlora restarts",
+    "one factor of a restart to all": "switchlora restarts",
+    "the other to who has its columns": "switchlora restarts",
 }
 """A case that uses the collective; that of the guard has a gradient that is not finite."""
 CASES = {

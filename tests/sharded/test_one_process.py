@@ -60,7 +60,7 @@ def test_all_cases_are_well_posed() -> None:
 TURNS = [(name, SIZES[i // 3 % 3], HOWS[i % 3]) for i, name in enumerate(NAMED)]
 DEFAULT = (
     "svd", "rsvd", "random", "dct", "columns", "block", "svd full", "fira svd", "frugal rows",
-    "frugal svd", "dct memory",
+    "frugal svd", "dct memory", "sst", "switchlora of weights", "switchlora restarts",
 )  # fmt: skip
 """What the default run has of them: each basis, side and residual. All, everywhere, are slow."""
 

@@ -15,18 +15,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import lowrank_optim
+from lowrank_optim.nn import convert
 from tests.sharded.ranks import Ranks, World
 
 Worlds = Callable[[int], Ranks]
 
 SST: dict[str, Any] = {"steps_per_iteration": 3, "warmup_steps": 1}
-SWITCH: dict[str, Any] = {"interval": 4, "freeze_steps": 2}
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "randk": ("FrugalAdamW", {"projector": "randk", "density": 0.3}, "randk"),
-    "sst": ("SSTAdamW", {**SST, "rank": 2}, "SST"),
-    "sst active": ("SSTAdamW", {**SST, "rank": 2, "factors": "active"}, "SST"),
-    "switchlora": ("SwitchLoRAAdamW", {**SWITCH, "rank": 2}, "SwitchLoRA"),
+    "sst": ("SSTAdamW", {**SST, "rank": 2}, "Pass factors='active'"),
     "fira block": ("FiraAdamW", {"projector": "block", "rank": 0.5}, "block"),
     "adafactor block": ("GaLoreAdafactor", {"projector": "block", "rank": 0.5}, "Adafactor"),
     "8bit": ("GaLoreAdamW8bit", {"rank": 2}, "8bit"),
@@ -115,6 +113,46 @@ def test_blocks_whose_inner_dimensions_are_split_do_not_round(ranks: Worlds) -> 
     options = {"projector": "block", "density": 1.0, "stochastic_rounding": True}
     args = {"cls": "FrugalAdamW", "options": options, "how": "kernel"}
     check(ranks(2).run("kernel", outcome, **args).checked(), "stochastic_rounding", "Shard(0)")
+
+
+def modules(world: World, method: str, cls: str) -> Any:
+    """Layers of factors that fully_shard has split."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    model = nn.Sequential(nn.Linear(12, 8))
+    groups = convert(model, method, rank=2)
+    places = [(g, [next(n for n, p in model.named_parameters() if p is x) for x in g["params"]])
+              for g in groups]  # fmt: skip
+    square = {"mesh_dim_names": ("replicas", "shards")}
+    one, two = (world.size,), (world.size, 1)
+    mesh = init_device_mesh("cpu", two, **square) if method == "switchlora" else None
+    fully_shard(model, mesh=mesh or init_device_mesh("cpu", one))
+    for group, names in places:
+        group["params"] = [model.get_parameter(name) for name in names]
+    before = [p.detach().to_local().clone() for p in model.parameters()]
+    try:
+        optimizer = getattr(lowrank_optim, cls)(groups, lr=0.1)
+        model(torch.randn(4, 12)).square().sum().backward()
+        optimizer.step()
+    except Exception as error:
+        now = [p.detach().to_local() for p in model.parameters()]
+        same = all(torch.equal(x, y) for x, y in zip(before, now, strict=True))
+        return type(error).__name__, str(error), same
+    return "none", "", False
+
+
+@pytest.mark.parametrize(
+    ("method", "cls", "word"),
+    [
+        ("sst", "SSTAdamW", "factors='active'"),
+        ("switchlora", "SwitchLoRAAdamW", "one mesh of one dimension"),
+    ],
+)
+def test_layers_of_factors(method: str, cls: str, word: str, ranks: Worlds) -> None:
+    values = ranks(2).run(method, modules, method=method, cls=cls).checked()
+    assert len(set(values)) == 1, values
+    kind, text, same = values[0]
+    assert kind == "NotImplementedError" and word in text and same, values[0]
 
 
 def on_square(world: World, places: Any) -> Any:

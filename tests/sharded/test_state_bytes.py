@@ -154,6 +154,32 @@ def test_moments_shrink_with_the_ranks(method: str) -> None:
     assert held.basis <= whole.basis and held.other <= whole.other
 
 
+FACTORED = {
+    "sst": ("SSTAdamW", {"factors": "active"}),
+    "switchlora": ("SwitchLoRAAdamW", {}),
+}
+
+
+@pytest.mark.parametrize("method", FACTORED)
+def test_of_two_factors_one_is_split(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has a number for each column that is stepped is; a pool stays in host memory."""
+    monkeypatch.setitem(METHODS, method, FACTORED[method])
+    alone = entries(made(method, 1, 0))
+    with pretended(8, 0):
+        optimizer = made(method, 8, 0)
+        for item in optimizer._items(optimizer.param_groups[0]):
+            view = item.view
+            if view is None or view.batch or view.m == view.n:
+                continue
+            for key, x in optimizer.state[item.param].items():
+                one, what = alone[item.name, key], f"{key} of {item.name}"
+                assert x.shape == one.shape and x.device == one.device, what
+                is_split = isinstance(x, DTensor) and x.placements == (Shard(x.dim() - 1),)
+                assert is_split == (x.dim() > 1 and x.shape[-1] == view.n), what
+                if is_split:
+                    assert nbytes(x) * 8 == one.numel() * one.element_size(), what
+
+
 def dense(module: nn.Module) -> Any:
     return [{"params": list(module.named_parameters()), "rank": None}]
 

@@ -92,7 +92,7 @@ def make_optimizer(case: Case, named: Iterable[tuple[str, Tensor]]) -> Optimizer
             optimizer: Optimizer = cls(named, **{"lr": 1e-2, "weight_decay": 1e-2, **case.options})
             return optimizer
         own: dict[str, Any] = {"lr": 1e-2, "weight_decay": 1e-2}
-        if not case.cls.startswith("DCT"):
+        if not case.cls.startswith(("DCT", "SST", "Switch")):
             own["update_proj_gap"] = GAP
         if "density" not in case.options:
             own["rank"] = RANK
@@ -357,7 +357,7 @@ def assert_equal_runs(
                 assert_within(own[key], one[key], state, f"{key} of {name} after step {i}")
 
 
-COUNTERS = ("step", "refresh_step", "postponed", "clock", "key")
+COUNTERS = ("step", "refresh_step", "postponed", "clock", "key", "host.iteration")
 
 
 def assert_within(actual: Tensor, expected: Tensor, most: float, what: str) -> None:
@@ -387,6 +387,10 @@ def choices(run: Sequence[Step]) -> dict[str, int]:
         if "clock" in states[0]:
             held = [len(s) for s in states]
             found[name] = sum(a != b for a, b in itertools.pairwise(held))
+        elif "host.held" in states[0]:
+            slots = [s["host.held"].tolist() for s in states]
+            if len(slots[0][0]) > 1:  # one slot is never switched
+                found[name] = sum(a != b for a, b in itertools.pairwise(slots))
         elif "refresh_step" in states[0]:
             found[name] = len({float(s["refresh_step"]) for s in states} - {-1.0})
     return found

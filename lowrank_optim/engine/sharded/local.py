@@ -20,7 +20,7 @@ class LocalState(MutableMapping[str, Tensor]):
     """The state of a parameter as this rank has it; what is put in becomes a DTensor outside.
 
     An entry is split where it grows with what the ranks divide among them, and is else the same
-    on all of them. Counters stay plain tensors on the host.
+    on all of them. What is the same and on the host, as counters, stays a plain tensor.
     """
 
     def __init__(self, outer: dict[str, Tensor], item: ParamPlan, chosen: Strategies) -> None:
@@ -53,13 +53,20 @@ class LocalState(MutableMapping[str, Tensor]):
 
     def load(self, key: str, x: Tensor) -> None:
         """Take in a whole entry, or a DTensor however it lies."""
-        if not on_host(key):
+        if not self._is_plain(key):
             places = self._placements(key)
             if not is_sharded(x):  # every rank has it: none need send any
                 x = as_dtensor(x, self._part.mesh, self._part.placed(None), x.shape)
             if tuple(x.placements) != places:  # type: ignore[attr-defined]
                 x = x.redistribute(placements=places)  # type: ignore[attr-defined]
+            if on_host(key):  # a mesh of devices may have taken it there
+                own = local(x).cpu()
+                x = self._whole(key, own if self._part.mesh.device_type == "cpu" else _pinned(own))
         self.outer[key] = x
+
+    def _is_plain(self, key: str) -> bool:
+        """Whether an entry is on the host and the same on all ranks."""
+        return on_host(key) and key not in self._dims
 
     def _placements(self, key: str) -> tuple[Any, ...]:
         if self._part.side == "entries":
@@ -71,7 +78,7 @@ class LocalState(MutableMapping[str, Tensor]):
 
     def _whole(self, key: str, x: Tensor) -> Tensor:
         """A part as a DTensor of the parameter's mesh; nobody else is asked."""
-        if on_host(key) or is_sharded(x):
+        if self._is_plain(key) or is_sharded(x):
             return x
         shape = list(x.shape)
         if self._part.side == "entries":
@@ -113,6 +120,11 @@ def without(placements: Sequence[Any], dim: int) -> tuple[Any, ...]:
         return Shard(place.dim - (place.dim > dim))
 
     return tuple(moved(place) for place in placements)
+
+
+def _pinned(x: Tensor) -> Tensor:
+    """Which a device copies from, and to, while the host goes on."""
+    return x if x.is_pinned() else x.pin_memory()
 
 
 def kept_as(item: ParamPlan, chosen: Strategies, entries: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -193,6 +205,8 @@ def _split_dims(
 ) -> dict[str, tuple[int, int]]:
     """Found by what a state would be of one column, or one matrix, more."""
     larger = view._replace(batch=(view.batch[0] + 1,)) if batch else view._replace(n=view.n + 1)
+    if not batch:  # what depends on the whole stays as it is
+        subspace = subspace.of_columns(0, view.n, view.n)
     shapes = []
     for own in (view, larger):
         like = torch.empty(view.shape, dtype=dtype, device="meta")

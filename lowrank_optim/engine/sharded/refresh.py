@@ -6,17 +6,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.linalg import LinAlgError
 
-from lowrank_optim.engine.plan import ParamPlan, State, Strategies
-from lowrank_optim.engine.refresh import find_, follow_, refresh_
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies, on_host
+from lowrank_optim.engine.refresh import find_, follow_, postpone_, refresh_
 from lowrank_optim.engine.sharded.local import split_dims, stepped
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.collectives import Form, form
+from lowrank_optim.sharding.grid import Block, Interval, length
 from lowrank_optim.sharding.parts import Part
 from lowrank_optim.subspaces.base import BasisChange, Projector, Subspace, new_to_old
 
@@ -57,8 +59,15 @@ class Due(NamedTuple):
         return self.item.subspace
 
     @property
+    def balanced(self) -> Sequence[str]:
+        """Entries that an owner makes of themselves; the rest of the refresh needs no other."""
+        return self.subspace.balanced(self.step)
+
+    @property
     def entries(self) -> list[str]:
-        """State keys of the basis."""
+        """State keys of what an owner finds."""
+        if self.balanced:
+            return list(self.balanced)
         assert self.item.view is not None
         meta = torch.empty(self.item.view.shape, dtype=self.item.param.dtype, device="meta")
         return list(self.subspace.init(self.item.view, meta))
@@ -73,6 +82,7 @@ def refresh_together(due: Sequence[Due]) -> None:
     alone     drawn sets: columns, rows            none
     scores    dct, hadamard by columns             one all-reduce of m scores, for all of them
     owner     a basis that is found                the matrix to its owner, the basis to all
+    owner     factors of W, or of themselves       those to their owner, and the new ones back
     replicas  a matrix that every rank has         the basis, from its owner to all
     ========= ==================================== ===========================================
 
@@ -151,13 +161,10 @@ def _from_owners(jobs: Sequence[Due | None]) -> dict[int, Told]:
     some = next(d for d in jobs if d is not None)
     rank, group, device = some.part.rank, some.part.group, some.twin.param.device
     mine = jobs[rank]
-    outgoing = [[] if d is None else [x for x, _ in _inputs(d)] for d in jobs]
+    outgoing = [[] if d is None else [x.here for x in _inputs(d)] for d in jobs]
     incoming: list[list[Form]] = [[] for _ in jobs]
     if mine is not None:
-        incoming = [
-            [_part_form(x, dim, mine.part.sizes[source]) for x, dim in _inputs(mine)]
-            for source in range(len(jobs))
-        ]
+        incoming = [[x.form(source) for x in _inputs(mine)] for source in range(len(jobs))]
     arrived: list[list[Tensor]] = [[] for _ in jobs]
     if any(outgoing):
         arrived = collectives.exchange(outgoing, incoming, group, device)
@@ -194,27 +201,67 @@ def _to_copies(
     return found
 
 
-def _inputs(d: Due) -> list[tuple[Tensor, int]]:
-    """What the owner needs of this rank, and the dimension along which ranks have pieces."""
-    split = split_dims(d.item, d.chosen)
-    found = []
+class Input(NamedTuple):
+    """What an owner puts together of pieces that ranks have."""
+
+    here: Tensor
+    """That of this rank."""
+    shape: tuple[int, ...]
+    """Of the whole."""
+    places: list[tuple[Any, ...]]
+    """Index of each rank's piece."""
+
+    def form(self, rank: int) -> Form:
+        """Of the piece of one rank."""
+        whole = torch.empty(self.shape, device="meta")
+        return Form(tuple(whole[self.places[rank]].shape), self.here.dtype)
+
+    def together(self, pieces: Sequence[Tensor]) -> Tensor:
+        """The whole."""
+        whole = self.here.new_empty(self.shape)
+        for place, piece in zip(self.places, pieces, strict=True):
+            whole[place] = piece
+        return whole
+
+
+def _along(x: Tensor, dim: int, spans: Sequence[Interval]) -> Input:
+    shape = list(x.shape)
+    shape[dim] = sum(map(length, spans))
+    return Input(x, tuple(shape), [(slice(None),) * dim + (slice(*span),) for span in spans])
+
+
+def _inputs(d: Due) -> list[Input]:
+    """What the owner needs of this rank. Factors of W are all found anew, and of W alone."""
+    view, part = d.item.view, d.part
+    if _factors_weight(d):
+        assert view is not None and d.twin.view is not None
+        weight = d.twin.view.of(d.twin.param)
+        if part.side == "batch":
+            return [_along(weight, 0, part.spans)]
+        every = (0, view.m)
+        stored = part.grid.stored if part.grid else [Block(every, span) for span in part.spans]
+        places = [(..., slice(*rows), slice(*columns)) for rows, columns in stored]
+        return [Input(weight, (*view.batch, view.m, view.n), places)]
+    split, found = split_dims(d.item, d.chosen), []
     if _gathers(d):
         assert d.grad is not None
-        found.append((d.grad, 0 if d.part.side == "batch" else d.grad.dim() - 1))
-    return found + [(d.state[key], split[key][0]) for key in d.entries if key in split]
+        found.append(_along(d.grad, 0 if part.side == "batch" else d.grad.dim() - 1, part.spans))
+    keys = [key for key in d.entries if key in split]
+    return [*found, *(_along(d.state[key], split[key][0], part.spans) for key in keys)]
+
+
+def _factors_weight(d: Due) -> bool:
+    """Whether the owner needs the weight, and nothing else."""
+    return d.subspace.of_weight and not d.balanced
 
 
 def _gathers(d: Due) -> bool:
     """Whether the owner needs the gradient itself."""
+    if d.balanced:
+        return False
     remembers = d.chosen.residual.wants == "memory"  # then its norm is known to nobody
     assert d.item.view is not None  # of a batch, matrices without a gradient keep their basis
     return d.subspace.reads_grad or bool(d.item.view.batch) or remembers
-
-
-def _part_form(x: Tensor, dim: int, size: int) -> Form:
-    shape = list(x.shape)
-    shape[dim] = size
-    return Form(tuple(shape), x.dtype)
 
 
 class Found(NamedTuple):
@@ -229,18 +276,45 @@ class Found(NamedTuple):
 def _find(d: Due, arrived: Sequence[Sequence[Tensor]]) -> Found:
     """Put the matrix together, and refresh as one process would."""
     inputs, view = _inputs(d), d.item.view
-    assert view is not None and d.grad is not None
-    # by where they begin: ranks need not have their pieces in the order of their group
-    ranks = sorted(range(len(arrived)), key=lambda rank: d.part.spans[rank])
-    whole = [torch.cat([arrived[r][i] for r in ranks], dim) for i, (_, dim) in enumerate(inputs)]
-    grad = whole.pop(0) if _gathers(d) else _as_informative(d).expand(view.m, view.n)
+    assert view is not None
+    whole = [x.together([own[i] for own in arrived]) for i, x in enumerate(inputs)]
+    if _factors_weight(d):
+        return _factored(d, whole[0])
     split = split_dims(d.item, d.chosen)
     state: State = {k: d.state[k].clone() for k in d.entries if k not in split}
+    if d.balanced:
+        state.update(zip([k for k in d.entries if k in split], whole, strict=True))
+        return _balanced(d, state)
+    grad = whole.pop(0) if _gathers(d) else _as_informative(d).expand(view.m, view.n)
     state.update(zip([k for k in d.entries if k in split], whole, strict=True))
     meta = torch.empty(view.shape, dtype=d.item.param.dtype, device="meta")
     plan = replace(d.item, param=meta, part=None)
     moved = find_(plan, {**state, "postponed": d.state["postponed"]}, grad, d.step, d.chosen)
     return Found(moved is not None, state, moved or {})
+
+
+def _factored(d: Due, weight: Tensor) -> Found:
+    """Factors of the whole weight, in the canonical view."""
+    view = d.item.view
+    assert view is not None
+    shape = (*view.batch, view.m, view.n)
+    plan = replace(
+        d.item, param=weight, view=view._replace(shape=shape, flip=False), part=None, local=None
+    )
+    state = d.subspace.init(view, weight)
+    state.update({k: d.state[k].clone() for k in state if on_host(k)})
+    moved = find_(plan, {**state, "postponed": d.state["postponed"]}, weight, d.step, d.chosen)
+    return Found(moved is not None, state, moved or {})
+
+
+def _balanced(d: Due, state: State) -> Found:
+    """Entries that were made of themselves."""
+    try:
+        d.subspace.balance_(state)
+    except LinAlgError as error:
+        postpone_(d.item, d.state, d.step, str(error))
+        return Found(False, state, {})
+    return Found(True, state, {})
 
 
 def _as_informative(d: Due) -> Tensor:
@@ -300,6 +374,7 @@ def _turns(d: Due) -> list[tuple[str, int, Form]]:
     """Rotations that moments follow: coordinate, side (0 rows, 1 columns), form."""
     if (
         d.part.side == "batch"
+        or d.balanced
         or d.chosen.on_refresh != "project"
         or int(d.state["refresh_step"]) < 0
     ):
@@ -362,6 +437,10 @@ def _follow(d: Due, told: Told, here: bool) -> None:
     old = {key: d.state[key].clone() for key in d.entries}
     for key, x in told.entries.items():
         d.state[key].copy_(x)
+    if d.balanced:
+        seen = (torch.ones(()), True)
+        refresh_(d.columns, d.state, d.twin.param, d.step, d.chosen, look=seen)
+        return
     new = {key: d.state[key] for key in d.entries}
     moved = d.subspace.changed(old, new) or told.moved(d) or _moved_here(old, new)
     follow_(d.columns, d.state, moved, d.step, d.chosen)
@@ -412,6 +491,6 @@ def _whole_gradient(d: Due) -> Tensor:
 
 def _copied(d: Due) -> list[str]:
     """What a refresh may have changed of a state that every rank has."""
-    if d.subspace.whole is not None or d.chosen.on_refresh != "keep":
+    if d.subspace.of_weight or d.chosen.on_refresh != "keep":
         return [key for key in d.state if key != "step"]
     return [*d.entries, "refresh_step", "postponed"]

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
 from lowrank_optim.engine.plan import ParamPlan, Strategies, rounds
 from lowrank_optim.stores import FloatStore
 from lowrank_optim.subspaces.base import PROJECTORS, Subspace
@@ -21,6 +26,45 @@ def _inner(item: ParamPlan) -> bool:
     return item.param.dim() > 3 and max(dims, default=0) > 1
 
 
+def check_layer(
+    name: str,
+    members: Sequence[Tensor],
+    method: str,
+    instead: str,
+    rounded: bool | None = None,
+) -> None:
+    """Raise for a layer of factors that lie on several ranks in a way that is not supported.
+
+    Args:
+        name: of the layer's first factor.
+        members: all its parameters.
+        method: the optimizer's name.
+        instead: what trains the weights themselves on several ranks.
+        rounded: whether weights are rounded stochastically; None if no layer may be of DTensors.
+
+    Raises:
+        NotImplementedError: with what to use in its place.
+    """
+    places = [tuple(getattr(x, "placements", ())) for x in members]
+    if not any(places):
+        return
+    kinds = {type(place).__name__ for own in places for place in own}
+    meshes = {getattr(x, "device_mesh", None) for x in members}
+    why = ""
+    if rounded is None:
+        why = "all its factors would be on every rank"
+    elif any(len(own) != 1 for own in places) or kinds - {"Shard", "Replicate"} or len(meshes) > 1:
+        why = "its parameters must all lie as Shard or Replicate on one mesh of one dimension"
+    elif rounded and any(x.dtype == torch.bfloat16 for x in members):
+        why = "stochastic_rounding of the frozen weight would depend on the number of ranks"
+    if why:
+        raise NotImplementedError(
+            f"{method} does not support {name}, a layer of factors, DTensors with {places}: {why}. "
+            f"Train the weights themselves, not modules: {instead}; or train under "
+            "DistributedDataParallel"
+        )
+
+
 def check_supported(item: ParamPlan, chosen: Strategies, method: str) -> None:
     """Raise for a DTensor that no step could take as one process would.
 
@@ -32,10 +76,7 @@ def check_supported(item: ParamPlan, chosen: Strategies, method: str) -> None:
         return
     why = ""
     if subspace is not None and subspace.whole is not None:
-        why = (
-            f"{_name(type(subspace))}: {subspace.whole}. Take another class with "
-            "projector='columns', 'rsvd' or 'dct', or train under DistributedDataParallel"
-        )
+        why = f"{_name(type(subspace))}: {subspace.whole}, or train under DistributedDataParallel"
     elif isinstance(subspace, Block) and chosen.residual.stepped:
         why = (
             "projector='block' beside a residual that is scaled by whole matrices. Take a FRUGAL "
@@ -61,8 +102,6 @@ def check_supported(item: ParamPlan, chosen: Strategies, method: str) -> None:
             "state_dtype='8bit' keeps blocks that would cross the edges of shards. Take "
             "state_dtype='bfloat16' or 'float32'"
         )
-    elif not item.alone:
-        why = "factors of one layer need each other. Train the weights themselves, not modules"
     if why:
         raise NotImplementedError(
             f"{method} does not support {item.name}, a DTensor with {part.placements}: {why}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lowrank_optim import ops
@@ -34,11 +35,13 @@ from lowrank_optim.engine.sharded.means import (
 from lowrank_optim.engine.sharded.refresh import Due, refresh_together
 from lowrank_optim.engine.step import (
     MatrixStep,
+    Push,
     adapt,
-    apply,
     begun,
     chunk_size,
     inputs_of,
+    prepared,
+    push,
     step_bucket,
 )
 from lowrank_optim.engine.undo import Undo
@@ -112,13 +115,14 @@ class ShardedStep:
         known = agreed(
             [Asked(w.item, w.twin, weight_squares(w.item, w.twin, w.chosen)) for w in self._work]
         )
-        usable = []
+        usable: list[Work] = []
+        skipped: list[Work] = []
         for w in self._work:
             found = known.get(id(w.item.param))
             if found is not None:
                 w.norm, w.rms = found.norm, weight_rms(w.item, found.weights)
                 undo.begin(w.state)
-                usable += [w] if _is_usable(w, undo) else []
+                (usable if _is_usable(w) else skipped).append(w)
         buckets: dict[Any, list[Work]] = {}
         dense: list[tuple[ParamPlan, Bucket, Split, Tensor | None]] = []
         for w in usable:
@@ -136,7 +140,10 @@ class ShardedStep:
         for alike in buckets.values():
             size = _together(alike[0])
             chunks += [alike[i : i + size] for i in range(0, len(alike), size)]
-        _refresh(chunks, undo)
+        _refresh(chunks, skipped, undo)
+        for w in skipped:
+            w.state["step"] += 1
+            warn_skipped(w.item)
         _step_chunks(chunks, undo)
 
 
@@ -148,33 +155,36 @@ def _together(w: Work) -> int:
     return whole if part.side == "whole" else whole * part.ranks
 
 
-def _is_usable(w: Work, undo: Undo) -> bool:
-    """Whether a gradient is finite; if not, all ranks skip it. A device masks it instead.
-
-    What is drawn, and does not look at the gradient, is drawn all the same.
-    """
+def _is_usable(w: Work) -> bool:
+    """Whether a gradient is finite; if not, all ranks skip it. A device masks it instead."""
     assert w.norm is not None
-    if on_accelerator(w.norm) or math.isfinite(w.norm):
-        return True
-    subspace, weight = w.item.subspace, w.twin.param
-    dense = subspace is None or isinstance(subspace, Block)
-    if subspace is not None and not dense and basis_due(w.item, w.state, w.chosen):
-        undo.keep(w.state, subspace.refreshed(w.state))
-        plan, step = stepped(w.item, weight), int(w.state["step"])
-        refresh_(plan, w.state, weight, step, w.chosen, look=(w.norm, None))
-    w.state["step"] += 1
-    warn_skipped(w.item)
-    return False
+    return on_accelerator(w.norm) or math.isfinite(w.norm)
 
 
-def _refresh(chunks: Sequence[list[Work]], undo: Undo) -> None:
-    """Phase one, for all matrices that are due."""
+def _refresh(chunks: Sequence[list[Work]], skipped: Sequence[Work], undo: Undo) -> None:
+    """Phase one, for all matrices that are due.
+
+    What is drawn, or found of W, is so where a gradient is not finite too; what looks at the
+    gradient counts as postponed.
+    """
     due = []
     for chunk in chunks:
         own = [w for w in chunk if basis_due(w.item, w.state, w.chosen)]
         if own and _looks(own[0]):
             _fetch(own)
         due += own
+    for w in skipped:
+        subspace, weight = w.item.subspace, w.twin.param
+        if subspace is None or isinstance(subspace, Block):
+            continue
+        if w.norm is None or not basis_due(w.item, w.state, w.chosen):
+            continue
+        if not subspace.needs_grad:
+            due.append(w)
+            continue
+        undo.keep(w.state, subspace.refreshed(w.state))
+        plan, step = stepped(w.item, weight), int(w.state["step"])
+        refresh_(plan, w.state, weight, step, w.chosen, look=(w.norm, None))
     for w in due:
         subspace = w.item.subspace
         assert subspace is not None
@@ -281,23 +291,28 @@ def _finish(chunk: Sequence[Work], steps: Sequence[MatrixStep], undo: Undo) -> N
     """Phase four: W moves where it is, or by what comes back from the ranks with its columns."""
     part = chunk[0].item.part
     assert part is not None
-    if part.grid is None:
+    if part.grid is not None:  # zeros, which become the update of the columns
         for w, s in zip(chunk, steps, strict=True):
-            rounding = weight_noise(w.twin, w.state, w.chosen)
-            apply(s, w.chosen, w.lr, w.weight_decay, undo, rounding)
-        return
-    updates = []
+            assert part.stepped is not None
+            # what is rounded once, where it is added to the weights, must not be rounded before
+            weight, rounded = w.twin.param, rounds(w.twin, w.chosen)
+            dtype = compute_dtype(weight.dtype) if rounded else weight.dtype
+            s.item = stepped(w.item, weight.new_zeros(part.stepped.shape, dtype=dtype))
+    ready = []
     for w, s in zip(chunk, steps, strict=True):
-        assert part.stepped is not None
-        weight = w.twin.param
-        # what is to be rounded once, where it is added to the weights, must not be rounded before
-        dtype = compute_dtype(weight.dtype) if rounds(w.twin, w.chosen) else weight.dtype
-        s.item = stepped(w.item, weight.new_zeros(part.stepped.shape, dtype=dtype))
-        apply(s, w.chosen, w.lr, 0.0, undo, _exact(s.item, w))
-        updates.append(s.item.param)
-    updates = collectives.to_blocks(updates, part.grid, part.rank, part.group)
-    for w, s, update in zip(chunk, steps, updates, strict=True):
-        _add_block_(w, s, update)
+        stored = part.grid is None
+        noise = weight_noise(w.twin, w.state, w.chosen) if stored else _exact(s.item, w)
+        ready.append(prepared(s, w.chosen, w.lr, w.weight_decay, undo, noise))
+    if part.summed:
+        ready = _sum_across(part.group, steps, ready)
+    for w, s, own in zip(chunk, steps, ready, strict=True):
+        push(s, own, w.chosen, undo)
+    if part.grid is None:
+        return
+    updates = collectives.to_blocks([s.item.param for s in steps], part.grid, part.rank, part.group)
+    for w, own, update in zip(chunk, ready, updates, strict=True):
+        assert w.item.subspace is not None
+        _add_block_(w, own.into.guarded_decay() if w.item.subspace.decays_weight else 1.0, update)
 
 
 def _exact(buffer: ParamPlan, w: Work) -> Noise | None:
@@ -305,16 +320,29 @@ def _exact(buffer: ParamPlan, w: Work) -> Noise | None:
     return Noise.over(0, buffer.param.shape) if rounds(w.twin, w.chosen) else None
 
 
-def _add_block_(w: Work, s: MatrixStep, update: Tensor) -> None:
+def _sum_across(
+    group: dist.ProcessGroup, steps: Sequence[MatrixStep], ready: Sequence[Push]
+) -> list[Push]:
+    """Let each push know what it needs of all columns: one all-reduce, if it needs any."""
+    found = []
+    for s, own in zip(steps, ready, strict=True):
+        assert s.item.subspace is not None
+        sums = s.item.subspace.across(own.into, s.state, own.update)
+        found += [] if sums is None else [sums]
+    collectives.sum_(found, group)
+    if not found:
+        return list(ready)
+    return [
+        own._replace(into=own.into._replace(across=sums))
+        for own, sums in zip(ready, found, strict=True)
+    ]
+
+
+def _add_block_(w: Work, decay: float | Tensor, update: Tensor) -> None:
     """``W <- decay W + update`` of the block that is here."""
     view, weight = w.twin.view, w.twin.param
     assert view is not None
     block = view.of(weight)
-    size = w.chosen.rule.step_size(w.lr, float(w.state["step"]), block, w.rms)
-    decay = 1 - size * w.weight_decay
-    if on_accelerator(weight):
-        one = torch.ones((), dtype=torch.promote_types(weight.dtype, torch.float32))
-        decay = torch.where(s.finite, one.to(weight.device) * decay, 1.0)
     wider = torch.promote_types(block.dtype, torch.float32)
     noise = weight_noise(w.twin, w.state, w.chosen)
     noise = None if noise is None else view.noise(noise)
