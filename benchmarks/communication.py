@@ -44,13 +44,16 @@ GAP = 200
 SIZE, NARROW = 4, 2
 """Bytes of a float32, and of the bfloat16 that forward and backward of FSDP2 send."""
 
+EVERY = {"update_proj_gap": GAP}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "GaLore rsvd": ("GaLoreAdamW", {"projector": "rsvd"}),
-    "Fira rsvd": ("FiraAdamW", {"projector": "rsvd"}),
-    "GaLore random": ("GaLoreAdamW", {"projector": "random"}),
-    "FRUGAL columns": ("FrugalAdamW", {"projector": "columns"}),
-    "GaLore dct": ("GaLoreAdamW", {"projector": "dct"}),
+    "GaLore rsvd": ("GaLoreAdamW", {"projector": "rsvd", **EVERY}),
+    "Fira rsvd": ("FiraAdamW", {"projector": "rsvd", **EVERY}),
+    "GaLore random": ("GaLoreAdamW", {"projector": "random", **EVERY}),
+    "FRUGAL columns": ("FrugalAdamW", {"projector": "columns", **EVERY}),
+    "GaLore dct": ("GaLoreAdamW", {"projector": "dct", **EVERY}),
     "DCT-AdamW": ("DCTAdamW", {"update_proj_gap": 1}),
+    "SST active": ("SSTAdamW", {"factors": "active", "steps_per_iteration": GAP}),
+    "SwitchLoRA": ("SwitchLoRAAdamW", {"interval": 40}),
 }
 HEADER = (
     "bases",
@@ -220,8 +223,8 @@ def _counted(method: str, model: Model, mesh: DeviceMesh, placed: bool) -> Count
     ranks = mesh.size()
     place = shard_placement_fn(ranks, projector=options.get("projector", "dct"))
     groups = laid(model, mesh if ranks > 1 else None, place if placed else lambda _: None)
-    options = {"update_proj_gap": GAP, **options}
-    made = getattr(lowrank_optim, cls)(groups, lr=1e-3, stagger=False, **options)
+    stagger = {} if cls.startswith("Switch") else {"stagger": False}
+    made = getattr(lowrank_optim, cls)(groups, lr=1e-3, **stagger, **options)
     if ranks == 1:
         made._make_state()
         held = memory.report(made)
@@ -250,7 +253,7 @@ def measure(model: Model, ranks: int, methods: Sequence[str] = tuple(METHODS)) -
         always = options.get("update_proj_gap") == 1
         refresh = 0 if always else (placed.refreshed - placed.sent) / GAP
         bases = 0 if always else whole.basis / GAP
-        exact = cls == "GaLoreAdamW"  # its steps use nothing of a gradient but coordinates
+        exact = cls in ("GaLoreAdamW", "SSTAdamW")  # their steps use coordinates alone
         coords = both * model.coordinates * SIZE + bases if exact else None
         rows.append(
             Row(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state, on_host
+from lowrank_optim.engine.tracing import fake_mode, real_entries
 from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.tensors.matrix import MatrixView
@@ -53,7 +55,7 @@ class LocalState(MutableMapping[str, Tensor]):
 
     def load(self, key: str, x: Tensor) -> None:
         """Take in a whole entry, or a DTensor however it lies."""
-        if not self._is_plain(key):
+        if not self.is_plain(key):
             places = self._placements(key)
             if not is_sharded(x):  # every rank has it: none need send any
                 x = as_dtensor(x, self._part.mesh, self._part.placed(None), x.shape)
@@ -64,7 +66,7 @@ class LocalState(MutableMapping[str, Tensor]):
                 x = self._whole(key, own if self._part.mesh.device_type == "cpu" else _pinned(own))
         self.outer[key] = x
 
-    def _is_plain(self, key: str) -> bool:
+    def is_plain(self, key: str) -> bool:
         """Whether an entry is on the host and the same on all ranks."""
         return on_host(key) and key not in self._dims
 
@@ -78,7 +80,7 @@ class LocalState(MutableMapping[str, Tensor]):
 
     def _whole(self, key: str, x: Tensor) -> Tensor:
         """A part as a DTensor of the parameter's mesh; nobody else is asked."""
-        if self._is_plain(key) or is_sharded(x):
+        if self.is_plain(key) or is_sharded(x):
             return x
         shape = list(x.shape)
         if self._part.side == "entries":
@@ -144,7 +146,11 @@ def local_state(item: ParamPlan, outer: dict[str, Tensor], chosen: Strategies) -
         kept = item.local = LocalState(outer, item, chosen)
     if not outer:
         like = local(item.param)
-        kept.update(init_state(stepped(item, like), chosen, like))
+        plan = stepped(item, like)
+        kept.update(init_state(plan, chosen, like))
+        if fake_mode() is not None:  # counters and draws need data
+            real = real_entries(partial(init_state, plan, chosen), like)
+            kept.update({key: x for key, x in real.items() if kept.is_plain(key)})
     return kept
 
 
