@@ -19,7 +19,7 @@ from lowrank_optim.checkpoints.load import broadcasting, load_state_dict, with_p
 from lowrank_optim.engine import tracing, zero
 from lowrank_optim.engine.blocks import advance, catch_up, placed
 from lowrank_optim.engine.compiled import Traced
-from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state, unit_of
 from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.engine.preflight import (
     Plan,
@@ -325,7 +325,10 @@ class LowRankOptimizer(PlannedOptimizer):
                 _check_fit(_name(group, i), subspace, self.residual(group))
             kind = kinds.setdefault((view, subspace), len(kinds))
             shared = None if isinstance(subspace, Block) else view
-            part = part_of(param, shared, _name(group, i), chosen.store.unit)
+            unit = 1
+            if shared is not None and subspace is not None and is_sharded(param):
+                unit = unit_of(shared, subspace, chosen)
+            part = part_of(param, shared, _name(group, i), unit)
             uid = self._places.get(param, start + i) if names is None else uid_of(names[i])
             item = ParamPlan(param, _name(group, i), start + i, uid, view, subspace, kind, part)
             check_supported(item, chosen, type(self).__name__)

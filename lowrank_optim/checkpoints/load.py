@@ -22,7 +22,8 @@ from lowrank_optim.engine.plan import (
     on_host,
 )
 from lowrank_optim.engine.planned import PlannedOptimizer
-from lowrank_optim.engine.sharded.local import LocalState, here, kept_as, whole_meta_state
+from lowrank_optim.engine.sharded.forms import forms_of, kept_meta_state, whole_meta_state
+from lowrank_optim.engine.sharded.local import LocalState, here, kept_as
 from lowrank_optim.groups import Group, canonical
 from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.stores import scale_key

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.refresh import find_, follow_, refresh_
-from lowrank_optim.engine.sharded.local import split_dims, stepped
+from lowrank_optim.engine.sharded.forms import split_dims
+from lowrank_optim.engine.sharded.local import stepped
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.collectives import Form, form
 from lowrank_optim.sharding.parts import Part

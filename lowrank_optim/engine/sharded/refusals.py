@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from lowrank_optim.engine.plan import ParamPlan, Strategies
-from lowrank_optim.stores import FloatStore
+from lowrank_optim.ops import quant
+from lowrank_optim.stores import Block8Store, FloatStore
 from lowrank_optim.subspaces.base import PROJECTORS, Subspace
 from lowrank_optim.subspaces.block import Block
 
@@ -14,6 +15,17 @@ def _name(kind: type[Subspace]) -> str:
     """As a group calls it, or else the class."""
     names = [name for name, known in PROJECTORS.items() if known is kind]
     return f"projector={names[0]!r}" if names else kind.__name__
+
+
+def _crosses_matrices(item: ParamPlan, chosen: Strategies) -> bool:
+    """Whether a block of moments holds rows of two matrices, which may lie on two ranks."""
+    assert item.subspace is not None and item.view is not None
+    shapes = [
+        slot.shape(shape)
+        for shape in item.subspace.coord_shapes(item.view).values()
+        for slot in chosen.rule.slots(shape)
+    ]
+    return any(chosen.store.unit(x) > 1 and x[-1] < quant.BLOCK for x in shapes)
 
 
 def check_supported(item: ParamPlan, chosen: Strategies, method: str) -> None:
@@ -41,10 +53,16 @@ def check_supported(item: ParamPlan, chosen: Strategies, method: str) -> None:
             f"{type(chosen.rule).__name__} takes means over whole tensors. Take an AdamW, Lion or "
             "SGD class"
         )
-    elif not isinstance(chosen.store, FloatStore):
+    elif not isinstance(chosen.store, FloatStore | Block8Store):
         why = (
-            "state_dtype='8bit' keeps blocks that would cross the edges of shards. Take "
-            "state_dtype='bfloat16' or 'float32'"
+            f"{type(chosen.store).__name__} is not known to be split. Take state_dtype='8bit', "
+            "'bfloat16' or 'float32'"
+        )
+    elif part.side == "batch" and _crosses_matrices(item, chosen):
+        why = (
+            "blocks of state_dtype='8bit' go over several matrices where their coordinates have "
+            f"fewer than {quant.BLOCK} columns. Split the rows or the columns of each matrix, or "
+            "take state_dtype='bfloat16' or 'float32'"
         )
     elif chosen.rounding and item.param.dtype == torch.bfloat16:
         why = (

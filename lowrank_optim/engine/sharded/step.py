@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_optim import ops
@@ -211,12 +212,34 @@ def _adapt(chunk: list[Work], undo: Undo) -> list[MatrixStep]:
         steps[-1].norm, steps[-1].whole = w.norm, (view.m, view.n)
         w.grad = None
     torch._foreach_add_([w.state["step"] for w in chunk], [torch.ones(())] * len(chunk))
-    adapt(steps, chosen, undo)
+    _adapt_padded(steps, part.padding, chosen, undo)
     if part.summed:
         for s in steps:
             seen = inputs_of(s)
             s.measured = None if seen is None else chosen.residual.measure(seen)
     return steps
+
+
+def _adapt_padded(
+    steps: Sequence[MatrixStep], padding: int, chosen: Strategies, undo: Undo
+) -> None:
+    """Directions; where moments end in a block that is not full, zeros fill up coordinates too.
+
+    They change nothing of the block: its scale is a maximum, and zeros stay zeros.
+    """
+    if not padding:
+        adapt(steps, chosen, undo)
+        return
+    narrow = [s.coords for s in steps]
+    for s in steps:
+        s.coords = {name: F.pad(x, (0, padding)) for name, x in s.coords.items()}
+    adapt(steps, chosen, undo)
+    for s, coords in zip(steps, narrow, strict=True):
+        s.coords = coords
+        s.directions = {
+            name: (x[..., : coords[name].shape[-1]].contiguous(), correction)
+            for name, (x, correction) in s.directions.items()
+        }
 
 
 def _sums(subspace: Subspace | None, view: MatrixView) -> list[str]:
