@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowrank_optim.checkpoints.load import broadcasting, load_state_dict, with_places
+from lowrank_optim.checkpoints.load import filled_in, load_state_dict, with_places
 from lowrank_optim.engine import tracing, zero
 from lowrank_optim.engine.blocks import advance, catch_up, placed
 from lowrank_optim.engine.compiled import Traced
@@ -573,7 +573,7 @@ class LowRankOptimizer(PlannedOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """As of torch; where its loader has rank 0 fill it in, with all keys that it may need."""
         state_dict = super().state_dict()
-        return with_places(self, state_dict) if broadcasting() else state_dict
+        return with_places(self, state_dict) if filled_in(self) else state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint: tensors keep their dtypes and are copied; all hooks run.

@@ -64,7 +64,7 @@ class Part:
     view: MatrixView | None = None
     """Of the whole."""
     unit: int = 1
-    """Columns that are kept together: entries of a state that have columns have blocks of so many."""
+    """Columns that are kept together: entries of a state are in blocks of so many."""
     alike: dist.ProcessGroup | None = None
     """Of plain tensors: the ranks that have them too."""
 

@@ -23,9 +23,9 @@ from lowrank_optim.tensors.matrix import MatrixView
 class Form(NamedTuple):
     """How an entry of a state lies on the ranks: split, in blocks, or both.
 
-    Ranks must not have parts of a block, and DTensor cuts a dimension at any index. So the n columns
-    of what is kept in blocks become two dimensions, ``(ceil(n / unit), unit)``: shapes depend on
-    the matrix and not on the number of ranks, and another number of ranks gets whole blocks.
+    Ranks must not have parts of a block, and DTensor cuts a dimension at any index. So the n
+    columns of what is kept in blocks become two dimensions, ``(ceil(n / unit), unit)``: shapes
+    depend on the matrix and not on the number of ranks, which get whole blocks however many.
     """
 
     shape: tuple[int, ...]
@@ -160,7 +160,9 @@ def _scales(shape: Shape, own: Shape, block: int | None, split: int | None) -> F
     if shape[-1] >= quant.BLOCK:
         return Form((*shape[:-1], -(-shape[-1] // quant.BLOCK)), split, kind="scales")
     # blocks hold whole rows: one rank has all of them
-    return Form((1, *own) if block is not None else own, None if split is None else 0, kind="scales")
+    return Form(
+        (1, *own) if block is not None else own, None if split is None else 0, kind="scales"
+    )
 
 
 def _grown(shapes: Mapping[str, Shape], larger: Mapping[str, Shape]) -> dict[str, int]:
