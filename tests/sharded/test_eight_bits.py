@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,42 +13,25 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import lowrank_optim
 from tests.sharded import training
+from tests.sharded.combinations import EIGHT, WITH_BLOCKS
 from tests.sharded.ranks import Ranks, World
-from tests.sharded.training import GAP, Case
+from tests.sharded.test_full_state import whole_state
+from tests.sharded.training import Case, Trained
 
 Worlds = Callable[[int], Ranks]
 SIZES = (2, 3, 4)
 HOWS = ("fsdp", "fsdp columns", "tensors")
-SHAPES = ("some blocks", "a few more", "no block", "small")
-"""Blocks that edges of shards cross, blocks of rows, one block of whole rows, and none."""
-
-CASES: dict[str, Case] = {
-    "galore": Case("GaLoreAdamW8bit", {"on_refresh": "project"}),
-    "galore svd": Case("GaLoreAdamW8bit", {"projector": "svd", "on_refresh": "reset"}),
-    "galore columns": Case(
-        "GaLoreAdamW8bit", {"projector": "columns", "rank": 0.5, "on_refresh": "project"}
-    ),
-    "galore larger side": Case("GaLoreAdamW8bit", {"proj_type": "reverse_std", "rank": 30}),
-    "galore dct": Case("GaLoreAdamW8bit", {"projector": "dct", "maximize": True}),
-    "galore lion": Case("GaLoreLion", {"state_dtype": "8bit", "projector": "random"}),
-    "galore sgd": Case("GaLoreSGD", {"state_dtype": "8bit", "momentum": 0.9}),
-    "fira": Case("FiraAdamW8bit", {"projector": "random"}),
-    "frugal rows": Case("FrugalAdamW8bit", {"projector": "rows", "density": 0.5}),
-    "frugal columns": Case(
-        "FrugalLion", {"state_dtype": "8bit", "projector": "columns", "density": 0.5}
-    ),
-    "dct": Case("DCTAdamW8bit"),
-    "dct memory": Case("DCTAdamW8bit", {"error_feedback": "float32", "update_proj_gap": GAP}),
-    "dct memory 8bit": Case("DCTAdamW8bit", {"error_feedback": "8bit"}),
-    "dct memory 4bit": Case("DCTAdamW8bit", {"error_feedback": "4bit"}),
-}
-CASES = {name: replace(case, only=SHAPES, steps=7) for name, case in CASES.items()}
-TURNS = [(name, SIZES[i % 3], HOWS[i // 2 % 3]) for i, name in enumerate(CASES)]
+TURNS = [(name, SIZES[i % 3], HOWS[i // 2 % 3]) for i, name in enumerate(EIGHT)]
 
 
 def check(ranks: Worlds, size: int, name: str, case: Case) -> None:
@@ -60,16 +46,16 @@ def check(ranks: Worlds, size: int, name: str, case: Case) -> None:
 
 @pytest.mark.parametrize(("name", "size", "how"), TURNS)
 def test_it_is_one_process(name: str, size: int, how: str, ranks: Worlds) -> None:
-    check(ranks, size, name, replace(CASES[name], how=how))
+    check(ranks, size, name, replace(EIGHT[name], how=how))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EIGHT)
 def test_it_is_one_process_everywhere(name: str, size: int, how: str, ranks: Worlds) -> None:
-    only = (*SHAPES, "four blocks")
-    check(ranks, size, name, replace(CASES[name], how=how, only=only, steps=12))
+    only = (*WITH_BLOCKS, "four blocks")
+    check(ranks, size, name, replace(EIGHT[name], how=how, only=only, steps=12))
 
 
 BLOCKS = Case("FrugalAdamW8bit", {"density": 0.5}, only=("some blocks", "table", "four blocks"))
@@ -144,3 +130,96 @@ def test_dense_weights(size: int, ranks: Worlds) -> None:
             wide = not in_8bit and math.prod(shape) >= 4096
             assert (name in own["said"]) == wide, own["said"]
             assert torch.equal(eight["weights"][name], expected["weights"][name]) != wide, name
+
+
+TWO = {
+    "galore": ("some blocks", "a few more", "no block", "small"),
+    "dct memory": ("some blocks", "a few more"),
+    "frugal block": ("some blocks", "table", "no block"),
+}
+"""Shapes; of blocks that take turns one that is kept in 8 bits by one process alone."""
+CUT = 7
+"""Steps before it: the turn of the second of those blocks."""
+WAYS = ("rank 0 tells", "every rank has it", "load_state_dict")
+
+
+def case_of(name: str) -> Case:
+    return replace(EIGHT.get(name, BLOCKS), only=TWO[name], steps=9)
+
+
+def from_one(world: World, case: Case, way: str) -> Any:
+    """One process's state in shards, in one process again, and both a few steps later."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    one, shards, again = Trained(case), Trained(case, world), Trained(case)
+    for step in range(CUT):
+        one.step(step)
+    for name, param in shards.named.items():
+        own = one.named[name].detach()
+        param.to_local().detach().copy_(
+            distribute_tensor(own, param.device_mesh, param.placements).to_local()
+        )
+        again.named[name].detach().copy_(own)
+    saved = one.optimizer.state_dict()
+    full = StateDictOptions(full_state_dict=True)
+    if way == "load_state_dict":
+        shards.optimizer.load_state_dict(copy.deepcopy(saved))
+    else:
+        state = get_optimizer_state_dict(one.model, one.optimizer, options=full)
+        told = replace(full, broadcast_from_rank0=way == WAYS[0])
+        state = copy.deepcopy(state) if way != WAYS[0] or world.rank == 0 else {}
+        set_optimizer_state_dict(shards.model, shards.optimizer, state, options=told)
+    read = shards.held()
+    if way == "load_state_dict":
+        again.optimizer.load_state_dict(whole_state(shards))
+    else:
+        state = get_optimizer_state_dict(shards.model, shards.optimizer, options=full)
+        set_optimizer_state_dict(again.model, again.optimizer, state, options=full)
+    back = again.held()
+    for step in range(CUT, case.steps):
+        shards.step(step)
+    return one.held(), read, back, shards.held()
+
+
+@pytest.mark.parametrize(
+    ("name", "way"), [("galore", way) for way in WAYS] + [("frugal block", WAYS[0])]
+)
+def test_from_one_process_into_shards_and_back(name: str, way: str, ranks: Worlds) -> None:
+    check_one(ranks, 3, name, way)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", TWO)
+def test_from_one_process_into_shards_and_back_everywhere(
+    name: str, size: int, way: str, ranks: Worlds
+) -> None:
+    check_one(ranks, size, name, way)
+
+
+def check_one(ranks: Worlds, size: int, name: str, way: str) -> None:
+    """The same bits, but where a moment was decoded: encoded again it is a code away at most."""
+    case = case_of(name)
+    values = ranks(size).run(f"{name}, {way}", from_one, case=case, way=way).checked()
+    one, read, back, later = (training.assembled([[v[i]] for v in values])[0] for i in range(4))
+    expected = training.reference(case)
+    narrow = "no_block" if name == "frugal block" else "nothing"
+    for was, is_ in ((one, read), (one, back), (expected[-1], later)):
+        exact = is_ is not later
+        for key, state in was[1].items():
+            if narrow in key:
+                continue
+            for k, x in state.items():
+                y = training.out_of_blocks(is_[1][key][k], x.shape)
+                same = torch.equal(x, y) if exact else torch.allclose(x, y, rtol=0, atol=1e-7)
+                assert same, f"{k} of {key}"
+    decoded = [s for key, s in one[1].items() if narrow in key and "exp_avg" in s]
+    assert bool(decoded) == (name == "frugal block"), "not the turn of what is decoded"
+    for key, state in one[1].items():
+        if narrow in key:
+            assert read[1][key]["exp_avg"].dtype != torch.uint8, "ranks share its blocks"
+            for k in ("exp_avg", "exp_avg_sq"):
+                codes, again = state[k].int(), back[1][key][k].int()
+                assert int((codes - again).abs().max()) <= 1, k
+                torch.testing.assert_close(state[f"{k}_scale"], back[1][key][f"{k}_scale"])

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from lowrank_optim.checkpoints.load import hold_blocks
 from lowrank_optim.optimizer import LowRankOptimizer
 from tests.sharded import training
-from tests.sharded.combinations import NAMED
+from tests.sharded.combinations import EIGHT, NAMED
 from tests.sharded.ranks import Ranks, World
 from tests.sharded.training import Case, Trained
 
@@ -96,7 +96,16 @@ def leg(
     return out
 
 
-def check(ranks: Worlds, name: str, case: Case, flat: bool, folder: Path, route: Any) -> None:
+def check(
+    ranks: Worlds,
+    name: str,
+    case: Case,
+    flat: bool,
+    folder: Path,
+    route: Any,
+    plain: bool = True,
+) -> None:
+    """From leg to leg; one process is plain, or a mesh of one rank."""
     case = replace(case, steps=LEG * len(route))
     expected = training.reference(case.reference)
     source = None
@@ -104,7 +113,7 @@ def check(ranks: Worlds, name: str, case: Case, flat: bool, folder: Path, route:
         target = str(folder / str(i))
         args = {"case": case, "begin": i * LEG, "source": source, "target": target, "flat": flat}
         title = f"{name}, leg {i} on {size}"
-        values = ranks(size).run(title, leg, plain=size == 1, **args).checked()
+        values = ranks(size).run(title, leg, plain=plain and size == 1, **args).checked()
         part = expected[i * LEG : (i + 1) * LEG]
         training.assert_equal_runs(training.assembled(values), part)
         source = target
@@ -121,6 +130,23 @@ def test_a_run_over_several_numbers_of_ranks_is_one_run(
     name: str, ranks: Worlds, tmp_path: Path
 ) -> None:
     check(ranks, name, replace(NAMED[name], only=SHORT), False, tmp_path, ROUTE[:4])
+
+
+@pytest.mark.parametrize("name", ["frugal rows"])
+def test_moments_in_8_bits_over_several_numbers_of_ranks(
+    name: str, ranks: Worlds, tmp_path: Path
+) -> None:
+    """To the bit at every step, so that nothing was encoded again on the way."""
+    check(ranks, name, EIGHT[name], True, tmp_path, ROUTE[:4], plain=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("name", EIGHT)
+def test_moments_in_8_bits_over_several_numbers_of_ranks_everywhere(
+    name: str, flat: bool, ranks: Worlds, tmp_path: Path
+) -> None:
+    check(ranks, name, EIGHT[name], flat, tmp_path, ROUTE, plain=False)
 
 
 @pytest.mark.slow
