@@ -37,6 +37,7 @@ MUTATIONS: dict[str, Mutation] = {
     "scalars of Fira": Mutation("sum_", "later"),
     "turn to columns": Mutation("to_columns", how="one rank"),
     "turn to rows": Mutation("to_blocks", how="one rank"),
+    "edges to blocks": Mutation("to_columns", how="one rank"),
     "gather to the owner": Mutation("exchange", how="one rank"),
     "broadcast of the basis": Mutation("broadcast", how="one rank"),
 }

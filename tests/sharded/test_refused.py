@@ -29,8 +29,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "switchlora": ("SwitchLoRAAdamW", {**SWITCH, "rank": 2}, "SwitchLoRA"),
     "fira block": ("FiraAdamW", {"projector": "block", "rank": 0.5}, "block"),
     "adafactor": ("GaLoreAdafactor", {"rank": 2}, "Adafactor"),
-    "8bit": ("GaLoreAdamW8bit", {"rank": 2}, "8bit"),
-    "8bit frugal": ("FrugalLion", {"state_dtype": "8bit", "projector": "columns"}, "8bit"),
     "rounding": ("GaLoreAdamW", {"rank": 2, "stochastic_rounding": True}, "stochastic_rounding"),
 }
 """Class, options, and what the message must name."""
@@ -77,6 +75,26 @@ def test_what_is_refused(name: str, ranks: Worlds) -> None:
     cls, options, word = REFUSED[name]
     values = ranks(2).run(name, outcome, cls=cls, options=options, how="fsdp").checked()
     check(values, word)
+
+
+def narrow_experts(world: World) -> Any:
+    """Experts whose coordinates are narrower than a block, in 8 bits and split by their number."""
+    warnings.simplefilter("ignore")
+    mesh = init_device_mesh("cpu", (world.size,))
+    param = nn.Parameter(distribute_tensor(torch.randn(4, 40, 200), mesh, [Shard(0)]))
+    before = param.detach().to_local().clone()
+    try:
+        optimizer = lowrank_optim.GaLoreAdamW8bit([("weight", param)], rank=20)
+        param.grad = torch.randn_like(param)
+        optimizer.step()
+    except Exception as error:
+        return type(error).__name__, str(error), torch.equal(param.detach().to_local(), before)
+    return "none", "", False
+
+
+def test_experts_in_8_bits_that_are_narrower_than_a_block(ranks: Worlds) -> None:
+    said = ranks(2).run("narrow experts", narrow_experts).checked()
+    check(said, "256 columns", "Split the rows", "bfloat16")
 
 
 def both_split(world: World) -> Any:
