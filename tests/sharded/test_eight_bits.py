@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,9 @@ from tests.sharded import training
 from tests.sharded.combinations import EIGHT, WITH_BLOCKS
 from tests.sharded.ranks import Ranks, World
 from tests.sharded.test_full_state import whole_state
+from tests.sharded.test_meshes import PLACES
+from tests.sharded.test_meshes_saved import LEGS, ROUTE
+from tests.sharded.test_resharding import LEG, leg
 from tests.sharded.training import Case, Trained
 
 Worlds = Callable[[int], Ranks]
@@ -223,3 +227,55 @@ def check_one(ranks: Worlds, size: int, name: str, way: str) -> None:
                 codes, again = state[k].int(), back[1][key][k].int()
                 assert int((codes - again).abs().max()) <= 1, k
                 torch.testing.assert_close(state[f"{k}_scale"], back[1][key][f"{k}_scale"])
+
+
+MESHES: dict[str, dict[str, Any]] = {
+    "copies": {"how": "fsdp"},
+    "parallel": {"how": "parallel"},
+    "parallel placed": {"how": "parallel placed"},
+    "tensors": {"how": "tensors", "places": PLACES, "only": ("some blocks",)},
+    "blocks that divide": {"how": "parallel columns", "only": ("four blocks", "no block")},
+    "experts": {"how": "tensors", "places": ("1r", "21", "r2"), "only": ("experts blocks",)},
+    "whole experts": {"how": "tensors", "places": ("0r", "rr"), "only": ("experts blocks",)},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "how"), [("galore", "parallel"), ("dct memory", "tensors"), ("dct", "experts")]
+)
+def test_on_a_mesh_of_two_dimensions(name: str, how: str, ranks: Worlds) -> None:
+    check(ranks, 4, f"{name} {how}", replace(EIGHT[name], mesh="square", **MESHES[how]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", MESHES)
+@pytest.mark.parametrize("name", EIGHT)
+def test_on_a_mesh_of_two_dimensions_everywhere(name: str, how: str, ranks: Worlds) -> None:
+    case = replace(EIGHT[name], mesh="square", **MESHES[how])
+    if how == "whole experts" and case.options.get("projector") == "columns":
+        return  # coordinates of 24 columns: refused
+    check(ranks, 4, f"{name} {how}", case)
+
+
+def test_from_mesh_to_mesh(ranks: Worlds, tmp_path: Path) -> None:
+    check_route(ranks, "galore", ("2 x 2 copies", "2", "2 x 2 parallel"), tmp_path, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("name", ["galore", "dct memory", "frugal rows"])
+def test_from_mesh_to_mesh_everywhere(name: str, flat: bool, ranks: Worlds, tmp_path: Path) -> None:
+    check_route(ranks, name, ROUTE, tmp_path, flat)
+
+
+def check_route(ranks: Worlds, name: str, route: tuple[str, ...], folder: Path, flat: bool) -> None:
+    case = replace(EIGHT[name], steps=LEG * len(route))
+    expected, source = training.reference(case.reference), None
+    for i, key in enumerate(route):
+        (size, how, mesh), target = LEGS[key], str(folder / str(i))
+        args = {"begin": i * LEG, "source": source, "target": target, "flat": flat}
+        own = replace(case, how=how, mesh=mesh)
+        job = ranks(size).run(f"leg {i}", leg, case=own, plain=False, **args)
+        run = training.assembled(job.checked())
+        training.assert_equal_runs(run, expected[i * LEG : (i + 1) * LEG])
+        source = target
