@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,15 +11,16 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.checkpoints.form import Entries
-from lowrank_optim.engine.plan import ParamPlan, Strategies
+from lowrank_optim.engine.plan import ParamPlan, Strategies, unit_of
 from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.engine.sharded.forms import forms_of, whole_meta_state
 from lowrank_optim.groups import Group
 from lowrank_optim.groups.names import bare
 from lowrank_optim.ops import quant
 from lowrank_optim.ops.quant import Quantized
-from lowrank_optim.sharding.parts import is_sharded
+from lowrank_optim.sharding.parts import as_if_sharded, is_sharded
 from lowrank_optim.stores import Block8Store, scale_key
+from lowrank_optim.subspaces.block import Block
 
 
 def as_one_process(
@@ -104,13 +106,77 @@ def send_as_kept(optimizer: PlannedOptimizer, model: Any, sent: dict[str, Any]) 
             if name not in state or not item.sharded:
                 continue
             chosen = optimizer._strategies(_as_saved(group, groups.get(name, {})))
-            expected = whole_meta_state(item, chosen, active=True)
-            entries = as_one_process(item, chosen, sent["state"][state[name]], expected)
-            forms = forms_of(item, chosen)
-            sent["state"][state[name]] = {
-                key: forms[key].kept(x) if key in forms and _fits(x, expected.get(key)) else x
-                for key, x in entries.items()
-            }
+            sent["state"][state[name]] = _as_kept(item, chosen, sent["state"][state[name]])
+
+
+def in_blocks(optimizer: PlannedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict of plain parameters in the shapes and formats that ranks keep.
+
+    ``torch.distributed.checkpoint`` reads tensors of the shapes that were saved. Of ``"8bit"``
+    moments those of DTensors differ from those of plain parameters: their blocks are a dimension,
+    and what has blocks that no rank would have whole is in float32. Between an optimizer of plain
+    parameters and a sharded one, pass the state through this before ``dcp.save`` and ``dcp.load``;
+    loading takes both shapes. Nothing else changes, and nothing of DTensors. Tensors that are split
+    along their last dimension without a subspace are not foreseen: their moments are in float32.
+
+    Args:
+        optimizer: of named parameters.
+        state_dict: of ``get_optimizer_state_dict``, by name and not flattened.
+
+    Raises:
+        ValueError: the state is flattened, or the optimizer has no names.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+        >>> from lowrank_optim import GaLoreAdamW8bit
+        >>> from lowrank_optim.checkpoints import in_blocks
+        >>> model = torch.nn.Linear(700, 40, bias=False)
+        >>> optimizer = GaLoreAdamW8bit(model.named_parameters(), rank=8)
+        >>> state = in_blocks(optimizer, get_optimizer_state_dict(model, optimizer))
+        >>> state["state"]["weight"]["low.exp_avg"].shape
+        torch.Size([8, 3, 256])
+    """
+    if "state" not in state_dict:
+        raise ValueError(
+            "in_blocks takes a state dict by name, got one without 'state', as of "
+            "flatten_optimizer_state_dict=True: leave that option out"
+        )
+    state = dict(state_dict["state"])
+    names = {bare(str(name)): name for name in state}
+    for group in optimizer.param_groups:
+        chosen = optimizer._strategies(group)
+        for item in optimizer._items(group):
+            name = names.get(bare(item.name))
+            if name is None and item.param in optimizer.state:
+                raise ValueError(
+                    f"the state dict has {[*names][:3]} and the optimizer {item.name}: make the "
+                    "optimizer of model.named_parameters(), and take the state of "
+                    "get_optimizer_state_dict(model, optimizer)"
+                )
+            dense = item.subspace is None or isinstance(item.subspace, Block)
+            if name is None or item.sharded or not (dense or _can_split(item)):
+                continue
+            view, unit = None, 1
+            if not dense and item.view is not None and item.subspace is not None:
+                view, unit = item.view, unit_of(item.view, item.subspace, chosen)
+            twin = replace(item, part=as_if_sharded(view, item.param.shape, unit))
+            state[name] = _as_kept(twin, chosen, state[name])
+    return {**state_dict, "state": state}
+
+
+def _can_split(item: ParamPlan) -> bool:
+    return item.alone and item.subspace is not None and item.subspace.whole is None
+
+
+def _as_kept(item: ParamPlan, chosen: Strategies, entries: Entries) -> Entries:
+    """Whole entries as ranks keep them."""
+    expected = whole_meta_state(item, chosen, active=True)
+    found, forms = as_one_process(item, chosen, entries, expected), forms_of(item, chosen)
+    return {
+        key: forms[key].kept(x) if key in forms and _fits(x, expected.get(key)) else x
+        for key, x in found.items()
+    }
 
 
 def _as_saved(group: Group, saved: Group) -> Group:

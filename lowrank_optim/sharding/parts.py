@@ -243,6 +243,12 @@ def part_of(param: Tensor, view: MatrixView | None, name: str, unit: int = 1) ->
     )  # fmt: skip
 
 
+def as_if_sharded(view: MatrixView | None, shape: Sequence[int], unit: int = 1) -> Part:
+    """What a plain parameter would be on some mesh: only for the forms of its state."""
+    side: Side = "entries" if view is None else "whole"
+    return Part(side, 0, 1, (), 0, (), (), view, view, tuple(shape), view=view, unit=unit)
+
+
 def replica(view: MatrixView | None, group: dist.ProcessGroup, shape: Sequence[int]) -> Part:
     """A plain parameter that every rank of ``group`` has, as under DistributedDataParallel."""
     rank, ranks = dist.get_rank(group), group.size()
