@@ -116,6 +116,9 @@ _EIGHT: dict[str, Case] = {
 EIGHT = {name: replace(case, only=WITH_BLOCKS, steps=7) for name, case in _EIGHT.items()}
 """Moments in 8 bits, of which some are."""
 
+BLOCKS = Case("FrugalAdamW8bit", {"density": 0.5}, only=("some blocks", "table", "four blocks"))
+"""By rows that blocks lie within: whole tensors, of which some have moments at a time."""
+
 FACTORS: dict[str, Sequence[Any]] = {
     "method": tuple(METHODS),
     "projector": ("svd", "rsvd", "random", "dct", "hadamard", "columns", "rows", "block"),

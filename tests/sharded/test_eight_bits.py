@@ -24,7 +24,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import lowrank_optim
 from tests.sharded import training
-from tests.sharded.combinations import EIGHT, WITH_BLOCKS
+from tests.sharded.combinations import BLOCKS, EIGHT, WITH_BLOCKS
 from tests.sharded.ranks import Ranks, World
 from tests.sharded.test_full_state import whole_state
 from tests.sharded.test_meshes import PLACES
@@ -60,10 +60,6 @@ def test_it_is_one_process(name: str, size: int, how: str, ranks: Worlds) -> Non
 def test_it_is_one_process_everywhere(name: str, size: int, how: str, ranks: Worlds) -> None:
     only = (*WITH_BLOCKS, "four blocks")
     check(ranks, size, name, replace(EIGHT[name], how=how, only=only, steps=12))
-
-
-BLOCKS = Case("FrugalAdamW8bit", {"density": 0.5}, only=("some blocks", "table", "four blocks"))
-"""By rows that blocks lie within: whole tensors, of which one has moments at a time."""
 
 
 @pytest.mark.parametrize("size", [3])

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from lowrank_optim.checkpoints import hold_blocks, in_blocks
 from lowrank_optim.optimizer import LowRankOptimizer
 from tests.sharded import training
-from tests.sharded.combinations import EIGHT, NAMED
+from tests.sharded.combinations import BLOCKS, EIGHT, NAMED
 from tests.sharded.ranks import Ranks, World
 from tests.sharded.training import Case, Trained
 
@@ -136,12 +136,15 @@ def test_a_run_over_several_numbers_of_ranks_is_one_run(
     check(ranks, name, replace(NAMED[name], only=SHORT), False, tmp_path, ROUTE[:4])
 
 
-@pytest.mark.parametrize(("name", "flat"), [("frugal rows", True), ("galore", False)])
+@pytest.mark.parametrize(
+    ("name", "flat"), [("frugal rows", True), ("galore", False), ("block", False)]
+)
 def test_moments_in_8_bits_over_several_numbers_of_ranks(
     name: str, flat: bool, ranks: Worlds, tmp_path: Path
 ) -> None:
     """To the bit at every step, so that nothing was encoded again on the way."""
-    check(ranks, name, EIGHT[name], flat, tmp_path, ROUTE[:4], plain=not flat)
+    case = BLOCKS if name == "block" else EIGHT[name]
+    check(ranks, name, case, flat, tmp_path, ROUTE[:4], plain=not flat)
 
 
 @pytest.mark.slow
