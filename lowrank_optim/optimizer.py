@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowrank_optim.checkpoints.load import broadcasting, load_state_dict, with_places
+from lowrank_optim.checkpoints.load import filled_in, load_state_dict, with_places
 from lowrank_optim.engine import tracing, zero
 from lowrank_optim.engine.blocks import advance, catch_up, placed
 from lowrank_optim.engine.compiled import Traced
-from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state, unit_of
 from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.engine.preflight import (
     Plan,
@@ -325,7 +325,10 @@ class LowRankOptimizer(PlannedOptimizer):
                 _check_fit(_name(group, i), subspace, self.residual(group))
             kind = kinds.setdefault((view, subspace), len(kinds))
             shared = None if isinstance(subspace, Block) else view
-            part = part_of(param, shared, _name(group, i), chosen.store.unit)
+            unit = 1
+            if shared is not None and subspace is not None and is_sharded(param):
+                unit = unit_of(shared, subspace, chosen)
+            part = part_of(param, shared, _name(group, i), unit)
             uid = self._places.get(param, start + i) if names is None else uid_of(names[i])
             item = ParamPlan(param, _name(group, i), start + i, uid, view, subspace, kind, part)
             check_supported(item, chosen, type(self).__name__)
@@ -588,7 +591,7 @@ class LowRankOptimizer(PlannedOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """As of torch; where its loader has rank 0 fill it in, with all keys that it may need."""
         state_dict = super().state_dict()
-        return with_places(self, state_dict) if broadcasting() else state_dict
+        return with_places(self, state_dict) if filled_in(self) else state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint: tensors keep their dtypes and are copied; all hooks run.

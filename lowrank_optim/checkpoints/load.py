@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.checkpoints.form import Entries, by_name, check_form, check_owners, check_shared
+from lowrank_optim.checkpoints.placed import as_one_process, send_as_kept
 from lowrank_optim.engine.plan import (
     ParamPlan,
     State,
@@ -22,7 +23,8 @@ from lowrank_optim.engine.plan import (
     on_host,
 )
 from lowrank_optim.engine.planned import PlannedOptimizer
-from lowrank_optim.engine.sharded.local import LocalState, here, kept_as, whole_meta_state
+from lowrank_optim.engine.sharded.forms import forms_of, whole_meta_state
+from lowrank_optim.engine.sharded.local import LocalState, here, kept_as
 from lowrank_optim.groups import Group, canonical
 from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.stores import scale_key
@@ -135,11 +137,12 @@ def hold_blocks(optimizer: PlannedOptimizer) -> None:
                 alloc_moments(part, chosen, optimizer._state_of(item, chosen), part.param)
 
 
-def broadcasting() -> bool:
+def filled_in(optimizer: PlannedOptimizer) -> bool:
     """Whether torch's loader asks for a state that it lets rank 0 fill in, on every rank.
 
-    What rank 0 is about to send is made contiguous: a moment that was put together from uneven
-    columns need not be, and torch 2.6 sends its memory as it lies.
+    What it is about to cut for the ranks, or to send, gets the shapes that they have. It is made
+    contiguous too: a moment that was put together from uneven columns need not be, and torch 2.6
+    sends its memory as it lies.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_name != "_load_optim_state_dict":
@@ -147,8 +150,10 @@ def broadcasting() -> bool:
     info = None if frame is None else frame.f_locals.get("info")
     flat = getattr(info, "flatten_optimizer_state_dict", False)
     found = bool(getattr(info, "broadcast_from_rank0", False)) and not flat
-    if found and frame is not None:
-        sent = frame.f_locals.get("optim_state_dict") or {}
+    sent = None if frame is None else frame.f_locals.get("optim_state_dict")
+    if frame is not None and sent and not flat:
+        send_as_kept(optimizer, frame.f_locals["model"], sent)
+    if found and sent:
         for entry in sent.get("state", {}).values():
             entry.update({k: x.contiguous() for k, x in entry.items() if isinstance(x, Tensor)})
     return found
@@ -179,7 +184,8 @@ def _places(item: ParamPlan, chosen: Strategies) -> State:
     part, held = here(item), LocalState({}, item, chosen)
     alloc_moments(part, chosen, held, part.param)
     for x in held.values():
-        x.fill_(math.nan)
+        if x.is_floating_point():  # codes are known by their scales
+            x.fill_(math.nan)
     return held.outer
 
 
@@ -205,7 +211,9 @@ def _entries(saved: Mapping[str, Any], param: Tensor) -> Entries:
         k: v
         for k, v in saved.items()
         if not (isinstance(v, Mapping) and not v)
-        and not (isinstance(v, Tensor) and _unfilled(v, param))
+        and not any(
+            isinstance(x, Tensor) and _unfilled(x, param) for x in (v, saved.get(scale_key(k)))
+        )
     }
 
 
@@ -214,7 +222,7 @@ def _unfilled(x: Tensor, param: Tensor) -> bool:
     if not is_sharded(x):
         return not x.numel() and bool(param.numel())
     own = local(x)
-    return bool(own.numel()) and bool(own.isnan().all())
+    return own.is_floating_point() and bool(own.numel()) and bool(own.isnan().all())
 
 
 def _placed(key: str, value: Any, param: Tensor, dtype: torch.dtype) -> Tensor:
@@ -231,14 +239,14 @@ def _placed(key: str, value: Any, param: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_fit(
-    optimizer: PlannedOptimizer, groups: list[Group], saved: Mapping[int, Entries]
+    optimizer: PlannedOptimizer, groups: list[Group], saved: dict[int, Entries]
 ) -> dict[int, dict[str, torch.dtype]]:
     """Compare every saved entry with the state that this optimizer would make.
 
     Args:
         optimizer: what the checkpoint is to be loaded into.
         groups: the groups it would have then, as many and as long as its own.
-        saved: state by position of the parameter.
+        saved: state by position of the parameter; entries get the shapes of one process.
 
     Returns:
         The dtype of every entry. It is the saved one, unless the checkpoint comes from another
@@ -261,6 +269,9 @@ def check_fit(
         for ours, there in pairs:
             if n in saved:
                 _same_structure(optimizer, ours, there, mine, merged, saved[n])
+                if "state_dtype" in loaded:
+                    expected = whole_meta_state(there, chosen, active=True)
+                    saved[n] = as_one_process(there, chosen, saved[n], expected)
                 dtypes[n] = _fitting(optimizer, there, chosen, loaded, saved[n])
             n += 1
     return dtypes
@@ -277,7 +288,7 @@ def _fitting(
     last = tensors.get("refresh_step")
     active |= last is not None and bool((last >= 0).any())  # must be: nobody else has them
     expected = whole_meta_state(item, chosen, active)
-    _same_shapes(optimizer, item, loaded, tensors, expected)
+    _same_shapes(optimizer, item, chosen, loaded, tensors, expected)
     with _named(optimizer, item, loaded):
         check_state(
             item, chosen, {k: as_dtype(k, local(x), expected[k].dtype) for k, x in tensors.items()}
@@ -327,6 +338,7 @@ def _same_structure(
 def _same_shapes(
     optimizer: PlannedOptimizer,
     item: ParamPlan,
+    chosen: Strategies,
     loaded: Group,
     found: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
@@ -338,8 +350,11 @@ def _same_shapes(
             raise _misfit(optimizer, item.name, f"format of {key}", theirs, ours, loaded)
     if expected.keys() != found.keys():
         raise _misfit(optimizer, item.name, "state", sorted(found), sorted(expected), loaded)
+    forms = forms_of(item, chosen) if item.sharded else {}
     for key, tensor in expected.items():
         shape, own = tuple(found[key].shape), tuple(tensor.shape)
+        if is_sharded(found[key]) and key in forms:
+            own = forms[key].shape
         if shape != own:
             raise _misfit(optimizer, item.name, f"shape of {key}", shape, own, loaded)
 

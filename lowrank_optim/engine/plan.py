@@ -15,7 +15,7 @@ from lowrank_optim.ops.quant import Moment
 from lowrank_optim.residuals import Residual
 from lowrank_optim.rules.base import Rule, Slot
 from lowrank_optim.sharding.parts import Part, noise_at, noise_of
-from lowrank_optim.stores import Store
+from lowrank_optim.stores import Store, Whole
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.tensors.matrix import MatrixView
@@ -137,8 +137,7 @@ def init_state(
     for coord, shape in _coords(item).items():
         if chosen.aged and coord:
             state[age_key(coord)] = like.new_zeros(shape[:-1], dtype=torch.float32)
-        for slot in chosen.rule.slots(shape):
-            chosen.store.alloc(state, slot_key(coord, slot.name), slot, shape, like)
+        _alloc(item, chosen, state, coord, shape, like)
     return state
 
 
@@ -183,9 +182,42 @@ def active_blocks(item: ParamPlan, chosen: Strategies, count: int) -> frozenset[
 
 def alloc_moments(item: ParamPlan, chosen: Strategies, state: State, like: Tensor) -> None:
     """Moments of the whole parameter, zeros."""
-    shape = tuple(item.param.shape)
+    _alloc(item, chosen, state, "", tuple(item.param.shape), like)
+
+
+def _alloc(
+    item: ParamPlan,
+    chosen: Strategies,
+    state: State,
+    coord: str,
+    shape: tuple[int, ...],
+    like: Tensor,
+) -> None:
+    """Moments of one coordinate, or of the part of it that is here: whole blocks of columns."""
+    part, whole = item.part, Whole(shape)
+    if part is not None and part.sharded:
+        if not coord:
+            whole = Whole(part.shape, by_rows=True, crossed=part.crossed)
+        else:
+            assert item.subspace is not None and item.view is not None and part.view is not None
+            whole = Whole(item.subspace.coord_shapes(part.view)[coord])
+            padded = item.view._replace(n=item.view.n + part.padding)
+            shape = item.subspace.coord_shapes(padded)[coord]
     for slot in chosen.rule.slots(shape):
-        chosen.store.alloc(state, slot.name, slot, shape, like)
+        chosen.store.alloc(state, slot_key(coord, slot.name), slot, shape, like, whole)
+
+
+def unit_of(view: MatrixView, subspace: Subspace, chosen: Strategies) -> int:
+    """Columns that ranks must step together, as the moments of columns are kept."""
+    shapes = subspace.coord_shapes(view)
+    wider = subspace.coord_shapes(view._replace(n=view.n + 1))
+    units = [
+        chosen.store.unit(slot.shape(shape))
+        for coord, shape in shapes.items()
+        if shape != wider[coord]
+        for slot in chosen.rule.slots(shape)
+    ]
+    return max(units, default=1)
 
 
 def slot_key(coord: str, slot: str) -> str:

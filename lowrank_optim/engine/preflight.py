@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
-from lowrank_optim.engine.sharded.local import whole_meta_state
+from lowrank_optim.engine.sharded.forms import kept_meta_state
 from lowrank_optim.groups import Group
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
@@ -223,7 +223,7 @@ def _same_meaning(old: ParamPlan, new: ParamPlan) -> bool:
 def _misfit(item: ParamPlan, state: State, chosen: Strategies) -> str:
     """How the state of a parameter differs from what its group needs; "" if it does not."""
     held = any(slot.name in state for slot in chosen.rule.slots(item.param.shape))
-    needed = whole_meta_state(item, chosen, held)
+    needed = kept_meta_state(item, chosen, held)
     if needed.keys() != state.keys():
         parts = sorted(needed.keys() ^ state.keys())
         return f"the state of {item.name} differs in {', '.join(parts)}"

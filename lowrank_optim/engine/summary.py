@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
 
 from lowrank_optim.engine import tracing
-from lowrank_optim.engine.plan import ParamPlan
+from lowrank_optim.engine.plan import ParamPlan, Strategies
 from lowrank_optim.engine.planned import PlannedOptimizer
+from lowrank_optim.engine.sharded.forms import kept_meta_state
 from lowrank_optim.engine.sharded.local import meta_state
 from lowrank_optim.groups.linear_maps import EMBEDDING, HEAD, names_linear_map
 from lowrank_optim.groups.values import Group
 from lowrank_optim.sharding.parts import local
+from lowrank_optim.stores import scale_key
 
 ENOUGH = 0.5
 """Share of the parameters in matrices that an optimizer should project, or say that it does not."""
@@ -49,6 +52,9 @@ class Summary(NamedTuple):
     """State of the optimizer once it has stepped, with what its matrices share; of this rank."""
     rates: tuple[Rates, ...]
     """Of each group with projected parameters, equal ones once."""
+    widened: tuple[str, ...] = ()
+    """Names of DTensors whose moments stay in float32 where ``state_dtype="8bit"`` is asked for, as
+    no rank would have their blocks whole."""
 
     def __str__(self) -> str:
         """One line."""
@@ -57,8 +63,15 @@ class Summary(NamedTuple):
         return (
             f"{self.method}: {self.projected_tensors} of {self.tensors} tensors projected, "
             f"{share:.1%} of {self.parameters:,} parameters; state {binary(self.state_bytes)}; "
-            f"learning rate {rates or 'of dense parameters alone'}"
+            f"learning rate {rates or 'of dense parameters alone'}{self._told()}"
         )
+
+    def _told(self) -> str:
+        """Of moments in another format than one process has."""
+        if not self.widened:
+            return ""
+        listed = ", ".join(self.widened[:3]) + ", ..." * (len(self.widened) > 3)
+        return f"; moments of {len(self.widened)} in float32, as ranks share blocks: {listed}"
 
     def shortfall(self) -> str | None:
         """What to say where less than half of the matrices' parameters is projected."""
@@ -106,7 +119,20 @@ def summary_of(optimizer: PlannedOptimizer) -> Summary:
         dense=tuple(f"{x.name} {tuple(x.param.shape)}" for x in dense),
         state_bytes=state_bytes,
         rates=tuple(rates),
+        widened=tuple(
+            item.name for group, item in found if _is_widened(item, optimizer._strategies(group))
+        ),
     )
+
+
+def _is_widened(item: ParamPlan, chosen: Strategies) -> bool:
+    """Whether one process would keep moments in 8 bits that are wider here."""
+    part = item.part
+    if part is None or not part.sharded or part.side != "entries":
+        return False
+    own = (kept_meta_state(x, chosen, True) for x in (item, replace(item, part=None)))
+    here, alone = (sum(key.endswith(scale_key("")) for key in state) for state in own)
+    return here < alone
 
 
 def _is_low(item: ParamPlan) -> bool:

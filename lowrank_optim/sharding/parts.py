@@ -62,6 +62,10 @@ class Part:
     """How ``dims`` split columns, or a batch, among them."""
     grid: Grid | None = None
     """Of blocks: what each rank of the group has, and what it steps."""
+    view: MatrixView | None = None
+    """Of the whole."""
+    unit: int = 1
+    """Columns that are kept together: entries of a state are in blocks of so many."""
     alike: dist.ProcessGroup | None = None
     """Of plain tensors: the ranks that have them too."""
 
@@ -105,6 +109,20 @@ class Part:
     def summed(self) -> bool:
         """Whether each rank steps other columns of one matrix."""
         return self.side in ("columns", "blocks")
+
+    @property
+    def padding(self) -> int:
+        """Columns that fill up the last block of what is stepped here."""
+        return 0 if self.stepped is None else -self.stepped.n % self.unit
+
+    @property
+    def crossed(self) -> bool:
+        """Of entries: whether no block of a row lies on one rank whatever the number of ranks."""
+        last = len(self.shape) - 1
+        split = any(
+            type(p).__name__ != "Replicate" and p.dim % (last + 1) == last for p in self.placements
+        )
+        return last < 1 or split
 
     @property
     def layout(self) -> tuple[Any, ...]:
@@ -233,7 +251,8 @@ def part_of(param: Tensor, view: MatrixView | None, name: str, unit: int = 1) ->
         order = members(mesh, dims)
         rank = order.index(mesh.get_rank())
         return Part(
-            "whole", rank, len(order), (), 0, mesh, placements, view, view, shape, dims
+            "whole", rank, len(order), (), 0, mesh, placements, view, view, shape, dims,
+            view=view, unit=unit,
         )  # fmt: skip
     # the order of ranks in their group, which need not be that of the mesh
     over = ranks_over(mesh, dims)
@@ -249,8 +268,14 @@ def part_of(param: Tensor, view: MatrixView | None, name: str, unit: int = 1) ->
     kept = grid if side == "blocks" else None
     return Part(
         side, rank, len(ordered), spans, place, mesh, placements, here, stepped, shape, dims,
-        copied, cut, kept,
+        copied, cut, kept, view, unit,
     )  # fmt: skip
+
+
+def as_if_sharded(view: MatrixView | None, shape: Sequence[int], unit: int = 1) -> Part:
+    """What a plain parameter would be on some mesh: only for the forms of its state."""
+    side: Side = "entries" if view is None else "whole"
+    return Part(side, 0, 1, (), 0, (), (), view, view, tuple(shape), view=view, unit=unit)
 
 
 def replica(view: MatrixView | None, group: dist.ProcessGroup, shape: Sequence[int]) -> Part:

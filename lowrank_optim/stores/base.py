@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import ClassVar, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -14,19 +14,48 @@ from lowrank_optim.rules.base import Slot
 State = MutableMapping[str, Tensor]
 
 
+class Whole(NamedTuple):
+    """What ranks have together, where each allocates its part."""
+
+    shape: tuple[int, ...]
+    """Of the gradient of all of it: a format that depends on a size depends on this one."""
+    by_rows: bool = False
+    """Whether parts are any number of rows, not known to the format."""
+    crossed: bool = False
+    """Whether edges of parts lie within rows, anywhere."""
+
+
 class Store(Protocol):
     """Allocates, reads and writes one slot of the state; arithmetic is in ``compute_dtype``."""
-
-    unit: ClassVar[int]
-    """Columns that it keeps together: where ranks share a moment, they cut it at multiples."""
 
     @property
     def rounds(self) -> bool:
         """Whether writes round stochastically, so that torch's own steps may not write."""
         ...
 
-    def alloc(self, state: State, key: str, slot: Slot, shape: Sequence[int], like: Tensor) -> None:
-        """Zeros for ``slot`` under ``key``, on the device of ``like``."""
+    def unit(self, shape: Sequence[int]) -> int:
+        """Columns of a moment that it keeps together: ranks that share it cut it at multiples."""
+        ...
+
+    def alloc(
+        self,
+        state: State,
+        key: str,
+        slot: Slot,
+        shape: Sequence[int],
+        like: Tensor,
+        of: Whole | None = None,
+    ) -> None:
+        """Zeros for ``slot`` under ``key``, on the device of ``like``.
+
+        Args:
+            state: of the parameter.
+            key: of the slot.
+            slot: what it holds.
+            shape: of its gradient; of the part of it that is here.
+            like: a tensor on the device.
+            of: what that is a part of (default: all is here).
+        """
         ...
 
     def read(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from lowrank_optim.ops import quant
 from lowrank_optim.ops.moving import move_rows_
 from lowrank_optim.ops.quant import Moment, Quantized
 from lowrank_optim.rules.base import Slot, compute_dtype
-from lowrank_optim.stores.base import State, register, scale_key
+from lowrank_optim.stores.base import State, Whole, register, scale_key
 from lowrank_optim.stores.floating import FloatStore
 from lowrank_optim.tensors.values import check_finite
 
@@ -25,10 +24,9 @@ class Block8Store:
     """Moments in 8 bits, one float32 scale a block; small ones in ``float32``.
 
     ``<slot>`` holds the codes in the slot's shape and ``<slot>_scale`` the scales. A slot of fewer
-    than :data:`lowrank_optim.ops.quant.MIN_SIZE` elements is kept in float32, and has no scales.
+    than :data:`lowrank_optim.ops.quant.MIN_SIZE` elements is kept in float32, and has no scales; so
+    is one whose blocks ranks would have parts of.
     """
-
-    unit: ClassVar[int] = 1
 
     small: FloatStore = field(default_factory=lambda: FloatStore(torch.float32))
 
@@ -37,15 +35,33 @@ class Block8Store:
         """To the nearest code: a decay below half a code is seen when the block's scale falls."""
         return False
 
-    def alloc(self, state: State, key: str, slot: Slot, shape: Sequence[int], like: Tensor) -> None:
+    def unit(self, shape: Sequence[int]) -> int:
+        """Those of a block; all, where blocks hold whole rows; each alone of what is small."""
+        return 1 if math.prod(shape) < quant.MIN_SIZE else min(quant.BLOCK, shape[-1])
+
+    def alloc(
+        self,
+        state: State,
+        key: str,
+        slot: Slot,
+        shape: Sequence[int],
+        like: Tensor,
+        of: Whole | None = None,
+    ) -> None:
         """The code of 0, and scales of 0."""
-        own = slot.shape(shape)
-        if math.prod(own) < quant.MIN_SIZE:
+        own, whole = slot.shape(shape), of or Whole(tuple(shape))
+        if not self._fits(whole, slot.shape(whole.shape)):
             self.small.alloc(state, key, slot, shape, like)
             return
         code, scales = quant.zero_code(slot.signed), quant.layout(own).scales
         state[key] = torch.full(own, code, dtype=torch.uint8, device=like.device)
         state[scale_key(key)] = torch.zeros(scales, dtype=torch.float32, device=like.device)
+
+    def _fits(self, whole: Whole, shape: Sequence[int]) -> bool:
+        """Whether it is large enough, and every block of it lies on one rank."""
+        if math.prod(shape) < quant.MIN_SIZE or whole.crossed:
+            return False
+        return not whole.by_rows or shape[-1] >= quant.BLOCK
 
     def check_state(self, state: Mapping[str, Tensor], key: str, slot: Slot) -> None:
         """Its scales: every byte is a code."""

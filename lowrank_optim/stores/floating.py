@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from lowrank_optim import ops
 from lowrank_optim.ops.moving import move_rows_
 from lowrank_optim.rules.base import Slot, compute_dtype
-from lowrank_optim.stores.base import State, register
+from lowrank_optim.stores.base import State, Whole, register
 from lowrank_optim.tensors.values import check_finite
 
 
@@ -26,8 +25,6 @@ class FloatStore:
     because 1e-3 of it is less than half a unit in the last place.
     """
 
-    unit: ClassVar[int] = 1
-
     dtype: torch.dtype
 
     @property
@@ -35,7 +32,19 @@ class FloatStore:
         """True below float32."""
         return self.dtype != torch.float32
 
-    def alloc(self, state: State, key: str, slot: Slot, shape: Sequence[int], like: Tensor) -> None:
+    def unit(self, shape: Sequence[int]) -> int:
+        """Each column alone."""
+        return 1
+
+    def alloc(
+        self,
+        state: State,
+        key: str,
+        slot: Slot,
+        shape: Sequence[int],
+        like: Tensor,
+        of: Whole | None = None,
+    ) -> None:
         """Zeros in this format."""
         wide = compute_dtype(like.dtype)
         dtype = wide if self.dtype == torch.float32 else self.dtype

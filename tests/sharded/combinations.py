@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from tests.pairwise import Row
-from tests.sharded.training import Case, make_optimizer
+from tests.sharded.training import GAP, Case, make_optimizer
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "galore adamw": ("GaLoreAdamW", {}),
@@ -110,6 +111,35 @@ SHORT = ("wide", "tall", "few", "experts")
 
 NAMED = {name: case_of(*chosen) for name, chosen in _NAMED.items()}
 """Each promise by name."""
+
+WITH_BLOCKS = ("some blocks", "a few more", "no block", "small")
+"""Blocks that edges of shards cross, blocks of rows, one block of whole rows, and none."""
+
+_EIGHT: dict[str, Case] = {
+    "galore": Case("GaLoreAdamW8bit", {"on_refresh": "project"}),
+    "galore svd": Case("GaLoreAdamW8bit", {"projector": "svd", "on_refresh": "reset"}),
+    "galore columns": Case(
+        "GaLoreAdamW8bit", {"projector": "columns", "rank": 0.5, "on_refresh": "project"}
+    ),
+    "galore larger side": Case("GaLoreAdamW8bit", {"proj_type": "reverse_std", "rank": 30}),
+    "galore dct": Case("GaLoreAdamW8bit", {"projector": "dct", "maximize": True}),
+    "galore lion": Case("GaLoreLion", {"state_dtype": "8bit", "projector": "random"}),
+    "galore sgd": Case("GaLoreSGD", {"state_dtype": "8bit", "momentum": 0.9}),
+    "fira": Case("FiraAdamW8bit", {"projector": "random"}),
+    "frugal rows": Case("FrugalAdamW8bit", {"projector": "rows", "density": 0.5}),
+    "frugal columns": Case(
+        "FrugalLion", {"state_dtype": "8bit", "projector": "columns", "density": 0.5}
+    ),
+    "dct": Case("DCTAdamW8bit"),
+    "dct memory": Case("DCTAdamW8bit", {"error_feedback": "float32", "update_proj_gap": GAP}),
+    "dct memory 8bit": Case("DCTAdamW8bit", {"error_feedback": "8bit"}),
+    "dct memory 4bit": Case("DCTAdamW8bit", {"error_feedback": "4bit"}),
+}
+EIGHT = {name: replace(case, only=WITH_BLOCKS, steps=7) for name, case in _EIGHT.items()}
+"""Moments in 8 bits, of which some are."""
+
+BLOCKS = Case("FrugalAdamW8bit", {"density": 0.5}, only=("some blocks", "table", "four blocks"))
+"""By rows that blocks lie within: whole tensors, of which some have moments at a time."""
 
 FACTORS: dict[str, Sequence[Any]] = {
     "method": tuple(METHODS),

@@ -31,6 +31,19 @@ SHAPES: dict[str, tuple[int, ...]] = {
 }
 """Of all weights that a step may project."""
 
+BLOCKS: dict[str, tuple[int, ...]] = {
+    "four blocks": (34, 1024),  # 2 and 4 ranks share whole blocks of 256
+    "some blocks": (40, 700),  # the last is not full, and edges of shards are within blocks
+    "a few more": (600, 36),  # by rows of the weight, the canonical columns
+    "no block": (60, 240),  # narrower than one
+    "small": (8, 300),  # moments of too few entries
+    "experts blocks": (3, 24, 520),
+    "table": (37, 260),
+    "vector": (5000,),
+}
+"""Whose moments have blocks: only where they are asked for."""
+EVERY = {**SHAPES, **BLOCKS}
+
 
 class Layer(nn.Module):
     """One weight of any shape, and a bias; its loss is that of a batch of its own."""
@@ -113,8 +126,9 @@ def awkward(only: tuple[str, ...] = ()) -> Model:
     before = torch.get_rng_state()
     torch.manual_seed(11)
     names = list(SHAPES)
+    every = list(EVERY)
     layers: dict[str, nn.Module] = {
-        name.replace(" ", "_"): Layer(SHAPES[name], names.index(name), bias=not only)
+        name.replace(" ", "_"): Layer(EVERY[name], every.index(name), bias=not only)
         for name in only or names
     }
     halves = [dict(list(layers.items())[i::2]) for i in range(2)]

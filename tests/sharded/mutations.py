@@ -39,6 +39,7 @@ MUTATIONS: dict[str, Mutation] = {
     "weights of Adafactor": Mutation("sum_", "first"),
     "turn to columns": Mutation("to_columns", how="one rank"),
     "turn to rows": Mutation("to_blocks", how="one rank"),
+    "edges to blocks": Mutation("to_columns", how="one rank"),
     "gather to the owner": Mutation("exchange", how="one rank"),
     "broadcast of the basis": Mutation("broadcast", how="one rank"),
     "sum of SST's u and s": Mutation("sum_", "even"),

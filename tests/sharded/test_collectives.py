@@ -213,7 +213,14 @@ TURNS = {"columns": (1,), "block": ()}
 """Dimensions whose split is of the projected side, where that is not the shorter."""
 
 
-def measured(world: World, cls: str, options: dict[str, Any], place: int | str, alike: int) -> Any:
+def measured(
+    world: World,
+    cls: str,
+    options: dict[str, Any],
+    place: int | str,
+    alike: int,
+    shape: tuple[int, int] = (M, N),
+) -> Any:
     """Each step's collectives and storages, of some equal matrices.
 
     On all ranks in a row, or on a square of them where ``place`` has a letter for each dimension.
@@ -223,7 +230,7 @@ def measured(world: World, cls: str, options: dict[str, Any], place: int | str, 
     generator = torch.Generator().manual_seed(4)
 
     def draw() -> Tensor:
-        x = torch.randn(M, N, generator=generator, dtype=torch.float64)
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
         return here(x, mesh, places)
 
     named = [(f"layer{i}.weight", nn.Parameter(draw())) for i in range(alike)]
@@ -232,7 +239,7 @@ def measured(world: World, cls: str, options: dict[str, Any], place: int | str, 
         own["update_proj_gap"] = 3
     switched.DRAWN = 2  # of the candidates, whose pool is no larger than the weight here
     if "density" not in own:
-        own["rank"] = R
+        own.setdefault("rank", R)
     optimizer = getattr(lowrank_optim, cls)(named, **own)
     out = []
     for _ in range(STEPS):
@@ -301,6 +308,29 @@ def test_dense_adafactor_sends_two_messages_for_all(ranks: Worlds) -> None:
     for steps in ranks(2).run("dense", whole_model, **args).checked():
         for counts, _, _ in steps:
             assert counts == {"all_reduce": 3}
+
+
+WITHIN = 6 + 12 + 18
+"""Of 1,000 columns ranks store 250 each and step 256, 256, 256 and 232: what lies elsewhere."""
+
+
+@pytest.mark.parametrize(
+    ("columns", "place", "moved"), [(2048, 1, 0), (1000, 1, WITHIN), (2048, 0, 2048)]
+)
+def test_moments_in_8_bits_send_edges_within_blocks(
+    columns: int, place: int, moved: int, ranks: Worlds
+) -> None:
+    """Nothing where a rank stores whole blocks; else the columns of edges, there and back."""
+    options, shape = {"projector": "dct", "rank": 10}, (20, columns)
+    args = {"cls": "GaLoreAdamW8bit", "options": options, "place": place, "alike": 1}
+    steps = ranks(SIZE).run("8 bits", measured, shape=shape, **args).checked()
+    for step in range(STEPS):
+        meters = [metered(*own[step][:2]) for own in steps]
+        due = {"all_reduce": 1 + (step in DUE)}
+        turned = {"all_to_all": 2} if moved else {}
+        assert all(meter.counts == {**due, **turned} for meter in meters)
+        sent = sum(meter.bytes.get("all_to_all", 0) for meter in meters)
+        assert sent == 2 * moved * 20 * ITEM
 
 
 def whole_model(world: World, how: str, cls: str, options: dict[str, Any]) -> Any:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.sharded import test_adafactor, test_not_finite, training
-from tests.sharded.combinations import NAMED
+from tests.sharded.combinations import EIGHT, NAMED
 from tests.sharded.mutations import MUTATIONS, SEAM, Mutation, mutated
 from tests.sharded.ranks import Outcome, Ranks, World
 from tests.sharded.training import Case, Trained
@@ -33,6 +33,7 @@ SEEN_BY: dict[str, str] = {
     "weights of Adafactor": "adafactor scaled",
     "turn to columns": "rsvd",
     "turn to rows": "frugal svd",
+    "edges to blocks": "eight bits",
     "gather to the owner": "svd",
     "broadcast of the basis": "random",
     "sum of SST's u and s": "sst",
@@ -46,11 +47,10 @@ SEEN_BY: dict[str, str] = {
     "the other to who has its columns": "switchlora restarts",
 }
 """A case that uses the collective; that of the guard has a gradient that is not finite."""
-CASES = {
-    **NAMED,
-    "adafactor": test_adafactor.case_of("svd", "fsdp", ()),
-    "adafactor scaled": test_adafactor.case_of("rsvd relative", "fsdp", ()),
-}
+CASES = {name: replace(case, only=ONLY) for name, case in NAMED.items()}
+CASES["adafactor"] = test_adafactor.case_of("svd", "fsdp", ONLY)
+CASES["adafactor scaled"] = test_adafactor.case_of("rsvd relative", "fsdp", ONLY)
+CASES["eight bits"] = replace(EIGHT["galore dct"], how="fsdp columns", only=("some blocks",))
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def difference(outcome: Outcome, case: Case, poisoned: bool) -> str:
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_run_without_it_is_seen(name: str, brief: Ranks) -> None:
-    case = replace(CASES[SEEN_BY[name]], only=ONLY, steps=STEPS)
+    case = replace(CASES[SEEN_BY[name]], steps=STEPS)
     case = replace(case, options={**case.options, "stagger": False})
     poisoned = name == "guard"
     args = {"case": case, "poisoned": poisoned}

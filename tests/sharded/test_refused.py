@@ -27,8 +27,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "sst": ("SSTAdamW", {**SST, "rank": 2}, "Pass factors='active'"),
     "fira block": ("FiraAdamW", {"projector": "block", "rank": 0.5}, "block"),
     "adafactor block": ("GaLoreAdafactor", {"projector": "block", "rank": 0.5}, "Adafactor"),
-    "8bit": ("GaLoreAdamW8bit", {"rank": 2}, "8bit"),
-    "8bit frugal": ("FrugalLion", {"state_dtype": "8bit", "projector": "columns"}, "8bit"),
+    "8bit sst": ("SSTAdamW8bit", {**SST, "factors": "active", "rank": 2}, "8bit"),
+    "8bit switchlora": ("SwitchLoRAAdamW8bit", {"rank": 2}, "8bit"),
+    "8bit adafactor": ("GaLoreAdafactor", {"rank": 2, "beta1": 0.9, "state_dtype": "8bit"}, "8bit"),
 }
 """Class, options, and what the message must name."""
 
@@ -83,6 +84,26 @@ def test_what_is_refused(name: str, ranks: Worlds) -> None:
     cls, options, word = REFUSED[name]
     values = ranks(2).run(name, outcome, cls=cls, options=options, how="fsdp").checked()
     check(values, word)
+
+
+def narrow_experts(world: World) -> Any:
+    """Experts whose coordinates are narrower than a block, in 8 bits and split by their number."""
+    warnings.simplefilter("ignore")
+    mesh = init_device_mesh("cpu", (world.size,))
+    param = nn.Parameter(distribute_tensor(torch.randn(4, 40, 200), mesh, [Shard(0)]))
+    before = param.detach().to_local().clone()
+    try:
+        optimizer = lowrank_optim.GaLoreAdamW8bit([("weight", param)], rank=20)
+        param.grad = torch.randn_like(param)
+        optimizer.step()
+    except Exception as error:
+        return type(error).__name__, str(error), torch.equal(param.detach().to_local(), before)
+    return "none", "", False
+
+
+def test_experts_in_8_bits_that_are_narrower_than_a_block(ranks: Worlds) -> None:
+    said = ranks(2).run("narrow experts", narrow_experts).checked()
+    check(said, "256 columns", "Split the rows", "bfloat16")
 
 
 def both_split(world: World) -> Any:

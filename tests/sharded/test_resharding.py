@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from lowrank_optim.checkpoints.load import hold_blocks
+from lowrank_optim.checkpoints import hold_blocks, in_blocks
 from lowrank_optim.optimizer import LowRankOptimizer
 from tests.sharded import training
-from tests.sharded.combinations import NAMED
+from tests.sharded.combinations import BLOCKS, EIGHT, NAMED
 from tests.sharded.ranks import Ranks, World
 from tests.sharded.training import Case, Trained
 
@@ -53,6 +53,8 @@ def save(trained: Trained, folder: str, flat: bool) -> None:
         "model": get_model_state_dict(trained.model),
         "optimizer": get_optimizer_state_dict(trained.model, trained.optimizer, options=options),
     }
+    if isinstance(trained.optimizer, LowRankOptimizer) and not flat:
+        state["optimizer"] = in_blocks(trained.optimizer, state["optimizer"])
     dcp.save(state, checkpoint_id=folder)
 
 
@@ -72,6 +74,8 @@ def load(trained: Trained, folder: str, flat: bool, strict: bool = True) -> None
         hold_blocks(optimizer)
         state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=options)
         planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
+    if isinstance(optimizer, LowRankOptimizer) and not flat:
+        state["optimizer"] = in_blocks(optimizer, state["optimizer"])
     dcp.load(state, checkpoint_id=folder, planner=planner)
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
@@ -98,7 +102,16 @@ def leg(
     return out
 
 
-def check(ranks: Worlds, name: str, case: Case, flat: bool, folder: Path, route: Any) -> None:
+def check(
+    ranks: Worlds,
+    name: str,
+    case: Case,
+    flat: bool,
+    folder: Path,
+    route: Any,
+    plain: bool = True,
+) -> None:
+    """From leg to leg; one process is plain, or a mesh of one rank."""
     case = replace(case, steps=LEG * len(route))
     expected = training.reference(case.reference)
     source = None
@@ -106,7 +119,7 @@ def check(ranks: Worlds, name: str, case: Case, flat: bool, folder: Path, route:
         target = str(folder / str(i))
         args = {"case": case, "begin": i * LEG, "source": source, "target": target, "flat": flat}
         title = f"{name}, leg {i} on {size}"
-        values = ranks(size).run(title, leg, plain=size == 1, **args).checked()
+        values = ranks(size).run(title, leg, plain=plain and size == 1, **args).checked()
         part = expected[i * LEG : (i + 1) * LEG]
         training.assert_equal_runs(training.assembled(values), part)
         source = target
@@ -124,6 +137,26 @@ def test_a_run_over_several_numbers_of_ranks_is_one_run(
 ) -> None:
     route = ROUTE[:4] if name == "rsvd" else ROUTE[3:]
     check(ranks, name, replace(NAMED[name], only=SHORT), False, tmp_path, route)
+
+
+@pytest.mark.parametrize(
+    ("name", "flat"), [("frugal rows", True), ("galore", False), ("block", False)]
+)
+def test_moments_in_8_bits_over_several_numbers_of_ranks(
+    name: str, flat: bool, ranks: Worlds, tmp_path: Path
+) -> None:
+    """To the bit at every step, so that nothing was encoded again on the way."""
+    case = BLOCKS if name == "block" else EIGHT[name]
+    check(ranks, name, case, flat, tmp_path, ROUTE[:4], plain=not flat)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("name", EIGHT)
+def test_moments_in_8_bits_over_several_numbers_of_ranks_everywhere(
+    name: str, flat: bool, ranks: Worlds, tmp_path: Path
+) -> None:
+    check(ranks, name, EIGHT[name], flat, tmp_path, ROUTE, plain=not flat)
 
 
 @pytest.mark.slow

@@ -184,6 +184,58 @@ def dense(module: nn.Module) -> Any:
     return [{"params": list(module.named_parameters()), "rank": None}]
 
 
+EIGHT_BITS: dict[str, tuple[int, ...]] = {
+    "wide": (128, 64 * 256),
+    "ragged": (128, 64 * 256 + 100),
+    "narrow": (250, 255),
+    "table": (640, 300),
+}
+"""As many blocks as ranks, one more that is not full, one alone; and a dense one."""
+
+
+# one rank of each world: torch keeps what it found of a mesh that is like another
+@pytest.mark.parametrize(("size", "rank", "blocks"), [(64, 63, 0), (32, 5, 3), (16, 12, 5)])
+def test_moments_in_8_bits(size: int, rank: int, blocks: int) -> None:
+    """Codes and scales of a rank: those of the blocks that it steps, and the estimate says so."""
+    with pretended(size, rank):
+        optimizer, model = eight_bits(size)
+        mine = {k: nbytes(x) for k, x in entries(optimizer).items() if "exp_avg" in k[1]}
+        held = memory.report(optimizer)
+        cls = lowrank_optim.GaLoreAdamW8bit
+        told = memory.estimate(model, cls, groups=grouped, lr=1e-2)
+    assert sum(mine.values()) == held.moments == told.moments
+    assert optimizer.summary().state_bytes == held.total
+    counted = {
+        name: sum(size for (x, _), size in mine.items() if x.startswith(name))
+        for name in EIGHT_BITS
+    }
+    block = 2 * RANK * (256 + 4)
+    assert counted["wide"] == 64 // size * block
+    assert counted["ragged"] == blocks * block, "of 65, by torch.chunk"
+    assert counted["narrow"] == 0, "all on the first rank"
+    assert counted["table"] == 2 * 640 // size * (300 + 2 * 4)
+
+
+def grouped(model: nn.Module) -> Any:
+    named = dict(model.named_parameters())
+    dense = {"params": [("table.weight", named.pop("table.weight"))], "rank": None}
+    own = {"params": [("narrow.weight", named.pop("narrow.weight"))], "rank": 17}
+    return [{"params": list(named.items()), "rank": RANK}, own, dense]
+
+
+def eight_bits(size: int) -> tuple[LowRankOptimizer, nn.Module]:
+    model, mesh = nn.Module(), init_device_mesh("cpu", (size,))
+    for name, shape in EIGHT_BITS.items():
+        layer = nn.Module()
+        layer.weight = nn.Parameter(torch.ones(shape))
+        model.add_module(name, layer)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = lowrank_optim.GaLoreAdamW8bit(grouped(model), lr=1e-2)
+    optimizer._make_state()
+    return optimizer, model
+
+
 CHUNKS = [(5, 0, 3), (5, 3, 3), (5, 4, 1), (6, 5, 0)]
 """Ranks, one of them, and how many of 13 rows it has."""
 

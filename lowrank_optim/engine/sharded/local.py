@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state, on_host
+from lowrank_optim.engine.sharded.forms import forms_of
 from lowrank_optim.engine.tracing import fake_mode, real_entries
 from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.subspaces.base import Subspace
@@ -22,7 +22,8 @@ class LocalState(MutableMapping[str, Tensor]):
     """The state of a parameter as this rank has it; what is put in becomes a DTensor outside.
 
     An entry is split where it grows with what the ranks divide among them, and is else the same
-    on all of them. What is the same and on the host, as counters, stays a plain tensor.
+    on all of them. What is the same and on the host, as counters, stays a plain tensor. What is
+    kept in blocks is a DTensor of blocks (:mod:`lowrank_optim.engine.sharded.forms`).
     """
 
     def __init__(self, outer: dict[str, Tensor], item: ParamPlan, chosen: Strategies) -> None:
@@ -30,12 +31,17 @@ class LocalState(MutableMapping[str, Tensor]):
         """What the optimizer keeps."""
         assert item.part is not None
         self._part = item.part
-        self._dims = split_dims(item, chosen)
+        self._forms = forms_of(item, chosen)
         self._slots = {slot.name: slot for slot in chosen.rule.slots(item.part.shape)}
+        self._lead = tuple(local(item.param).shape[:-1])
 
     def __getitem__(self, key: str) -> Tensor:
         """The part that is here."""
-        return local(self.outer[key])
+        x = local(self.outer[key])
+        form = self._forms.get(key)
+        if form is None or on_host(key):
+            return x
+        return form.seen(x, 0 if self._part.stepped is None else self._part.stepped.n)
 
     def __setitem__(self, key: str, value: Tensor) -> None:
         """Keep a part as one of the whole."""
@@ -58,9 +64,12 @@ class LocalState(MutableMapping[str, Tensor]):
         if not self.is_plain(key):
             places = self._placements(key)
             if not is_sharded(x):  # every rank has it: none need send any
+                x = self._forms[key].kept(x) if key in self._forms else x
                 x = as_dtensor(x, self._part.mesh, self._part.placed(None), x.shape)
             if tuple(x.placements) != places:  # type: ignore[attr-defined]
                 x = x.redistribute(placements=places)  # type: ignore[attr-defined]
+            if not local(x).is_contiguous():
+                x = as_dtensor(local(x).contiguous(), self._part.mesh, places, x.shape)
             if on_host(key):  # a mesh of devices may have taken it there
                 own = local(x).cpu()
                 x = self._whole(key, own if self._part.mesh.device_type == "cpu" else _pinned(own))
@@ -68,7 +77,8 @@ class LocalState(MutableMapping[str, Tensor]):
 
     def is_plain(self, key: str) -> bool:
         """Whether an entry is on the host and the same on all ranks."""
-        return on_host(key) and key not in self._dims
+        form = self._forms.get(key)
+        return on_host(key) and (form is None or form.dim is None)
 
     def _placements(self, key: str) -> tuple[Any, ...]:
         if self._part.side == "entries":
@@ -76,19 +86,19 @@ class LocalState(MutableMapping[str, Tensor]):
             if slot is None or slot.averaged is None:
                 return self._part.placements
             return without(self._part.placements, slot.averaged % len(self._part.shape))
-        return self._part.placed(self._dims[key][0] if key in self._dims else None)
+        return self._part.placed(self._forms[key].dim if key in self._forms else None)
 
     def _whole(self, key: str, x: Tensor) -> Tensor:
         """A part as a DTensor of the parameter's mesh; nobody else is asked."""
         if self.is_plain(key) or is_sharded(x):
             return x
-        shape = list(x.shape)
-        if self._part.side == "entries":
-            slot = self._slots.get(key)
-            shape = list(self._part.shape if slot is None else slot.shape(self._part.shape))
-        if key in self._dims:
-            dim, size = self._dims[key]
-            shape[dim] = size
+        form, dense = self._forms.get(key), self._part.side == "entries"
+        if form is not None:
+            x = x.view(*self._lead, form.shape[-1]) if dense else form.blocked(x)
+            return as_dtensor(x, self._part.mesh, self._placements(key), form.shape)
+        shape, slot = tuple(x.shape), self._slots.get(key)
+        if dense:
+            shape = self._part.shape if slot is None else slot.shape(self._part.shape)
         return as_dtensor(x, self._part.mesh, self._placements(key), shape)
 
 
@@ -196,45 +206,10 @@ def _view_here(item: ParamPlan, weight: Tensor) -> MatrixView | None:
     return MatrixView(shape, (), shape[0], n, False)
 
 
-def split_dims(item: ParamPlan, chosen: Strategies) -> dict[str, tuple[int, int]]:
-    """The dimension along which each entry of a state is split, and its size in all."""
-    part, view, subspace = item.part, item.view, item.subspace
-    assert part is not None
-    if view is None or subspace is None or part.side in ("whole", "entries"):
-        return {}
-    return _split_dims(view, subspace, chosen, part.side == "batch", item.param.dtype)
-
-
-@functools.lru_cache(maxsize=1024)
-def _split_dims(
-    view: MatrixView, subspace: Subspace, chosen: Strategies, batch: bool, dtype: torch.dtype
-) -> dict[str, tuple[int, int]]:
-    """Found by what a state would be of one column, or one matrix, more."""
-    larger = view._replace(batch=(view.batch[0] + 1,)) if batch else view._replace(n=view.n + 1)
-    if not batch:  # what depends on the whole stays as it is
-        subspace = subspace.of_columns(0, view.n, view.n)
-    shapes = []
-    for own in (view, larger):
-        like = torch.empty(view.shape, dtype=dtype, device="meta")
-        item = ParamPlan(like, "", 0, 0, own, subspace)
-        shapes.append({k: tuple(x.shape) for k, x in init_state(item, chosen, like).items()})
-    found = {}
-    for key, shape in shapes[0].items():
-        grown = [i for i, (a, b) in enumerate(zip(shape, shapes[1][key], strict=True)) if a != b]
-        if grown:
-            found[key] = grown[0], shape[grown[0]]
-    return found
-
-
 def meta_state(item: ParamPlan, chosen: Strategies, active: bool | None = None) -> State:
     """The state of a parameter as it will be on this rank, of tensors without data."""
     if item.part is None or not item.part.sharded:
         return init_state(item, chosen, torch.empty_like(item.param, device="meta"), active)
-    like = torch.empty_like(local(item.param), device="meta")
-    return init_state(stepped(item, like), chosen, like, active)
-
-
-def whole_meta_state(item: ParamPlan, chosen: Strategies, active: bool | None = None) -> State:
-    """The same of all ranks together: the shapes that DTensors say they have."""
-    like = torch.empty(item.param.shape, dtype=item.param.dtype, device="meta")
-    return init_state(item, chosen, like, active)
+    like, state = torch.empty_like(local(item.param), device="meta"), LocalState({}, item, chosen)
+    state.update(init_state(stepped(item, like), chosen, like, active))
+    return state.outer

@@ -15,7 +15,8 @@ from torch.linalg import LinAlgError
 
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, on_host
 from lowrank_optim.engine.refresh import find_, follow_, postpone_, refresh_
-from lowrank_optim.engine.sharded.local import split_dims, stepped
+from lowrank_optim.engine.sharded.forms import split_dims
+from lowrank_optim.engine.sharded.local import stepped
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.collectives import Form, form
 from lowrank_optim.sharding.grid import Block, Interval, length

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.engine.plan import ParamPlan, Strategies, rounds
-from lowrank_optim.stores import FloatStore
+from lowrank_optim.ops import quant
+from lowrank_optim.stores import Block8Store, FloatStore
 from lowrank_optim.subspaces.base import PROJECTORS, Subspace
 from lowrank_optim.subspaces.block import Block
 
@@ -65,6 +66,25 @@ def check_layer(
         )
 
 
+def _plain_coordinates(item: ParamPlan, chosen: Strategies) -> bool:
+    """Whether entries step alone, and all coordinates are those of a basis."""
+    view, subspace = item.view, item.subspace
+    if not chosen.rule.elementwise:
+        return False
+    return view is None or subspace is None or set(subspace.coord_shapes(view)) <= {"low", ""}
+
+
+def _crosses_matrices(item: ParamPlan, chosen: Strategies) -> bool:
+    """Whether a block of moments holds rows of two matrices, which may lie on two ranks."""
+    assert item.subspace is not None and item.view is not None
+    shapes = [
+        slot.shape(shape)
+        for shape in item.subspace.coord_shapes(item.view).values()
+        for slot in chosen.rule.slots(shape)
+    ]
+    return any(chosen.store.unit(x) > 1 and x[-1] < quant.BLOCK for x in shapes)
+
+
 def check_supported(item: ParamPlan, chosen: Strategies, method: str) -> None:
     """Raise for a DTensor that no step could take as one process would.
 
@@ -97,10 +117,21 @@ def check_supported(item: ParamPlan, chosen: Strategies, method: str) -> None:
             "stochastic_rounding of a block whose inner dimensions are split. Take Shard(0), or "
             "stochastic_rounding=False"
         )
-    elif not isinstance(chosen.store, FloatStore):
+    elif not isinstance(chosen.store, FloatStore | Block8Store):
         why = (
-            "state_dtype='8bit' keeps blocks that would cross the edges of shards. Take "
+            f"{type(chosen.store).__name__} is not known to be split. Take state_dtype='8bit', "
+            "'bfloat16' or 'float32'"
+        )
+    elif isinstance(chosen.store, Block8Store) and not _plain_coordinates(item, chosen):
+        why = (
+            "state_dtype='8bit' beside factors of the weight, or means over whole tensors. Take "
             "state_dtype='bfloat16' or 'float32'"
+        )
+    elif part.side == "batch" and _crosses_matrices(item, chosen):
+        why = (
+            "blocks of state_dtype='8bit' go over several matrices where their coordinates have "
+            f"fewer than {quant.BLOCK} columns. Split the rows or the columns of each matrix, or "
+            "take state_dtype='bfloat16' or 'float32'"
         )
     if why:
         raise NotImplementedError(

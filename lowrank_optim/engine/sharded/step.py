@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_optim import ops
@@ -249,13 +250,39 @@ def _adapt(chunk: list[Work], undo: Undo) -> list[MatrixStep]:
         w.grad = None
     torch._foreach_add_([w.state["step"] for w in chunk], [torch.ones(())] * len(chunk))
     splits = coord_splits(chunk[0].item) if part.summed else None
-    for asked in adapt(steps, chosen, undo, splits):
+    for asked in _adapt_padded(steps, part.padding, chosen, undo, splits):
         collectives.sum_(asked, part.group)
     if part.summed:
         for s in steps:
             seen = inputs_of(s)
             s.measured = None if seen is None else chosen.residual.measure(seen)
     return steps
+
+
+def _adapt_padded(
+    steps: Sequence[MatrixStep],
+    padding: int,
+    chosen: Strategies,
+    undo: Undo,
+    splits: Mapping[str, Split] | None,
+) -> Iterator[list[Tensor]]:
+    """Directions; where moments end in a block that is not full, zeros fill up coordinates too.
+
+    They change nothing of the block: its scale is a maximum, and zeros stay zeros.
+    """
+    if not padding:
+        yield from adapt(steps, chosen, undo, splits)
+        return
+    narrow = [s.coords for s in steps]
+    for s in steps:
+        s.coords = {name: F.pad(x, (0, padding)) for name, x in s.coords.items()}
+    yield from adapt(steps, chosen, undo, splits)
+    for s, coords in zip(steps, narrow, strict=True):
+        s.coords = coords
+        s.directions = {
+            name: (x[..., : coords[name].shape[-1]].contiguous(), correction)
+            for name, (x, correction) in s.directions.items()
+        }
 
 
 def _sums(subspace: Subspace | None, view: MatrixView) -> list[str]:
