@@ -241,6 +241,8 @@ class LowRankOptimizer(PlannedOptimizer):
         if owner is not None:
             zero.check_whole(owner, {**self.defaults, **group})
             asked = asked and not zero.from_constructor(owner, group)
+            if not self._places:
+                zero.check_loads(owner, self)
             self._places.update(zero.places(owner))
         group.setdefault("targets", "all" if asked else "auto")
         super().add_param_group(group)

@@ -1,13 +1,16 @@
-"""One torch thread, a seed per test, and a deterministic hypothesis profile."""
+"""One torch thread, a seed per test, deterministic hypothesis, and worlds of processes."""
 
 from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.sharded.ranks import Ranks
 
 # what helpers assert is explained as what tests assert is
 pytest.register_assert_rewrite(
@@ -25,6 +28,9 @@ settings.register_profile(
 settings.load_profile("lowrank_optim")
 
 
+gc.disable()  # imports and collected tests are no garbage, and there are more and more to walk
+
+
 def pytest_collection_finish() -> None:
     """Thousands of tests and libraries stay: nothing that collects garbage walks them again.
 
@@ -32,6 +38,7 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
@@ -45,3 +52,16 @@ def seed() -> None:
         torch.manual_seed(0)
     else:
         torch.default_generator.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """The world of a size: its processes start with its first job and stay for the others."""
+    worlds: dict[int, Ranks] = {}
+
+    def of(size: int) -> Ranks:
+        return worlds.setdefault(size, Ranks(size))
+
+    yield of
+    for world in worlds.values():
+        world.close()
