@@ -14,6 +14,8 @@ from torch import Tensor
 
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.refresh import find_, follow_, refresh_
+from lowrank_optim.engine.sharded import failures
+from lowrank_optim.engine.sharded.failures import Failure
 from lowrank_optim.engine.sharded.local import split_dims, stepped, widths
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.collectives import Form, form
@@ -142,12 +144,21 @@ def _by_owner(jobs: Sequence[Due | None]) -> None:
     arrived: list[list[Tensor]] = [[] for _ in jobs]
     if any(outgoing):
         arrived = collectives.exchange(outgoing, incoming, group, device)
-    found = None if mine is None else _find(mine, arrived)
+    found, failure = None, None
+    if mine is not None:
+        try:
+            found = _find(mine, arrived)
+        except Exception as error:  # memory, say: whoever waits for the basis has to know
+            failure = Failure(mine.item.name, error)
+            found = Found(failures.RAISED, mine.state, {})
     got = {
         owner: _sent(d, found if owner == rank else None, owner, group, device)
         for owner, d in enumerate(jobs)
         if d is not None
     }
+    for owner, result in got.items():
+        if result.end == failures.RAISED:
+            failures.raise_together(owner, failure if owner == rank else None, group)
     _scatter(jobs, mine, found, got, group, device)
     for owner, result in got.items():
         d = jobs[owner]
@@ -186,7 +197,8 @@ def _part_form(x: Tensor, dim: int, size: int) -> Form:
 class Found(NamedTuple):
     """What the owner found."""
 
-    fine: bool
+    end: int
+    """One of :mod:`lowrank_optim.engine.sharded.failures`."""
     entries: State
     """The new basis, whole."""
     moved: dict[str, BasisChange]
@@ -204,7 +216,8 @@ def _find(d: Due, arrived: Sequence[Sequence[Tensor]]) -> Found:
     meta = torch.empty(view.shape, dtype=d.item.param.dtype, device="meta")
     plan = replace(d.item, param=meta, part=None)
     moved = find_(plan, {**state, "postponed": d.state["postponed"]}, grad, d.step, d.chosen)
-    return Found(moved is not None, state, moved or {})
+    end = failures.POSTPONED if moved is None else failures.FOUND
+    return Found(end, state, moved or {})
 
 
 def _as_informative(d: Due) -> Tensor:
@@ -220,20 +233,19 @@ def _sent(
     split = split_dims(d.item, d.chosen)
     keys = [k for k in d.entries if k not in split]
     turns = [] if d.part.side == "batch" else _turns(d)
-    forms = [Form((1,), torch.uint8), *(form(d.state[k]) for k in keys), *(f for _, _, f in turns)]
+    forms = [failures.FLAG, *(form(d.state[k]) for k in keys), *(f for _, _, f in turns)]
     tensors = None
     if found is not None:
-        fine = torch.tensor([found.fine], dtype=torch.uint8)
         rotations = [_rotation(found, coord, side, f) for coord, side, f in turns]
-        tensors = [fine, *(found.entries[k] for k in keys), *rotations]
-    fine, *rest = collectives.broadcast(tensors, forms, owner, group, device)
+        tensors = [failures.flag(found.end), *(found.entries[k] for k in keys), *rotations]
+    end, *rest = collectives.broadcast(tensors, forms, owner, group, device)
     entries = dict(zip(keys, rest, strict=False))
     moved: dict[str, BasisChange] = {c: BasisChange() for c, side, _ in turns if not side}
     for (coord, side, _), x in zip(turns, rest[len(keys) :], strict=True):
         turn = partial(_itself, x)
         change = moved[coord]
         moved[coord] = change._replace(right=turn) if side else change._replace(rotation=turn)
-    return Found(bool(fine.item()), entries, moved)
+    return Found(int(end.item()), entries, moved)
 
 
 def _itself(x: Tensor) -> Tensor:
@@ -255,7 +267,7 @@ def _turns(d: Due) -> list[tuple[str, int, Form]]:
 
 
 def _rotation(found: Found, coord: str, side: int, f: Form) -> Tensor:
-    if not found.fine:
+    if found.end != failures.FOUND:
         return torch.zeros(f.shape, dtype=f.dtype)
     turn = found.moved[coord].right if side else found.moved[coord].rotation
     assert turn is not None
@@ -296,7 +308,7 @@ def _split_entries(d: Due) -> dict[str, tuple[int, int]]:
 
 def _follow(d: Due, found: Found, here: bool) -> None:
     """Keep the new basis, and let the moments that are here follow it."""
-    if not found.fine:
+    if found.end != failures.FOUND:
         if not here:  # the owner has counted it, and said why
             d.state["postponed"] += 1
         return
@@ -332,15 +344,27 @@ def refresh_replicas(due: Sequence[Due]) -> None:
     for owner, own in enumerate(owners(due)):
         if not own:
             continue
-        if owner == rank:
-            for d in own:
-                refresh_(d.twin, d.state, _whole_gradient(d), d.step, d.chosen)
+        failure = _refresh_own(own) if owner == rank else None
         entries = [d.state[key] for d in own for key in _copied(d)]
-        tensors = entries if owner == rank else None
-        got = collectives.broadcast(tensors, [form(x) for x in entries], owner, group, device)
+        end = failures.flag(failures.FOUND if failure is None else failures.RAISED)
+        tensors = [end, *entries] if owner == rank else None
+        forms = [failures.FLAG, *(form(x) for x in entries)]
+        end, *got = collectives.broadcast(tensors, forms, owner, group, device)
+        if int(end.item()) == failures.RAISED:
+            failures.raise_together(owner, failure, group)
         if owner != rank:
             for x, new in zip(entries, got, strict=True):
                 x.copy_(new)
+
+
+def _refresh_own(own: Sequence[Due]) -> Failure | None:
+    """Refresh what this rank owns; what it could not, and why."""
+    for d in own:
+        try:
+            refresh_(d.twin, d.state, _whole_gradient(d), d.step, d.chosen)
+        except Exception as error:
+            return Failure(d.item.name, error)
+    return None
 
 
 def _whole_gradient(d: Due) -> Tensor:
