@@ -315,7 +315,8 @@ def raising_alone(world: World, replicas: bool, fails: bool) -> Any:
     warnings.simplefilter("ignore")
     if replicas:
         return raising_replicas(world, fails)
-    case = replace(restarts.CASE, options={**restarts.CASE.options, "stagger": False})
+    # with biases, which no refresh is of
+    case = replace(restarts.CASE, options={**restarts.CASE.options, "stagger": False}, only=())
     trained, out = Trained(case, world), []
     for step in range(DUE + 2):
         trained.backward(step)

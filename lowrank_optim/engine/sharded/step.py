@@ -99,17 +99,19 @@ class ShardedStep:
                 undo.begin(w.state)
                 usable += [w] if _is_usable(w, undo) else []
         buckets: dict[Any, list[Work]] = {}
+        alone = []
         for w in usable:
             if w.item.subspace is None or isinstance(w.item.subspace, Block):
-                bucket = Bucket([w.twin], [w.state], w.chosen, w.lr, w.weight_decay, undo)
-                step_bucket(bucket)
+                alone.append(Bucket([w.twin], [w.state], w.chosen, w.lr, w.weight_decay, undo))
             else:
                 buckets.setdefault(w.key, []).append(w)
         chunks = []
         for alike in buckets.values():
             size = _together(alike[0])
             chunks += [alike[i : i + size] for i in range(0, len(alike), size)]
-        _refresh(chunks, undo)
+        _refresh(chunks, undo)  # first: it may fail, and then no weight has moved
+        for bucket in alone:
+            step_bucket(bucket)
         _step_chunks(chunks, undo)
 
 
