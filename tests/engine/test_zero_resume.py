@@ -169,9 +169,16 @@ def all_of(world: World, chosen: list[str], bucket_view: bool = False) -> dict[s
     return failed
 
 
+TOGETHER = 4
+"""Cases of a job, whose time is limited."""
+
+
 def check(ranks: Worlds, size: int, chosen: Iterable[str], **own: Any) -> None:
-    for failed in ranks(size).run("resume", all_of, chosen=list(chosen), **own).checked():
-        assert not failed, "\n".join(failed.values())
+    cases_ = list(chosen)
+    for i in range(0, len(cases_), TOGETHER):
+        part = cases_[i : i + TOGETHER]
+        for failed in ranks(size).run("resume", all_of, chosen=part, **own).checked():
+            assert not failed, "\n".join(failed.values())
 
 
 def test_what_is_consolidated_goes_on_on_two_ranks_and_on_one(ranks: Worlds) -> None:
@@ -185,8 +192,7 @@ def test_parameters_as_views_of_buckets(ranks: Worlds) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("bucket_view", [False, True])
+@pytest.mark.parametrize(("bucket_view", "size"), [(False, 2), (True, 3)])
 def test_every_class_goes_on(bucket_view: bool, size: int, ranks: Worlds) -> None:
     check(ranks, size, CASES, bucket_view=bucket_view)
 
