@@ -29,11 +29,13 @@ from lowrank_optim.engine.preflight import (
     check_moved,
     check_named,
     check_owned,
+    check_partitioned,
     check_replaced,
     moved,
     structure,
 )
 from lowrank_optim.engine.sharded import ShardedStep, local_state
+from lowrank_optim.engine.sharded.failures import this_rank
 from lowrank_optim.engine.sharded.refusals import check_supported
 from lowrank_optim.engine.sharded.replicas import Replicas, refresh_alike
 from lowrank_optim.engine.step import step_items
@@ -174,6 +176,7 @@ class LowRankOptimizer(PlannedOptimizer):
             defaults = {**defaults, "rank": None}
         self._plans: dict[int, Plan] = {}
         self._places: dict[Tensor, int] = {}
+        self._matrices: dict[int, int] = {}
         self._shared = Shared()
         self._replicas = Replicas()
         super().__init__(groups, defaults)
@@ -210,9 +213,11 @@ class LowRankOptimizer(PlannedOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, with defaults for keys that groups of an older or another optimizer lack."""
+        given = [self._matrices.get(id(g), 0) for g in self.__dict__.get("param_groups", ())]
         super().__setstate__(state)
         self._plans = {}
         self._places = self.__dict__.get("_places", {})
+        self._matrices = {id(g): n for g, n in zip(self.param_groups, given, strict=False)}
         self._shared = Shared()
         self._replicas = Replicas()
         self._traced = Traced(self, self.__dict__.get("_traced"))
@@ -241,6 +246,8 @@ class LowRankOptimizer(PlannedOptimizer):
         if owner is not None:
             zero.check_whole(owner, {**self.defaults, **group})
             asked = asked and not zero.from_constructor(owner, group)
+            if not self._places:
+                zero.check_loads(owner, self)
             self._places.update(zero.places(owner))
         group.setdefault("targets", "all" if asked else "auto")
         super().add_param_group(group)
@@ -256,6 +263,7 @@ class LowRankOptimizer(PlannedOptimizer):
         except ValueError:  # as many blocks as their order cannot take
             self.param_groups.pop()
             raise
+        self._matrices[id(self.param_groups[-1])] = sum(p.dim() >= 2 for p in group["params"])
         self._warn_clamped(group)
 
     def _warn_clamped(self, group: Group) -> None:
@@ -291,13 +299,15 @@ class LowRankOptimizer(PlannedOptimizer):
             was = [] if plan is None else plan.items
             self._check(group)
             check_flattened(group)
+            chosen, method = self._strategies(group), type(self).__name__
+            check_partitioned(group, self._matrices.get(id(group), 0), chosen, method)
             if plan is not None:
                 added = {k: v for k, v in group.items() if k in now and k not in before}
-                check_known(added, self._allowed(group), type(self).__name__, "an edited group")
+                check_known(added, self._allowed(group), method, "an edited group")
                 check_moved([item for item in was if item.param in self.state])
             items = self._planned(group)
             check_replaced(items, was, self.state)
-            check_edits(items, was, self.state, self._strategies(group), before, now)
+            check_edits(items, was, self.state, chosen, before, now)
             plan = self._plans[id(group)] = Plan(key, now, items)
         return plan.items
 
@@ -427,8 +437,8 @@ class LowRankOptimizer(PlannedOptimizer):
                     item.tried = -1  # the refreshes of this step are undone
             count = sum(i.alone or i.subspace is not None for *_, ready in work for i in ready)
             error.add_note(
-                f"{undo.taken} of {count} parameters had taken this step of {type(self).__name__}; "
-                "the others are as they were"
+                f"{undo.taken} of {count} parameters had taken this step of "
+                f"{type(self).__name__}{this_rank()}; the others are as they were"
             )
             raise
 

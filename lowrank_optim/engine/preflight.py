@@ -12,6 +12,7 @@ from torch import Tensor
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.sharded.forms import kept_meta_state
 from lowrank_optim.groups import Group
+from lowrank_optim.stores import FloatStore
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
 EDITABLE = frozenset({
@@ -107,6 +108,42 @@ def check_flattened(group: Group) -> None:
             "flattened: no matrix is left to project, and all would be dense. Train under "
             "DistributedDataParallel, with ShardingStrategy.NO_SHARD, or pass rank=None for dense "
             "steps on purpose"
+        )
+
+
+def check_partitioned(group: Group, matrices: int, chosen: Strategies, method: str) -> None:
+    """Raise if vectors stand for the matrices that a group was given, and that is not the same.
+
+    DeepSpeed puts this rank's piece of one long vector into the group, under ZeRO 1 to 3. A dense
+    rule that looks at each entry by itself steps that as it would step the matrices.
+
+    Args:
+        group: as it is now.
+        matrices: how many it was given.
+        chosen: what it chose.
+        method: the class.
+
+    Raises:
+        ValueError: with what to use in its place.
+    """
+    params = group["params"]
+    if not matrices or not params or any(p.dim() != 1 for p in params):
+        return
+    why = ""
+    if group["rank"] is not None:
+        why = f"rank={group['rank']} has no matrix left to project, and all would be dense"
+    elif not chosen.rule.elementwise:
+        why = f"{type(chosen.rule).__name__} needs whole tensors"
+    elif not isinstance(chosen.store, FloatStore):
+        why = "blocks of 8-bit moments would go across parameters"
+    if why:
+        shapes = ", ".join(str(tuple(p.shape)) for p in params[:3])
+        raise ValueError(
+            f"{shapes} stands in a group of {method} for the {matrices} matrices that it was "
+            f"given, as under DeepSpeed's ZeRO 1, 2 and 3: {why}. Take ZeRO stage 0, "
+            "DistributedDataParallel, torch's ZeroRedundancyOptimizer or FSDP2 (fully_shard), or "
+            "for such steps on purpose rank=None with an AdamW, Lion or SGD class and moments in "
+            "float32 or bfloat16"
         )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.groups import Group, canonical
 
 MODULE = "torch.distributed.optim.zero_redundancy_optimizer"
@@ -72,3 +74,37 @@ def from_constructor(owner: Any, group: Group) -> bool:
     """Whether the rank of a group was that of the constructor, which is put into every group."""
     own = canonical(owner.defaults)
     return "rank" in own and own["rank"] == group.get("rank")
+
+
+def check_loads(owner: Any, optimizer: PlannedOptimizer) -> None:
+    """Let whatever its ``load_state_dict`` gives to a rank be checked and copied, as by ours.
+
+    It writes into the state of the rank's optimizer by itself, what fits and what does not, and
+    without a copy: the next step would change the checkpoint that the caller holds.
+    """
+
+    def loaded(_: Any, incoming: dict[str, Any]) -> None:
+        try:
+            optimizer.load_state_dict(own_part(optimizer, places(owner), incoming))
+        except Exception as error:
+            optimizer.state.clear()
+            error.add_note(
+                "ZeroRedundancyOptimizer had replaced the state before: that of this rank is empty "
+                "now, and would start again"
+            )
+            raise
+
+    owner.register_load_state_dict_pre_hook(loaded)
+
+
+def own_part(
+    optimizer: PlannedOptimizer, at: Mapping[Tensor, int], whole: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a rank's optimizer has of a consolidated state dict, whose keys are places."""
+    groups = [
+        {**saved, "params": [at[p] for p in mine["params"]]}
+        for saved, mine in zip(whole["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    own = [n for group in groups for n in group["params"]]
+    state = {n: whole["state"][n] for n in own if whole["state"].get(n) is not None}
+    return {"state": state, "param_groups": groups}

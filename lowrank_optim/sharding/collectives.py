@@ -108,6 +108,13 @@ def gather(
     ]
 
 
+def tell(text: str | None, source: int, group: dist.ProcessGroup) -> str:
+    """What rank ``source`` of the group has to say, on every rank: text, where something failed."""
+    texts = [text]
+    dist.broadcast_object_list(texts, src=dist.get_global_rank(group, source), group=group)
+    return str(texts[0])
+
+
 def exchange(
     outgoing: Sequence[Sequence[Tensor]],
     incoming: Sequence[Sequence[Form]],

@@ -15,6 +15,8 @@ from torch.linalg import LinAlgError
 
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, on_host
 from lowrank_optim.engine.refresh import find_, follow_, postpone_, refresh_
+from lowrank_optim.engine.sharded import failures
+from lowrank_optim.engine.sharded.failures import Failure
 from lowrank_optim.engine.sharded.forms import split_dims
 from lowrank_optim.engine.sharded.local import stepped
 from lowrank_optim.sharding import collectives
@@ -149,16 +151,19 @@ def _rounds(due: Sequence[Due]) -> Iterator[tuple[Due | None, ...]]:
 def _by_owner(jobs: Sequence[Due | None]) -> None:
     """A round: rank i finds the basis of ``jobs[i]``, in the first copy of what they have."""
     part = next(d for d in jobs if d is not None).part
-    told = _from_owners(jobs) if part.leads else {}
+    told, failure = _from_owners(jobs) if part.leads else ({}, None)
     if part.copies is not None:
         told = _to_copies(jobs, told, part.copies)
+    for owner, own in told.items():
+        if own.end.item() == failures.RAISED:
+            failures.raise_together(owner, failure if owner == part.rank else None, part)
     for owner, d in enumerate(jobs):
         if d is not None:
             _follow(d, told[owner], part.leads and owner == part.rank)
 
 
-def _from_owners(jobs: Sequence[Due | None]) -> dict[int, Told]:
-    """By owner, what each found: with the pieces of this rank, where ranks have pieces."""
+def _from_owners(jobs: Sequence[Due | None]) -> tuple[dict[int, Told], Failure | None]:
+    """By owner, what each found, with the pieces of this rank; and why this rank found nothing."""
     some = next(d for d in jobs if d is not None)
     rank, group, device = some.part.rank, some.part.group, some.twin.param.device
     mine = jobs[rank]
@@ -169,14 +174,21 @@ def _from_owners(jobs: Sequence[Due | None]) -> dict[int, Told]:
     arrived: list[list[Tensor]] = [[] for _ in jobs]
     if any(outgoing):
         arrived = collectives.exchange(outgoing, incoming, group, device)
-    found = None if mine is None else _find(mine, arrived)
+    found, failure = None, None
+    if mine is not None:
+        try:
+            found = _find(mine, arrived)
+        except Exception as error:  # memory, say: whoever waits for the basis has to know
+            failure = Failure(mine.item.name, error)
+            found = Found(failures.RAISED, mine.state, {})
     told = {
         owner: _sent(d, found if owner == rank else None, owner, group, device)
         for owner, d in enumerate(jobs)
         if d is not None
     }
-    _scatter(jobs, mine, found, told, group, device)
-    return told
+    if not any(own.end.item() == failures.RAISED for own in told.values()):
+        _scatter(jobs, mine, found, told, group, device)
+    return told, failure
 
 
 def _to_copies(
@@ -190,15 +202,17 @@ def _to_copies(
         sent = []
         for owner, d in some:
             own = told[owner]
-            sent += [own.fine, *(own.entries[key] for key in d.entries), *own.turns]
-    forms = [[FINE, *(form(d.state[key]) for key in d.entries), *_forms(d)] for _, d in some]
+            sent += [own.end, *(own.entries.get(k, d.state[k]) for k in d.entries), *own.turns]
+    forms = [
+        [failures.FLAG, *(form(d.state[key]) for key in d.entries), *_forms(d)] for _, d in some
+    ]
     got = iter(
         collectives.broadcast(sent, [f for own in forms for f in own], part.first, copies, device)
     )
     found = {}
     for owner, d in some:
-        fine, entries = next(got), {key: next(got) for key in d.entries}
-        found[owner] = Told(fine, entries, [next(got) for _ in _forms(d)])
+        end, entries = next(got), {key: next(got) for key in d.entries}
+        found[owner] = Told(end, entries, [next(got) for _ in _forms(d)])
     return found
 
 
@@ -268,7 +282,8 @@ def _gathers(d: Due) -> bool:
 class Found(NamedTuple):
     """What the owner found."""
 
-    fine: bool
+    end: int
+    """One of :mod:`lowrank_optim.engine.sharded.failures`."""
     entries: State
     """The new basis, whole."""
     moved: dict[str, BasisChange]
@@ -291,7 +306,8 @@ def _find(d: Due, arrived: Sequence[Sequence[Tensor]]) -> Found:
     meta = torch.empty(view.shape, dtype=d.item.param.dtype, device="meta")
     plan = replace(d.item, param=meta, part=None)
     moved = find_(plan, {**state, "postponed": d.state["postponed"]}, grad, d.step, d.chosen)
-    return Found(moved is not None, state, moved or {})
+    end = failures.POSTPONED if moved is None else failures.FOUND
+    return Found(end, state, moved or {})
 
 
 def _factored(d: Due, weight: Tensor) -> Found:
@@ -305,7 +321,8 @@ def _factored(d: Due, weight: Tensor) -> Found:
     state = d.subspace.init(view, weight)
     state.update({k: d.state[k].clone() for k in state if on_host(k)})
     moved = find_(plan, {**state, "postponed": d.state["postponed"]}, weight, d.step, d.chosen)
-    return Found(moved is not None, state, moved or {})
+    end = failures.POSTPONED if moved is None else failures.FOUND
+    return Found(end, state, moved or {})
 
 
 def _balanced(d: Due, state: State) -> Found:
@@ -314,8 +331,8 @@ def _balanced(d: Due, state: State) -> Found:
         d.subspace.balance_(state)
     except LinAlgError as error:
         postpone_(d.item, d.state, d.step, str(error))
-        return Found(False, state, {})
-    return Found(True, state, {})
+        return Found(failures.POSTPONED, state, {})
+    return Found(failures.FOUND, state, {})
 
 
 def _as_informative(d: Due) -> Tensor:
@@ -327,8 +344,8 @@ def _as_informative(d: Due) -> Tensor:
 class Told(NamedTuple):
     """What ranks are told of what an owner found."""
 
-    fine: Tensor
-    """Whether it found any."""
+    end: Tensor
+    """One of :mod:`lowrank_optim.engine.sharded.failures`."""
     entries: State
     """The new basis; entries that are split as this rank has them."""
     turns: list[Tensor]
@@ -343,9 +360,6 @@ class Told(NamedTuple):
         return found
 
 
-FINE = Form((1,), torch.uint8)
-
-
 def _sent(
     d: Due, found: Found | None, owner: int, group: dist.ProcessGroup, device: torch.device
 ) -> Told:
@@ -354,12 +368,11 @@ def _sent(
     keys = [k for k in d.entries if k not in split]
     tensors = None
     if found is not None:
-        fine = torch.tensor([found.fine], dtype=torch.uint8)
         rotations = [_rotation(found, coord, side, f) for coord, side, f in _turns(d)]
-        tensors = [fine, *(found.entries[k] for k in keys), *rotations]
-    forms = [FINE, *(form(d.state[k]) for k in keys), *_forms(d)]
-    fine, *rest = collectives.broadcast(tensors, forms, owner, group, device)
-    return Told(fine, dict(zip(keys, rest, strict=False)), rest[len(keys) :])
+        tensors = [failures.flag(found.end), *(found.entries[k] for k in keys), *rotations]
+    forms = [failures.FLAG, *(form(d.state[k]) for k in keys), *_forms(d)]
+    end, *rest = collectives.broadcast(tensors, forms, owner, group, device)
+    return Told(end, dict(zip(keys, rest, strict=False)), rest[len(keys) :])
 
 
 def _forms(d: Due) -> list[Form]:
@@ -391,7 +404,7 @@ def _turns(d: Due) -> list[tuple[str, int, Form]]:
 
 
 def _rotation(found: Found, coord: str, side: int, f: Form) -> Tensor:
-    if not found.fine:
+    if found.end != failures.FOUND:
         return torch.zeros(f.shape, dtype=f.dtype)
     turn = found.moved[coord].right if side else found.moved[coord].rotation
     assert turn is not None
@@ -431,7 +444,7 @@ def _split_entries(d: Due) -> dict[str, tuple[int, int]]:
 
 def _follow(d: Due, told: Told, here: bool) -> None:
     """Keep the new basis, and let the moments that are here follow it."""
-    if not bool(told.fine.item()):
+    if told.end.item() != failures.FOUND:
         if not here:  # the owner has counted it, and said why
             d.state["postponed"] += 1
         return
@@ -471,15 +484,27 @@ def refresh_replicas(due: Sequence[Due]) -> None:
     for owner, own in enumerate(owners(due)):
         if not own:
             continue
-        if owner == rank:
-            for d in own:
-                refresh_(d.twin, d.state, _whole_gradient(d), d.step, d.chosen)
+        failure = _refresh_own(own) if owner == rank else None
         entries = [d.state[key] for d in own for key in _copied(d)]
-        tensors = entries if owner == rank else None
-        got = collectives.broadcast(tensors, [form(x) for x in entries], owner, group, device)
+        end = failures.flag(failures.FOUND if failure is None else failures.RAISED)
+        tensors = [end, *entries] if owner == rank else None
+        forms = [failures.FLAG, *(form(x) for x in entries)]
+        end, *got = collectives.broadcast(tensors, forms, owner, group, device)
+        if int(end.item()) == failures.RAISED:
+            failures.raise_together(owner, failure, own[0].part)
         if owner != rank:
             for x, new in zip(entries, got, strict=True):
                 x.copy_(new)
+
+
+def _refresh_own(own: Sequence[Due]) -> Failure | None:
+    """Refresh what this rank owns; what it could not, and why."""
+    for d in own:
+        try:
+            refresh_(d.twin, d.state, _whole_gradient(d), d.step, d.chosen)
+        except Exception as error:
+            return Failure(d.item.name, error)
+    return None
 
 
 def _whole_gradient(d: Due) -> Tensor:

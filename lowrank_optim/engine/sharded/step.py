@@ -126,25 +126,28 @@ class ShardedStep:
                 (usable if _is_usable(w) else skipped).append(w)
         buckets: dict[Any, list[Work]] = {}
         dense: list[tuple[ParamPlan, Bucket, Split, Tensor | None]] = []
+        alone: list[Bucket] = []
         for w in usable:
             if w.item.subspace is None or isinstance(w.item.subspace, Block):
                 bucket = Bucket([w.twin], [w.state], w.chosen, w.lr, w.weight_decay, undo)
                 split = dense_split(w.item)
                 if w.chosen.rule.elementwise or split is None:
-                    step_bucket(bucket)
+                    alone.append(bucket)
                 else:
                     dense.append((w.item, bucket, split, w.rms))
             else:
                 buckets.setdefault(w.key, []).append(w)
-        step_dense(dense)
         chunks = []
         for alike in buckets.values():
             size = _together(alike[0])
             chunks += [alike[i : i + size] for i in range(0, len(alike), size)]
-        _refresh(chunks, skipped, undo)
+        _refresh(chunks, skipped, undo)  # first: it may fail, and then no weight has moved
         for w in skipped:
             w.state["step"] += 1
             warn_skipped(w.item)
+        for bucket in alone:
+            step_bucket(bucket)
+        step_dense(dense)
         _step_chunks(chunks, undo)
 
 

@@ -1,0 +1,61 @@
+"""What one rank raises as it finds a basis, all ranks raise: none waits for it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lowrank_optim.sharding import collectives
+from lowrank_optim.sharding.collectives import Form
+from lowrank_optim.sharding.parts import Part
+
+FLAG = Form((1,), torch.uint8)
+"""How a refresh ended; the first tensor of what its owner broadcasts."""
+POSTPONED, FOUND, RAISED = range(3)
+
+
+class Failure(NamedTuple):
+    """What the owner of a matrix could not do."""
+
+    name: str
+    error: Exception
+
+
+def this_rank() -> str:
+    """Which process this is, where there are others."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return ""
+    return f" on rank {dist.get_rank()} of {dist.get_world_size()}"
+
+
+def flag(value: int) -> Tensor:
+    """One of the ends, to be sent."""
+    return torch.tensor([value], dtype=torch.uint8)
+
+
+def raise_together(source: int, failure: Failure | None, part: Part) -> NoReturn:
+    """Raise what one rank of the first copy has raised, on every rank of all copies.
+
+    Args:
+        source: rank in its group whose flag said so.
+        failure: of that rank; None on all others.
+        part: of the matrix: all ranks that have one of it call this.
+
+    Raises:
+        RuntimeError: on the others, with the rank, the parameter and the text; that rank raises
+            its own error again.
+    """
+    text = None
+    if failure is not None:
+        rank, (name, error) = dist.get_rank(), failure
+        text = f"rank {rank} could not refresh {name}: {type(error).__name__}: {error}"
+    told = collectives.tell(text, source, part.group) if part.leads else ""
+    if part.copies is not None:
+        told = collectives.tell(told, part.first, part.copies)
+    if failure is not None:
+        failure.error.add_note(f"{told}. All ranks were told, and raise too")
+        raise failure.error
+    raise RuntimeError(f"{told}. See the traceback of that rank; all ranks raise")
