@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -66,7 +66,8 @@ def load_state_dict(
         saved.update((n, _entries(state[i], p)) for n, (i, p) in mine if i in state)
         if [len(g["params"]) for g in groups] == [len(g["params"]) for g in optimizer.param_groups]:
             check_shared(optimizer.param_groups, groups)
-            dtypes.update(check_fit(optimizer, groups, saved))
+            told = [canonical(s).get("state_dtype") for s in incoming["param_groups"]]
+            dtypes.update(check_fit(optimizer, groups, saved, told))
         return {**incoming, "param_groups": groups, "state": {}}
 
     def put(_: Any) -> None:
@@ -239,7 +240,10 @@ def _placed(key: str, value: Any, param: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_fit(
-    optimizer: PlannedOptimizer, groups: list[Group], saved: dict[int, Entries]
+    optimizer: PlannedOptimizer,
+    groups: list[Group],
+    saved: dict[int, Entries],
+    told: Sequence[str | None] | None = None,
 ) -> dict[int, dict[str, torch.dtype]]:
     """Compare every saved entry with the state that this optimizer would make.
 
@@ -247,6 +251,8 @@ def check_fit(
         optimizer: what the checkpoint is to be loaded into.
         groups: the groups it would have then, as many and as long as its own.
         saved: state by position of the parameter; entries get the shapes of one process.
+        told: the format of moments that each group of the checkpoint tells of itself (default: none
+            does).
 
     Returns:
         The dtype of every entry. It is the saved one, unless the checkpoint comes from another
@@ -259,7 +265,8 @@ def check_fit(
     dtypes: dict[int, dict[str, torch.dtype]] = {}
     check_owners(optimizer.param_groups, groups)
     n = 0
-    for mine, loaded in zip(optimizer.param_groups, groups, strict=True):
+    told = told or [None] * len(groups)
+    for mine, loaded, format_ in zip(optimizer.param_groups, groups, told, strict=True):
         merged = {**loaded, "params": mine["params"]}
         if "param_names" in mine:
             merged.setdefault("param_names", mine["param_names"])
@@ -269,9 +276,10 @@ def check_fit(
         for ours, there in pairs:
             if n in saved:
                 _same_structure(optimizer, ours, there, mine, merged, saved[n])
-                if "state_dtype" in loaded:
-                    expected = whole_meta_state(there, chosen, active=True)
-                    saved[n] = as_one_process(there, chosen, saved[n], expected)
+                expected = whole_meta_state(there, chosen, active=True)
+                # or torch may have read codes into floats, of another format that it was made for
+                alike = format_ is not None and format_ == mine["state_dtype"]
+                saved[n] = as_one_process(there, chosen, saved[n], expected, alike)
                 dtypes[n] = _fitting(optimizer, there, chosen, loaded, saved[n])
             n += 1
     return dtypes

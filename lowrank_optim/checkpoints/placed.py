@@ -24,7 +24,11 @@ from lowrank_optim.subspaces.block import Block
 
 
 def as_one_process(
-    item: ParamPlan, chosen: Strategies, entries: Entries, expected: Mapping[str, Tensor]
+    item: ParamPlan,
+    chosen: Strategies,
+    entries: Entries,
+    expected: Mapping[str, Tensor],
+    encodes: bool = True,
 ) -> Entries:
     """Saved entries in the shapes of one process, in the formats that are kept here.
 
@@ -37,7 +41,10 @@ def as_one_process(
         chosen: what its group chose, with what the checkpoint says of it.
         entries: its saved state.
         expected: what it would be here, in the shapes of one process.
+        encodes: whether floats that are to be in 8 bits are known to be moments (default: True).
     """
+    if not isinstance(chosen.store, Block8Store):
+        return entries
     found = dict(entries)
     for key, x in entries.items():
         if not isinstance(x, Tensor) or (is_sharded(x) and is_sharded(item.param)):
@@ -47,10 +54,9 @@ def as_one_process(
         of_scales = any(scale_key(other) == key for other in entries)
         shape = (x.numel(),) if of_scales else tuple(expected[key].shape) if key in expected else ()
         found[key] = _out_of_blocks(x, shape)
-    if isinstance(chosen.store, Block8Store):
-        for slot in chosen.rule.slots(item.param.shape):
-            for key in [k for k in entries if k.split(".")[-1] == slot.name]:
-                _reformat(found, key, slot.signed, expected)
+    for slot in chosen.rule.slots(item.param.shape):
+        for key in [k for k in entries if k.split(".")[-1] == slot.name]:
+            _reformat(found, key, slot.signed, expected, encodes)
     return found
 
 
@@ -63,12 +69,15 @@ def _out_of_blocks(x: Tensor, shape: Sequence[int]) -> Tensor:
     for dim, size in enumerate(shape):
         blocks, unit = x.shape[dim : dim + 2]
         own = (*shape[:dim], blocks, unit, *shape[dim + 1 :])
-        if tuple(x.shape) == own and unit and -(-size // unit) == blocks:
+        known = unit == quant.BLOCK or unit == size < quant.BLOCK
+        if tuple(x.shape) == own and known and -(-size // unit) == blocks:
             return x.flatten(dim, dim + 1).narrow(dim, 0, size).contiguous()
     return x
 
 
-def _reformat(found: Entries, key: str, signed: bool, expected: Mapping[str, Tensor]) -> None:
+def _reformat(
+    found: Entries, key: str, signed: bool, expected: Mapping[str, Tensor], encodes: bool
+) -> None:
     """Decode or encode a moment, where the one place keeps it in 8 bits and the other does not."""
     x, scales, need = found[key], found.get(scale_key(key)), expected.get(key)
     if need is None or not isinstance(x, Tensor) or is_sharded(x) or x.shape != need.shape:
@@ -80,7 +89,7 @@ def _reformat(found: Entries, key: str, signed: bool, expected: Mapping[str, Ten
             codes, scales = x.contiguous(), scales.contiguous()
             found[key] = ops.dequantize([Quantized(codes, scales, signed)])[0].to(need.dtype)
             del found[scale_key(key)]
-    elif scales is None and scale_key(key) in expected and x.is_floating_point():
+    elif encodes and scales is None and scale_key(key) in expected and x.is_floating_point():
         codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
         into = Quantized(codes, torch.empty(blocks, device=x.device), signed)
         ops.quantize_([x.float().contiguous()], [into])

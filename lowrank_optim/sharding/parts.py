@@ -117,7 +117,7 @@ class Part:
 
     @property
     def crossed(self) -> bool:
-        """Of entries: whether no block of a row lies on one rank whatever the number of ranks."""
+        """Of entries: whether ranks have parts of rows, however many they are."""
         last = len(self.shape) - 1
         split = any(
             type(p).__name__ != "Replicate" and p.dim % (last + 1) == last for p in self.placements

@@ -169,7 +169,7 @@ def all_of(world: World, chosen: list[str], bucket_view: bool = False) -> dict[s
     return failed
 
 
-TOGETHER = 4
+TOGETHER = 3
 """Cases of a job, whose time is limited."""
 
 

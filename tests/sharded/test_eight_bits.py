@@ -275,3 +275,44 @@ def check_route(ranks: Worlds, name: str, route: tuple[str, ...], folder: Path, 
         run = training.assembled(job.checked())
         training.assert_equal_runs(run, expected[i * LEG : (i + 1) * LEG])
         source = target
+
+
+def undone(world: World, case: Case) -> bool:
+    """Whether a step that raises leaves all as it was, blocks and what fills them up."""
+    trained = Trained(case, world)
+    for step in range(3):
+        trained.step(step)
+    before = trained.held()
+    trained.backward(3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lowrank_optim.engine.sharded.step.apply", raises)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            trained.optimizer.step()
+    after = trained.held()
+    pairs = [(before[0], after[0]), *((x, after[1][name]) for name, x in before[1].items())]
+    return all(torch.equal(x[0], b[key][0]) for a, b in pairs for key, x in a.items())
+
+
+def raises(*_: Any) -> None:
+    raise RuntimeError("on purpose")
+
+
+def test_a_step_that_raises_is_undone(ranks: Worlds) -> None:
+    case = replace(EIGHT["dct memory"], only=("some blocks", "no block"))
+    assert all(ranks(3).run("undone", undone, case=case).checked())
+
+
+def test_in_float32_a_code_is_one_away_at_most(ranks: Worlds) -> None:
+    """After a step: products over other columns round otherwise, and few codes are at an edge."""
+    case = replace(EIGHT["galore lion"], steps=1, dtype=torch.float32, how="tensors")
+    case = replace(case, only=("some blocks", "a few more"))
+    values = ranks(3).run("float32", training.train, case=case).checked()
+    ((_, states),) = training.assembled(values)
+    ((_, expected),) = training.reference(case)
+    for name, state in expected.items():
+        shape = state["low.exp_avg"].shape
+        codes = training.out_of_blocks(states[name]["low.exp_avg"], shape).int()
+        away = (codes - state["low.exp_avg"].int()).abs()
+        assert int(away.max()) <= 1 and float(away.float().mean()) < 1e-3, name
+        scales = states[name]["low.exp_avg_scale"].flatten()
+        torch.testing.assert_close(scales, state["low.exp_avg_scale"], rtol=1e-5, atol=0)

@@ -338,7 +338,7 @@ def test_a_step_sends_exactly_this(name: str, ranks: Worlds) -> None:
 def in_units(world: World, unit: int, place: str, cls: str, options: dict[str, Any]) -> Any:
     """Moments kept in units of some columns, as a store would ask for."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FloatStore, "unit", unit)
+        patch.setattr(FloatStore, "unit", lambda *_: unit)
         return measured(world, cls, options, place, 1)
 
 
@@ -355,7 +355,7 @@ def test_only_edges_travel_to_units(ranks: Worlds) -> None:
 
 def train_in_units(world: World, case: Case, unit: int) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FloatStore, "unit", unit)
+        patch.setattr(FloatStore, "unit", lambda *_: unit)
         trained = Trained(case, world)
         logging.disable(logging.WARNING)
         out = []

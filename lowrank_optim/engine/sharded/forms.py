@@ -37,7 +37,7 @@ class Form(NamedTuple):
     fill: int = 0
     """What fills it up."""
     kind: str = "values"
-    """``codes`` are stepped with what fills them up, ``values`` without; ``scales`` are flat."""
+    """``moments`` are stepped with what fills them up, ``values`` without; ``scales`` are flat."""
 
     def kept(self, x: Tensor) -> Tensor:
         """An entry of one process in this form, or one that is in it already."""
@@ -67,7 +67,7 @@ class Form(NamedTuple):
             return x
         size = x.shape[self.block] * x.shape[self.block + 1]
         flat = x.view(*x.shape[: self.block], size, *x.shape[self.block + 2 :])
-        return flat if self.kind == "codes" else flat.narrow(self.block, 0, columns)
+        return flat if self.kind == "moments" else flat.narrow(self.block, 0, columns)
 
 
 def forms_of(item: ParamPlan, chosen: Strategies) -> Mapping[str, Form]:
@@ -149,8 +149,9 @@ def _forms(
             found[scale_key(key)] = _scales(shape, shapes[scale_key(key)], block, split.get(key))
         if block is not None:
             blocks = (*shape[:block], -(-shape[block] // unit), unit, *shape[block + 1 :])
-            fill = quant.zero_code(signed[key.split(".")[-1]]) if coded else 0
-            kind = "codes" if coded else "values"
+            slot = key.split(".")[-1]
+            fill = quant.zero_code(signed[slot]) if coded else 0
+            kind = "moments" if slot in signed else "values"
             found[key] = Form(blocks, split.get(key), block, fill, kind)
         elif key in split:
             found[key] = Form(shape, split[key])
