@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from lowrank_optim.backward.handle import InBackward
-from lowrank_optim.backward.parallel import check_plain, is_process_group
+from lowrank_optim.backward.parallel import is_process_group
 from lowrank_optim.backward.project_mode import ProjectMode
 from lowrank_optim.backward.projecting import COORDS_DTYPES, FIRST_BASES
+from lowrank_optim.backward.shards import check_shards
 from lowrank_optim.backward.step_mode import StepMode
 from lowrank_optim.backward.wrapped import unwrapped
 from lowrank_optim.optimizer import LowRankOptimizer
@@ -130,7 +131,7 @@ def attach_in_backward(
     for name, (allowed, words) in ARGUMENTS.items():
         if not allowed(given[name]):
             raise ValueError(f"{name} must be {words}, got {given[name]!r}")
-    check_plain(optimizer.param_groups)
+    check_shards(optimizer, given)
     if mode == "step":
         return StepMode(optimizer, max_norm, accumulation_steps, keep_norms, process_group)
     if process_group is not None and first_basis == "micro":

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lowrank_optim.backward.averaging import Averaging
-from lowrank_optim.backward.parallel import MESSAGE, check_plain, in_ddp, late_ranks
+from lowrank_optim.backward.parallel import MESSAGE, check_hooked, check_plain, in_ddp, late_ranks
 from lowrank_optim.backward.projecting import Plans, items_of
 from lowrank_optim.engine import tracing
 from lowrank_optim.engine.plan import ParamPlan
@@ -140,8 +140,9 @@ class InBackward:
         return found
 
     def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        check_plain(self.optimizer.param_groups)
+        check_hooked(self.optimizer.param_groups, self._hooks)
         if self._ranks is not None:
+            check_plain(self.optimizer.param_groups)
             self._ranks.share()
             self._ranks.check_averaged()
         self._settle()
@@ -169,7 +170,8 @@ class InBackward:
                 "then step(); in Lightning, use manual optimization"
             )
         if not self._checked:
-            check_plain(self.optimizer.param_groups)
+            if self._ranks is not None:
+                check_plain(self.optimizer.param_groups)
             if in_ddp(self._hooks):
                 raise RuntimeError(MESSAGE)
             if self._ranks is None and self._alone and late_ranks():

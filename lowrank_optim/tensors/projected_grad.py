@@ -126,6 +126,12 @@ class ProjectedGrad(Tensor):
         return self
 
 
+def projection(grad: Tensor | None) -> ProjectedGrad | None:
+    """The coordinates that a gradient consists of; of a DTensor, those that are here."""
+    own = getattr(grad, "_local_tensor", grad)
+    return own if isinstance(own, ProjectedGrad) else None
+
+
 def _each(func: Any, grad: ProjectedGrad, *args: Any, **kwargs: Any) -> Any:
     """An operation linear in the gradient, in place."""
     for x in grad.coords.values():

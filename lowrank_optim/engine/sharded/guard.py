@@ -11,6 +11,7 @@ from lowrank_optim import ops
 from lowrank_optim.engine.plan import ParamPlan, on_accelerator
 from lowrank_optim.engine.tracing import fake_mode
 from lowrank_optim.sharding import collectives
+from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
 
 def agreed_norms(items: Sequence[tuple[ParamPlan, ParamPlan]]) -> dict[int, Tensor]:
@@ -61,6 +62,8 @@ def _of_mesh(items: Sequence[tuple[ParamPlan, ParamPlan]]) -> dict[int, Tensor]:
 
 
 def _square(grad: Tensor) -> Tensor:
+    if isinstance(grad, ProjectedGrad):  # its coordinates are finite where the gradient is
+        return torch.stack([_square(x) for x in grad.coords.values()]).sum()
     if grad.numel() == 0:
         return grad.new_zeros((), dtype=torch.float64)
     norm = ops.matrix_norm(grad if grad.dim() > 1 else grad.reshape(1, -1))
