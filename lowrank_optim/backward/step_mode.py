@@ -122,8 +122,8 @@ class StepMode(InBackward):
         if any(count >= self.accumulation_steps for count in counts):
             raise RuntimeError(
                 "a gradient of a DTensor is there after its step inside backward: a backward "
-                "raised before its end, or somebody wrote it. Call zero_grad() and run backward "
-                "again"
+                "raised before its end, or somebody wrote it. remove() the handle and "
+                "attach_in_backward again, on every rank"
             )
         if late and not self._in_time:
             warnings.warn(

@@ -22,7 +22,7 @@ from lowrank_optim.distributed import shard_placement_fn
 from lowrank_optim.engine.sharded.local import here
 from lowrank_optim.tensors.projected_grad import ProjectedGrad, projection
 from tests.sharded.meter import Meter
-from tests.sharded.models import SAMPLES
+from tests.sharded.models import SAMPLES, awkward, parallelize
 from tests.sharded.ranks import Ranks, World
 from tests.sharded.training import (
     Case,
@@ -32,6 +32,7 @@ from tests.sharded.training import (
     assembled,
     assert_equal_runs,
     assert_worth_comparing,
+    make_optimizer,
 )
 
 Worlds = Callable[[int], Ranks]
@@ -189,6 +190,8 @@ SLOW: dict[str, Run] = {
     "step, memory": Run(
         Case("DCTAdamW", {"error_feedback": "float32"}, how="fsdp columns", only=SHORT), "step"
     ),
+    "project, offloaded": Run(replace(SVD, how="fsdp offloaded", only=()), pieces=2),
+    "step, offloaded": Run(replace(SVD, how="fsdp offloaded"), "step"),
     "project, over tensor parallel": Run(
         replace(SVD, how="parallel placed", mesh="square", only=FLAT)
     ),
@@ -231,6 +234,41 @@ def test_a_resumed_run_is_the_same_bits(name: str, ranks: Worlds) -> None:
     values = ranks(2).run(name, beside, runs=[run, replace(run, resumed=None)]).checked()
     ours, through = (assembled([own[i] for own in values]) for i in range(2))
     assert_equal_runs(ours, through, 0.0, 0.0)
+
+
+def parallel(world: World, mode: Any, pieces: int) -> tuple[list[Tensor], int]:
+    """Weights that tensor parallel has split, without FSDP2, and how often one was projected."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    model = awkward((*FLAT, "tall"))
+    parallelize(model, init_device_mesh("cpu", (world.size,)))
+    optimizer = make_optimizer(SVD, model.named_parameters())
+    own = {"accumulation_steps": pieces} if mode == "step" else {}
+    if mode:
+        attach_in_backward(optimizer, mode, **own)
+    count = 0
+    for step in range(SVD.steps):
+        for piece in range(pieces):
+            (model(step, piece, pieces) / pieces).backward()
+        count += sum(projection(p.grad) is not None for p in model.parameters())
+        assert mode != "step" or all(p.grad is None for p in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach().full_tensor() for p in model.parameters()], count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_tensor_parallel_alone(pieces: int, ranks: Worlds) -> None:
+    run = ranks(2).run
+    of = {
+        mode: run(str(mode), parallel, mode=mode, pieces=pieces).checked()[0]
+        for mode in (None, "project", "step")
+    }
+    assert of["project"][1] >= 8, "nothing is projected"
+    for mode, most in (("project", 1e-10), ("step", 0.0)):
+        gaps = [float((a - b).abs().max()) for a, b in zip(of[mode][0], of[None][0], strict=True)]
+        assert max(gaps) <= most, (mode, gaps)
 
 
 # ---------------------------------------------------------------- nets whose layers have inputs
@@ -432,11 +470,8 @@ def narrow(world: World, mode: Any) -> list[Tensor]:
     for step in range(8):
         loss_of(model, step, world, torch.bfloat16).backward()
         if mode == "project":
-            kinds = {
-                projection(p.grad).coords["low"].dtype
-                for p in model.parameters()
-                if projection(p.grad)
-            }
+            kept = [projection(p.grad) for p in model.parameters()]
+            kinds = {x.coords["low"].dtype for x in kept if x is not None}
             assert kinds <= {torch.float32}
         optimizer.step()
         optimizer.zero_grad()
@@ -512,7 +547,7 @@ def test_a_wrong_count_is_told(ranks: Worlds) -> None:
 
 def by_rows(world: World) -> tuple[list[str], tuple[str, ...]]:
     """What is said of a model whose matrices are split along their projected side."""
-    model = net()
+    model = net().double()
     for layer in model:
         fully_shard(layer, mesh=init_device_mesh("cpu", (world.size,)))
     with warnings.catch_warnings(record=True) as said:
@@ -532,7 +567,7 @@ def test_matrices_that_stay_whole_are_told(ranks: Worlds) -> None:
 def too_early(world: World) -> str:
     """fully_shard after attach_in_backward, as accelerate's prepare would."""
     logging.disable(logging.WARNING)
-    model = net()
+    model = net().double()
     optimizer = optimizer_of(model)
     attach_in_backward(optimizer)
     fully_shard(model, mesh=init_device_mesh("cpu", (world.size,)))
