@@ -102,6 +102,15 @@ class InBackward:
         if getattr(self.optimizer, _ATTACHED, None) is self:
             setattr(self.optimizer, _ATTACHED, None)
 
+    @property
+    def whole_shards(self) -> tuple[str, ...]:
+        """Names of DTensors that ``mode="project"`` never projects, as it sends nothing.
+
+        Each rank would need others for the coordinates of what it has: the matrix is split along
+        its projected side, or projected on both.
+        """
+        return ()
+
     def no_sync(self) -> AbstractContextManager[None]:
         """Backwards within add up on this rank, as those of DistributedDataParallel's ``no_sync``.
 

@@ -106,11 +106,7 @@ class ProjectMode(InBackward):
 
     @property
     def whole_shards(self) -> tuple[str, ...]:
-        """Names of matrices on several ranks whose shards are never projected.
-
-        Each rank would need others for the coordinates of what it has: the matrix is split along
-        its projected side, or projected on both.
-        """
+        """Names of DTensors that are never projected."""
         return tuple(plan.name for _, plan in items_of(self.optimizer) if stays_whole(plan))
 
     def _basis(self, param: Tensor) -> tuple[ParamPlan, State, Strategies] | None:
