@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cache, partial
 from itertools import takewhile
@@ -569,6 +569,31 @@ class LowRankOptimizer(PlannedOptimizer):
             if alike:
                 refresh_alike([(item, self._state_of(item, chosen), chosen)], alike, undo)
             self._step_items([item], group, chosen, undo)
+
+    def _step_shards(self, work: Sequence[tuple[Group, list[ParamPlan]]], begun: set[int]) -> None:
+        """Some parameters that lie on several ranks, all of which have a gradient.
+
+        Args:
+            work: groups, and which of theirs.
+            begun: ids of groups whose blocks have begun this step; those that do now are added.
+        """
+        with tracing.hosted(), Undo() as undo:
+            sharded = ShardedStep()
+            for group, own in work:
+                chosen = self._strategies(group)
+                check_gradients(own, type(self).__name__)
+                states = [self._state_of(item, chosen) for item in own]
+                rest: list[tuple[ParamPlan, State]] | None = None
+                if any(isinstance(item.subspace, Block) for item in own):
+                    others = [i for i in self._items(group) if i.sharded and i not in own]
+                    rest = [(i, self._state_of(i, chosen)) for i in others]
+                begins = id(group) not in begun
+                if rest is not None:
+                    begun.add(id(group))
+                sharded.add(
+                    own, states, chosen, group["lr"], group["weight_decay"], undo, rest, begins
+                )
+            sharded.run(undo)
 
     def _state_of(self, item: ParamPlan, chosen: Strategies) -> State:
         state: State = self.state[item.param]

@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from lowrank_optim.backward.handle import InBackward
-from lowrank_optim.backward.parallel import check_plain, is_process_group
+from lowrank_optim.backward.parallel import is_process_group
 from lowrank_optim.backward.project_mode import ProjectMode
 from lowrank_optim.backward.projecting import COORDS_DTYPES, FIRST_BASES
+from lowrank_optim.backward.shards import check_shards
 from lowrank_optim.backward.step_mode import StepMode
 from lowrank_optim.backward.wrapped import unwrapped
 from lowrank_optim.optimizer import LowRankOptimizer
@@ -67,19 +68,24 @@ def attach_in_backward(
     parameters of rank 0; buffers, and parameters that the optimizer has not, are as each rank made
     them. One rank finds each basis. A rank that does not reach a parameter counts as zeros.
 
+    Parameters that are DTensors, as of ``fully_shard``, need no ``process_group``: what is kept is
+    of the shard that a rank has. ``mode="step"`` steps those of one ``fully_shard`` together, on
+    all ranks. ``mode="project"`` keeps whole the shards of matrices in ``handle.whole_shards``.
+
     Args:
         optimizer: any optimizer of this package, also as accelerate or Lightning wrapped it.
         mode: ``"project"`` or ``"step"``.
-        accumulation_steps: calls of ``backward()`` before a step (default: 1). ``mode="project"``
-            takes any number without being told; with a ``process_group`` only the last of as many
-            averages, as if the others were in ``no_sync()``.
+        accumulation_steps: calls of ``backward()`` before a step, under FSDP2 those that reduce
+            gradients (default: 1). ``mode="project"`` takes any number without being told; with a
+            ``process_group`` only the last of as many averages, as if the others were in
+            ``no_sync()``.
         max_norm: ``mode="project"`` clips by the global norm of what will be applied, in
             ``step()``: of coordinates, and of gradients that have none. ``mode="step"`` clips each
             parameter alone, and warns that it does.
         first_basis: where the very first basis of ``mode="project"`` comes from: ``"micro"``, the
             first micro-batch, or ``"boundary"``, the accumulated gradient, which is exact and keeps
-            whole gradients during the first step (default: ``"micro"``; with a ``process_group``
-            ``"boundary"``, as the first basis must be that of all ranks).
+            whole gradients during the first step (default: ``"micro"``; with a ``process_group``,
+            and of DTensors, ``"boundary"``, as the first basis must be that of all ranks).
         coords_dtype: what ``mode="project"`` keeps coordinates in. ``"auto"``: bfloat16 where they
             come in bfloat16, as products with gradients of bfloat16 do, so that one micro-batch
             loses nothing; else float32, or wider as the weights. ``"float32"`` and ``"bfloat16"``:
@@ -98,9 +104,10 @@ def attach_in_backward(
 
     Raises:
         TypeError: the optimizer is not one of this package.
-        NotImplementedError: a parameter is a DTensor.
-        ValueError: an argument is out of range, or ``mode="project"`` and the method uses what its
-            subspace does not see; or the ranks have other parameters.
+        NotImplementedError: a parameter is a DTensor on another device than its mesh.
+        ValueError: an argument is out of range, or does not go with a DTensor, or
+            ``mode="project"`` and the method uses what its subspace does not see; or the ranks have
+            other parameters.
         RuntimeError: the optimizer, or another one of its parameters, works inside backward
             already; later, ``step(closure)`` runs
             backward in its closure, or the first backward is that of ``DistributedDataParallel``.
@@ -130,7 +137,7 @@ def attach_in_backward(
     for name, (allowed, words) in ARGUMENTS.items():
         if not allowed(given[name]):
             raise ValueError(f"{name} must be {words}, got {given[name]!r}")
-    check_plain(optimizer.param_groups)
+    check_shards(optimizer, given)
     if mode == "step":
         return StepMode(optimizer, max_norm, accumulation_steps, keep_norms, process_group)
     if process_group is not None and first_basis == "micro":

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lowrank_optim.backward.averaging import Averaging
-from lowrank_optim.backward.parallel import MESSAGE, check_plain, in_ddp, late_ranks
+from lowrank_optim.backward.parallel import MESSAGE, check_hooked, check_plain, in_ddp, late_ranks
 from lowrank_optim.backward.projecting import Plans, items_of
 from lowrank_optim.engine import tracing
 from lowrank_optim.engine.plan import ParamPlan
@@ -102,6 +102,15 @@ class InBackward:
         if getattr(self.optimizer, _ATTACHED, None) is self:
             setattr(self.optimizer, _ATTACHED, None)
 
+    @property
+    def whole_shards(self) -> tuple[str, ...]:
+        """Names of DTensors that ``mode="project"`` never projects, as it sends nothing.
+
+        Each rank would need others for the coordinates of what it has: the matrix is split along
+        its projected side, or projected on both.
+        """
+        return ()
+
     def no_sync(self) -> AbstractContextManager[None]:
         """Backwards within add up on this rank, as those of DistributedDataParallel's ``no_sync``.
 
@@ -140,8 +149,9 @@ class InBackward:
         return found
 
     def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        check_plain(self.optimizer.param_groups)
+        check_hooked(self.optimizer.param_groups, self._hooks)
         if self._ranks is not None:
+            check_plain(self.optimizer.param_groups)
             self._ranks.share()
             self._ranks.check_averaged()
         self._settle()
@@ -169,7 +179,8 @@ class InBackward:
                 "then step(); in Lightning, use manual optimization"
             )
         if not self._checked:
-            check_plain(self.optimizer.param_groups)
+            if self._ranks is not None:
+                check_plain(self.optimizer.param_groups)
             if in_ddp(self._hooks):
                 raise RuntimeError(MESSAGE)
             if self._ranks is None and self._alone and late_ranks():

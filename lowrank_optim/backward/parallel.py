@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch.distributed as dist
 from torch import Tensor
@@ -37,7 +37,7 @@ def is_process_group(x: object) -> bool:
 
 
 def check_plain(groups: Iterable[Group]) -> None:
-    """Raise if a parameter is a DTensor, or has become one since hooks were attached.
+    """Raise if a parameter has become a DTensor since ranks began to average its gradients.
 
     Raises:
         NotImplementedError: with its name.
@@ -46,7 +46,25 @@ def check_plain(groups: Iterable[Group]) -> None:
         for i, param in enumerate(group["params"]):
             if is_sharded(param):
                 raise NotImplementedError(
-                    f"attach_in_backward does not support {param_name(group, i)}, a DTensor: FSDP2 "
-                    "frees whole gradients itself, and adds up shards. Leave it out under "
-                    "fully_shard"
+                    f"attach_in_backward(process_group=...) does not support {param_name(group, i)}"
+                    ", a DTensor: who shards it has averaged its gradients. Leave process_group out"
+                )
+
+
+def check_hooked(groups: Sequence[Group], hooked: Iterable[Tensor]) -> None:
+    """Raise if ``fully_shard`` has put other tensors in the place of those that have hooks.
+
+    Raises:
+        RuntimeError: with the name of one.
+    """
+    there = {param for group in groups for param in group["params"]}
+    if all(param in there for param in hooked):
+        return
+    for group in groups:
+        for i, param in enumerate(group["params"]):
+            if is_sharded(param) and param not in set(hooked):
+                raise RuntimeError(
+                    f"{param_name(group, i)} was no DTensor when attach_in_backward was called: "
+                    "its gradient stays whole. Call it after fully_shard, accelerator.prepare and "
+                    "the like"
                 )

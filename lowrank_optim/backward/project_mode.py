@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,13 +19,17 @@ from lowrank_optim.backward.projecting import (
     items_of,
     projected,
 )
+from lowrank_optim.backward.shards import alone, keep_shard, shard_of, stays_whole
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.refresh import basis_due, refresh_
+from lowrank_optim.engine.sharded.local import weights_here
 from lowrank_optim.engine.sharded.replicas import refresh_alike
 from lowrank_optim.engine.undo import Undo
+from lowrank_optim.groups import notices
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.collectives import Form, form
-from lowrank_optim.tensors.projected_grad import ProjectedGrad
+from lowrank_optim.sharding.parts import is_sharded
+from lowrank_optim.tensors.projected_grad import ProjectedGrad, projection
 
 
 class ProjectMode(InBackward):
@@ -48,12 +53,25 @@ class ProjectMode(InBackward):
 
     def _check(self) -> None:
         check_projecting(self.optimizer)
+        names, plans = self.whole_shards, [plan for _, plan in items_of(self.optimizer)]
+        if names:
+            warnings.warn(
+                f"{len(names)} of {sum(plan.subspace is not None for plan in plans)} matrices keep "
+                "the whole of their shards until the step, as mode='project' sends nothing: the "
+                f"coordinates of {names[0]} are of rows on several ranks, or of both sides. Give "
+                "fully_shard the shard_placement_fn of lowrank_optim.distributed, and project one "
+                "side; handle.whole_shards has their names",
+                stacklevel=notices.users_level(),
+            )
 
     @torch.no_grad()
     def _arrived(self, param: Tensor) -> None:
         self._in_form(param)
 
     def _in_form(self, param: Tensor) -> None:
+        if is_sharded(param):
+            self._shard_in_form(param)
+            return
         grad = param.grad
         if isinstance(grad, ProjectedGrad):
             if grad.spill is None:
@@ -68,12 +86,42 @@ class ProjectMode(InBackward):
         begin = first_projected if first else projected
         param.grad = begin(plan, state, grad, strategies, self.coords_dtype, self._salt)
 
+    def _shard_in_form(self, param: Tensor) -> None:
+        """The same of the part of a gradient that is here, inside its DTensor."""
+        kept = projection(param.grad)
+        if kept is not None:
+            if kept.spill is None:
+                return
+            keep_shard(param, kept.spill)
+        shard = shard_of(self._find(param)[1])
+        if shard is None:
+            return
+        basis = self._basis(param)
+        if basis is None:
+            keep_shard(param, alone(shard))
+            return
+        plan, state, strategies = basis
+        own = weights_here(plan)  # a gradient there would live as long as the coordinates
+        assert plan.part is not None
+        salt = (plan.part.place,)  # equal noise on all ranks is no noise; copies round alike
+        keep_shard(param, projected(own, state, shard, strategies, self.coords_dtype, salt))
+
+    @property
+    def whole_shards(self) -> tuple[str, ...]:
+        """Names of DTensors that are never projected."""
+        return tuple(plan.name for _, plan in items_of(self.optimizer) if stays_whole(plan))
+
     def _basis(self, param: Tensor) -> tuple[ParamPlan, State, Strategies] | None:
         """What a gradient is projected by in this step; None where it stays whole."""
         group, plan = self._find(param)
-        if plan.subspace is None or not plan.alone:
+        if plan.subspace is None or not plan.alone or stays_whole(plan):
             return None
         strategies = self.optimizer._strategies(group)
+        if plan.sharded:
+            if not self.optimizer.state.get(param):
+                return None  # ranks find the first basis together, in a step
+            state = self.optimizer._state_of(plan, strategies)
+            return None if basis_due(plan, state, strategies) else (plan, state, strategies)
         state = self.optimizer.state.get(param) or first_state()
         first = int(state["refresh_step"]) < 0 and self.first_basis == "micro"
         if not first and basis_due(plan, state, strategies):
@@ -123,6 +171,7 @@ class ProjectMode(InBackward):
     def remove(self) -> None:
         """As of every mode; nothing empty is left behind, which would keep later gradients out."""
         for param in self._hooks:
-            if isinstance(param.grad, ProjectedGrad) and param.grad.empty:
+            kept = projection(param.grad)
+            if kept is not None and kept.empty:
                 param.grad = None
         super().remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,9 +14,12 @@ from torch.nn.utils import clip_grad_norm_
 
 from lowrank_optim.backward.handle import InBackward
 from lowrank_optim.backward.parallel import MESSAGE
+from lowrank_optim.backward.shards import Together
 from lowrank_optim.backward.stepped_grad import SteppedGrad
-from lowrank_optim.groups import notices
+from lowrank_optim.engine.plan import ParamPlan
+from lowrank_optim.groups import Group, notices
 from lowrank_optim.optimizer import LowRankOptimizer
+from lowrank_optim.sharding.parts import is_sharded
 from lowrank_optim.subspaces.block import Block
 
 
@@ -35,6 +39,9 @@ class StepMode(InBackward):
         self.accumulation_steps, self.keep_norms = accumulation_steps, keep_norms
         self._arrivals: dict[Tensor, int] = {}
         self._begun_groups: set[int] = set()
+        self._together = Together(self._step_shards)
+        self._in_time = False
+        """Whether a gradient has arrived as often as it should."""
         super().__init__(optimizer, max_norm, process_group, accumulation_steps)
         # else a scaler finds no gradient, and says so in words that do not help
         optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
@@ -53,10 +60,14 @@ class StepMode(InBackward):
         if arrivals > self.accumulation_steps:
             raise RuntimeError(
                 f"a gradient arrived {arrivals} times before optimizer.step(), and its parameter "
-                f"was stepped at accumulation_steps={self.accumulation_steps}; a parameter that "
-                "two checkpointed segments share needs use_reentrant=False"
+                f"was stepped at accumulation_steps={self.accumulation_steps}: pass the number of "
+                "backwards before a step, under FSDP2 of those that reduce gradients; a parameter "
+                "that two checkpointed segments share needs use_reentrant=False"
             )
-        if self._ranks is None:
+        self._in_time = True
+        if is_sharded(param):
+            self._together.arrived(param)
+        elif self._ranks is None:
             self._averaged(param)
 
     def _averaged(self, param: Tensor) -> None:
@@ -92,6 +103,41 @@ class StepMode(InBackward):
         self.optimizer._step_alone(plan, group, begins, alike)
         param.grad = SteppedGrad(param, norm) if keep_norm and norm is not None else None
 
+    def _step_shards(self, params: Sequence[Tensor]) -> None:
+        """Step and free what lies on several ranks, all at once."""
+        self.optimizer._make_state()
+        by_group: dict[int, tuple[Group, list[ParamPlan]]] = {}
+        for param in params:
+            group, plan = self._find(param)
+            by_group.setdefault(id(group), (group, []))[1].append(plan)
+        self.optimizer._step_shards(list(by_group.values()), self._begun_groups)
+        for param in params:
+            param.grad = None
+
+    def _settle_shards(self) -> None:
+        """What backward did not step: blocks, which know whose turn it is; step() takes others."""
+        self._together.forget()
+        late = [p for p in self._hooks if is_sharded(p) and p.grad is not None]
+        counts = {self._arrivals.get(p, 0) for p in late}
+        if any(count >= self.accumulation_steps for count in counts):
+            raise RuntimeError(
+                "a gradient of a DTensor is there after its step inside backward: a backward "
+                "raised before its end, or somebody wrote it. remove() the handle and "
+                "attach_in_backward again, on every rank"
+            )
+        if late and not self._in_time:
+            warnings.warn(
+                f"gradients arrived {max(counts)} times before optimizer.step(), and waited for it "
+                f"as accumulation_steps={self.accumulation_steps}: backwards under "
+                f"set_requires_gradient_sync(False) hand none over. Pass accumulation_steps="
+                f"{max(counts)}, the number of those that reduce gradients",
+                stacklevel=notices.users_level(),
+            )
+            self._in_time = True
+        blocks = [p for p in late if isinstance(self._find(p)[1].subspace, Block)]
+        if blocks:
+            self._step_shards(blocks)
+
     def _forget_norms(self) -> None:
         for param in self._hooks:
             if isinstance(param.grad, SteppedGrad):
@@ -113,7 +159,9 @@ class StepMode(InBackward):
                 "they were, inside backward: start again with mode='project', or in bfloat16"
             )
         self._forget_norms()
-        for param in self._hooks:
+        self._settle_shards()
+        plain = [param for param in self._hooks if not is_sharded(param)]
+        for param in plain:
             if param.grad is not None:
                 if (
                     self._arrivals.get(param, 0) >= self.accumulation_steps
@@ -122,7 +170,7 @@ class StepMode(InBackward):
                     raise RuntimeError(f"a gradient is back after its step: {MESSAGE}")
                 self._step(param)
         if self.max_norm is not None:
-            for param in self._hooks:
+            for param in plain:
                 if param.grad is not None:
                     clip_grad_norm_([param], self.max_norm)
 

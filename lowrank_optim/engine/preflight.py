@@ -13,7 +13,7 @@ from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.sharded.forms import kept_meta_state
 from lowrank_optim.groups import Group
 from lowrank_optim.stores import FloatStore
-from lowrank_optim.tensors.projected_grad import ProjectedGrad
+from lowrank_optim.tensors.projected_grad import projection
 
 EDITABLE = frozenset({
     "params", "param_names", "lr", "initial_lr", "max_lr", "min_lr", "betas", "momentum",
@@ -195,7 +195,8 @@ def check_gradients(items: Sequence[ParamPlan], method: str) -> None:
             raise RuntimeError(
                 f"{method} does not support sparse gradients: that of {item.name} is {grad.layout}"
             )
-        if isinstance(grad, ProjectedGrad) and grad.spill is not None:
+        kept = projection(grad)
+        if kept is not None and kept.spill is not None:
             raise RuntimeError(
                 f"the gradient of {item.name} was kept in its subspace and zeroed in place, and no "
                 "attach_in_backward took the next one: call zero_grad() with set_to_none=True, and "

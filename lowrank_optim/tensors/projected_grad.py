@@ -12,6 +12,10 @@ from torch._guards import TracingContext
 Coords = dict[str, Tensor]
 Add = Callable[["ProjectedGrad", Tensor, float], None]
 aten = torch.ops.aten
+WHOLE = (
+    "{} needs a whole gradient, and this one is kept in its subspace by "
+    "attach_in_backward(mode='project')"
+)
 
 
 class _Untraced:
@@ -103,10 +107,7 @@ class ProjectedGrad(Tensor):
         """The operations of a training loop, on the coordinates."""
         handler = HANDLERS.get(func.overloadpacket)
         if handler is None:
-            raise NotImplementedError(
-                f"{func} needs a whole gradient, and this one is kept in its subspace by "
-                "attach_in_backward(mode='project')"
-            )
+            raise NotImplementedError(WHOLE.format(func))
         return handler(func, *args, **(kwargs or {}))
 
     def copied(self) -> ProjectedGrad:
@@ -124,6 +125,12 @@ class ProjectedGrad(Tensor):
         self.count += 1
         self.plus_(self, grad, alpha)
         return self
+
+
+def projection(grad: Tensor | None) -> ProjectedGrad | None:
+    """The coordinates that a gradient consists of; of a DTensor, those that are here."""
+    own = getattr(grad, "_local_tensor", grad)
+    return own if isinstance(own, ProjectedGrad) else None
 
 
 def _each(func: Any, grad: ProjectedGrad, *args: Any, **kwargs: Any) -> Any:
@@ -188,6 +195,15 @@ def _listed(func: Any, grads: Sequence[Tensor], *args: Any, **kwargs: Any) -> No
     func(_whole(grads), *args, **kwargs)
 
 
+def _view(func: Any, grad: ProjectedGrad, size: Sequence[int]) -> ProjectedGrad:
+    """``DTensor.to_local()`` hands out a view of the shape that there is."""
+    if tuple(size) == tuple(grad.shape):
+        out = ProjectedGrad(grad, grad.coords, grad.plus_)
+        out.fresh, out.empty, out.count = grad.fresh, grad.empty, grad.count
+        return out
+    raise NotImplementedError(f"{tuple(size)} of {WHOLE.format(func)}")
+
+
 def _zeroed(func: Any, grads: Sequence[Tensor]) -> None:
     for grad in grads:
         grad.zero_()
@@ -215,6 +231,7 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.zero_: _zero_,
     aten.linalg_vector_norm: _norm,
     aten.detach: lambda func, grad: grad,
+    aten.view: _view,
     aten.clone: lambda func, grad, **kwargs: grad.copied(),
     aten._foreach_zero_: _zeroed,
     aten._foreach_mul_: _listed,

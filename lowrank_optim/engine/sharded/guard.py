@@ -13,6 +13,7 @@ from lowrank_optim.engine.plan import ParamPlan, on_accelerator
 from lowrank_optim.engine.tracing import fake_mode
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.parts import Part
+from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
 
 class Agreed(NamedTuple):
@@ -95,6 +96,8 @@ def _of_mesh(items: Sequence[Asked]) -> dict[int, Agreed]:
 
 
 def _square(grad: Tensor) -> Tensor:
+    if isinstance(grad, ProjectedGrad):  # its coordinates are finite where the gradient is
+        return torch.stack([_square(x) for x in grad.coords.values()]).sum()
     if grad.numel() == 0:
         return grad.new_zeros((), dtype=torch.float64)
     norm = ops.matrix_norm(grad if grad.dim() > 1 else grad.reshape(1, -1))

@@ -166,13 +166,25 @@ def local_state(item: ParamPlan, outer: dict[str, Tensor], chosen: Strategies) -
 
 def here(item: ParamPlan) -> ParamPlan:
     """What stands for the part of a parameter that is here: its weights, its gradient."""
-    part = item.part
-    if part is None or not item.sharded:
+    twin = weights_here(item)  # one of this step: its gradient must not outlive it
+    if twin is not item and item.param.grad is not None:
+        assert item.part is not None
+        twin.param.grad = item.part.of(item.param.grad)
+    return twin
+
+
+def weights_here(item: ParamPlan) -> ParamPlan:
+    """The same without a gradient."""
+    if item.part is None or not item.sharded:
         return item
-    weight = local(item.param).detach()  # one of this step: its gradient must not outlive it
-    if item.param.grad is not None:
-        weight.grad = part.of(item.param.grad)
+    weight = local(item.param).detach()
     return replace(item, param=weight, view=_view_here(item, weight), subspace=subspace_here(item))
+
+
+def summed_coords(subspace: Subspace, view: MatrixView) -> list[str]:
+    """Coordinates that belong to no column: they are the sum of what each rank's columns give."""
+    wider = subspace.coord_shapes(view._replace(n=view.n + 1))
+    return [name for name, shape in subspace.coord_shapes(view).items() if shape == wider[name]]
 
 
 def subspace_here(item: ParamPlan) -> Subspace | None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.engine.blocks import advance
+from lowrank_optim.engine.blocks import advance, catch_up
 from lowrank_optim.engine.bucket import Bucket, warn_skipped
 from lowrank_optim.engine.plan import (
     ParamPlan,
@@ -25,7 +25,7 @@ from lowrank_optim.engine.plan import (
 )
 from lowrank_optim.engine.refresh import basis_due, refresh_
 from lowrank_optim.engine.sharded.guard import Asked, agreed
-from lowrank_optim.engine.sharded.local import here, stepped
+from lowrank_optim.engine.sharded.local import here, stepped, summed_coords, weights_here
 from lowrank_optim.engine.sharded.means import (
     coord_splits,
     dense_split,
@@ -50,9 +50,10 @@ from lowrank_optim.ops import Noise
 from lowrank_optim.residuals import Measured
 from lowrank_optim.rules.base import Split, compute_dtype
 from lowrank_optim.sharding import collectives
-from lowrank_optim.subspaces.base import Subspace, identity
+from lowrank_optim.subspaces.base import identity
 from lowrank_optim.subspaces.block import Block
-from lowrank_optim.tensors.matrix import MatrixView, shares_memory
+from lowrank_optim.tensors.matrix import shares_memory
+from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
 
 @dataclass(eq=False, slots=True)
@@ -98,16 +99,37 @@ class ShardedStep:
         lr: float | Tensor,
         weight_decay: float,
         undo: Undo,
+        rest: Sequence[tuple[ParamPlan, State]] | None = None,
+        begins: bool = True,
     ) -> None:
-        """Parameters of a group, those without a gradient too; its blocks take turns."""
+        """Parameters of a group, those without a gradient too; its blocks take turns.
+
+        Args:
+            items: the parameters.
+            states: of each, what is here.
+            chosen: what the group chose.
+            lr: its learning rate.
+            weight_decay: and its decay.
+            undo: knows what to put back.
+            rest: of blocks that step before or after others of their group, those others; None
+                where all step now.
+            begins: whether such blocks are the first of their group in this step.
+        """
         twins = [here(item) for item in items]
         blocks = [
             (t, s) for t, s in zip(twins, states, strict=True) if isinstance(t.subspace, Block)
         ]
         if any(twin.param.grad is not None for twin, _ in blocks):
-            for _, state in blocks:
+            others = [(weights_here(i), s) for i, s in rest or () if isinstance(i.subspace, Block)]
+            every = [t for t, _ in (*blocks, *others)]
+            by_param = {t.param: s for t, s in (*blocks, *others)}
+            for state in by_param.values():
                 undo.begin(state)
-            advance([t for t, _ in blocks], {t.param: s for t, s in blocks}, chosen)
+            if rest is None:
+                advance(every, by_param, chosen)
+            else:
+                for n, (twin, _) in enumerate(blocks):
+                    catch_up(twin, every, by_param, chosen, begins and n == 0)
         for item, twin, state in zip(items, twins, states, strict=True):
             self._work.append(Work(item, twin, state, chosen, lr, weight_decay))
 
@@ -173,7 +195,7 @@ def _refresh(chunks: Sequence[list[Work]], skipped: Sequence[Work], undo: Undo) 
     """
     due = []
     for chunk in chunks:
-        own = [w for w in chunk if basis_due(w.item, w.state, w.chosen)]
+        own = [w for w in chunk if basis_due(w.item, w.state, w.chosen) and not _is_projected(w)]
         if own and _looks(own[0]):
             _fetch(own)
         due += own
@@ -196,6 +218,11 @@ def _refresh(chunks: Sequence[list[Work]], skipped: Sequence[Work], undo: Undo) 
     refresh_together([Due(w.item, w.twin, w.state, w.grad, w.chosen, w.norm) for w in due])
 
 
+def _is_projected(w: Work) -> bool:
+    """Whether backward has taken coordinates, in a basis that was not due."""
+    return isinstance(w.twin.param.grad, ProjectedGrad)
+
+
 def _looks(w: Work) -> bool:
     """Whether a refresh looks at the columns that are here."""
     assert w.item.subspace is not None and w.item.part is not None
@@ -204,6 +231,9 @@ def _looks(w: Work) -> bool:
 
 def _fetch(works: Sequence[Work]) -> None:
     """The columns of alike matrices, with what error feedback adds to them."""
+    for w in works:
+        if _is_projected(w):
+            w.grad = w.twin.param.grad  # of columns that are stepped where they are stored
     missing = [w for w in works if w.grad is None]
     if not missing:
         return
@@ -237,13 +267,12 @@ def _adapt(chunk: list[Work], undo: Undo) -> list[MatrixStep]:
     """Coordinates and directions of alike matrices."""
     chosen, part, view = chunk[0].chosen, chunk[0].item.part, chunk[0].item.view
     assert part is not None and view is not None
+    subspace = chunk[0].item.subspace
+    assert subspace is not None
     _fetch(chunk)
-    found = []
-    for w in chunk:
-        assert w.grad is not None and w.twin.subspace is not None
-        found.append(w.twin.subspace.coords(w.state, w.grad, reduce=identity))
+    found = [_coords(w) for w in chunk]
     if part.summed:
-        parts = [own[name] for own in found for name in _sums(w.item.subspace, view)]
+        parts = [own[name] for own in found for name in summed_coords(subspace, view)]
         collectives.sum_(parts, part.group)
     steps = []
     for w, coords in zip(chunk, found, strict=True):
@@ -288,11 +317,12 @@ def _adapt_padded(
         }
 
 
-def _sums(subspace: Subspace | None, view: MatrixView) -> list[str]:
-    """Coordinates that belong to no column: they are the sum of what each rank's columns give."""
-    assert subspace is not None
-    wider = subspace.coord_shapes(view._replace(n=view.n + 1))
-    return [name for name, shape in subspace.coord_shapes(view).items() if shape == wider[name]]
+def _coords(w: Work) -> dict[str, Tensor]:
+    """Coordinates of the columns that are here, or what backward has left of their gradient."""
+    assert w.grad is not None and w.twin.subspace is not None
+    if not isinstance(w.grad, ProjectedGrad):
+        return w.twin.subspace.coords(w.state, w.grad, reduce=identity)
+    return {k: x.clone() if w.chosen.maximize else x for k, x in w.grad.coords.items()}
 
 
 def _sum_measured(pairs: Sequence[tuple[Work, MatrixStep]]) -> None:
@@ -307,8 +337,8 @@ def _sum_measured(pairs: Sequence[tuple[Work, MatrixStep]]) -> None:
         sums = []
         for w, _, found in own:
             x = found.sums.double() if not found.norms else found.sums.double().square()
-            assert w.item.view is not None
-            if found.coords and _sums(w.item.subspace, w.item.view):
+            assert w.item.view is not None and w.item.subspace is not None
+            if found.coords and summed_coords(w.item.subspace, w.item.view):
                 x[: found.coords] /= part.ranks  # every rank has all of them
             sums.append(x)
         collectives.sum_(sums, part.group)
