@@ -145,6 +145,9 @@ class Together:
 
 
 def _memory(param: Tensor) -> int:
-    """What tells pieces of one tensor from those of others, while both live."""
+    """What tells pieces of one tensor from those of others, while both live.
+
+    Not an address: two shards without entries would be alike, and not on ranks that have some.
+    """
     assert param.grad is not None
-    return local(param.grad).untyped_storage().data_ptr()
+    return int(local(param.grad).untyped_storage()._cdata)
