@@ -52,7 +52,7 @@ def check_shards(optimizer: LowRankOptimizer, given: Mapping[str, Any]) -> None:
     for plan in sharded:
         assert plan.part is not None
         own = local(plan.param).device.type
-        if own != plan.part.mesh.device_type:
+        if own not in (plan.part.mesh.device_type, "meta"):
             raise NotImplementedError(
                 f"attach_in_backward does not support {plan.name}, a DTensor on {own} of a mesh of "
                 f"{plan.part.mesh.device_type}: its gradient may still be on its way when backward "

@@ -519,6 +519,44 @@ def test_a_scaler_skips_on_all_ranks(ranks: Worlds) -> None:
     assert values == [([False, False, True], 2.0**9)] * 2
 
 
+def poisoned(world: World, mode: Any, projector: str) -> list[list[bool]]:
+    """Whether each weight stood still, by step; one entry on one rank is not a number in one."""
+    logging.disable(logging.WARNING)
+    model = sharded(world)
+    size = {"rank": 0.5} if projector == "columns" else {}
+    optimizer = optimizer_of(model, projector=projector, stagger=False, **size)
+    now = 0
+
+    def poison(param: Tensor) -> None:
+        if now == 2 and world.rank == 1:
+            param.grad.to_local()[-1, -1] = float("nan")
+
+    model[1][0].weight.register_post_accumulate_grad_hook(poison)  # before what takes it
+    attach_in_backward(optimizer, mode)
+    out = []
+    for now in range(4):
+        before = [p.detach().full_tensor() for p in model.parameters()]
+        loss_of(model, now, world).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        after = [p.detach().full_tensor() for p in model.parameters()]
+        out.append([torch.equal(a, b) for a, b in zip(before, after, strict=True)])
+        assert all(bool(x.isfinite().all()) for x in after)
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("projector", ["svd", "columns"])
+@pytest.mark.parametrize("mode", ["project", "step"])
+def test_not_a_number_on_one_rank(mode: str, projector: str, ranks: Worlds) -> None:
+    """All ranks skip that weight, and no other, in that step alone."""
+    args = {"mode": mode, "projector": projector}
+    for still in ranks(2).run(mode, poisoned, **args).checked():
+        expected = [[False] * len(still[0]) for _ in still]
+        expected[2][2] = True
+        assert still == expected
+
+
 def narrow(world: World, mode: Any) -> list[Tensor]:
     """Weights of a run whose layers see bfloat16 and whose gradients travel in it."""
     logging.disable(logging.WARNING)
