@@ -67,6 +67,16 @@ def test_blocks_of_rows_are_one_process(size: int, ranks: Worlds) -> None:
     check(ranks, size, "frugal block", replace(BLOCKS, steps=9))
 
 
+@pytest.mark.parametrize("on_refresh", ["keep", "project"])
+def test_coordinates_of_two_sides_are_on_every_rank(on_refresh: str, ranks: Worlds) -> None:
+    options = {"projector": "random", "proj_type": "full", "rank": 66, "on_refresh": on_refresh}
+    case = Case("GaLoreAdamW8bit", options, "tensors", ("two sides",), steps=7)
+    assert any(
+        x.dtype == torch.uint8 for s in training.reference(case)[0][1].values() for x in s.values()
+    )
+    check(ranks, 3, on_refresh, case)
+
+
 DENSE: dict[str, tuple[tuple[int, ...], int, bool]] = {
     "rows": ((37, 260), 0, True),
     "experts": ((3, 24, 520), 0, True),
