@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -138,14 +139,19 @@ def attach_in_backward(
         if not allowed(given[name]):
             raise ValueError(f"{name} must be {words}, got {given[name]!r}")
     check_shards(optimizer, given)
+    handle: InBackward
     if mode == "step":
-        return StepMode(optimizer, max_norm, accumulation_steps, keep_norms, process_group)
-    if process_group is not None and first_basis == "micro":
-        raise ValueError(
-            "first_basis='micro' finds the first bases in gradients of this rank alone, and with a "
-            "process_group they must be those of all ranks: pass 'boundary', or leave it out"
+        handle = StepMode(optimizer, max_norm, accumulation_steps, keep_norms, process_group)
+    else:
+        if process_group is not None and first_basis == "micro":
+            raise ValueError(
+                "first_basis='micro' finds the first bases in gradients of this rank alone, and "
+                "with a process_group they must be those of all ranks: pass 'boundary', or leave "
+                "it out"
+            )
+        first_basis = first_basis or ("micro" if process_group is None else "boundary")
+        handle = ProjectMode(
+            optimizer, max_norm, first_basis, coords_dtype, process_group, accumulation_steps
         )
-    first_basis = first_basis or ("micro" if process_group is None else "boundary")
-    return ProjectMode(
-        optimizer, max_norm, first_basis, coords_dtype, process_group, accumulation_steps
-    )
+    handle.check_new = partial(check_shards, optimizer, given)
+    return handle

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
@@ -84,6 +84,8 @@ class InBackward:
                 at_once=self.averages_at_once,
             )
         self._hooks: dict[Tensor, Any] = {}
+        self.check_new: Callable[[], None] = lambda: None
+        """Raises if parameters that came later do not go with the arguments."""
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -137,11 +139,12 @@ class InBackward:
         self.remove()
 
     def _hook_all(self) -> None:
-        for group in self.optimizer.param_groups:
-            for param in group["params"]:
-                if param.requires_grad and param not in self._hooks:
-                    hook = param.register_post_accumulate_grad_hook(self._hook)
-                    self._hooks[param] = hook
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        new = [p for p in params if p.requires_grad and p not in self._hooks]
+        if new:
+            self.check_new()
+        for param in new:
+            self._hooks[param] = param.register_post_accumulate_grad_hook(self._hook)
 
     def _find(self, param: Tensor) -> tuple[Group, ParamPlan]:
         found = self._plans.find(param)

@@ -62,7 +62,7 @@ def check_hooked(groups: Sequence[Group], hooked: Iterable[Tensor]) -> None:
         return
     for group in groups:
         for i, param in enumerate(group["params"]):
-            if is_sharded(param) and param not in set(hooked):
+            if is_sharded(param) and param.requires_grad and param not in set(hooked):
                 raise RuntimeError(
                     f"{param_name(group, i)} was no DTensor when attach_in_backward was called: "
                     "its gradient stays whole. Call it after fully_shard, accelerator.prepare and "

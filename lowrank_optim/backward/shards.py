@@ -52,7 +52,7 @@ def check_shards(optimizer: LowRankOptimizer, given: Mapping[str, Any]) -> None:
     for plan in sharded:
         assert plan.part is not None
         own = local(plan.param).device.type
-        if own != plan.part.mesh.device_type:
+        if own not in (plan.part.mesh.device_type, "meta"):
             raise NotImplementedError(
                 f"attach_in_backward does not support {plan.name}, a DTensor on {own} of a mesh of "
                 f"{plan.part.mesh.device_type}: its gradient may still be on its way when backward "
@@ -145,6 +145,9 @@ class Together:
 
 
 def _memory(param: Tensor) -> int:
-    """What tells pieces of one tensor from those of others, while both live."""
+    """What tells pieces of one tensor from those of others, while both live.
+
+    Not an address: two shards without entries would be alike, and not on ranks that have some.
+    """
     assert param.grad is not None
-    return local(param.grad).untyped_storage().data_ptr()
+    return int(local(param.grad).untyped_storage()._cdata)

@@ -38,6 +38,7 @@ BLOCKS: dict[str, tuple[int, ...]] = {
     "no block": (60, 240),  # narrower than one
     "small": (8, 300),  # moments of too few entries
     "experts blocks": (3, 24, 520),
+    "two sides": (70, 300),  # coordinates (66, 66) are enough entries
     "table": (37, 260),
     "vector": (5000,),
 }

@@ -57,6 +57,8 @@ class Run:
     """The step in which an entry of the loss of the last rank is not a number."""
     resumed: int | None = None
     """The step before which all is saved, made anew and loaded."""
+    zeroed: bool = False
+    """Whether gradients are zeroed in place, not let go of."""
     whole: int | None = None
     """Matrices whose shards stay whole, if no other is projected."""
     told: int | None = None
@@ -128,7 +130,7 @@ def train(world: World, run: Run) -> list[tuple[Held, dict[str, Held]]]:
             torch.nn.utils.clip_grad_norm_(trained.named.values(), run.clip)
         found |= {n for n, p in trained.named.items() if projection(p.grad) is not None}
         trained.optimizer.step()
-        trained.optimizer.zero_grad()
+        trained.optimizer.zero_grad(set_to_none=not run.zeroed)
         out.append(trained.held())
     if run.mode == "project":
         whole = set(handle.whole_shards)
@@ -190,6 +192,7 @@ SLOW: dict[str, Run] = {
     "step, memory": Run(
         Case("DCTAdamW", {"error_feedback": "float32"}, how="fsdp columns", only=SHORT), "step"
     ),
+    "project, zeroed in place": Run(SVD, pieces=2, zeroed=True),
     "project, offloaded": Run(replace(SVD, how="fsdp offloaded", only=()), pieces=2),
     "step, offloaded": Run(replace(SVD, how="fsdp offloaded"), "step"),
     "project, over tensor parallel": Run(
@@ -281,9 +284,14 @@ def net(width: int = 16, layers: int = 3) -> nn.Sequential:
 
 
 def sharded(world: World, dtype: torch.dtype = torch.float64, **own: Any) -> nn.Sequential:
-    """Layers that are handed over one by one while backward runs."""
-    mesh = init_device_mesh("cpu", (world.size,))
-    place = shard_placement_fn(world.size)
+    """Layers that are handed over one by one while backward runs; four ranks have copies."""
+    size = world.size
+    if size == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
+        size = 2
+    else:
+        mesh = init_device_mesh("cpu", (size,))
+    place = shard_placement_fn(size)
     model = net().to(dtype)
     for layer in model:
         fully_shard(layer, mesh=mesh, shard_placement_fn=place, **own)
@@ -511,6 +519,44 @@ def test_a_scaler_skips_on_all_ranks(ranks: Worlds) -> None:
     assert values == [([False, False, True], 2.0**9)] * 2
 
 
+def poisoned(world: World, mode: Any, projector: str) -> list[list[bool]]:
+    """Whether each weight stood still, by step; one entry on one rank is not a number in one."""
+    logging.disable(logging.WARNING)
+    model = sharded(world)
+    size = {"rank": 0.5} if projector == "columns" else {}
+    optimizer = optimizer_of(model, projector=projector, stagger=False, **size)
+    now = 0
+
+    def poison(param: Tensor) -> None:
+        if now == 2 and world.rank == 1:
+            param.grad.to_local()[-1, -1] = float("nan")
+
+    model[1][0].weight.register_post_accumulate_grad_hook(poison)  # before what takes it
+    attach_in_backward(optimizer, mode)
+    out = []
+    for now in range(4):
+        before = [p.detach().full_tensor() for p in model.parameters()]
+        loss_of(model, now, world).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        after = [p.detach().full_tensor() for p in model.parameters()]
+        out.append([torch.equal(a, b) for a, b in zip(before, after, strict=True)])
+        assert all(bool(x.isfinite().all()) for x in after)
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("projector", ["svd", "columns"])
+@pytest.mark.parametrize("mode", ["project", "step"])
+def test_not_a_number_on_one_rank(mode: str, projector: str, ranks: Worlds) -> None:
+    """All ranks skip that weight, and no other, in that step alone."""
+    args = {"mode": mode, "projector": projector}
+    for still in ranks(2).run(mode, poisoned, **args).checked():
+        expected = [[False] * len(still[0]) for _ in still]
+        expected[2][2] = True
+        assert still == expected
+
+
 def narrow(world: World, mode: Any) -> list[Tensor]:
     """Weights of a run whose layers see bfloat16 and whose gradients travel in it."""
     logging.disable(logging.WARNING)
@@ -537,6 +583,34 @@ def test_mixed_precision(mode: str, ranks: Worlds) -> None:
     run = ranks(2).run
     ours, plain = (run(str(x), narrow, mode=x).checked()[0] for x in (mode, None))
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+def rounded(world: World, mode: Any) -> list[list[Tensor]]:
+    """Weights of each step, here and whole, where coordinates are added up in bfloat16."""
+    logging.disable(logging.WARNING)
+    model = sharded(world, torch.float32)
+    optimizer = optimizer_of(model)
+    if mode:
+        attach_in_backward(optimizer, coords_dtype="bfloat16")
+    for step in range(8):
+        for piece in range(2):
+            loss_of(model, 2 * step + piece, world, torch.float32).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    params = [p.detach() for p in model.parameters()]
+    return [[p.to_local() for p in params], [p.full_tensor() for p in params]]
+
+
+@pytest.mark.slow
+def test_coordinates_in_bfloat16(ranks: Worlds) -> None:
+    """Copies round alike, to the bit, and the run is near that in float32."""
+    run, begin = ranks(4).run, list(net().parameters())
+    ours, plain = (run(str(x), rounded, mode=x).checked() for x in ("project", None))
+    for rank in (0, 1):
+        for a, b in zip(ours[rank][0], ours[rank + 2][0], strict=True):
+            assert torch.equal(a, b)
+    for x, y, x0 in zip(ours[0][1], plain[0][1], begin, strict=True):
+        assert 0 < (x - y).norm() < 0.05 * (y - x0).norm()
 
 
 # ---------------------------------------------------------------- what is refused
