@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.refresh import basis_due, refresh_
-from lowrank_optim.engine.sharded.refresh import Due, refresh_replicas
+from lowrank_optim.engine.sharded.due import Due
+from lowrank_optim.engine.sharded.refresh import refresh_replicas
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.sharding.parts import replica
 from lowrank_optim.subspaces.block import Block

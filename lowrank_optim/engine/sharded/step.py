@@ -24,6 +24,7 @@ from lowrank_optim.engine.plan import (
     weight_noise,
 )
 from lowrank_optim.engine.refresh import basis_due, refresh_
+from lowrank_optim.engine.sharded.due import Due
 from lowrank_optim.engine.sharded.guard import Asked, agreed
 from lowrank_optim.engine.sharded.local import here, stepped, summed_coords, weights_here
 from lowrank_optim.engine.sharded.means import (
@@ -33,7 +34,7 @@ from lowrank_optim.engine.sharded.means import (
     weight_rms,
     weight_squares,
 )
-from lowrank_optim.engine.sharded.refresh import Due, refresh_together
+from lowrank_optim.engine.sharded.refresh import refresh_together
 from lowrank_optim.engine.step import (
     MatrixStep,
     Push,

@@ -1,0 +1,82 @@
+"""A matrix whose basis is due, and the rank that finds it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
+from lowrank_optim.engine.sharded.local import stepped
+from lowrank_optim.sharding.parts import Part
+from lowrank_optim.subspaces.base import Subspace
+
+
+class Due(NamedTuple):
+    """A matrix whose basis is due."""
+
+    item: ParamPlan
+    twin: ParamPlan
+    """What stands for the part that is here."""
+    state: State
+    grad: Tensor | None
+    """The columns that are here, where a refresh looks at them."""
+    chosen: Strategies
+    norm: Tensor | None = None
+    """Of its whole gradient, where ranks have agreed on it."""
+
+    @property
+    def step(self) -> int:
+        """Steps taken before."""
+        return int(self.state["step"])
+
+    @property
+    def columns(self) -> ParamPlan:
+        """What stands for the part that is stepped."""
+        return stepped(self.item, self.twin.param)
+
+    @property
+    def part(self) -> Part:
+        """What is here."""
+        assert self.item.part is not None
+        return self.item.part
+
+    @property
+    def subspace(self) -> Subspace:
+        """Its subspace."""
+        assert self.item.subspace is not None
+        return self.item.subspace
+
+    @property
+    def balanced(self) -> Sequence[str]:
+        """Entries that an owner makes of themselves; the rest of the refresh needs no other."""
+        return self.subspace.balanced(self.step)
+
+    @property
+    def entries(self) -> list[str]:
+        """State keys of what an owner finds."""
+        if self.balanced:
+            return list(self.balanced)
+        assert self.item.view is not None
+        meta = torch.empty(self.item.view.shape, dtype=self.item.param.dtype, device="meta")
+        return list(self.subspace.init(self.item.view, meta))
+
+
+def owners(due: Sequence[Due]) -> list[list[Due]]:
+    """What each rank of their group refreshes: the longest first, to who has least to do."""
+    queues: list[list[Due]] = [[] for _ in range(due[0].part.ranks)]
+    loads = [0] * len(queues)
+    for d in sorted(due, key=lambda d: (-d.item.param.numel(), d.item.uid)):
+        owner = loads.index(min(loads))
+        queues[owner].append(d)
+        loads[owner] += d.item.param.numel()
+    return queues
+
+
+def rounds_of(due: Sequence[Due]) -> Iterator[tuple[Due | None, ...]]:
+    """One matrix for each rank at a time: no more of a gradient is ever gathered."""
+    if due:
+        yield from zip_longest(*owners(due))
