@@ -39,6 +39,8 @@ from lowrank_optim.memory import GIB
 
 SHAPES = {**LLAMA_SHAPES, "llama-70b": (8192, 28672, 80, 64, 8)}
 MIB = 2**20
+WIDTH = 110
+"""Columns that the tables need."""
 GAP = 200
 """Steps between refreshes, over which their messages are spread."""
 SIZE, NARROW = 4, 2
@@ -343,6 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if min(args.ranks) < 2:
         parser.error("--ranks: two or more")
     console, tables = Console(), []
+    console = console if console.width >= WIDTH else Console(width=WIDTH)
     for name in args.models:
         model = load(name, args.rank)
         for ranks in args.ranks:

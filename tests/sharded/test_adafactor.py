@@ -53,7 +53,7 @@ def check(ranks: Worlds, size: int, name: str, how: str, only: tuple[str, ...]) 
     training.assert_all_moved(case.reference, run)
 
 
-@pytest.mark.parametrize(("name", "size", "how"), TURNS)
+@pytest.mark.parametrize(("name", "size", "how"), TURNS[::2])
 def test_it_is_one_process(name: str, size: int, how: str, ranks: Worlds) -> None:
     """Twelve steps over three refreshes, of uneven and empty shards, experts and replicas."""
     check(ranks, size, name, how, ONLY)

@@ -181,7 +181,12 @@ def mutant(world: World, chosen: Chosen, mutation: Mutation) -> Any:
 
 
 @pytest.mark.parametrize(
-    "mutation", [Mutation("gather", how="one rank"), Mutation("broadcast", how="skip")], ids=str
+    "mutation",
+    [
+        Mutation("gather", how="one rank"),
+        pytest.param(Mutation("broadcast", how="skip"), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_run_without_a_message_is_seen(mutation: Mutation) -> None:
     chosen, world = Chosen("restarts"), Ranks(2, grace=4.0)

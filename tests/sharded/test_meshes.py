@@ -80,7 +80,6 @@ def check(ranks: Worlds, name: str, case: Case) -> None:
     [
         ("rsvd", "copies"),
         ("fira svd", "parallel"),
-        ("dct memory", "tensors"),
         ("sst", "parallel"),
         ("switchlora of weights", "copies"),
     ],
@@ -93,7 +92,13 @@ ADAFACTOR = {"scale_parameter": True, "beta1": None, "clip_threshold": 0.7}
 
 
 @pytest.mark.parametrize(
-    ("how", "rank"), [("copies", None), ("parallel", 3), ("tensors", 3)], ids=str
+    ("how", "rank"),
+    [
+        ("copies", None),
+        ("parallel", 3),
+        pytest.param("tensors", 3, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_means_of_whole_tensors(how: str, rank: int | None, ranks: Worlds) -> None:
     """Copies count once in the weights' root mean square, and not in sums over columns."""

@@ -140,7 +140,12 @@ def test_a_run_over_several_numbers_of_ranks_is_one_run(
 
 
 @pytest.mark.parametrize(
-    ("name", "flat"), [("frugal rows", True), ("galore", False), ("block", False)]
+    ("name", "flat"),
+    [
+        pytest.param("frugal rows", True, marks=pytest.mark.slow),
+        ("galore", False),
+        pytest.param("block", False, marks=pytest.mark.slow),
+    ],
 )
 def test_moments_in_8_bits_over_several_numbers_of_ranks(
     name: str, flat: bool, ranks: Worlds, tmp_path: Path
