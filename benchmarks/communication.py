@@ -326,7 +326,7 @@ def plot(tables: Sequence[tuple[Model, int, Sequence[Row]]], path: Path) -> None
             ax.spines[["top", "right"]].set_visible(False)
             ax.tick_params(labelsize=8)
     for ax in axes[0]:
-        ax.legend(frameon=False, fontsize=8, loc="lower right")
+        ax.legend(frameon=False, fontsize=8, loc="upper right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
