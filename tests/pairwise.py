@@ -14,6 +14,7 @@ Row = tuple[Any, ...]
 
 def named(value: Any) -> str:
     """An id that is the same in every process: a function's name, not its address."""
+    assert not hasattr(value, "marks"), f"{value} is a parameter with marks: give its value"
     return getattr(value, "__name__", None) or str(value)
 
 

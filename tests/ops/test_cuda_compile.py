@@ -17,11 +17,9 @@ from tests.pairwise import in_turns
 
 CSRC = Path(__file__).parents[2] / "csrc"
 SOURCES = {"update": 4, "block": 5, "matrix": 5}  # kernels in each file
-FAST, MORE = [80, 120], [75, 86, 89, 90, 100]
+ARCHITECTURES = [80, 120, 75, 86, 89, 90, 100]
 REGISTERS = 64  # 256 threads a block: four blocks, half occupancy, on 64K registers
 SHARED = 8192  # two maps with thresholds are 4 KiB
-
-ARCHITECTURES = [*FAST, *(pytest.param(a, marks=pytest.mark.slow) for a in MORE)]
 
 
 def report(source: str, arch: int, out: Path) -> str:
