@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import PROJECTORS, LowRankOptimizer, methods
-from lowrank_optim.engine import blocks, dense, plan, step
-from lowrank_optim.engine.fused import base
+from lowrank_optim.ops import devices
 from lowrank_optim.subspaces.base import Projector
 from lowrank_optim.subspaces.fixed import FixedBasis
 from lowrank_optim.tensors.matrix import PROJ_TYPES
@@ -222,6 +221,6 @@ def train(
 
 
 def branching(patch: pytest.MonkeyPatch, on_accelerator: Callable[[Tensor], bool]) -> None:
-    """Let the phases of a step take a tensor's device for one that hosts may not wait for."""
-    for phase in (plan, step, dense, blocks, base):
-        patch.setattr(phase, "on_accelerator", on_accelerator)
+    """Let the package take the CPU for a device that hosts may not wait for, or for a host."""
+    forced = on_accelerator(torch.empty(0))
+    patch.setattr(devices, "HOSTS", frozenset() if forced else frozenset({"cpu"}))

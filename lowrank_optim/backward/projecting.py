@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.engine.plan import ParamPlan, State, Strategies, mixed, on_accelerator
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies, mixed
 from lowrank_optim.engine.refresh import refresh_
 from lowrank_optim.engine.step import CHUNK_BYTES
 from lowrank_optim.groups import Group
+from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.residuals import Drop
 from lowrank_optim.rules.base import compute_dtype

@@ -15,9 +15,9 @@ from lowrank_optim.engine.plan import (
     Strategies,
     active_blocks,
     alloc_moments,
-    on_accelerator,
     weight_noise,
 )
+from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.residuals import ResidualInputs
 from lowrank_optim.stores import scale_key
 from lowrank_optim.subspaces.base import Target

@@ -12,13 +12,13 @@ from torch import Tensor
 from lowrank_optim import ops
 from lowrank_optim.engine.bucket import Bucket, warn_skipped
 from lowrank_optim.engine.plan import (
-    on_accelerator,
     read_slots,
     rounds,
     slot_keys,
     weight_noise,
     write_slots_,
 )
+from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.ops.quant import Moment, Quantized
 from lowrank_optim.rules.base import Asking, Split, compute_dtype, finished
 from lowrank_optim.subspaces.block import Block

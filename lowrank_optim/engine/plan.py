@@ -246,11 +246,6 @@ def seeded(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed(*numbers))
 
 
-def on_accelerator(tensor: Tensor) -> bool:
-    """Whether branching on a value of this tensor would stall its device."""
-    return not tensor.is_cpu
-
-
 ReadMoments = Sequence[tuple[str, Slot, Moment]]
 """The moments of one coordinate as they were read: key, slot, and what the rule updates."""
 

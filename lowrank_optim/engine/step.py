@@ -20,7 +20,6 @@ from lowrank_optim.engine.plan import (
     State,
     Strategies,
     age_key,
-    on_accelerator,
     read_slots,
     slot_keys,
     weight_noise,
@@ -29,6 +28,7 @@ from lowrank_optim.engine.plan import (
 from lowrank_optim.engine.refresh import basis_due, refresh_
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops import Noise
+from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.residuals import Drop, Measured, ResidualInputs
 from lowrank_optim.rules.base import Asking, Split, compute_dtype, finished
 from lowrank_optim.stores import scale_key

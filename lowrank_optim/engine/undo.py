@@ -22,7 +22,7 @@ class Undo:
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[State, State, list[float], State]] = {}
-        self._spare: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self._spare: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
         """Memory of copies that are not needed any more: to get it anew costs more than a copy."""
         self.taken = 0
         """Parameters that have taken the whole step."""
@@ -34,12 +34,12 @@ class Undo:
             self._kept[id(state)] = state, dict(state), counters, {}
 
     def keep(self, state: State, keys: Iterable[str]) -> None:
-        """Copy entries that are about to be overwritten, unless that was done."""
+        """Copy entries that are about to be overwritten, unless that was done; no counters."""
         copies = self._kept[id(state)][-1]
         for key in keys:
-            if key not in copies and key in state:
+            if key not in copies and key in state and key not in COUNTERS:
                 entry = state[key].detach()
-                spare = self._spare.get((entry.shape, entry.dtype))
+                spare = self._spare.get((entry.shape, entry.dtype, entry.device))
                 copies[key] = spare.pop().copy_(entry) if spare else entry.clone()
 
     def done(self, state: State) -> None:
@@ -51,7 +51,7 @@ class Undo:
     def _forget(self, number: int) -> None:
         copies = self._kept.pop(number)[-1]
         for copy in copies.values():
-            self._spare.setdefault((copy.shape, copy.dtype), []).append(copy)
+            self._spare.setdefault((copy.shape, copy.dtype, copy.device), []).append(copy)
 
     def __enter__(self) -> Self:
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.ops.rows import take_rows
 
 
@@ -13,7 +14,7 @@ def move_rows_(x: Tensor, source: Tensor, fill: int = 0) -> None:
 
     On the host only the rows that move are touched: of sorted indices many keep their place.
     """
-    if source.dim() == 1 and source.device.type == "cpu":
+    if source.dim() == 1 and not on_accelerator(source):
         to = (source != torch.arange(source.shape[0])).nonzero().squeeze(1)
         if to.numel():
             new = x.index_select(-2, source[to].long().clamp(min=0))

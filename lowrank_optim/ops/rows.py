@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lowrank_optim.ops.devices import on_accelerator
+
 
 def check_rows(op: str, index: Tensor, rows: int, least: int = 0) -> None:
     """Raise unless ``index (..., r)`` ascends within ``rows``, each once; of the host.
@@ -19,7 +21,7 @@ def check_rows(op: str, index: Tensor, rows: int, least: int = 0) -> None:
     Raises:
         IndexError: with the first index that is wrong.
     """
-    if not index.is_cpu or not index.numel():
+    if on_accelerator(index) or not index.numel():
         return
     wrong = (index < least) | (index >= rows)
     if bool(wrong.any()):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
+from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.residuals.base import Measured, ResidualInputs
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.base import State, Target
@@ -73,11 +74,6 @@ class Levels(NamedTuple):
             yield at, Levels(self.codes[..., at, :], self.low[..., at], self.step[..., at])
 
 
-def on_host(x: Tensor) -> bool:
-    """Whether a branch on a value of ``x`` stalls no device."""
-    return x.device.type == "cpu"
-
-
 @dataclass(frozen=True)
 class ErrorFeedback:
     r"""A memory E of the size of the weights.
@@ -123,7 +119,7 @@ class ErrorFeedback:
 
     def before(self, state: State, grad: Tensor) -> Tensor:
         """``G + E``; a gradient that is not finite is returned as it is."""
-        if on_host(grad) and not bool(ops.matrix_norm(grad).isfinite().all()):
+        if not on_accelerator(grad) and not bool(ops.matrix_norm(grad).isfinite().all()):
             return grad
         out = torch.empty(grad.mT.shape, dtype=compute_dtype(grad.dtype), device=grad.device)
         for at in self._tiles(grad):

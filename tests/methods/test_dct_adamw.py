@@ -244,9 +244,6 @@ def test_the_accelerators_path_of_the_memory(
     results = []
     for forced in (False, on_device):
         cases.branching(monkeypatch, lambda tensor, f=forced: f)
-        monkeypatch.setattr(
-            "lowrank_optim.residuals.error_feedback.on_host", lambda tensor, f=forced: not f
-        )
         for kept in ("float32", "8bit"):
             start, grads = cases.parameter((6, 11)).detach(), cases.gradients((6, 11), 6)
             grads[3] = grads[3] * float("nan")

@@ -511,7 +511,6 @@ def test_a_bad_gradient_changes_nothing(projector: str) -> None:
             with pytest.MonkeyPatch.context() as patch:
                 if forced:
                     cases.branching(patch, lambda tensor: True)
-                    patch.setattr("lowrank_optim.engine.blocks.on_accelerator", lambda tensor: True)
                 params = [nn.Parameter(cases.parameter((6, 11), torch.float32)) for _ in range(4)]
                 group = {"params": params, "density": 0.25, "projector": projector}
                 optimizer = FrugalAdamW([group], lr=0.1)

@@ -12,9 +12,9 @@ from lowrank_optim.engine.plan import (
     ParamPlan,
     State,
     Strategies,
-    on_accelerator,
     rounds,
 )
+from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.residuals import Drop, Free
 from lowrank_optim.rules.adamw import AdamW
 from lowrank_optim.stores import FloatStore

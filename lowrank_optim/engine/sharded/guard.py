@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.engine.plan import ParamPlan, on_accelerator
+from lowrank_optim.engine.plan import ParamPlan
 from lowrank_optim.engine.tracing import fake_mode
+from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.parts import Part
 from lowrank_optim.tensors.projected_grad import ProjectedGrad

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lowrank_optim.engine.bucket import Bucket
 from lowrank_optim.engine.dense import dense_phases
-from lowrank_optim.engine.plan import ParamPlan, Strategies, on_accelerator
+from lowrank_optim.engine.plan import ParamPlan, Strategies
 from lowrank_optim.engine.step import CHUNK_BYTES
+from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.rules.base import Split, compute_dtype, together
 from lowrank_optim.sharding import collectives
 from lowrank_optim.subspaces.block import Block

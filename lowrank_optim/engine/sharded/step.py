@@ -19,7 +19,6 @@ from lowrank_optim.engine.plan import (
     ParamPlan,
     State,
     Strategies,
-    on_accelerator,
     rounds,
     weight_noise,
 )
@@ -48,6 +47,7 @@ from lowrank_optim.engine.step import (
 )
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops import Noise
+from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.residuals import Measured
 from lowrank_optim.rules.base import Split, compute_dtype
 from lowrank_optim.sharding import collectives

@@ -1,0 +1,289 @@
+"""What a step would make the host of an accelerator wait for, and what it launches; on the CPU.
+
+Under :class:`Watch` the package takes the CPU for an accelerator (:data:`lowrank_optim.ops.devices.
+HOSTS` is empty), and a tensor is one of the host or one of the device by where it comes from: what
+is made without a device is the host's, as are the counters and the ``host.`` entries of a state;
+parameters, gradients, all other state, and all that is computed from a tensor of the device, are
+the device's.
+
+    with Watch(optimizer) as seen:
+        optimizer.step()
+    seen.looks       # Counter of (what, where in the package)
+    seen.launches    # Counter of kernels by name; seen.gemms of matrix products
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+import lowrank_optim
+from lowrank_optim.engine.plan import on_host
+from lowrank_optim.ops import devices
+
+aten = torch.ops.aten
+PACKAGE = Path(lowrank_optim.__file__).parent
+
+LOOKS: dict[Any, str] = {
+    aten._local_scalar_dense: "a value is read",
+    aten.equal: "a value is read",
+    aten.nonzero: "the size of the result depends on values",
+    aten.masked_select: "the size of the result depends on values",
+    aten._unique2: "the size of the result depends on values",
+    aten.unique_dim: "the size of the result depends on values",
+    aten.unique_consecutive: "the size of the result depends on values",
+    aten.bincount: "the size of the result depends on values",
+    aten.repeat_interleave: "the size of the result depends on values",
+    # torch reads the solver's status: _linalg_check_errors
+    aten._linalg_check_errors: "the status of a factorisation is read",
+    aten._linalg_eigh: "the status of a factorisation is read",
+    aten._linalg_svd: "the status of a factorisation is read",
+    aten.linalg_eig: "the status of a factorisation is read",
+    aten.linalg_cholesky: "the status of a factorisation is read",
+    aten.linalg_inv: "the status of a factorisation is read",
+    aten._linalg_det: "the status of a factorisation is read",
+    aten._linalg_solve_ex: "",  # the _ex forms return it
+}
+"""Ops for which the host waits until the device has done all that was asked of it."""
+
+VALUES = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__}
+"""What reads the memory of a tensor without asking an op; on an accelerator it is copied."""
+
+FACTORIES = {
+    torch.tensor, torch.as_tensor, torch.zeros, torch.ones, torch.empty, torch.full, torch.arange,
+    torch.eye, torch.linspace, torch.randn, torch.rand, torch.randint, torch.randperm,
+    torch.from_numpy,
+}  # fmt: skip
+"""Made on the host, unless a device is given."""
+
+_FREE = {
+    aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided,
+    aten.detach, aten.alias, aten.lift_fresh, aten._unsafe_view, aten._reshape_alias, aten.set_,
+    aten.resize_, aten.is_same_size, aten.is_pinned, aten.sym_size, aten.sym_stride,
+    aten.record_stream, aten._local_scalar_dense,
+}  # fmt: skip
+"""No kernel, besides views."""
+
+GEMMS = {
+    aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.baddbmm_, aten.matmul, aten.mv,
+    aten.addmv, aten.addmv_, aten.dot,
+}  # fmt: skip
+
+
+class Cost(NamedTuple):
+    """Kernels of one call of an op of the package, as Triton's backend launches them.
+
+    A number of tensors of one list op is one launch, with one copy of a table of pointers from
+    pinned memory, which nobody waits for. The lifts hold their products inside one kernel; the
+    native CUDA backend has a GEMM and a pass for each matrix in their place.
+    """
+
+    call: int = 0
+    each: int = 0
+    """For each matrix, or each tile of columns of it; tests have one."""
+
+
+COSTS = {
+    **dict.fromkeys(
+        (
+            "adamw_direction_", "lion_direction_", "moment_", "adamw_direction_8bit_",
+            "lion_direction_8bit_", "moment_8bit_", "quantize_blockwise_",
+            "dequantize_blockwise_", "stochastic_round_",
+        ),
+        Cost(call=1),
+    ),
+    "column_norms": Cost(each=1),
+    "lift_add_scaled_": Cost(each=1),
+    "lift_add_sign_": Cost(each=1),
+    "coordinate_add_": Cost(each=1),
+    "coordinate_adamw_": Cost(each=2),
+    "top_rows_": Cost(each=11),  # the reference serves: two sorts, a search, what selects
+    "cosine_scores": Cost(each=5),  # fold, FFT, its copy, scores, their sum
+    "cosine_project_": Cost(each=4),  # fold, FFT, its copy, pick
+    "cosine_lift_add_": Cost(each=6),  # places, fold, FFT, its copy, add
+    "cosine_adamw_": Cost(each=12),
+}  # fmt: skip
+"""By ``lowrank_optim/ops/triton``."""
+
+
+class Watch:
+    """Records the looks and the launches of its ``with`` block.
+
+    Args:
+        optimizer: whose state tells counters from what is on the device.
+        host: tensors beside its counters that are the host's.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer | None = None, *host: Tensor) -> None:
+        self.looks: Counter[tuple[str, str]] = Counter()
+        """What a host would wait for: (what, "file:line function" of the package)."""
+        self.launches: Counter[str] = Counter()
+        self.gemms: Counter[str] = Counter()
+        """Those of :attr:`launches` that are matrix products."""
+        self._hosts = WeakTensorKeyDictionary()
+        self._given = host
+        self._optimizer = optimizer
+        self._inside = False
+        self._stack = ExitStack()
+
+    @property
+    def where(self) -> Counter[str]:
+        """Looks by file and function, without their lines."""
+        found: Counter[str] = Counter()
+        for (_, place), count in self.looks.items():
+            file, _, function = place.partition(":")
+            found[f"{file} {function.split()[-1]}"] += count
+        return found
+
+    def __enter__(self) -> Self:
+        patch = self._stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(devices, "HOSTS", frozenset())
+        for x in self._given:
+            self._hosts[x] = True
+        for state in () if self._optimizer is None else self._optimizer.state.values():
+            for key, x in state.items():
+                if isinstance(x, Tensor) and on_host(key):
+                    self._hosts[x] = True
+        self._stack.enter_context(_Functions(self))
+        self._stack.enter_context(_Ops(self))
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._stack.close()
+
+    def is_host(self, x: Tensor) -> bool:
+        """Whether a tensor is one of the host."""
+        return x in self._hosts
+
+    def look(self, what: str) -> None:
+        """Count one, with the innermost place of the package that is not a wrapper of an op."""
+        place = "?"
+        for frame in reversed(traceback.extract_stack()):
+            if frame.filename.startswith(str(PACKAGE)):
+                file = Path(frame.filename).relative_to(PACKAGE)
+                place = f"{file}:{frame.lineno} {frame.name}"
+                break
+        self.looks[what, place] += 1
+
+    # ---------------------------------------------------------------- what the modes report
+
+    def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """One function of torch as the package wrote it."""
+        if func in FACTORIES and isinstance(out, Tensor):
+            if kwargs.get("device") is None:
+                self._hosts[out] = True
+            elif func in (torch.tensor, torch.as_tensor, torch.from_numpy):
+                self.look("numbers of the host are copied to the device")
+        elif func in VALUES and not self.is_host(args[0]):
+            self.look("a value is read")
+            if isinstance(out, Tensor):
+                self._hosts[out] = True
+        elif func is Tensor.to and self.is_host(args[0]) and isinstance(out, Tensor):
+            self._moved(args, kwargs, out)
+
+    def _moved(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+        """A tensor of the host that is asked for by a device, or by another tensor."""
+        targets = [*args[1:2], kwargs.get("device"), kwargs.get("other")]
+        onto = any(
+            isinstance(t, torch.device) or (isinstance(t, Tensor) and not self.is_host(t))
+            for t in targets
+        )
+        if not onto:
+            return
+        if not kwargs.get("non_blocking") or not args[0].numel():
+            self.look("a tensor of the host is copied to the device")
+        if out is args[0]:  # on the CPU nothing moves: what is kept of it counts as the device's
+            self._hosts.pop(out)
+        else:
+            self._hosts.pop(out, None)
+
+    def dispatched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """One op before it runs; whether its results are the host's."""
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        hosts = [x for x in given if self.is_host(x)]
+        if given and len(hosts) == len(given):
+            return True
+        packet = func.overloadpacket
+        if LOOKS.get(packet):
+            self.look(LOOKS[packet])
+        elif packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
+            masks = [x for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)]
+            if masks:
+                self.look("the size of the result depends on values")
+        if packet is aten.copy_ and len(given) == 2 and self.is_host(given[0]):
+            self.look("a tensor of the device is copied to the host")
+            return True
+        if packet is aten.copy_ and self.is_host(given[1]):
+            waits = not (args[2:3] or [kwargs.get("non_blocking")])[0]
+            if waits:
+                self.look("a tensor of the host is copied to the device")
+        elif any(x.dim() for x in hosts):
+            self.look("a tensor of the host among those of the device")
+        self._launched(func, given, args)
+        return False
+
+    def _launched(self, func: Any, given: list[Tensor], args: tuple[Any, ...]) -> None:
+        packet, name = func.overloadpacket, func._opname
+        if func.namespace == "lowrank_optim":
+            cost = COSTS[name]
+            self.launches[name] += cost.call + cost.each * len(args[0])
+        elif given and not func.is_view and packet not in _FREE:
+            self.launches[name] += 1
+            if packet in GEMMS:
+                self.gemms[name] += 1
+
+
+class _Functions(TorchFunctionMode):
+    """Which tensors are made on the host, and what reads memory without an op."""
+
+    def __init__(self, seen: Watch) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not self.seen._inside:
+            self.seen.called(func, args, kwargs, out)
+        return out
+
+
+class _Ops(TorchDispatchMode):
+    """Every op; those of the package as one."""
+
+    def __init__(self, seen: Watch) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs, seen = kwargs or {}, self.seen
+        host = seen.dispatched(func, args, kwargs)
+        seen._inside = True
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            seen._inside = False
+        if host:
+            for x in _tensors(out):
+                seen._hosts[x] = True
+        return out
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (x for x in tree_leaves(tree) if isinstance(x, Tensor))
