@@ -34,6 +34,12 @@ from lowrank_optim.engine.preflight import (
     moved,
     structure,
 )
+from lowrank_optim.engine.recording import (
+    check_capturable,
+    check_on_device,
+    check_recorded,
+    follow_,
+)
 from lowrank_optim.engine.sharded import ShardedStep, local_state
 from lowrank_optim.engine.sharded.failures import this_rank
 from lowrank_optim.engine.sharded.refusals import check_supported
@@ -55,6 +61,7 @@ from lowrank_optim.groups.keys import (
 from lowrank_optim.groups.linear_maps import is_linear_map
 from lowrank_optim.groups.names import uid_of
 from lowrank_optim.groups.notices import param_name as _name
+from lowrank_optim.ops.devices import recording
 from lowrank_optim.residuals import Residual
 from lowrank_optim.rules.base import Rule
 from lowrank_optim.sharding.parts import is_sharded, part_of
@@ -90,6 +97,8 @@ class Options(TypedDict, total=False):
     """Spread refreshes over the gap; False refreshes all at 0, T, 2T (default: True)."""
     maximize: bool
     """Ascend (default: False)."""
+    capturable: bool
+    """Count steps on the device, so that a CUDA graph can hold one (default: False)."""
     flatten: bool
     """See a 3-d parameter as one matrix (out, rest), as of Conv1d, not as a batch, as of experts
     (default: False; :func:`lowrank_optim.lowrank_groups` sets it by module)."""
@@ -108,6 +117,7 @@ DEFAULTS: Options = {
     "stochastic_rounding": False,
     "stagger": True,
     "maximize": False,
+    "capturable": False,
     "flatten": False,
     "seed": 0,
 }
@@ -146,6 +156,8 @@ class LowRankOptimizer(PlannedOptimizer):
     """Group keys that it reads beside the arguments of its constructor."""
     unused: ClassVar[Mapping[str, str]] = {}
     """Arguments of every optimizer that mean nothing to this one, and why."""
+    by_host: ClassVar[str | None] = None
+    """Why its coordinates follow the host's count of steps, as a clause; None if they do not."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -190,9 +202,12 @@ class LowRankOptimizer(PlannedOptimizer):
         """Raise for values that no step could use: of the constructor, or of a whole group.
 
         Raises:
-            ValueError: one is out of range.
+            ValueError: one is out of range, or ``capturable`` does not go with others.
         """
         check(group)
+        if group.get("capturable"):
+            chosen = self._strategies(group)
+            check_capturable(chosen, group, type(self).__name__, self.by_host)
 
     def _allowed(self, group: Group) -> set[str]:
         """Keys that a group may have: those that something reads."""
@@ -308,6 +323,9 @@ class LowRankOptimizer(PlannedOptimizer):
             items = self._planned(group)
             check_replaced(items, was, self.state)
             check_edits(items, was, self.state, chosen, before, now)
+            for item in items:
+                if before.get("capturable") != now["capturable"]:
+                    follow_(self.state.get(item.param, {}), item.param, chosen)
             plan = self._plans[id(group)] = Plan(key, now, items)
         return plan.items
 
@@ -381,6 +399,7 @@ class LowRankOptimizer(PlannedOptimizer):
             seed=group["seed"],
             rounding=group["stochastic_rounding"],
             maximize=group["maximize"],
+            capturable=bool(group.get("capturable")),
             lr_scale=group.get("proj_params_lr_scale", 1.0),
         )
 
@@ -418,6 +437,9 @@ class LowRankOptimizer(PlannedOptimizer):
         return loss
 
     def _step_groups(self, work: list[tuple[Strategies, list[ParamPlan], list[ParamPlan]]]) -> None:
+        recorded = recording()
+        if recorded:
+            check_recorded(self.param_groups, bool(self.state), type(self).__name__)
         if not self.state:
             self._introduce(any(ready for *_, ready in work))
         self._make_state()
@@ -426,7 +448,8 @@ class LowRankOptimizer(PlannedOptimizer):
             with (
                 undo
             ):  # of all groups: a basis found with other ranks is of no use without its step
-                self._with_other_ranks(work, undo)
+                if not recorded:  # as nothing is refreshed
+                    self._with_other_ranks(work, undo)
                 for group, (chosen, items, ready) in zip(self.param_groups, work, strict=True):
                     here = [item for item in ready if not item.sharded]
                     self._advance(items, here, chosen, undo)
@@ -494,6 +517,8 @@ class LowRankOptimizer(PlannedOptimizer):
         if len(ready) < len(items):  # at any step: its state may have been loaded
             check_owned([item.param for item in items if item.param.grad is None])
         check_gradients(ready, type(self).__name__)
+        if chosen.capturable:
+            check_on_device(ready)
         return chosen, items, ready
 
     def _advance(

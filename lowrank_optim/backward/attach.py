@@ -107,8 +107,8 @@ def attach_in_backward(
         TypeError: the optimizer is not one of this package.
         NotImplementedError: a parameter is a DTensor on another device than its mesh.
         ValueError: an argument is out of range, or does not go with a DTensor, or
-            ``mode="project"`` and the method uses what its subspace does not see; or the ranks have
-            other parameters.
+            ``mode="project"`` and the method uses what its subspace does not see; or a group is
+            capturable; or the ranks have other parameters.
         RuntimeError: the optimizer, or another one of its parameters, works inside backward
             already; later, ``step(closure)`` runs
             backward in its closure, or the first backward is that of ``DistributedDataParallel``.

@@ -59,6 +59,11 @@ class InBackward:
     ) -> None:
         if getattr(optimizer, _ATTACHED, None) is not None:
             raise RuntimeError("the optimizer works inside backward already: remove() that first")
+        if any(group["capturable"] for group in optimizer.param_groups):
+            raise ValueError(
+                "attach_in_backward does not go with capturable=True: its hooks ask the host, "
+                "which no graph records. Pass capturable=False"
+            )
         self.optimizer, self.max_norm = optimizer, max_norm
         self._in_closure = False
         self._checked = False

@@ -56,7 +56,12 @@ def load_state_dict(
         check_form(incoming)  # after the user's hooks, which may have replaced it
         ids = [i for group in incoming["param_groups"] for i in group["params"]]
         groups = [
-            {**_without_params(g), "method": "another optimizer", **_named_as_here(canonical(s), g)}
+            {
+                **_without_params(g),
+                "method": "another optimizer",
+                **_named_as_here(canonical(s), g),
+                "capturable": g["capturable"],  # of the run that loads, as its device is
+            }
             for s, g in zip(incoming["param_groups"], optimizer.param_groups, strict=False)
         ]
         groups += incoming["param_groups"][len(groups) :]
@@ -78,7 +83,10 @@ def load_state_dict(
                 optimizer.state[item.param] = kept_as(
                     item,
                     chosen,
-                    {k: _placed(k, saved[n][k], item.param, dt) for k, dt in dtypes[n].items()},
+                    {
+                        k: _placed(k, saved[n][k], item.param, dt, chosen.capturable)
+                        for k, dt in dtypes[n].items()
+                    },
                 )
         for group in optimizer.param_groups:
             optimizer._items(group)  # from here on edits are noticed
@@ -226,9 +234,9 @@ def _unfilled(x: Tensor, param: Tensor) -> bool:
     return own.is_floating_point() and bool(own.numel()) and bool(own.isnan().all())
 
 
-def _placed(key: str, value: Any, param: Tensor, dtype: torch.dtype) -> Tensor:
+def _placed(key: str, value: Any, param: Tensor, dtype: torch.dtype, capturable: bool) -> Tensor:
     """A contiguous copy of one saved entry, on the device it belongs to."""
-    device = torch.device("cpu") if on_host(key) else param.device
+    device = torch.device("cpu") if on_host(key, capturable) else param.device
     tensor: Tensor = torch.as_tensor(value).detach()
     if is_sharded(tensor):
         if is_sharded(param):

@@ -20,7 +20,8 @@ from lowrank_optim.engine.plan import (
 )
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.ops.quant import Moment, Quantized
-from lowrank_optim.rules.base import Asking, Split, compute_dtype, finished
+from lowrank_optim.rules.base import Asking, Split, Steps, compute_dtype, finished
+from lowrank_optim.subspaces.base import Target
 from lowrank_optim.subspaces.block import Block
 
 
@@ -50,36 +51,42 @@ def dense_phases(
     (item,), (state,), chosen, lr, weight_decay, _ = bucket
     # how many steps it had taken before its moments began
     since = 0 if item.subspace is None else int(state["refresh_step"])
+    finite: Sequence[Tensor] = ()
     factor = 1.0 if item.subspace is None else chosen.lr_scale
     param, grad, rule = item.param, item.param.grad, chosen.rule
     assert grad is not None
     norm = ops.matrix_norm(grad if grad.dim() > 1 else grad.reshape(1, -1))
-    if not on_accelerator(grad) and not norm.isfinite().all():
+    if on_accelerator(grad):
+        finite = [norm.isfinite().all()]
+    elif not norm.isfinite().all():
         state["step"] += 1
         warn_skipped(item)
         return
     keys = [slot.name for slot in rule.slots(param.shape)]
     same = all(x.dtype == param.dtype for x in (grad, *(state[k] for k in keys)))
     nearest = not chosen.store.rounds and not rounds(item, chosen)  # as torch rounds
-    if same and nearest and factor == 1:
+    if same and nearest and factor == 1 and not finite:
         slots = [state[k] for k in keys]
-        steps = state["step"] - since if since else state["step"]
+        taken = state["step"] - since if since else state["step"]
         if rule.step_dense_(
             param,
             grad,
             slots,
-            steps,
+            taken,
             lr=lr,
             weight_decay=weight_decay,
             maximize=chosen.maximize,
         ):
-            state["step"].copy_(steps + since)
+            state["step"].copy_(taken + since)
             return
     state["step"] += 1
     rounding = weight_noise(item, state, chosen)
-    step = float(state["step"]) - since
+    step = math.nan if chosen.capturable else float(state["step"]) - since
+    steps: Steps = state["step"].reshape(1) if chosen.capturable else [step]
     size = rule.step_size(lr, step, param, rms)
-    decay = 1 - size * weight_decay
+    decay: float | Tensor = 1 - size * weight_decay
+    if finite:
+        decay = Target(param, grad, None, 0.0, decay, None, finite[0]).guarded_decay()
     size = size if factor == 1 else size * factor
     held = read_slots(item, state, slot_keys("", param.shape, chosen), chosen)
     moments = [x for _, _, x in held]
@@ -91,10 +98,12 @@ def dense_phases(
     for start, p, g, own in tiles:
         g = g.to(compute_dtype(param.dtype))
         g = g.neg() if chosen.maximize else g
-        (direction,), (correction,) = yield from rule.phases_([g], [own], [step], split=split)
+        (direction,), (correction,) = yield from rule.phases_(
+            [g], [own], steps, finite=finite, split=split
+        )
         noise = rounding.narrow(0, start) if rounding is not None and start else rounding
         ops.add_(p, direction * (size * correction), decay, -1.0, noise)
-    write_slots_(item, state, held, chosen)
+    write_slots_(item, state, held, chosen, *finite)
 
 
 Tile = tuple[int, Tensor, Tensor, Sequence[Moment]]
@@ -106,8 +115,9 @@ def _tiles(rows: int, param: Tensor, grad: Tensor, moments: Sequence[Moment]) ->
 
     Moments in 8 bits are cut as they are: none of them exists in float32.
     """
-    if param.dim() == 0:
-        yield 0, param, grad, moments
+    if param.dim() == 0:  # one row of one entry: rows have factors of their own
+        entries = [x.reshape(1) for x in moments if isinstance(x, Tensor)]
+        yield 0, param.view(1), grad.reshape(1), entries
         return
     period = math.lcm(*(x.period for x in moments if isinstance(x, Quantized)))
     rows = -(-rows // period) * period

@@ -29,8 +29,14 @@ HOST_SCALARS = ("step", "refresh_step", "postponed", "clock", "key")
 """State kept on the CPU in float32: read every step, and a bfloat16 counter would stop at 256."""
 
 
-def on_host(key: str) -> bool:
+RECORDED = ("step", "refresh_step")
+"""Those of them that are on the device where a CUDA graph may hold a step."""
+
+
+def on_host(key: str, capturable: bool = False) -> bool:
     """Whether a state entry stays on the CPU: the scalars, and what a subspace calls ``host.``."""
+    if capturable and key in RECORDED:
+        return False
     return key in HOST_SCALARS or key.startswith("host.")
 
 
@@ -94,6 +100,8 @@ class Strategies:
     """Factor of the learning rate of projected parameters, but not of their decay."""
     aged: bool = False
     """Whether every row of a coordinate counts its own steps, from when it came in."""
+    capturable: bool = False
+    """Whether steps are counted on the device, so that a CUDA graph can hold one."""
 
     def __post_init__(self) -> None:
         """Raise where rows cannot have steps of their own.
@@ -119,7 +127,8 @@ def init_state(
         like: a tensor of its shape on the device.
         active: whether a block holds moments (default: if it is among the first that do).
     """
-    state: State = {"step": torch.zeros((), dtype=torch.float32)}
+    device = like.device if chosen.capturable else None
+    state: State = {"step": torch.zeros((), dtype=torch.float32, device=device)}
     if isinstance(item.subspace, Block):
         assert item.view is not None
         state.update(item.subspace.init(item.view, like))
@@ -130,7 +139,7 @@ def init_state(
             alloc_moments(item, chosen, state, like)
         return state
     if item.subspace is not None and item.view is not None:
-        state["refresh_step"] = torch.tensor(-1.0)
+        state["refresh_step"] = torch.full((), -1.0, device=device)
         state["postponed"] = torch.zeros((), dtype=torch.float32)
         state.update(item.subspace.init(item.view, like))
         state.update(chosen.residual.init(item.view, like))

@@ -23,6 +23,7 @@ from lowrank_optim.engine.plan import (
 )
 from lowrank_optim.groups.names import turn_of
 from lowrank_optim.ops import quant
+from lowrank_optim.ops.devices import recording
 from lowrank_optim.ops.rows import take_rows
 from lowrank_optim.rules.base import Slot
 from lowrank_optim.subspaces.base import BasisChange, RefreshContext
@@ -41,7 +42,12 @@ def refresh_due(step: int, last: int, gap: int, offset: int) -> bool:
 
 
 def basis_due(item: ParamPlan, state: State, chosen: Strategies) -> bool:
-    """Whether the next step of a matrix refreshes its basis, if its gradient allows."""
+    """Whether the next step of a matrix refreshes its basis, if its gradient allows.
+
+    None does where a graph is captured: it would do so at every replay.
+    """
+    if chosen.capturable and recording():
+        return False
     step = int(state["step"])
     if item.tried == step:
         return False

@@ -51,10 +51,10 @@ class MatrixStep:
     grad: Tensor
     coords: dict[str, Tensor]
     time: float
-    """Steps that the moments have seen, this one included."""
+    """Steps that the moments have seen, this one included; NaN where the device counts them."""
     norm: Tensor = field(init=False)
     """Of its coordinates, on its device: not finite where the gradient is not."""
-    directions: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
+    directions: dict[str, tuple[Tensor, float | Tensor]] = field(default_factory=dict)
     """Of each coordinate, with the factor that corrects its bias."""
     whole: tuple[int, int] | None = None
     """Sides of the whole matrix, where only columns are here."""
@@ -80,7 +80,7 @@ class Phases:
         """The phases, each over the whole bucket but the last."""
         items, states, chosen, lr, weight_decay, undo = bucket
         work = [_project(i, state, chosen, undo) for i, state in zip(items, states, strict=True)]
-        torch._foreach_add_([w.state["step"] for w in work], [torch.ones(())] * len(work))
+        count_([w.state["step"] for w in work])
         _measure(work)
         if not on_accelerator(work[0].grad):
             work = [w for w in work if _is_finite(w)]
@@ -137,6 +137,14 @@ def chunk_size(item: ParamPlan, chosen: Strategies) -> int:
     return max(1, CHUNK_BYTES[on_accelerator(item.param)] // max(1, size))
 
 
+def count_(steps: list[Tensor]) -> None:
+    """One step more of each, on the host or on a device."""
+    if on_accelerator(steps[0]):
+        torch._foreach_add_(steps, 1)
+    else:  # as torch: a number would be made a tensor for each
+        torch._foreach_add_(steps, [torch.ones(())] * len(steps))
+
+
 def _measure(work: Sequence[MatrixStep]) -> None:
     """Norms of all coordinates, one call for each; of gradients that they do not see whole."""
     if work[0].item.subspace is not None and not work[0].item.subspace.sees_all:
@@ -158,7 +166,7 @@ def _project(item: ParamPlan, state: State, chosen: Strategies, undo: Undo) -> M
     """Phases one and two: refresh the basis if it is due, then take coordinates."""
     view, subspace = item.view, item.subspace
     assert view is not None and subspace is not None and item.param.grad is not None
-    grad, step = item.param.grad, int(state["step"])
+    grad = item.param.grad
     coords: dict[str, Tensor] = {}
     if isinstance(grad, ProjectedGrad):  # taken inside backward, in a basis that is not due
         state.update(grad.fresh)
@@ -169,7 +177,7 @@ def _project(item: ParamPlan, state: State, chosen: Strategies, undo: Undo) -> M
         grad = chosen.residual.before(state, view.of(grad))
         if basis_due(item, state, chosen):
             undo.keep(state, subspace.refreshed(state))
-            refresh_(item, state, grad, step, chosen, coords)
+            refresh_(item, state, grad, int(state["step"]), chosen, coords)
         coords = coords or subspace.coords(state, grad, reduce=identity)
     return begun(item, state, grad, coords, chosen)
 
@@ -178,11 +186,13 @@ def begun(
     item: ParamPlan, state: State, grad: Tensor, coords: dict[str, Tensor], chosen: Strategies
 ) -> MatrixStep:
     """A matrix whose coordinates are known, before its step is counted."""
-    last = max(int(state["refresh_step"]), 0)
-    time = int(state["step"]) + 1 - (last if chosen.on_refresh == "reset" else 0)
+    time = math.nan
+    if not chosen.capturable:
+        last = max(int(state["refresh_step"]), 0)
+        time = float(int(state["step"]) + 1 - (last if chosen.on_refresh == "reset" else 0))
     if chosen.maximize:
         coords = {name: x.neg_() for name, x in coords.items()}
-    return MatrixStep(item, state, grad, coords, float(time))
+    return MatrixStep(item, state, grad, coords, time)
 
 
 def adapt(
@@ -208,7 +218,7 @@ def adapt(
 
 def _adapt(
     work: Sequence[MatrixStep], coord: str, chosen: Strategies, undo: Undo, split: Split | None
-) -> Asking[list[tuple[Tensor, float]]]:
+) -> Asking[list[tuple[Tensor, float | Tensor]]]:
     """Directions of one coordinate: moments are read, updated and written back."""
     grads = [w.coords[coord] for w in work]
     keys = slot_keys(coord, grads[0].shape, chosen)
@@ -221,9 +231,10 @@ def _adapt(
     held = [read_slots(w.item, w.state, keys, chosen) for w in work]
     # no host may wait for `finite`: the ops select on the device
     finite = [w.finite for w in work] if on_accelerator(grads[0]) else []
-    times = [w.time for w in work]
+    times = _times_on_device(work, chosen) if chosen.capturable else [w.time for w in work]
     # in the weights' dtype if it goes into their GEMM as it is, else in that of arithmetic
     plain = coord == "low" and isinstance(chosen.residual, Drop) and not chosen.rounding
+    plain = plain and not chosen.capturable  # factors on the device multiply it first
     dtype = work[0].item.param.dtype if plain else compute_dtype(work[0].item.param.dtype)
     moments = [[x for _, _, x in own] for own in held]
     ages = [_older_(w, coord) for w in work] if chosen.aged else []
@@ -233,6 +244,14 @@ def _adapt(
     for n, (w, own) in enumerate(zip(work, held, strict=True)):
         write_slots_(w.item, w.state, own, chosen, finite[n] if finite else None)
     return list(zip(directions, corrections, strict=True))
+
+
+def _times_on_device(work: Sequence[MatrixStep], chosen: Strategies) -> Tensor:
+    """Steps ``(k,)`` that the moments of each have seen, this one included: counted already."""
+    steps = torch.stack([w.state["step"] for w in work])
+    if chosen.on_refresh != "reset":
+        return steps
+    return steps - torch.stack([w.state["refresh_step"] for w in work]).clamp(min=0)
 
 
 def _older_(w: MatrixStep, coord: str) -> Tensor:
@@ -299,20 +318,23 @@ def prepared(
     if seen is not None:
         others = () if w.measured is None else (w.measured,)
         term = chosen.residual.after(w.state, seen, *others)
-    size = chosen.rule.step_size(lr, float(w.state["step"]), param, w.rms)
+    step = math.nan if chosen.capturable else float(w.state["step"])
+    size = chosen.rule.step_size(lr, step, param, w.rms)
     if isinstance(size, Tensor) and size.numel() == 1 and not on_accelerator(param):
         size = float(size)
-    factor = subspace.lr_factor(int(w.state["step"]) - 1 - max(0, int(w.state["refresh_step"])))
-    size = size if factor == 1 else size * factor  # never in place: it may be the group's tensor
+    if not chosen.capturable:
+        ramp = subspace.lr_factor(int(step) - 1 - max(0, int(w.state["refresh_step"])))
+        size = size if ramp == 1 else size * ramp  # never in place: it may be the group's
     decay = 1 - size * weight_decay
     size = size if chosen.lr_scale == 1 else size * chosen.lr_scale
-    if len(directions) == 1 and isinstance(size, float):
-        ((name, (direction, correction)),) = directions.items()
-        update, lr_now = {name: direction}, size * correction
+    name, (direction, correction) = next(iter(directions.items()))
+    factor = size * correction
+    if len(directions) == 1 and isinstance(factor, float):
+        update, lr_now = {name: direction}, factor
     else:
         update, lr_now = {k: x * (c * size) for k, (x, c) in directions.items()}, 1.0
-        if term is not None and isinstance(size, Tensor):
-            term = term.times(size * directions["low"][1])
+        if term is not None and isinstance(factor, Tensor):  # then there is one direction
+            term = term.times(factor)
     if chosen.maximize and low is not None and subspace.applies_grad(term):
         # coordinates are those of -G, and so is all that is linear in them: turn both back
         update, low, lr_now = {k: -x for k, x in update.items()}, -low, -lr_now

@@ -8,9 +8,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.devices import on_accelerator, recording
+
 State = MutableMapping[str, Tensor]
 COUNTERS = ("step", "refresh_step", "postponed", "clock")
-"""Entries that every step may change: kept as numbers, which costs less than a copy."""
+"""Entries that every step may change: kept as numbers, which on the host cost less than a copy."""
 
 
 class Undo:
@@ -21,20 +23,28 @@ class Undo:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[int, tuple[State, State, list[float], State]] = {}
+        self._kept: dict[int, tuple[State, State, list[float | Tensor], State]] = {}
         self._spare: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
         """Memory of copies that are not needed any more: to get it anew costs more than a copy."""
         self.taken = 0
         """Parameters that have taken the whole step."""
+        self._idle = recording()
+        """Where a graph is captured nothing runs: there is nothing to put back."""
 
     def begin(self, state: State) -> None:
         """Remember which tensors a state has, and its counters."""
-        if id(state) not in self._kept:
-            counters = [float(state[key]) for key in COUNTERS if key in state]
+        if id(state) not in self._kept and not self._idle:
+            counters = [
+                state[key].clone() if on_accelerator(state[key]) else float(state[key])
+                for key in COUNTERS
+                if key in state
+            ]
             self._kept[id(state)] = state, dict(state), counters, {}
 
     def keep(self, state: State, keys: Iterable[str]) -> None:
         """Copy entries that are about to be overwritten, unless that was done; no counters."""
+        if self._idle:
+            return
         copies = self._kept[id(state)][-1]
         for key in keys:
             if key not in copies and key in state and key not in COUNTERS:
@@ -67,6 +77,6 @@ class Undo:
             state.update(entries)
             present = [k for k in COUNTERS if k in state]
             for key, value in zip(present, counters, strict=True):
-                state[key].fill_(value)
+                state[key].fill_(value)  # a number, or a tensor of no dimension
             for key, copy in copies.items():
                 state[key].detach().copy_(copy)

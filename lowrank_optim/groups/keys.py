@@ -64,7 +64,6 @@ TORCH_FLAGS: dict[str, tuple[bool, str]] = {
                 "follow the single-tensor path"),
     "fused": (False, "kernels are chosen by LOWRANK_OPTIM_BACKEND, the fastest by default"),
     "amsgrad": (False, "no rule keeps a running maximum"),
-    "capturable": (False, "a step is not recorded in CUDA graphs"),
     "differentiable": (False, "a step runs without gradients"),
     "decoupled_weight_decay": (True, "decay is always decoupled"),
 }  # fmt: skip

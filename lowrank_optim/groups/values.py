@@ -50,6 +50,7 @@ FLAGS = (
     "stagger",
     "stochastic_rounding",
     "maximize",
+    "capturable",
     "flatten",
     "slot_bias_correction",
     "enhanced",

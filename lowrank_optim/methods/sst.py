@@ -130,6 +130,8 @@ class SSTAdamW(LowRankOptimizer):
         "projector": "the factors are those of the weight",
     }
 
+    by_host: ClassVar[str | None] = "the warm-up after each iteration follows the host's count"
+
     def __init__(
         self,
         params: Iterable[Any],

@@ -128,6 +128,8 @@ class SwitchLoRAAdamW(LowRankOptimizer):
         "on_refresh": "a switched vector starts its moments again",
     }
 
+    by_host: ClassVar[str | None] = "every step may switch vectors, which the host decides"
+
     def __init__(
         self,
         params: Iterable[Any],

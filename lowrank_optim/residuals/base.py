@@ -23,7 +23,7 @@ class ResidualInputs(NamedTuple):
     """Its coordinates; of ``-G`` under ``maximize``, as is the direction."""
     direction: Tensor
     """Before bias correction; what a residual adds to it in place joins the update."""
-    correction: float
+    correction: float | Tensor
     """The factor that corrects it."""
     subspace: Subspace
     finite: Tensor | None

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from lowrank_optim.ops.devices import recording
 from lowrank_optim.residuals.base import Forgetful, Measured, ResidualInputs, State
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
@@ -32,7 +33,8 @@ class Free(Forgetful):
         self, state: State, seen: ResidualInputs, measured: Measured | None = None
     ) -> Term | None:
         """``gain f(G - P R)``; nothing where that is rounding, of which a sign makes full steps."""
-        fresh = bool(state["refresh_step"] == state["step"] - 1)
+        # a step that is recorded in a graph finds no basis
+        fresh = not recording() and bool(state["refresh_step"] == state["step"] - 1)
         m, n = seen.whole or seen.grad.shape[-2:]
         if seen.subspace.complete(m, n, fresh):
             return None

@@ -18,6 +18,7 @@ from lowrank_optim.rules.base import (
     Slot,
     Slots,
     Split,
+    Steps,
     compute_dtype,
     directions_like,
     finished,
@@ -68,6 +69,11 @@ class Adafactor(Rule):
     warmup_init: bool = False
 
     @property
+    def host_steps(self) -> str:
+        """The weight of a new square."""
+        return "the decay of Adafactor's means is a number that every step changes"
+
+    @property
     def by_row(self) -> bool:
         """No: columns share their mean with all rows."""
         return False
@@ -94,12 +100,13 @@ class Adafactor(Rule):
         self,
         grads: Sequence[Tensor],
         slots: Sequence[Slots],
-        steps: Sequence[float],
+        steps: Steps,
         dtype: torch.dtype | None = None,
         finite: Sequence[Tensor] = (),
         ages: Sequence[Tensor] = (),
     ) -> Directions:
         """The clipped direction, averaged if ``beta1`` is set, and a correction of 1."""
+        assert not isinstance(steps, Tensor)
         each = zip(grads, slots, steps, _each(finite, len(grads)), strict=True)
         directions = [finished(self._phases_(g, own, t, dtype, ok, None)) for g, own, t, ok in each]
         return directions, [1.0] * len(directions)
@@ -108,13 +115,14 @@ class Adafactor(Rule):
         self,
         grads: Sequence[Tensor],
         slots: Sequence[Slots],
-        steps: Sequence[float],
+        steps: Steps,
         dtype: torch.dtype | None = None,
         finite: Sequence[Tensor] = (),
         ages: Sequence[Tensor] = (),
         split: Split | None = None,
     ) -> Asking[Directions]:
         """The same of what is here: means are asked for, and then the norm of the direction."""
+        assert not isinstance(steps, Tensor)
         if split is None:
             return self.directions_(grads, slots, steps, dtype, finite, ages)
         each = zip(grads, slots, steps, _each(finite, len(grads)), strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,15 @@ from torch.optim.adamw import adamw
 
 from lowrank_optim import ops
 from lowrank_optim.ops import Rows
-from lowrank_optim.rules.base import Rule, Slot, Slots, compute_dtype, directions_like
+from lowrank_optim.rules.base import (
+    Directions,
+    Rule,
+    Slot,
+    Slots,
+    Steps,
+    compute_dtype,
+    directions_like,
+)
 
 _SLOTS = (
     Slot("exp_avg", signed=True, fused=True),
@@ -26,6 +35,11 @@ class AdamW(Rule):
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+
+    @property
+    def host_steps(self) -> None:
+        """Corrections are computed where the steps are."""
+        return None
 
     @classmethod
     def from_group(cls, group: dict[str, Any]) -> AdamW:
@@ -41,17 +55,22 @@ class AdamW(Rule):
         self,
         grads: Sequence[Tensor],
         slots: Sequence[Slots],
-        steps: Sequence[float],
+        steps: Steps,
         dtype: torch.dtype | None = None,
         finite: Sequence[Tensor] = (),
         ages: Sequence[Tensor] = (),
-    ) -> tuple[list[Tensor], list[float]]:
+    ) -> Directions:
         """``m / (sqrt(v) + eps root)`` and ``root / (1 - b1^t)``, ``root = sqrt(1 - b2^t)``."""
         beta1, beta2 = self.betas
-        rows = Rows()
+        rows, eps = Rows(), [self.eps] * len(grads)
+        corrections: list[float] | list[Tensor] = [1.0] * len(grads)
         if ages:
             rows = self.rows(ages, compute_dtype(grads[0].dtype))
-        factors = [self.factors(t) for t in steps]
+        elif isinstance(steps, Tensor):
+            rows, corrections = self._factors_on_device(steps, grads)
+        else:
+            factors = [self.factors(t) for t in steps]
+            eps, corrections = [x for x, _ in factors], [x for _, x in factors]
         outs = directions_like(grads, dtype)
         ops.adamw_direction_(
             grads,
@@ -60,18 +79,27 @@ class AdamW(Rule):
             outs,
             beta1,
             beta2,
-            [eps for eps, _ in factors],
+            eps,
             rows,
             finite,
         )
-        if ages:
-            return outs, [1.0] * len(outs)
-        return outs, [correction for _, correction in factors]
+        return outs, corrections
 
     def factors(self, step: float) -> tuple[float, float]:
         """Eps times ``root``, and the bias correction of the direction."""
         root = (1 - self.betas[1] ** step) ** 0.5
         return self.eps * root, root / (1 - self.betas[0] ** step)
+
+    def _factors_on_device(
+        self, steps: Tensor, grads: Sequence[Tensor]
+    ) -> tuple[Rows, list[Tensor]]:
+        """:meth:`factors` of steps ``(k,)``: the first for each row, the second ``()`` of each."""
+        time = steps.double()  # 1 - 0.999^t has lost half its digits in float32
+        root = (1 - self.betas[1] ** time).sqrt()
+        correction = root / (1 - self.betas[0] ** time)
+        dtype, count = compute_dtype(grads[0].dtype), max(1, math.prod(grads[0].shape[:-1]))
+        every = (self.eps * root).to(dtype).unsqueeze(1).expand(-1, count).contiguous()
+        return Rows(every.unbind(), torch.ones_like(every).unbind()), list(correction.unbind())
 
     def rows(self, ages: Sequence[Tensor], dtype: torch.dtype) -> Rows:
         """What eps and the direction of each row are multiplied by; one of age 0 stays still."""

@@ -13,6 +13,8 @@ from torch import Tensor
 from lowrank_optim.ops.quant import Moment
 
 Slots = Sequence[Moment]
+Steps = Sequence[float] | Tensor
+"""The step each gradient is at; on the device ``(k,)``, of k gradients, where no host may know."""
 
 
 class Slot(NamedTuple):
@@ -44,7 +46,7 @@ class Split(NamedTuple):
     """The dimension that is split, counted from the end."""
 
 
-Directions = tuple[list[Tensor], list[float]]
+Directions = tuple[list[Tensor], list[float] | list[Tensor]]
 _T = TypeVar("_T")
 Asking = Generator[list[Tensor], None, _T]
 """Work that asks, each time it yields, for some tensors to be added up over the ranks in place."""
@@ -89,6 +91,11 @@ class Rule:
         """Whether rows may have steps of their own: none matters, or ``ages`` are taken."""
         return True
 
+    @property
+    def host_steps(self) -> str | None:
+        """Why the host must know the steps, as a clause; None if they may be on the device."""
+        return f"{type(self).__name__} is not known to take steps that the device counts"
+
     @classmethod
     def from_group(cls, group: dict[str, Any]) -> Rule:
         """The rule with the hyper-parameters of a parameter group."""
@@ -102,18 +109,19 @@ class Rule:
         self,
         grads: Sequence[Tensor],
         slots: Sequence[Slots],
-        steps: Sequence[float],
+        steps: Steps,
         dtype: torch.dtype | None = None,
         finite: Sequence[Tensor] = (),
         ages: Sequence[Tensor] = (),
-    ) -> tuple[list[Tensor], list[float]]:
+    ) -> Directions:
         """Update the moments in place and return directions.
 
         Args:
             grads: any shapes, in the moments' dtype or a narrower one; left as they are.
             slots: the moments of each gradient, in the order of :meth:`slots`, in at least float32;
                 all those of a ``fused`` slot may be in 8 bits instead.
-            steps: the step each gradient is at, 1 at first.
+            steps: the step each gradient is at, 1 at first; on the device where
+                :attr:`host_steps` is None, and then so are the factors that are returned.
             dtype: of the directions (default: that of arithmetic).
             finite: 0-d bools on the device, one a gradient: where False, moments stay as they are
                 and the direction is 0. None are given where the host has looked already.
@@ -131,7 +139,7 @@ class Rule:
         self,
         grads: Sequence[Tensor],
         slots: Sequence[Slots],
-        steps: Sequence[float],
+        steps: Steps,
         dtype: torch.dtype | None = None,
         finite: Sequence[Tensor] = (),
         ages: Sequence[Tensor] = (),

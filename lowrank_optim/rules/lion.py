@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.rules.base import Rule, Slot, Slots, directions_like
+from lowrank_optim.rules.base import Directions, Rule, Slot, Slots, Steps, directions_like
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class Lion(Rule):
         beta1, beta2 = group["betas"]
         return cls((float(beta1), float(beta2)))
 
+    @property
+    def host_steps(self) -> None:
+        """No step matters."""
+        return None
+
     def slots(self, shape: Sequence[int]) -> tuple[Slot, ...]:
         """One momentum."""
         return (Slot("exp_avg", signed=True, fused=True),)
@@ -37,11 +42,11 @@ class Lion(Rule):
         self,
         grads: Sequence[Tensor],
         slots: Sequence[Slots],
-        steps: Sequence[float],
+        steps: Steps,
         dtype: torch.dtype | None = None,
         finite: Sequence[Tensor] = (),
         ages: Sequence[Tensor] = (),
-    ) -> tuple[list[Tensor], list[float]]:
+    ) -> Directions:
         """Signs, and a correction of 1."""
         beta1, beta2 = self.betas
         outs = directions_like(grads, dtype)

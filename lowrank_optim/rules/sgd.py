@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.rules.base import Rule, Slot, Slots, directions_like
+from lowrank_optim.rules.base import Directions, Rule, Slot, Slots, Steps, directions_like
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class SGD(Rule):
         """Unless it is dampened from the second step on."""
         return not (self.momentum and self.dampening)
 
+    @property
+    def host_steps(self) -> str | None:
+        """The first, where it is not dampened as the others are."""
+        return None if self.by_row else "the momentum of SGD is dampened from its second step on"
+
     @classmethod
     def from_group(cls, group: dict[str, Any]) -> SGD:
         """``momentum``, ``dampening`` and ``nesterov`` of the group."""
@@ -43,17 +48,18 @@ class SGD(Rule):
         self,
         grads: Sequence[Tensor],
         slots: Sequence[Slots],
-        steps: Sequence[float],
+        steps: Steps,
         dtype: torch.dtype | None = None,
         finite: Sequence[Tensor] = (),
         ages: Sequence[Tensor] = (),
-    ) -> tuple[list[Tensor], list[float]]:
+    ) -> Directions:
         """Momentum, or the gradient itself, and a correction of 1."""
         outs = directions_like(grads, dtype)
-        for n, (g, own, t, out) in enumerate(zip(grads, slots, steps, outs, strict=True)):
+        firsts = [False] * len(outs) if isinstance(steps, Tensor) else [t == 1 for t in steps]
+        for n, (g, own, first, out) in enumerate(zip(grads, slots, firsts, outs, strict=True)):
             ok = finite[n : n + 1]
             if own:
-                weight = 1.0 if t == 1 else 1 - self.dampening
+                weight = 1.0 if first else 1 - self.dampening
                 ops.moment_([g], [own[0]], [out], self.momentum, weight, ok)
                 if self.nesterov:
                     out.mul_(self.momentum).add_(g)

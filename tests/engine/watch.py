@@ -152,10 +152,11 @@ class Watch:
         patch.setattr(devices, "HOSTS", frozenset())
         for x in self._given:
             self._hosts[x] = True
-        for state in () if self._optimizer is None else self._optimizer.state.values():
-            for key, x in state.items():
-                if isinstance(x, Tensor) and on_host(key):
-                    self._hosts[x] = True
+        for group in () if self._optimizer is None else self._optimizer.param_groups:
+            for param in group["params"]:
+                for key, x in self._optimizer.state.get(param, {}).items():
+                    if isinstance(x, Tensor) and on_host(key, group["capturable"]):
+                        self._hosts[x] = True
         self._stack.enter_context(_Functions(self))
         self._stack.enter_context(_Ops(self))
         return self

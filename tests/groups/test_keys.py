@@ -76,7 +76,9 @@ def test_a_misspelt_argument_names_class_and_nearest_argument(cls: Any) -> None:
 
 
 def test_where_nothing_is_near_the_keys_are_listed() -> None:
-    with pytest.raises(ValueError, match=r"'xyzzy' in group 0; keys are betas, eps, .*weight_deca"):
+    with pytest.raises(
+        ValueError, match=r"'xyzzy' in group 0; keys are betas, capturable, eps, .*weight_deca"
+    ):
         GaLoreAdamW([group(GaLoreAdamW, xyzzy=1)])
     with pytest.raises(TypeError, match=r"argument 'xyzzy'; keys are amsgrad, betas, .*'_'"):
         GaLoreAdamW([weight()], xyzzy=1)
