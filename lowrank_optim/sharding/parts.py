@@ -202,16 +202,34 @@ def noise_at(seed: int, shape: Sequence[int], mesh: Any, placements: Sequence[An
 
 def corner(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> tuple[int, ...]:
     """The index in a whole tensor of the first entry that is here."""
+    return tuple(start for start, _ in region(shape, mesh, placements))
+
+
+def region(
+    shape: Sequence[int],
+    mesh: Any,
+    placements: Sequence[Any],
+    at: Sequence[int] | None = None,
+) -> tuple[Interval, ...]:
+    """Where what a rank has of a tensor begins and ends in each dimension.
+
+    Args:
+        shape: of the whole.
+        mesh: where it lies.
+        placements: how.
+        at: coordinates of the rank (default: this one's).
+    """
     by_dim: dict[int, list[int]] = {}
     for k, place in enumerate(placements):
         if type(place).__name__ != "Replicate":
             by_dim.setdefault(place.dim % len(shape), []).append(k)
-    found, at = [0] * len(shape), coordinate(mesh)
+    found = [(0, size) for size in shape]
+    at = coordinate(mesh) if at is None else at
     for dim, dims in by_dim.items():
         sizes = [mesh.size(k) for k in dims]
         cut = cut_of(sizes, [int(getattr(placements[k], "split_factor", 1)) for k in dims])
         cut = cut or Cut(tuple(sizes), tuple(range(len(dims))))
-        found[dim] = cut.interval(shape[dim], [at[k] for k in dims])[0]
+        found[dim] = cut.interval(shape[dim], [at[k] for k in dims])
     return tuple(found)
 
 

@@ -43,8 +43,6 @@ def outcome(world: World, cls: str, options: dict[str, Any], how: str) -> Any:
     layer.weight = nn.Parameter(torch.randn(8, 12))
     if how == "fsdp":
         fully_shard(layer, mesh=init_device_mesh("cpu", (world.size,)))
-    elif how == "square":
-        layer.weight = nn.Parameter(spread(world, layer.weight.detach(), [Shard(0), Shard(1)]))
     elif how == "kernel":
         mesh = init_device_mesh("cpu", (world.size,))
         kernel = torch.randn(6, 3, 4, 4).to(torch.bfloat16)
@@ -124,11 +122,6 @@ def both_split(world: World) -> Any:
 
 def test_experts_whose_matrices_are_split_too(ranks: Worlds) -> None:
     check(ranks(4).run("both split", both_split).checked(), "both")
-
-
-def test_means_on_meshes_of_two_dimensions(ranks: Worlds) -> None:
-    args = {"cls": "GaLoreAdafactor", "options": {"rank": None}, "how": "square"}
-    check(ranks(4).run("means", outcome, **args).checked(), "Adafactor", "mesh", "AdamW")
 
 
 def test_blocks_whose_inner_dimensions_are_split_do_not_round(ranks: Worlds) -> None:

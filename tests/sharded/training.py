@@ -128,7 +128,8 @@ def tensors_of(case: Case, meshes: Sequence[DeviceMesh]) -> dict[str, nn.Paramet
     for name, shape in (models.EVERY if case.only else models.SHAPES).items():
         for n, place in enumerate(case.places):
             x = torch.randn(shape, generator=generator, dtype=torch.float64)
-            if (case.only and name not in case.only) or not places_fit(shape, place):
+            dense = case.options.get("rank", 0) is None
+            if (case.only and name not in case.only) or not places_fit(shape, place, dense):
                 continue
             x = x.to(case.dtype)
             if meshes:
@@ -146,10 +147,12 @@ def placement(place: str) -> Any:
     return Replicate() if place == "r" else Shard(int(place))
 
 
-def places_fit(shape: Sequence[int], place: str) -> bool:
+def places_fit(shape: Sequence[int], place: str, dense: bool = False) -> bool:
     """Whether there are such dimensions, and splitting them leaves intervals of matrices."""
     dims = {STRIDED.get(x, x) for x in place if x != "r"}
     found = {int(x) for x in dims}
+    if dense:
+        return all(x < len(shape) for x in found)
     if len(shape) == 3 and 0 in found and len(found) > 1:
         return False  # both the matrices and their number
     return all(x < (2 if len(shape) == 4 else len(shape)) for x in found)

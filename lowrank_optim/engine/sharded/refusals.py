@@ -102,11 +102,6 @@ def check_supported(item: ParamPlan, chosen: Strategies, method: str) -> None:
             "projector='block' beside a residual that is scaled by whole matrices. Take a FRUGAL "
             "class, or projector='columns' or 'rsvd'"
         )
-    elif not chosen.rule.elementwise and subspace is None and len(part.dims) > 1:
-        why = (
-            f"{type(chosen.rule).__name__} takes means over whole tensors, and adds up those of a "
-            "dense one over one dimension of a mesh. Take an AdamW, Lion or SGD class"
-        )
     elif not chosen.rule.elementwise and isinstance(subspace, Block):
         why = (
             f"projector='block' beside {type(chosen.rule).__name__}, which takes means over whole "
