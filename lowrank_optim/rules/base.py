@@ -45,7 +45,7 @@ class Split(NamedTuple):
     shape: tuple[int, ...]
     """Of the whole."""
     dims: Mapping[int, Over]
-    """The dimensions that are split, counted from the end, and those of the mesh that split each."""
+    """The dimensions that are split, counted from the end, and those of the mesh that do it."""
 
     def over(self, dims: Sequence[int]) -> Over:
         """What of the mesh splits some dimensions; nothing of one that is not split."""

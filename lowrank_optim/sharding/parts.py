@@ -233,6 +233,22 @@ def region(
     return tuple(found)
 
 
+def lies_in_intervals(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> bool:
+    """Whether :func:`region` is what each rank has, and what DTensor takes it to have."""
+    by_dim: dict[int, list[int]] = {}
+    for k, place in enumerate(placements):
+        if type(place).__name__ not in ("Replicate", "Shard", "_StridedShard"):
+            return False
+        if hasattr(place, "dim"):
+            by_dim.setdefault(place.dim % len(shape), []).append(k)
+    for dim, dims in by_dim.items():
+        factors = [int(getattr(placements[k], "split_factor", 1)) for k in dims]
+        cut = cut_of([mesh.size(k) for k in dims], factors)
+        if cut is None or not cut.is_read_alike(shape[dim]):
+            return False
+    return True
+
+
 def part_of(param: Tensor, view: MatrixView | None, name: str, unit: int = 1) -> Part | None:
     """What this rank has of a parameter; None of one that is plain.
 

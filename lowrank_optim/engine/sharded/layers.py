@@ -6,57 +6,101 @@ during a step. What a step adds to a frozen weight it adds to the part that is h
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.linalg import LinAlgError
 
+from lowrank_optim.engine.sharded.owner import Input
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.collectives import Form, form
-from lowrank_optim.sharding.grid import chunk, length
-from lowrank_optim.sharding.parts import is_sharded, local
+from lowrank_optim.sharding.grid import Interval
+from lowrank_optim.sharding.groups import coordinate, coordinates_over, group_over
+from lowrank_optim.sharding.parts import local, region
 
 
-def interval(x: Tensor) -> tuple[int, int, int] | None:
-    """The dimension of a DTensor that is split, and where its part begins and ends; or None."""
-    if not is_sharded(x):
-        return None
+def spans(x: Tensor) -> tuple[Interval, ...]:
+    """Where what is here of a DTensor begins and ends in each dimension."""
     own: Any = x
-    (place,) = own.placements
-    if not place.is_shard():
-        return None
-    mesh, dim = own.device_mesh, place.dim % x.dim()
-    return dim, *chunk(x.shape[dim], mesh.size(), mesh.get_local_rank())
+    return region(own.shape, own.device_mesh, own.placements)
+
+
+def splits(x: Tensor) -> list[int]:
+    """Dimensions of its mesh that split a DTensor."""
+    own: Any = x
+    places, mesh = own.placements, own.device_mesh
+    return [i for i, place in enumerate(places) if hasattr(place, "dim") and mesh.size(i) > 1]
+
+
+def everyone(x: Tensor) -> tuple[int, ...]:
+    """Dimensions of a DTensor's mesh over which there are other ranks, or the first."""
+    mesh: Any = x.device_mesh  # type: ignore[attr-defined]
+    return tuple(i for i in range(mesh.ndim) if mesh.size(i) > 1) or (0,)
+
+
+At = tuple[int, ...]
+"""Coordinates of a rank in a mesh."""
+
+
+def pieces(x: Tensor, dims: Sequence[int], order: tuple[At, ...]) -> Input:
+    """What each rank over some dimensions of the mesh has of a DTensor; of copies the first has.
+
+    Args:
+        x: the DTensor.
+        dims: of its mesh.
+        order: the ranks, as they are in their group.
+    """
+    own: Any = x
+    mesh, places, shape = own.device_mesh, own.placements, tuple(own.shape)
+    others = tuple(i for i in dims if i not in splits(x))
+    found = _places(shape, mesh, places, order, others)
+    part, at = local(x), coordinate(mesh)
+    if any(at[i] for i in others):
+        part = part[(slice(0, 0),) * x.dim()]
+    return Input(part, shape, found)
+
+
+@functools.lru_cache(maxsize=4096)
+def _places(
+    shape: tuple[int, ...],
+    mesh: Any,
+    placements: tuple[Any, ...],
+    order: tuple[At, ...],
+    others: tuple[int, ...],
+) -> list[tuple[slice, ...]]:
+    """Where the pieces lie that ranks send; nothing of one that is not first in other dimensions."""
+    found = []
+    for at in order:
+        here = region(shape, mesh, placements, at)
+        here = ((0, 0),) * len(shape) if any(at[i] for i in others) else here
+        found.append(tuple(slice(*span) for span in here))
+    return found
 
 
 def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies of the whole of DTensors of one mesh: one all-gather for all that are split."""
+    split = {n: own for n, x in enumerate(tensors) if (own := splits(x))}
+    if not split:
+        return [local(x).clone() for x in tensors]
     first: Any = tensors[0]
-    mesh = first.device_mesh
-    split = [(x, where[0]) for x in tensors if (where := interval(x)) is not None]
-    forms = []
-    for rank in range(mesh.size()):
-        own = []
-        for x, dim in split:
-            shape = list(x.shape)
-            shape[dim] = length(chunk(x.shape[dim], mesh.size(), rank))
-            own.append(Form(tuple(shape), x.dtype))
-        forms.append(own)
-    parts = [local(x) for x, _ in split]
-    device = local(first).device
-    pieces = collectives.gather(parts, forms, mesh.get_group(), device) if split else []
-    wholes = iter(torch.cat([own[i] for own in pieces], dim) for i, (_, dim) in enumerate(split))
-    return [local(x).clone() if interval(x) is None else next(wholes) for x in tensors]
+    dims = sorted({i for own in split.values() for i in own})
+    group = group_over(first.device_mesh, dims)
+    order = coordinates_over(first.device_mesh, dims)
+    inputs = {n: pieces(tensors[n], dims, order) for n in split}
+    forms = [[x.form(rank) for x in inputs.values()] for rank in range(group.size())]
+    here = [x.here for x in inputs.values()]
+    arrived = collectives.gather(here, forms, group, local(first).device)
+    wholes = {n: x.together([own[i] for own in arrived]) for i, (n, x) in enumerate(inputs.items())}
+    return [wholes[n] if n in wholes else local(x).clone() for n, x in enumerate(tensors)]
 
 
 def keep_(x: Tensor, whole: Tensor) -> None:
     """Write the part of a DTensor that is here."""
-    where = interval(x)
-    local(x).copy_(
-        whole if where is None else whole.narrow(where[0], where[1], where[2] - where[1])
-    )
+    local(x).copy_(whole[tuple(slice(*span) for span in spans(x))])
 
 
 def placed_as(grad: Tensor, param: Tensor) -> Tensor:
@@ -73,12 +117,11 @@ def by_first_rank(like: Tensor) -> Callable[[Callable[[], None], Sequence[Tensor
     Args:
         like: a DTensor of the ranks' mesh.
     """
-    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
-    group = mesh.get_group()
 
     def agree(work: Callable[[], None], tensors: Sequence[Tensor]) -> None:
+        group = group_over(like.device_mesh, everyone(like))  # type: ignore[attr-defined]
         sent, said = None, ""
-        if mesh.get_local_rank() == 0:
+        if dist.get_rank(group) == 0:
             try:
                 work()
             except LinAlgError as error:
