@@ -1,4 +1,4 @@
-"""SwitchLoRA's layers of factors on several ranks: gathered, and stepped as by one process."""
+"""Layers of factors on several ranks, SwitchLoRA's and SST's: stepped as by one process."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import lowrank_optim
 from lowrank_optim.nn import convert
@@ -31,11 +32,30 @@ from tests.sharded.training import Case, Trained
 Worlds = Callable[[int], Ranks]
 SHAPES = {"wide": (5, 12), "tall": (13, 6), "few": (2, 9), "also": (5, 12), "turned": (10, 6)}
 """Outputs and inputs; from three ranks on some have nothing of two outputs."""
+SST: dict[str, dict[str, Any]] = {
+    "sst": {"steps_per_iteration": 3, "warmup_steps": 2, "iterations_per_round": 2},
+    "sst flips": {
+        "steps_per_iteration": 2,
+        "iterations_per_round": 3,
+        "negative": "flip",
+        "s_lr_scale": 30.0,
+        "on_refresh": "project",
+        "stagger": False,
+    },
+    "sst by the rule": {
+        "steps_per_iteration": 2,
+        "iterations_per_round": 1,
+        "enhanced": False,
+        "sampling": "uniform",
+        "maximize": True,
+    },
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "switched": {},
     "restarts": {"restart_every": 4, "weight_decay": 0.1},
     "weights decay": {"decay_on": "weight", "order": "random"},
     "pools beside": {"pool_device": "param", "freeze_step_counter": False},
+    **SST,
 }
 
 
@@ -45,8 +65,26 @@ class Chosen:
 
     name: str
     how: str = "rows"
-    """By ``fully_shard``, ``rows`` or where it is even ``columns``, or plain ``tensors``."""
+    """By ``fully_shard``, ``rows`` or where it is even ``columns``, or plain ``tensors``, or by
+    FSDP2 over tensor parallel, ``parallel``. The last two have gradients that are drawn."""
     bad: int = -1
+    mesh: str = "all"
+    """Ranks in one dimension, or in a ``square``, over which FSDP2 has copies of shards."""
+    dtype: torch.dtype = torch.float64
+    """In bfloat16 gradients are drawn, and weights rounded stochastically."""
+
+    @property
+    def method(self) -> str:
+        return "sst" if self.name in SST else "switchlora"
+
+    @property
+    def drawn(self) -> bool:
+        return self.how in ("tensors", "parallel") or self.dtype != torch.float64
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """Of a layer, what is trained; the first holds the state."""
+        return ("u", "v", "s") if self.method == "sst" else ("lora_A", "lora_B")
 
 
 class Conv1D(nn.Module):
@@ -84,39 +122,41 @@ class Layers(Trained):
     def __init__(self, chosen: Chosen, world: World | None) -> None:
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
-        self.case = Case("SwitchLoRAAdamW")
+        sst = chosen.method == "sst"
+        self.case = Case("SSTAdamW" if sst else "SwitchLoRAAdamW")
         self.rank, self.size = (0, 1) if world is None else world
         torch.manual_seed(3)
-        self.model: Any = Model().double()
-        own = {"interval": 4, "freeze_steps": 2, **OPTIONS[chosen.name]}
-        groups = convert(self.model, "switchlora", rank=2, **own)
+        self.model: Any = Model().to(chosen.dtype)
+        own: dict[str, Any] = {} if sst else {"interval": 4, "freeze_steps": 2}
+        groups = convert(self.model, chosen.method, rank=2, **own, **OPTIONS[chosen.name])
+        self.named = {}
         if world is not None:
-            self.split(init_device_mesh("cpu", (world.size,)), chosen)
-        if chosen.how != "tensors" or world is None:
-            self.named = dict(self.model.named_parameters())
-        if chosen.how == "tensors":
-            self.model = None
+            self.split(mesh_of(world.size, chosen.mesh), chosen)
+        self.named = self.named or dict(self.model.named_parameters())
+        self.drawn = chosen.drawn
         for group in groups:
             group["params"] = [self.named[name] for name in group["param_names"]]
-        self.optimizer = lowrank_optim.SwitchLoRAAdamW(groups, lr=1e-2)
+        rounds = chosen.dtype == torch.bfloat16
+        cls = getattr(lowrank_optim, self.case.cls)
+        self.optimizer = cls(groups, lr=1e-2, stochastic_rounding=rounds)
 
     def split(self, mesh: Any, chosen: Chosen) -> None:
         if chosen.how == "tensors":
-            places = itertools.cycle([Shard(1), Shard(0), Replicate(), Shard(0)])
-            self.named = {}
+            places = itertools.cycle(PLACES[mesh.ndim])
             for name, x in self.model.named_parameters():
-                place = next(places)
-                place = Shard(0) if x.dim() == 1 and place.is_shard() else place
-                own = distribute_tensor(x.detach(), mesh, [place])
+                own = distribute_tensor(x.detach(), mesh, [fitting(p, x) for p in next(places)])
                 self.named[name] = nn.Parameter(own, requires_grad=x.requires_grad)
             return
+        if chosen.how == "parallel":
+            parallelize(self.model, mesh["across"], chosen)
+            mesh = mesh["down"]
         place = models.by_columns(self.size) if chosen.how == "columns" else None
         for layer in self.model.children():
             fully_shard(layer, mesh=mesh, shard_placement_fn=place)
         fully_shard(self.model, mesh=mesh)
 
     def backward(self, step: int) -> None:
-        if self.model is not None:
+        if not self.drawn:
             super().backward(step)
             return
         self.optimizer.zero_grad()
@@ -124,19 +164,58 @@ class Layers(Trained):
         training.set_tensor_grads(trained, step)
 
 
+def mesh_of(size: int, kind: str) -> Any:
+    return training.square_mesh(size) if kind == "square" else init_device_mesh("cpu", (size,))
+
+
+PLACES: dict[int, list[tuple[Any, ...]]] = {
+    1: [(Shard(1),), (Shard(0),), (Replicate(),), (Shard(0),)],
+    2: [
+        (Shard(0), Shard(1)),
+        (Shard(0), Shard(0)),
+        (Replicate(), Shard(1)),
+        (_StridedShard(1, split_factor=2), Shard(1)),
+        (Shard(1), Replicate()),
+    ],
+}
+"""Of plain DTensors, in turn, on meshes of so many dimensions."""
+
+
+def fitting(place: Any, x: Tensor) -> Any:
+    """A placement, or one like it that a tensor can have."""
+    if place.is_replicate() or (x.dim() > 1 and type(place) is Shard):
+        return place
+    even = x.dim() > 1 and x.shape[1] % 4 == 0
+    return place if even else Shard(x.dim() - 1)
+
+
+def parallelize(model: nn.Module, mesh: Any, chosen: Chosen) -> None:
+    """Layers split by outputs and by inputs in turn, as tensor parallel splits them."""
+    for i, layer in enumerate(model.children()):
+        for name, param in list(layer.named_parameters(recurse=False)):
+            by_output = {"lora_A": None, "lora_B": 0, "weight": int(isinstance(layer, Conv1D))}
+            by_input = {"lora_A": 1, "lora_B": None, "weight": 1 - by_output["weight"]}
+            dim = (by_input if i % 2 else by_output).get(name)
+            place = Replicate() if dim is None else Shard(dim)
+            x = distribute_tensor(param.detach(), mesh, [place])
+            layer.register_parameter(name, nn.Parameter(x, requires_grad=param.requires_grad))
+
+
 def train(world: World | None, chosen: Chosen) -> Any:
     run, out = Layers(chosen, world), []
     for step in range(training.STEPS):
         run.backward(step)
         if step == chosen.bad:
-            poison(run, "wide.lora_B", float("nan"))
+            poison(run, f"wide.{chosen.factors[1]}", float("nan"))
         run.optimizer.step()
         out.append(run.held())
     return out
 
 
-def switches(run: Any) -> int:
-    slots = [s["wide.lora_A"]["host.held"].tolist() for _, s in run]
+def switches(run: Any, chosen: Chosen) -> int:
+    """How often vectors were exchanged, or drawn anew."""
+    key = "refresh_step" if chosen.method == "sst" else "host.held"
+    slots = [s[f"wide.{chosen.factors[0]}"][key].tolist() for _, s in run]
     return sum(a != b for a, b in itertools.pairwise(slots))
 
 
@@ -146,18 +225,24 @@ CASES = [
     (2, Chosen("weights decay", "columns")),
     (3, Chosen("weights decay", "tensors")),
     (3, Chosen("switched", bad=5)),
+    (3, Chosen("sst")),
+    (2, Chosen("sst flips", "tensors", bad=5)),
 ]
 
 
 @pytest.mark.parametrize(("size", "chosen"), CASES, ids=str)
 def test_it_is_one_process(size: int, chosen: Chosen, ranks: Worlds) -> None:
     expected = training.assembled([train(None, chosen)])
-    assert switches(expected) >= 3
+    assert switches(expected, chosen) >= 3
     values = ranks(size).run(str(chosen), train, chosen=chosen).checked()
     run = training.assembled(values)
     training.assert_equal_runs(run, expected)
     moved = [n for n, x in run[-1][0].items() if bool((x != run[0][0][n]).all())]
-    assert {"wide.weight", "tall.lora_A", "tall.lora_B", "few.lora_A"} <= {*moved}, moved
+    moved += [n for n, x in run[0][0].items() if any(bool((w[n] != x).any()) for w, _ in run)
+              and n.endswith("order")]  # fmt: skip
+    also = ("u_rest", "v_rest", "order") if chosen.method == "sst" else ("weight",)
+    names = {f"{name}.{x}" for name in ("wide", "tall") for x in (*chosen.factors, *also)}
+    assert names <= {*moved}, names - {*moved}
 
 
 @pytest.mark.slow
@@ -181,15 +266,19 @@ def mutant(world: World, chosen: Chosen, mutation: Mutation) -> Any:
 
 
 @pytest.mark.parametrize(
-    "mutation",
+    ("name", "mutation"),
     [
-        Mutation("gather", how="one rank"),
-        pytest.param(Mutation("broadcast", how="skip"), marks=pytest.mark.slow),
+        ("restarts", Mutation("gather", how="one rank")),
+        ("sst", Mutation("exchange", "first", how="one rank")),
+        pytest.param("restarts", Mutation("broadcast", how="skip"), marks=pytest.mark.slow),
+        pytest.param("sst", Mutation("gather", how="one rank"), marks=pytest.mark.slow),
+        pytest.param("sst", Mutation("exchange", "later", how="one rank"), marks=pytest.mark.slow),
+        pytest.param("sst", Mutation("broadcast", how="one rank"), marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_a_run_without_a_message_is_seen(mutation: Mutation) -> None:
-    chosen, world = Chosen("restarts"), Ranks(2, grace=4.0)
+def test_a_run_without_a_message_is_seen(name: str, mutation: Mutation) -> None:
+    chosen, world = Chosen(name), Ranks(2, grace=4.0)
     outcome = world.run("mutant", mutant, chosen=chosen, mutation=mutation)
     world.close()
     if outcome.failed:
@@ -218,8 +307,11 @@ def leg(world: World, chosen: Chosen, begin: int, source: str | None, target: st
     return out
 
 
-def test_a_run_over_several_numbers_of_ranks_is_one_run(ranks: Worlds, tmp_path: Path) -> None:
-    chosen, source = Chosen("restarts"), None
+@pytest.mark.parametrize("name", ["restarts", "sst"])
+def test_a_run_over_several_numbers_of_ranks_is_one_run(
+    name: str, ranks: Worlds, tmp_path: Path
+) -> None:
+    chosen, source = Chosen(name), None
     expected = training.assembled([train(None, chosen)])
     for i, size in enumerate((2, 1, 3)):
         args = {"chosen": chosen, "begin": i * LEG, "source": source}

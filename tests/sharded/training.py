@@ -6,11 +6,13 @@ import functools
 import itertools
 import logging
 import warnings
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
@@ -111,11 +113,23 @@ def placed(size: int, case: Case) -> Any:
     return shard_placement_fn(size, **own)
 
 
+_squares: weakref.WeakKeyDictionary[Any, DeviceMesh] = weakref.WeakKeyDictionary()
+
+
+def square_mesh(size: int) -> DeviceMesh:
+    """The mesh of two dimensions of this world: each that is made leaves groups with threads."""
+    world = dist.group.WORLD
+    if world not in _squares:
+        names = ("down", "across")
+        _squares[world] = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=names)
+    return _squares[world]
+
+
 def meshes_of(case: Case, size: int) -> list[DeviceMesh]:
     """Where the parameters of a case are, in turn."""
     if case.mesh == "all":
         return [init_device_mesh("cpu", (size,))]
-    square = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("down", "across"))
+    square = square_mesh(size)
     if case.mesh == "square":
         return [square]
     return [square["across"]] if case.mesh == "pairs" else [square["down"], square["across"]]
