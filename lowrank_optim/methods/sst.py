@@ -23,7 +23,7 @@ from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state
 from lowrank_optim.engine.refresh import phase, refresh_, refresh_due
 from lowrank_optim.engine.sharded.layers import (
     DueLayer,
-    gathered,
+    gathered_layers,
     keep_,
     placed_as,
     refresh_by_owners,
@@ -317,18 +317,13 @@ class SSTAdamW(LowRankOptimizer):
 
 def _gathered(items: Sequence[Layer], keys: Sequence[str]) -> list[State]:
     """Factors under ``keys``, and gradients, of each layer: the whole of them, on every rank."""
-    flat, names = list[Tensor](), list[str]()
-    for item in items:
-        factors = item.named()
-        grads = item.gradients()
-        names = [*keys, *grads]
-        flat += [factors[key] for key in keys]
-        flat += [placed_as(g, p) for g, p in zip(grads.values(), factors.values(), strict=False)]
-    wholes = gathered(flat)
-    return [
-        dict(zip(names, wholes[i : i + len(names)], strict=True))
-        for i in range(0, len(wholes), len(names))
+    factors = [[x.named()[key] for key in keys] for x in items]
+    grads = [
+        [placed_as(g, p) for g, p in zip(x.gradients().values(), x.members, strict=False)]
+        for x in items
     ]
+    names = *keys, *GRADIENTS
+    return [dict(zip(names, own, strict=True)) for own in gathered_layers(factors, grads)]
 
 
 class SSTAdamW8bit(SSTAdamW):

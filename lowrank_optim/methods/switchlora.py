@@ -20,7 +20,13 @@ from torch import Tensor
 
 from lowrank_optim.engine.bucket import Bucket
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state
-from lowrank_optim.engine.sharded.layers import by_first_rank, gathered, keep_, placed_as, spans
+from lowrank_optim.engine.sharded.layers import (
+    by_first_rank,
+    gathered_layers,
+    keep_,
+    placed_as,
+    spans,
+)
 from lowrank_optim.engine.sharded.refusals import check_layer
 from lowrank_optim.engine.step import chunk_size, step_bucket
 from lowrank_optim.engine.undo import Undo
@@ -310,9 +316,9 @@ def _factors(items: Sequence[FactorItem]) -> list[list[Tensor]]:
         found.append([item.param.detach(), item.b.detach(), item.param.grad, item.b.grad])
     if not is_sharded(items[0].param):
         return found
-    flat = gathered([y for a, b, *grads in found for y in (
-        a, b, *(placed_as(g, p) for g, p in zip(grads, (a, b), strict=True)))])  # fmt: skip
-    return [flat[i : i + 4] for i in range(0, len(flat), 4)]
+    factors = [own[:2] for own in found]
+    grads = [[placed_as(g, p) for g, p in zip(own[2:], own[:2], strict=True)] for own in found]
+    return gathered_layers(factors, grads)
 
 
 class SwitchLoRAAdamW8bit(SwitchLoRAAdamW):

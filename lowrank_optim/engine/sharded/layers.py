@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -100,6 +101,34 @@ def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
     arrived = collectives.gather(here, forms, group, local(first).device)
     wholes = {n: x.together([own[i] for own in arrived]) for i, (n, x) in enumerate(inputs.items())}
     return [wholes[n] if n in wholes else local(x).clone() for n, x in enumerate(tensors)]
+
+
+def gathered_layers(
+    factors: Sequence[Sequence[Tensor]], grads: Sequence[Sequence[Tensor]]
+) -> list[list[Tensor]]:
+    """Factors and then gradients of each layer, as :func:`gathered`.
+
+    If a gradient is not finite on one rank it is so on all, copies included: all skip the layer.
+
+    Args:
+        factors: DTensors of each layer, all of one mesh.
+        grads: of each layer, where their factors lie.
+    """
+    flat = gathered([x for own in zip(factors, grads, strict=True) for xs in own for x in xs])
+    counts = [len(own) + len(gs) for own, gs in zip(factors, grads, strict=True)]
+    starts = [0, *accumulate(counts)]
+    found = [flat[i : i + n] for i, n in zip(starts, counts, strict=False)]
+    first, every = grads[0][0], everyone(grads[0][0])
+    if all(splits(x) == list(every) for own in grads for x in own):
+        return found  # of each entry there is one
+    wide = torch.float64
+    norms = [[torch.linalg.vector_norm(local(x), dtype=wide) for x in own] for own in grads]
+    flags = torch.stack([torch.stack(own).sum() for own in norms]).mul_(0)  # 0, or NaN
+    collectives.sum_([flags], group_over(first.device_mesh, every))  # type: ignore[attr-defined]
+    for own, flag in zip(found, flags.unbind(), strict=True):
+        for x in own[len(own) - len(grads[0]) :]:
+            x.add_(flag)
+    return found
 
 
 def keep_(x: Tensor, whole: Tensor) -> None:
