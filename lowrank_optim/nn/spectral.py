@@ -163,10 +163,11 @@ class SpectralLinear(Factored):
         key, errors = f"{prefix}order", args[-1]
         try:
             if key in state_dict:
-                order = as_dtype(key, readable(key, state_dict[key]), self.order.dtype)
+                given = state_dict[key]
+                if isinstance(given, Tensor) and is_sharded(given):  # as every rank loads
+                    given = given.full_tensor()  # type: ignore[attr-defined]
+                order = as_dtype(key, readable(key, given), self.order.dtype)
                 if order.shape == self.order.shape:  # torch reports another
-                    if is_sharded(order):  # every rank loads, and sees the same
-                        order = order.full_tensor()  # type: ignore[attr-defined]
                     check_index({key: order}, key, self.order.numel(), "distinct")
         except ValueError as error:
             errors.append(f"{error}, in any order")
