@@ -50,11 +50,14 @@ SST: dict[str, dict[str, Any]] = {
         "sampling": "uniform",
         "maximize": True,
     },
+    "sst eight bits": {"steps_per_iteration": 3, "state_dtype": "8bit"},
 }
+BROAD = {"wide": (8, 2100), "tall": (12, 5)}
+"""Of which one has moments that are large enough for 8 bits."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "switched": {},
     "restarts": {"restart_every": 4, "weight_decay": 0.1},
-    "weights decay": {"decay_on": "weight", "order": "random"},
+    "weights decay": {"decay_on": "weight", "weight_decay": 1.0, "order": "random"},
     "pools beside": {"pool_device": "param", "freeze_step_counter": False},
     **SST,
 }
@@ -77,6 +80,10 @@ class Chosen:
     @property
     def method(self) -> str:
         return "sst" if self.name in SST else "switchlora"
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        return BROAD if "eight" in self.name else SHAPES
 
     @property
     def drawn(self) -> bool:
@@ -103,15 +110,16 @@ class Conv1D(nn.Module):
 class Model(nn.Module):
     """Linear layers, each with a loss of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, shapes: dict[str, tuple[int, int]]) -> None:
         super().__init__()
-        for name, (rows, cols) in SHAPES.items():
+        self.shapes = shapes
+        for name, (rows, cols) in shapes.items():
             make = Conv1D if name == "turned" else nn.Linear
             self.add_module(name, make(cols, rows))
 
     def forward(self, step: int, rank: int, size: int) -> Tensor:
         total = torch.zeros((), dtype=torch.float64)
-        for place, (name, (rows, cols)) in enumerate(SHAPES.items()):
+        for place, (name, (rows, cols)) in enumerate(self.shapes.items()):
             y = self.get_submodule(name)(models.part((cols,), step, place, rank, size)).tanh()
             total = total + (y - models.part((rows,), step, 50 + place, rank, size)).square().mean()
         return total
@@ -127,7 +135,7 @@ class Layers(Trained):
         self.case = Case("SSTAdamW" if sst else "SwitchLoRAAdamW")
         self.rank, self.size = (0, 1) if world is None else world
         torch.manual_seed(3)
-        self.model: Any = Model().to(chosen.dtype)
+        self.model: Any = Model(chosen.shapes).to(chosen.dtype)
         own: dict[str, Any] = {} if sst else {"interval": 4, "freeze_steps": 2}
         groups = convert(self.model, chosen.method, rank=2, **own, **OPTIONS[chosen.name])
         self.named = {}
@@ -235,6 +243,7 @@ CASES = [
     (3, Chosen("switched", bad=5)),
     (3, Chosen("sst")),
     (2, Chosen("sst flips", "tensors", bad=5)),
+    (2, Chosen("sst eight bits", "tensors")),
 ]
 SQUARE = [
     Chosen("restarts", mesh="square", bad=5),
