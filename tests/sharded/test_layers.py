@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import lowrank_optim
+from lowrank_optim.distributed import shard_placement_fn
 from lowrank_optim.nn import convert
 from lowrank_optim.subspaces.spectral_module import SpectralModule
 from tests.sharded import models, training
@@ -235,26 +236,31 @@ def switches(run: Any, chosen: Chosen) -> int:
     return sum(a != b for a, b in itertools.pairwise(slots))
 
 
+def slow(*values: Any) -> Any:
+    """Parameters whose parts other cases of the default run have."""
+    return pytest.param(*values, marks=pytest.mark.slow, id="-".join(map(str, values)))
+
+
 CASES = [
     (2, Chosen("switched")),
     (3, Chosen("restarts")),
     (2, Chosen("weights decay", "columns")),
-    (3, Chosen("weights decay", "tensors")),
-    (3, Chosen("switched", bad=5)),
     (3, Chosen("sst")),
-    (2, Chosen("sst flips", "tensors", bad=5)),
-    (2, Chosen("sst eight bits", "tensors")),
+    slow(3, Chosen("weights decay", "tensors")),
+    slow(3, Chosen("switched", bad=5)),
+    slow(2, Chosen("sst flips", "tensors", bad=5)),
+    slow(2, Chosen("sst eight bits", "tensors")),
 ]
 SQUARE = [
     Chosen("restarts", mesh="square", bad=5),
-    Chosen("weights decay", "tensors", mesh="square", bad=5),
-    Chosen("switched", "parallel", mesh="square"),
-    Chosen("sst", mesh="square", bad=5),
+    slow(Chosen("weights decay", "tensors", mesh="square", bad=5)),
+    slow(Chosen("switched", "parallel", mesh="square")),
+    slow(Chosen("sst", mesh="square", bad=5)),
 ]
 NARROW = [
-    (3, Chosen("weights decay", dtype=torch.bfloat16)),
     (4, Chosen("weights decay", "tensors", mesh="square", dtype=torch.bfloat16)),
-    (2, Chosen("sst", "tensors", dtype=torch.bfloat16)),
+    slow(3, Chosen("weights decay", dtype=torch.bfloat16)),
+    slow(2, Chosen("sst", "tensors", dtype=torch.bfloat16)),
 ]
 
 
@@ -325,11 +331,11 @@ def mutant(world: World, chosen: Chosen, mutation: Mutation) -> Any:
     ("name", "mutation"),
     [
         ("restarts", Mutation("gather", how="one rank")),
-        ("sst", Mutation("exchange", "first", how="one rank")),
-        pytest.param("restarts", Mutation("broadcast", how="skip"), marks=pytest.mark.slow),
-        pytest.param("sst", Mutation("gather", how="one rank"), marks=pytest.mark.slow),
-        pytest.param("sst", Mutation("exchange", "later", how="one rank"), marks=pytest.mark.slow),
-        pytest.param("sst", Mutation("broadcast", how="one rank"), marks=pytest.mark.slow),
+        slow("restarts", Mutation("broadcast", how="skip")),
+        slow("sst", Mutation("gather", how="one rank")),
+        slow("sst", Mutation("exchange", "first", how="one rank")),
+        slow("sst", Mutation("exchange", "later", how="one rank")),
+        slow("sst", Mutation("broadcast", how="one rank")),
     ],
     ids=str,
 )
@@ -363,7 +369,7 @@ def leg(world: World, chosen: Chosen, begin: int, source: str | None, target: st
     return out
 
 
-@pytest.mark.parametrize("name", ["restarts", "sst"])
+@pytest.mark.parametrize("name", ["sst", slow("restarts")])
 def test_a_run_over_several_numbers_of_ranks_is_one_run(
     name: str, ranks: Worlds, tmp_path: Path
 ) -> None:
@@ -448,6 +454,7 @@ def failing(world: World) -> str:
     return "nothing"
 
 
+@pytest.mark.slow
 def test_all_ranks_raise_what_an_owner_raises(ranks: Worlds) -> None:
     first, second = ranks(2).run("failing", failing).checked()
     assert first.startswith("RuntimeError: rank 1 could not refresh") and "no memory" in first
@@ -469,14 +476,37 @@ def taken_over(world: World, of: str, way: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [
-        pytest.param(n, w, marks=() if (n, w) == ("sst", WAYS[0]) else pytest.mark.slow)
-        for n in ("sst", "restarts")
-        for w in WAYS
-    ],
+    [slow(name, way) for name in ("sst", "restarts") for way in WAYS],
 )
 def test_a_run_goes_on_from_a_whole_state(name: str, way: str, ranks: Worlds) -> None:
     ranks(2).run(f"{name}, {way}", taken_over, of=name, way=way).checked()
+
+
+def attached(world: World, of: str, mode: Any) -> Any:
+    """A run whose gradients are taken inside backward, where a layer waits for the step."""
+    run, out = Layers(Chosen(of), world), []
+    with pytest.raises(ValueError, match="a DTensor"):
+        lowrank_optim.attach_in_backward(run.optimizer, "step", max_norm=1.0)
+    lowrank_optim.attach_in_backward(run.optimizer, mode)
+    for step in range(6):
+        run.step(step)
+        out.append(run.held())
+    return out
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("sst", "step"),
+        slow("sst", "project"),
+        slow("switched", "step"),
+        slow("switched", "project"),
+    ],
+)
+def test_layers_wait_for_the_step(name: str, mode: str, ranks: Worlds) -> None:
+    expected = training.assembled([train(None, Chosen(name))])[:6]
+    values = ranks(2).run(f"{name} {mode}", attached, of=name, mode=mode).checked()
+    training.assert_equal_runs(training.assembled(values), expected)
 
 
 def disordered(world: World) -> str:
@@ -495,3 +525,11 @@ def disordered(world: World) -> str:
 def test_an_order_that_is_none_is_refused_by_every_rank(ranks: Worlds) -> None:
     for said in ranks(2).run("disordered", disordered).checked():
         assert "order holds 0 twice" in said, said
+
+
+def test_of_nothing_rows_are_split() -> None:
+    """A layer whose rank is full has no vectors that are not in use: (0, n), which FSDP2 takes as
+    Shard(0) alone."""
+    place = shard_placement_fn(2)
+    assert place(nn.Parameter(torch.empty(0, 12))) is None
+    assert place(nn.Parameter(torch.empty(2, 12))) == Shard(1)

@@ -288,7 +288,9 @@ def full(x: Any) -> torch.Tensor:
     return (x.detach().full_tensor() if isinstance(x, DTensor) else torch.as_tensor(x)).clone()
 
 
-@pytest.mark.parametrize("how", ["parallel", "tensors", "every tensor"])
+@pytest.mark.parametrize(
+    "how", ["parallel", "tensors", pytest.param("every tensor", marks=pytest.mark.slow)]
+)
 def test_torch_gathers_what_one_process_has(how: str, ranks: Worlds) -> None:
     """``full_tensor`` of weights and of moments: a second account of what is where."""
     if how == "every tensor":  # whose row and column means lie on the ranks in ways of their own
