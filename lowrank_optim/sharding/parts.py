@@ -219,34 +219,37 @@ def region(
         placements: how.
         at: coordinates of the rank (default: this one's).
     """
-    by_dim: dict[int, list[int]] = {}
-    for k, place in enumerate(placements):
-        if type(place).__name__ != "Replicate":
-            by_dim.setdefault(place.dim % len(shape), []).append(k)
     found = [(0, size) for size in shape]
     at = coordinate(mesh) if at is None else at
-    for dim, dims in by_dim.items():
-        sizes = [mesh.size(k) for k in dims]
-        cut = cut_of(sizes, [int(getattr(placements[k], "split_factor", 1)) for k in dims])
-        cut = cut or Cut(tuple(sizes), tuple(range(len(dims))))
+    for dim, dims in _by_dim(shape, placements).items():
+        cut = _cut_by(mesh, placements, dims)
+        cut = cut or Cut(tuple(mesh.size(k) for k in dims), tuple(range(len(dims))))
         found[dim] = cut.interval(shape[dim], [at[k] for k in dims])
     return tuple(found)
 
 
 def lies_in_intervals(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> bool:
     """Whether :func:`region` is what each rank has, and what DTensor takes it to have."""
-    by_dim: dict[int, list[int]] = {}
+    known = ("Replicate", "Shard", "_StridedShard")
+    if any(type(place).__name__ not in known for place in placements):
+        return False
+    cuts = {d: _cut_by(mesh, placements, dims) for d, dims in _by_dim(shape, placements).items()}
+    return all(cut is not None and cut.is_read_alike(shape[dim]) for dim, cut in cuts.items())
+
+
+def _by_dim(shape: Sequence[int], placements: Sequence[Any]) -> dict[int, list[int]]:
+    """Dimensions of a tensor that are split, and those of the mesh that split each."""
+    found: dict[int, list[int]] = {}
     for k, place in enumerate(placements):
-        if type(place).__name__ not in ("Replicate", "Shard", "_StridedShard"):
-            return False
-        if hasattr(place, "dim"):
-            by_dim.setdefault(place.dim % len(shape), []).append(k)
-    for dim, dims in by_dim.items():
-        factors = [int(getattr(placements[k], "split_factor", 1)) for k in dims]
-        cut = cut_of([mesh.size(k) for k in dims], factors)
-        if cut is None or not cut.is_read_alike(shape[dim]):
-            return False
-    return True
+        if type(place).__name__ != "Replicate":
+            found.setdefault(place.dim % len(shape), []).append(k)
+    return found
+
+
+def _cut_by(mesh: Any, placements: Sequence[Any], dims: Sequence[int]) -> Cut | None:
+    """How some dimensions of a mesh split one of a tensor; None if they leave no intervals."""
+    factors = [int(getattr(placements[k], "split_factor", 1)) for k in dims]
+    return cut_of([mesh.size(k) for k in dims], factors)
 
 
 def part_of(param: Tensor, view: MatrixView | None, name: str, unit: int = 1) -> Part | None:
