@@ -57,7 +57,7 @@ def shard_placement_fn(
 
     def place(param: Tensor) -> Shard | None:
         view = view_for(group, param.shape)
-        if view is None or view.flip:
+        if view is None or view.flip or not param.numel():  # of nothing it takes dimension 0 alone
             return None
         first = len(view.batch)
         if param.shape[first + 1] % (world_size * _pieces(param, first + 1)):

@@ -41,7 +41,7 @@ def check_shards(optimizer: LowRankOptimizer, given: Mapping[str, Any]) -> None:
         ValueError: naming both.
         NotImplementedError: a DTensor is kept on another device than that of its mesh.
     """
-    sharded = [plan for _, plan in items_of(optimizer) if plan.sharded]
+    sharded = [plan for _, plan in items_of(optimizer) if is_sharded(plan.param)]
     for plan in sharded[:1]:
         for name, (refused, why) in REFUSED.items():
             if refused(given[name]):
@@ -50,12 +50,11 @@ def check_shards(optimizer: LowRankOptimizer, given: Mapping[str, Any]) -> None:
                     f"DTensor: {why}"
                 )
     for plan in sharded:
-        assert plan.part is not None
-        own = local(plan.param).device.type
-        if own not in (plan.part.mesh.device_type, "meta"):
+        own, mesh = local(plan.param).device.type, plan.param.device_mesh  # type: ignore[attr-defined]
+        if own not in (mesh.device_type, "meta"):
             raise NotImplementedError(
                 f"attach_in_backward does not support {plan.name}, a DTensor on {own} of a mesh of "
-                f"{plan.part.mesh.device_type}: its gradient may still be on its way when backward "
+                f"{mesh.device_type}: its gradient may still be on its way when backward "
                 "hands it over. Use one of CPUOffloadPolicy and attach_in_backward"
             )
 

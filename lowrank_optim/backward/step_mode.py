@@ -66,7 +66,8 @@ class StepMode(InBackward):
             )
         self._in_time = True
         if is_sharded(param):
-            self._together.arrived(param)
+            if self._find(param)[1].alone:  # step() takes layers of factors
+                self._together.arrived(param)
         elif self._ranks is None:
             self._averaged(param)
 
@@ -118,6 +119,7 @@ class StepMode(InBackward):
         """What backward did not step: blocks, which know whose turn it is; step() takes others."""
         self._together.forget()
         late = [p for p in self._hooks if is_sharded(p) and p.grad is not None]
+        late = [p for p in late if self._find(p)[1].alone]
         counts = {self._arrivals.get(p, 0) for p in late}
         if any(count >= self.accumulation_steps for count in counts):
             raise RuntimeError(

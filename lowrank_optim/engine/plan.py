@@ -74,6 +74,13 @@ class ParamPlan:
         """Whether it lies on several ranks, a part on each."""
         return self.part is not None and self.part.mesh is not None
 
+    def noise(self, seed: int) -> Noise:
+        """Of the stochastic rounding of what is here of the weights, by its place in the whole."""
+        part = self.part
+        if part is None or part.mesh is None:
+            return noise_of(self.param, seed)
+        return noise_at(seed, part.shape, part.mesh, part.placements)
+
     @property
     def key(self) -> tuple[Any, ...]:
         """Items of a group with the same key can be stepped as one bucket."""
@@ -301,7 +308,4 @@ def weight_noise(item: ParamPlan, state: State, chosen: Strategies) -> Noise | N
     """Of the stochastic rounding of a weight as it is stored; None to round to nearest."""
     if not rounds(item, chosen):
         return None
-    seed, part = mixed(chosen.seed, item.uid, int(state["step"]), 3), item.part
-    if part is None or part.mesh is None:
-        return noise_of(item.param, seed)
-    return noise_at(seed, part.shape, part.mesh, part.placements)
+    return item.noise(mixed(chosen.seed, item.uid, int(state["step"]), 3))

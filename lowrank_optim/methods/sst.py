@@ -18,15 +18,25 @@ from typing import Any, ClassVar, Unpack
 
 from torch import Tensor
 
-from lowrank_optim.engine.plan import ParamPlan, State, Strategies
-from lowrank_optim.engine.refresh import phase, refresh_due
+from lowrank_optim.engine.bucket import Bucket
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state
+from lowrank_optim.engine.refresh import phase, refresh_, refresh_due
+from lowrank_optim.engine.sharded.layers import (
+    DueLayer,
+    gathered_layers,
+    keep_,
+    placed_as,
+    refresh_by_owners,
+)
 from lowrank_optim.engine.sharded.refusals import check_layer
 from lowrank_optim.engine.sharded.replicas import refresh_layers
+from lowrank_optim.engine.step import chunk_size, step_bucket
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group
 from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
 from lowrank_optim.residuals import Drop, Residual
 from lowrank_optim.rules import AdamW, Rule
+from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.spectral import Spectral
 from lowrank_optim.subspaces.spectral_module import GRADIENTS, FactorView, SpectralModule
@@ -44,13 +54,21 @@ class Layer(ParamPlan):
 
     members: Sequence[Tensor] = ()
 
-    def factors(self) -> State:
-        """Factors and gradients, as the subspace reads them."""
-        state = dict(zip(Spectral.keys, (x.detach() for x in self.members), strict=True))
-        for key, x in zip(GRADIENTS, self.members, strict=False):
-            if x.grad is not None:
-                state[key] = x.grad
-        return state
+    def named(self) -> State:
+        """Factors, as the subspace names them."""
+        return dict(zip(Spectral.keys, (x.detach() for x in self.members), strict=True))
+
+    def gradients(self) -> State:
+        """Those of the factors in use, as far as there are any."""
+        pairs = zip(GRADIENTS, self.members, strict=False)
+        return {key: x.grad for key, x in pairs if x.grad is not None}
+
+    def whole(self, state: State) -> ParamPlan:
+        """What stands for a layer that ranks have parts of, where its factors are in ``state``."""
+        param = state["basis_u"]
+        param.grad = state.get("grad_u")
+        plan = self.name, self.index, self.uid, self.view, self.subspace, self.kind
+        return ParamPlan(param, *plan)
 
 
 class SSTAdamW(LowRankOptimizer):
@@ -212,7 +230,31 @@ class SSTAdamW(LowRankOptimizer):
             return super()._state_of(item, chosen)
         if item.subspace is None:  # not the first of its layer
             return {}
-        return {**super()._state_of(item, chosen), **item.factors()}
+        return {**self._kept(item, chosen), **item.named(), **item.gradients()}
+
+    def _kept(self, item: Layer, chosen: Strategies) -> State:
+        """The optimizer's part, whole on every rank."""
+        if is_sharded(item.param) and not self.state[item.param]:
+            self.state[item.param].update(init_state(item, chosen, local(item.param)))
+        return super()._state_of(item, chosen)
+
+    def _checked(self, group: Group) -> tuple[Strategies, list[ParamPlan], list[ParamPlan]]:
+        """As of every method; a layer has a gradient of all factors in use, or of none.
+
+        Raises:
+            RuntimeError: a gradient is not what a step can use.
+            ValueError: the group was edited in a way that its state cannot follow.
+        """
+        chosen, items, ready = super()._checked(group)
+        for item in ready:
+            if isinstance(item, Layer) and item.subspace is not None:
+                missing = {*GRADIENTS} - {*item.gradients()}
+                if missing:
+                    raise RuntimeError(
+                        f"{item.name} has a gradient, and of its layer there is no "
+                        f"{' and no '.join(sorted(missing))}: freeze all of a layer, or nothing"
+                    )
+        return chosen, items, ready
 
     def _step_items(
         self, items: list[ParamPlan], group: Group, chosen: Strategies, undo: Undo
@@ -221,15 +263,69 @@ class SSTAdamW(LowRankOptimizer):
         if group.get("form") is None:
             super()._step_items(items, group, chosen, undo)
             return
-        leaders = [item for item in items if item.subspace is not None]
-        super()._step_items(leaders, group, replace(chosen, gap=NEVER, stagger=False), undo)
-        due = list[tuple[ParamPlan, State]]()
+        leaders = [x for x in items if isinstance(x, Layer) and x.subspace is not None]
+        here = [item for item in leaders if not is_sharded(item.param)]
+        stepping = replace(chosen, gap=NEVER, stagger=False)
+        super()._step_items(list[ParamPlan](here), group, stepping, undo)
+        due = [item for item in here if self._is_due(item, chosen)]
+        refresh_layers([(x, self._state_of(x, chosen)) for x in due], chosen, self._replicas)
+        meshes: dict[Any, list[Layer]] = {}
         for item in leaders:
-            state = self._state_of(item, chosen)
-            step, last = int(state["step"]), int(state["refresh_step"])
-            if refresh_due(step, last, chosen.gap, phase(item, chosen)):
-                due.append((item, state))
-        refresh_layers(due, chosen, self._replicas)
+            if is_sharded(item.param):
+                meshes.setdefault(item.param.device_mesh, []).append(item)  # type: ignore[attr-defined]
+        for own in meshes.values():
+            self._step_gathered(own, group, stepping, undo)
+            refresh_by_owners(
+                [self._due_layer(item, chosen) for item in own if self._is_due(item, chosen)]
+            )
+
+    def _is_due(self, item: Layer, chosen: Strategies) -> bool:
+        state = self._kept(item, chosen)
+        step, last = int(state["step"]), int(state["refresh_step"])
+        return refresh_due(step, last, chosen.gap, phase(item, chosen))
+
+    def _step_gathered(
+        self, items: Sequence[Layer], group: Group, chosen: Strategies, undo: Undo
+    ) -> None:
+        """Layers that ranks have parts of: what is in use is gathered, and each keeps its part."""
+        buckets: dict[Any, list[Layer]] = {}
+        for item in items:
+            buckets.setdefault(item.key, []).append(item)
+        for alike in buckets.values():
+            assert isinstance(alike[0].subspace, SpectralModule)
+            keys = alike[0].subspace.stepped_keys
+            size = chunk_size(alike[0], chosen)
+            for i in range(0, len(alike), size):
+                chunk = alike[i : i + size]
+                wholes = _gathered(chunk, keys)
+                states = [
+                    {**self._kept(x, chosen), **own} for x, own in zip(chunk, wholes, strict=True)
+                ]
+                plans = [x.whole(state) for x, state in zip(chunk, states, strict=True)]
+                hyper = group["lr"], group["weight_decay"]
+                step_bucket(Bucket(plans, states, chosen, *hyper, undo))
+                for x, own in zip(chunk, wholes, strict=True):
+                    for key, factor in x.named().items():
+                        if key in own and key != "basis_order":
+                            keep_(factor, own[key])
+
+    def _due_layer(self, item: Layer, chosen: Strategies) -> DueLayer:
+        def refresh(state: State) -> None:
+            plan = item.whole(state)
+            refresh_(plan, state, plan.param, int(state["step"]), chosen)
+
+        return DueLayer(item.name, dict(item.named()), self._kept(item, chosen), refresh)
+
+
+def _gathered(items: Sequence[Layer], keys: Sequence[str]) -> list[State]:
+    """Factors under ``keys``, and gradients, of each layer: the whole of them, on every rank."""
+    factors = [[x.named()[key] for key in keys] for x in items]
+    grads = [
+        [placed_as(g, p) for g, p in zip(x.gradients().values(), x.members, strict=False)]
+        for x in items
+    ]
+    names = *keys, *GRADIENTS
+    return [dict(zip(names, own, strict=True)) for own in gathered_layers(factors, grads)]
 
 
 class SSTAdamW8bit(SSTAdamW):

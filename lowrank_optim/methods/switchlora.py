@@ -20,16 +20,23 @@ from torch import Tensor
 
 from lowrank_optim.engine.bucket import Bucket
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state
-from lowrank_optim.engine.sharded.layers import by_first_rank, gathered, interval, keep_, placed_as
+from lowrank_optim.engine.sharded.layers import (
+    by_first_rank,
+    gathered_layers,
+    keep_,
+    placed_as,
+    spans,
+)
 from lowrank_optim.engine.sharded.refusals import check_layer
 from lowrank_optim.engine.step import chunk_size, step_bucket
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group
 from lowrank_optim.groups.names import uid_of
+from lowrank_optim.ops import Noise
 from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
 from lowrank_optim.residuals import Drop, Residual
 from lowrank_optim.rules import AdamW, Rule
-from lowrank_optim.sharding.parts import is_sharded, local
+from lowrank_optim.sharding.parts import is_sharded, local, noise_of
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.factored import SwitchedFactors
 from lowrank_optim.subspaces.switched import Switched
@@ -45,6 +52,17 @@ class FactorItem(ParamPlan):
     b: Tensor
     base: Tensor
     """W0, frozen."""
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class FrozenItem(ParamPlan):
+    """W0 as a step sees it: ``param`` is what is here of it."""
+
+    base: Tensor
+
+    def noise(self, seed: int) -> Noise:
+        """By the place of each entry in all of W0."""
+        return noise_of(self.base, seed)
 
 
 @dataclass(eq=False, slots=True)
@@ -197,8 +215,7 @@ class SwitchLoRAAdamW(LowRankOptimizer):
         for i in starts:
             name = group["param_names"][i] if "param_names" in group else f"parameter {i}"
             instead = "a group without convert()"
-            rounded = group["stochastic_rounding"]
-            check_layer(name, params[i : i + 3], type(self).__name__, instead, rounded)
+            check_layer(name, params[i : i + 3], type(self).__name__, instead)
         extra = 2 * sum(len(other.get("factor_starts", ())) for other in self._before(group))
         names, uid = group.get("param_names"), 0
         for i, item in enumerate(super()._plan(group)):
@@ -278,20 +295,18 @@ class SwitchLoRAAdamW(LowRankOptimizer):
         factors = {"basis_A": a, "basis_B": b.mT}
         grads = {"grad_A": grad_a, "grad_B": grad_b.mT}
         weight, subspace = local(item.base.detach()), item.subspace
-        where = interval(item.base)
         if is_sharded(item.param):
             assert isinstance(subspace, SwitchedFactors) and item.view is not None
-            subspace = replace(subspace, agree=by_first_rank(item.param))
-            if where is not None:
-                # outputs are dimension 0 as stored, but of weights that are stored (in, out)
-                outputs = where[0] == int(subspace.flip != item.view.flip)
-                here = where[1:]
-                subspace = (
-                    replace(subspace, outputs=here) if outputs else replace(subspace, inputs=here)
-                )
+            # outputs are dimension 0 as stored, but of weights that are stored (in, out)
+            first, second = spans(item.base)
+            turned = subspace.flip != item.view.flip
+            inputs, outputs = (first, second) if turned else (second, first)
+            agree = by_first_rank(item.param)
+            subspace = replace(subspace, inputs=inputs, outputs=outputs, agree=agree)
         # a stand-in for a gradient of W, which is never made: its values are not read
         weight.grad = weight.detach()
-        whole = ParamPlan(weight, item.name, item.index, item.uid, item.view, subspace)
+        place = item.name, item.index, item.uid
+        whole = FrozenItem(weight, *place, item.view, subspace, base=item.base)
         return whole, {**self._state_of(item, chosen), **factors, **grads}
 
 
@@ -303,9 +318,9 @@ def _factors(items: Sequence[FactorItem]) -> list[list[Tensor]]:
         found.append([item.param.detach(), item.b.detach(), item.param.grad, item.b.grad])
     if not is_sharded(items[0].param):
         return found
-    flat = gathered([y for a, b, *grads in found for y in (
-        a, b, *(placed_as(g, p) for g, p in zip(grads, (a, b), strict=True)))])  # fmt: skip
-    return [flat[i : i + 4] for i in range(0, len(flat), 4)]
+    factors = [own[:2] for own in found]
+    grads = [[placed_as(g, p) for g, p in zip(own[2:], own[:2], strict=True)] for own in found]
+    return gathered_layers(factors, grads)
 
 
 class SwitchLoRAAdamW8bit(SwitchLoRAAdamW):

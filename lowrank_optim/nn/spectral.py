@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from lowrank_optim.engine.plan import State, seeded
 from lowrank_optim.groups import Group
 from lowrank_optim.nn.base import Factored, register_form
+from lowrank_optim.sharding.parts import is_sharded
 from lowrank_optim.subspaces.base import RefreshContext
 from lowrank_optim.subspaces.spectral import Spectral
 from lowrank_optim.tensors.matrix import MatrixView
@@ -162,7 +163,10 @@ class SpectralLinear(Factored):
         key, errors = f"{prefix}order", args[-1]
         try:
             if key in state_dict:
-                order = as_dtype(key, readable(key, state_dict[key]), self.order.dtype)
+                given = state_dict[key]
+                if isinstance(given, Tensor) and is_sharded(given):  # as every rank loads
+                    given = given.full_tensor()  # type: ignore[attr-defined]
+                order = as_dtype(key, readable(key, given), self.order.dtype)
                 if order.shape == self.order.shape:  # torch reports another
                     check_index({key: order}, key, self.order.numel(), "distinct")
         except ValueError as error:
@@ -179,6 +183,11 @@ class SpectralLinear(Factored):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in)`` to ``(..., out)``."""
+        if self.order.is_floating_point():
+            raise RuntimeError(
+                f"the order of the singular values is in {self.order.dtype}, which has not all "
+                "indices: keep int32 where parameters are cast, as FSDP2 of torch 2.13 does"
+            )
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         output: Tensor = _Product.apply(  # type: ignore[no-untyped-call]

@@ -19,6 +19,7 @@ from lowrank_optim.rules.base import (
     Slots,
     Split,
     Steps,
+    Sum,
     compute_dtype,
     directions_like,
     finished,
@@ -33,6 +34,11 @@ def norms(x: Tensor) -> Tensor:
         x, dim=dim, keepdim=dim is not None, dtype=compute_dtype(x.dtype)
     )
     return norm
+
+
+def measured(shape: Sequence[int]) -> range:
+    """The dimensions that a norm goes over, counted from the end: not the number of experts."""
+    return range(-2 if len(shape) == 3 else -len(shape), 0)
 
 
 def rms_of(norm: Tensor, shape: Sequence[int]) -> Tensor:
@@ -155,9 +161,9 @@ class Adafactor(Rule):
             root = scaled.unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
         direction = root.mul_(g)
         norm, shape = norms(direction), g.shape if split is None else split.shape
-        if split is not None and (g.dim() != 3 or split.dim != -3):
+        if split is not None and (over := split.over(measured(shape))):
             total = norm.square()
-            yield [total]
+            yield [Sum(total, over)]
             norm = total.sqrt()
         direction.div_((rms_of(norm, shape) / self.clip_threshold).clamp_(min=1.0))
         if self.beta1 is not None:
@@ -201,13 +207,13 @@ def _update_(
 ) -> Asking[Tensor]:
     """Take a square into the means of rows and columns; the mean of the rows ``(..., 1)``."""
     rows, columns = square.shape[-2:] if split is None else split.shape[-2:]
-    dim = 0 if split is None else split.dim
+    across, down = ((), ()) if split is None else (split.over((-1,)), split.over((-2,)))
     by_row, by_column = square.sum(-1), square.sum(-2)
-    if dim == -1:
-        yield [by_row]
+    if across:
+        yield [Sum(by_row, across)]
     row.lerp_(by_row / columns, fresh)
     total = row.sum(-1, keepdim=True)
-    if dim == -2:
-        yield [by_column, total]
+    if down:
+        yield [Sum(by_column, down), Sum(total, down)]
     col.lerp_(by_column / rows, fresh)
     return total / rows

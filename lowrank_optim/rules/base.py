@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -37,18 +37,33 @@ class Slot(NamedTuple):
         return tuple(kept)
 
 
+Over = tuple[int, ...]
+"""Dimensions of a mesh: the ranks that differ in these alone."""
+
+
 class Split(NamedTuple):
     """What is here of a gradient, where other ranks have the rest of it."""
 
     shape: tuple[int, ...]
     """Of the whole."""
-    dim: int
-    """The dimension that is split, counted from the end."""
+    dims: Mapping[int, Over]
+    """The dimensions that are split, counted from the end, and those of the mesh that do it."""
+
+    def over(self, dims: Sequence[int]) -> Over:
+        """What of the mesh splits some dimensions; nothing of one that is not split."""
+        return tuple(sorted(i for dim in dims for i in self.dims.get(dim, ())))
+
+
+class Sum(NamedTuple):
+    """A tensor that is to be added up, in place, over some ranks."""
+
+    x: Tensor
+    over: Over
 
 
 Directions = tuple[list[Tensor], list[float] | list[Tensor]]
 _T = TypeVar("_T")
-Asking = Generator[list[Tensor], None, _T]
+Asking = Generator[list[Sum], None, _T]
 """Work that asks, each time it yields, for some tensors to be added up over the ranks in place."""
 
 
@@ -66,7 +81,7 @@ def together(phases: Sequence[Asking[_T]]) -> Asking[list[_T]]:
     """Several at a time: what they ask for in the same turn is asked for at once."""
     results: dict[int, _T] = {}
     while len(results) < len(phases):
-        asked: list[Tensor] = []
+        asked: list[Sum] = []
         for n, own in enumerate(phases):
             if n in results:
                 continue

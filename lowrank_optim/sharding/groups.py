@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import _disable_current_modes
 
+from lowrank_optim.sharding.grid import coordinates
+
 _made: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], dist.ProcessGroup]] = (
     weakref.WeakKeyDictionary()
 )
@@ -37,6 +39,14 @@ def members(mesh: Any, dims: Sequence[int]) -> list[int]:
     if len(dims) == 1:
         return dist.get_process_group_ranks(mesh.get_group(dims[0]))
     return sorted(ranks_over(mesh, dims))
+
+
+def coordinates_over(mesh: Any, dims: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Coordinates in the mesh of the ranks of :func:`group_over`, in its order."""
+    with _disable_current_modes():
+        ranks: list[int] = mesh.mesh.reshape(-1).tolist()
+    at = dict(zip(ranks, coordinates(tuple(mesh.mesh.shape)), strict=True))
+    return tuple(at[rank] for rank in members(mesh, dims))
 
 
 def group_over(mesh: Any, dims: Sequence[int]) -> dist.ProcessGroup:

@@ -31,6 +31,12 @@ class SpectralModule(Spectral):
     The module came with its first factorisation, so the state begins after it.
     """
 
+    @property
+    def stepped_keys(self) -> tuple[str, ...]:
+        """State keys of the factors that a step reads or writes where no iteration begins."""
+        used = ("basis_u", "basis_v", "basis_s", "basis_order")
+        return (*used, "basis_u_rest") if self.negative == "flip" else used
+
     def init(self, view: MatrixView, param: Tensor) -> State:
         """Counters alone."""
         return {

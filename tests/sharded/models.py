@@ -148,7 +148,7 @@ def by_columns(size: int) -> Callable[[nn.Parameter], Any]:
         pieces = size
         if isinstance(param, DTensor) and param.placements[0].is_shard(1):
             pieces *= param.device_mesh.size()
-        even = param.dim() in (2, 4) and param.shape[1] % pieces == 0
+        even = param.dim() in (2, 4) and param.numel() and param.shape[1] % pieces == 0
         return Shard(1) if even else None
 
     return place

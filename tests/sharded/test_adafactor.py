@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from lowrank_optim.engine.sharded.local import without
 from lowrank_optim.rules.adafactor import Adafactor
-from lowrank_optim.rules.base import Split, together
+from lowrank_optim.rules.base import Split, Sum, together
 from tests.sharded import test_resharding, training
 from tests.sharded.ranks import Ranks
 from tests.sharded.training import Case
@@ -75,33 +77,41 @@ def test_a_run_over_several_numbers_of_ranks_is_one_run(
     test_resharding.check(ranks, name, case, False, tmp_path, test_resharding.ROUTE[:3])
 
 
-@pytest.mark.parametrize("dim", [-1, -2, -3, -4])
+DIMS = [(-1,), (-2,), (-3,), (-4,), (-2, -1), (-1, -2), (-3, -2), (-1, -3), (-2, -2), (-1, -1)]
+"""Of a gradient, and which of them the first and the second dimension of a mesh split."""
+
+
+@pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("shape", [(5,), (6, 5), (3, 4, 6), (4, 3, 2, 5)], ids=str)
-def test_pieces_that_are_added_up_are_the_whole(shape: tuple[int, ...], dim: int) -> None:
-    """In one process: any dimension, three pieces of which one is empty, two steps."""
-    if len(shape) < -dim:
+def test_pieces_that_are_added_up_are_the_whole(
+    shape: tuple[int, ...], dims: tuple[int, ...]
+) -> None:
+    """In one process: any dimensions, three pieces of each of which one is empty, two steps."""
+    if len(shape) < -min(dims):
         return
     rule = Adafactor(beta1=0.9, clip_threshold=0.5)
     draw = torch.Generator().manual_seed(0)
     slots = rule.slots(shape)
     whole = [torch.zeros(slot.shape(shape), dtype=torch.float64) for slot in slots]
-    sizes = [(shape[dim] + 1) // 2, shape[dim] // 2, 0]
+    places = list(itertools.product(*[range(3)] * len(dims)))
+    over = {dim: tuple(i for i, own in enumerate(dims) if own == dim) for dim in dims}
 
-    def pieces(x: torch.Tensor, averaged: int | None) -> list[torch.Tensor]:
-        """Of a moment; a mean over the dimension is the same in all."""
-        if averaged == dim:
-            return [x.clone() for _ in sizes]
-        after = averaged is not None and averaged > dim
-        return [y.clone() for y in torch.split(x, sizes, dim + after)]
+    def piece(x: torch.Tensor, at: tuple[int, ...], averaged: int | None = None) -> torch.Tensor:
+        """Of a moment; a mean over a dimension is the same in all pieces of that."""
+        for dim, i in zip(dims, at, strict=True):
+            if averaged != dim:
+                dim += averaged is not None and averaged > dim
+                size = x.shape[dim]
+                x = torch.split(x, [(size + 1) // 2, size // 2, 0], dim)[i]
+        return x.clone()
 
-    split = [pieces(x, slot.averaged) for x, slot in zip(whole, slots, strict=True)]
-    parts = [list(own) for own in zip(*split, strict=True)]
+    parts = [[piece(x, at, s.averaged) for x, s in zip(whole, slots, strict=True)] for at in places]
     for step in (1.0, 2.0):
         g = torch.randn(shape, generator=draw, dtype=torch.float64)
         (expected,), _ = rule.directions_([g], [whole], [step])
         work = [
-            rule.phases_([own], [kept], [step], split=Split(shape, dim))
-            for own, kept in zip(torch.split(g, sizes, dim), parts, strict=True)
+            rule.phases_([piece(g, at)], [kept], [step], split=Split(shape, over))
+            for at, kept in zip(places, parts, strict=True)
         ]
         asked, results, ranks = 0, [], together(work)
         while True:
@@ -111,18 +121,26 @@ def test_pieces_that_are_added_up_are_the_whole(shape: tuple[int, ...], dim: int
                 results = end.value
                 break
             asked += 1
-            each = len(sums) // len(sizes)  # what ranks sum, one after the other
+            each = len(sums) // len(places)  # what ranks sum, one after the other
             for k in range(each):
-                own = sums[k::each]
-                total = torch.stack(own).sum(0)
-                for x in own:
-                    x.copy_(total)
-        assert asked <= 2
-        direction = torch.cat([own for (own,), _ in results], dim)
-        assert torch.allclose(direction, expected, rtol=1e-12, atol=1e-14)
-        for n, x in enumerate(whole):
-            for got, want in zip([p[n] for p in parts], pieces(x, slots[n].averaged), strict=True):
+                add_up(sums[k::each], places)
+        assert asked <= (2 if len(over) == 1 else 3)
+        for at, ((direction,), _), kept in zip(places, results, parts, strict=True):
+            assert torch.allclose(direction, piece(expected, at), rtol=1e-12, atol=1e-14)
+            for got, x, slot in zip(kept, whole, slots, strict=True):
+                want = piece(x, at, slot.averaged)
                 assert torch.allclose(got, want, rtol=1e-12, atol=1e-14)
+
+
+def add_up(sums: Sequence[Sum], places: Sequence[tuple[int, ...]]) -> None:
+    """As ranks do: those that differ in some dimensions of the mesh alone."""
+    alike: dict[Any, list[torch.Tensor]] = {}
+    for at, (x, over) in zip(places, sums, strict=True):
+        alike.setdefault(tuple(i for k, i in enumerate(at) if k not in over), []).append(x)
+    for own in alike.values():
+        total = torch.stack(own).sum(0)
+        for x in own:
+            x.copy_(total)
 
 
 def test_where_means_lie() -> None:
@@ -130,3 +148,6 @@ def test_where_means_lie() -> None:
     assert without([Shard(1)], 0) == (Shard(0),)
     assert without([Shard(1)], 1) == (Replicate(),)
     assert without([Replicate()], 1) == (Replicate(),)
+    strided = _StridedShard(1, split_factor=2)
+    assert without([strided, Shard(1)], 1) == (Replicate(), Replicate())
+    assert without([strided, Shard(1)], 0) == (_StridedShard(0, split_factor=2), Shard(0))

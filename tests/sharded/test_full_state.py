@@ -35,7 +35,7 @@ def case_of(name: str) -> Case:
     return replace(torchs if name == "torch" else NAMED[name], only=SHORT, steps=STEPS)
 
 
-def takes_over(saved: Trained, other: Trained, way: str, rank: int) -> None:
+def takes_over(saved: Trained, other: Trained, way: str, rank: int, strict: bool = True) -> None:
     """``other`` gets weights and state of ``saved``, by way of a dict of whole plain tensors."""
     assert saved.model is not None and other.model is not None
     with torch.no_grad():
@@ -44,7 +44,8 @@ def takes_over(saved: Trained, other: Trained, way: str, rank: int) -> None:
     if way == "load_state_dict":
         other.optimizer.load_state_dict(whole_state(saved))
         return
-    full = StateDictOptions(full_state_dict=True, cpu_offload=way == "rank 0 tells")
+    told = way == "rank 0 tells"
+    full = StateDictOptions(full_state_dict=True, cpu_offload=told, strict=strict)
     state = copy.deepcopy(get_optimizer_state_dict(saved.model, saved.optimizer, options=full))
     if way == "rank 0 tells":
         full = replace(full, broadcast_from_rank0=True, cpu_offload=False)

@@ -88,6 +88,11 @@ def test_it_is_one_process(name: str, how: str, ranks: Worlds) -> None:
     check(ranks, f"{name} {how}", on_square(name, how))
 
 
+EVERY_TENSOR: dict[str, Any] = {
+    "how": "tensors",
+    "only": ("few", "experts", "conv"),
+    "places": ("r0", "01", "11", "a0", "12", "20"),
+}
 ADAFACTOR = {"scale_parameter": True, "beta1": None, "clip_threshold": 0.7}
 
 
@@ -96,15 +101,25 @@ ADAFACTOR = {"scale_parameter": True, "beta1": None, "clip_threshold": 0.7}
     [
         ("copies", None),
         ("parallel", 3),
+        ("every tensor", None),
+        *(pytest.param(how, None, marks=pytest.mark.slow) for how in HOWS if how != "copies"),
         pytest.param("tensors", 3, marks=pytest.mark.slow),
     ],
     ids=str,
 )
 def test_means_of_whole_tensors(how: str, rank: int | None, ranks: Worlds) -> None:
-    """Copies count once in the weights' root mean square, and not in sums over columns."""
+    """Copies count once in the weights' root mean square, and not in sums over columns.
+
+    Dense ones have means over what both dimensions split, and over what one of them does.
+    """
+    own = HOWS.get(how, EVERY_TENSOR)
+    only = ("wide", "tall", "large") if rank else own["only"]
+    check(ranks, f"means {how}", means(how, only, rank))
+
+
+def means(how: str, only: tuple[str, ...], rank: int | None = None, **of: Any) -> Case:
     case = Case("GaLoreAdafactor", {**ADAFACTOR, "projector": "svd", "rank": rank})
-    only = ("wide", "tall", "large") if rank else HOWS[how]["only"]
-    check(ranks, f"means {how}", replace(case, mesh="square", **{**HOWS[how], "only": only}))
+    return replace(case, mesh="square", **{**HOWS.get(how, EVERY_TENSOR), "only": only, **of})
 
 
 @pytest.mark.slow
@@ -273,10 +288,15 @@ def full(x: Any) -> torch.Tensor:
     return (x.detach().full_tensor() if isinstance(x, DTensor) else torch.as_tensor(x)).clone()
 
 
-@pytest.mark.parametrize("how", ["parallel", "tensors"])
+@pytest.mark.parametrize(
+    "how", ["parallel", "tensors", pytest.param("every tensor", marks=pytest.mark.slow)]
+)
 def test_torch_gathers_what_one_process_has(how: str, ranks: Worlds) -> None:
     """``full_tensor`` of weights and of moments: a second account of what is where."""
-    case = on_square("rsvd", how, steps=4)
+    if how == "every tensor":  # whose row and column means lie on the ranks in ways of their own
+        case = means(how, ("large", "experts"), steps=3)
+    else:
+        case = on_square("rsvd", how, steps=4)
     expected = training.reference(case.reference)[-1:]
     for run, _ in ranks(4).run(how, gathered, case=case).checked():
         training.assert_equal_runs(run, expected)

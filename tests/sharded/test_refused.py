@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import lowrank_optim
 from lowrank_optim.nn import convert
+from lowrank_optim.sharding.parts import lies_in_intervals
 from tests.sharded.ranks import Ranks, World
 
 Worlds = Callable[[int], Ranks]
@@ -43,8 +46,6 @@ def outcome(world: World, cls: str, options: dict[str, Any], how: str) -> Any:
     layer.weight = nn.Parameter(torch.randn(8, 12))
     if how == "fsdp":
         fully_shard(layer, mesh=init_device_mesh("cpu", (world.size,)))
-    elif how == "square":
-        layer.weight = nn.Parameter(spread(world, layer.weight.detach(), [Shard(0), Shard(1)]))
     elif how == "kernel":
         mesh = init_device_mesh("cpu", (world.size,))
         kernel = torch.randn(6, 3, 4, 4).to(torch.bfloat16)
@@ -126,31 +127,25 @@ def test_experts_whose_matrices_are_split_too(ranks: Worlds) -> None:
     check(ranks(4).run("both split", both_split).checked(), "both")
 
 
-def test_means_on_meshes_of_two_dimensions(ranks: Worlds) -> None:
-    args = {"cls": "GaLoreAdafactor", "options": {"rank": None}, "how": "square"}
-    check(ranks(4).run("means", outcome, **args).checked(), "Adafactor", "mesh", "AdamW")
-
-
 def test_blocks_whose_inner_dimensions_are_split_do_not_round(ranks: Worlds) -> None:
     options = {"projector": "block", "density": 1.0, "stochastic_rounding": True}
     args = {"cls": "FrugalAdamW", "options": options, "how": "kernel"}
     check(ranks(2).run("kernel", outcome, **args).checked(), "stochastic_rounding", "Shard(0)")
 
 
-def modules(world: World, method: str, cls: str) -> Any:
-    """Layers of factors that fully_shard has split."""
+def modules(world: World, method: str, cls: str, kind: str) -> Any:
+    """Layers of factors that fully_shard has split, of which one factor lies in another way."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     model = nn.Sequential(nn.Linear(12, 8))
     groups = convert(model, method, rank=2)
-    places = [(g, [next(n for n, p in model.named_parameters() if p is x) for x in g["params"]])
-              for g in groups]  # fmt: skip
-    square = {"mesh_dim_names": ("replicas", "shards")}
-    one, two = (world.size,), (world.size, 1)
-    mesh = init_device_mesh("cpu", two, **square) if method == "switchlora" else None
-    fully_shard(model, mesh=mesh or init_device_mesh("cpu", one))
-    for group, names in places:
-        group["params"] = [model.get_parameter(name) for name in names]
+    mesh = init_device_mesh("cpu", (world.size,))
+    fully_shard(model, mesh=mesh)
+    for group in groups:
+        group["params"] = [model.get_parameter(name) for name in group["param_names"]]
+    low = groups[0]["params"]
+    own = low[1].detach().full_tensor()
+    low[1] = nn.Parameter(own if kind == "plain" else DTensor.from_local(own, mesh, [Partial()]))
     before = [p.detach().to_local().clone() for p in model.parameters()]
     try:
         optimizer = getattr(lowrank_optim, cls)(groups, lr=0.1)
@@ -164,17 +159,28 @@ def modules(world: World, method: str, cls: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("method", "cls", "word"),
+    ("method", "cls", "kind", "word"),
     [
-        ("sst", "SSTAdamW", "factors='active'"),
-        ("switchlora", "SwitchLoRAAdamW", "one mesh of one dimension"),
+        ("sst", "SSTAdamW", "plain", "DTensors of one mesh"),
+        ("switchlora", "SwitchLoRAAdamW", "partial", "one interval"),
     ],
 )
-def test_layers_of_factors(method: str, cls: str, word: str, ranks: Worlds) -> None:
-    values = ranks(2).run(method, modules, method=method, cls=cls).checked()
+def test_layers_of_factors(method: str, cls: str, kind: str, word: str, ranks: Worlds) -> None:
+    values = ranks(2).run(method, modules, method=method, cls=cls, kind=kind).checked()
     assert len(set(values)) == 1, values
-    kind, text, same = values[0]
-    assert kind == "NotImplementedError" and word in text and same, values[0]
+    raised, text, same = values[0]
+    assert raised == "NotImplementedError" and word in text and same, values[0]
+    assert "Train the weights themselves" in text
+
+
+def test_intervals() -> None:
+    """Of 7 rows FSDP2 over tensor parallel gives ranks others than DTensor says they have."""
+    mesh = SimpleNamespace(size=lambda dim: (3, 2)[dim])
+    parallel = [_StridedShard(0, split_factor=2), Shard(0)]
+    assert [lies_in_intervals((n, 2), mesh, parallel) for n in (6, 7, 8)] == [True, False, True]
+    assert lies_in_intervals((7, 2), mesh, [Shard(0), Shard(0)])
+    assert lies_in_intervals((7, 2), mesh, [Shard(1), Replicate()])
+    assert not lies_in_intervals((7, 2), mesh, [Partial(), Shard(0)])
 
 
 def on_square(world: World, places: Any) -> Any:

@@ -6,11 +6,13 @@ import functools
 import itertools
 import logging
 import warnings
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
@@ -111,11 +113,23 @@ def placed(size: int, case: Case) -> Any:
     return shard_placement_fn(size, **own)
 
 
+_squares: weakref.WeakKeyDictionary[Any, DeviceMesh] = weakref.WeakKeyDictionary()
+
+
+def square_mesh(size: int) -> DeviceMesh:
+    """The mesh of two dimensions of this world: each that is made leaves groups with threads."""
+    world = dist.group.WORLD
+    if world not in _squares:
+        names = ("down", "across")
+        _squares[world] = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=names)
+    return _squares[world]
+
+
 def meshes_of(case: Case, size: int) -> list[DeviceMesh]:
     """Where the parameters of a case are, in turn."""
     if case.mesh == "all":
         return [init_device_mesh("cpu", (size,))]
-    square = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("down", "across"))
+    square = square_mesh(size)
     if case.mesh == "square":
         return [square]
     return [square["across"]] if case.mesh == "pairs" else [square["down"], square["across"]]
@@ -128,7 +142,8 @@ def tensors_of(case: Case, meshes: Sequence[DeviceMesh]) -> dict[str, nn.Paramet
     for name, shape in (models.EVERY if case.only else models.SHAPES).items():
         for n, place in enumerate(case.places):
             x = torch.randn(shape, generator=generator, dtype=torch.float64)
-            if (case.only and name not in case.only) or not places_fit(shape, place):
+            dense = case.options.get("rank", 0) is None
+            if (case.only and name not in case.only) or not places_fit(shape, place, dense):
                 continue
             x = x.to(case.dtype)
             if meshes:
@@ -146,10 +161,12 @@ def placement(place: str) -> Any:
     return Replicate() if place == "r" else Shard(int(place))
 
 
-def places_fit(shape: Sequence[int], place: str) -> bool:
+def places_fit(shape: Sequence[int], place: str, dense: bool = False) -> bool:
     """Whether there are such dimensions, and splitting them leaves intervals of matrices."""
     dims = {STRIDED.get(x, x) for x in place if x != "r"}
     found = {int(x) for x in dims}
+    if dense:
+        return all(x < len(shape) for x in found)
     if len(shape) == 3 and 0 in found and len(found) > 1:
         return False  # both the matrices and their number
     return all(x < (2 if len(shape) == 4 else len(shape)) for x in found)

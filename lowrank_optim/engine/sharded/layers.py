@@ -1,62 +1,139 @@
 """Layers of factors that lie on several ranks: gathered, stepped alike by all, and cut again.
 
-Factors are r (m + n) numbers, small beside the weight, so that every rank has the whole of them
-during a step. What a step adds to a frozen weight it adds to the part that is here.
+Factors in use are r (m + n) numbers, small beside the weight, so that every rank has the whole of
+them during a step. What a step adds to a frozen weight it adds to the part that is here. All
+factors of a layer come together on one rank alone, which finds new ones.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.linalg import LinAlgError
 
+from lowrank_optim.engine.plan import State
+from lowrank_optim.engine.sharded import failures
+from lowrank_optim.engine.sharded.failures import Failure, raise_together
+from lowrank_optim.engine.sharded.owner import Input
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.collectives import Form, form
-from lowrank_optim.sharding.grid import chunk, length
-from lowrank_optim.sharding.parts import is_sharded, local
+from lowrank_optim.sharding.grid import Interval
+from lowrank_optim.sharding.groups import coordinate, coordinates_over, group_over
+from lowrank_optim.sharding.parts import local, region, replica
 
 
-def interval(x: Tensor) -> tuple[int, int, int] | None:
-    """The dimension of a DTensor that is split, and where its part begins and ends; or None."""
-    if not is_sharded(x):
-        return None
+def spans(x: Tensor) -> tuple[Interval, ...]:
+    """Where what is here of a DTensor begins and ends in each dimension."""
     own: Any = x
-    (place,) = own.placements
-    if not place.is_shard():
-        return None
-    mesh, dim = own.device_mesh, place.dim % x.dim()
-    return dim, *chunk(x.shape[dim], mesh.size(), mesh.get_local_rank())
+    return region(own.shape, own.device_mesh, own.placements)
+
+
+def splits(x: Tensor) -> list[int]:
+    """Dimensions of its mesh that split a DTensor."""
+    own: Any = x
+    places, mesh = own.placements, own.device_mesh
+    return [i for i, place in enumerate(places) if hasattr(place, "dim") and mesh.size(i) > 1]
+
+
+def everyone(x: Tensor) -> tuple[int, ...]:
+    """Dimensions of a DTensor's mesh over which there are other ranks, or the first."""
+    mesh: Any = x.device_mesh  # type: ignore[attr-defined]
+    return tuple(i for i in range(mesh.ndim) if mesh.size(i) > 1) or (0,)
+
+
+At = tuple[int, ...]
+"""Coordinates of a rank in a mesh."""
+
+
+def pieces(x: Tensor, dims: Sequence[int], order: tuple[At, ...]) -> Input:
+    """What each rank over some dimensions of the mesh has of a DTensor; of copies the first has.
+
+    Args:
+        x: the DTensor.
+        dims: of its mesh.
+        order: the ranks, as they are in their group.
+    """
+    own: Any = x
+    mesh, places, shape = own.device_mesh, own.placements, tuple(own.shape)
+    others = tuple(i for i in dims if i not in splits(x))
+    found = _places(shape, mesh, places, order, others)
+    part, at = local(x), coordinate(mesh)
+    if any(at[i] for i in others):
+        part = part[(slice(0, 0),) * x.dim()]
+    return Input(part, shape, found)
+
+
+@functools.lru_cache(maxsize=4096)
+def _places(
+    shape: tuple[int, ...],
+    mesh: Any,
+    placements: tuple[Any, ...],
+    order: tuple[At, ...],
+    others: tuple[int, ...],
+) -> list[tuple[slice, ...]]:
+    """Where the pieces lie; of ranks that are not the first in ``others`` nothing is taken."""
+    found = []
+    for at in order:
+        here = region(shape, mesh, placements, at)
+        here = ((0, 0),) * len(shape) if any(at[i] for i in others) else here
+        found.append(tuple(slice(*span) for span in here))
+    return found
 
 
 def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies of the whole of DTensors of one mesh: one all-gather for all that are split."""
+    split = {n: own for n, x in enumerate(tensors) if (own := splits(x))}
+    if not split:
+        return [local(x).clone() for x in tensors]
     first: Any = tensors[0]
-    mesh = first.device_mesh
-    split = [(x, where[0]) for x in tensors if (where := interval(x)) is not None]
-    forms = []
-    for rank in range(mesh.size()):
-        own = []
-        for x, dim in split:
-            shape = list(x.shape)
-            shape[dim] = length(chunk(x.shape[dim], mesh.size(), rank))
-            own.append(Form(tuple(shape), x.dtype))
-        forms.append(own)
-    parts = [local(x) for x, _ in split]
-    device = local(first).device
-    pieces = collectives.gather(parts, forms, mesh.get_group(), device) if split else []
-    wholes = iter(torch.cat([own[i] for own in pieces], dim) for i, (_, dim) in enumerate(split))
-    return [local(x).clone() if interval(x) is None else next(wholes) for x in tensors]
+    dims = sorted({i for own in split.values() for i in own})
+    group = group_over(first.device_mesh, dims)
+    order = coordinates_over(first.device_mesh, dims)
+    inputs = {n: pieces(tensors[n], dims, order) for n in split}
+    forms = [[x.form(rank) for x in inputs.values()] for rank in range(group.size())]
+    here = [x.here for x in inputs.values()]
+    arrived = collectives.gather(here, forms, group, local(first).device)
+    wholes = {n: x.together([own[i] for own in arrived]) for i, (n, x) in enumerate(inputs.items())}
+    return [wholes[n] if n in wholes else local(x).clone() for n, x in enumerate(tensors)]
+
+
+def gathered_layers(
+    factors: Sequence[Sequence[Tensor]], grads: Sequence[Sequence[Tensor]]
+) -> list[list[Tensor]]:
+    """Factors and then gradients of each layer, as :func:`gathered`.
+
+    If a gradient is not finite on one rank it is so on all, copies included: all skip the layer.
+
+    Args:
+        factors: DTensors of each layer, all of one mesh.
+        grads: of each layer, where their factors lie.
+    """
+    flat = gathered([x for own in zip(factors, grads, strict=True) for xs in own for x in xs])
+    counts = [len(own) + len(gs) for own, gs in zip(factors, grads, strict=True)]
+    starts = [0, *accumulate(counts)]
+    found = [flat[i : i + n] for i, n in zip(starts, counts, strict=False)]
+    first, every = grads[0][0], everyone(grads[0][0])
+    if all(splits(x) == list(every) for own in grads for x in own):
+        return found  # of each entry there is one
+    wide = torch.float64
+    norms = [[torch.linalg.vector_norm(local(x), dtype=wide) for x in own] for own in grads]
+    flags = torch.stack([torch.stack(own).sum() for own in norms]).mul_(0)  # 0, or NaN
+    collectives.sum_([flags], group_over(first.device_mesh, every))  # type: ignore[attr-defined]
+    for own, flag in zip(found, flags.unbind(), strict=True):
+        for x in own[len(own) - len(grads[0]) :]:
+            x.add_(flag)
+    return found
 
 
 def keep_(x: Tensor, whole: Tensor) -> None:
     """Write the part of a DTensor that is here."""
-    where = interval(x)
-    local(x).copy_(
-        whole if where is None else whole.narrow(where[0], where[1], where[2] - where[1])
-    )
+    local(x).copy_(whole[tuple(slice(*span) for span in spans(x))])
 
 
 def placed_as(grad: Tensor, param: Tensor) -> Tensor:
@@ -73,12 +150,11 @@ def by_first_rank(like: Tensor) -> Callable[[Callable[[], None], Sequence[Tensor
     Args:
         like: a DTensor of the ranks' mesh.
     """
-    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
-    group = mesh.get_group()
 
     def agree(work: Callable[[], None], tensors: Sequence[Tensor]) -> None:
+        group = group_over(like.device_mesh, everyone(like))  # type: ignore[attr-defined]
         sent, said = None, ""
-        if mesh.get_local_rank() == 0:
+        if dist.get_rank(group) == 0:
             try:
                 work()
             except LinAlgError as error:
@@ -92,3 +168,73 @@ def by_first_rank(like: Tensor) -> Callable[[Callable[[], None], Sequence[Tensor
             x.copy_(new)
 
     return agree
+
+
+class DueLayer(NamedTuple):
+    """A layer that is to be refreshed."""
+
+    name: str
+    """For errors."""
+    factors: dict[str, Tensor]
+    """DTensors that the refresh reads and writes."""
+    kept: State
+    """What every rank has alike of its state."""
+    refresh: Callable[[State], object]
+    """Called with a state that has the whole factors too."""
+
+
+def refresh_by_owners(due: Sequence[DueLayer]) -> None:
+    """Refresh layers of one mesh, each on one rank: as many at a time as there are ranks.
+
+    Factors go to their owner and come back, and the owner tells all what became of the rest.
+    """
+    if not due:
+        return
+    first = next(iter(due[0].factors.values()))
+    group = group_over(first.device_mesh, everyone(first))  # type: ignore[attr-defined]
+    for i in range(0, len(due), group.size()):
+        _round(due[i : i + group.size()], first, group)
+
+
+def _round(due: Sequence[DueLayer], like: Any, group: dist.ProcessGroup) -> None:
+    """Layer i is refreshed by rank i."""
+    rank, device = dist.get_rank(group), local(like).device
+    order = coordinates_over(like.device_mesh, everyone(like))
+    inputs = [[pieces(x, everyone(like), order) for x in d.factors.values()] for d in due]
+    nobody = [[] for _ in range(group.size() - len(due))]  # type: list[list[Tensor]]
+    mine = inputs[rank] if rank < len(due) else []
+    arrived = collectives.exchange(
+        [[x.here for x in own] for own in inputs] + nobody,
+        [[x.form(source) for x in mine] for source in range(group.size())],
+        group,
+        device,
+    )
+    wholes = [x.together([own[i] for own in arrived]) for i, x in enumerate(mine)]
+    failure = None
+    if mine:
+        d = due[rank]
+        try:
+            d.refresh({**d.kept, **dict(zip(d.factors, wholes, strict=True))})
+        except Exception as error:  # memory, say: whoever waits for the factors has to know
+            failure = Failure(d.name, error)
+    for owner, d in enumerate(due):
+        end = failures.flag(failures.FOUND if failure is None else failures.RAISED)
+        kept = [d.kept[key] for key in sorted(d.kept)]
+        sent = [end, *kept] if owner == rank else None
+        forms = [failures.FLAG, *map(form, kept)]
+        end, *found = collectives.broadcast(sent, forms, owner, group, device)
+        if int(end.item()) == failures.RAISED:
+            raise_together(owner, failure if owner == rank else None, replica(None, group, ()))
+        for x, new in zip(kept, found, strict=True):
+            x.copy_(new)
+    outgoing: list[list[Tensor]] = [[] for _ in range(group.size())]
+    for x, whole in zip(due[rank].factors.values() if mine else (), wholes, strict=True):
+        shape, mesh, places = tuple(x.shape), x.device_mesh, x.placements  # type: ignore[attr-defined]
+        for own, place in zip(outgoing, _places(shape, mesh, places, order, ()), strict=True):
+            own.append(whole[place])
+    parts = [[local(x) for x in d.factors.values()] for d in due]
+    incoming = [[form(x) for x in own] for own in parts] + [[] for _ in nobody]
+    back = collectives.exchange(outgoing, incoming, group, device)
+    for own, news in zip(parts, back, strict=False):
+        for x, new in zip(own, news, strict=True):
+            x.copy_(new)

@@ -123,13 +123,16 @@ def as_dtensor(x: Tensor, mesh: Any, places: tuple[Any, ...], shape: Sequence[in
 def without(placements: Sequence[Any], dim: int) -> tuple[Any, ...]:
     """Where a tensor lies of which one dimension is averaged away, on all ranks together."""
     from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
 
     def moved(place: Any) -> Any:
         if not hasattr(place, "dim"):
             return place
         if place.dim == dim:
             return Replicate()
-        return Shard(place.dim - (place.dim > dim))
+        kept = place.dim - (place.dim > dim)
+        factor = int(getattr(place, "split_factor", 1))
+        return Shard(kept) if factor == 1 else _StridedShard(kept, split_factor=factor)
 
     return tuple(moved(place) for place in placements)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,37 +13,45 @@ from lowrank_optim.engine.dense import dense_phases
 from lowrank_optim.engine.plan import ParamPlan, Strategies
 from lowrank_optim.engine.step import CHUNK_BYTES
 from lowrank_optim.ops.devices import on_accelerator
-from lowrank_optim.rules.base import Split, compute_dtype, together
+from lowrank_optim.rules.adafactor import measured
+from lowrank_optim.rules.base import Over, Split, Sum, compute_dtype, together
 from lowrank_optim.sharding import collectives
+from lowrank_optim.sharding.groups import group_over
+from lowrank_optim.sharding.parts import region
 from lowrank_optim.subspaces.block import Block
 
 
 def dense_split(item: ParamPlan) -> Split | None:
-    """How a dense parameter is split by one dimension of a mesh; None where nobody else is asked.
+    """How a dense parameter is split; None where nobody else is asked.
 
-    Experts that are split are whole matrices, each with means of its own.
+    Experts that are split by their number are whole matrices, each with means of its own.
     """
     part = item.part
     assert part is not None
-    split = [part.placements[i] for i in part.dims if hasattr(part.placements[i], "dim")]
-    if len(split) != 1:
-        return None
-    dims = len(part.shape)
-    dim = split[0].dim % dims - dims
-    return None if dims == 3 and dim == -3 else Split(part.shape, dim)
+    dims: dict[int, Over] = {}
+    for i in part.dims:
+        if hasattr(part.placements[i], "dim"):
+            dim = part.placements[i].dim % len(part.shape) - len(part.shape)
+            dims[dim] = (*dims.get(dim, ()), i)
+    found = Split(part.shape, dims)
+    return found if found.over(measured(part.shape)) else None
 
 
 def coord_splits(item: ParamPlan) -> dict[str, Split]:
     """How coordinates lie on the ranks that step other columns: those that have columns."""
-    view, subspace = item.view, item.subspace
-    assert view is not None and subspace is not None
+    view, subspace, part = item.view, item.subspace, item.part
+    assert view is not None and subspace is not None and part is not None
     wider = subspace.coord_shapes(view._replace(n=view.n + 1))
     shapes = subspace.coord_shapes(view)
-    return {name: Split(shape, -1) for name, shape in shapes.items() if shape != wider[name]}
+    dims = {-1: part.dims}
+    return {name: Split(shape, dims) for name, shape in shapes.items() if shape != wider[name]}
 
 
 def weight_squares(item: ParamPlan, twin: ParamPlan, chosen: Strategies) -> Tensor | None:
-    """Sums of squares of the weights here, of each matrix apart, if its rule needs those of all."""
+    """Sums of squares of the weights here, of each matrix apart, if its rule needs those of all.
+
+    Of experts that are split by their number too, those that are not here have zeros.
+    """
     part = item.part
     assert part is not None
     if not chosen.rule.weighs() or part.side in ("whole", "batch"):
@@ -54,15 +63,39 @@ def weight_squares(item: ParamPlan, twin: ParamPlan, chosen: Strategies) -> Tens
     dim = (1, 2) if weights.dim() == 3 else None
     wide = torch.float64
     norm: Tensor = torch.linalg.vector_norm(weights, dim=dim, keepdim=dim is not None, dtype=wide)
-    return norm.square_()
+    squares = norm.square_()
+    if dim is None or not dense or squares.shape[0] == part.shape[0]:
+        return squares
+    start, stop = _experts(item)
+    whole = squares.new_zeros(part.shape[0], 1, 1)
+    whole[start:stop] = squares
+    return whole
 
 
-def weight_rms(item: ParamPlan, squares: Tensor | None) -> Tensor | None:
+def _experts(item: ParamPlan) -> tuple[int, int]:
+    """Which of the matrices of a dense parameter are here."""
+    part = item.part
+    assert part is not None
+    return region(part.shape, part.mesh, part.placements)[0]
+
+
+def weight_rms(item: ParamPlan, twin: ParamPlan, squares: Tensor | None) -> Tensor | None:
     """Root mean square of the whole weights, or of each matrix, from its sums of squares."""
     if squares is None:
         return None
     count = max(1, item.param.numel() // squares.numel())
+    if squares.dim() == 3 and twin.param.dim() == 3 and squares.shape[0] != twin.param.shape[0]:
+        squares = squares[slice(*_experts(item))]
     return (squares / count).sqrt().to(compute_dtype(item.param.dtype))
+
+
+def add_up(asked: Sequence[Sum], mesh: Any) -> None:
+    """What phases ask for: one all-reduce for each set of ranks."""
+    by_ranks: dict[Over, list[Tensor]] = {}
+    for x, over in asked:
+        by_ranks.setdefault(over, []).append(x)
+    for over, own in sorted(by_ranks.items(), key=lambda pair: pair[0]):
+        collectives.sum_(own, group_over(mesh, over))
 
 
 Dense = tuple[ParamPlan, Bucket, Split, Tensor | None]
@@ -71,11 +104,11 @@ Dense = tuple[ParamPlan, Bucket, Split, Tensor | None]
 
 def step_dense(work: Sequence[Dense]) -> None:
     """Step dense parameters, as many at a time as share their messages."""
-    by_group: dict[int, list[Dense]] = {}
+    by_mesh: dict[Any, list[Dense]] = {}
     for own in work:
         assert own[0].part is not None
-        by_group.setdefault(id(own[0].part.group), []).append(own)
-    for alike in by_group.values():
+        by_mesh.setdefault((own[0].part.mesh, own[0].part.dims), []).append(own)
+    for alike in by_mesh.values():
         part = alike[0][0].part
         assert part is not None
         for portion in _portions(alike, part.ranks):
@@ -84,7 +117,7 @@ def step_dense(work: Sequence[Dense]) -> None:
                 bucket.undo.begin(bucket.states[0])
             phases = [dense_phases(bucket, split, rms) for _, bucket, split, rms in portion]
             for asked in together(phases):
-                collectives.sum_(asked, part.group)
+                add_up(asked, part.mesh)
             for bucket in buckets:
                 bucket.undo.done(bucket.states[0])
 

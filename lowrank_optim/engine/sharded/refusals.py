@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lowrank_optim.engine.plan import ParamPlan, Strategies, rounds
 from lowrank_optim.ops import quant
+from lowrank_optim.sharding.parts import lies_in_intervals
 from lowrank_optim.stores import Block8Store, FloatStore
 from lowrank_optim.subspaces.base import PROJECTORS, Subspace
 from lowrank_optim.subspaces.block import Block
@@ -32,7 +32,6 @@ def check_layer(
     members: Sequence[Tensor],
     method: str,
     instead: str,
-    rounded: bool | None = None,
 ) -> None:
     """Raise for a layer of factors that lie on several ranks in a way that is not supported.
 
@@ -41,7 +40,6 @@ def check_layer(
         members: all its parameters.
         method: the optimizer's name.
         instead: what trains the weights themselves on several ranks.
-        rounded: whether weights are rounded stochastically; None if no layer may be of DTensors.
 
     Raises:
         NotImplementedError: with what to use in its place.
@@ -49,15 +47,18 @@ def check_layer(
     places = [tuple(getattr(x, "placements", ())) for x in members]
     if not any(places):
         return
-    kinds = {type(place).__name__ for own in places for place in own}
     meshes = {getattr(x, "device_mesh", None) for x in members}
     why = ""
-    if rounded is None:
-        why = "all its factors would be on every rank"
-    elif any(len(own) != 1 for own in places) or kinds - {"Shard", "Replicate"} or len(meshes) > 1:
-        why = "its parameters must all lie as Shard or Replicate on one mesh of one dimension"
-    elif rounded and any(x.dtype == torch.bfloat16 for x in members):
-        why = "stochastic_rounding of the frozen weight would depend on the number of ranks"
+    if len(meshes) > 1:
+        why = "all its parameters must be DTensors of one mesh"
+    elif not all(
+        lies_in_intervals(x.shape, x.device_mesh, own)  # type: ignore[attr-defined]
+        for x, own in zip(members, places, strict=True)
+    ):
+        why = (
+            "each rank must have one interval of every dimension, as of Shard and Replicate, and "
+            "of FSDP2 over tensor parallel where the ranks divide it"
+        )
     if why:
         raise NotImplementedError(
             f"{method} does not support {name}, a layer of factors, DTensors with {places}: {why}. "
@@ -101,11 +102,6 @@ def check_supported(item: ParamPlan, chosen: Strategies, method: str) -> None:
         why = (
             "projector='block' beside a residual that is scaled by whole matrices. Take a FRUGAL "
             "class, or projector='columns' or 'rsvd'"
-        )
-    elif not chosen.rule.elementwise and subspace is None and len(part.dims) > 1:
-        why = (
-            f"{type(chosen.rule).__name__} takes means over whole tensors, and adds up those of a "
-            "dense one over one dimension of a mesh. Take an AdamW, Lion or SGD class"
         )
     elif not chosen.rule.elementwise and isinstance(subspace, Block):
         why = (

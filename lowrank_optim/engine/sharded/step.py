@@ -27,6 +27,7 @@ from lowrank_optim.engine.sharded.due import Due
 from lowrank_optim.engine.sharded.guard import Asked, agreed
 from lowrank_optim.engine.sharded.local import here, stepped, summed_coords, weights_here
 from lowrank_optim.engine.sharded.means import (
+    add_up,
     coord_splits,
     dense_split,
     step_dense,
@@ -49,7 +50,7 @@ from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops import Noise
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.residuals import Measured
-from lowrank_optim.rules.base import Split, compute_dtype
+from lowrank_optim.rules.base import Split, Sum, compute_dtype
 from lowrank_optim.sharding import collectives
 from lowrank_optim.subspaces.base import identity
 from lowrank_optim.subspaces.block import Block
@@ -144,7 +145,7 @@ class ShardedStep:
         for w in self._work:
             found = known.get(id(w.item.param))
             if found is not None:
-                w.norm, w.rms = found.norm, weight_rms(w.item, found.weights)
+                w.norm, w.rms = found.norm, weight_rms(w.item, w.twin, found.weights)
                 undo.begin(w.state)
                 (usable if _is_usable(w) else skipped).append(w)
         buckets: dict[Any, list[Work]] = {}
@@ -284,7 +285,7 @@ def _adapt(chunk: list[Work], undo: Undo) -> list[MatrixStep]:
     torch._foreach_add_([w.state["step"] for w in chunk], [torch.ones(())] * len(chunk))
     splits = coord_splits(chunk[0].item) if part.summed else None
     for asked in _adapt_padded(steps, part.padding, chosen, undo, splits):
-        collectives.sum_(asked, part.group)
+        add_up(asked, part.mesh)
     if part.summed:
         for s in steps:
             seen = inputs_of(s)
@@ -298,7 +299,7 @@ def _adapt_padded(
     chosen: Strategies,
     undo: Undo,
     splits: Mapping[str, Split] | None,
-) -> Iterator[list[Tensor]]:
+) -> Iterator[list[Sum]]:
     """Directions; where moments end in a block that is not full, zeros fill up coordinates too.
 
     They change nothing of the block: its scale is a maximum, and zeros stay zeros.
