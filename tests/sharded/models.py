@@ -39,6 +39,7 @@ BLOCKS: dict[str, tuple[int, ...]] = {
     "small": (8, 300),  # moments of too few entries
     "experts blocks": (3, 24, 520),
     "two sides": (70, 300),  # coordinates (66, 66) are enough entries
+    "long": (6, 4196),  # as many columns as means in 8 bits have at least
     "table": (37, 260),
     "vector": (5000,),
 }

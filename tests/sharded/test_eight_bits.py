@@ -44,7 +44,7 @@ def check(ranks: Worlds, size: int, name: str, case: Case) -> None:
     training.assert_worth_comparing(case.reference, expected)
     values = ranks(size).run(name, training.train, case=case).checked()
     run = training.assembled(values)
-    training.assert_equal_runs(run, expected)
+    training.assert_equal_runs(run, expected, case.near)
     training.assert_all_moved(case.reference, run)
 
 
@@ -287,7 +287,7 @@ def check_route(ranks: Worlds, name: str, route: tuple[str, ...], folder: Path, 
         own = replace(case, how=how, mesh=mesh)
         job = ranks(size).run(f"leg {i}", leg, case=own, plain=False, **args)
         run = training.assembled(job.checked())
-        training.assert_equal_runs(run, expected[i * LEG : (i + 1) * LEG])
+        training.assert_equal_runs(run, expected[i * LEG : (i + 1) * LEG], case.near)
         source = target
 
 
