@@ -139,13 +139,15 @@ _EIGHT: dict[str, Case] = {
     "dct memory 4bit": Case("DCTAdamW8bit", {"error_feedback": "4bit"}),
 }
 _OF_FACTORS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sst": ("SSTAdamW8bit", {**SST, "rank": 0.95}),
+    "sst": ("SSTAdamW8bit", {**SST, "lr": 1e-3, "rank": 0.95}),
     "sst larger side": (
-        "SSTAdamW8bit", {**SST, "proj_type": "reverse_std", "rank": 7, "on_refresh": "project"}
+        "SSTAdamW8bit",
+        {**SST, "lr": 1e-3, "proj_type": "reverse_std", "rank": 7, "on_refresh": "project"},
     ),
     "switchlora": ("SwitchLoRAAdamW8bit", {**SWITCH, "rank": 0.95, "interval": 2}),
     "switchlora restarts": (
-        "SwitchLoRAAdamW8bit", {**SWITCH, "restart_every": 3, "fan_in_fan_out": True}
+        "SwitchLoRAAdamW8bit",
+        {**SWITCH, "restart_every": 4, "fan_in_fan_out": True},
     ),
     "switchlora larger side": (
         "SwitchLoRAAdamW8bit",

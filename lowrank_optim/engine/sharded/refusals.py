@@ -116,8 +116,8 @@ def check_supported(item: ParamPlan, chosen: Strategies, method: str) -> None:
         )
     elif part.side == "batch" and _crosses_matrices(item, chosen):
         why = (
-            "blocks of state_dtype='8bit' go over several matrices where their coordinates have "
-            f"fewer than {quant.BLOCK} columns. Split the rows or the columns of each matrix, or "
+            "blocks of state_dtype='8bit' go over several matrices where a moment has fewer than "
+            f"{quant.BLOCK} columns. Split the rows or the columns of each matrix, or "
             "take state_dtype='bfloat16' or 'float32'"
         )
     if why:
