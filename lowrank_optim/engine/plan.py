@@ -214,8 +214,8 @@ def unit_of(view: MatrixView, subspace: Subspace, chosen: Strategies) -> int:
     units = [
         chosen.store.unit(slot.shape(shape))
         for coord, shape in shapes.items()
+        if shape != wider[coord]
         for slot in chosen.rule.slots(shape)
-        if slot.shape(shape) != slot.shape(wider[coord])
     ]
     return max(units, default=1)
 
