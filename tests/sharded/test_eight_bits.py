@@ -188,7 +188,7 @@ TALL: dict[str, tuple[int, ...]] = {"head": (4200, 260), "wide head": (260, 4200
 
 
 def means_of(world: World) -> Any:
-    """Whether a sum of ranks' blocks could differ: which entries of dense Adafactor are codes."""
+    """Which entries of dense Adafactor are codes, and whether the weight is named."""
     mesh = init_device_mesh("cpu", (world.size,))
     found = {}
     for name, shape in TALL.items():
@@ -197,8 +197,7 @@ def means_of(world: World) -> Any:
             param = nn.Parameter(distribute_tensor(x, mesh, [Shard(dim)]))
             groups: Any = [{"params": [("weight", param)], "rank": None}]
             optimizer = lowrank_optim.GaLoreAdafactor(groups, beta1=0.9, state_dtype="8bit")
-            param.grad = torch.ones_like(param)
-            optimizer.step()
+            optimizer._make_state()
             state = optimizer.state[param]
             codes = sorted(key for key, x in state.items() if x.dtype == torch.uint8)
             found[name, dim] = codes, "weight" in str(optimizer.summary())
@@ -266,7 +265,7 @@ def from_one(world: World, case: Case, way: str) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [("galore", way) for way in WAYS] + [("frugal block", WAYS[0]), ("switchlora", WAYS[2])],
+    [("galore", way) for way in WAYS] + [("frugal block", WAYS[0])],
 )
 def test_from_one_process_into_shards_and_back(name: str, way: str, ranks: Worlds) -> None:
     check_one(ranks, 3, name, way)
@@ -274,7 +273,7 @@ def test_from_one_process_into_shards_and_back(name: str, way: str, ranks: World
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("name", TWO)
 def test_from_one_process_into_shards_and_back_everywhere(
     name: str, size: int, way: str, ranks: Worlds

@@ -205,7 +205,7 @@ SLOW: dict[str, Run] = {
     "project, copies": Run(replace(SVD, mesh="square"), pieces=2),
     "step, copies": Run(replace(SVD, mesh="square"), "step"),
     "step, switchlora in 8 bits": Run(replace(EIGHT["switchlora"], how="fsdp columns"), "step"),
-    "project, sst in 8 bits": Run(replace(EIGHT["sst"], how="fsdp columns"), whole=4),
+    "project, sst in 8 bits": Run(replace(EIGHT["sst"], how="fsdp columns"), whole=3),
     "project, adafactor in 8 bits": Run(
         replace(EIGHT["adafactor"], how="fsdp columns", only=("four blocks", "long")), pieces=2
     ),
