@@ -455,3 +455,32 @@ def test_blocks_that_are_cut_elsewhere_are_seen(name: str, ranks: Worlds) -> Non
                     own = own.flatten(-2)[..., : x.shape[-1]]
                     differ.add(torch.equal(own, x))
     assert differ == {False}
+
+
+FLOAT32 = {
+    "galore lion": ("some blocks", "a few more"),
+    "switchlora": ("some blocks", "two sides"),
+    "sst": ("some blocks", "two sides"),
+    "adafactor": ("some blocks", "long"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.slow if n else ()) for n, x in enumerate(FLOAT32)]
+)
+def test_in_float32_a_code_is_one_away_at_most(name: str, ranks: Worlds) -> None:
+    """After a step: products over other columns round otherwise, and few codes are at an edge."""
+    case = replace(EIGHT[name], steps=1, dtype=torch.float32, how="tensors", only=FLOAT32[name])
+    values = ranks(3).run("float32", training.train, case=case).checked()
+    ((_, states),) = training.assembled(values)
+    ((_, expected),) = training.reference(case)
+    compared = set()
+    for param, state in expected.items():
+        for key in [key for key, x in state.items() if x.dtype == torch.uint8]:
+            codes = training.out_of_blocks(states[param][key], state[key].shape).int()
+            away = (codes - state[key].int()).abs()
+            assert int(away.max()) <= 1 and float(away.float().mean()) < 1e-3, (param, key)
+            scales = states[param][f"{key}_scale"].flatten()
+            torch.testing.assert_close(scales, state[f"{key}_scale"], rtol=1e-5, atol=0)
+            compared.add(key)
+    assert compared
