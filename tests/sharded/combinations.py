@@ -116,7 +116,7 @@ WITH_BLOCKS = ("some blocks", "a few more", "no block", "small")
 """Blocks that edges of shards cross, blocks of rows, one block of whole rows, and none."""
 
 OF_FACTORS = ("some blocks", "no block", "two sides", "small")
-OF_MEANS = ("some blocks", "a few more", "no block", "long", "more experts", "small")
+OF_MEANS = ("some blocks", "a few more", "no block", "long", "small")
 
 _EIGHT: dict[str, Case] = {
     "galore": Case("GaLoreAdamW8bit", {"on_refresh": "project"}),

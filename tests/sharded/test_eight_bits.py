@@ -79,6 +79,14 @@ def test_it_is_one_process_everywhere(name: str, size: int, how: str, ranks: Wor
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", HOWS[::2])
+@pytest.mark.parametrize("name", ["adafactor", "adafactor means"])
+def test_means_of_experts(name: str, how: str, ranks: Worlds) -> None:
+    """Of all experts together, each with a last block that is not full."""
+    check(ranks, 3, name, replace(EIGHT[name], how=how, only=("more experts",)))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in EIGHT if name not in OF_A_BASIS])
 def test_cases_of_factors_and_means_are_well_posed(name: str) -> None:
     """Gradients rounded otherwise change no code, so that one that differs is a difference."""
