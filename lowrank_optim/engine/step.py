@@ -29,8 +29,9 @@ from lowrank_optim.engine.refresh import basis_due, refresh_
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops import Noise
 from lowrank_optim.ops.devices import on_accelerator
+from lowrank_optim.ops.quant import Moment, Quantized
 from lowrank_optim.residuals import Drop, Measured, ResidualInputs
-from lowrank_optim.rules.base import Asking, Split, compute_dtype, finished
+from lowrank_optim.rules.base import Asking, Slot, Split, compute_dtype, finished
 from lowrank_optim.stores import scale_key
 from lowrank_optim.subspaces.base import Target, identity
 from lowrank_optim.subspaces.block import Block
@@ -236,7 +237,9 @@ def _adapt(
     plain = coord == "low" and isinstance(chosen.residual, Drop) and not chosen.rounding
     plain = plain and not chosen.capturable  # factors on the device multiply it first
     dtype = work[0].item.param.dtype if plain else compute_dtype(work[0].item.param.dtype)
-    moments = [[x for _, _, x in own] for own in held]
+    moments = [
+        [_columns(x, slot, g) for _, slot, x in own] for own, g in zip(held, grads, strict=True)
+    ]
     ages = [_older_(w, coord) for w in work] if chosen.aged else []
     directions, corrections = yield from chosen.rule.phases_(
         grads, moments, times, dtype, finite, ages, split
@@ -252,6 +255,13 @@ def _times_on_device(work: Sequence[MatrixStep], chosen: Strategies) -> Tensor:
     if chosen.on_refresh != "reset":
         return steps
     return steps - torch.stack([w.state["refresh_step"] for w in work]).clamp(min=0)
+
+
+def _columns(x: Moment, slot: Slot, grad: Tensor) -> Moment:
+    """What a moment has of the columns of ``grad``: others behind them fill up a block."""
+    if isinstance(x, Quantized) or slot.averaged == -1 or x.shape[-1] == grad.shape[-1]:
+        return x
+    return x[..., : grad.shape[-1]]
 
 
 def _older_(w: MatrixStep, coord: str) -> Tensor:

@@ -22,6 +22,7 @@ from lowrank_optim.rules.base import (
     Sum,
     compute_dtype,
     directions_like,
+    filled_up,
     finished,
     together,
 )
@@ -167,9 +168,10 @@ class Adafactor(Rule):
             norm = total.sqrt()
         direction.div_((rms_of(norm, shape) / self.clip_threshold).clamp_(min=1.0))
         if self.beta1 is not None:
-            (average,) = directions_like([direction], None)
-            ops.moment_([direction], own[-1:], [average], self.beta1, 1 - self.beta1, ok)
-            direction = average
+            wide = filled_up(direction, own[-1])
+            (average,) = directions_like([wide], None)
+            ops.moment_([wide], own[-1:], [average], self.beta1, 1 - self.beta1, ok)
+            direction = average if wide is direction else average[..., : direction.shape[-1]]
         elif ok:
             direction = torch.where(ok[0], direction, 0.0)
         for x, old in zip(squares, kept, strict=bool(ok)):

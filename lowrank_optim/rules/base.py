@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_optim.ops.quant import Moment
@@ -26,7 +27,10 @@ class Slot(NamedTuple):
     averaged: int | None = None
     """The dimension of ``g`` that is averaged away, for factored moments."""
     fused: bool = False
-    """Whether the rule updates it by an op that reads and writes 8 bits; else it is decoded."""
+    """Whether the rule updates it by an op that reads and writes 8 bits; else it is decoded.
+
+    The codes may have columns behind those of ``g``, which fill up a block: see :func:`filled_up`.
+    """
 
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of this slot for a gradient of ``shape``."""
@@ -216,6 +220,16 @@ class Rule:
             False if torch has none: the caller then uses :meth:`directions_`.
         """
         return False
+
+
+def filled_up(x: Tensor, moment: Moment) -> Tensor:
+    """``x`` with columns of zeros behind its own, where those of ``moment`` fill up a block.
+
+    What is elementwise is given such gradients by the step. Zeros leave a block as it is.
+    """
+    if isinstance(moment, Tensor) or moment.codes.shape == x.shape:
+        return x
+    return F.pad(x, (0, moment.codes.shape[-1] - x.shape[-1]))
 
 
 def directions_like(grads: Sequence[Tensor], dtype: torch.dtype | None) -> list[Tensor]:

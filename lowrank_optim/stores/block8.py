@@ -50,18 +50,20 @@ class Block8Store:
     ) -> None:
         """The code of 0, and scales of 0."""
         own, whole = slot.shape(shape), of or Whole(tuple(shape))
-        if not self._fits(whole, slot.shape(whole.shape)):
+        if not self._fits(whole, slot):
             self.small.alloc(state, key, slot, shape, like)
             return
         code, scales = quant.zero_code(slot.signed), quant.layout(own).scales
         state[key] = torch.full(own, code, dtype=torch.uint8, device=like.device)
         state[scale_key(key)] = torch.zeros(scales, dtype=torch.float32, device=like.device)
 
-    def _fits(self, whole: Whole, shape: Sequence[int]) -> bool:
+    def _fits(self, whole: Whole, slot: Slot) -> bool:
         """Whether it is large enough, and every block of it lies on one rank."""
+        shape = slot.shape(whole.shape)
         if math.prod(shape) < quant.MIN_SIZE or whole.crossed:
             return False
-        return not whole.by_rows or shape[-1] >= quant.BLOCK
+        # of means a split of rows cuts the last dimension
+        return not whole.by_rows or (shape[-1] >= quant.BLOCK and slot.averaged is None)
 
     def check_state(self, state: Mapping[str, Tensor], key: str, slot: Slot) -> None:
         """Its scales: every byte is a code."""

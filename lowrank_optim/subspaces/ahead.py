@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.subspaces.switching import runs
+from lowrank_optim.tensors.matrix import shares_memory
 
 
 def apart(pool: Tensor, factor: Tensor) -> bool:
-    """Whether the device copies from pinned host memory while it computes: CUDA does."""
-    return factor.is_cuda and not pool.is_cuda
+    """Whether the device copies from pinned host memory while it computes: CUDA does.
+
+    Not where something lies between rows, as what fills up a block of another process's form: the
+    host would copy them together first, and read what is still on its way to the pool.
+    """
+    return factor.is_cuda and not pool.is_cuda and pool.is_contiguous()
 
 
 class Staged(NamedTuple):
@@ -67,6 +72,13 @@ class Ahead:
 
     def _find(self, side: int, pool: Tensor, entries: Sequence[int]) -> Tensor | None:
         held, count = self._staged.get(side), len(entries)
-        if held is None or held.pool is not pool or held.version != pool._version:
+        # a rank sees its part of a pool by a new view in every step, of the same version
+        if held is None or not _same(held.pool, pool) or held.version != pool._version:
             return None
         return held.rows[..., :count, :] if held.entries[:count] == list(entries) else None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same numbers in the same memory."""
+    place = a.storage_offset(), a.shape, a.stride()
+    return shares_memory(a, b) and place == (b.storage_offset(), b.shape, b.stride())

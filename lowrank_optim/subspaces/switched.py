@@ -318,19 +318,21 @@ class Switched(Subspace):
         """Put the vectors of ``slots`` back into the pool and take others.
 
         The copies are queued on the device's stream, between slices of pinned memory: the host
-        neither waits for them nor looks at what they bring.
+        neither waits for them nor looks at what they bring. It does where something lies between
+        rows of the pool: see :func:`lowrank_optim.subspaces.ahead.apart`.
         """
         factor, pool = state[f"basis_{SIDES[side]}"], self.pool(state, side)
+        queued = pool.is_contiguous()
         own = self._ahead(state, ctx)  # asked before the pool is written: none goes and comes
         fetched = None if own is None else own.take(side, pool, new)
         for slot, entry in runs(slots, old):
-            pool[..., entry, :].copy_(factor[..., slot, :], non_blocking=True)
+            pool[..., entry, :].copy_(factor[..., slot, :], non_blocking=queued)
         if fetched is not None:
             for slot, at in runs(slots, range(len(slots))):
                 factor[..., slot, :].copy_(fetched[..., at, :])
             return
         for slot, entry in runs(slots, new):
-            factor[..., slot, :].copy_(pool[..., entry, :], non_blocking=True)
+            factor[..., slot, :].copy_(pool[..., entry, :], non_blocking=queued)
 
     # ---------------------------------------------------------------- every step
 

@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from lowrank_optim import SwitchLoRAAdamW, lowrank_groups
+from lowrank_optim import SwitchLoRAAdamW, SwitchLoRAAdamW8bit, lowrank_groups
 from lowrank_optim.nn import convert
 from lowrank_optim.subspaces import ahead
 from tests import runs
 from tests.pairwise import in_turns
+from tests.sharded.test_state_bytes import pretended
 
 Taken = list[bool]
 
@@ -92,6 +95,35 @@ def test_every_window_was_fetched_and_the_run_is_the_same(
     steps(*plain, range(30))
     assert_same(fetched, plain)
     assert not plain[1]._shared.tensors() and fetched[1]._shared.tensors()
+
+
+@pytest.mark.parametrize(("columns", "fetched"), [(512, True), (700, False)])
+def test_a_part_of_a_pool_is_the_same_pool_in_every_step(
+    columns: int, fetched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a DTensor in blocks, seen by a new view each time; and none with gaps between its rows."""
+    hits: Taken = []
+    take = ahead.Ahead.take
+
+    def noted(self: ahead.Ahead, side: int, pool: Tensor, entries: Any) -> Tensor | None:
+        rows = take(self, side, pool, entries)
+        if side == 0:  # A, of the columns that are in blocks
+            hits.append(rows is not None)
+        return rows
+
+    monkeypatch.setattr(ahead, "apart", lambda pool, factor: bool(pool.is_contiguous()))
+    monkeypatch.setattr(ahead.Ahead, "take", noted)
+    with pretended(1, 0):
+        layer = nn.Linear(columns, 40, bias=False)
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        optimizer = SwitchLoRAAdamW8bit(
+            layer.named_parameters(), lr=0.1, rank=20, interval=4, freeze_steps=1
+        )
+        for _ in range(6):
+            layer.weight.grad = torch.ones_like(layer.weight)
+            optimizer.step()
+    assert "A.exp_avg_scale" in optimizer.state[layer.weight], "not in blocks"
+    assert len(hits) == (6 if fetched else 0) and all(hits[1:])
 
 
 def test_a_random_order_is_not_fetched(taken: Taken) -> None:

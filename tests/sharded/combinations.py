@@ -115,6 +115,9 @@ NAMED = {name: case_of(*chosen) for name, chosen in _NAMED.items()}
 WITH_BLOCKS = ("some blocks", "a few more", "no block", "small")
 """Blocks that edges of shards cross, blocks of rows, one block of whole rows, and none."""
 
+OF_FACTORS = ("some blocks", "no block", "two sides", "small")
+OF_MEANS = ("some blocks", "a few more", "no block", "long", "small")
+
 _EIGHT: dict[str, Case] = {
     "galore": Case("GaLoreAdamW8bit", {"on_refresh": "project"}),
     "galore svd": Case("GaLoreAdamW8bit", {"projector": "svd", "on_refresh": "reset"}),
@@ -135,7 +138,49 @@ _EIGHT: dict[str, Case] = {
     "dct memory 8bit": Case("DCTAdamW8bit", {"error_feedback": "8bit"}),
     "dct memory 4bit": Case("DCTAdamW8bit", {"error_feedback": "4bit"}),
 }
-EIGHT = {name: replace(case, only=WITH_BLOCKS, steps=7) for name, case in _EIGHT.items()}
+_OF_FACTORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sst": ("SSTAdamW8bit", {**SST, "lr": 1e-3, "rank": 0.95}),
+    "sst larger side": (
+        "SSTAdamW8bit",
+        {**SST, "lr": 1e-3, "proj_type": "reverse_std", "rank": 7, "on_refresh": "project"},
+    ),
+    "switchlora": ("SwitchLoRAAdamW8bit", {**SWITCH, "rank": 0.95, "interval": 2}),
+    "switchlora restarts": (
+        "SwitchLoRAAdamW8bit",
+        {**SWITCH, "restart_every": 4, "fan_in_fan_out": True},
+    ),
+    "switchlora larger side": (
+        "SwitchLoRAAdamW8bit",
+        {**SWITCH, "proj_type": "reverse_std", "rank": 7, "pool_device": "param"},
+    ),
+}
+"""Of the two factors one is on every rank: of "two sides" its moments are enough entries."""
+
+_ADAFACTOR: dict[str, Any] = {"state_dtype": "8bit", "clip_threshold": 0.7}
+_MEANS: dict[str, Case] = {
+    "adafactor": Case(
+        "GaLoreAdafactor", {**_ADAFACTOR, "beta1": 0.9, "on_refresh": "project", "rank": 0.5}
+    ),
+    "adafactor means": Case(
+        "GaLoreAdafactor", {**_ADAFACTOR, "projector": "dct", "scale_parameter": True, "rank": 0.5}
+    ),
+    "adafactor rows": Case(
+        "GaLoreAdafactor",
+        {**_ADAFACTOR, "projector": "rows", "beta1": 0.9, "on_refresh": "project", "rank": 0.5},
+    ),
+}
+"""Of "long" the means of columns are in 8 bits too, and without ``beta1`` nothing else is."""
+
+EIGHT = {
+    **{name: replace(case, only=WITH_BLOCKS, steps=7) for name, case in _EIGHT.items()},
+    **{
+        # after the first step of new moments a direction is a sign, of entries near zero too; and
+        # beside codes it is rounded to float32, otherwise where factors differ in a last bit
+        name: Case(cls, {"eps": 1e-4, **options}, only=OF_FACTORS, steps=7, near=1e-8)
+        for name, (cls, options) in _OF_FACTORS.items()
+    },
+    **{name: replace(case, only=OF_MEANS, steps=7) for name, case in _MEANS.items()},
+}
 """Moments in 8 bits, of which some are."""
 
 BLOCKS = Case("FrugalAdamW8bit", {"density": 0.5}, only=("some blocks", "table", "four blocks"))

@@ -38,7 +38,9 @@ BLOCKS: dict[str, tuple[int, ...]] = {
     "no block": (60, 240),  # narrower than one
     "small": (8, 300),  # moments of too few entries
     "experts blocks": (3, 24, 520),
+    "more experts": (8, 24, 520),  # as many columns in all as means in 8 bits have at least
     "two sides": (70, 300),  # coordinates (66, 66) are enough entries
+    "long": (6, 4196),  # as many columns as means in 8 bits have at least
     "table": (37, 260),
     "vector": (5000,),
 }

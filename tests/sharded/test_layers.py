@@ -22,6 +22,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 import lowrank_optim
 from lowrank_optim.distributed import shard_placement_fn
 from lowrank_optim.nn import convert
+from lowrank_optim.ops import quant
 from lowrank_optim.subspaces.spectral_module import SpectralModule
 from tests.sharded import models, training
 from tests.sharded.meter import Meter
@@ -61,6 +62,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "weights decay": {"decay_on": "weight", "weight_decay": 1.0, "order": "random"},
     "pools beside": {"pool_device": "param", "freeze_step_counter": False},
     **SST,
+    "in 8 bits": {"state_dtype": "8bit"},
 }
 
 
@@ -227,6 +229,24 @@ def train(world: World | None, chosen: Chosen) -> Any:
         run.optimizer.step()
         out.append(run.held())
     return out
+
+
+def train_in_8_bits(world: World | None, chosen: Chosen) -> Any:
+    """The same, as if these moments were large enough."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quant, "MIN_SIZE", 8)
+        return train(world, chosen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["rows", "columns", "tensors"])
+def test_moments_in_8_bits(how: str, ranks: Worlds) -> None:
+    """Whole on every rank, in the blocks of one process."""
+    chosen = Chosen("in 8 bits", how)
+    expected = training.assembled([train_in_8_bits(None, chosen)])
+    assert any(x.dtype == torch.uint8 for s in expected[-1][1].values() for x in s.values())
+    values = ranks(3).run("in 8 bits", train_in_8_bits, chosen=chosen).checked()
+    training.assert_equal_runs(training.assembled(values), expected)
 
 
 def switches(run: Any, chosen: Chosen) -> int:

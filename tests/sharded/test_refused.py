@@ -31,9 +31,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "sst": ("SSTAdamW", {**SST, "rank": 2}, "Pass factors='active'"),
     "fira block": ("FiraAdamW", {"projector": "block", "rank": 0.5}, "block"),
     "adafactor block": ("GaLoreAdafactor", {"projector": "block", "rank": 0.5}, "Adafactor"),
-    "8bit sst": ("SSTAdamW8bit", {**SST, "factors": "active", "rank": 2}, "8bit"),
-    "8bit switchlora": ("SwitchLoRAAdamW8bit", {"rank": 2}, "8bit"),
-    "8bit adafactor": ("GaLoreAdafactor", {"rank": 2, "beta1": 0.9, "state_dtype": "8bit"}, "8bit"),
 }
 """Class, options, and what the message must name."""
 
@@ -88,14 +85,23 @@ def test_what_is_refused(name: str, ranks: Worlds) -> None:
     check(values, word)
 
 
-def narrow_experts(world: World) -> Any:
-    """Experts whose coordinates are narrower than a block, in 8 bits and split by their number."""
+NARROW: dict[str, tuple[tuple[int, ...], str, dict[str, Any]]] = {
+    "coordinates": ((4, 40, 200), "GaLoreAdamW8bit", {"rank": 20}),
+    "one factor": ((4, 40, 300), "SSTAdamW8bit", {**SST, "rank": 26, "factors": "active"}),
+    "means of rows": ((64, 72, 80), "GaLoreAdafactor", {"rank": 64, "state_dtype": "8bit"}),
+}
+"""Shape, class and options of moments narrower than a block, and large enough for 8 bits."""
+
+
+def narrow_experts(world: World, what: str) -> Any:
+    """Experts whose moments are narrower than a block, in 8 bits and split by their number."""
     warnings.simplefilter("ignore")
+    shape, cls, options = NARROW[what]
     mesh = init_device_mesh("cpu", (world.size,))
-    param = nn.Parameter(distribute_tensor(torch.randn(4, 40, 200), mesh, [Shard(0)]))
+    param = nn.Parameter(distribute_tensor(torch.randn(shape), mesh, [Shard(0)]))
     before = param.detach().to_local().clone()
     try:
-        optimizer = lowrank_optim.GaLoreAdamW8bit([("weight", param)], rank=20)
+        optimizer = getattr(lowrank_optim, cls)([("weight", param)], lr=0.1, **options)
         param.grad = torch.randn_like(param)
         optimizer.step()
     except Exception as error:
@@ -103,8 +109,9 @@ def narrow_experts(world: World) -> Any:
     return "none", "", False
 
 
-def test_experts_in_8_bits_that_are_narrower_than_a_block(ranks: Worlds) -> None:
-    said = ranks(2).run("narrow experts", narrow_experts).checked()
+@pytest.mark.parametrize("name", NARROW)
+def test_experts_in_8_bits_that_are_narrower_than_a_block(name: str, ranks: Worlds) -> None:
+    said = ranks(2).run("narrow experts", narrow_experts, what=name).checked()
     check(said, "256 columns", "Split the rows", "bfloat16")
 
 

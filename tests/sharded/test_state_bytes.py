@@ -216,6 +216,44 @@ def test_moments_in_8_bits(size: int, rank: int, blocks: int) -> None:
     assert counted["table"] == 2 * 640 // size * (300 + 2 * 4)
 
 
+EIGHT_FACTORED: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "sst": ("SSTAdamW8bit", {"factors": "active"}, ("v.exp_avg", "v.exp_avg_sq", "basis_v")),
+    "switchlora": (
+        "SwitchLoRAAdamW8bit", {}, ("A.exp_avg", "A.exp_avg_sq", "basis_A", "host.pool_A")
+    ),
+    "adafactor": (
+        "GaLoreAdafactor", {"state_dtype": "8bit", "beta1": 0.9},
+        ("low.exp_avg", "low.exp_avg_sq_col"),
+    ),
+}  # fmt: skip
+"""Class, options, and what ranks have parts of."""
+
+
+@pytest.mark.parametrize("method", EIGHT_FACTORED)
+def test_moments_in_8_bits_of_factors_and_means(method: str) -> None:
+    """Of one factor a rank has its blocks, and of the other all; so of means. Report and estimate
+    say so."""
+    cls, options, parts = EIGHT_FACTORED[method]
+    layer = nn.Linear(8192, 128, bias=False)
+    alone = getattr(lowrank_optim, cls)(layer.named_parameters(), rank=64, **options)
+    alone._make_state()
+    one = {key: nbytes(x) for (_, key), x in entries(alone).items()}
+    size = 16
+    with pretended(size, 3):
+        fully_shard(layer, mesh=init_device_mesh("cpu", (size,)))
+        told = memory.estimate(layer, getattr(lowrank_optim, cls), rank=64, **options)
+        optimizer = getattr(lowrank_optim, cls)(layer.named_parameters(), rank=64, **options)
+        optimizer._make_state()
+        held = memory.report(optimizer)
+        mine = {key: nbytes(x) for (_, key), x in entries(optimizer).items()}
+    assert sum("scale" in key for key in one) >= 2
+    for key, bytes_ in mine.items():
+        split = key in parts or key.removesuffix("_scale") in parts
+        assert bytes_ * (size if split else 1) == one[key], key
+    moments = sum(x for key, x in mine.items() if "exp_avg" in key or key.endswith(".age"))
+    assert held.moments == told.moments == moments
+
+
 def grouped(model: nn.Module) -> Any:
     named = dict(model.named_parameters())
     dense = {"params": [("table.weight", named.pop("table.weight"))], "rank": None}

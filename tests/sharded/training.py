@@ -25,6 +25,8 @@ import lowrank_optim
 from tests.sharded import models
 from tests.sharded.ranks import World
 
+WEIGHTS, STATE = 1e-10, 1e-7
+"""Largest difference to one process. Bases and moments are as good as the gap that they turn on."""
 RANK, GAP, STEPS = 0.3, 3, 12
 """A fraction, so that a matrix of two rows is projected too, though most ranks hold none of it."""
 
@@ -58,6 +60,8 @@ class Case:
     dtype: torch.dtype = torch.float64
     pieces: int = 1
     """Micro-batches of a step."""
+    near: float = WEIGHTS
+    """Largest difference of a weight to that of one process."""
     drawn: bool = False
     """Gradients are drawn, as those of plain DTensors always are, and not those of a loss: they are
     the same bits on any number of ranks."""
@@ -352,10 +356,6 @@ def reference(case: Case) -> list[Step]:
 def start(case: Case) -> dict[str, Tensor]:
     """Weights before the first step."""
     return together([Trained(case).weights()], "start")
-
-
-WEIGHTS, STATE = 1e-10, 1e-7
-"""Largest difference to one process. Bases and moments are as good as the gap that they turn on."""
 
 
 def assert_equal_runs(

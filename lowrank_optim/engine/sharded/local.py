@@ -39,7 +39,7 @@ class LocalState(MutableMapping[str, Tensor]):
         """The part that is here."""
         x = local(self.outer[key])
         form = self._forms.get(key)
-        if form is None or on_host(key):
+        if form is None:
             return x
         return form.seen(x, 0 if self._part.stepped is None else self._part.stepped.n)
 
@@ -61,10 +61,11 @@ class LocalState(MutableMapping[str, Tensor]):
 
     def load(self, key: str, x: Tensor) -> None:
         """Take in a whole entry, or a DTensor however it lies."""
+        if not is_sharded(x) and key in self._forms:
+            x = self._forms[key].kept(x)
         if not self.is_plain(key):
             places = self._placements(key)
             if not is_sharded(x):  # every rank has it: none need send any
-                x = self._forms[key].kept(x) if key in self._forms else x
                 x = as_dtensor(x, self._part.mesh, self._part.placed(None), x.shape)
             if tuple(x.placements) != places:  # type: ignore[attr-defined]
                 x = x.redistribute(placements=places)  # type: ignore[attr-defined]
@@ -72,7 +73,8 @@ class LocalState(MutableMapping[str, Tensor]):
                 x = as_dtensor(local(x).contiguous(), self._part.mesh, places, x.shape)
             if on_host(key):  # a mesh of devices may have taken it there
                 own = local(x).cpu()
-                x = self._whole(key, own if self._part.mesh.device_type == "cpu" else _pinned(own))
+                own = own if self._part.mesh.device_type == "cpu" else _pinned(own)
+                x = as_dtensor(own, self._part.mesh, places, x.shape)
         self.outer[key] = x
 
     def is_plain(self, key: str) -> bool:
@@ -90,12 +92,20 @@ class LocalState(MutableMapping[str, Tensor]):
 
     def _whole(self, key: str, x: Tensor) -> Tensor:
         """A part as a DTensor of the parameter's mesh; nobody else is asked."""
-        if self.is_plain(key) or is_sharded(x):
+        if is_sharded(x):
             return x
         form, dense = self._forms.get(key), self._part.side == "entries"
         if form is not None:
+            pinned = x.is_cpu and x.is_pinned()
             x = x.view(*self._lead, form.shape[-1]) if dense else form.blocked(x)
-            return as_dtensor(x, self._part.mesh, self._placements(key), form.shape)
+            x = _pinned(x) if pinned else x  # what has been filled up is a copy
+            return (
+                x
+                if self.is_plain(key)
+                else as_dtensor(x, self._part.mesh, self._placements(key), form.shape)
+            )
+        if self.is_plain(key):
+            return x
         shape, slot = tuple(x.shape), self._slots.get(key)
         if dense:
             shape = self._part.shape if slot is None else slot.shape(self._part.shape)

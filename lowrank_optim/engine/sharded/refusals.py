@@ -67,14 +67,6 @@ def check_layer(
         )
 
 
-def _plain_coordinates(item: ParamPlan, chosen: Strategies) -> bool:
-    """Whether entries step alone, and all coordinates are those of a basis."""
-    view, subspace = item.view, item.subspace
-    if not chosen.rule.elementwise:
-        return False
-    return view is None or subspace is None or set(subspace.coord_shapes(view)) <= {"low", ""}
-
-
 def _crosses_matrices(item: ParamPlan, chosen: Strategies) -> bool:
     """Whether a block of moments holds rows of two matrices, which may lie on two ranks."""
     assert item.subspace is not None and item.view is not None
@@ -118,15 +110,10 @@ def check_supported(item: ParamPlan, chosen: Strategies, method: str) -> None:
             f"{type(chosen.store).__name__} is not known to be split. Take state_dtype='8bit', "
             "'bfloat16' or 'float32'"
         )
-    elif isinstance(chosen.store, Block8Store) and not _plain_coordinates(item, chosen):
-        why = (
-            "state_dtype='8bit' beside factors of the weight, or means over whole tensors. Take "
-            "state_dtype='bfloat16' or 'float32'"
-        )
     elif part.side == "batch" and _crosses_matrices(item, chosen):
         why = (
-            "blocks of state_dtype='8bit' go over several matrices where their coordinates have "
-            f"fewer than {quant.BLOCK} columns. Split the rows or the columns of each matrix, or "
+            "blocks of state_dtype='8bit' go over several matrices where a moment has fewer than "
+            f"{quant.BLOCK} columns. Split the rows or the columns of each matrix, or "
             "take state_dtype='bfloat16' or 'float32'"
         )
     if why:

@@ -52,6 +52,7 @@ from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.residuals import Measured
 from lowrank_optim.rules.base import Split, Sum, compute_dtype
 from lowrank_optim.sharding import collectives
+from lowrank_optim.sharding.parts import Part
 from lowrank_optim.subspaces.base import identity
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.tensors.matrix import shares_memory
@@ -283,8 +284,8 @@ def _adapt(chunk: list[Work], undo: Undo) -> list[MatrixStep]:
         steps[-1].norm, steps[-1].whole, steps[-1].rms = w.norm, (view.m, view.n), w.rms
         w.grad = None
     torch._foreach_add_([w.state["step"] for w in chunk], [torch.ones(())] * len(chunk))
-    splits = coord_splits(chunk[0].item) if part.summed else None
-    for asked in _adapt_padded(steps, part.padding, chosen, undo, splits):
+    splits = coord_splits(chunk[0].item)
+    for asked in _adapt_padded(steps, part, chosen, undo, splits):
         add_up(asked, part.mesh)
     if part.summed:
         for s in steps:
@@ -295,22 +296,24 @@ def _adapt(chunk: list[Work], undo: Undo) -> list[MatrixStep]:
 
 def _adapt_padded(
     steps: Sequence[MatrixStep],
-    padding: int,
+    part: Part,
     chosen: Strategies,
     undo: Undo,
-    splits: Mapping[str, Split] | None,
+    splits: Mapping[str, Split],
 ) -> Iterator[list[Sum]]:
     """Directions; where moments end in a block that is not full, zeros fill up coordinates too.
 
-    They change nothing of the block: its scale is a maximum, and zeros stay zeros.
+    They change nothing of the block: its scale is a maximum, and zeros stay zeros. In means they
+    would count, so that rules which take some see the columns alone.
     """
-    if not padding:
-        yield from adapt(steps, chosen, undo, splits)
+    shared = splits if part.summed else None
+    if not part.padding or not chosen.rule.elementwise:
+        yield from adapt(steps, chosen, undo, shared)
         return
     narrow = [s.coords for s in steps]
-    for s in steps:
-        s.coords = {name: F.pad(x, (0, padding)) for name, x in s.coords.items()}
-    yield from adapt(steps, chosen, undo, splits)
+    for s in steps:  # of the side m, which every rank has, blocks are those of one process
+        s.coords = {k: F.pad(x, (0, part.padding * (k in splits))) for k, x in s.coords.items()}
+    yield from adapt(steps, chosen, undo, shared)
     for s, coords in zip(steps, narrow, strict=True):
         s.coords = coords
         s.directions = {
