@@ -28,8 +28,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Every rule with every residual; at a gap of one step where that is the class's default."""
 
-SST: dict[str, Any] = {"factors": "active", "steps_per_iteration": 3, "warmup_steps": 2}
-SWITCH: dict[str, Any] = {"interval": 4, "freeze_steps": 1, "rank": 0.5}
+SST: dict[str, Any] = {"factors": "active", "steps_per_iteration": GAP, "warmup_steps": 2}
+SWITCH: dict[str, Any] = {"interval": 2, "freeze_steps": 1, "rank": 0.5}
 FACTORED: dict[str, tuple[str, dict[str, Any]]] = {
     "sst": ("SSTAdamW", SST),
     "switchlora": ("SwitchLoRAAdamW", SWITCH),
@@ -66,7 +66,7 @@ _NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "frugal momentum": ("frugal momentum", {"projector": "svd", "on_refresh": "keep"}),
     "dct each step": ("dct", {}),
     "dct memory": ("dct memory", {}),
-    "dct memory now and then": ("dct memory", {"update_proj_gap": 3}),
+    "dct memory now and then": ("dct memory", {"update_proj_gap": GAP}),
     "dct as released": ("dct", {"ranking": "l1", "basis": "dct3", "on_refresh": "keep"}),
     "hadamard memory": ("dct memory", {"projector": "hadamard", "update_proj_gap": 2}),
     "sst": ("sst", {}),
@@ -76,13 +76,19 @@ _NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "switchlora": ("switchlora", {}),
     "switchlora at random": (
         "switchlora",
-        {"order": "random", "freeze_step_counter": False, "freeze_steps": 2, "seed": 3},
+        {
+            "interval": 4,
+            "order": "random",
+            "freeze_step_counter": False,
+            "freeze_steps": 2,
+            "seed": 3,
+        },
     ),
     "switchlora of weights": (
         "switchlora",
         {"decay_on": "weight", "pool_device": "param", "fan_in_fan_out": True},
     ),
-    "switchlora restarts": ("switchlora", {"restart_every": 4, "weight_decay": 0.1}),
+    "switchlora restarts": ("switchlora", {"restart_every": 2, "weight_decay": 0.1}),
     "switchlora larger side": ("switchlora", {"proj_type": "reverse_std", "rank": 2}),
 }
 
@@ -135,7 +141,7 @@ _EIGHT: dict[str, Case] = {
     "dct memory 8bit": Case("DCTAdamW8bit", {"error_feedback": "8bit"}),
     "dct memory 4bit": Case("DCTAdamW8bit", {"error_feedback": "4bit"}),
 }
-EIGHT = {name: replace(case, only=WITH_BLOCKS, steps=7) for name, case in _EIGHT.items()}
+EIGHT = {name: replace(case, only=WITH_BLOCKS, steps=5) for name, case in _EIGHT.items()}
 """Moments in 8 bits, of which some are."""
 
 BLOCKS = Case("FrugalAdamW8bit", {"density": 0.5}, only=("some blocks", "table", "four blocks"))

@@ -33,7 +33,7 @@ SHAPES = {"wide": (5, 12), "tall": (13, 6), "few": (2, 9), "also": (5, 12), "tur
 """Outputs and inputs; from three ranks on some have nothing of two outputs."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "switched": {},
-    "restarts": {"restart_every": 4, "weight_decay": 0.1},
+    "restarts": {"restart_every": 2, "weight_decay": 0.1},
     "weights decay": {"decay_on": "weight", "order": "random"},
     "pools beside": {"pool_device": "param", "freeze_step_counter": False},
 }
@@ -88,7 +88,7 @@ class Layers(Trained):
         self.rank, self.size = (0, 1) if world is None else world
         torch.manual_seed(3)
         self.model: Any = Model().double()
-        own = {"interval": 4, "freeze_steps": 2, **OPTIONS[chosen.name]}
+        own = {"interval": 2, "freeze_steps": 1, **OPTIONS[chosen.name]}
         groups = convert(self.model, "switchlora", rank=2, **own)
         if world is not None:
             self.split(init_device_mesh("cpu", (world.size,)), chosen)
@@ -145,7 +145,7 @@ CASES = [
     (3, Chosen("restarts")),
     (2, Chosen("weights decay", "columns")),
     (3, Chosen("weights decay", "tensors")),
-    (3, Chosen("switched", bad=5)),
+    (3, Chosen("switched", bad=3)),
 ]
 
 
@@ -171,7 +171,7 @@ def test_it_is_one_process_everywhere(name: str, size: int, how: str, ranks: Wor
 def mutant(world: World, chosen: Chosen, mutation: Mutation) -> Any:
     run, out = Layers(chosen, world), []
     with mutated(mutation, world, importlib.import_module(SEAM)) as count:
-        for step in range(6):
+        for step in range(training.STEPS):
             run.backward(step)
             count.in_step = 0
             run.optimizer.step()
@@ -196,11 +196,11 @@ def test_a_run_without_a_message_is_seen(mutation: Mutation) -> None:
         assert "assert count.changed" not in str(outcome.errors)
         return
     with pytest.raises(AssertionError):
-        expected = training.assembled([train(None, chosen)])[:6]
+        expected = training.assembled([train(None, chosen)])
         training.assert_equal_runs(training.assembled(outcome.values), expected)
 
 
-LEG = 4
+LEG = training.STEPS // 3
 
 
 def leg(world: World, chosen: Chosen, begin: int, source: str | None, target: str) -> Any:

@@ -44,10 +44,10 @@ TURNS = [(name, (2, 3)[i % 2], HOWS[(i + i // 3) % 3]) for i, name in enumerate(
 
 def check(ranks: Worlds, size: int, name: str, how: str, only: tuple[str, ...]) -> None:
     cls, options = ELEMENTWISE[name]
-    case = Case(cls, options, how, only, dtype=torch.bfloat16, steps=8, drawn=True)
+    case = Case(cls, options, how, only, dtype=torch.bfloat16, steps=6, drawn=True)
     expected = training.reference(case.reference)
     nearest = {**options, "stochastic_rounding": False}
-    other = training.reference(Case(cls, nearest, case.reference.how, only, steps=8,
+    other = training.reference(Case(cls, nearest, case.reference.how, only, steps=6,
                                     dtype=torch.bfloat16, drawn=True))  # fmt: skip
     assert any(not torch.equal(x, other[-1][0][key]) for key, x in expected[-1][0].items())
     for key, x in training.start(case).items():

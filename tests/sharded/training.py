@@ -23,8 +23,9 @@ import lowrank_optim
 from tests.sharded import models
 from tests.sharded.ranks import World
 
-RANK, GAP, STEPS = 0.3, 3, 12
-"""A fraction, so that a matrix of two rows is projected too, though most ranks hold none of it."""
+RANK, GAP, STEPS, LONG = 0.3, 2, 6, 9
+"""A fraction, so that a matrix of two rows is projected too, though most ranks hold none of it; each
+basis is found three times at least, with a step between, and more often in what is slow."""
 
 
 @dataclass(frozen=True)
