@@ -76,13 +76,7 @@ _NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "switchlora": ("switchlora", {}),
     "switchlora at random": (
         "switchlora",
-        {
-            "interval": 4,
-            "order": "random",
-            "freeze_step_counter": False,
-            "freeze_steps": 2,
-            "seed": 3,
-        },
+        {"order": "random", "freeze_step_counter": False, "seed": 3},
     ),
     "switchlora of weights": (
         "switchlora",

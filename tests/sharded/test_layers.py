@@ -34,7 +34,7 @@ SHAPES = {"wide": (5, 12), "tall": (13, 6), "few": (2, 9), "also": (5, 12), "tur
 OPTIONS: dict[str, dict[str, Any]] = {
     "switched": {},
     "restarts": {"restart_every": 2, "weight_decay": 0.1},
-    "weights decay": {"decay_on": "weight", "order": "random"},
+    "weights decay": {"decay_on": "weight", "order": "random", "interval": 4, "freeze_steps": 2},
     "pools beside": {"pool_device": "param", "freeze_step_counter": False},
 }
 
