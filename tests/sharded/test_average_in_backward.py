@@ -82,6 +82,10 @@ SLOW = {
 }
 
 
+THREE = ("all shapes", "other order on a rank", "unused", "stepped", "stepped, unused")
+"""Runs in which one rank does other things than two that are alike, and one run of each mode."""
+
+
 def compared(run: Run, world: Ranks, name: str) -> tuple[list[Step], list[Step]]:
     """A run, and DDP's, of all ranks: copies are alike to the bit, or this fails."""
     return assembled(world.run(name, train, run=run).checked()), by_ddp(run.plain, world)
@@ -104,7 +108,7 @@ _by_ddp: dict[tuple[int, str], list[Step]] = {}
 def test_it_is_ddp(name: str, ranks: Worlds) -> None:
     """Weights, state, choices and counters, over refreshes; ranks alike to the bit."""
     run = (EQUAL | SLOW)[name]
-    ours, ddp = compared(run, ranks(2 if name in ("scaled", "both sides") else 3), name)
+    ours, ddp = compared(run, ranks(3 if name in THREE or name in SLOW else 2), name)
     assert_equal_runs(ours, ddp)
     if not run.unused and run.case.cls != "SwitchLoRAAdamW":
         assert_worth_comparing(run.case, [_renamed(step) for step in ours])

@@ -152,7 +152,7 @@ def test_moments_in_8_bits_over_several_numbers_of_ranks(
 ) -> None:
     """To the bit at every step, so that nothing was encoded again on the way."""
     case = BLOCKS if name == "block" else EIGHT[name]
-    check(ranks, name, case, flat, tmp_path, ROUTE[:4], plain=not flat)
+    check(ranks, name, case, flat, tmp_path, ROUTE[:3], plain=not flat)
 
 
 @pytest.mark.slow
