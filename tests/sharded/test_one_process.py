@@ -61,10 +61,11 @@ def test_all_cases_are_well_posed() -> None:
 
 TURNS = [(name, SIZES[i // 3 % 3], HOWS[i % 3]) for i, name in enumerate(NAMED)]
 DEFAULT = (
-    "svd", "rsvd", "random", "dct", "columns", "block", "svd full", "fira svd", "frugal rows",
-    "frugal svd", "dct memory", "sst", "switchlora of weights", "switchlora restarts",
+    "rsvd", "random", "columns", "block", "fira svd", "frugal rows", "dct memory", "sst",
+    "switchlora of weights",
 )  # fmt: skip
-"""What the default run has of them: each basis, side and residual. All, everywhere, are slow."""
+"""What the default run has of them, by columns and in plain DTensors. ``test_mutations.py`` has
+others by rows, and by rows these: each basis, side and residual. All, everywhere, are slow."""
 
 
 @pytest.mark.parametrize(("name", "size", "how"), [x for x in TURNS if x[0] in DEFAULT])
@@ -77,6 +78,10 @@ def test_blocks_tables_norms_and_convolutions_too(ranks: Worlds) -> None:
     check(ranks, 3, "whole model", NAMED["rsvd"])
 
 
+TORCH = pytest.param("torch", marks=pytest.mark.slow)
+"""Of the default run ``test_torch_passes_its_own_measure`` has it."""
+
+
 def torch_or(name: str, **of: Any) -> Case:
     """A named case, or torch's AdamW, for which the harness must hold too."""
     own = Case("torch.AdamW", {"foreach": False}) if name == "torch" else NAMED[name]
@@ -85,7 +90,12 @@ def torch_or(name: str, **of: Any) -> Case:
 
 @pytest.mark.parametrize(
     ("name", "how"),
-    [("torch", "fsdp"), ("svd", "tensors"), ("fira svd", "fsdp"), ("dct each step", "tensors")],
+    [
+        pytest.param("torch", "fsdp", marks=pytest.mark.slow),
+        ("svd", "tensors"),
+        ("fira svd", "fsdp"),
+        ("dct each step", "tensors"),
+    ],
 )
 def test_pairs_of_ranks_are_worlds_of_their_own(name: str, how: str, ranks: Worlds) -> None:
     """A rank's number in its group is not its number in the world: who owns, and who sends."""
@@ -96,7 +106,7 @@ def test_pairs_of_ranks_are_worlds_of_their_own(name: str, how: str, ranks: Worl
         training.assert_equal_runs(training.assembled(pair), expected)
 
 
-@pytest.mark.parametrize("name", ["torch", "svd", "fira svd"])
+@pytest.mark.parametrize("name", [TORCH, "svd", "fira svd"])
 def test_one_optimizer_of_two_meshes(name: str, ranks: Worlds) -> None:
     """Weights split by the rows of a square of ranks beside weights split by its columns."""
     case = torch_or(name, how="tensors", only=("wide", "tall"), mesh="crossed", steps=4)
@@ -114,12 +124,12 @@ def kept(step: Any, names: set[str]) -> Any:
     return tuple({key: x for key, x in half.items() if key in names} for half in step)
 
 
-@pytest.mark.parametrize("name", ["torch", "rsvd"])
+@pytest.mark.parametrize("name", [TORCH, "rsvd"])
 def test_micro_batches_that_are_not_reduced(name: str, ranks: Worlds) -> None:
     check(ranks, 2, name, torch_or(name, only=SHORT, pieces=3, steps=4))
 
 
-@pytest.mark.parametrize("name", ["torch", "svd", "dct memory"])
+@pytest.mark.parametrize("name", [TORCH, "svd", "dct memory"])
 def test_float32(name: str, ranks: Worlds) -> None:
     """To the rounding of its products, which are of fewer columns than in one process."""
     case = torch_or(name, how="tensors", only=("wide", "tall", "few"), steps=4, dtype=torch.float32)
