@@ -225,8 +225,8 @@ def test_it_is_fsdp2_without(name: str, size: int, ranks: Worlds) -> None:
 
 
 RESUMED = {
-    "project": Run(replace(SVD, options={"on_refresh": "project"}), resumed=5),
-    "step": Run(replace(SVD, cls="FiraAdamW"), "step", resumed=5),
+    "project": Run(replace(SVD, options={"on_refresh": "project"}), resumed=3),
+    "step": Run(replace(SVD, cls="FiraAdamW"), "step", resumed=3),
 }
 
 
