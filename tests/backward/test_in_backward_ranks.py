@@ -17,7 +17,7 @@ from tests import runs
 from tests.compare import assert_close
 from tests.sharded.ranks import Ranks, World
 
-STEPS = 8
+STEPS = 7
 PIECES = 2
 REFUSED = {
     f"{mode}, {order}": (mode, order)

@@ -22,8 +22,8 @@ from tests import cases, runs
 from tests.pairwise import paired
 
 NAMES = cases.method_names()
-GAP = 3
-STEPS = 10
+GAP = 2
+STEPS = 7
 Loop = Callable[[], list[Tensor]]
 SKIPS = hasattr(torch._dynamo, "skip_frame")
 """Whether torch can be told to leave a frame alone, and why; 2.6 breaks twice, in its own words."""

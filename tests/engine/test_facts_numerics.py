@@ -178,17 +178,17 @@ def test_fact_17_a_group_without_rank_is_torch_adamw_bit_for_bit(
     "state_dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
 )
 def test_fact_18_the_second_moment_of_bfloat16_weights_decays(state_dtype: str) -> None:
-    """Gradients of 1 for 1600 steps, then of 0.01 for 2300: v must follow, below 0.05.
+    """Gradients of 1 for 1250 steps, then of 0.01 for 1800: v must follow, below 0.05.
 
-    At beta2 = 0.9985 a step takes 1.5e-3 of v away, less than half a unit in the last place of
+    At beta2 = 0.9981 a step takes 1.9e-3 of v away, less than half a unit in the last place of
     bfloat16: rounded to nearest, v stays at 2.1 for ever. That was so for dense parameters with
     bfloat16 state, which went through torch's own single-tensor AdamW.
     """
     params = [torch.nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16)) for _ in range(2)]
     groups = [{"params": [p], "rank": rank} for p, rank in zip(params, (2, None), strict=True)]
     options = {"update_proj_gap": 100_000, "state_dtype": state_dtype, "projector": "svd"}
-    optimizer = GaLoreAdamW(groups, lr=1e-6, betas=(0.9, 0.9985), **options)
-    for size, steps in ((1.0, 1600), (0.01, 2300)):
+    optimizer = GaLoreAdamW(groups, lr=1e-6, betas=(0.9, 0.9981), **options)
+    for size, steps in ((1.0, 1250), (0.01, 1800)):
         for param in params:
             param.grad = size * torch.eye(8, dtype=torch.bfloat16)  # P^T G has size and 0
         for _ in range(steps):

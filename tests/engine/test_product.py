@@ -24,6 +24,7 @@ from lowrank_optim.tensors.matrix import PROJ_TYPES
 from lowrank_optim.transports import TRANSPORTS
 from tests.cases import branching
 from tests.engine.product_cases import AXES, RESIDUALS, RULES, STEPS, SUBSPACES, compare, drawn, one
+from tests.pairwise import pairwise
 
 READY, REASON = native.available("cpu")
 needs_native = pytest.mark.skipif(not READY, reason=REASON)
@@ -68,19 +69,21 @@ def test_every_composition_in_every_store(
     check(subspace, residual, monkeypatch, times=3)
 
 
-def one_pass(subspace: str, residual: str) -> Iterator[dict[str, Any]]:
-    """Cases that kernels step in one pass over W and G."""
+def one_pass(subspace: str, residual: str, every: bool) -> Iterator[dict[str, Any]]:
+    """Cases that kernels step in one pass over W and G: any two choices meet, or all."""
     fixed = {"rule": "adamw", "store": "float32", "maximize": False, "lr": float}
     fixed["backend"] = "native"
     ages = (False, True) if SUBSPACES[subspace]["projector"] == "dct" else (False,)
-    crossed = itertools.product(TRANSPORTS, AXES["shape"], PROJ_TYPES[:-1], ages)
-    for on_refresh, shape, proj_type, aged in crossed:
+    axes = {"moments": [*TRANSPORTS], "shape": AXES["shape"], "side": PROJ_TYPES[:-1], "aged": ages}
+    rows = itertools.product(*axes.values()) if every else pairwise(axes)
+    for on_refresh, shape, proj_type, aged in rows:
         own = {"on_refresh": on_refresh, "shape": shape, "proj_type": proj_type, "aged": aged}
         case = one(subspace, random.Random(f"{subspace}/{residual}/{own}"), **fixed, **own)
         # a convolution's weights of other strides are no view of a matrix
         yield case | ({"stored": "rows"} if len(shape) == 4 else {})
 
 
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("subspace", "residual", "path"),
     [
@@ -91,7 +94,7 @@ def one_pass(subspace: str, residual: str) -> Iterator[dict[str, Any]]:
     ],
 )
 def test_one_pass_steps(
-    subspace: str, residual: str, path: Any, monkeypatch: pytest.MonkeyPatch
+    subspace: str, residual: str, path: Any, every: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fast paths have conditions that few of the drawn cases fulfil."""
     monkeypatch.setenv(dispatch.VARIABLE, NATIVE)
@@ -102,7 +105,7 @@ def test_one_pass_steps(
         step(*args)
 
     monkeypatch.setattr(path, "step_", spied)
-    for case in one_pass(subspace, residual):
+    for case in one_pass(subspace, residual, every):
         taken.clear()
         assert not compare(subspace, residual, case)
         assert len(taken) == (STEPS if path is FusedCosines else 2 * STEPS)

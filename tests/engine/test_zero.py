@@ -19,9 +19,9 @@ from tests.sharded.ranks import Ranks, World
 
 Worlds = Callable[[int], Ranks]
 
-STEPS, GAP = 10, 3
+STEPS, GAP = 6, 2
 SST = {"steps_per_iteration": GAP, "iterations_per_round": 2, "warmup_steps": 1}
-SWITCH = {"interval": 4, "freeze_steps": 1, "order": "random", "total_steps": 40}
+SWITCH = {"interval": 2, "freeze_steps": 1, "order": "random", "total_steps": 40}
 ROUNDED = {"stochastic_rounding": True}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "galore svd": ("GaLoreAdamW", {"projector": "svd"}),

@@ -21,10 +21,10 @@ from tests import cases
 from tests.sharded.ranks import Ranks, World
 
 Worlds = Callable[[int], Ranks]
-STEPS, SAVED, GAP = 9, 4, 3
+STEPS, SAVED, GAP = 6, 3, 2
 """Saved between two refreshes, and some matrices have had their first and some their second."""
 
-SWITCH = {"interval": 3, "freeze_steps": 1, "order": "random", "total_steps": 40}
+SWITCH = {"interval": 2, "freeze_steps": 1, "order": "random", "total_steps": 40}
 SST = {"steps_per_iteration": GAP, "iterations_per_round": 2, "warmup_steps": 1}
 
 OWN: dict[str, tuple[str, dict[str, Any]]] = {

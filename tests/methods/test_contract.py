@@ -9,19 +9,27 @@ import pytest
 
 from lowrank_optim import methods
 from tests import cases
-from tests.methods.contract import CONTRACT, every_parameter_moves
+from tests.methods.contract import (
+    CONTRACT,
+    every_parameter_moves,
+    state_is_total_after_one_step,
+)
 
 METHODS = pytest.mark.parametrize("name", cases.method_names())
 ALIKE = ("FrugalLion", "FrugalSGD")
 """Their rules are those of GaLore's classes, and their residual is FrugalAdamW's."""
+OWN = (state_is_total_after_one_step, every_parameter_moves)
+"""Clauses that the default run has of these classes too."""
 WITH_CLAUSES = [
     pytest.param(
         clause,
         name,
         id=f"{clause.__name__}-{name}",
-        marks=pytest.mark.slow if i % 4 and (name.endswith("8bit") or name in ALIKE) else (),
+        marks=pytest.mark.slow
+        if clause not in OWN and (name.endswith("8bit") or name in ALIKE)
+        else (),
     )
-    for i, clause in enumerate(CONTRACT)
+    for clause in CONTRACT
     for name in cases.method_names()
 ]
 """Matrices here are too small for codes, so that a class of 8 bits is the other with its name.

@@ -28,8 +28,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Every rule with every residual; at a gap of one step where that is the class's default."""
 
-SST: dict[str, Any] = {"factors": "active", "steps_per_iteration": 3, "warmup_steps": 2}
-SWITCH: dict[str, Any] = {"interval": 4, "freeze_steps": 1, "rank": 0.5}
+SST: dict[str, Any] = {"factors": "active", "steps_per_iteration": GAP, "warmup_steps": 2}
+SWITCH: dict[str, Any] = {"interval": 2, "freeze_steps": 1, "rank": 0.5}
 FACTORED: dict[str, tuple[str, dict[str, Any]]] = {
     "sst": ("SSTAdamW", SST),
     "switchlora": ("SwitchLoRAAdamW", SWITCH),
@@ -66,7 +66,7 @@ _NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "frugal momentum": ("frugal momentum", {"projector": "svd", "on_refresh": "keep"}),
     "dct each step": ("dct", {}),
     "dct memory": ("dct memory", {}),
-    "dct memory now and then": ("dct memory", {"update_proj_gap": 3}),
+    "dct memory now and then": ("dct memory", {"update_proj_gap": GAP}),
     "dct as released": ("dct", {"ranking": "l1", "basis": "dct3", "on_refresh": "keep"}),
     "hadamard memory": ("dct memory", {"projector": "hadamard", "update_proj_gap": 2}),
     "sst": ("sst", {}),
@@ -76,13 +76,13 @@ _NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "switchlora": ("switchlora", {}),
     "switchlora at random": (
         "switchlora",
-        {"order": "random", "freeze_step_counter": False, "freeze_steps": 2, "seed": 3},
+        {"order": "random", "freeze_step_counter": False, "seed": 3},
     ),
     "switchlora of weights": (
         "switchlora",
         {"decay_on": "weight", "pool_device": "param", "fan_in_fan_out": True},
     ),
-    "switchlora restarts": ("switchlora", {"restart_every": 4, "weight_decay": 0.1}),
+    "switchlora restarts": ("switchlora", {"restart_every": 2, "weight_decay": 0.1}),
     "switchlora larger side": ("switchlora", {"proj_type": "reverse_std", "rank": 2}),
 }
 
@@ -172,14 +172,14 @@ _MEANS: dict[str, Case] = {
 """Of "long" the means of columns are in 8 bits too, and without ``beta1`` nothing else is."""
 
 EIGHT = {
-    **{name: replace(case, only=WITH_BLOCKS, steps=7) for name, case in _EIGHT.items()},
+    **{name: replace(case, only=WITH_BLOCKS, steps=5) for name, case in _EIGHT.items()},
     **{
         # after the first step of new moments a direction is a sign, of entries near zero too; and
         # beside codes it is rounded to float32, otherwise where factors differ in a last bit
         name: Case(cls, {"eps": 1e-4, **options}, only=OF_FACTORS, steps=7, near=1e-8)
         for name, (cls, options) in _OF_FACTORS.items()
     },
-    **{name: replace(case, only=OF_MEANS, steps=7) for name, case in _MEANS.items()},
+    **{name: replace(case, only=OF_MEANS, steps=5) for name, case in _MEANS.items()},
 }
 """Moments in 8 bits, of which some are."""
 

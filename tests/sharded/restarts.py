@@ -27,8 +27,9 @@ from torch.distributed.checkpoint.state_dict import (
 from tests.sharded.ranks import World
 from tests.sharded.training import Case, Trained
 
-CASE = Case("GaLoreAdamW", {"stagger": True, "on_refresh": "project"}, only=("wide", "tall"))
 STEPS, EVERY = 11, 3
+OPTIONS = {"stagger": True, "on_refresh": "project", "update_proj_gap": EVERY}
+CASE = Case("GaLoreAdamW", OPTIONS, only=("wide", "tall"))
 
 
 def die() -> None:

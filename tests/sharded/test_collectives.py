@@ -126,9 +126,9 @@ ITEM = 8
 GUARD = 2 * ITEM
 """Of one parameter: the sum of squares of its gradient, and whether it is there."""
 SHARD = M * N // SIZE * ITEM
-STEPS = 5
-DUE = (0, 3)
-"""Steps at which bases are due: every three steps."""
+STEPS = 3
+DUE = (0, 2)
+"""Steps at which bases are due: every two steps."""
 
 Table = dict[str, tuple[int, int]]
 
@@ -174,7 +174,7 @@ FACTORED: Table = plus({"all_to_all": (2, SHARD)}, FOUND)
 ONE_FACTOR: Table = {"all_reduce": (1, M * R * ITEM)}
 BALANCED: Table = plus({"all_to_all": (2, N // SIZE * R * ITEM)}, BASIS)
 """The split factor to the owner and back, and the other to all."""
-SST = {"factors": "active", "steps_per_iteration": 3}
+SST = {"factors": "active", "steps_per_iteration": 2}
 SWITCH = {"interval": 4, "freeze_steps": 1}
 
 SENT: dict[str, tuple[str, dict[str, Any], Table, Table]] = {
@@ -188,7 +188,7 @@ SENT: dict[str, tuple[str, dict[str, Any], Table, Table]] = {
     "block": ("FrugalAdamW", {"density": 1.0}, NOTHING, NOTHING),
     "fira": ("FiraAdamW", {"projector": "svd"}, TWO_SCALARS, OWNER),
     "two sides": ("GaLoreAdamW", {"projector": "svd", "proj_type": "full"}, SMALL, BOTH_OWNER),
-    "memory": ("DCTAdamW", {"error_feedback": "float32", "update_proj_gap": 3}, NOTHING, SCORES),
+    "memory": ("DCTAdamW", {"error_feedback": "float32", "update_proj_gap": 2}, NOTHING, SCORES),
     "adafactor": ("GaLoreAdafactor", {"projector": "svd", **FIXED}, MEANS, OWNER),
     "adafactor two sides": (
         "GaLoreAdafactor",
@@ -205,7 +205,7 @@ SENT: dict[str, tuple[str, dict[str, Any], Table, Table]] = {
     "frugal svd": ("FrugalAdamW", {"projector": "svd", "density": 0.25}, NOTHING, OWNER),
     "sst": ("SSTAdamW", SST, FACTORS, FACTORED),
     "switchlora": ("SwitchLoRAAdamW", SWITCH, ONE_FACTOR, NOTHING),
-    "restarts": ("SwitchLoRAAdamW", {**SWITCH, "restart_every": 3}, ONE_FACTOR, BALANCED),
+    "restarts": ("SwitchLoRAAdamW", {**SWITCH, "restart_every": 2}, ONE_FACTOR, BALANCED),
 }
 """Class, options, what every step sends beside the guard, and what a refresh adds."""
 
@@ -236,7 +236,7 @@ def measured(
     named = [(f"layer{i}.weight", nn.Parameter(draw())) for i in range(alike)]
     own = {"lr": 1e-2, "stagger": False, **options}
     if not cls.startswith(("SST", "Switch")):
-        own["update_proj_gap"] = 3
+        own["update_proj_gap"] = 2
     switched.DRAWN = 2  # of the candidates, whose pool is no larger than the weight here
     if "density" not in own:
         own.setdefault("rank", R)

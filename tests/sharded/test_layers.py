@@ -58,8 +58,14 @@ BROAD = {"wide": (8, 2100), "tall": (12, 5)}
 """Of which one has moments that are large enough for 8 bits."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "switched": {},
-    "restarts": {"restart_every": 4, "weight_decay": 0.1},
-    "weights decay": {"decay_on": "weight", "weight_decay": 1.0, "order": "random"},
+    "restarts": {"restart_every": 2, "weight_decay": 0.1},
+    "weights decay": {
+        "decay_on": "weight",
+        "weight_decay": 1.0,
+        "order": "random",
+        "interval": 4,
+        "freeze_steps": 2,
+    },
     "pools beside": {"pool_device": "param", "freeze_step_counter": False},
     **SST,
     "in 8 bits": {"state_dtype": "8bit"},
@@ -139,8 +145,9 @@ class Layers(Trained):
         self.rank, self.size = (0, 1) if world is None else world
         torch.manual_seed(3)
         self.model: Any = Model(chosen.shapes).to(chosen.dtype)
-        own: dict[str, Any] = {} if sst else {"interval": 4, "freeze_steps": 2}
-        groups = convert(self.model, chosen.method, rank=2, **own, **OPTIONS[chosen.name])
+        own: dict[str, Any] = {} if sst else {"interval": 2, "freeze_steps": 1}
+        own |= OPTIONS[chosen.name]
+        groups = convert(self.model, chosen.method, rank=2, **own)
         self.named = {}
         if world is not None:
             self.split(mesh_of(world.size, chosen.mesh), chosen)
@@ -267,15 +274,15 @@ CASES = [
     (2, Chosen("weights decay", "columns")),
     (3, Chosen("sst")),
     slow(3, Chosen("weights decay", "tensors")),
-    slow(3, Chosen("switched", bad=5)),
-    slow(2, Chosen("sst flips", "tensors", bad=5)),
+    slow(3, Chosen("switched", bad=3)),
+    slow(2, Chosen("sst flips", "tensors", bad=3)),
     slow(2, Chosen("sst eight bits", "tensors")),
 ]
 SQUARE = [
-    Chosen("restarts", mesh="square", bad=5),
-    slow(Chosen("weights decay", "tensors", mesh="square", bad=5)),
+    Chosen("restarts", mesh="square", bad=3),
+    slow(Chosen("weights decay", "tensors", mesh="square", bad=3)),
     slow(Chosen("switched", "parallel", mesh="square")),
-    slow(Chosen("sst", mesh="square", bad=5)),
+    slow(Chosen("sst", mesh="square", bad=3)),
 ]
 NARROW = [
     (4, Chosen("weights decay", "tensors", mesh="square", dtype=torch.bfloat16)),
@@ -338,7 +345,7 @@ def test_it_is_one_process_everywhere(name: str, size: int, how: str, ranks: Wor
 def mutant(world: World, chosen: Chosen, mutation: Mutation) -> Any:
     run, out = Layers(chosen, world), []
     with mutated(mutation, world, importlib.import_module(SEAM)) as count:
-        for step in range(6):
+        for step in range(training.STEPS):
             run.backward(step)
             count.in_step = 0
             run.optimizer.step()
@@ -367,11 +374,11 @@ def test_a_run_without_a_message_is_seen(name: str, mutation: Mutation) -> None:
         assert "assert count.changed" not in str(outcome.errors)
         return
     with pytest.raises(AssertionError):
-        expected = training.assembled([train(None, chosen)])[:6]
+        expected = training.assembled([train(None, chosen)])
         training.assert_equal_runs(training.assembled(outcome.values), expected)
 
 
-LEG = 4
+LEG = training.STEPS // 3
 
 
 def leg(world: World, chosen: Chosen, begin: int, source: str | None, target: str) -> Any:

@@ -126,7 +126,7 @@ def means(how: str, only: tuple[str, ...], rank: int | None = None, **of: Any) -
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("name", ["torch", *NAMED])
 def test_it_is_one_process_everywhere(name: str, how: str, ranks: Worlds) -> None:
-    check(ranks, f"{name} {how}", on_square(name, how))
+    check(ranks, f"{name} {how}", on_square(name, how, steps=training.LONG))
 
 
 # ------------------------------------------------------------------ mutations
@@ -230,7 +230,7 @@ FOUND = ("svd", "random", "dct", "svd full", "dct memory", "frugal momentum")
 @pytest.mark.parametrize("name", FOUND[:3])
 def test_a_basis_is_found_once_for_all_copies(name: str, ranks: Worlds) -> None:
     """Copies are alike to the bit, as ``assembled`` asks, though only the first can find it."""
-    case = on_square(name, "copies", only=("wide", "tall"), steps=8)
+    case = on_square(name, "copies", only=("wide", "tall"), steps=6)
     values = ranks(4).run(name, alone, case=case, how="").checked()
     training.assert_equal_runs(training.assembled(values), training.reference(case.reference))
 
@@ -471,7 +471,7 @@ def backwards(world: World, sizes: tuple[int, ...], case: Case) -> Any:
     [((4,), "0", "svd full"), ((2, 2), "01", "rsvd"), ((2, 2), "r1", "svd full")],
 )
 def test_ranks_in_another_order(sizes: Any, places: str, name: str, ranks: Worlds) -> None:
-    case = replace(NAMED[name], how="tensors", only=("wide", "tall"), places=(places,), steps=7)
+    case = replace(NAMED[name], how="tensors", only=("wide", "tall"), places=(places,), steps=5)
     run = training.assembled(ranks(4).run(name, backwards, sizes=sizes, case=case).checked())
     for i, (weights, _) in enumerate(training.reference(case.reference)):
         for key, x in weights.items():

@@ -17,9 +17,9 @@ from tests.sharded.ranks import Ranks, World
 from tests.sharded.training import Case, Trained
 
 Worlds = Callable[[int], Ranks]
-STEPS = 8
-WHEN = {"in mid-run": 4, "where bases are due": 3, "at the first step": 0}
-"""With a gap of three and no stagger."""
+STEPS = training.STEPS
+WHEN = {"in mid-run": 3, "where bases are due": 2, "at the first step": 0}
+"""With a gap of two and no stagger."""
 
 CASES: dict[str, Case] = (
     {
@@ -99,7 +99,7 @@ DRAWN = ("columns", "rows", "block")
 
 
 def step_due(case: Case, at: int) -> bool:
-    return at % 3 == 0 or case.cls.startswith("Switch")
+    return at % training.GAP == 0 or case.cls.startswith("Switch")
 
 
 COUNTERS = ("step", "clock", "postponed")
@@ -188,7 +188,7 @@ def missing(world: World | None, case: Case) -> Any:
     out = []
     for step in range(STEPS):
         trained.backward(step)
-        if step in (0, 4):
+        if step in (0, 3):
             trained.named[BAD["wide"]].grad = None
         trained.optimizer.step()
         out.append(trained.held())

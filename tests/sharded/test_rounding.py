@@ -44,10 +44,10 @@ TURNS = [(name, (2, 3)[i % 2], HOWS[(i + i // 3) % 3]) for i, name in enumerate(
 
 def check(ranks: Worlds, size: int, name: str, how: str, only: tuple[str, ...]) -> None:
     cls, options = ELEMENTWISE[name]
-    case = Case(cls, options, how, only, dtype=torch.bfloat16, steps=8, drawn=True)
+    case = Case(cls, options, how, only, dtype=torch.bfloat16, steps=6, drawn=True)
     expected = training.reference(case.reference)
     nearest = {**options, "stochastic_rounding": False}
-    other = training.reference(Case(cls, nearest, case.reference.how, only, steps=8,
+    other = training.reference(Case(cls, nearest, case.reference.how, only, steps=6,
                                     dtype=torch.bfloat16, drawn=True))  # fmt: skip
     assert any(not torch.equal(x, other[-1][0][key]) for key, x in expected[-1][0].items())
     for key, x in training.start(case).items():
@@ -56,7 +56,11 @@ def check(ranks: Worlds, size: int, name: str, how: str, only: tuple[str, ...]) 
     training.assert_equal_runs(training.assembled(values), expected, weights=0, state=0)
 
 
-@pytest.mark.parametrize(("name", "size", "how"), TURNS)
+COVERED = ("dense lion", "galore float32 moments")
+"""Lion is run of columns, dense weights and wide moments with other rules."""
+
+
+@pytest.mark.parametrize(("name", "size", "how"), [x for x in TURNS if x[0] not in COVERED])
 def test_it_is_one_process_to_the_bit(name: str, size: int, how: str, ranks: Worlds) -> None:
     """Uneven and empty shards among them, of rows, of columns, of experts; replicas too."""
     check(ranks, size, name, how, ("wide", "tall", "few", "experts"))

@@ -27,8 +27,9 @@ from tests.sharded.ranks import World
 
 WEIGHTS, STATE = 1e-10, 1e-7
 """Largest difference to one process. Bases and moments are as good as the gap that they turn on."""
-RANK, GAP, STEPS = 0.3, 3, 12
-"""A fraction, so that a matrix of two rows is projected too, though most ranks hold none of it."""
+RANK, GAP, STEPS, LONG = 0.3, 2, 6, 9
+"""A fraction, so that a matrix of two rows is projected too, though most ranks hold none of it.
+Each basis is found three times at least, with a step between; more often in what is slow."""
 
 
 @dataclass(frozen=True)
@@ -439,7 +440,8 @@ def assert_worth_comparing(case: Case, run: Sequence[Step]) -> None:
     assert found, f"{case} projects nothing"
     most = max(found.values()) if blocks else min(found.values())
     turns = 1 if len(found) > 1 else 0  # a single block takes none
-    assert most >= (turns if blocks else 2 if case.steps < STEPS else 3), found
+    few = case.steps < STEPS or case.options.get("update_proj_gap", GAP) > GAP
+    assert most >= (turns if blocks else 2 if few else 3), found
     assert_all_moved(case, run)
 
 
