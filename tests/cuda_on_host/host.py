@@ -25,6 +25,8 @@ from lowrank_optim.ops.native import arrays, loader
 DEVICES = 2
 END = 2**31 - 1
 """Past every block."""
+GUARD, FILL = 64, 0xA5
+"""Bytes on each side of a tensor."""
 
 
 class Launch(ctypes.Structure):
@@ -67,6 +69,7 @@ class Host:
         self.library.host_reset()
         self.current = [0] * DEVICES  # streams
         self.tables: list[array[Any]] = []  # of the calls so far
+        self.guarded: list[Tensor] = []  # bytes around and of tensors
 
     def stream(self, handle: int, device: int) -> None:
         """Make ``handle`` the current stream of ``device``."""
@@ -74,12 +77,20 @@ class Host:
         self.current[device] = handle
 
     def place(self, x: Any, device: int) -> Any:
-        """Copies of the tensors of a list or a dict of arguments, on ``device``."""
+        """Copies of the tensors of a list or a dict of arguments, on ``device``, with guards."""
         if isinstance(x, dict):
             return {name: self.place(y, device) for name, y in x.items()}
         if isinstance(x, list):
             return [self.place(y, device) for y in x]
-        return self.mark(x.to("cpu", copy=True), device) if isinstance(x, Tensor) else x
+        return self.mark(self._guarded(x), device) if isinstance(x, Tensor) else x
+
+    def _guarded(self, x: Tensor) -> Tensor:
+        reach = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1
+        size = x.element_size() * (reach if x.numel() else 0)
+        whole = torch.full((size + 2 * GUARD,), FILL, dtype=torch.uint8)
+        self.guarded.append(whole)
+        inside = whole[GUARD : GUARD + size].view(x.dtype)
+        return inside.as_strided(x.shape, x.stride(), inside.storage_offset()).copy_(x)
 
     def mark(self, x: Tensor, device: int) -> OnDevice:
         """``x`` itself, on ``device`` from now on."""
@@ -100,6 +111,9 @@ class Host:
         """Raise what a kernel did wrong that a GPU would not always say."""
         if said := self.library.host_message().decode():
             raise AssertionError(said)
+        for whole in self.guarded:
+            before, after = whole[:GUARD], whole[-GUARD:]
+            assert (before == FILL).all() and (after == FILL).all(), "written beside a tensor"
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -119,12 +133,17 @@ class Host:
         yield
         self.library.host_blocks(0, END, 0, END)
 
-    def call(self, op: str, arguments: dict[str, Any]) -> Any:
+    def call(self, op: str, arguments: dict[Any, Any]) -> Any:
         """An op of the native backend on tensors of the devices."""
         with _Cuda(self):
             result = getattr(native, op)(*arguments.values())
         self.check()
         return result
+
+    def run(self, op: str, device: int, args: ctypes.Structure) -> None:
+        """A function of the library on the arguments of its C interface."""
+        loader.run(op, torch.device("cuda", device), args)
+        self.check()
 
 
 class _Cuda(TorchFunctionMode):
@@ -143,7 +162,8 @@ class _Cuda(TorchFunctionMode):
             kwargs["device"] = "cpu"
         tensors = [x for x in _flat((args, [*kwargs.values()])) if isinstance(x, Tensor)]
         devices = {x.device for x in tensors if x.dim()} | ({wanted} - {torch.device("cpu")})
-        assert len(devices) < 2, f"{func} of tensors on {devices}"
+        if len(devices) > 1:
+            raise RuntimeError(f"{func} of tensors on {devices}, as torch says it")
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
         cuda = [d.index for d in (wanted, *(x.device for x in tensors)) if d.type == "cuda"]

@@ -351,8 +351,8 @@ uint64_t host_exchange(const char* what, unsigned mask, uint64_t given, unsigned
 
 cudaError_t host_launch(dim3 grid, dim3 block, cudaStream_t stream, std::function<void()> thread,
                         const std::vector<host_bytes>& parameters) {
-  host.last = check_launch(grid, block, stream);
-  if (host.last != cudaSuccess) return host.last;
+  cudaError_t error = check_launch(grid, block, stream);
+  if (error != cudaSuccess) return host.last = error;  // success leaves an earlier error there
   host.launches.push_back({host.device,
                            {grid.x, grid.y, grid.z},
                            {block.x, block.y, block.z},
@@ -411,7 +411,7 @@ HOST_EXPORT void host_fail(int64_t others, int code) {
   host.failure = (cudaError_t)code;
 }
 
-// Whether an earlier error waits to be asked for; it is as an error of another library.
+// The error that cudaGetLastError has, which another library may have left.
 HOST_EXPORT void host_leave_error(int code) { host.last = (cudaError_t)code; }
 
 HOST_EXPORT int host_error() { return host.last; }
