@@ -22,8 +22,8 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(threads)
 #define __grid_constant__
-// The library's thread-local memory is what its kernels share, and is nothing else: it can be found,
-// and filled with NaN before each block.
+// The library's thread-local memory is what its kernels share, and is nothing else: it can be
+// found, and filled with NaN before each block.
 #define __shared__ static thread_local
 
 struct dim3 {

@@ -27,7 +27,8 @@ inline void __tsan_acquire(void*) {}
 inline void __tsan_release(void*) {}
 #endif
 
-// Keeps at `from` what a call keeps, and goes on at `to`. swapcontext makes two system calls for it.
+// Keeps at `from` what a call keeps, and goes on at `to`. swapcontext makes two system calls for
+// it.
 #if defined(__x86_64__) && !defined(HOST_UCONTEXT)
 #define HOST_SWITCH
 extern "C" void host_switch(void** from, void* to);

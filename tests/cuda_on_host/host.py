@@ -127,7 +127,9 @@ class Host:
         self.check()
 
     @contextmanager
-    def blocks(self, x: tuple[int, int] = (0, END), y: tuple[int, int] = (0, END)) -> Iterator[None]:
+    def blocks(
+        self, x: tuple[int, int] = (0, END), y: tuple[int, int] = (0, END)
+    ) -> Iterator[None]:
         """Only these blocks run, the second end excluded: of a grid that is too large to."""
         self.library.host_blocks(*x, *y)
         yield

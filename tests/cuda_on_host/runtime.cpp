@@ -1,6 +1,4 @@
 // Blocks and their threads, streams and devices, and what tests ask of them.
-#include "cuda_runtime.h"
-
 #include <link.h>
 #include <stdarg.h>
 
@@ -11,6 +9,7 @@
 #include <random>
 #include <string>
 
+#include "cuda_runtime.h"
 #include "fibers.h"
 
 #define HOST_EXPORT extern "C" __attribute__((visibility("default")))
@@ -91,7 +90,8 @@ struct Machine {
   const std::function<void()>* body = nullptr;
   int seed = FORWARD;
   host_bytes shared = {};
-  char launched, met;  // what ThreadSanitizer is told of
+  bool ordered = true;           // a block after the other, as their shared memory is the same here
+  char launched, returned, met;  // what ThreadSanitizer is told of
 };
 
 Machine machine;
@@ -114,7 +114,7 @@ void fiber_main() {
   for (;;) {
     __tsan_acquire(&machine.launched);
     (*machine.body)();
-    __tsan_release(&machine.launched);
+    __tsan_release(&machine.returned);
     machine.running->state = RETURNED;
 #ifndef HOST_RACES
     if (Thread* t = next_new()) {
@@ -150,9 +150,9 @@ thread_local volatile char anchor;  // touched, so that the thread-local memory 
 int find_shared(dl_phdr_info* info, size_t, void* found) {
   bool own = false;
   for (int i = 0; i < info->dlpi_phnum; ++i) {
-    const ElfW(Phdr)& segment = info->dlpi_phdr[i];
+    const ElfW(Phdr) & segment = info->dlpi_phdr[i];
     ElfW(Addr) start = info->dlpi_addr + segment.p_vaddr;
-    own |= segment.p_type == PT_LOAD && (ElfW(Addr))&machine - start < segment.p_memsz;
+    own |= segment.p_type == PT_LOAD && (ElfW(Addr)) & machine - start < segment.p_memsz;
   }
   for (int i = 0; own && i < info->dlpi_phnum; ++i) {
     if (info->dlpi_phdr[i].p_type != PT_TLS) continue;
@@ -177,7 +177,9 @@ void say_who_waits(size_t left) {
 }
 
 void run_block() {
+  if (machine.ordered) __tsan_acquire(&machine.returned);
   memset((void*)machine.shared.start, 0xff, machine.shared.size);  // NaN, and nothing of the last
+  if (machine.ordered) __tsan_release(&machine.launched);
   for (Thread& t : machine.threads) t.state = NEW;
   for (Warp& w : machine.warps) w = Warp();
   if (machine.seed >= 0) {
@@ -259,12 +261,10 @@ void run_grid(dim3 grid, dim3 block, const std::function<void()>& body) {
       run_block();
     }
   }
-  __tsan_acquire(&machine.launched);
+  __tsan_acquire(&machine.returned);
 }
 
-bool mapped(uintptr_t at) {
-  return msync((void*)(at & ~(uintptr_t)4095), 4096, MS_ASYNC) == 0;
-}
+bool mapped(uintptr_t at) { return msync((void*)(at & ~(uintptr_t)4095), 4096, MS_ASYNC) == 0; }
 
 // Every aligned word that is an address of this process has to be one of the current device's.
 void check_addresses(const std::vector<host_bytes>& parameters) {
@@ -281,7 +281,8 @@ void check_addresses(const std::vector<host_bytes>& parameters) {
         if (word - range->first < range->second.size) owner = range->second.device;
       }
       if (owner < 0 && !mapped(word)) continue;
-      if (owner < 0) fault("a kernel was given an address of the host, at byte %zu of %zu", i, p.size);
+      if (owner < 0)
+        fault("a kernel was given an address of the host, at byte %zu of %zu", i, p.size);
       if (owner != host.device) {
         fault("a kernel on device %d was given an address of device %d", host.device, owner);
       }
@@ -353,11 +354,8 @@ cudaError_t host_launch(dim3 grid, dim3 block, cudaStream_t stream, std::functio
                         const std::vector<host_bytes>& parameters) {
   cudaError_t error = check_launch(grid, block, stream);
   if (error != cudaSuccess) return host.last = error;  // success leaves an earlier error there
-  host.launches.push_back({host.device,
-                           {grid.x, grid.y, grid.z},
-                           {block.x, block.y, block.z},
-                           0,
-                           (uint64_t)stream});
+  host.launches.push_back(
+      {host.device, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, 0, (uint64_t)stream});
   check_addresses(parameters);
   auto run = [=] { run_grid(grid, block, thread); };
   if (host.deferred) {
@@ -380,6 +378,10 @@ HOST_EXPORT void host_reset() {
 
 // The order in which threads of a block run, as long as none waits for another.
 HOST_EXPORT void host_order(int seed) { machine.seed = seed; }
+
+// Whether ThreadSanitizer takes the blocks of a launch for ordered; those that share memory must
+// be.
+HOST_EXPORT void host_ordered(int ordered) { machine.ordered = ordered; }
 
 // Only blocks of these numbers run, from `first` to before `last`.
 HOST_EXPORT void host_blocks(int x_first, int x_last, int y_first, int y_last) {

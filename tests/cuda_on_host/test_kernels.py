@@ -48,12 +48,16 @@ def test_blocks_of_zeros_and_of_what_is_not_finite(host: Host) -> None:
     compare(host, op, a)
 
 
-@pytest.mark.parametrize(("op", "dtype", "how"), paired(MATRIX, DTYPES, ["rows", "columns", "slice"]))
+@pytest.mark.parametrize(
+    ("op", "dtype", "how"), paired(MATRIX, DTYPES, ["rows", "columns", "slice"])
+)
 def test_matrices(host: Host, op: str, dtype: torch.dtype, how: str) -> None:
     """Strides, tails in both directions, and nothing written where a gradient is not finite."""
     for free in ("sign", "sgd", "none") if op == "coordinate_add_" else ("",):
         unsound = None if op == "column_norms" else 3
-        compare(host, op, cases.matrices(op, dtype, shapes=SHAPES, how=how, free=free, unsound=unsound))
+        compare(
+            host, op, cases.matrices(op, dtype, shapes=SHAPES, how=how, free=free, unsound=unsound)
+        )
 
 
 @pytest.mark.parametrize("op", ["adamw_direction_", "adamw_direction_8bit_", *STORAGE])

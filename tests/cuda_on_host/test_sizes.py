@@ -144,9 +144,7 @@ def test_coordinates_beyond_2_31(host: Host, by_column: bool) -> None:
         picked, part = index[1:] - (WIDE[1] - 8), low[1:, runs]
     else:
         there, picked, part = few, index[:1] - 8, low[:1, last]
-    native.coordinate_add_(
-        [there[0]], [there[1]], [picked.int()], [part.contiguous()], *numbers
-    )
+    native.coordinate_add_([there[0]], [there[1]], [picked.int()], [part.contiguous()], *numbers)
     same_bits(w[runs, last], few[0], "W")
 
 
@@ -164,12 +162,11 @@ def test_applies_beyond_2_31(host: Host, op: str) -> None:
     host.mark(c, 0)
 
     def arguments(tensors: list[Tensor], factor: Tensor) -> Any:
-        w, g, low, other = tensors
         args = loader.Apply(decay=0.98, lr=0.1, scale=0.25, gain=0.5)
-        args.rows, args.cols = w.shape
+        args.rows, args.cols = tensors[0].shape
         args.weight_dtype = args.grad_dtype = args.low_dtype = 1
         args.weight, args.grad, args.low, args.other = (x.data_ptr() for x in tensors)
-        args.weight_row = args.grad_row = args.low_row = w.shape[1]
+        args.weight_row = args.grad_row = args.low_row = args.cols
         args.weight_col = args.grad_col = 1
         args.factor, args.factor_row, args.factor_col = factor.data_ptr(), 0, 1
         return args

@@ -58,7 +58,7 @@ def test_tensors_of_two_devices_are_refused_before_a_launch(host: Host, op: str)
         moved = host.place(tensors[-1], 0)
         there[name] = [*there[name][:-1], moved] if isinstance(value, list) else moved
         seen = len(host.launches())
-        with pytest.raises((ValueError, RuntimeError), match="cuda:|tensors on"):
+        with pytest.raises((ValueError, RuntimeError), match=r"cuda:|tensors on"):
             host.call(op, there)
         launched = host.launches()[seen:]
         if op not in ("lift_add_scaled_", "lift_add_sign_"):  # matrix by matrix
@@ -66,7 +66,7 @@ def test_tensors_of_two_devices_are_refused_before_a_launch(host: Host, op: str)
 
 
 def test_a_launch_on_another_device_is_seen(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the tests above would see if the loader did not change the device, or took any stream."""
+    """What the tests above would see if the loader did not change the device."""
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     with pytest.raises(AssertionError, match="on device 0 was given an address of device 1"):
         compare(host, "moment_", example("moment_"), 1)
@@ -102,7 +102,7 @@ def test_a_launch_that_fails_raises(host: Host, op: str) -> None:
     a = example(op)
     before, there = cases.on("cpu", a), host.place(a, 1)
     host.library.host_fail(0, INVALID_CONFIGURATION)
-    with pytest.raises(RuntimeError, match="native .* on cuda:1 failed with CUDA error 9 "):
+    with pytest.raises(RuntimeError, match=r"native .* on cuda:1 failed with CUDA error 9 "):
         host.call(op, there)
     compare_tensors(op, there, before)
     assert not host.launches()
@@ -110,7 +110,9 @@ def test_a_launch_that_fails_raises(host: Host, op: str) -> None:
     assert host.library.host_device(0) == 0
 
 
-@pytest.mark.parametrize("op", ["moment_", "moment_8bit_", "quantize_blockwise_", "stochastic_round_"])
+@pytest.mark.parametrize(
+    "op", ["moment_", "moment_8bit_", "quantize_blockwise_", "stochastic_round_"]
+)
 def test_what_comes_after_a_launch_that_fails_is_not_launched(host: Host, op: str) -> None:
     shapes = [(40,)] * 100
     make: Any = cases.storage if op in STORAGE else cases.elementwise
