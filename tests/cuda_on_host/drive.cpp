@@ -1,8 +1,8 @@
 // Every kernel, for sanitizers alone: nothing here looks at results.
 //
-// To ThreadSanitizer each thread of a block is a thread of its own. What two of them touch without a
-// barrier between is a race, in whatever order they ran. So is what two blocks touch, but for kernels
-// with shared memory, which is the same for all blocks here.
+// To ThreadSanitizer each thread of a block is a thread of its own. What two of them touch without
+// a barrier between is a race, in whatever order they ran. So is what two blocks touch, but for
+// kernels with shared memory, which is the same for all blocks here.
 #include <stdio.h>
 
 #include <vector>

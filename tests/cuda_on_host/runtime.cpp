@@ -273,7 +273,7 @@ void check_addresses(const std::vector<host_bytes>& parameters) {
       uintptr_t word;
       memcpy(&word, (const char*)p.start + i, 8);
       bool small = (uint32_t)word < 16;  // an int32 and what pads it
-      if (small || word < 0x500000000000u || word >= 0x800000000000u) continue;
+      if (small || word < 0x500000000000u || word >> 48) continue;
       auto after = host.memory.upper_bound(word);
       int owner = -1;
       if (after != host.memory.begin()) {
