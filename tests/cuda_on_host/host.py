@@ -30,7 +30,7 @@ GUARD, FILL = 64, 0xA5
 
 
 class Launch(ctypes.Structure):
-    """One launch, as `runtime.cpp` kept it."""
+    """One launch, as `devices.cpp` kept it."""
 
     device: int
     grid: Sequence[int]

@@ -53,7 +53,7 @@ def build(
     command = [compiler(), *flags, "-I", str(HERE), "-I", str(sources)]
     read = [*sources.glob("*.h"), *sources.glob("*.cuh"), *HERE.glob("*.h")]
     given = _digest(compiler(), *flags, *watched, *(path.read_bytes() for path in sorted(read)))
-    kernels, own = sorted(sources.glob("*.cu")), [HERE / "runtime.cpp"]
+    kernels, own = sorted(sources.glob("*.cu")), [HERE / "threads.cpp", HERE / "devices.cpp"]
     if sanitize:
         own.append(HERE / "drive.cpp")
     objects = [cache / f"{x.stem}-{_digest(given, x.read_bytes())}.o" for x in [*kernels, *own]]

@@ -82,3 +82,25 @@ def test_the_order_of_threads_changes_no_bit(host: Host, op: str, order: int) ->
         compare(host, op, cases.elementwise(op, torch.float32, shapes=ROWS))
     else:
         compare(host, op, cases.storage(op, torch.float32, shapes=ROWS))
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+def test_formats(host: Host, narrow: torch.dtype) -> None:
+    """Every number of a format is read as torch reads it; float32 is written as torch rounds it."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(narrow)
+    random = torch.randint(-(2**31), 2**31, (2**17,), dtype=torch.int64).int().view(torch.float32)
+    even = torch.cat([every.float(), (every.float() + every.roll(1).float()) / 2])  # and midpoints
+    for x, out in ((every, torch.float32), (torch.cat([random, even]), narrow)):
+        a = {
+            "xs": [x],
+            "moments": [torch.zeros(x.shape)],
+            "outs": [torch.zeros(x.shape, dtype=out)],
+            "decay": 0.0,
+            "weight": 1.0,
+            "finite": [],
+        }
+        there = host.place(a, 0)
+        host.call("moment_", there)
+        found = there["outs"][0].as_subclass(torch.Tensor)
+        assert torch.equal(found.nan_to_num(0.5), x.to(out).nan_to_num(0.5))
+        assert torch.equal(found.isnan(), x.isnan())

@@ -554,7 +554,7 @@ def test_a_state_waits_for_every_device(monkeypatch: pytest.MonkeyPatch) -> None
     waited: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
     monkeypatch.setattr(LowRankOptimizer, "state_dict", lambda self: {})
-    devices = [torch.device("cuda", i) for i in (0, 1, 1)]
-    optimizer.param_groups = [{"params": [SimpleNamespace(is_cuda=True, device=d) for d in devices]}]
+    weights = [SimpleNamespace(is_cuda=True, device=torch.device("cuda", i)) for i in (0, 1, 1)]
+    optimizer.param_groups = [{"params": weights}]
     optimizer.state_dict()
     assert sorted(map(str, waited)) == ["cuda:0", "cuda:1"]

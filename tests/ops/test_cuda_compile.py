@@ -72,5 +72,5 @@ def test_an_error_of_the_runtime_itself_is_raised(
     monkeypatch.setattr(loader, "_function", lambda op, device: getattr(loaded, f"lro_cuda_{op}"))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=None))
-    with pytest.raises(RuntimeError, match=r"apply_scaled: a launch on cuda:0 failed .* error \d+ "):
+    with pytest.raises(RuntimeError, match=r"a launch on cuda:0 failed with CUDA error \d+ "):
         loader.run("apply_scaled", torch.device("cuda", 0), loader.Apply(rows=1, cols=1))
