@@ -41,8 +41,8 @@ struct lro_as_is {  // a parameter that no template argument is deduced from
 };
 
 // The one place that launches. CUDA copies the arguments before it returns, so that nothing of the
-// host's has to outlive the call. An error is returned, and taken from the thread: torch must not
-// find it later as its own, nor is one that was there before taken for ours.
+// host's has to outlive the call. An error is returned and taken from the runtime, where the next
+// call would find it; one that was there before is not taken for ours.
 template <class... Params>
 int lro_launch(void (*kernel)(Params...), dim3 grid, dim3 block, void* stream,
                const typename lro_as_is<Params>::type&... given) {

@@ -106,7 +106,7 @@ def test_a_launch_that_fails_raises(host: Host, op: str) -> None:
         host.call(op, there)
     compare_tensors(op, there, before)
     assert not host.launches()
-    assert host.library.host_error() == 0  # torch does not find it
+    assert host.library.host_error() == 0  # the next call does not find it
     assert host.library.host_device(0) == 0
 
 
@@ -125,7 +125,7 @@ def test_what_comes_after_a_launch_that_fails_is_not_launched(host: Host, op: st
 
 @pytest.mark.parametrize("op", OPS)
 def test_an_error_that_another_library_left_is_left_to_it(host: Host, op: str) -> None:
-    """It was taken for ours, and its owner never heard of it."""
+    """Of what shares the CUDA runtime: it was taken for ours, and its owner never heard of it."""
     host.library.host_leave_error(OF_ANOTHER)
     compare(host, op, example(op))
     assert host.library.host_error() == OF_ANOTHER
