@@ -21,7 +21,7 @@ test-wheel: .venv/.dev .venv/.release  ## the wheel alone, without a compiler: W
 lint: .venv/.dev  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --style=file:csrc/.clang-format --dry-run -Werror csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h tests/ops/*.cpp
+	$(BIN)/clang-format --style=file:csrc/.clang-format --dry-run -Werror csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h tests/ops/*.cpp tests/cuda_on_host/*.cpp tests/cuda_on_host/*.h
 	$(BIN)/mypy
 
 bench: .venv/.dev  ## the figures of docs/performance.md, side by side

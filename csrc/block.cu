@@ -155,9 +155,9 @@ int launch(const Args* a, const Scalars& s, void* stream, Fill fill_entry) {
       most = most < total ? total : most;
     }
     dim3 grid(lro_grid(most, WARPS * 4, 2048), (unsigned)count);
-    update<RULE><<<grid, 32 * WARPS, 0, (cudaStream_t)stream>>>(list, s);
+    if (int error = lro_launch(update<RULE>, grid, 32 * WARPS, stream, list, s)) return error;
   }
-  return lro_status();
+  return LRO_OK;
 }
 
 template <int RULE>

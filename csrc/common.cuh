@@ -10,7 +10,7 @@
 #define LRO_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Pointers of a chunk of a list travel as kernel parameters (4 KiB at most): no copy to the device.
-enum { LRO_LIST = 32 };
+constexpr int64_t LRO_LIST = 32;
 
 __device__ __forceinline__ float lro_read(const void* p, int dtype, int64_t i) {
   if (dtype == LRO_FLOAT32) return ((const float*)p)[i];
@@ -35,6 +35,20 @@ static inline unsigned lro_grid(int64_t items, int64_t per_block, int64_t most) 
   return (unsigned)(n < 1 ? 1 : n < most ? n : most);
 }
 
-static inline int lro_status() {
-  return cudaGetLastError() == cudaSuccess ? LRO_OK : LRO_LAUNCH_FAILED;
+template <class T>
+struct lro_as_is {  // a parameter that no template argument is deduced from
+  using type = T;
+};
+
+// The one place that launches. CUDA copies the arguments before it returns, so that nothing of the
+// host's has to outlive the call. An error is returned and taken from the runtime, where the next
+// call would find it; one that was there before is not taken for ours.
+template <class... Params>
+int lro_launch(void (*kernel)(Params...), dim3 grid, dim3 block, void* stream,
+               const typename lro_as_is<Params>::type&... given) {
+  void* args[] = {(void*)&given...};
+  cudaError_t error = cudaLaunchKernel(kernel, grid, block, args, 0, (cudaStream_t)stream);
+  if (error == cudaSuccess) return LRO_OK;
+  cudaGetLastError();
+  return LRO_CUDA_ERROR + (int)error;
 }

@@ -230,7 +230,7 @@ template <class Update>
 int one_moment(const lro_update* a, int threads, Update update) {
   const lro_tables* t = lro_tables_of(a->signed_map);
   if (int wrong = check(a)) return wrong;
-  if (!t) return LRO_LAUNCH_FAILED;
+  if (!t) return LRO_NO_MEMORY;
   bool ok = false;
   lro_with_dtype(a->grad_dtype, [&](auto* g_null) {
     ok = lro_with_dtype(a->out_dtype, [&](auto* o_null) {
@@ -257,7 +257,7 @@ int LRO_LOCAL(lro_adamw_direction_8bit)(const lro_update* a, int threads) {
   const lro_tables *t = lro_tables_of(a->signed_map), *t2 = lro_tables_of(a->unsigned_map);
   float w1 = (float)(1 - a->a), b2 = (float)a->b, w2 = (float)(1 - a->b);
   if (int wrong = check(a)) return wrong;
-  if (!t || !t2) return LRO_LAUNCH_FAILED;
+  if (!t || !t2) return LRO_NO_MEMORY;
   bool ok = false;
   lro_with_dtype(a->grad_dtype, [&](auto* g_null) {
     ok = lro_with_dtype(a->out_dtype, [&](auto* o_null) {
@@ -314,7 +314,7 @@ int LRO_LOCAL(lro_moment_8bit)(const lro_update* a, int threads) {
 int LRO_LOCAL(lro_quantize)(const lro_blockwise* a, int threads) {
   const lro_tables* t = lro_tables_of(a->map);
   if (int wrong = check(a)) return wrong;
-  if (!t) return LRO_LAUNCH_FAILED;
+  if (!t) return LRO_NO_MEMORY;
   bool ok = lro_with_dtype(a->dtype, [&](auto* null) {
     over_blocks(a, threads, [&](int64_t i, Block k) {
       auto* values = (decltype(null))a->values[i] + k.begin;
@@ -329,7 +329,7 @@ int LRO_LOCAL(lro_quantize)(const lro_blockwise* a, int threads) {
 int LRO_LOCAL(lro_dequantize)(const lro_blockwise* a, int threads) {
   const lro_tables* t = lro_tables_of(a->map);
   if (int wrong = check(a)) return wrong;
-  if (!t) return LRO_LAUNCH_FAILED;
+  if (!t) return LRO_NO_MEMORY;
   bool ok = lro_with_dtype(a->dtype, [&](auto* null) {
     over_blocks(a, threads, [&](int64_t i, Block k) {
       auto* values = (decltype(null))a->values[i] + k.begin;

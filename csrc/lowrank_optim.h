@@ -20,10 +20,10 @@ enum {
   LRO_OK = 0,
   LRO_BAD_DTYPE = 1,
   LRO_BAD_BLOCK = 2,
-  LRO_LAUNCH_FAILED = 3,
   LRO_BAD_LENGTH = 4,
   LRO_NO_MEMORY = 5,
-  LRO_BAD_INDEX = 6
+  LRO_BAD_INDEX = 6,
+  LRO_CUDA_ERROR = 1000  // plus the cudaError_t of a launch: what came after it was not launched
 };
 enum { LRO_FREE_NONE = 0, LRO_FREE_SIGN = 1, LRO_FREE_IDENTITY = 2 };
 enum { LRO_DCT2 = 0, LRO_DCT3 = 1 };

@@ -33,8 +33,7 @@ int launch(const lro_apply* a, void* stream) {
     return LRO_BAD_DTYPE;
   }
   dim3 grid(lro_grid(a->cols, 256, 65535), lro_grid(a->rows, 1, 65535));
-  apply<SIGN><<<grid, 256, 0, (cudaStream_t)stream>>>(*a);
-  return lro_status();
+  return lro_launch(apply<SIGN>, grid, 256, stream, *a);
 }
 
 struct Coordinate {
@@ -157,9 +156,9 @@ LRO_EXPORT int lro_cuda_coordinate_add(const lro_coordinate* a, void* stream) {
     bool by_column = c.weight_row < c.weight_col;
     dim3 grid(lro_grid(by_column ? c.rows : c.cols, 256, 65535),
               lro_grid(by_column ? c.cols : c.rows, 1, 65535));
-    coordinate<<<grid, 256, 0, (cudaStream_t)stream>>>(c, by_column);
+    if (int error = lro_launch(coordinate, grid, 256, stream, c, by_column)) return error;
   }
-  return lro_status();
+  return LRO_OK;
 }
 
 LRO_EXPORT int lro_cuda_column_norms(const lro_norms* a, void* stream) {
@@ -168,11 +167,10 @@ LRO_EXPORT int lro_cuda_column_norms(const lro_norms* a, void* stream) {
     Norms n = {a->values[i],      a->outs[i],        a->rows[i], a->cols[i],
                a->row_strides[i], a->col_strides[i], a->dtype};
     if (n.cols == 0) continue;
-    if (n.row == 1) {
-      norms_of_runs<<<lro_grid(n.cols, 8, 0x7fffffff), dim3(32, 8), 0, (cudaStream_t)stream>>>(n);
-    } else {
-      norms<<<lro_grid(n.cols, 32, 0x7fffffff), dim3(32, 8), 0, (cudaStream_t)stream>>>(n);
-    }
+    bool runs = n.row == 1;
+    unsigned grid = lro_grid(n.cols, runs ? 8 : 32, 0x7fffffff);
+    int error = lro_launch(runs ? norms_of_runs : norms, grid, dim3(32, 8), stream, n);
+    if (error) return error;
   }
-  return lro_status();
+  return LRO_OK;
 }

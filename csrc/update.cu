@@ -85,9 +85,9 @@ int launch(const lro_update* a, Scalars s, void* stream) {
       most = most < a->numels[i] ? a->numels[i] : most;
     }
     dim3 grid(lro_grid(most, 256 * 4, 4096), (unsigned)count);
-    update<RULE><<<grid, 256, 0, (cudaStream_t)stream>>>(list, s);
+    if (int error = lro_launch(update<RULE>, grid, 256, stream, list, s)) return error;
   }
-  return lro_status();
+  return LRO_OK;
 }
 
 struct Rounds {
@@ -135,9 +135,9 @@ LRO_EXPORT int lro_cuda_stochastic_round(const lro_rounding* a, void* stream) {
       most = most < list.numel[k] ? list.numel[k] : most;
     }
     dim3 grid(lro_grid(most, 256 * 4, 4096), (unsigned)count);
-    round_kernel<<<grid, 256, 0, (cudaStream_t)stream>>>(list);
+    if (int error = lro_launch(round_kernel, grid, 256, stream, list)) return error;
   }
-  return lro_status();
+  return LRO_OK;
 }
 
 LRO_EXPORT const char* lro_isa(void) { return "cuda"; }

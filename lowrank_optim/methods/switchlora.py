@@ -183,8 +183,9 @@ class SwitchLoRAAdamW(LowRankOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As of torch, once the pools in host memory have all that the device sent them."""
-        if any(p.is_cuda for group in self.param_groups for p in group["params"]):
-            torch.cuda.synchronize()
+        params = (p for group in self.param_groups for p in group["params"])
+        for device in {p.device for p in params if p.is_cuda}:  # not the current one alone
+            torch.cuda.synchronize(device)
         return super().state_dict()
 
     def projected_factor(self, group: Group) -> float:

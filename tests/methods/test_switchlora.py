@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lowrank_optim import SwitchLoRAAdamW, SwitchLoRAAdamW8bit, memory
+from lowrank_optim import LowRankOptimizer, SwitchLoRAAdamW, SwitchLoRAAdamW8bit, memory
 from lowrank_optim.subspaces import switching
 from lowrank_optim.subspaces.lora import balance_, published_stds
 from lowrank_optim.subspaces.switching import Schedule
@@ -545,3 +546,15 @@ def test_released_names() -> None:
     (group,) = SwitchLoRAAdamW([{"params": [param], "rank": 2, **released}]).param_groups
     ours = {"scale": 2.0, "interval": 30, "descent_ratio": 0.2, "descent": "Z", "freeze_steps": 3}
     assert {k: group[k] for k in ours} == ours
+
+
+def test_a_state_waits_for_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pools in host memory are written by the device of each weight, current or not."""
+    optimizer = SwitchLoRAAdamW([nn.Parameter(torch.randn(8, 6))], rank=2)
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(LowRankOptimizer, "state_dict", lambda self: {})
+    weights = [SimpleNamespace(is_cuda=True, device=torch.device("cuda", i)) for i in (0, 1, 1)]
+    optimizer.param_groups = [{"params": weights}]
+    optimizer.state_dict()
+    assert sorted(map(str, waited)) == ["cuda:0", "cuda:1"]

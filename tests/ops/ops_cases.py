@@ -154,28 +154,38 @@ def _layouts(found: Arguments, shapes: Sequence[tuple[int, ...]], signed: bool =
 
 
 def storage(
-    op: str, dtype: torch.dtype, *, signed: bool = True, how: str = "rows", magnitude: float = 1.0
+    op: str,
+    dtype: torch.dtype,
+    *,
+    shapes: Sequence[tuple[int, ...]] = FLAT,
+    signed: bool = True,
+    how: str = "rows",
+    magnitude: float = 1.0,
 ) -> Arguments:
     """Of quantise, dequantise and the rounding into bfloat16."""
-    xs = [(magnitude * torch.randn(s)).to(dtype) for s in FLAT]
+    xs = [(magnitude * torch.randn(s)).to(dtype) for s in shapes]
     if not signed:
         xs = [x.abs() for x in xs]
     pairs = [encode(x.float(), signed) for x in xs]
     if op == "quantize_blockwise_":  # outputs say when they are not written
         pairs = [(torch.full_like(c, 77), torch.full_like(s, torch.nan)) for c, s in pairs]
     out = torch.bfloat16 if op == "stochastic_round_" else dtype
+
+    def each(*values: int) -> list[int]:
+        return [values[i % len(values)] for i in range(len(shapes))]
+
     found: Arguments = {
         "xs": [strided(x, how) for x in xs],
         "codes": [c for c, _ in pairs],
         "scales": [s for _, s in pairs],
-        "outs": [torch.full(s, torch.nan, dtype=out) for s in FLAT],
-        "seeds": [3, 0, 2**31 - 1, 5, 12345, 7, 1][: len(FLAT)],
-        "offsets": [0, 17, 2**32 - 1, 1, 2, 3, 4][: len(FLAT)],
-        "widths": [3, 1, 2000, 7, 33, 2**33, 5][: len(FLAT)],
-        "row_strides": [5, 2**32 - 1, 4096, 70, 40, 3, 7][: len(FLAT)],
-        "column_strides": [1, 1, 3, 2, 2**31, 1, 64][: len(FLAT)],
+        "outs": [torch.full(s, torch.nan, dtype=out) for s in shapes],
+        "seeds": each(3, 0, 2**31 - 1, 5, 12345, 7, 1),
+        "offsets": each(0, 17, 2**32 - 1, 1, 2, 3, 4),
+        "widths": each(3, 1, 2000, 7, 33, 2**33, 5),
+        "row_strides": each(5, 2**32 - 1, 4096, 70, 40, 3, 7),
+        "column_strides": each(1, 1, 3, 2, 2**31, 1, 64),
     }
-    _layouts(found, FLAT, signed)
+    _layouts(found, shapes, signed)
     return {name: found[name] for name in names(op)}
 
 

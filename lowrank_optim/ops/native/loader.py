@@ -18,12 +18,12 @@ from lowrank_optim.ops.rows import check_rows
 ERRORS = {
     1: "dtypes that the library does not take",
     2: "a block size outside 1..4096 (256 on CUDA)",
-    3: "the launch failed",
     4: "a length with a prime factor above 61",
     5: "no memory for its buffers",
     6: "indices outside their rows, or not ascending",
 }
 BAD_INDEX = 6
+CUDA_ERROR = 1000
 ABI = 6
 
 
@@ -169,7 +169,7 @@ def run(
 
     Raises:
         IndexError: an index is outside its rows or out of order; nothing was written.
-        RuntimeError: the library cannot serve the call.
+        RuntimeError: the library cannot serve the call, or CUDA refused a launch of it.
     """
     function = _function(op, device.type)
     if device.type == "cuda":
@@ -180,5 +180,11 @@ def run(
     if status == BAD_INDEX:
         for index, rows, least in indices:
             check_rows(f"native {op}", index, rows, least)
+    if status >= CUDA_ERROR:
+        raise RuntimeError(
+            f"native {op}: a launch on {device} failed with CUDA error {status - CUDA_ERROR} "
+            "(cudaError_t), perhaps that of an earlier kernel: CUDA_LAUNCH_BLOCKING=1 shows which. "
+            "Tensors of this call may be half written"
+        )
     if status:
         raise RuntimeError(f"native {op}: {ERRORS.get(status, status)}")
