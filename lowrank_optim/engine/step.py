@@ -169,7 +169,7 @@ def _project(item: ParamPlan, state: State, chosen: Strategies, undo: Undo) -> M
         grad = chosen.residual.before(state, view.of(grad))
         if basis_due(item, state, chosen):
             undo.keep(state, subspace.refreshed(state))
-            refresh_(item, state, grad, step, chosen, coords)
+            refresh_(item, state, grad, step, chosen, coords, later=True)
         coords = coords or subspace.coords(state, grad, reduce=identity)
     return begun(item, state, grad, coords, chosen)
 

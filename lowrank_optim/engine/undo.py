@@ -8,6 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from lowrank_optim.engine import answers
+
 State = MutableMapping[str, Tensor]
 COUNTERS = ("step", "refresh_step", "postponed", "clock")
 """Entries that every step may change: kept as numbers, which costs less than a copy."""
@@ -21,7 +23,7 @@ class Undo:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[int, tuple[State, State, list[float], State]] = {}
+        self._kept: dict[int, tuple[State, State, list[float], answers.Answer | None, State]] = {}
         self._spare: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
         """Memory of copies that are not needed any more: to get it anew costs more than a copy."""
         self.taken = 0
@@ -31,7 +33,7 @@ class Undo:
         """Remember which tensors a state has, and its counters."""
         if id(state) not in self._kept:
             counters = [float(state[key]) for key in COUNTERS if key in state]
-            self._kept[id(state)] = state, dict(state), counters, {}
+            self._kept[id(state)] = state, dict(state), counters, answers.of(state), {}
 
     def keep(self, state: State, keys: Iterable[str]) -> None:
         """Copy entries that are about to be overwritten, unless that was done; no counters."""
@@ -62,9 +64,10 @@ class Undo:
                 self._forget(number)
             return
         kept, self._kept = self._kept, {}
-        for state, entries, counters, copies in kept.values():
+        for state, entries, counters, answer, copies in kept.values():
             state.clear()
             state.update(entries)
+            answers.put_back(state, answer)
             present = [k for k in COUNTERS if k in state]
             for key, value in zip(present, counters, strict=True):
                 state[key].fill_(value)

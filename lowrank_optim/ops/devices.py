@@ -1,7 +1,8 @@
-"""Which devices a host may ask for a value."""
+"""Which devices a host may ask for a value, and how one gets there without waiting."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 HOSTS = frozenset({"cpu"})
@@ -11,3 +12,13 @@ HOSTS = frozenset({"cpu"})
 def on_accelerator(tensor: Tensor) -> bool:
     """Whether branching on a value of this tensor would stall its device."""
     return tensor.device.type not in HOSTS
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, from pinned memory: the host goes on meanwhile.
+
+    A copy from other memory makes it wait until the device has done all that it was asked before.
+    """
+    if x.is_cpu and device.type not in ("cpu", "meta") and torch.accelerator.is_available():
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)

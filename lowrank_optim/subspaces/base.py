@@ -41,6 +41,8 @@ class BasisChange(NamedTuple):
     """An exact map of a moment that has no rows to speak of: a set of single entries."""
     low: Tensor | None = None
     """The new coordinates of the gradient, where the search for them came by."""
+    ok: Tensor | None = None
+    """0-d bool on the device, where :attr:`RefreshContext.fine` is: False if nothing moved."""
 
 
 class Shared:
@@ -77,6 +79,11 @@ class RefreshContext:
     """W ``(..., m, n)``, for subspaces that are factors of it."""
     seen: Any = None
     """What :meth:`Subspace.look` found on its way."""
+    fine: Tensor | None = None
+    """0-d bool on an accelerator: whether the gradient is finite and not zero, which its host has
+    not asked. Where it is False nothing may move. None where the host knows that it is True."""
+    first: bool = False
+    """Whether there was no refresh before."""
 
 
 class Target(NamedTuple):
@@ -126,6 +133,8 @@ class Subspace(ABC):
     """Whether what a refresh finds depends on more of the gradient than its shape."""
     indexed: ClassVar[bool] = False
     """Whether :meth:`changed` knows how coordinates moved."""
+    selects: ClassVar[bool] = False
+    """Whether :meth:`refresh_` minds :attr:`RefreshContext.fine`; if not, the host looks before."""
     of_weight: ClassVar[bool] = False
     """Whether its coordinates are of factors of W: a refresh looks at W and not at the gradient."""
 
@@ -303,6 +312,12 @@ class Projector(Subspace):
         two_sided: project the columns too (``proj_type="full"``): the coordinate is ``(r, r)``.
     """
 
+    selects: ClassVar[bool] = True
+    takes_any: ClassVar[bool] = False
+    """Whether :meth:`find` returns a basis, of whatever directions, for a gradient of zeros, NaN
+    or Inf too, and waits for no device; if not, an accelerator replaces such a gradient by noise,
+    which takes a copy of it."""
+
     two_sided: bool = False
 
     @property
@@ -339,6 +354,8 @@ class Projector(Subspace):
 
     def refresh_(self, state: State, grad: Tensor, ctx: RefreshContext) -> dict[str, BasisChange]:
         """Find new bases, align their signs with the old ones, and say how they moved."""
+        if ctx.fine is not None:
+            return {"low": self._turn_unseen_(state, grad, ctx, ctx.fine)}
         rotation = self._turn_(state["basis"], grad, ctx)
         right = self._turn_(state["basis_right"], grad.mT, ctx) if self.two_sided else None
         return {"low": BasisChange(rotation, right)}
@@ -360,6 +377,31 @@ class Projector(Subspace):
             return new_to_old(basis, before)
 
         return rotation
+
+    def _turn_unseen_(
+        self, state: State, grad: Tensor, ctx: RefreshContext, fine: Tensor
+    ) -> BasisChange:
+        """The same on an accelerator: no value is looked at, and it selects what is kept."""
+        keys = ("basis", "basis_right")[: 1 + self.two_sided]
+        olds = [state[key].clone() for key in keys]
+        known = usable(ops.matrix_norm(grad)) if ctx.view.batch else fine
+        if not self.takes_any:
+            grad = replaced(grad, known, ctx)
+        found = []
+        for old, x in zip(olds, (grad, grad.mT), strict=False):
+            previous = None if ctx.first else old
+            new = align_signs(self.find(x, previous, ctx), previous)
+            if ctx.view.batch and previous is not None:  # an expert without tokens keeps its basis
+                new = torch.where(known, new, previous.to(new.dtype))
+            found.append(new)
+            fine = fine & (torch.linalg.vector_norm(new) < torch.inf)
+        for key, new, old in zip(keys, found, olds, strict=True):
+            state[key].copy_(torch.where(fine, new.to(old.dtype), old))
+
+        def turn(n: int) -> Callable[[], Tensor] | None:
+            return None if n >= len(keys) else lambda: new_to_old(state[keys[n]], olds[n])
+
+        return BasisChange(turn(0), turn(1), ok=fine)
 
     @property
     def by_column(self) -> bool:
@@ -430,6 +472,20 @@ class Projector(Subspace):
             ops.lift_add_scaled_(*common, columns, into.decay, into.lr, scale, finite)
         else:  # "sign"
             ops.lift_add_sign_(*common, into.decay, into.lr, scale, term.gain, finite)
+
+
+def usable(norm: Tensor) -> Tensor:
+    """Whether norms are neither 0 nor Inf nor NaN, on their device."""
+    return norm / norm == 1
+
+
+def replaced(grad: Tensor, known: Tensor, ctx: RefreshContext) -> Tensor:
+    """The gradient where it is ``known`` to be usable, else noise, drawn where the gradient is."""
+    generator = torch.Generator(grad.device).manual_seed(ctx.generator.initial_seed())
+    shape, dtype, device = grad.shape[-2:], grad.dtype, grad.device
+    return torch.where(
+        known, grad, torch.randn(shape, dtype=dtype, device=device, generator=generator)
+    )
 
 
 def new_to_old(new: Tensor, old: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.linalg import LinAlgError
 
 from lowrank_optim import ops
-from lowrank_optim.subspaces.base import Projector, RefreshContext, register
+from lowrank_optim.ops.devices import on_accelerator
+from lowrank_optim.subspaces.base import Projector, RefreshContext, register, replaced, usable
 from lowrank_optim.subspaces.random import gaussian
 from lowrank_optim.subspaces.svd import left_singular_vectors
 
@@ -32,6 +33,10 @@ class RandomizedSVD(Projector):
     is left to gain, which on gradients of real text one iteration reaches, warm or cold.
     The first start is Gaussian.
 
+    An accelerator is not asked for these energies: it takes :data:`ITERATIONS`, one more from a
+    Gaussian start, and tries all shifts of a factorisation at once. Its host waits for the status
+    of the last step's ``eigh`` alone, which torch reads.
+
     Args:
         oversample: columns beyond the rank, so that a direction can enter the basis.
         tolerance: relative gain in captured energy below which the iteration stops.
@@ -43,6 +48,7 @@ class RandomizedSVD(Projector):
     """
 
     fitted: ClassVar[bool] = True
+    takes_any: ClassVar[bool] = True
 
     oversample: int = 8
     tolerance: float = 0.01
@@ -59,6 +65,8 @@ class RandomizedSVD(Projector):
                 start = torch.linalg.qr(start).Q
             else:  # no need to orthonormalise: S takes care of any full-rank start
                 start = torch.cat([previous.to(start.dtype), start / m**0.5], -1)
+            if on_accelerator(grad):
+                return self._unseen(grad, start, cold=previous is None)
             try:
                 basis = self._iterate(grad, start)
             except LinAlgError:  # the exact factorisation below has fall-backs of its own
@@ -66,6 +74,8 @@ class RandomizedSVD(Projector):
             if bool(basis.isfinite().all()):
                 return basis
         full = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        if on_accelerator(grad):  # a driver must not be given what is not finite
+            full = replaced(full, usable(ops.matrix_norm(grad)), ctx)
         return left_singular_vectors(full)[..., : self.rank]
 
     def _iterate(self, grad: Tensor, q: Tensor) -> Tensor:
@@ -86,6 +96,31 @@ class RandomizedSVD(Projector):
                 break
         return orthonormal(q[..., : self.rank])
 
+    def _unseen(self, grad: Tensor, q: Tensor, cold: bool) -> Tensor:
+        """As many iterations whatever they gain; the start where a gradient is zero or not finite.
+
+        Factors of the last iteration alone are made singular vectors: before, any basis of the
+        same directions does, and Cholesky's is found without waiting.
+        """
+        norm = ops.matrix_norm(grad)
+        known, start = usable(norm), q
+        norm = torch.where(known, norm, 1)
+        for left in range(min(self.max_iterations, ITERATIONS + cold) - 1, -1, -1):
+            sketch = mixed_matmul((q / norm).mT, grad)
+            y = mixed_matmul(grad, sketch.mT) / norm
+            z = whiten(y, q.mT @ y)
+            gram = z.mT @ z
+            q = whiten(z, gram) if left else z
+        sound = torch.linalg.matrix_norm(gram) < torch.inf  # NaN is not
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        _, vectors = eigh(torch.where(sound[..., None, None], gram, eye))
+        q = torch.linalg.qr(unit_columns(q @ vectors.flip(-1))[..., : self.rank]).Q
+        return torch.where(known, q, start[..., : self.rank])
+
+
+ITERATIONS = 2
+"""Power iterations on an accelerator, from the basis in use."""
+
 
 def whiten(y: Tensor, gram: Tensor) -> Tensor:
     """``Y L^-T`` with ``gram = L L^T``, shifted by rounding error so that it is definite."""
@@ -93,13 +128,25 @@ def whiten(y: Tensor, gram: Tensor) -> Tensor:
     info = torch.finfo(gram.dtype)
     shift = info.eps * gram.diagonal(dim1=-2, dim2=-1).sum(-1) + info.tiny
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    for _ in range(4):
-        factor, failed = torch.linalg.cholesky_ex(gram + shift[..., None, None] * eye)
-        if not bool(failed.any()):
-            break
-        shift = shift * 10
+    if on_accelerator(y):
+        factor = _first_factor([gram + shift[..., None, None] * 10.0**n * eye for n in range(4)])
+    else:
+        for _ in range(4):
+            factor, failed = torch.linalg.cholesky_ex(gram + shift[..., None, None] * eye)
+            if not bool(failed.any()):
+                break
+            shift = shift * 10
     white: Tensor = torch.linalg.solve_triangular(factor.mT, y, upper=True, left=False)
     return white
+
+
+def _first_factor(grams: list[Tensor]) -> Tensor:
+    """Cholesky's factor of the first that has one, chosen on the device; NaN if none has."""
+    factors, failed = torch.linalg.cholesky_ex(torch.stack(grams))
+    chosen = factors.new_full((), torch.nan)
+    for factor, status in zip(factors.flip(0), failed.flip(0), strict=True):
+        chosen = torch.where(status[..., None, None] == 0, factor, chosen)
+    return chosen
 
 
 def orthonormal(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import lowrank_optim
+from lowrank_optim.engine import answers
 from lowrank_optim.engine.plan import on_host
 from lowrank_optim.ops import devices
 
@@ -60,6 +61,8 @@ LOOKS: dict[Any, str] = {
 
 VALUES = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__}
 """What reads the memory of a tensor without asking an op; on an accelerator it is copied."""
+
+INDEXING = {Tensor.__getitem__, Tensor.__setitem__}
 
 FACTORIES = {
     torch.tensor, torch.as_tensor, torch.zeros, torch.ones, torch.empty, torch.full, torch.arange,
@@ -132,10 +135,12 @@ class Watch:
         self.launches: Counter[str] = Counter()
         self.gemms: Counter[str] = Counter()
         """Those of :attr:`launches` that are matrix products."""
+        self.answers = 0
+        """What was asked of the device a step ago (:mod:`lowrank_optim.engine.answers`)."""
         self._hosts = WeakTensorKeyDictionary()
         self._given = host
         self._optimizer = optimizer
-        self._inside = False
+        self._inside = self._of_host = False
         self._stack = ExitStack()
 
     @property
@@ -150,6 +155,7 @@ class Watch:
     def __enter__(self) -> Self:
         patch = self._stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(devices, "HOSTS", frozenset())
+        patch.setattr(answers.Answer, "read", self._counted(answers.Answer.read))
         for x in self._given:
             self._hosts[x] = True
         for state in () if self._optimizer is None else self._optimizer.state.values():
@@ -162,6 +168,15 @@ class Watch:
 
     def __exit__(self, *raised: Any) -> None:
         self._stack.close()
+
+    def _counted(self, read: Callable[[answers.Answer], int]) -> Callable[[answers.Answer], int]:
+        def counted(answer: answers.Answer) -> int:
+            if answer.told is not None:
+                self._hosts[answer.told] = True
+                self.answers += 1
+            return read(answer)
+
+        return counted
 
     def is_host(self, x: Tensor) -> bool:
         """Whether a tensor is one of the host."""
@@ -186,6 +201,10 @@ class Watch:
                 self._hosts[out] = True
             elif func in (torch.tensor, torch.as_tensor, torch.from_numpy):
                 self.look("numbers of the host are copied to the device")
+        elif func in INDEXING and not self.is_host(args[0]):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(isinstance(i, list) for i in index):
+                self.look("indices of the host are copied to the device")
         elif func in VALUES and not self.is_host(args[0]):
             self.look("a value is read")
             if isinstance(out, Tensor):
@@ -213,7 +232,7 @@ class Watch:
         """One op before it runs; whether its results are the host's."""
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         hosts = [x for x in given if self.is_host(x)]
-        if given and len(hosts) == len(given):
+        if given and (len(hosts) == len(given) or self._of_host):
             return True
         packet = func.overloadpacket
         if LOOKS.get(packet):
@@ -222,13 +241,13 @@ class Watch:
             masks = [x for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)]
             if masks:
                 self.look("the size of the result depends on values")
-        if packet is aten.copy_ and len(given) == 2 and self.is_host(given[0]):
-            self.look("a tensor of the device is copied to the host")
-            return True
-        if packet is aten.copy_ and self.is_host(given[1]):
-            waits = not (args[2:3] or [kwargs.get("non_blocking")])[0]
-            if waits:
-                self.look("a tensor of the host is copied to the device")
+        if packet is aten.copy_ and any(map(self.is_host, given)):
+            to_host = self.is_host(given[0])
+            if not (args[2:3] or [kwargs.get("non_blocking")])[0]:
+                ways = ("host is copied to the device", "device is copied to the host")
+                self.look(f"a tensor of the {ways[to_host]}")
+            if to_host:
+                return True
         elif any(x.dim() for x in hosts):
             self.look("a tensor of the host among those of the device")
         self._launched(func, given, args)
@@ -255,10 +274,17 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if not self.seen._inside:
-            self.seen.called(func, args, kwargs, out)
+        kwargs, seen = kwargs or {}, self.seen
+        if seen._inside:
+            return func(*args, **kwargs)
+        # numbers and lists become tensors of the host on the way
+        own = func in INDEXING and all(map(seen.is_host, _tensors(args)))
+        seen._of_host = own
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            seen._of_host = False
+        seen.called(func, args, kwargs, out)
         return out
 
 
