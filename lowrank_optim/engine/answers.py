@@ -11,20 +11,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import MutableMapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from lowrank_optim.engine.tracing import fake_mode
 
 logger = logging.getLogger(__name__)
 
 State = MutableMapping[str, Tensor]
 
 
-class Answer(NamedTuple):
+@dataclass(frozen=True)
+class Answer:
     """What is known of the refreshes of a matrix since the host last asked."""
 
+    name: str
+    """Of the parameter."""
     good: Tensor
     """How many came about, on the device."""
     count: int
@@ -64,11 +70,12 @@ def put_back(state: State, answer: Answer | None) -> None:
             _open[key] = answer
 
 
-def expect_(state: State, ok: Tensor, last: int, soon: bool) -> None:
+def expect_(state: State, name: str, ok: Tensor, last: int, soon: bool) -> None:
     """Note that the device knows whether a refresh came about.
 
     Args:
         state: of the matrix.
+        name: likewise.
         ok: 0-d bool on the device.
         last: ``refresh_step`` before it.
         soon: whether the next step asks, so that the answer is to be on its way.
@@ -76,8 +83,8 @@ def expect_(state: State, ok: Tensor, last: int, soon: bool) -> None:
     before = of(state)
     good = ok.to(torch.int32) if before is None else before.good + ok
     count, last = (1, last) if before is None else (before.count + 1, before.last)
-    told, arrived = _on_its_way(good) if soon else (None, None)
-    _open[state["refresh_step"]] = Answer(good, count, last, told, arrived)
+    told, arrived = (None, None) if fake_mode() or not soon else _on_its_way(good)
+    _open[state["refresh_step"]] = Answer(name, good, count, last, told, arrived)
 
 
 def _on_its_way(good: Tensor) -> tuple[Tensor, Any]:
@@ -91,7 +98,7 @@ def _on_its_way(good: Tensor) -> tuple[Tensor, Any]:
     return told, arrived
 
 
-def settle_(state: State, name: str) -> None:
+def settle_(state: State) -> None:
     """Ask, and count what was postponed; a single refresh that was is due again."""
     answer = of(state)
     if answer is None:
@@ -105,6 +112,6 @@ def settle_(state: State, name: str) -> None:
     logger.info(
         "refresh of %s postponed %d time(s): its gradient was zero or not finite, or could not be "
         "factored",
-        name,
+        answer.name,
         failed,
     )

@@ -47,18 +47,19 @@ def basis_due(item: ParamPlan, state: State, chosen: Strategies) -> bool:
     step = int(state["step"])
     if item.tried == step:
         return False
-
-    def due() -> bool:
-        return refresh_due(step, int(state["refresh_step"]), chosen.gap, phase(item, chosen))
-
     answer = answers.of(state)
-    # who starts from the basis in use has to know whether there is one
-    known = (
-        answer is None or answer.last >= 0 or (item.subspace is not None and item.subspace.indexed)
-    )
-    if answer is not None and not (known and due()):
-        answers.settle_(state, item.name)
-    return due()
+    if answer is not None and not _due_anyway(item, chosen, answer):
+        answers.settle_(state)
+    return refresh_due(step, int(state["refresh_step"]), chosen.gap, phase(item, chosen))
+
+
+def _due_anyway(item: ParamPlan, chosen: Strategies, answer: answers.Answer) -> bool:
+    """Whether the next refresh is the same whatever became of the last one.
+
+    A search that starts from the basis in use has to know whether there is one.
+    """
+    starts = item.subspace is None or not item.subspace.indexed
+    return chosen.gap == 1 and (answer.last >= 0 or not starts)
 
 
 def phase(item: ParamPlan, chosen: Strategies) -> int:
@@ -100,7 +101,8 @@ def refresh_(
     follow_(item, state, moved, step, chosen, sources, ok if later else None)
     if ok is not None and later:
         assert item.subspace is not None
-        answers.expect_(state, ok, last, soon=chosen.gap > 1 or not item.subspace.indexed)
+        soon = chosen.gap > 1 or not item.subspace.indexed
+        answers.expect_(state, item.name, ok, last, soon)
     if found is not None:
         found.update({k: m.low for k, m in moved.items() if m.low is not None})
     return True

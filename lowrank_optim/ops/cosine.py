@@ -61,7 +61,7 @@ def cosine_rows(n: int, basis: str, dtype: torch.dtype, device: torch.device) ->
         if basis == "dct2":
             out[at] = sent(tile.to(dtype), device)
         else:
-            out[:, at] = tile.mT.to(device, dtype)
+            out[:, at] = sent(tile.mT.to(dtype), device)
     return out
 
 

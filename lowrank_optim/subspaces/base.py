@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lowrank_optim import ops
 from lowrank_optim.subspaces.terms import KINDS, Term, Wants, unknown_kind
@@ -481,11 +482,11 @@ def usable(norm: Tensor) -> Tensor:
 
 def replaced(grad: Tensor, known: Tensor, ctx: RefreshContext) -> Tensor:
     """The gradient where it is ``known`` to be usable, else noise, drawn where the gradient is."""
-    generator = torch.Generator(grad.device).manual_seed(ctx.generator.initial_seed())
-    shape, dtype, device = grad.shape[-2:], grad.dtype, grad.device
-    return torch.where(
-        known, grad, torch.randn(shape, dtype=dtype, device=device, generator=generator)
-    )
+    generator = ctx.generator
+    if not grad.is_cpu and not isinstance(grad, FakeTensor):
+        generator = torch.Generator(grad.device).manual_seed(generator.initial_seed())
+    noise = torch.empty(grad.shape[-2:], dtype=grad.dtype, device=grad.device)
+    return torch.where(known, grad, noise.normal_(generator=generator))
 
 
 def new_to_old(new: Tensor, old: Tensor) -> Tensor:

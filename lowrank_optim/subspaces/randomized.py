@@ -33,9 +33,9 @@ class RandomizedSVD(Projector):
     is left to gain, which on gradients of real text one iteration reaches, warm or cold.
     The first start is Gaussian.
 
-    An accelerator is not asked for these energies: it takes :data:`ITERATIONS`, one more from a
-    Gaussian start, and tries all shifts of a factorisation at once. Its host waits for the status
-    of the last step's ``eigh`` alone, which torch reads.
+    An accelerator is not asked for these energies: it takes two iterations, four from a Gaussian
+    start, and tries all shifts of a factorisation at once. Its host waits for the status of the
+    last step's ``eigh`` alone, which torch reads.
 
     Args:
         oversample: columns beyond the rank, so that a direction can enter the basis.
@@ -105,7 +105,7 @@ class RandomizedSVD(Projector):
         norm = ops.matrix_norm(grad)
         known, start = usable(norm), q
         norm = torch.where(known, norm, 1)
-        for left in range(min(self.max_iterations, ITERATIONS + cold) - 1, -1, -1):
+        for left in range(min(self.max_iterations, ITERATIONS[cold]) - 1, -1, -1):
             sketch = mixed_matmul((q / norm).mT, grad)
             y = mixed_matmul(grad, sketch.mT) / norm
             z = whiten(y, q.mT @ y)
@@ -118,8 +118,10 @@ class RandomizedSVD(Projector):
         return torch.where(known, q, start[..., : self.rank])
 
 
-ITERATIONS = 2
-"""Power iterations on an accelerator, from the basis in use."""
+ITERATIONS = {False: 2, True: 4}
+"""Power iterations on an accelerator: from the basis in use, and from a Gaussian start."""
+SHIFTS = 4
+"""Shifts by which a matrix is made definite, each ten times the one before."""
 
 
 def whiten(y: Tensor, gram: Tensor) -> Tensor:
@@ -129,9 +131,9 @@ def whiten(y: Tensor, gram: Tensor) -> Tensor:
     shift = info.eps * gram.diagonal(dim1=-2, dim2=-1).sum(-1) + info.tiny
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     if on_accelerator(y):
-        factor = _first_factor([gram + shift[..., None, None] * 10.0**n * eye for n in range(4)])
+        factor = _first_factor(gram, shift)
     else:
-        for _ in range(4):
+        for _ in range(SHIFTS):
             factor, failed = torch.linalg.cholesky_ex(gram + shift[..., None, None] * eye)
             if not bool(failed.any()):
                 break
@@ -140,13 +142,16 @@ def whiten(y: Tensor, gram: Tensor) -> Tensor:
     return white
 
 
-def _first_factor(grams: list[Tensor]) -> Tensor:
-    """Cholesky's factor of the first that has one, chosen on the device; NaN if none has."""
-    factors, failed = torch.linalg.cholesky_ex(torch.stack(grams))
-    chosen = factors.new_full((), torch.nan)
-    for factor, status in zip(factors.flip(0), failed.flip(0), strict=True):
-        chosen = torch.where(status[..., None, None] == 0, factor, chosen)
-    return chosen
+def _first_factor(gram: Tensor, shift: Tensor) -> Tensor:
+    """Cholesky's factor with the least of all shifts that gives one, chosen on the device."""
+    tries = torch.arange(SHIFTS, dtype=gram.dtype, device=gram.device)
+    tries = tries.view(SHIFTS, *[1] * (gram.dim() - 1))
+    shifted = gram.repeat(SHIFTS, *[1] * gram.dim())
+    shifted.diagonal(dim1=-2, dim2=-1).add_(shift[..., None] * 10.0**tries)
+    factors, failed = torch.linalg.cholesky_ex(shifted)
+    at = (failed != 0).sum(0, keepdim=True).clamp_(max=SHIFTS - 1)
+    factor: Tensor = factors.gather(0, at[..., None, None].expand(1, *gram.shape)).squeeze(0)
+    return factor
 
 
 def orthonormal(x: Tensor) -> Tensor:

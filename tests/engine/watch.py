@@ -14,11 +14,12 @@ the device's.
 
 from __future__ import annotations
 
-import traceback
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple, Self
 
 import pytest
@@ -26,10 +27,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import lowrank_optim
+from lowrank_optim import LowRankOptimizer
 from lowrank_optim.engine import answers
 from lowrank_optim.engine.plan import on_host
 from lowrank_optim.ops import devices
@@ -129,7 +130,7 @@ class Watch:
         host: tensors beside its counters that are the host's.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer | None = None, *host: Tensor) -> None:
+    def __init__(self, optimizer: LowRankOptimizer | None = None, *host: Tensor) -> None:
         self.looks: Counter[tuple[str, str]] = Counter()
         """What a host would wait for: (what, "file:line function" of the package)."""
         self.launches: Counter[str] = Counter()
@@ -158,6 +159,8 @@ class Watch:
         patch.setattr(answers.Answer, "read", self._counted(answers.Answer.read))
         for x in self._given:
             self._hosts[x] = True
+        if self._optimizer is not None:  # what is the host's of a state is known by its keys
+            self._optimizer._make_state()
         for state in () if self._optimizer is None else self._optimizer.state.values():
             for key, x in state.items():
                 if isinstance(x, Tensor) and on_host(key):
@@ -185,11 +188,13 @@ class Watch:
     def look(self, what: str) -> None:
         """Count one, with the innermost place of the package that is not a wrapper of an op."""
         place = "?"
-        for frame in reversed(traceback.extract_stack()):
-            if frame.filename.startswith(str(PACKAGE)):
-                file = Path(frame.filename).relative_to(PACKAGE)
-                place = f"{file}:{frame.lineno} {frame.name}"
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            if frame.f_code.co_filename.startswith(str(PACKAGE)):
+                file = Path(frame.f_code.co_filename).relative_to(PACKAGE)
+                place = f"{file}:{frame.f_lineno} {frame.f_code.co_name}"
                 break
+            frame = frame.f_back
         self.looks[what, place] += 1
 
     # ---------------------------------------------------------------- what the modes report
@@ -230,7 +235,7 @@ class Watch:
 
     def dispatched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """One op before it runs; whether its results are the host's."""
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        given = _tensors((args, kwargs))
         hosts = [x for x in given if self.is_host(x)]
         if given and (len(hosts) == len(given) or self._of_host):
             return True
@@ -278,8 +283,8 @@ class _Functions(TorchFunctionMode):
         if seen._inside:
             return func(*args, **kwargs)
         # numbers and lists become tensors of the host on the way
-        own = func in INDEXING and all(map(seen.is_host, _tensors(args)))
-        seen._of_host = own
+        given = _tensors((args, kwargs))
+        seen._of_host = bool(given) and all(map(seen.is_host, given))
         try:
             out = func(*args, **kwargs)
         finally:
@@ -311,5 +316,12 @@ class _Ops(TorchDispatchMode):
         return out
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    return (x for x in tree_leaves(tree) if isinstance(x, Tensor))
+def _tensors(tree: Any) -> list[Tensor]:
+    """All of arguments or results, in lists too."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, list | tuple):
+        return []
+    return [x for own in tree for x in _tensors(own)]

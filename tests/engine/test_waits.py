@@ -1,0 +1,184 @@
+"""No host in a step: what one would make the host of an accelerator wait for, on the CPU."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lowrank_optim import LowRankOptimizer, attach_in_backward
+from lowrank_optim.ops import quant
+from lowrank_optim.stores import STORES
+from tests import cases
+from tests.compare import assert_close
+from tests.engine import product_cases
+from tests.engine.watch import Watch
+
+STATUS = "the status of a factorisation is read"
+ALLOWED = {
+    "subspaces/randomized.py eigh": "torch has no eigh that keeps its status on the device",
+    "subspaces/svd.py left_singular_vectors": "torch has no svd that keeps its status there",
+}
+"""What a refresh waits for: once a matrix, or once a side of it."""
+
+SPECTRAL = {"subspaces/factors.py", "subspaces/spectral.py"}
+"""Of SST at the beginning of an iteration: triplets are sorted out by their values."""
+
+
+def check(seen: Watch, matrices: int, refreshes: bool, factors: bool = False) -> None:
+    """Nothing but what is allowed at a refresh, and answers to what was asked a step before."""
+    left = Counter(seen.where)
+    for where in list(left):
+        if refreshes and where in ALLOWED and left[where] <= matrices:
+            del left[where]
+        if refreshes and factors and where.split()[0] in SPECTRAL:
+            del left[where]
+    assert not left, seen.looks
+
+
+def stepped(
+    optimizer: LowRankOptimizer, params: list[Tensor], grads: list[list[Tensor]], due: set[int]
+) -> None:
+    """Steps under the watch; a basis is due in some."""
+    factors = type(optimizer).__name__.startswith("SST")
+    for n, row in enumerate(grads):
+        for param, grad in zip(params, row, strict=True):
+            param.grad = grad
+        with Watch(optimizer) as seen:
+            optimizer.step()
+        check(seen, 2 * len(params), n in due, factors)
+
+
+SHAPES = [(20, 32), (2, 20, 24), (9,)]
+
+
+def rows(count: int, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[list[Tensor]]:
+    each = [cases.gradients(shape, count, dtype, seed=i) for i, shape in enumerate(shapes)]
+    return [list(row) for row in zip(*each, strict=True)]
+
+
+def methods() -> Iterator[Any]:
+    """Every class, one of each residual on every projector, at gaps of 1 and 2."""
+    own = [pair for pair in cases.pairs() if not cases.is_beyond(*pair)]
+    for n, (name, projector) in enumerate(own):
+        yield name, projector, 1 + n % 2
+    for name in sorted({*cases.method_names()} - {*cases.projecting_names()}):
+        yield name, "svd", 2
+
+
+@pytest.mark.filterwarnings("ignore:.*does not use")
+def test_no_step_of_a_class_waits() -> None:
+    """It was 3 looks a matrix in every step of DCT-AdamW, and 17 in a refresh of the default."""
+    for name, projector, gap in methods():
+        for dtype in (torch.float32, torch.bfloat16)[: 1 + (projector == "rsvd")]:
+            params = [cases.parameter(shape, dtype) for shape in SHAPES]
+            options: dict[str, Any] = {"projector": projector, "weight_decay": 0.1}
+            optimizer = cases.build(name, params, update_proj_gap=gap, **options)
+            stepped(optimizer, params, rows(3, SHAPES, dtype), {0, 1, 2} if gap == 1 else {0, 2})
+
+
+def test_no_composition_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every subspace with every kind of residual; all else is drawn."""
+    monkeypatch.setattr(quant, "MIN_SIZE", 0)
+    kinds: dict[str, list[str]] = {}
+    for name, spec in product_cases.RESIDUALS.items():
+        kinds.setdefault(spec["kind"], []).append(name)
+    for n, subspace in enumerate(product_cases.SUBSPACES):
+        for own in kinds.values():
+            residual = own[n % len(own)]
+            generator = random.Random(f"{subspace}/{residual}")
+            case = product_cases.one(
+                subspace,
+                generator,
+                rule=generator.choice([*product_cases.RULES]),
+                store=generator.choice([*STORES]),
+                on_refresh=generator.choice(["keep", "reset", "project"]),
+            )
+            if product_cases.refusal(subspace, residual, case):
+                continue
+            shapes = [(5, 7), (2, 5, 7)]
+            params: list[Tensor] = [
+                nn.Parameter(product_cases.start(x, torch.float32, i, small=False))
+                for i, x in enumerate(shapes)
+            ]
+            optimizer = product_cases.built(subspace, residual, case, params)
+            try:
+                stepped(optimizer, params, rows(3, shapes, torch.float32), {0, 2})
+            except AssertionError as error:
+                error.add_note(f"{subspace} x {residual}: {case}")
+                raise
+
+
+@pytest.mark.parametrize("mode", ["project", "step"])
+def test_no_backward_waits(mode: Any) -> None:
+    """But for the first basis of ``mode="project"``, which a gradient without one asks for."""
+    for name, options in {
+        "GaLoreAdamW": {"projector": "rsvd"},
+        "DCTAdamW": {},
+        "GaLoreLion": {"projector": "random", "state_dtype": "8bit"},
+        "FrugalAdamW": {"projector": "columns", "free_rule": "none"},
+    }.items():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 24))
+        optimizer = cases.build(name, net.named_parameters(), update_proj_gap=2, **options)
+        attach_in_backward(optimizer, mode)
+        for n in range(4):
+            x = torch.randn(5, 24)
+            with Watch(optimizer) as seen:
+                net(x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            if n or mode == "step":
+                check(seen, 2, refreshes=n % 2 == 0)
+
+
+def run(
+    forced: bool, start: Tensor, grads: list[Tensor], projector: str, **options: Any
+) -> tuple[Tensor, dict[str, Tensor], LowRankOptimizer]:
+    with pytest.MonkeyPatch.context() as patch:
+        cases.branching(patch, lambda tensor: forced)
+        param = nn.Parameter(start.clone())
+        optimizer = cases.build("GaLoreAdamW", [param], projector=projector, **options)
+        cases.run(optimizer, [param], [[g] for g in grads])
+        state = optimizer.state_dict()["state"]
+        return param.detach(), next(iter(state.values())), optimizer
+
+
+BAD = {"zero": 0.0, "inf": float("inf"), "nan": float("nan")}
+
+
+def sequences() -> Iterator[tuple[str, set[int]]]:
+    """Where gradients are bad: at the first step, at a refresh, between, and all of these."""
+    for at in ({0}, {2}, {1}, {0, 1}, {2, 3}, {0, 2, 3, 4}):
+        for kind in BAD:
+            yield kind, at
+
+
+@pytest.mark.parametrize("projector", [*cases.basis_names(), "columns"])
+def test_what_an_accelerator_selects_is_what_a_host_decides(projector: str) -> None:
+    """Zero, Inf and NaN at the first step, at a refresh and between: the same run, and counts."""
+    for n, (kind, at) in enumerate(sequences()):
+        shape = [(12, 20), (20, 12), (2, 12, 20)][n % 3]
+        gap = 1 if n % 5 == 4 else 2
+        on_refresh = ["keep", "project", "reset"][n % 3 if kind != "zero" else n % 2]
+        start = cases.parameter(shape).detach()
+        grads = cases.gradients(shape, 6)
+        for i in at:
+            grads[i] = torch.zeros_like(grads[i]) if kind == "zero" else grads[i] * BAD[kind]
+        options = {"update_proj_gap": gap, "on_refresh": on_refresh, "weight_decay": 0.1}
+        want, state, optimizer = run(False, start, grads, projector, **options)
+        got, other, accelerated = run(True, start, grads, projector, **options)
+        assert bool(got.isfinite().all())
+        assert accelerated.postponed_refreshes() == optimizer.postponed_refreshes(), (kind, at)
+        if gap > 1:  # else it is due in any case
+            assert torch.equal(other["refresh_step"], state["refresh_step"]), (kind, at)
+        if projector == "rsvd":
+            continue  # its bases differ within its tolerance: below
+        assert_close(got, want)
+        for key in state.keys() - {"refresh_step"}:
+            assert_close(other[key], state[key])
