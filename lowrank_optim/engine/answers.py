@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowrank_optim.engine.tracing import fake_mode
+from lowrank_optim.ops.devices import queued
 
 logger = logging.getLogger(__name__)
 
@@ -88,13 +89,14 @@ def expect_(state: State, name: str, ok: Tensor, last: int, soon: bool) -> None:
 
 
 def _on_its_way(good: Tensor) -> tuple[Tensor, Any]:
-    queued = good.device.type not in ("cpu", "meta") and torch.accelerator.is_available()
-    told = torch.empty((), dtype=torch.int32, pin_memory=queued)
+    pinned = queued(good.device)
+    told = torch.empty((), dtype=torch.int32, pin_memory=pinned)
     told.copy_(good, non_blocking=True)
-    if not queued:
+    if not pinned:
         return told, None
-    arrived = torch.Event(good.device)
-    arrived.record(torch.accelerator.current_stream(good.device))
+    module = torch.get_device_module(good.device)
+    arrived = module.Event()
+    arrived.record(module.current_stream(good.device))
     return told, arrived
 
 

@@ -9,9 +9,18 @@ HOSTS = frozenset({"cpu"})
 """Device types whose tensors a host reads at once: no queue has to run dry before."""
 
 
+QUEUED = frozenset({"cuda", "xpu"})
+"""Those that copy to and from pinned memory while their host goes on."""
+
+
 def on_accelerator(tensor: Tensor) -> bool:
     """Whether branching on a value of this tensor would stall its device."""
     return tensor.device.type not in HOSTS
+
+
+def queued(device: torch.device) -> bool:
+    """Whether copies between a device and pinned memory wait for their turn without the host."""
+    return device.type in QUEUED and torch.get_device_module(device).is_available()
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
@@ -19,6 +28,6 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
 
     A copy from other memory makes it wait until the device has done all that it was asked before.
     """
-    if x.is_cpu and device.type not in ("cpu", "meta") and torch.accelerator.is_available():
+    if x.is_cpu and queued(device):
         x = x.pin_memory()
     return x.to(device, non_blocking=True)

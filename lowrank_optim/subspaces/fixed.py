@@ -122,14 +122,14 @@ class FixedBasis(Projector):
         if scores is None:
             scores, parts = self._scores(grad)
         source = self._choose_(index, scores)
-        idle = None if fine is None else ~fine
+        moves = fine
         if index.dim() > 1:  # an expert without tokens keeps its indices
-            empty = ops.matrix_norm(grad).squeeze(-1) == 0
-            idle = empty if idle is None else empty | idle
-        if idle is not None:
-            index.copy_(torch.where(idle, old, index))
+            busy = ops.matrix_norm(grad).squeeze(-1) != 0
+            moves = busy if fine is None else busy & fine
+        if moves is not None:
+            index.copy_(torch.where(moves, index, old))
             stay = torch.arange(self.rank, dtype=source.dtype, device=source.device)
-            source = torch.where(idle, stay, source)
+            source = torch.where(moves, source, stay)
         low = None
         if parts:
             low = torch.empty(self.rank, grad.shape[1], dtype=scores.dtype, device=grad.device)
