@@ -6,6 +6,9 @@ is made without a device is the host's, as are the counters and the ``host.`` en
 parameters, gradients, all other state, and all that is computed from a tensor of the device, are
 the device's.
 
+Hooks of autograd run without torch's function modes: what they do with values is seen there, and
+copies between the host and the device are not.
+
     with Watch(optimizer) as seen:
         optimizer.step()
     seen.looks       # Counter of (what, where in the package)
@@ -25,7 +28,7 @@ from typing import Any, NamedTuple, Self
 import pytest
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -305,6 +308,8 @@ class _Ops(TorchDispatchMode):
     ) -> Any:
         kwargs, seen = kwargs or {}, self.seen
         host = seen.dispatched(func, args, kwargs)
+        if func.overloadpacket is aten.lift_fresh and _get_current_function_mode() is None:
+            host = True  # numbers, within a hook of autograd
         seen._inside = True
         try:
             out = func(*args, **kwargs)
