@@ -28,6 +28,7 @@ from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.ops.rows import take_rows
 from lowrank_optim.rules.base import Slot
 from lowrank_optim.subspaces.base import BasisChange, RefreshContext, usable
+from lowrank_optim.subspaces.eigenvectors import Searching, alone
 from lowrank_optim.transports import TRANSPORTS
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,21 @@ def refresh_(
     look: tuple[Tensor, Any] | None = None,
     later: bool = False,
 ) -> bool:
+    """:func:`refreshing_` of one matrix."""
+    return alone(refreshing_(item, state, grad, step, chosen, found, sources, look, later))
+
+
+def refreshing_(
+    item: ParamPlan,
+    state: State,
+    grad: Tensor,
+    step: int,
+    chosen: Strategies,
+    found: dict[str, Tensor] | None = None,
+    sources: dict[str, Tensor] | None = None,
+    look: tuple[Tensor, Any] | None = None,
+    later: bool = False,
+) -> Searching[bool]:
     """Refresh one basis and carry its moments over; False if it had to be postponed.
 
     Coordinates that the search came by are put in ``found``; where rows of moments come from, in
@@ -94,7 +110,7 @@ def refresh_(
     an accelerator is asked for neither now (:mod:`lowrank_optim.engine.answers`), and True says
     that the refresh was queued.
     """
-    moved, ok = _search(item, state, grad, step, chosen, look)
+    moved, ok = yield from _search(item, state, grad, step, chosen, look)
     if moved is None or (ok is not None and not later and not _came_about(item, state, step, ok)):
         return False
     last = int(state["refresh_step"])
@@ -117,7 +133,7 @@ def find_(
     look: tuple[Tensor, Any] | None = None,
 ) -> dict[str, BasisChange] | None:
     """Find new coordinates; None, and counted, if that had to be postponed."""
-    moved, ok = _search(item, state, grad, step, chosen, look)
+    moved, ok = alone(_search(item, state, grad, step, chosen, look))
     return moved if ok is None or _came_about(item, state, step, ok) else None
 
 
@@ -128,7 +144,7 @@ def _search(
     step: int,
     chosen: Strategies,
     look: tuple[Tensor, Any] | None,
-) -> tuple[dict[str, BasisChange] | None, Tensor | None]:
+) -> Searching[tuple[dict[str, BasisChange] | None, Tensor | None]]:
     """New coordinates, and on an accelerator whether they are; else None where they are not.
 
     An accelerator leaves the old ones where new ones were not to be had.
@@ -152,7 +168,7 @@ def _search(
         view, generator, item.uid, step, param=param, seen=seen, fine=fine, first=first
     )
     try:
-        moved = subspace.refresh_(state, grad, ctx)
+        moved = yield from subspace.refreshing_(state, grad, ctx)
     except LinAlgError as error:
         postpone_(item, state, step, str(error))
         return None, None

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lowrank_optim import ops
+from lowrank_optim.subspaces.eigenvectors import Searching, alone
 from lowrank_optim.subspaces.terms import KINDS, Term, Wants, unknown_kind
 from lowrank_optim.tensors.matrix import MatrixView, matrix_view
 from lowrank_optim.tensors.values import check_finite
@@ -251,6 +252,13 @@ class Subspace(ABC):
     def refresh_(self, state: State, grad: Tensor, ctx: RefreshContext) -> dict[str, BasisChange]:
         """Choose new coordinates from ``grad (..., m, n)``; amortised over the refresh gap."""
 
+    def refreshing_(
+        self, state: State, grad: Tensor, ctx: RefreshContext
+    ) -> Searching[dict[str, BasisChange]]:
+        """:meth:`refresh_`, asking for eigenvectors where several matrices can share a call."""
+        yield from ()
+        return self.refresh_(state, grad, ctx)
+
     @abstractmethod
     def coord_shapes(self, view: MatrixView) -> dict[str, tuple[int, ...]]:
         """Shape of each coordinate, known before any gradient."""
@@ -341,6 +349,13 @@ class Projector(Subspace):
             ctx: view, generator and counters.
         """
 
+    def searching(
+        self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext
+    ) -> Searching[Tensor]:
+        """:meth:`find` on an accelerator, asking for eigenvectors of what is small."""
+        yield from ()
+        return self.find(grad, previous, ctx)
+
     def init(self, view: MatrixView, param: Tensor) -> State:
         """Bases of zeros: until a gradient arrives the update is zero."""
         state = {"basis": param.new_zeros(*view.batch, view.m, self.rank)}
@@ -356,7 +371,7 @@ class Projector(Subspace):
     def refresh_(self, state: State, grad: Tensor, ctx: RefreshContext) -> dict[str, BasisChange]:
         """Find new bases, align their signs with the old ones, and say how they moved."""
         if ctx.fine is not None:
-            return {"low": self._turn_unseen_(state, grad, ctx, ctx.fine)}
+            return alone(self.refreshing_(state, grad, ctx))
         rotation = self._turn_(state["basis"], grad, ctx)
         right = self._turn_(state["basis_right"], grad.mT, ctx) if self.two_sided else None
         return {"low": BasisChange(rotation, right)}
@@ -379,10 +394,13 @@ class Projector(Subspace):
 
         return rotation
 
-    def _turn_unseen_(
-        self, state: State, grad: Tensor, ctx: RefreshContext, fine: Tensor
-    ) -> BasisChange:
-        """The same on an accelerator: no value is looked at, and it selects what is kept."""
+    def refreshing_(
+        self, state: State, grad: Tensor, ctx: RefreshContext
+    ) -> Searching[dict[str, BasisChange]]:
+        """On an accelerator no value is looked at: it selects what is kept."""
+        fine = ctx.fine
+        if fine is None or type(self).refresh_ is not Projector.refresh_:
+            return self.refresh_(state, grad, ctx)
         keys = ("basis", "basis_right")[: 1 + self.two_sided]
         olds = [state[key].clone() for key in keys]
         known = usable(ops.matrix_norm(grad)) if ctx.view.batch else fine
@@ -391,7 +409,7 @@ class Projector(Subspace):
         found = []
         for old, x in zip(olds, (grad, grad.mT), strict=False):
             previous = None if ctx.first else old
-            new = align_signs(self.find(x, previous, ctx), previous)
+            new = align_signs((yield from self.searching(x, previous, ctx)), previous)
             if ctx.view.batch and previous is not None:  # an expert without tokens keeps its basis
                 new = torch.where(known, new, previous.to(new.dtype))
             found.append(new)
@@ -402,7 +420,7 @@ class Projector(Subspace):
         def turn(n: int) -> Callable[[], Tensor] | None:
             return None if n >= len(keys) else lambda: new_to_old(state[keys[n]], olds[n])
 
-        return BasisChange(turn(0), turn(1), ok=fine)
+        return {"low": BasisChange(turn(0), turn(1), ok=fine)}
 
     @property
     def by_column(self) -> bool:

@@ -24,7 +24,7 @@ from tests.engine.watch import Watch
 
 STATUS = "the status of a factorisation is read"
 ALLOWED = {
-    "subspaces/randomized.py eigh": "torch has no eigh that keeps its status on the device",
+    "subspaces/eigenvectors.py eigh": "torch has no eigh that keeps its status on the device",
     "subspaces/svd.py left_singular_vectors": "torch has no svd that keeps its status there",
 }
 """What a refresh waits for: once a matrix, or once a side of it."""
@@ -49,16 +49,16 @@ def check(seen: Watch, matrices: int, refreshes: bool, factors: bool = False) ->
 
 def test_looks_of_a_projector_are_not_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Broken on purpose: one that asks for a value, in a refresh where another's status is read."""
-    honest = RandomizedSVD.find
+    honest = RandomizedSVD.searching
 
-    def curious(self: RandomizedSVD, grad: Tensor, *others: Any) -> Tensor:
+    def curious(self: RandomizedSVD, grad: Tensor, *others: Any) -> Any:
         assert grad.isfinite().all().item()
         return honest(self, grad, *others)
 
-    monkeypatch.setattr(RandomizedSVD, "find", curious)
+    monkeypatch.setattr(RandomizedSVD, "searching", curious)
     params = [cases.parameter((20, 32), torch.float32)]
     optimizer = cases.build("GaLoreAdamW", params, projector="rsvd")
-    with pytest.raises(AssertionError, match=r"base\.py:\d+ _turn_unseen_"):
+    with pytest.raises(AssertionError, match=r"base\.py:\d+ refreshing_"):
         stepped(optimizer, params, rows(1, [(20, 32)], torch.float32), {0})
 
 
@@ -287,6 +287,56 @@ def test_a_fixed_number_of_iterations_captures_what_the_adaptive_one_does(
         grads.append(left * values @ torch.randn(*shape[:-2], 60, 90, generator=generator))
     for got, want in zip(energies(True, grads), energies(False, grads), strict=True):
         assert bool((got >= want * (0.95 if kind == "flat" else 0.99)).all()), (got, want)
+
+
+def test_equal_matrices_share_one_wait() -> None:
+    """All that are due in a bucket ask for their eigenvectors in one call."""
+    shapes = [(20, 32)] * 3
+    params = [cases.parameter(shape, torch.float32) for shape in shapes]
+    optimizer = cases.build("GaLoreAdamW", params, projector="rsvd", update_proj_gap=2)
+    found = []
+    for row in rows(3, shapes, torch.float32):
+        for param, grad in zip(params, row, strict=True):
+            param.grad = grad
+        with Watch(optimizer) as seen:
+            optimizer.step()
+        found.append(sum(seen.looks.values()))
+    assert found == [1, 0, 1]
+
+
+def test_a_matrix_that_has_no_eigenvectors_holds_up_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The call that they share fails: each is tried alone, and one of three is postponed."""
+    exact = torch.linalg.eigh
+
+    def eigh(x: Tensor) -> Any:  # of a gradient of rank one
+        trace = x.diagonal(dim1=-2, dim2=-1).sum(-1)
+        if bool((torch.linalg.matrix_norm(x) > 0.999 * trace).any()):
+            raise torch.linalg.LinAlgError("did not converge")
+        return exact(x)
+
+    shapes = [(20, 32)] * 3
+    starts, grads = (
+        [cases.parameter(s, torch.float32).detach() for s in shapes],
+        rows(2, shapes, torch.float32),
+    )
+    ends = []
+    for bad in (False, True):
+        params = [nn.Parameter(x.clone()) for x in starts]
+        optimizer = cases.build("GaLoreAdamW", params, projector="rsvd")
+        if bad:
+            for row in grads:
+                row[1] = row[1][:, :1] @ row[1][:1]
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.linalg, "eigh", eigh)
+            cases.branching(patch, lambda tensor: True)
+            cases.run(optimizer, params, grads)
+        assert optimizer.postponed_refreshes() == ({"parameter 1": 2} if bad else {})
+        ends.append([p.detach() for p in params])
+    for n in (0, 2):
+        assert_close(ends[1][n], ends[0][n])
+    assert not torch.equal(ends[0][1], ends[1][1])
 
 
 def test_the_host_asks_once_for_each_refresh_and_only_where_it_matters() -> None:
