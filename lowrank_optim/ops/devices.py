@@ -28,6 +28,7 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
 
     A copy from other memory makes it wait until the device has done all that it was asked before.
     """
+    waits = device.type != "cpu" and not queued(device)
     if x.is_cpu and queued(device):
         x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+    return x.to(device, non_blocking=not waits)
