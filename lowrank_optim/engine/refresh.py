@@ -172,7 +172,15 @@ def _search(
     except LinAlgError as error:
         postpone_(item, state, step, str(error))
         return None, None
-    return moved, None if fine is None else next(iter(moved.values())).ok
+    ok = None if fine is None else next(iter(moved.values())).ok
+    if fine is not None and ok is None:
+        raise TypeError(
+            f"{type(subspace).__name__}.refresh_ of {item.name} does not say whether anything "
+            "moved, on an accelerator whose host has not looked at the gradient: return "
+            "BasisChange(ok=...), with nothing changed where ctx.fine is False, or set the class "
+            "variable selects = False"
+        )
+    return moved, ok
 
 
 def _came_about(item: ParamPlan, state: State, step: int, ok: Tensor) -> bool:

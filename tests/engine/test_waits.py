@@ -16,7 +16,9 @@ from lowrank_optim import LowRankOptimizer, attach_in_backward, methods
 from lowrank_optim.nn import convert
 from lowrank_optim.ops import quant
 from lowrank_optim.stores import STORES
+from lowrank_optim.subspaces.base import BasisChange, RefreshContext, State
 from lowrank_optim.subspaces.randomized import RandomizedSVD
+from lowrank_optim.subspaces.svd import SVD
 from tests import cases
 from tests.compare import assert_close
 from tests.engine import product_cases
@@ -287,6 +289,29 @@ def test_a_fixed_number_of_iterations_captures_what_the_adaptive_one_does(
         grads.append(left * values @ torch.randn(*shape[:-2], 60, 90, generator=generator))
     for got, want in zip(energies(True, grads), energies(False, grads), strict=True):
         assert bool((got >= want * (0.95 if kind == "flat" else 0.99)).all()), (got, want)
+
+
+def test_a_refresh_of_ones_own_that_selects_nothing_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A gradient of zeros would have become a basis; with ``selects = False`` the host looks."""
+
+    def refresh_(self: SVD, state: State, grad: Tensor, ctx: RefreshContext) -> Any:
+        state["basis"].copy_(self.find(grad, None, ctx))
+        return {"low": BasisChange()}
+
+    cases.branching(monkeypatch, lambda tensor: True)
+    monkeypatch.setattr(SVD, "refresh_", refresh_)
+    param = cases.parameter((12, 20), torch.float32)
+    optimizer = cases.build("GaLoreAdamW", [param], projector="svd")
+    before = param.detach().clone()
+    param.grad = torch.zeros_like(param)
+    with pytest.raises(TypeError, match=r"SVD.refresh_ of parameter 0 .* selects = False"):
+        optimizer.step()
+    assert torch.equal(param, before)
+    monkeypatch.setattr(SVD, "selects", False)
+    optimizer.step()
+    assert optimizer.postponed_refreshes() == {"parameter 0": 1}
 
 
 def test_equal_matrices_share_one_wait() -> None:
