@@ -33,6 +33,7 @@ from benchmarks.dct import energies, plot, show_energies
 from benchmarks.pretrain import METHODS, losses, make_groups, make_model, schedule
 from benchmarks.runs import Settings
 from benchmarks.timing import interleaved, ratio
+from lowrank_optim.ops import devices
 from lowrank_optim.subspaces import PROJECTORS, RefreshContext
 from lowrank_optim.tensors.matrix import matrix_view
 
@@ -104,6 +105,15 @@ def find(name: str, rank: int, grad: Tensor, previous: Tensor | None) -> Tensor:
     return PROJECTORS[name](rank).find(grad, previous, ctx)
 
 
+def unseen(rank: int, grad: Tensor, previous: Tensor | None) -> Tensor:
+    """That of ``rsvd`` where no host looks at how much an iteration gains."""
+    hosts, devices.HOSTS = devices.HOSTS, frozenset()
+    try:
+        return find("rsvd", rank, grad, previous)
+    finally:
+        devices.HOSTS = hosts
+
+
 def gram_eigh(grad: Tensor, rank: int) -> Tensor:
     """Exact too: the leading eigenvectors of ``G G^T``."""
     wide = grad.float()
@@ -136,6 +146,8 @@ def measure(case: Case, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
         FULL: lambda g, old: find("svd", r, g, None),
         WARM: lambda g, old: find("rsvd", r, g, old.to(g.dtype)),
         "rsvd, cold": lambda g, old: find("rsvd", r, g, None),
+        "rsvd as on an accelerator, warm": lambda g, old: unseen(r, g, old.to(g.dtype)),
+        "rsvd as on an accelerator, cold": lambda g, old: unseen(r, g, None),
         "eigh of the Gram matrix": lambda g, old: gram_eigh(g, r),
         "torch.svd_lowrank, niter 2": lambda g, old: svd_lowrank(g, r),
         "random": lambda g, old: find("random", r, g, None),

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowrank_optim.checkpoints.load import filled_in, load_state_dict, with_places
-from lowrank_optim.engine import tracing, zero
+from lowrank_optim.engine import answers, tracing, zero
 from lowrank_optim.engine.blocks import advance, catch_up, placed
 from lowrank_optim.engine.compiled import Traced
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state, unit_of
@@ -225,6 +225,11 @@ class LowRankOptimizer(PlannedOptimizer):
     def gap(self, group: Group) -> int:
         """Steps between refreshes in ``group``."""
         return int(group["update_proj_gap"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As of torch, once accelerators have said which of their refreshes came about."""
+        self._settle()
+        return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, with defaults for keys that groups of an older or another optimizer lack."""
@@ -650,8 +655,14 @@ class LowRankOptimizer(PlannedOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As of torch; where its loader has rank 0 fill it in, with all keys that it may need."""
+        self._settle()
         state_dict = super().state_dict()
         return with_places(self, state_dict) if filled_in(self) else state_dict
+
+    def _settle(self) -> None:
+        """Ask accelerators what has not been asked: whether refreshes came about."""
+        for state in self.state.values():
+            answers.settle_(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint: tensors keep their dtypes and are copied; all hooks run.
@@ -682,7 +693,11 @@ class LowRankOptimizer(PlannedOptimizer):
         return summary_of(self)
 
     def postponed_refreshes(self) -> dict[str, int]:
-        """How often each matrix had a refresh postponed by a zero, NaN or Inf gradient."""
+        """How often each matrix had a refresh postponed by a zero, NaN or Inf gradient.
+
+        An accelerator is waited for.
+        """
+        self._settle()
         counts = {}
         for group in self.param_groups:
             for item in self._items(group):

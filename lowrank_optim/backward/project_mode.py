@@ -162,7 +162,8 @@ class ProjectMode(InBackward):
             grad = plan.param.grad
             assert plan.view is not None and grad is not None
             if basis_due(plan, state, strategies):
-                refresh_(plan, state, plan.view.of(grad), int(state["step"]), strategies)
+                step = int(state["step"])
+                refresh_(plan, state, plan.view.of(grad), step, strategies, later=True)
             plan.param.grad = projected(
                 plan, state, grad, strategies, self.coords_dtype, self._salt
             )

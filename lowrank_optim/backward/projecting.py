@@ -182,7 +182,7 @@ def first_projected(
         norm = float(torch.linalg.vector_norm(ops.matrix_norm(view.of(more))))
         if not projected_grad.fresh and norm != 0 and math.isfinite(norm):
             found = {**{k: torch.tensor(x) for k, x in counters.items()}, **basis}
-            refresh_(plan, found, view.of(more), step, strategies)
+            refresh_(plan, found, view.of(more), step, strategies, later=True)
             projected_grad.fresh.update(found)
         coords = coords_of(plan, projected_grad.fresh or basis, more)
         return coords if math.isfinite(norm) else {k: x.fill_(norm) for k, x in coords.items()}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError
 
+from lowrank_optim.engine import answers
 from lowrank_optim.engine.plan import (
     ParamPlan,
     State,
@@ -23,10 +24,11 @@ from lowrank_optim.engine.plan import (
 )
 from lowrank_optim.groups.names import turn_of
 from lowrank_optim.ops import quant
-from lowrank_optim.ops.devices import recording
+from lowrank_optim.ops.devices import on_accelerator, recording
 from lowrank_optim.ops.rows import take_rows
 from lowrank_optim.rules.base import Slot
-from lowrank_optim.subspaces.base import BasisChange, RefreshContext
+from lowrank_optim.subspaces.base import BasisChange, RefreshContext, usable
+from lowrank_optim.subspaces.eigenvectors import Searching, alone
 from lowrank_optim.transports import TRANSPORTS
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,19 @@ def basis_due(item: ParamPlan, state: State, chosen: Strategies) -> bool:
     step = int(state["step"])
     if item.tried == step:
         return False
+    answer = answers.of(state)
+    if answer is not None and not _due_anyway(item, chosen, answer):
+        answers.settle_(state)
     return refresh_due(step, int(state["refresh_step"]), chosen.gap, phase(item, chosen))
+
+
+def _due_anyway(item: ParamPlan, chosen: Strategies, answer: answers.Answer) -> bool:
+    """Whether the next refresh is the same whatever became of the last one.
+
+    A search that starts from the basis in use has to know whether there is one.
+    """
+    starts = item.subspace is None or not item.subspace.indexed
+    return chosen.gap == 1 and (answer.last >= 0 or not starts)
 
 
 def phase(item: ParamPlan, chosen: Strategies) -> int:
@@ -73,7 +87,23 @@ def refresh_(
     found: dict[str, Tensor] | None = None,
     sources: dict[str, Tensor] | None = None,
     look: tuple[Tensor, Any] | None = None,
+    later: bool = False,
 ) -> bool:
+    """:func:`refreshing_` of one matrix."""
+    return alone(refreshing_(item, state, grad, step, chosen, found, sources, look, later))
+
+
+def refreshing_(
+    item: ParamPlan,
+    state: State,
+    grad: Tensor,
+    step: int,
+    chosen: Strategies,
+    found: dict[str, Tensor] | None = None,
+    sources: dict[str, Tensor] | None = None,
+    look: tuple[Tensor, Any] | None = None,
+    later: bool = False,
+) -> Searching[bool]:
     """Refresh one basis and carry its moments over; False if it had to be postponed.
 
     Coordinates that the search came by are put in ``found``; where rows of moments come from, in
@@ -81,12 +111,19 @@ def refresh_(
     the subspace saw, where it has looked already.
 
     A gradient that is zero or not finite says nothing about a basis, and one that no factorisation
-    can take must not end a run: the refresh is counted as postponed and stays due.
+    can take must not end a run: the refresh is counted as postponed and stays due. With ``later``
+    an accelerator is asked for neither now (:mod:`lowrank_optim.engine.answers`), and True says
+    that the refresh was queued.
     """
-    moved = find_(item, state, grad, step, chosen, look)
-    if moved is None:
+    moved, ok = yield from _search(item, state, grad, step, chosen, look)
+    if moved is None or (ok is not None and not later and not _came_about(item, state, step, ok)):
         return False
-    follow_(item, state, moved, step, chosen, sources)
+    last = int(state["refresh_step"])
+    follow_(item, state, moved, step, chosen, sources, ok if later else None)
+    if ok is not None and later:
+        assert item.subspace is not None
+        soon = chosen.gap > 1 or not item.subspace.indexed
+        answers.expect_(state, item.name, ok, last, soon)
     if found is not None:
         found.update({k: m.low for k, m in moved.items() if m.low is not None})
     return True
@@ -101,23 +138,62 @@ def find_(
     look: tuple[Tensor, Any] | None = None,
 ) -> dict[str, BasisChange] | None:
     """Find new coordinates; None, and counted, if that had to be postponed."""
+    moved, ok = alone(_search(item, state, grad, step, chosen, look))
+    return moved if ok is None or _came_about(item, state, step, ok) else None
+
+
+def _search(
+    item: ParamPlan,
+    state: State,
+    grad: Tensor,
+    step: int,
+    chosen: Strategies,
+    look: tuple[Tensor, Any] | None,
+) -> Searching[tuple[dict[str, BasisChange] | None, Tensor | None]]:
+    """New coordinates, and on an accelerator whether they are; else None where they are not.
+
+    An accelerator leaves the old ones where new ones were not to be had.
+    """
     view, subspace = item.view, item.subspace
     assert view is not None and subspace is not None
     seen = None if look is None else look[1]
+    fine: Tensor | None = None
     if subspace.needs_grad:
         norm, seen = look or subspace.look(grad)
-        if not _is_informative(item, state, float(norm), step):
-            return None
+        if subspace.selects and on_accelerator(norm):
+            fine = usable(norm)
+        elif not _is_informative(item, state, float(norm), step):
+            return None, None
     generator = seeded(chosen.seed, item.uid, step)
     # a part of W is of no use to what is a factor of W
     whole = item.part is None or not item.part.sharded or item.part.side == "whole"
     param = view.of(item.param) if whole else None
-    ctx = RefreshContext(view, generator, item.uid, step, param=param, seen=seen)
+    first = int(state.get("refresh_step", 0)) < 0
+    ctx = RefreshContext(
+        view, generator, item.uid, step, param=param, seen=seen, fine=fine, first=first
+    )
     try:
-        return subspace.refresh_(state, grad, ctx)
+        moved = yield from subspace.refreshing_(state, grad, ctx)
     except LinAlgError as error:
         postpone_(item, state, step, str(error))
-        return None
+        return None, None
+    ok = None if fine is None else next(iter(moved.values())).ok
+    if fine is not None and ok is None:
+        raise TypeError(
+            f"{type(subspace).__name__}.refresh_ of {item.name} does not say whether anything "
+            "moved, on an accelerator whose host has not looked at the gradient: return "
+            "BasisChange(ok=...), with nothing changed where ctx.fine is False, or set the class "
+            "variable selects = False"
+        )
+    return moved, ok
+
+
+def _came_about(item: ParamPlan, state: State, step: int, ok: Tensor) -> bool:
+    """Ask an accelerator at once whether it found a basis: what follows tells other ranks."""
+    if bool(ok):
+        return True
+    postpone_(item, state, step, "its gradient is zero or not finite, or could not be factored")
+    return False
 
 
 def follow_(
@@ -127,8 +203,13 @@ def follow_(
     step: int,
     chosen: Strategies,
     sources: dict[str, Tensor] | None = None,
+    ok: Tensor | None = None,
 ) -> None:
-    """Let moments and ages follow their coordinates, and count the refresh."""
+    """Let moments and ages follow their coordinates, and count the refresh.
+
+    Where ``ok``, a 0-d bool on an accelerator, is False, no coordinate has moved, and nothing
+    follows; moments that were to start again do.
+    """
     view, subspace = item.view, item.subspace
     assert view is not None and subspace is not None
     last = int(state["refresh_step"])
@@ -141,7 +222,7 @@ def follow_(
             if sources is not None and source is not None and chosen.on_refresh == "project":
                 sources[coord] = source
                 continue
-            _transport(item, state, coord, shape, moved[coord], float(time), chosen)
+            _transport(item, state, coord, shape, moved[coord], float(time), chosen, ok)
     for coord, own in moved.items():
         if own.fresh:
             _restart_(state, coord, subspace.coord_shapes(view)[coord], own.fresh, chosen)
@@ -177,6 +258,7 @@ def _transport(
     moved: BasisChange,
     time: float,
     chosen: Strategies,
+    ok: Tensor | None,
 ) -> None:
     slots = chosen.rule.slots(shape)
     keys = [slot_key(coord, slot.name) for slot in slots]
@@ -187,10 +269,16 @@ def _transport(
         x = chosen.store.read(state, key, slot, item.param, dense=True)
         assert isinstance(x, Tensor)
         moments.append((slot, x, bias))
+    if chosen.on_refresh == "reset":
+        ok = None  # so that the steps since then are the same whatever the device says
+    before = [] if ok is None else [x.clone() for _, x, _ in moments]
     TRANSPORTS[chosen.on_refresh](moments, moved)
+    for old, (_, x, _) in zip(before, moments, strict=False):
+        assert ok is not None
+        x.copy_(torch.where(ok, x, old))
     for n, (key, (slot, x, _)) in enumerate(zip(keys, moments, strict=True)):
         seed = mixed(chosen.seed, item.uid, int(time), 2, n)
-        chosen.store.write_(state, key, slot, x, moment_noise(state, key, seed))
+        chosen.store.write_(state, key, slot, x, moment_noise(state, key, seed), ok)
 
 
 def _moved_as_stored(

@@ -25,7 +25,7 @@ from lowrank_optim.engine.plan import (
     weight_noise,
     write_slots_,
 )
-from lowrank_optim.engine.refresh import basis_due, refresh_
+from lowrank_optim.engine.refresh import basis_due, refreshing_
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops import Noise
 from lowrank_optim.ops.devices import on_accelerator
@@ -35,6 +35,7 @@ from lowrank_optim.rules.base import Asking, Slot, Split, compute_dtype, finishe
 from lowrank_optim.stores import scale_key
 from lowrank_optim.subspaces.base import Target, identity
 from lowrank_optim.subspaces.block import Block
+from lowrank_optim.subspaces.eigenvectors import Searching, together
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import shares_memory
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
@@ -80,7 +81,8 @@ class Phases:
     def step_(self, bucket: Bucket) -> None:
         """The phases, each over the whole bucket but the last."""
         items, states, chosen, lr, weight_decay, undo = bucket
-        work = [_project(i, state, chosen, undo) for i, state in zip(items, states, strict=True)]
+        each = zip(items, states, strict=True)
+        work = together([_project(item, state, chosen, undo) for item, state in each])
         count_([w.state["step"] for w in work])
         _measure(work)
         if not on_accelerator(work[0].grad):
@@ -163,7 +165,9 @@ def _is_finite(w: MatrixStep) -> bool:
     return finite
 
 
-def _project(item: ParamPlan, state: State, chosen: Strategies, undo: Undo) -> MatrixStep:
+def _project(
+    item: ParamPlan, state: State, chosen: Strategies, undo: Undo
+) -> Searching[MatrixStep]:
     """Phases one and two: refresh the basis if it is due, then take coordinates."""
     view, subspace = item.view, item.subspace
     assert view is not None and subspace is not None and item.param.grad is not None
@@ -178,7 +182,8 @@ def _project(item: ParamPlan, state: State, chosen: Strategies, undo: Undo) -> M
         grad = chosen.residual.before(state, view.of(grad))
         if basis_due(item, state, chosen):
             undo.keep(state, subspace.refreshed(state))
-            refresh_(item, state, grad, int(state["step"]), chosen, coords)
+            step = int(state["step"])
+            yield from refreshing_(item, state, grad, step, chosen, coords, later=True)
         coords = coords or subspace.coords(state, grad, reduce=identity)
     return begun(item, state, grad, coords, chosen)
 

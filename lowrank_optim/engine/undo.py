@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from lowrank_optim.engine import answers
 from lowrank_optim.ops.devices import on_accelerator, recording
 
 State = MutableMapping[str, Tensor]
@@ -23,7 +24,9 @@ class Undo:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[int, tuple[State, State, list[float | Tensor], State]] = {}
+        self._kept: dict[
+            int, tuple[State, State, list[float | Tensor], answers.Answer | None, State]
+        ] = {}
         self._spare: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
         """Memory of copies that are not needed any more: to get it anew costs more than a copy."""
         self.taken = 0
@@ -39,7 +42,7 @@ class Undo:
                 for key in COUNTERS
                 if key in state
             ]
-            self._kept[id(state)] = state, dict(state), counters, {}
+            self._kept[id(state)] = state, dict(state), counters, answers.of(state), {}
 
     def keep(self, state: State, keys: Iterable[str]) -> None:
         """Copy entries that are about to be overwritten, unless that was done; no counters."""
@@ -72,9 +75,10 @@ class Undo:
                 self._forget(number)
             return
         kept, self._kept = self._kept, {}
-        for state, entries, counters, copies in kept.values():
+        for state, entries, counters, answer, copies in kept.values():
             state.clear()
             state.update(entries)
+            answers.put_back(state, answer)
             present = [k for k in COUNTERS if k in state]
             for key, value in zip(present, counters, strict=True):
                 state[key].fill_(value)  # a number, or a tensor of no dimension

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.devices import sent
 from lowrank_optim.ops.rows import check_rows, take_rows
 
 BASES = ("dct2", "dct3")
@@ -58,9 +59,9 @@ def cosine_rows(n: int, basis: str, dtype: torch.dtype, device: torch.device) ->
         if start == 0:
             tile[0] = math.sqrt(1 / n)
         if basis == "dct2":
-            out[at] = tile.to(device, dtype)
+            out[at] = sent(tile.to(dtype), device)
         else:
-            out[:, at] = tile.mT.to(device, dtype)
+            out[:, at] = sent(tile.mT.to(dtype), device)
     return out
 
 
@@ -120,7 +121,7 @@ class CosineTransform(NamedTuple):
         )
         turns = torch.view_as_real(torch.cat([circle, torch.polar(size, angle)]))
         parts = order, inverse, place, sign, twiddle, untwiddle, turns.float().flatten()
-        return cls(n, basis, *(x.to(device) for x in parts))
+        return cls(n, basis, *(sent(x, device) for x in parts))
 
     @property
     def plan(self) -> list[Tensor]:

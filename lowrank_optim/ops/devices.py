@@ -1,4 +1,4 @@
-"""Which devices a host may ask for a value."""
+"""Which devices a host may ask for a value, and how one gets there without waiting."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from torch import Tensor
 
 HOSTS = frozenset({"cpu"})
 """Device types whose tensors a host reads at once: no queue has to run dry before."""
+
+
+QUEUED = frozenset({"cuda", "xpu"})
+"""Those that copy to and from pinned memory while their host goes on."""
 
 
 def on_accelerator(tensor: Tensor) -> bool:
@@ -21,3 +25,19 @@ def recording() -> bool:
 
 def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def queued(device: torch.device) -> bool:
+    """Whether copies between a device and pinned memory wait for their turn without the host."""
+    return device.type in QUEUED and torch.get_device_module(device).is_available()
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, from pinned memory: the host goes on meanwhile.
+
+    A copy from other memory makes it wait until the device has done all that it was asked before.
+    """
+    waits = device.type != "cpu" and not queued(device)
+    if x.is_cpu and queued(device):
+        x = x.pin_memory()
+    return x.to(device, non_blocking=not waits)

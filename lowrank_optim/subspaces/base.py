@@ -9,8 +9,10 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lowrank_optim import ops
+from lowrank_optim.subspaces.eigenvectors import Searching, alone
 from lowrank_optim.subspaces.terms import KINDS, Term, Wants, unknown_kind
 from lowrank_optim.tensors.matrix import MatrixView, matrix_view
 from lowrank_optim.tensors.values import check_finite
@@ -41,6 +43,8 @@ class BasisChange(NamedTuple):
     """An exact map of a moment that has no rows to speak of: a set of single entries."""
     low: Tensor | None = None
     """The new coordinates of the gradient, where the search for them came by."""
+    ok: Tensor | None = None
+    """0-d bool on the device, where :attr:`RefreshContext.fine` is: False if nothing moved."""
 
 
 class Shared:
@@ -77,6 +81,11 @@ class RefreshContext:
     """W ``(..., m, n)``, for subspaces that are factors of it."""
     seen: Any = None
     """What :meth:`Subspace.look` found on its way."""
+    fine: Tensor | None = None
+    """0-d bool on an accelerator: whether the gradient is finite and not zero, which its host has
+    not asked. Where it is False nothing may move. None where the host knows that it is True."""
+    first: bool = False
+    """Whether there was no refresh before."""
 
 
 class Target(NamedTuple):
@@ -126,6 +135,8 @@ class Subspace(ABC):
     """Whether what a refresh finds depends on more of the gradient than its shape."""
     indexed: ClassVar[bool] = False
     """Whether :meth:`changed` knows how coordinates moved."""
+    selects: ClassVar[bool] = False
+    """Whether :meth:`refresh_` minds :attr:`RefreshContext.fine`; if not, the host looks before."""
     of_weight: ClassVar[bool] = False
     """Whether its coordinates are of factors of W: a refresh looks at W and not at the gradient."""
 
@@ -241,6 +252,13 @@ class Subspace(ABC):
     def refresh_(self, state: State, grad: Tensor, ctx: RefreshContext) -> dict[str, BasisChange]:
         """Choose new coordinates from ``grad (..., m, n)``; amortised over the refresh gap."""
 
+    def refreshing_(
+        self, state: State, grad: Tensor, ctx: RefreshContext
+    ) -> Searching[dict[str, BasisChange]]:
+        """:meth:`refresh_`, asking for eigenvectors where several matrices can share a call."""
+        yield from ()
+        return self.refresh_(state, grad, ctx)
+
     @abstractmethod
     def coord_shapes(self, view: MatrixView) -> dict[str, tuple[int, ...]]:
         """Shape of each coordinate, known before any gradient."""
@@ -303,6 +321,12 @@ class Projector(Subspace):
         two_sided: project the columns too (``proj_type="full"``): the coordinate is ``(r, r)``.
     """
 
+    selects: ClassVar[bool] = True
+    takes_any: ClassVar[bool] = False
+    """Whether :meth:`find` returns a basis, of whatever directions, for a gradient of zeros, NaN
+    or Inf too, and waits for no device; if not, an accelerator replaces such a gradient by noise,
+    which takes a copy of it."""
+
     two_sided: bool = False
 
     @property
@@ -325,6 +349,13 @@ class Projector(Subspace):
             ctx: view, generator and counters.
         """
 
+    def searching(
+        self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext
+    ) -> Searching[Tensor]:
+        """:meth:`find` on an accelerator, asking for eigenvectors of what is small."""
+        yield from ()
+        return self.find(grad, previous, ctx)
+
     def init(self, view: MatrixView, param: Tensor) -> State:
         """Bases of zeros: until a gradient arrives the update is zero."""
         state = {"basis": param.new_zeros(*view.batch, view.m, self.rank)}
@@ -339,6 +370,8 @@ class Projector(Subspace):
 
     def refresh_(self, state: State, grad: Tensor, ctx: RefreshContext) -> dict[str, BasisChange]:
         """Find new bases, align their signs with the old ones, and say how they moved."""
+        if ctx.fine is not None:
+            return alone(self.refreshing_(state, grad, ctx))
         rotation = self._turn_(state["basis"], grad, ctx)
         right = self._turn_(state["basis_right"], grad.mT, ctx) if self.two_sided else None
         return {"low": BasisChange(rotation, right)}
@@ -360,6 +393,34 @@ class Projector(Subspace):
             return new_to_old(basis, before)
 
         return rotation
+
+    def refreshing_(
+        self, state: State, grad: Tensor, ctx: RefreshContext
+    ) -> Searching[dict[str, BasisChange]]:
+        """On an accelerator no value is looked at: it selects what is kept."""
+        fine = ctx.fine
+        if fine is None or type(self).refresh_ is not Projector.refresh_:
+            return self.refresh_(state, grad, ctx)
+        keys = ("basis", "basis_right")[: 1 + self.two_sided]
+        olds = [state[key].clone() for key in keys]
+        known = usable(ops.matrix_norm(grad)) if ctx.view.batch else fine
+        if not self.takes_any:
+            grad = replaced(grad, known, ctx)
+        found = []
+        for old, x in zip(olds, (grad, grad.mT), strict=False):
+            previous = None if ctx.first else old
+            new = align_signs((yield from self.searching(x, previous, ctx)), previous)
+            if ctx.view.batch and previous is not None:  # an expert without tokens keeps its basis
+                new = torch.where(known, new, previous.to(new.dtype))
+            found.append(new)
+            fine = fine & (torch.linalg.vector_norm(new) < torch.inf)
+        for key, new, old in zip(keys, found, olds, strict=True):
+            state[key].copy_(torch.where(fine, new.to(old.dtype), old))
+
+        def turn(n: int) -> Callable[[], Tensor] | None:
+            return None if n >= len(keys) else lambda: new_to_old(state[keys[n]], olds[n])
+
+        return {"low": BasisChange(turn(0), turn(1), ok=fine)}
 
     @property
     def by_column(self) -> bool:
@@ -430,6 +491,20 @@ class Projector(Subspace):
             ops.lift_add_scaled_(*common, columns, into.decay, into.lr, scale, finite)
         else:  # "sign"
             ops.lift_add_sign_(*common, into.decay, into.lr, scale, term.gain, finite)
+
+
+def usable(norm: Tensor) -> Tensor:
+    """Whether norms are neither 0 nor Inf nor NaN, on their device."""
+    return norm / norm == 1
+
+
+def replaced(grad: Tensor, known: Tensor, ctx: RefreshContext) -> Tensor:
+    """The gradient where it is ``known`` to be usable, else noise, drawn where the gradient is."""
+    generator = ctx.generator
+    if not grad.is_cpu and not isinstance(grad, FakeTensor):
+        generator = torch.Generator(grad.device).manual_seed(generator.initial_seed())
+    noise = torch.empty(grad.shape[-2:], dtype=grad.dtype, device=grad.device)
+    return torch.where(known, grad, noise.normal_(generator=generator))
 
 
 def new_to_old(new: Tensor, old: Tensor) -> Tensor:

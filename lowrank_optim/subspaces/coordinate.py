@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
+from lowrank_optim.ops.devices import sent
 from lowrank_optim.subspaces.base import (
     BasisChange,
     Reduce,
@@ -70,7 +71,7 @@ class Coordinates(Subspace):
         index = state["index"]
         old = index.clone()
         drawn = torch.randperm(ctx.view.m, generator=ctx.generator)[: self.rank]
-        index.copy_(drawn.sort().values)
+        index.copy_(sent(drawn.sort().values, index.device))
         new = index.clone()
         return {"low": BasisChange(lambda: _shared(new, old), source=source_of(new, old))}
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
+from lowrank_optim.ops.devices import sent
 from lowrank_optim.subspaces.base import Reduce, RefreshContext, State, Target
 from lowrank_optim.subspaces.lora import balance_
 from lowrank_optim.subspaces.switched import SIDES, Switched
@@ -78,7 +79,7 @@ class SwitchedFactors(Switched):
         """Also ``W0 <- W0 + s b (a - c)^T``, for all vectors at once and rounded once."""
         name, counterpart = SIDES[side], SIDES[1 - side]
         factor, other = state[f"basis_{name}"], state[f"basis_{counterpart}"]
-        index = list(slots)
+        index = sent(torch.tensor(slots), factor.device)
         before = factor[index]
         super()._exchange_(state, side, slots, old, new, ctx)
         assert ctx.param is not None

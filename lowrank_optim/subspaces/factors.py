@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError
 
+from lowrank_optim.ops.devices import sent
+
 SAMPLING = ("mixed", "multinomial", "uniform", "sequential", "topr")
 """How singular vectors are chosen, see :func:`sample`."""
 
@@ -31,16 +33,16 @@ def sample(how: str, s: Tensor, rank: int, iteration: int, noise: Tensor) -> Ten
         s: singular values ``(k,)``, not negative.
         rank: how many.
         iteration: number of the iteration, for ``sequential``.
-        noise: ``(k,)`` exponential variates.
+        noise: ``(k,)`` exponential variates, of the host.
     """
-    k, s = s.numel(), s.double().cpu()
+    k, s = s.numel(), s.double()
     if how == "sequential":
-        return torch.sort((iteration * rank + torch.arange(rank)) % k).values
+        return sent(torch.sort((iteration * rank + torch.arange(rank)) % k).values, s.device)
     if how == "topr":
         keys = s
     else:
         total = s.sum()
-        share = s / total if float(total) > 0 else torch.full_like(s, 1 / k)
+        share, noise = torch.where(total > 0, s / total, 1 / k), sent(noise, s.device)
         every = {"mixed": (share + 1 / k) / 2, "multinomial": share, "uniform": torch.ones_like(s)}
         share = every[how]
         keys = torch.where(share > 0, share / noise, -noise)

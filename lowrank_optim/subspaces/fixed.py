@@ -107,25 +107,29 @@ class FixedBasis(Projector):
 
     def refresh_(self, state: State, grad: Tensor, ctx: RefreshContext) -> dict[str, BasisChange]:
         """Choose indices, and say where the rows of the old ones are."""
-        rotation, source, low = self._replace_(state["basis_index"], grad, ctx.seen)
+        fine = ctx.fine
+        rotation, source, low = self._replace_(state["basis_index"], grad, ctx.seen, fine)
         if not self.two_sided:
-            return {"low": BasisChange(rotation, source=source, low=low)}
-        right, source_right, _ = self._replace_(state["basis_index_right"], grad.mT, None)
-        return {"low": BasisChange(rotation, right, source, source_right)}
+            return {"low": BasisChange(rotation, source=source, low=low, ok=fine)}
+        right, source_right, _ = self._replace_(state["basis_index_right"], grad.mT, None, fine)
+        return {"low": BasisChange(rotation, right, source, source_right, ok=fine)}
 
     def _replace_(
-        self, index: Tensor, grad: Tensor, scores: Tensor | None
+        self, index: Tensor, grad: Tensor, scores: Tensor | None, fine: Tensor | None
     ) -> tuple[Callable[[], Tensor], Tensor, Tensor | None]:
         old = index.clone()
         parts: list[Tensor] = []
         if scores is None:
             scores, parts = self._scores(grad)
         source = self._choose_(index, scores)
+        moves = fine
         if index.dim() > 1:  # an expert without tokens keeps its indices
-            idle = ops.matrix_norm(grad).squeeze(-1) == 0
-            index.copy_(torch.where(idle, old, index))
+            busy = ops.matrix_norm(grad).squeeze(-1) != 0
+            moves = busy if fine is None else busy & fine
+        if moves is not None:
+            index.copy_(torch.where(moves, index, old))
             stay = torch.arange(self.rank, dtype=source.dtype, device=source.device)
-            source = torch.where(idle, stay, source)
+            source = torch.where(moves, source, stay)
         low = None
         if parts:
             low = torch.empty(self.rank, grad.shape[1], dtype=scores.dtype, device=grad.device)

@@ -8,14 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.devices import sent
 from lowrank_optim.subspaces.base import Projector, RefreshContext, register
 
 
 def gaussian(like: Tensor, shape: tuple[int, ...], ctx: RefreshContext) -> Tensor:
     """Standard normal numbers, drawn on the CPU so that every device sees the same ones."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    x = torch.randn(shape, generator=ctx.generator, dtype=dtype)
-    return x.to(like.device)
+    return sent(torch.randn(shape, generator=ctx.generator, dtype=dtype), like.device)
 
 
 @register("random")
@@ -24,6 +24,7 @@ class Random(Projector):
     """Haar-random orthonormal basis; with ``keep`` its moments average over subspaces."""
 
     reads_grad: ClassVar[bool] = False
+    takes_any: ClassVar[bool] = True
 
     def find(self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext) -> Tensor:
         """``Q`` of the QR factorisation of a Gaussian ``(..., m, r)``."""

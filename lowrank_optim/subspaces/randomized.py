@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.linalg import LinAlgError
 
 from lowrank_optim import ops
-from lowrank_optim.subspaces.base import Projector, RefreshContext, register
+from lowrank_optim.ops.devices import on_accelerator
+from lowrank_optim.subspaces.base import Projector, RefreshContext, register, replaced, usable
+from lowrank_optim.subspaces.eigenvectors import Searching, alone, eigh
 from lowrank_optim.subspaces.random import gaussian
 from lowrank_optim.subspaces.svd import left_singular_vectors
 
@@ -32,6 +34,10 @@ class RandomizedSVD(Projector):
     is left to gain, which on gradients of real text one iteration reaches, warm or cold.
     The first start is Gaussian.
 
+    An accelerator is not asked for these energies: it takes two iterations, four from a Gaussian
+    start, and tries all shifts of a factorisation at once. Its host waits for the status of the
+    last step's ``eigh`` alone, which torch reads: one call for all equal matrices.
+
     Args:
         oversample: columns beyond the rank, so that a direction can enter the basis.
         tolerance: relative gain in captured energy below which the iteration stops.
@@ -43,6 +49,7 @@ class RandomizedSVD(Projector):
     """
 
     fitted: ClassVar[bool] = True
+    takes_any: ClassVar[bool] = True
 
     oversample: int = 8
     tolerance: float = 0.01
@@ -50,15 +57,10 @@ class RandomizedSVD(Projector):
 
     def find(self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext) -> Tensor:
         """Singular vectors of a sketch, largest first; exact where a sketch would not be thin."""
-        *batch, m, n = grad.shape
-        width = self.rank + self.oversample
-        if width < min(m, n):
-            known = 0 if previous is None else self.rank
-            start = gaussian(grad, (*batch, m, width - known), ctx)
-            if previous is None:
-                start = torch.linalg.qr(start).Q
-            else:  # no need to orthonormalise: S takes care of any full-rank start
-                start = torch.cat([previous.to(start.dtype), start / m**0.5], -1)
+        if on_accelerator(grad):
+            return alone(self.searching(grad, previous, ctx))
+        if self._width < min(grad.shape[-2:]):
+            start = self._start(grad, previous, ctx)
             try:
                 basis = self._iterate(grad, start)
             except LinAlgError:  # the exact factorisation below has fall-backs of its own
@@ -67,6 +69,21 @@ class RandomizedSVD(Projector):
                 return basis
         full = grad.to(torch.promote_types(grad.dtype, torch.float32))
         return left_singular_vectors(full)[..., : self.rank]
+
+    @property
+    def _width(self) -> int:
+        """Columns of a sketch."""
+        return self.rank + self.oversample
+
+    def _start(self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext) -> Tensor:
+        """``(..., m, r + oversample)``: the basis in use and some directions more."""
+        *batch, m, _ = grad.shape
+        known = 0 if previous is None else self.rank
+        start = gaussian(grad, (*batch, m, self._width - known), ctx)
+        if previous is None:
+            return torch.linalg.qr(start).Q  # type: ignore[no-any-return]
+        # no need to orthonormalise: S takes care of any full-rank start
+        return torch.cat([previous.to(start.dtype), start / m**0.5], -1)
 
     def _iterate(self, grad: Tensor, q: Tensor) -> Tensor:
         norm = ops.matrix_norm(grad)
@@ -86,6 +103,40 @@ class RandomizedSVD(Projector):
                 break
         return orthonormal(q[..., : self.rank])
 
+    def searching(
+        self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext
+    ) -> Searching[Tensor]:
+        """As many iterations whatever they gain; the start where a gradient is zero or not finite.
+
+        Factors of the last iteration alone are made singular vectors: before, any basis of the
+        same directions does, and Cholesky's is found without waiting.
+        """
+        norm = ops.matrix_norm(grad)
+        known, cold = usable(norm), previous is None
+        if self._width >= min(grad.shape[-2:]):
+            full = grad.to(torch.promote_types(grad.dtype, torch.float32))
+            # a driver must not be given what is not finite
+            return left_singular_vectors(replaced(full, known, ctx))[..., : self.rank]
+        q = start = self._start(grad, previous, ctx)
+        norm = torch.where(known, norm, 1)
+        for left in range(min(self.max_iterations, ITERATIONS[cold]) - 1, -1, -1):
+            sketch = mixed_matmul((q / norm).mT, grad)
+            y = mixed_matmul(grad, sketch.mT) / norm
+            z = whiten(y, q.mT @ y)
+            gram = z.mT @ z
+            q = whiten(z, gram) if left else z
+        sound = torch.linalg.matrix_norm(gram) < torch.inf  # NaN is not
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        vectors = yield torch.where(sound[..., None, None], gram, eye)
+        q = torch.linalg.qr(unit_columns(q @ vectors.flip(-1))[..., : self.rank]).Q
+        return torch.where(known, q, start[..., : self.rank])
+
+
+ITERATIONS = {False: 2, True: 4}
+"""Power iterations on an accelerator: from the basis in use, and from a Gaussian start."""
+SHIFTS = 4
+"""Shifts by which a matrix is made definite, each ten times the one before."""
+
 
 def whiten(y: Tensor, gram: Tensor) -> Tensor:
     """``Y L^-T`` with ``gram = L L^T``, shifted by rounding error so that it is definite."""
@@ -93,13 +144,28 @@ def whiten(y: Tensor, gram: Tensor) -> Tensor:
     info = torch.finfo(gram.dtype)
     shift = info.eps * gram.diagonal(dim1=-2, dim2=-1).sum(-1) + info.tiny
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    for _ in range(4):
-        factor, failed = torch.linalg.cholesky_ex(gram + shift[..., None, None] * eye)
-        if not bool(failed.any()):
-            break
-        shift = shift * 10
+    if on_accelerator(y):
+        factor = _first_factor(gram, shift)
+    else:
+        for _ in range(SHIFTS):
+            factor, failed = torch.linalg.cholesky_ex(gram + shift[..., None, None] * eye)
+            if not bool(failed.any()):
+                break
+            shift = shift * 10
     white: Tensor = torch.linalg.solve_triangular(factor.mT, y, upper=True, left=False)
     return white
+
+
+def _first_factor(gram: Tensor, shift: Tensor) -> Tensor:
+    """Cholesky's factor with the least of all shifts that gives one, chosen on the device."""
+    tries = torch.arange(SHIFTS, dtype=gram.dtype, device=gram.device)
+    tries = tries.view(SHIFTS, *[1] * (gram.dim() - 1))
+    shifted = gram.repeat(SHIFTS, *[1] * gram.dim())
+    shifted.diagonal(dim1=-2, dim2=-1).add_(shift[..., None] * 10.0**tries)
+    factors, failed = torch.linalg.cholesky_ex(shifted)
+    at = (failed != 0).sum(0, keepdim=True).clamp_(max=SHIFTS - 1)
+    factor: Tensor = factors.gather(0, at[..., None, None].expand(1, *gram.shape)).squeeze(0)
+    return factor
 
 
 def orthonormal(x: Tensor) -> Tensor:
@@ -126,15 +192,6 @@ def orthonormal(x: Tensor) -> Tensor:
 def unit_columns(x: Tensor) -> Tensor:
     """``x (..., m, r)`` with columns of length one, or zero."""
     return torch.nn.functional.normalize(x, dim=-2, eps=torch.finfo(x.dtype).tiny)
-
-
-def eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and vectors of a symmetric matrix; float64 if float32 fails."""
-    try:
-        values, vectors = torch.linalg.eigh(gram)
-    except LinAlgError:
-        values, vectors = torch.linalg.eigh(gram.double())
-    return values.to(gram.dtype), vectors.to(gram.dtype)
 
 
 TILE_ELEMENTS = 1 << 20

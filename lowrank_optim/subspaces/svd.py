@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError
 
+from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.subspaces.base import Projector, RefreshContext, register
 
 
@@ -30,7 +31,8 @@ def left_singular_vectors(x: Tensor) -> Tensor:
 
     A factorisation that does not converge, or returns something that is not finite, is tried again
     in float64 and then through the Gram matrix, whose eigenvectors a symmetric solver finds where
-    the SVD driver gives up.
+    the SVD driver gives up. On an accelerator torch reads the driver's status, and nothing else is
+    looked at.
 
     Raises:
         LinAlgError: all three failed.
@@ -40,7 +42,7 @@ def left_singular_vectors(x: Tensor) -> Tensor:
             u: Tensor = torch.linalg.svd(attempt, full_matrices=False).U
         except LinAlgError:
             continue
-        if bool(u.isfinite().all()):
+        if on_accelerator(u) or bool(u.isfinite().all()):
             return u.to(x.dtype)
     x64 = x.double()
     vectors: Tensor = torch.linalg.eigh(x64 @ x64.mT).eigenvectors.flip(-1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
+from lowrank_optim.ops.devices import sent
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces import ahead, switching
 from lowrank_optim.subspaces.base import (
@@ -256,13 +257,18 @@ class Switched(Subspace):
 
     def _start_(self, state: State, ctx: RefreshContext) -> None:
         for side, entries, drawn in self.drawn(ctx.view, ctx.generator):
-            self.pool(state, side)[..., entries, :].copy_(drawn)
+            pool = self.pool(state, side)
+            own = drawn if self.pool_device == "cpu" else sent(drawn, pool.device)
+            pool[..., entries, :].copy_(own)
         self._start_factors_(state)
 
     def _start_factors_(self, state: State) -> None:
         for side, held in enumerate(state["host.held"]):
-            pool = self.pool(state, side)
-            state[f"basis_{SIDES[side]}"].copy_(pool[..., held.to(pool.device), :])
+            pool, factor = self.pool(state, side), state[f"basis_{SIDES[side]}"]
+            if self.pool_device == "cpu":
+                factor.copy_(sent(pool[..., held, :], factor.device))
+            else:
+                factor.copy_(pool[..., sent(held, pool.device), :])
 
     def _choose_(
         self, state: State, frozen: Sequence[Sequence[int]], ctx: RefreshContext

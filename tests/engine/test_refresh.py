@@ -181,11 +181,13 @@ def test_a_driver_that_returns_nan_is_retried_as_well(monkeypatch: pytest.Monkey
     assert_close(got, want, torch.float32)
 
 
+@pytest.mark.parametrize("forced", [False, True])
 @pytest.mark.parametrize("projector", ["svd", "rsvd"])
 def test_total_failure_postpones_and_is_counted(
-    projector: str, monkeypatch: pytest.MonkeyPatch
+    projector: str, forced: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No factorisation works at the second refresh: the old basis goes on, and the run with it."""
+    cases.branching(monkeypatch, lambda tensor: forced)
     grads = cases.gradients((20, 31), 6)
     param = torch.nn.Parameter(cases.parameter((20, 31)).detach())
     optimizer = cases.build("GaLoreAdamW", [param], projector=projector)
@@ -212,15 +214,17 @@ def basis_in(optimizer: LowRankOptimizer, param: Tensor) -> Tensor:
     return item.subspace.bases(optimizer.state[param], item.view)[0].clone()
 
 
+@pytest.mark.parametrize("forced", [False, True])
 @pytest.mark.parametrize("projector", cases.basis_names())
 def test_an_expert_without_tokens_at_a_refresh_neither_loses_its_basis_nor_stops_the_others(
-    projector: str,
+    projector: str, forced: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One expert's gradient is zero at a refresh: the SVD of zero is coordinate axes.
 
     It replaced a good basis for a whole period, and as a first basis it lets no gradient outside
     those axes through. rsvd divided by the zero norm, and postponed all experts for ever.
     """
+    cases.branching(monkeypatch, lambda tensor: forced)
     param = torch.nn.Parameter(torch.zeros(2, 30, 40))
     optimizer = cases.build("GaLoreSGD", [param], projector=projector, update_proj_gap=2)
     busy = cases.gradients((2, 30, 40), 1, torch.float32)[0]
@@ -241,9 +245,13 @@ def test_an_expert_without_tokens_at_a_refresh_neither_loses_its_basis_nor_stops
         assert float(overlap[1].square().sum() / overlap.shape[-1]) > 0.99
 
 
+@pytest.mark.parametrize("forced", [False, True])
 @pytest.mark.parametrize("projector", cases.basis_names())
-def test_an_expert_without_tokens_keeps_the_basis_it_had(projector: str) -> None:
+def test_an_expert_without_tokens_keeps_the_basis_it_had(
+    projector: str, forced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The others get a new one at that refresh; its own stays, bit for bit."""
+    cases.branching(monkeypatch, lambda tensor: forced)
     param = torch.nn.Parameter(torch.zeros(2, 30, 40))
     optimizer = cases.build("GaLoreSGD", [param], projector=projector, update_proj_gap=2)
     busy = cases.gradients((2, 30, 40), 3, torch.float32)

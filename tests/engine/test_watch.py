@@ -64,6 +64,23 @@ def test_every_look_is_seen() -> None:
     assert not seen.looks
 
 
+def test_factorisations_wait_where_torch_says_so() -> None:
+    """Its documentation has a note where a CUDA device is synchronised; svd's is on svdvals."""
+    x = torch.randn(4, 4)
+    square = x @ x.mT + torch.eye(4)
+    for name in (
+        "cholesky", "eig", "eigh", "eigvals", "eigvalsh", "inv", "lu_factor", "solve", "svdvals",
+        "svd", "matrix_rank", "cholesky_ex", "inv_ex", "lu_factor_ex", "solve_ex", "qr",
+        "vector_norm", "matrix_norm", "solve_triangular",
+    ):  # fmt: skip
+        function = getattr(torch.linalg, name)
+        more = {"upper": True} if name == "solve_triangular" else {}
+        operands = (square, square) if name.startswith("solve") else (square,)
+        waits = "synchronizes that device with the CPU" in (function.__doc__ or "")
+        found = asked(lambda f=function, own=operands, m=more: f(*own, **m))
+        assert (found > 0) == waits, (name, found)
+
+
 def test_a_look_in_a_projector_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Broken on purpose, a step names the place; the counters of a state are the host's."""
     param = cases.parameter((6, 11), torch.float32)

@@ -6,6 +6,9 @@ is made without a device is the host's, as are the counters and the ``host.`` en
 parameters, gradients, all other state, and all that is computed from a tensor of the device, are
 the device's.
 
+Hooks of autograd run without torch's function modes: what they do with values is seen there, and
+copies between the host and the device are not.
+
     with Watch(optimizer) as seen:
         optimizer.step()
     seen.looks       # Counter of (what, where in the package)
@@ -14,22 +17,24 @@ the device's.
 
 from __future__ import annotations
 
-import traceback
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple, Self
 
 import pytest
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import lowrank_optim
+from lowrank_optim import LowRankOptimizer
+from lowrank_optim.engine import answers
 from lowrank_optim.engine.plan import on_host
 from lowrank_optim.ops import devices
 
@@ -60,6 +65,8 @@ LOOKS: dict[Any, str] = {
 
 VALUES = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__}
 """What reads the memory of a tensor without asking an op; on an accelerator it is copied."""
+
+INDEXING = {Tensor.__getitem__, Tensor.__setitem__}
 
 FACTORIES = {
     torch.tensor, torch.as_tensor, torch.zeros, torch.ones, torch.empty, torch.full, torch.arange,
@@ -126,16 +133,18 @@ class Watch:
         host: tensors beside its counters that are the host's.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer | None = None, *host: Tensor) -> None:
+    def __init__(self, optimizer: LowRankOptimizer | None = None, *host: Tensor) -> None:
         self.looks: Counter[tuple[str, str]] = Counter()
         """What a host would wait for: (what, "file:line function" of the package)."""
         self.launches: Counter[str] = Counter()
         self.gemms: Counter[str] = Counter()
         """Those of :attr:`launches` that are matrix products."""
+        self.answers = 0
+        """What was asked of the device a step ago (:mod:`lowrank_optim.engine.answers`)."""
         self._hosts = WeakTensorKeyDictionary()
         self._given = host
         self._optimizer = optimizer
-        self._inside = False
+        self._inside = self._of_host = False
         self._stack = ExitStack()
 
     @property
@@ -150,8 +159,11 @@ class Watch:
     def __enter__(self) -> Self:
         patch = self._stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(devices, "HOSTS", frozenset())
+        patch.setattr(answers.Answer, "read", self._counted(answers.Answer.read))
         for x in self._given:
             self._hosts[x] = True
+        if self._optimizer is not None:  # what is the host's of a state is known by its keys
+            self._optimizer._make_state()
         for group in () if self._optimizer is None else self._optimizer.param_groups:
             for param in group["params"]:
                 for key, x in self._optimizer.state.get(param, {}).items():
@@ -164,6 +176,15 @@ class Watch:
     def __exit__(self, *raised: Any) -> None:
         self._stack.close()
 
+    def _counted(self, read: Callable[[answers.Answer], int]) -> Callable[[answers.Answer], int]:
+        def counted(answer: answers.Answer) -> int:
+            if answer.told is not None:
+                self._hosts[answer.told] = True
+                self.answers += 1
+            return read(answer)
+
+        return counted
+
     def is_host(self, x: Tensor) -> bool:
         """Whether a tensor is one of the host."""
         return x in self._hosts
@@ -171,11 +192,13 @@ class Watch:
     def look(self, what: str) -> None:
         """Count one, with the innermost place of the package that is not a wrapper of an op."""
         place = "?"
-        for frame in reversed(traceback.extract_stack()):
-            if frame.filename.startswith(str(PACKAGE)):
-                file = Path(frame.filename).relative_to(PACKAGE)
-                place = f"{file}:{frame.lineno} {frame.name}"
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            if frame.f_code.co_filename.startswith(str(PACKAGE)):
+                file = Path(frame.f_code.co_filename).relative_to(PACKAGE)
+                place = f"{file}:{frame.f_lineno} {frame.f_code.co_name}"
                 break
+            frame = frame.f_back
         self.looks[what, place] += 1
 
     # ---------------------------------------------------------------- what the modes report
@@ -187,6 +210,10 @@ class Watch:
                 self._hosts[out] = True
             elif func in (torch.tensor, torch.as_tensor, torch.from_numpy):
                 self.look("numbers of the host are copied to the device")
+        elif func in INDEXING and not self.is_host(args[0]):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(isinstance(i, list) for i in index):
+                self.look("indices of the host are copied to the device")
         elif func in VALUES and not self.is_host(args[0]):
             self.look("a value is read")
             if isinstance(out, Tensor):
@@ -212,9 +239,9 @@ class Watch:
 
     def dispatched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """One op before it runs; whether its results are the host's."""
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        given = _tensors((args, kwargs))
         hosts = [x for x in given if self.is_host(x)]
-        if given and len(hosts) == len(given):
+        if given and (len(hosts) == len(given) or self._of_host):
             return True
         packet = func.overloadpacket
         if LOOKS.get(packet):
@@ -223,13 +250,13 @@ class Watch:
             masks = [x for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)]
             if masks:
                 self.look("the size of the result depends on values")
-        if packet is aten.copy_ and len(given) == 2 and self.is_host(given[0]):
-            self.look("a tensor of the device is copied to the host")
-            return True
-        if packet is aten.copy_ and self.is_host(given[1]):
-            waits = not (args[2:3] or [kwargs.get("non_blocking")])[0]
-            if waits:
-                self.look("a tensor of the host is copied to the device")
+        if packet is aten.copy_ and any(map(self.is_host, given)):
+            to_host = self.is_host(given[0])
+            if not (args[2:3] or [kwargs.get("non_blocking")])[0]:
+                ways = ("host is copied to the device", "device is copied to the host")
+                self.look(f"a tensor of the {ways[to_host]}")
+            if to_host:
+                return True
         elif any(x.dim() for x in hosts):
             self.look("a tensor of the host among those of the device")
         self._launched(func, given, args)
@@ -256,10 +283,17 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if not self.seen._inside:
-            self.seen.called(func, args, kwargs, out)
+        kwargs, seen = kwargs or {}, self.seen
+        if seen._inside:
+            return func(*args, **kwargs)
+        # numbers and lists become tensors of the host on the way
+        given = _tensors((args, kwargs))
+        seen._of_host = bool(given) and all(map(seen.is_host, given))
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            seen._of_host = False
+        seen.called(func, args, kwargs, out)
         return out
 
 
@@ -275,6 +309,8 @@ class _Ops(TorchDispatchMode):
     ) -> Any:
         kwargs, seen = kwargs or {}, self.seen
         host = seen.dispatched(func, args, kwargs)
+        if func.overloadpacket is aten.lift_fresh and _get_current_function_mode() is None:
+            host = True  # numbers, within a hook of autograd
         seen._inside = True
         try:
             out = func(*args, **kwargs)
@@ -286,5 +322,12 @@ class _Ops(TorchDispatchMode):
         return out
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    return (x for x in tree_leaves(tree) if isinstance(x, Tensor))
+def _tensors(tree: Any) -> list[Tensor]:
+    """All of arguments or results, in lists too."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, list | tuple):
+        return []
+    return [x for own in tree for x in _tensors(own)]

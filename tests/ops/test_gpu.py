@@ -189,3 +189,19 @@ def test_a_step_without_a_refresh_never_waits(
         torch.cuda.set_sync_debug_mode("default")
     moved = [not torch.equal(p, old) for p, old in zip(params, before, strict=True)]
     assert moved == [False] + [True] * (len(params) - 1)
+
+
+@pytest.mark.parametrize("projector", ["dct", "hadamard", "random", "rows", "columns"])
+def test_a_refresh_never_waits_either(projector: str) -> None:
+    """But for ``eigh`` and ``svd``; on a CPU ``tests/engine/test_waits.py`` counts those too."""
+    params, _ = training()
+    options = {"projector": projector, "rank": 3, "update_proj_gap": 1}
+    optimizer = GaLoreAdamW(params, lr=1e-2, **options)
+    for _ in range(3):  # compiles, and knows that there is a basis
+        optimizer.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

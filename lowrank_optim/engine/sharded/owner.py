@@ -181,7 +181,8 @@ def _find(d: Due, arrived: Sequence[Sequence[Tensor]]) -> Found:
     state.update(zip([k for k in d.entries if k in split], whole, strict=True))
     meta = torch.empty(view.shape, dtype=d.item.param.dtype, device="meta")
     plan = replace(d.item, param=meta, part=None)
-    moved = find_(plan, {**state, "postponed": d.state["postponed"]}, grad, d.step, d.chosen)
+    counters = {key: d.state[key] for key in ("refresh_step", "postponed")}
+    moved = find_(plan, {**state, **counters}, grad, d.step, d.chosen)
     end = failures.POSTPONED if moved is None else failures.FOUND
     return Found(end, state, moved or {})
 

@@ -1,0 +1,413 @@
+"""No host in a step: what one would make the host of an accelerator wait for, on the CPU."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lowrank_optim import LowRankOptimizer, attach_in_backward, methods
+from lowrank_optim.nn import convert
+from lowrank_optim.ops import quant
+from lowrank_optim.stores import STORES
+from lowrank_optim.subspaces.base import BasisChange, RefreshContext, State
+from lowrank_optim.subspaces.randomized import RandomizedSVD
+from lowrank_optim.subspaces.svd import SVD
+from tests import cases
+from tests.compare import assert_close
+from tests.engine import product_cases
+from tests.engine.watch import Watch
+
+STATUS = "the status of a factorisation is read"
+ALLOWED = {
+    "subspaces/eigenvectors.py eigh": "torch has no eigh that keeps its status on the device",
+    "subspaces/svd.py left_singular_vectors": "torch has no svd that keeps its status there",
+}
+"""What a refresh waits for: once a matrix, or once a side of it."""
+
+LORA = {"subspaces/lora.py balance_": "torch has no svd that keeps its status there"}
+"""Of SwitchLoRA at a restart."""
+
+SPECTRAL = {"subspaces/factors.py", "subspaces/spectral.py"}
+"""Of SST at the beginning of an iteration: triplets are sorted out by their values."""
+
+
+def check(seen: Watch, matrices: int, refreshes: bool, factors: bool = False) -> None:
+    """Nothing but what is allowed at a refresh, and answers to what was asked a step before."""
+    left = Counter(seen.where)
+    for where in list(left):
+        if refreshes and where in ALLOWED and left[where] <= matrices:
+            del left[where]
+        if refreshes and factors and where.split()[0] in SPECTRAL:
+            del left[where]
+    assert not left, seen.looks
+
+
+def test_looks_of_a_projector_are_not_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Broken on purpose: one that asks for a value, in a refresh where another's status is read."""
+    honest = RandomizedSVD.searching
+
+    def curious(self: RandomizedSVD, grad: Tensor, *others: Any) -> Any:
+        assert grad.isfinite().all().item()
+        return honest(self, grad, *others)
+
+    monkeypatch.setattr(RandomizedSVD, "searching", curious)
+    params = [cases.parameter((20, 32), torch.float32)]
+    optimizer = cases.build("GaLoreAdamW", params, projector="rsvd")
+    with pytest.raises(AssertionError, match=r"base\.py:\d+ refreshing_"):
+        stepped(optimizer, params, rows(1, [(20, 32)], torch.float32), {0})
+
+
+def stepped(
+    optimizer: LowRankOptimizer, params: list[Tensor], grads: list[list[Tensor]], due: set[int]
+) -> None:
+    """Steps under the watch; a basis is due in some."""
+    factors = type(optimizer).__name__.startswith("SST")
+    for n, row in enumerate(grads):
+        for param, grad in zip(params, row, strict=True):
+            param.grad = grad
+        with Watch(optimizer) as seen:
+            optimizer.step()
+        check(seen, 2 * len(params), n in due, factors)
+
+
+SHAPES = [(20, 32), (2, 20, 24), (9,)]
+
+
+def rows(count: int, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[list[Tensor]]:
+    each = [cases.gradients(shape, count, dtype, seed=i) for i, shape in enumerate(shapes)]
+    return [list(row) for row in zip(*each, strict=True)]
+
+
+def classes() -> Iterator[Any]:
+    """Every class, one of each residual on every projector, at gaps of 1 and 2."""
+    own = [pair for pair in cases.pairs() if not cases.is_beyond(*pair)]
+    for n, (name, projector) in enumerate(own):
+        yield name, projector, 1 + n % 2
+    for name in sorted({*cases.method_names()} - {*cases.projecting_names()}):
+        yield name, "svd", 2
+
+
+@pytest.mark.filterwarnings("ignore:.*does not use")
+def test_no_step_of_a_class_waits() -> None:
+    """It was 3 looks a matrix in every step of DCT-AdamW, and 17 in a refresh of the default."""
+    for name, projector, gap in classes():
+        for dtype in (torch.float32, torch.bfloat16)[: 1 + (projector == "rsvd")]:
+            params = [cases.parameter(shape, dtype) for shape in SHAPES]
+            options: dict[str, Any] = {"projector": projector, "weight_decay": 0.1}
+            optimizer = cases.build(name, params, update_proj_gap=gap, **options)
+            stepped(optimizer, params, rows(3, SHAPES, dtype), {0, 1, 2} if gap == 1 else {0, 2})
+
+
+@pytest.mark.filterwarnings("ignore:.*does not use")
+def test_what_factors_of_a_weight_wait_for() -> None:
+    """SST where W is factored, SwitchLoRA where B A is: a round, and not the steps between."""
+    sst = {"factors": "active", "steps_per_iteration": 2}
+    switched = {"restart_every": 2, "interval": 4, "freeze_steps": 1}
+    for name, options, allowed in (
+        ("SSTAdamW", sst, SPECTRAL),
+        ("SwitchLoRAAdamW", switched, LORA),
+    ):
+        params = [cases.parameter((20, 32), torch.float32)]
+        optimizer = cases.build(name, params, **options)
+        waits = []
+        for grad in cases.gradients((20, 32), 5, torch.float32):
+            params[0].grad = grad
+            with Watch(optimizer) as seen:
+                optimizer.step()
+            waits.append(bool(seen.looks))
+            assert all(w in allowed or w.split()[0] in allowed for w in seen.where), seen.looks
+        first = name == "SSTAdamW"  # SwitchLoRA draws its first factors
+        assert waits == [first, False, True, False, True]
+
+
+def test_no_composition_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every subspace with every kind of residual; all else is drawn."""
+    monkeypatch.setattr(quant, "MIN_SIZE", 0)
+    kinds: dict[str, list[str]] = {}
+    for name, spec in product_cases.RESIDUALS.items():
+        kinds.setdefault(spec["kind"], []).append(name)
+    for n, subspace in enumerate(product_cases.SUBSPACES):
+        for own in kinds.values():
+            residual = own[n % len(own)]
+            generator = random.Random(f"{subspace}/{residual}")
+            case = product_cases.one(
+                subspace,
+                generator,
+                rule=generator.choice([*product_cases.RULES]),
+                store=generator.choice([*STORES]),
+                on_refresh=generator.choice(["keep", "reset", "project"]),
+            )
+            if product_cases.refusal(subspace, residual, case):
+                continue
+            shapes = [(5, 7), (2, 5, 7)]
+            params: list[Tensor] = [
+                nn.Parameter(product_cases.start(x, torch.float32, i, small=False))
+                for i, x in enumerate(shapes)
+            ]
+            optimizer = product_cases.built(subspace, residual, case, params)
+            try:
+                stepped(optimizer, params, rows(3, shapes, torch.float32), {0, 2})
+            except AssertionError as error:
+                error.add_note(f"{subspace} x {residual}: {case}")
+                raise
+
+
+FIRST = "backward/projecting.py"
+
+
+@pytest.mark.parametrize("kind", ["sst", "switchlora"])
+def test_no_step_of_a_module_waits(kind: str) -> None:
+    """Slots that are switched were a list of the host: three waits a factor whenever one was."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(24, 64), nn.Tanh(), nn.Linear(64, 24))
+    name = {"sst": "SSTAdamW", "switchlora": "SwitchLoRAAdamW"}[kind]
+    optimizer: LowRankOptimizer = getattr(methods, name)(convert(net, kind, rank=4), lr=1e-2)
+    for _ in range(3):
+        x = torch.randn(5, 24)
+        with Watch(optimizer) as seen:
+            net(x).square().mean().backward()
+            optimizer.step()
+        assert not seen.looks
+
+
+@pytest.mark.parametrize("mode", ["project", "step"])
+def test_no_backward_waits(mode: Any) -> None:
+    """But for the first basis of ``mode="project"``, which a gradient without one asks for."""
+    for name, options in {
+        "GaLoreAdamW": {"projector": "rsvd"},
+        "DCTAdamW": {},
+        "GaLoreLion": {"projector": "random", "state_dtype": "8bit"},
+        "FrugalAdamW": {"projector": "columns", "free_rule": "none"},
+    }.items():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 24))
+        optimizer = cases.build(name, net.named_parameters(), update_proj_gap=2, **options)
+        for item in optimizer._items(optimizer.param_groups[0]):
+            if item.subspace is not None and item.view is not None:
+                item.subspace.prepare(item.view, item.param)  # in a hook nobody is told where it is
+        attach_in_backward(optimizer, mode)
+        for n in range(4):
+            x = torch.randn(5, 24)
+            with Watch(optimizer) as seen:
+                net(x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            if not n and mode == "project":
+                first = [key for key in seen.looks if key[1].startswith(FIRST)]
+                assert sum(seen.looks.pop(key) for key in first) == 2
+            check(seen, 2, refreshes=n % 2 == 0)
+
+
+def run(
+    forced: bool, start: Tensor, grads: list[Tensor], projector: str, **options: Any
+) -> tuple[Tensor, dict[str, Tensor], LowRankOptimizer]:
+    with pytest.MonkeyPatch.context() as patch:
+        cases.branching(patch, lambda tensor: forced)
+        param = nn.Parameter(start.clone())
+        optimizer = cases.build("GaLoreAdamW", [param], projector=projector, **options)
+        cases.run(optimizer, [param], [[g] for g in grads])
+        state = optimizer.state_dict()["state"]
+        return param.detach(), next(iter(state.values())), optimizer
+
+
+BAD = {"zero": 0.0, "inf": float("inf"), "nan": float("nan")}
+
+
+def sequences() -> Iterator[tuple[str, set[int]]]:
+    """Where gradients are bad: at the first step, at a refresh, between, and all of these."""
+    for at in ({0}, {2}, {1}, {0, 1}, {2, 3}, {0, 2, 3, 4}):
+        for kind in BAD:
+            yield kind, at
+
+
+@pytest.mark.parametrize("projector", [*cases.basis_names(), "columns"])
+def test_what_an_accelerator_selects_is_what_a_host_decides(projector: str) -> None:
+    """Zero, Inf and NaN at the first step, at a refresh and between: the same run, and counts."""
+    for n, (kind, at) in enumerate(sequences()):
+        shape = [(12, 20), (20, 12), (2, 12, 20)][n % 3]
+        gap = 1 if n % 5 == 4 else 2
+        on_refresh = ["keep", "project", "reset"][n % 3 if kind != "zero" else n % 2]
+        start = cases.parameter(shape).detach()
+        grads = cases.gradients(shape, 6)
+        for i in at:
+            grads[i] = torch.zeros_like(grads[i]) if kind == "zero" else grads[i] * BAD[kind]
+        options = {"update_proj_gap": gap, "on_refresh": on_refresh, "weight_decay": 0.1}
+        want, state, optimizer = run(False, start, grads, projector, **options)
+        got, other, accelerated = run(True, start, grads, projector, **options)
+        assert bool(got.isfinite().all())
+        assert accelerated.postponed_refreshes() == optimizer.postponed_refreshes(), (kind, at)
+        if gap > 1:  # else it is due in any case
+            assert torch.equal(other["refresh_step"], state["refresh_step"]), (kind, at)
+        if projector == "rsvd":
+            continue  # its bases differ within its tolerance: below
+        assert_close(got, want)
+        for key in state.keys() - {"refresh_step"}:
+            assert_close(other[key], state[key])
+
+
+def energies(forced: bool, grads: list[Tensor]) -> list[Tensor]:
+    """What each basis captures of the gradient that it was found from, as a fraction."""
+    with pytest.MonkeyPatch.context() as patch:
+        cases.branching(patch, lambda tensor: forced)
+        param = nn.Parameter(torch.zeros_like(grads[0]))
+        optimizer = cases.build("GaLoreSGD", [param], projector="rsvd", update_proj_gap=1)
+        found = []
+        for grad in grads:
+            cases.run(optimizer, [param], [[grad]])
+            basis = optimizer.state[param]["basis"]
+            eye = torch.eye(basis.shape[-1], dtype=basis.dtype)
+            assert_close(basis.mT @ basis, eye.expand(*basis.shape[:-2], *eye.shape))
+            low = torch.linalg.matrix_norm(basis.mT @ grad)
+            found.append((low / torch.linalg.matrix_norm(grad)).square())
+    return found
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (2, 60, 90)])
+@pytest.mark.parametrize("kind", ["decaying", "low rank", "flat"])
+def test_a_fixed_number_of_iterations_captures_what_the_adaptive_one_does(
+    kind: str, shape: tuple[int, ...]
+) -> None:
+    """Within its tolerance of 1 %, cold and warm; beyond the rank of a gradient too.
+
+    Of a flat spectrum, where it goes on to 8 iterations and each direction is as good as another,
+    within 5 %.
+    """
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(*shape[:-2], 60, 60, generator=generator)
+    values = {"decaying": 0.9 ** torch.arange(60), "flat": torch.ones(60)}.get(kind)
+    values = (torch.arange(60) < 2).float() if values is None else values
+    grads = []
+    for _ in range(3):
+        left = left + 0.2 * torch.randn(left.shape, generator=generator)
+        grads.append(left * values @ torch.randn(*shape[:-2], 60, 90, generator=generator))
+    for got, want in zip(energies(True, grads), energies(False, grads), strict=True):
+        assert bool((got >= want * (0.95 if kind == "flat" else 0.99)).all()), (got, want)
+
+
+def test_a_refresh_of_ones_own_that_selects_nothing_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A gradient of zeros would have become a basis; with ``selects = False`` the host looks."""
+
+    def refresh_(self: SVD, state: State, grad: Tensor, ctx: RefreshContext) -> Any:
+        state["basis"].copy_(self.find(grad, None, ctx))
+        return {"low": BasisChange()}
+
+    cases.branching(monkeypatch, lambda tensor: True)
+    monkeypatch.setattr(SVD, "refresh_", refresh_)
+    param = cases.parameter((12, 20), torch.float32)
+    optimizer = cases.build("GaLoreAdamW", [param], projector="svd")
+    before = param.detach().clone()
+    param.grad = torch.zeros_like(param)
+    with pytest.raises(TypeError, match=r"SVD.refresh_ of parameter 0 .* selects = False"):
+        optimizer.step()
+    assert torch.equal(param, before)
+    monkeypatch.setattr(SVD, "selects", False)
+    optimizer.step()
+    assert optimizer.postponed_refreshes() == {"parameter 0": 1}
+
+
+def test_equal_matrices_share_one_wait() -> None:
+    """All that are due in a bucket ask for their eigenvectors in one call."""
+    shapes = [(20, 32)] * 3
+    params = [cases.parameter(shape, torch.float32) for shape in shapes]
+    optimizer = cases.build("GaLoreAdamW", params, projector="rsvd", update_proj_gap=2)
+    found = []
+    for row in rows(3, shapes, torch.float32):
+        for param, grad in zip(params, row, strict=True):
+            param.grad = grad
+        with Watch(optimizer) as seen:
+            optimizer.step()
+        found.append(sum(seen.looks.values()))
+    assert found == [1, 0, 1]
+
+
+def test_a_matrix_that_has_no_eigenvectors_holds_up_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The call that they share fails: each is tried alone, and one of three is postponed."""
+    exact = torch.linalg.eigh
+
+    def eigh(x: Tensor) -> Any:  # of a gradient of rank one
+        trace = x.diagonal(dim1=-2, dim2=-1).sum(-1)
+        if bool((torch.linalg.matrix_norm(x) > 0.999 * trace).any()):
+            raise torch.linalg.LinAlgError("did not converge")
+        return exact(x)
+
+    shapes = [(20, 32)] * 3
+    starts, grads = (
+        [cases.parameter(s, torch.float32).detach() for s in shapes],
+        rows(2, shapes, torch.float32),
+    )
+    ends = []
+    for bad in (False, True):
+        params = [nn.Parameter(x.clone()) for x in starts]
+        optimizer = cases.build("GaLoreAdamW", params, projector="rsvd")
+        if bad:
+            for row in grads:
+                row[1] = row[1][:, :1] @ row[1][:1]
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.linalg, "eigh", eigh)
+            cases.branching(patch, lambda tensor: True)
+            cases.run(optimizer, params, grads)
+        assert optimizer.postponed_refreshes() == ({"parameter 1": 2} if bad else {})
+        ends.append([p.detach() for p in params])
+    for n in (0, 2):
+        assert_close(ends[1][n], ends[0][n])
+    assert not torch.equal(ends[0][1], ends[1][1])
+
+
+def test_the_host_asks_once_for_each_refresh_and_only_where_it_matters() -> None:
+    """A step after it; never where indices are due in any case. A copy of the state is settled."""
+    for projector, gap, asked in [
+        ("svd", 2, [0, 1, 0, 1]),
+        ("svd", 1, [0, 1, 0, 0]),  # whether there is a first basis to start from
+        ("dct", 2, [0, 1, 0, 1]),
+        ("dct", 1, [0, 0, 0, 0]),
+        ("columns", 1, [0, 0, 0, 0]),
+    ]:
+        param = cases.parameter((12, 20), torch.float32)
+        optimizer = cases.build("GaLoreAdamW", [param], projector=projector, update_proj_gap=gap)
+        found = []
+        for grad in cases.gradients((12, 20), 4, torch.float32):
+            param.grad = grad
+            with Watch(optimizer) as seen:
+                optimizer.step()
+            found.append(seen.answers)
+        assert found == asked, (projector, gap)
+        param.grad = torch.zeros_like(param)
+        with Watch(optimizer):
+            optimizer.step()
+        wanted = {} if projector == "columns" else {"parameter 0": 1}
+        copied = copy.deepcopy(optimizer)
+        assert copied.postponed_refreshes() == optimizer.postponed_refreshes() == wanted
+        assert float(optimizer.state[param]["refresh_step"]) == (2 if gap == 2 else 4)
+
+
+def test_a_step_that_raises_takes_its_question_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was undone, and so is what it asked of its device: nothing is counted twice."""
+    cases.branching(monkeypatch, lambda tensor: True)
+    params = [cases.parameter((12, 20), torch.float32) for _ in range(2)]
+    optimizer = cases.build("GaLoreAdamW", params, projector="svd")
+    for param in params:
+        param.grad = torch.zeros_like(param)
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lowrank_optim.engine.step.adapt", fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            optimizer.step()
+    assert optimizer.postponed_refreshes() == {}
+    optimizer.step()
+    optimizer.step()
+    assert set(optimizer.postponed_refreshes().values()) == {2}
+    assert all(float(optimizer.state[p]["refresh_step"]) == -1 for p in params)
