@@ -151,12 +151,11 @@ class Scaled(Forgetful):
         self, seen: Sequence[ResidualInputs]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Of R, of the directions, and of G where there is a limiter: by column or of all."""
-        lows, directions = [own.low for own in seen], [own.direction for own in seen]
+        each = [own.low for own in seen], [own.direction for own in seen]
         grads = [] if self.limiter is None else [own.grad for own in seen]
         if self._by_column(seen[0]):
-            norms = ops.column_norms([*lows, *directions, *grads])
+            of_low, of_direction, of_grad = map(ops.column_norms, (*each, grads))
         else:
-            flat = [x.flatten(-2).unsqueeze(-2) for x in (*lows, *directions)]
-            norms = ops.matrix_norms([*flat, *grads])
-        count = len(seen)
-        return norms[:count], norms[count : 2 * count], norms[2 * count :]
+            flat = ([x.flatten(-2).unsqueeze(-2) for x in own] for own in each)
+            of_low, of_direction, of_grad = map(ops.matrix_norms, (*flat, grads))
+        return of_low, of_direction, of_grad
