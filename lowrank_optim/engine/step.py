@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_optim import ops
+from lowrank_optim.engine.apply import prepared, push
 from lowrank_optim.engine.blocks import IdleBlock
 from lowrank_optim.engine.bucket import Bucket, BucketStep, warn_skipped
 from lowrank_optim.engine.dense import Dense
 from lowrank_optim.engine.fused import FUSED
+from lowrank_optim.engine.matrix_step import (
+    MatrixStep,
+    begun,
+    finite_of,
+    mark,
+    portions,
+    turn_,
+)
 from lowrank_optim.engine.plan import (
     ParamPlan,
     State,
@@ -27,44 +35,15 @@ from lowrank_optim.engine.plan import (
 )
 from lowrank_optim.engine.refresh import basis_due, refresh_
 from lowrank_optim.engine.undo import Undo
-from lowrank_optim.ops import Noise
 from lowrank_optim.ops.devices import on_accelerator
-from lowrank_optim.residuals import Drop, Measured, ResidualInputs
+from lowrank_optim.residuals import Drop
 from lowrank_optim.rules.base import Asking, Split, compute_dtype, finished
 from lowrank_optim.stores import scale_key
-from lowrank_optim.subspaces.base import Target
 from lowrank_optim.subspaces.block import Block
-from lowrank_optim.subspaces.terms import Term
-from lowrank_optim.tensors.matrix import shares_memory
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
-from lowrank_optim.tensors.stacked import stacked
 
 CHUNK_BYTES = {False: 1 << 22, True: 1 << 26}
 """Low-rank gradients alive at once: within a CPU's cache, or enough to fill an accelerator."""
-
-
-@dataclass(eq=False, slots=True)
-class MatrixStep:
-    """One matrix on its way through a step."""
-
-    item: ParamPlan
-    state: State
-    grad: Tensor
-    coords: dict[str, Tensor]
-    time: float
-    """Steps that the moments have seen, this one included."""
-    norm: Tensor = field(init=False)
-    """Of its coordinates, on its device: not finite where the gradient is not."""
-    finite: Tensor | None = None
-    """Whether it is, where no host may wait for the answer."""
-    directions: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
-    """Of each coordinate, with the factor that corrects its bias."""
-    whole: tuple[int, int] | None = None
-    """Sides of the whole matrix, where only columns are here."""
-    rms: Tensor | None = None
-    """Root mean square of all weights, where step sizes depend on it and a part of them is here."""
-    measured: Measured | None = None
-    """What its residual needs of the whole matrix, where others have columns of it."""
 
 
 class Phases:
@@ -139,30 +118,6 @@ def chunk_size(item: ParamPlan, chosen: Strategies) -> int:
     return max(1, CHUNK_BYTES[on_accelerator(item.param)] // max(1, size))
 
 
-_T = TypeVar("_T")
-
-
-def portions(work: Sequence[tuple[ParamPlan, _T]]) -> Iterator[Sequence[tuple[ParamPlan, _T]]]:
-    """Matrices of a bucket that a phase takes at once.
-
-    All of them on an accelerator, which is asked for as few kernels as there can be; one on a CPU,
-    so that what is computed of a matrix is in the cache when its weights are written.
-    """
-    if not work:
-        return
-    size = len(work) if on_accelerator(work[0][0].param) else 1
-    for start in range(0, len(work), size):
-        yield work[start : start + size]
-
-
-def mark(work: Sequence[MatrixStep]) -> None:
-    """Whether gradients are finite, of all at once, where no host may wait for the answer."""
-    # a norm is not negative: it is less than infinity, or not a number, or infinite
-    flags = torch.stack([w.norm for w in work]) < math.inf
-    for w, flag in zip(work, flags.unbind(0), strict=True):
-        w.finite = flag
-
-
 def _measure(work: Sequence[MatrixStep]) -> None:
     """Norms of all coordinates, one call for each; of gradients that they do not see whole."""
     if work[0].item.subspace is not None and not work[0].item.subspace.sees_all:
@@ -225,21 +180,6 @@ def _refreshed(
     return grad, coords
 
 
-def begun(
-    item: ParamPlan, state: State, grad: Tensor, coords: dict[str, Tensor], chosen: Strategies
-) -> MatrixStep:
-    """A matrix whose coordinates are known, before its step is counted."""
-    last = max(int(state["refresh_step"]), 0)
-    time = int(state["step"]) + 1 - (last if chosen.on_refresh == "reset" else 0)
-    return MatrixStep(item, state, grad, coords, float(time))
-
-
-def turn_(works: Sequence[MatrixStep], chosen: Strategies) -> None:
-    """Coordinates of gradients become those of what is minimised."""
-    if chosen.maximize:
-        torch._foreach_neg_([x for w in works for x in w.coords.values()])
-
-
 def adapt(
     work: Sequence[MatrixStep],
     chosen: Strategies,
@@ -288,11 +228,6 @@ def _adapt(
     return list(zip(directions, corrections, strict=True))
 
 
-def finite_of(work: Sequence[MatrixStep]) -> list[Tensor]:
-    """Flags for ops that select on the device; none where the host has looked."""
-    return [w.finite for w in work if w.finite is not None]
-
-
 def _older_(work: Sequence[MatrixStep], coord: str) -> list[Tensor]:
     """The age of each row, this step included."""
     ages = [w.state[age_key(coord)] for w in work]
@@ -304,144 +239,3 @@ def _older_(work: Sequence[MatrixStep], coord: str) -> list[Tensor]:
     every.add_(fine.view(-1, *[1] * ages[0].dim()))
     torch._foreach_copy_(ages, list(every.unbind(0)))
     return ages
-
-
-def inputs_of(w: MatrixStep) -> ResidualInputs | None:
-    """What its residual looks at; None where coordinates are not those of a basis."""
-    low, subspace = w.coords.get("low"), w.item.subspace
-    if low is None or subspace is None:
-        return None
-    return ResidualInputs(w.grad, low, *w.directions["low"], subspace, w.finite, w.whole)
-
-
-class Push(NamedTuple):
-    """What a subspace adds to the weights, and how."""
-
-    into: Target
-    update: dict[str, Tensor]
-    term: Term | None
-
-
-def prepared(
-    work: Sequence[MatrixStep],
-    chosen: Strategies,
-    lr: float | Tensor,
-    weight_decay: float,
-    undo: Undo,
-    rounding: Sequence[Noise | None],
-) -> list[Push]:
-    """All that phase four needs to know of alike matrices, before it writes.
-
-    Args:
-        work: the matrices; their plans may stand for buffers that updates are to be made in.
-        chosen: what their group chose.
-        lr: of the group.
-        weight_decay: likewise.
-        undo: what to put back.
-        rounding: seed and positions of the weights as they are stored; None rounds to nearest.
-    """
-    undo.keep_all([w.state for w in work], chosen.residual.stepped)
-    terms = _terms(work, chosen)
-    sizes = [_step_size(w, chosen, lr) for w in work]
-    decays = _each(sizes, lambda size: 1 - size * weight_decay)
-    if chosen.lr_scale != 1:
-        sizes = _each(sizes, lambda size: size * chosen.lr_scale)
-    plain = len(work[0].directions) == 1 and all(isinstance(size, float) for size in sizes)
-    updates = [{k: x for k, (x, _) in w.directions.items()} for w in work]
-    rates = [1.0] * len(work)
-    if plain:
-        for n, (w, size) in enumerate(zip(work, sizes, strict=True)):
-            ((_, correction),) = w.directions.values()
-            assert isinstance(size, float)
-            rates[n] = size * correction
-    else:
-        updates = _times(work, sizes)
-        for n, (w, size, term) in enumerate(zip(work, sizes, terms, strict=True)):
-            if term is not None and isinstance(size, Tensor):
-                terms[n] = term.times(size * w.directions["low"][1])
-    lows = [w.coords.get("low") for w in work]
-    subspace = work[0].item.subspace
-    assert subspace is not None
-    if chosen.maximize:
-        # coordinates are those of -G, and so is all that is linear in them: turn both back
-        for n, (own, term) in enumerate(zip(lows, terms, strict=True)):
-            if own is not None and subspace.applies_grad(term):
-                updates[n] = {k: -x for k, x in updates[n].items()}
-                lows[n], rates[n] = -own, -rates[n]
-    ready = []
-    for n, w in enumerate(work):
-        view = w.item.view
-        assert view is not None
-        param, noise = view.of(w.item.param), rounding[n]
-        noise = None if noise is None else view.noise(noise)
-        # where nothing of it is applied the weights stand in: its coordinates alone may exist, or
-        # it may be wider than the weights, as with error feedback
-        grad = w.grad if subspace.applies_grad(terms[n]) else param
-        into = Target(param, grad, lows[n], rates[n], decays[n], noise, w.finite)
-        ready.append(Push(into, updates[n], terms[n]))
-    return ready
-
-
-def _terms(work: Sequence[MatrixStep], chosen: Strategies) -> list[Term | None]:
-    """What residuals add to the updates."""
-    found = [inputs_of(w) for w in work]
-    seen = [own for own in found if own is not None]
-    if not seen:
-        return [None] * len(work)
-    measured = [w.measured for w in work if w.measured is not None]
-    return chosen.residual.after_all([w.state for w in work], seen, measured)
-
-
-def _step_size(w: MatrixStep, chosen: Strategies, lr: float | Tensor) -> float | Tensor:
-    """The learning rate of one matrix."""
-    view, subspace = w.item.view, w.item.subspace
-    assert view is not None and subspace is not None
-    param = view.of(w.item.param)
-    size = chosen.rule.step_size(lr, float(w.state["step"]), param, w.rms)
-    if isinstance(size, Tensor) and size.numel() == 1 and not on_accelerator(param):
-        size = float(size)
-    factor = subspace.lr_factor(int(w.state["step"]) - 1 - max(0, int(w.state["refresh_step"])))
-    return size if factor == 1 else size * factor  # never in place: it may be the group's tensor
-
-
-def _each(
-    sizes: Sequence[float | Tensor], call: Callable[[float | Tensor], float | Tensor]
-) -> list[float | Tensor]:
-    """``call`` of each; of a tensor that several have in common, once."""
-    known: dict[int, float | Tensor] = {}
-    for size in sizes:
-        if id(size) not in known:
-            known[id(size)] = call(size)
-    return [known[id(size)] for size in sizes]
-
-
-def _times(work: Sequence[MatrixStep], sizes: Sequence[float | Tensor]) -> list[dict[str, Tensor]]:
-    """Directions, each times its correction and its step size."""
-    updates: list[dict[str, Tensor]] = [{} for _ in work]
-    for name in work[0].directions:
-        xs, corrections = zip(*(w.directions[name] for w in work), strict=True)
-        if len(work) > 1 and all(s is sizes[0] for s in sizes) and len({*corrections}) == 1:
-            scaled = list((stacked(xs) * (corrections[0] * sizes[0])).unbind(0))
-        else:
-            scaled = [x * (c * s) for x, c, s in zip(xs, corrections, sizes, strict=True)]
-        for own, x in zip(updates, scaled, strict=True):
-            own[name] = x
-    return updates
-
-
-def push(work: Sequence[MatrixStep], ready: Sequence[Push], chosen: Strategies, undo: Undo) -> None:
-    """Write the weights of alike matrices, and what follows them."""
-    subspace = work[0].item.subspace
-    assert subspace is not None
-    subspace.push_all_(
-        [own.into for own in ready], [w.state for w in work],
-        [own.update for own in ready], [own.term for own in ready],
-    )  # fmt: skip
-    for w, own in zip(work, ready, strict=True):
-        view, param = w.item.view, own.into.param
-        assert view is not None
-        if not shares_memory(param, w.item.param):
-            stored = param.mT if view.flip else param  # strides that allow no matrix view
-            w.item.param.copy_(stored.reshape(view.shape))
-        chosen.residual.keep_(w.state, w.grad, own.into.finite)
-        undo.done(w.state)

@@ -13,8 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_optim import ops
+from lowrank_optim.engine.apply import Push, prepared, push
 from lowrank_optim.engine.blocks import advance, catch_up
 from lowrank_optim.engine.bucket import Bucket, warn_skipped
+from lowrank_optim.engine.matrix_step import (
+    MatrixStep,
+    begun,
+    inputs_of,
+    mark,
+    portions,
+    turn_,
+)
 from lowrank_optim.engine.plan import (
     ParamPlan,
     State,
@@ -34,20 +43,7 @@ from lowrank_optim.engine.sharded.means import (
     weight_squares,
 )
 from lowrank_optim.engine.sharded.refresh import refresh_together
-from lowrank_optim.engine.step import (
-    MatrixStep,
-    Push,
-    adapt,
-    begun,
-    chunk_size,
-    inputs_of,
-    mark,
-    portions,
-    prepared,
-    push,
-    step_bucket,
-    turn_,
-)
+from lowrank_optim.engine.step import adapt, chunk_size, step_bucket
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops import Noise
 from lowrank_optim.ops.devices import on_accelerator

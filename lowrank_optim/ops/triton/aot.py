@@ -150,7 +150,8 @@ def _matrices() -> Iterator[Variant]:
         for free, code in coordinate.FREE.items():
             yield _variant(
                 f"coordinate {free}/{layout}", coordinate.coordinate_kernel, 4, BM=bm, BN=bn,
-                FREE=code, DEPTH=11, WIDE=False, SOUND=not down, GROUP=8, nj=1, **unit("w", "g"),
+                FREE=code, PROBES=11, WIDE=False, SOUND=not down, GROUP=8, nj=1, **unit("w", "g"),
+                **(_ONE if down else _MANY),
             )  # fmt: skip
         for (products, form), b in lift.BLOCKS.items():
             name, kernel = (
