@@ -81,7 +81,7 @@ def dense_phases(
     size = rule.step_size(lr, step, param, rms)
     decay = 1 - size * weight_decay
     size = size if factor == 1 else size * factor
-    held = read_slots(item, state, slot_keys("", param.shape, chosen), chosen)
+    (held,) = read_slots([item], [state], slot_keys("", param.shape, chosen), chosen)
     moments = [x for _, _, x in held]
     rows = param.shape[0] if param.dim() else 1
     if rule.elementwise and rows:
@@ -94,7 +94,7 @@ def dense_phases(
         (direction,), (correction,) = yield from rule.phases_([g], [own], [step], split=split)
         noise = rounding.narrow(0, start) if rounding is not None and start else rounding
         ops.add_(p, direction * (size * correction), decay, -1.0, noise)
-    write_slots_(item, state, held, chosen)
+    write_slots_([item], [state], [held], chosen)
 
 
 Tile = tuple[int, Tensor, Tensor, Sequence[Moment]]

@@ -212,7 +212,8 @@ def _adapt(
         overwritten = [key for key, _ in keys]
         overwritten += [scale_key(key) for key in overwritten] + [age_key(coord)]
         undo.keep_all([w.state for w in work], overwritten)
-    held = [read_slots(w.item, w.state, keys, chosen) for w in work]
+    items, states = [w.item for w in work], [w.state for w in work]
+    held = read_slots(items, states, keys, chosen)
     finite = finite_of(work)
     times = [w.time for w in work]
     # in the weights' dtype if it goes into their GEMM as it is, else in that of arithmetic
@@ -223,8 +224,7 @@ def _adapt(
     directions, corrections = yield from chosen.rule.phases_(
         grads, moments, times, dtype, finite, ages, split
     )
-    for n, (w, own) in enumerate(zip(work, held, strict=True)):
-        write_slots_(w.item, w.state, own, chosen, finite[n] if finite else None)
+    write_slots_(items, states, held, chosen, finite)
     return list(zip(directions, corrections, strict=True))
 
 

@@ -8,6 +8,7 @@ from lowrank_optim.ops.composite import (
     matrix_norms,
     project,
     put_,
+    put_all_,
     stochastic_round,
     total_norms,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "moment_",
     "project",
     "put_",
+    "put_all_",
     "quantize_",
     "residual_factors_",
     "row_steps",

@@ -188,6 +188,17 @@ def put_(out: Tensor, x: Tensor, rounding: Noise | None) -> None:
     out.copy_(stochastic_round(x, rounding) if rounds and rounding is not None else x)
 
 
+def put_all_(outs: Sequence[Tensor], xs: Sequence[Tensor], rounding: Sequence[Noise]) -> None:
+    """:func:`put_` of each; of several that are written as they lie, in one kernel."""
+    if outs[0].dtype != torch.bfloat16:
+        torch._foreach_copy_(list(outs), list(xs))
+    elif all(x.is_contiguous() and x.numel() for x in outs):
+        _round_into_(xs, outs, rounding)
+    else:
+        for out, x, noise in zip(outs, xs, rounding, strict=True):
+            put_(out, x, noise)
+
+
 def stochastic_round(x: Tensor, noise: Noise) -> Tensor:
     """``x`` float32 in bfloat16, rounded without bias from a hash of (position, seed).
 
@@ -197,13 +208,22 @@ def stochastic_round(x: Tensor, noise: Noise) -> Tensor:
     """
     x = x.contiguous()
     out = torch.empty_like(x, dtype=torch.bfloat16)
-    if x.numel() == 0:
-        return out
-    places = noise.layout(x.shape)
-    pieces = (list(t.view(len(places), -1).unbind()) for t in (x, out))
-    seeds = [noise.seed & 0x7FFFFFFF] * len(places)
-    torch.ops.lowrank_optim.stochastic_round_(*pieces, seeds, *map(list, zip(*places, strict=True)))
+    if x.numel():
+        _round_into_([x], [out], [noise])
     return out
+
+
+def _round_into_(xs: Sequence[Tensor], outs: Sequence[Tensor], noises: Sequence[Noise]) -> None:
+    pieces: tuple[list[Tensor], list[Tensor]] = [], []
+    seeds: list[int] = []
+    places: list[tuple[int, int, int, int]] = []
+    for x, out, noise in zip(xs, outs, noises, strict=True):
+        own = noise.layout(x.shape)
+        for found, t in zip(pieces, (x.contiguous(), out), strict=True):
+            found += t.view(len(own), -1).unbind()
+        seeds += [noise.seed & 0x7FFFFFFF] * len(own)
+        places += own
+    torch.ops.lowrank_optim.stochastic_round_(*pieces, seeds, *map(list, zip(*places, strict=True)))
 
 
 def add_(

@@ -41,14 +41,15 @@ DCT: dict[str, Any] = {"transform": "fft"}
 ROWS = [
     Row("GaLoreAdamW", {}, 2, 5, 12),
     Row("GaLoreAdamW8bit", {}, 2, 5, 12),
-    Row("GaLoreAdamW", {"lr": torch.tensor(1e-2, dtype=torch.float64)}, 2, 6, 12),
+    Row("GaLoreAdamW", {"lr": torch.tensor(1e-2, dtype=torch.float64)}, 2, 10, 12),
+    Row("GaLoreAdamW", {"state_dtype": "bfloat16"}, 2, 9, 12),
     Row("GaLoreLion", {}, 2, 5, 12),
     Row("GaLoreAdamW", {"projector": "columns"}, 1, 5, 12),
     Row("FiraAdamW", {}, 2, 9, 20),
     Row("FiraAdamW8bit", {}, 2, 9, 20),
     Row("FiraAdamW", {"alpha_mode": "paper", "scale": 0.5}, 2, 11, 20),
     Row("FiraAdamW", {"scaling": "matrix"}, 2, 10, 20),
-    Row("FiraAdamW", {"limiter": None}, 2, 9, 20),
+    Row("FiraAdamW", {"limiter": None}, 2, 11, 20),
     Row("FrugalAdamW", {"projector": "svd"}, 2, 4, 20),
     Row("FrugalAdamW8bit", {"projector": "svd"}, 2, 4, 20),
     Row("FrugalAdamW", {"projector": "columns"}, 1, 5, 20),
@@ -57,7 +58,7 @@ ROWS = [
     Row("DCTAdamW", DCT, 0, 19, 20),
     Row("DCTAdamW8bit", DCT, 0, 19, 20),
     Row("DCTAdamW", {**DCT, "slot_bias_correction": False}, 0, 14, 20),
-    Row("GaLoreAdamW", {"projector": "dct"}, 2, 13, 20),
+    Row("GaLoreAdamW", {"projector": "dct"}, 0, 13, 20),
 ]
 IDS = ["-".join([row.name, *(f"{k}={v}" for k, v in row.options.items())]) for row in ROWS]
 
