@@ -137,15 +137,14 @@ def push(work: Sequence[MatrixStep], ready: Sequence[Push], chosen: Strategies, 
     """Write the weights of alike matrices, and what follows them."""
     subspace = work[0].item.subspace
     assert subspace is not None
-    subspace.push_all_(
-        [own.into for own in ready], [w.state for w in work],
-        [own.update for own in ready], [own.term for own in ready],
-    )  # fmt: skip
-    for w, own in zip(work, ready, strict=True):
-        view, param = w.item.view, own.into.param
+    intos = [own.into for own in ready]
+    updates, terms = [own.update for own in ready], [own.term for own in ready]
+    for n in subspace.push_all_(intos, [w.state for w in work], updates, terms):
+        w, param = work[n], intos[n].param
+        view = w.item.view
         assert view is not None
         if not shares_memory(param, w.item.param):
             stored = param.mT if view.flip else param  # strides that allow no matrix view
             w.item.param.copy_(stored.reshape(view.shape))
-        chosen.residual.keep_(w.state, w.grad, own.into.finite)
+        chosen.residual.keep_(w.state, w.grad, intos[n].finite)
         undo.done(w.state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
@@ -153,8 +154,9 @@ class ErrorFeedback:
             lows = list(kept.unbind(0))
         rate = -1.0 if self.maximize else 1.0
         intos = [Target(own.grad, own.grad, None, lr=rate) for own in seen]
-        subspace.push_all_(intos, states, [{"low": low} for low in lows], [None] * len(seen))
-        return [None] * len(seen)
+        none: list[Term | None] = [None] * len(seen)
+        deque(subspace.push_all_(intos, states, [{"low": low} for low in lows], none), maxlen=0)
+        return none
 
     def keep_(self, state: State, grad: Tensor, finite: Tensor | None) -> None:
         """``E <- A - P R``."""

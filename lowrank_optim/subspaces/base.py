@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
@@ -254,8 +255,10 @@ class Subspace(ABC):
         self, states: Sequence[State], grads: Sequence[Tensor]
     ) -> list[dict[str, Tensor]]:
         """:meth:`coords` of alike matrices, whose kernels may be asked for together."""
-        pairs = zip(states, grads, strict=True)
-        return [self.coords(state, grad, reduce=identity) for state, grad in pairs]
+        found = []
+        for state, grad in zip(states, grads, strict=True):
+            found.append(self.coords(state, grad, reduce=identity))
+        return found
 
     def bases(self, state: State, view: MatrixView) -> list[Tensor]:
         """Orthonormal columns that the coordinates refer to, for tests: P, and Q if two-sided."""
@@ -273,10 +276,16 @@ class Subspace(ABC):
         states: Sequence[State],
         updates: Sequence[dict[str, Tensor]],
         terms: Sequence[Term | None],
-    ) -> None:
-        """:meth:`push_` of alike matrices, whose kernels may be asked for together."""
-        for own in zip(intos, states, updates, terms, strict=True):
+    ) -> Iterator[int]:
+        """:meth:`push_` of alike matrices, whose kernels may be asked for together.
+
+        Yields:
+            The number of each matrix once its weights are written: a step that fails later must
+            not put its state back.
+        """
+        for n, own in enumerate(zip(intos, states, updates, terms, strict=True)):
             self.push_(*own)
+            yield n
 
     def across(self, into: Target, state: State, update: dict[str, Tensor]) -> Tensor | None:
         """What :meth:`push_` must know of all columns, as sums over those that are here.
@@ -423,7 +432,7 @@ class Projector(Subspace):
         self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
     ) -> None:
         """``W <- decay W - lr (scale P N (Q^T) + term)``: no full-size temporary."""
-        self.push_all_([into], [state], [update], [term])
+        deque(self.push_all_([into], [state], [update], [term]), maxlen=0)
 
     def push_all_(
         self,
@@ -431,24 +440,23 @@ class Projector(Subspace):
         states: Sequence[State],
         updates: Sequence[dict[str, Tensor]],
         terms: Sequence[Term | None],
-    ) -> None:
+    ) -> Iterator[int]:
         """As of each; what decays the weights is one kernel."""
         plain = [n for n, term in enumerate(terms) if term is None]
-        for n, decay in zip(plain, decayed_([intos[n] for n in plain]), strict=True):
-            into, state = intos[n], states[n]
-            right = state["basis_right"] if self.two_sided else None
-            ops.lift_add_(
-                into.param,
-                state["basis"],
-                updates[n]["low"],
-                right,
-                decay,
-                -into.lr * self.scale,
-                into.rounding,
-            )
-        for into, state, update, term in zip(intos, states, updates, terms, strict=True):
-            if term is not None:
+        decays = dict(zip(plain, decayed_([intos[n] for n in plain]), strict=True))
+        for n, (into, state, update, term) in enumerate(
+            zip(intos, states, updates, terms, strict=True)
+        ):
+            if term is None:
+                right = state["basis_right"] if self.two_sided else None
+                alpha = -into.lr * self.scale
+                ops.lift_add_(
+                    into.param, state["basis"], update["low"], right, decays[n], alpha,
+                    into.rounding,
+                )  # fmt: skip
+            else:
                 self._push_term_(into, state, update, term)
+            yield n
 
     def _push_term_(
         self, into: Target, state: State, update: dict[str, Tensor], term: Term

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -106,7 +107,7 @@ class Coordinates(Subspace):
         self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
     ) -> None:
         """One pass over W and G, each entry read once and rounded once."""
-        self.push_all_([into], [state], [update], [term])
+        deque(self.push_all_([into], [state], [update], [term]), maxlen=0)
 
     def push_all_(
         self,
@@ -114,7 +115,7 @@ class Coordinates(Subspace):
         states: Sequence[State],
         updates: Sequence[dict[str, Tensor]],
         terms: Sequence[Term | None],
-    ) -> None:
+    ) -> Iterator[int]:
         """As of each; those that have all factors in common in one kernel."""
         alike: dict[Any, list[int]] = {}
         for n, (into, term) in enumerate(zip(intos, terms, strict=True)):
@@ -123,6 +124,7 @@ class Coordinates(Subspace):
                 alike.setdefault((into.decay, into.lr, self.scale, gain, free), []).append(n)
             else:
                 self._push_tiles_(into, states[n], updates[n], term)
+                yield n
         for (decay, lr, scale, gain, free), at in alike.items():
             some = [intos[n] for n in at]
             ops.coordinate_add_(
@@ -131,6 +133,7 @@ class Coordinates(Subspace):
                 decay, lr, scale, gain, free,
                 [into.finite for into in some if into.finite is not None],
             )  # fmt: skip
+            yield from at
 
     def _push_tiles_(
         self, into: Target, state: State, update: dict[str, Tensor], term: Term | None

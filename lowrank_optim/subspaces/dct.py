@@ -173,29 +173,32 @@ class DCT(FixedBasis):
         states: Sequence[State],
         updates: Sequence[dict[str, Tensor]],
         terms: Sequence[Term | None],
-    ) -> None:
+    ) -> Iterator[int]:
         """``W <- decay W - lr (scale P N (Q^T) + term)``, tiles of columns at a time."""
         if not self.fast(intos[0].param.shape[-2], intos[0].param):
-            super().push_all_(intos, states, updates, terms)
+            yield from super().push_all_(intos, states, updates, terms)
             return
         plain: dict[float, list[_Plain]] = {}
-        for into, state, update, term in zip(intos, states, updates, terms, strict=True):
-            low = self._widened(update["low"], state, into.param)
+        for n, (into, state, update, term) in enumerate(
+            zip(intos, states, updates, terms, strict=True)
+        ):
+            low, index = self._widened(update["low"], state, into.param), state["basis_index"]
             if term is None and isinstance(into.decay, float) and into.rounding is None:
-                index = state["basis_index"]
-                own = [into.param], [index], [low]
+                parts = [into.param], [index], [low]
                 if into.param.dim() > 2:
-                    own = [*into.param.unbind(0)], [*index.unbind(0)], [*low.unbind(0)]
-                plain.setdefault(into.decay, []).append(_Plain(into, *own))
+                    parts = [*into.param.unbind(0)], [*index.unbind(0)], [*low.unbind(0)]
+                own = [_Plain(n, into, *each) for each in zip(*parts, strict=True)]
+                plain.setdefault(into.decay, []).extend(own)
             else:
                 self._push_tiles_(into, state, low, term)
+                yield n
         for decay, alike in plain.items():
-            each = [(own, *parts) for own in alike for parts in zip(*own[1:], strict=True)]
-            owners, params, indices, lows = (list(column) for column in zip(*each, strict=True))
+            numbers, owners, params, indices, lows = map(list, zip(*alike, strict=True))
             plan = self.plan(params[0].shape[0], params[0])
-            rates = [own.into.lr * self.scale for own in owners]
-            finite = [own.into.finite for own in owners if own.into.finite is not None]
+            rates = [into.lr * self.scale for into in owners]
+            finite = [into.finite for into in owners if into.finite is not None]
             ops.cosine_lift_add_(params, indices, lows, plan, self.basis, decay, rates, finite)
+            yield from dict.fromkeys(numbers)
 
     def _push_tiles_(self, into: Target, state: State, low: Tensor, term: Term | None) -> None:
         """With a term, a factor on the device, or stochastic rounding."""
@@ -277,12 +280,14 @@ class DCT(FixedBasis):
 
 
 class _Plain(NamedTuple):
-    """Matrices of a parameter, their indices and directions, for the op that takes all at once."""
+    """A matrix for the op that takes all at once."""
 
+    number: int
+    """Of its parameter in the bucket."""
     into: Target
-    params: Sequence[Tensor]
-    indices: Sequence[Tensor]
-    lows: Sequence[Tensor]
+    param: Tensor
+    chosen: Tensor
+    low: Tensor
 
 
 def _matrices(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -239,7 +239,7 @@ class FixedBasis(Projector):
         states: Sequence[State],
         updates: Sequence[dict[str, Tensor]],
         terms: Sequence[Term | None],
-    ) -> None:
+    ) -> Iterator[int]:
         """As of any projector, with the chosen columns."""
         param = intos[0].param
-        super().push_all_(intos, self._dense(states, param, param.dtype), updates, terms)
+        yield from super().push_all_(intos, self._dense(states, param, param.dtype), updates, terms)
