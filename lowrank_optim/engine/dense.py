@@ -88,7 +88,7 @@ def dense_phases(
     if finite:
         decay = Target(param, grad, None, 0.0, decay, None, finite[0]).guarded_decay()
     size = size if factor == 1 else size * factor
-    held = read_slots(item, state, slot_keys("", param.shape, chosen), chosen)
+    (held,) = read_slots([item], [state], slot_keys("", param.shape, chosen), chosen)
     moments = [x for _, _, x in held]
     rows = param.shape[0] if param.dim() else 1
     if rule.elementwise and rows:
@@ -103,7 +103,7 @@ def dense_phases(
         )
         noise = rounding.narrow(0, start) if rounding is not None and start else rounding
         ops.add_(p, direction * (size * correction), decay, -1.0, noise)
-    write_slots_(item, state, held, chosen, *finite)
+    write_slots_([item], [state], [held], chosen, finite)
 
 
 Tile = tuple[int, Tensor, Tensor, Sequence[Moment]]

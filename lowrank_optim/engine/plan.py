@@ -274,23 +274,38 @@ def slot_keys(coord: str, shape: Sequence[int], chosen: Strategies) -> Keys:
     return [(slot_key(coord, slot.name), slot) for slot in chosen.rule.slots(shape)]
 
 
-def read_slots(item: ParamPlan, state: State, keys: Keys, chosen: Strategies) -> ReadMoments:
-    """The moments of one coordinate, each in the form that the rule takes."""
-    return [(k, slot, chosen.store.read(state, k, slot, item.param)) for k, slot in keys]
+def read_slots(
+    items: Sequence[ParamPlan], states: Sequence[State], keys: Keys, chosen: Strategies
+) -> list[ReadMoments]:
+    """The moments of one coordinate of alike matrices, each in the form that the rule takes."""
+    likes = [item.param for item in items]
+    every = [chosen.store.read_all(states, key, slot, likes) for key, slot in keys]
+    return [
+        [(key, slot, x) for (key, slot), x in zip(keys, own, strict=True)]
+        for own in zip(*every, strict=True)
+    ] or [[] for _ in items]
 
 
 def write_slots_(
-    item: ParamPlan,
-    state: State,
-    held: ReadMoments,
+    items: Sequence[ParamPlan],
+    states: Sequence[State],
+    held: Sequence[ReadMoments],
     chosen: Strategies,
-    finite: Tensor | None = None,
+    finite: Sequence[Tensor] = (),
 ) -> None:
     """Write back the moments that were copied to be read; the others are in place already."""
-    for n, (key, slot, x) in enumerate(held):
-        if isinstance(x, Tensor) and x is not state[key]:
-            seed = mixed(chosen.seed, item.uid, int(state["step"]), 1, n)
-            chosen.store.write_(state, key, slot, x, moment_noise(state, key, seed), finite)
+    for n, (key, slot, _) in enumerate(held[0] if held else ()):
+        at, xs, noises = [], [], []
+        for i, (item, state, own) in enumerate(zip(items, states, held, strict=True)):
+            x = own[n][2]
+            if isinstance(x, Tensor) and x is not state[key]:
+                seed = mixed(chosen.seed, item.uid, int(state["step"]), 1, n)
+                at.append(i)
+                xs.append(x)
+                noises.append(moment_noise(state, key, seed))
+        if at:
+            fine = [finite[i] for i in at] if finite else []
+            chosen.store.write_all_([states[i] for i in at], key, slot, xs, noises, fine)
 
 
 def moment_noise(state: State, key: str, seed: int) -> Noise:

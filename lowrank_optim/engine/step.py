@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_optim import ops
+from lowrank_optim.engine.apply import prepared, push
 from lowrank_optim.engine.blocks import IdleBlock
 from lowrank_optim.engine.bucket import Bucket, BucketStep, warn_skipped
 from lowrank_optim.engine.dense import Dense
 from lowrank_optim.engine.fused import FUSED
+from lowrank_optim.engine.matrix_step import (
+    MatrixStep,
+    begun,
+    finite_of,
+    mark,
+    portions,
+    turn_,
+)
 from lowrank_optim.engine.plan import (
     ParamPlan,
     State,
@@ -27,48 +35,17 @@ from lowrank_optim.engine.plan import (
 )
 from lowrank_optim.engine.refresh import basis_due, refreshing_
 from lowrank_optim.engine.undo import Undo
-from lowrank_optim.ops import Noise
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.ops.quant import Moment, Quantized
-from lowrank_optim.residuals import Drop, Measured, ResidualInputs
+from lowrank_optim.residuals import Drop
 from lowrank_optim.rules.base import Asking, Slot, Split, compute_dtype, finished
 from lowrank_optim.stores import scale_key
-from lowrank_optim.subspaces.base import Target, identity
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.subspaces.eigenvectors import Searching, together
-from lowrank_optim.subspaces.terms import Term
-from lowrank_optim.tensors.matrix import shares_memory
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
 CHUNK_BYTES = {False: 1 << 22, True: 1 << 26}
 """Low-rank gradients alive at once: within a CPU's cache, or enough to fill an accelerator."""
-
-
-@dataclass(eq=False, slots=True)
-class MatrixStep:
-    """One matrix on its way through a step."""
-
-    item: ParamPlan
-    state: State
-    grad: Tensor
-    coords: dict[str, Tensor]
-    time: float
-    """Steps that the moments have seen, this one included; NaN where the device counts them."""
-    norm: Tensor = field(init=False)
-    """Of its coordinates, on its device: not finite where the gradient is not."""
-    directions: dict[str, tuple[Tensor, float | Tensor]] = field(default_factory=dict)
-    """Of each coordinate, with the factor that corrects its bias."""
-    whole: tuple[int, int] | None = None
-    """Sides of the whole matrix, where only columns are here."""
-    rms: Tensor | None = None
-    """Root mean square of all weights, where step sizes depend on it and a part of them is here."""
-    measured: Measured | None = None
-    """What its residual needs of the whole matrix, where others have columns of it."""
-
-    @property
-    def finite(self) -> Tensor:
-        """Whether the gradient is finite, on its device."""
-        return self.norm.isfinite()
 
 
 class Phases:
@@ -79,18 +56,21 @@ class Phases:
         return True
 
     def step_(self, bucket: Bucket) -> None:
-        """The phases, each over the whole bucket but the last."""
+        """The phases, each over the whole bucket where an accelerator takes it so."""
         items, states, chosen, lr, weight_decay, undo = bucket
-        each = zip(items, states, strict=True)
-        work = together([_project(item, state, chosen, undo) for item, state in each])
+        pairs = list(zip(items, states, strict=True))
+        work = [w for part in portions(pairs) for w in _project(part, chosen, undo)]
         count_([w.state["step"] for w in work])
         _measure(work)
-        if not on_accelerator(work[0].grad):
+        if on_accelerator(work[0].grad):
+            mark(work)
+        else:
             work = [w for w in work if _is_finite(w)]
         finished(adapt(work, chosen, undo))
-        for w in work:
-            rounding = weight_noise(w.item, w.state, chosen)
-            apply(w, chosen, lr, weight_decay, undo, rounding)
+        for alike in portions([(w.item, w) for w in work]):
+            own = [w for _, w in alike]
+            rounding = [weight_noise(w.item, w.state, chosen) for w in own]
+            push(own, prepared(own, chosen, lr, weight_decay, undo, rounding), chosen, undo)
 
 
 WAYS: tuple[BucketStep, ...] = (IdleBlock(), Dense(), Phases())
@@ -155,7 +135,11 @@ def _measure(work: Sequence[MatrixStep]) -> None:
     else:
         norms = [ops.total_norms([w.coords[name] for w in work]) for name in work[0].coords]
     for w, *own in zip(work, *norms, strict=True):
-        w.norm = own[0] if len(own) == 1 else torch.stack(own).sum()
+        w.norm = own[0]
+    if len(norms) > 1:
+        totals = torch.stack([torch.stack(list(own)) for own in norms]).sum(0)
+        for w, total in zip(work, totals.unbind(0), strict=True):
+            w.norm = total
 
 
 def _is_finite(w: MatrixStep) -> bool:
@@ -166,9 +150,29 @@ def _is_finite(w: MatrixStep) -> bool:
 
 
 def _project(
+    pairs: Sequence[tuple[ParamPlan, State]], chosen: Strategies, undo: Undo
+) -> list[MatrixStep]:
+    """Phases one and two: refresh the bases that are due, then take coordinates."""
+    found = together([_refreshed(item, state, chosen, undo) for item, state in pairs])
+    at = [n for n, (_, coords) in enumerate(found) if not coords]
+    if at:
+        (item, _), *_ = pairs
+        assert item.subspace is not None
+        lows = item.subspace.coords_of([pairs[n][1] for n in at], [found[n][0] for n in at])
+        for n, low in zip(at, lows, strict=True):
+            found[n][1].update(low)
+    works = [
+        begun(item, state, grad, coords, chosen)
+        for (item, state), (grad, coords) in zip(pairs, found, strict=True)
+    ]
+    turn_(works, chosen)
+    return works
+
+
+def _refreshed(
     item: ParamPlan, state: State, chosen: Strategies, undo: Undo
-) -> Searching[MatrixStep]:
-    """Phases one and two: refresh the basis if it is due, then take coordinates."""
+) -> Searching[tuple[Tensor, dict[str, Tensor]]]:
+    """The gradient, with what is added to it, and the coordinates that are known already."""
     view, subspace = item.view, item.subspace
     assert view is not None and subspace is not None and item.param.grad is not None
     grad = item.param.grad
@@ -184,21 +188,7 @@ def _project(
             undo.keep(state, subspace.refreshed(state))
             step = int(state["step"])
             yield from refreshing_(item, state, grad, step, chosen, coords, later=True)
-        coords = coords or subspace.coords(state, grad, reduce=identity)
-    return begun(item, state, grad, coords, chosen)
-
-
-def begun(
-    item: ParamPlan, state: State, grad: Tensor, coords: dict[str, Tensor], chosen: Strategies
-) -> MatrixStep:
-    """A matrix whose coordinates are known, before its step is counted."""
-    time = math.nan
-    if not chosen.capturable:
-        last = max(int(state["refresh_step"]), 0)
-        time = float(int(state["step"]) + 1 - (last if chosen.on_refresh == "reset" else 0))
-    if chosen.maximize:
-        coords = {name: x.neg_() for name, x in coords.items()}
-    return MatrixStep(item, state, grad, coords, time)
+    return grad, coords
 
 
 def adapt(
@@ -232,11 +222,10 @@ def _adapt(
     if not on_accelerator(grads[0]):
         overwritten = [key for key, _ in keys]
         overwritten += [scale_key(key) for key in overwritten] + [age_key(coord)]
-        for w in work:
-            undo.keep(w.state, overwritten)
-    held = [read_slots(w.item, w.state, keys, chosen) for w in work]
-    # no host may wait for `finite`: the ops select on the device
-    finite = [w.finite for w in work] if on_accelerator(grads[0]) else []
+        undo.keep_all([w.state for w in work], overwritten)
+    items, states = [w.item for w in work], [w.state for w in work]
+    held = read_slots(items, states, keys, chosen)
+    finite = finite_of(work)
     times = _times_on_device(work, chosen) if chosen.capturable else [w.time for w in work]
     # in the weights' dtype if it goes into their GEMM as it is, else in that of arithmetic
     plain = coord == "low" and isinstance(chosen.residual, Drop) and not chosen.rounding
@@ -245,12 +234,11 @@ def _adapt(
     moments = [
         [_columns(x, slot, g) for _, slot, x in own] for own, g in zip(held, grads, strict=True)
     ]
-    ages = [_older_(w, coord) for w in work] if chosen.aged else []
+    ages = _older_(work, coord) if chosen.aged else []
     directions, corrections = yield from chosen.rule.phases_(
         grads, moments, times, dtype, finite, ages, split
     )
-    for n, (w, own) in enumerate(zip(work, held, strict=True)):
-        write_slots_(w.item, w.state, own, chosen, finite[n] if finite else None)
+    write_slots_(items, states, held, chosen, finite)
     return list(zip(directions, corrections, strict=True))
 
 
@@ -269,105 +257,14 @@ def _columns(x: Moment, slot: Slot, grad: Tensor) -> Moment:
     return x[..., : grad.shape[-1]]
 
 
-def _older_(w: MatrixStep, coord: str) -> Tensor:
+def _older_(work: Sequence[MatrixStep], coord: str) -> list[Tensor]:
     """The age of each row, this step included."""
-    age = w.state[age_key(coord)]
-    return age.add_(w.finite if on_accelerator(age) else 1)
-
-
-def inputs_of(w: MatrixStep) -> ResidualInputs | None:
-    """What its residual looks at; None where coordinates are not those of a basis."""
-    low, subspace = w.coords.get("low"), w.item.subspace
-    if low is None or subspace is None:
-        return None
-    finite = w.finite if on_accelerator(w.grad) else None
-    return ResidualInputs(w.grad, low, *w.directions["low"], subspace, finite, w.whole)
-
-
-def apply(
-    w: MatrixStep,
-    chosen: Strategies,
-    lr: float | Tensor,
-    weight_decay: float,
-    undo: Undo,
-    rounding: Noise | None,
-) -> None:
-    """Phase four: lift the direction and add it to the weights.
-
-    Args:
-        w: the matrix; its plan may stand for a buffer that its update is to be made in.
-        chosen: what its group chose.
-        lr: of the group.
-        weight_decay: likewise.
-        undo: what to put back.
-        rounding: seed and positions of the weights as they are stored; None rounds to nearest.
-    """
-    push(w, prepared(w, chosen, lr, weight_decay, undo, rounding), chosen, undo)
-
-
-class Push(NamedTuple):
-    """What a subspace adds to the weights, and how."""
-
-    into: Target
-    update: dict[str, Tensor]
-    term: Term | None
-
-
-def prepared(
-    w: MatrixStep,
-    chosen: Strategies,
-    lr: float | Tensor,
-    weight_decay: float,
-    undo: Undo,
-    rounding: Noise | None,
-) -> Push:
-    """All that phase four needs to know, before it writes."""
-    view, subspace = w.item.view, w.item.subspace
-    assert view is not None and subspace is not None
-    param = view.of(w.item.param)
-    low, directions = w.coords.get("low"), w.directions
-    finite = w.finite if on_accelerator(param) else None
-    undo.keep(w.state, chosen.residual.stepped)
-    seen = inputs_of(w)
-    term = None
-    if seen is not None:
-        others = () if w.measured is None else (w.measured,)
-        term = chosen.residual.after(w.state, seen, *others)
-    step = math.nan if chosen.capturable else float(w.state["step"])
-    size = chosen.rule.step_size(lr, step, param, w.rms)
-    if isinstance(size, Tensor) and size.numel() == 1 and not on_accelerator(param):
-        size = float(size)
-    if not chosen.capturable:
-        ramp = subspace.lr_factor(int(step) - 1 - max(0, int(w.state["refresh_step"])))
-        size = size if ramp == 1 else size * ramp  # never in place: it may be the group's
-    decay = 1 - size * weight_decay
-    size = size if chosen.lr_scale == 1 else size * chosen.lr_scale
-    name, (direction, correction) = next(iter(directions.items()))
-    factor = size * correction
-    if len(directions) == 1 and isinstance(factor, float):
-        update, lr_now = {name: direction}, factor
-    else:
-        update, lr_now = {k: x * (c * size) for k, (x, c) in directions.items()}, 1.0
-        if term is not None and isinstance(factor, Tensor):  # then there is one direction
-            term = term.times(factor)
-    if chosen.maximize and low is not None and subspace.applies_grad(term):
-        # coordinates are those of -G, and so is all that is linear in them: turn both back
-        update, low, lr_now = {k: -x for k, x in update.items()}, -low, -lr_now
-    rounding = None if rounding is None else view.noise(rounding)
-    # where nothing of it is applied the weights stand in: its coordinates alone may exist, or it
-    # may be wider than the weights, as with error feedback
-    grad = w.grad if subspace.applies_grad(term) else param
-    return Push(Target(param, grad, low, lr_now, decay, rounding, finite), update, term)
-
-
-def push(w: MatrixStep, ready: Push, chosen: Strategies, undo: Undo) -> None:
-    """Write the weights, and what follows them."""
-    view, subspace = w.item.view, w.item.subspace
-    assert view is not None and subspace is not None
-    param, finite = ready.into.param, ready.into.finite
-    subspace.push_(ready.into, w.state, ready.update, ready.term)
-    if not shares_memory(param, w.item.param):
-        stored = param.mT if view.flip else param  # strides that allow no matrix view
-        w.item.param.copy_(stored.reshape(view.shape))
-    chosen.residual.keep_(w.state, w.grad, finite)
-    undo.done(w.state)
+    ages = [w.state[age_key(coord)] for w in work]
+    finite = finite_of(work)
+    if not finite:
+        torch._foreach_add_(ages, 1)
+        return ages
+    every, fine = torch.stack(ages), torch.stack(finite)
+    every.add_(fine.view(-1, *[1] * ages[0].dim()))
+    torch._foreach_copy_(ages, list(every.unbind(0)))
+    return ages

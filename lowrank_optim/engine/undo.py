@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Self
 
 import torch
@@ -46,14 +46,24 @@ class Undo:
 
     def keep(self, state: State, keys: Iterable[str]) -> None:
         """Copy entries that are about to be overwritten, unless that was done; no counters."""
+        self.keep_all([state], keys)
+
+    def keep_all(self, states: Sequence[State], keys: Iterable[str]) -> None:
+        """:meth:`keep` of several, whose copies are made at once."""
         if self._idle:
             return
-        copies = self._kept[id(state)][-1]
         for key in keys:
-            if key not in copies and key in state and key not in COUNTERS:
-                entry = state[key].detach()
-                spare = self._spare.get((entry.shape, entry.dtype, entry.device))
-                copies[key] = spare.pop().copy_(entry) if spare else entry.clone()
+            copies, entries = [], []
+            for state in states:
+                own = self._kept[id(state)][-1]
+                if key not in own and key in state and key not in COUNTERS:
+                    entry = state[key].detach()
+                    spare = self._spare.get((entry.shape, entry.dtype, entry.device))
+                    own[key] = spare.pop() if spare else torch.empty_like(entry)
+                    copies.append(own[key])
+                    entries.append(entry)
+            if entries:
+                torch._foreach_copy_(copies, entries)
 
     def done(self, state: State) -> None:
         """The weights have been written, or the step is over."""

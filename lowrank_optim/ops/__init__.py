@@ -5,8 +5,10 @@ from lowrank_optim.ops.composite import (
     lift_add_,
     lift_add_term_,
     matrix_norm,
+    matrix_norms,
     project,
     put_,
+    put_all_,
     stochastic_round,
     total_norms,
 )
@@ -18,9 +20,11 @@ from lowrank_optim.ops.matrices import (
     cosine_lift_add_,
     cosine_project_,
     cosine_scores,
+    decay_,
     fuses_cosine,
     lift_add_scaled_,
     lift_add_sign_,
+    residual_factors_,
     top_rows_,
 )
 from lowrank_optim.ops.moments import (
@@ -30,8 +34,10 @@ from lowrank_optim.ops.moments import (
     lion_direction_,
     moment_,
     quantize_,
+    row_steps,
 )
 from lowrank_optim.ops.noise import Noise
+from lowrank_optim.ops.reference import limited_, scaled_squares
 from lowrank_optim.ops.tiles import TILE_ELEMENTS
 
 __all__ = [
@@ -47,18 +53,25 @@ __all__ = [
     "cosine_lift_add_",
     "cosine_project_",
     "cosine_scores",
+    "decay_",
     "dequantize",
     "fuses_cosine",
     "lift_add_",
     "lift_add_scaled_",
     "lift_add_sign_",
     "lift_add_term_",
+    "limited_",
     "lion_direction_",
     "matrix_norm",
+    "matrix_norms",
     "moment_",
     "project",
     "put_",
+    "put_all_",
     "quantize_",
+    "residual_factors_",
+    "row_steps",
+    "scaled_squares",
     "stochastic_round",
     "top_rows_",
     "total_norms",

@@ -7,19 +7,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.ops.noise import Noise
 from lowrank_optim.ops.tiles import TILE_ELEMENTS, tile_rows
 
 
-def project(basis: Tensor, grad: Tensor) -> Tensor:
+def project(basis: Tensor, grad: Tensor, out: Tensor | None = None) -> Tensor:
     """``P^T G (..., r, n)`` from ``basis (..., m, r)`` and ``grad (..., m, n)``, in its dtype.
 
     The product accumulates in float32, as GEMMs of narrow formats do.
+
+    Args:
+        basis: P.
+        grad: G.
+        out: where the product goes, of one matrix (default: new memory).
     """
     left = basis.mT
     if basis.dtype != grad.dtype:
         left = left.to(grad.dtype)
-    return torch.mm(left, grad) if grad.dim() == 2 else left @ grad
+    return torch.mm(left, grad, out=out) if grad.dim() == 2 else left @ grad
 
 
 def matrix_norm(x: Tensor) -> Tensor:
@@ -40,6 +46,19 @@ def matrix_norm(x: Tensor) -> Tensor:
     ]
     norm = torch.linalg.vector_norm(torch.cat(parts, -1), dim=-1, keepdim=True)
     return norm
+
+
+def matrix_norms(xs: Sequence[Tensor]) -> list[Tensor]:
+    """:func:`matrix_norm` of each; on an accelerator matrices of one dtype take one kernel."""
+    at = [n for n, x in enumerate(xs) if x.dim() == 2 and x.numel() and on_accelerator(x)]
+    norms = [matrix_norm(x) if n not in at else x for n, x in enumerate(xs)]
+    for dtype in {xs[n].dtype for n in at}:
+        own = [n for n in at if xs[n].dtype == dtype]
+        wide = torch.promote_types(dtype, torch.float32)
+        found = torch._foreach_norm([xs[n] for n in own], 2, None if wide == dtype else wide)
+        for n, norm in zip(own, found, strict=True):
+            norms[n] = norm.view(1, 1)
+    return norms
 
 
 def total_norms(xs: list[Tensor]) -> Sequence[Tensor]:
@@ -169,6 +188,17 @@ def put_(out: Tensor, x: Tensor, rounding: Noise | None) -> None:
     out.copy_(stochastic_round(x, rounding) if rounds and rounding is not None else x)
 
 
+def put_all_(outs: Sequence[Tensor], xs: Sequence[Tensor], rounding: Sequence[Noise]) -> None:
+    """:func:`put_` of each; of several that are written as they lie, in one kernel."""
+    if outs[0].dtype != torch.bfloat16:
+        torch._foreach_copy_(list(outs), list(xs))
+    elif all(x.is_contiguous() and x.numel() for x in outs):
+        _round_into_(xs, outs, rounding)
+    else:
+        for out, x, noise in zip(outs, xs, rounding, strict=True):
+            put_(out, x, noise)
+
+
 def stochastic_round(x: Tensor, noise: Noise) -> Tensor:
     """``x`` float32 in bfloat16, rounded without bias from a hash of (position, seed).
 
@@ -178,13 +208,22 @@ def stochastic_round(x: Tensor, noise: Noise) -> Tensor:
     """
     x = x.contiguous()
     out = torch.empty_like(x, dtype=torch.bfloat16)
-    if x.numel() == 0:
-        return out
-    places = noise.layout(x.shape)
-    pieces = (list(t.view(len(places), -1).unbind()) for t in (x, out))
-    seeds = [noise.seed & 0x7FFFFFFF] * len(places)
-    torch.ops.lowrank_optim.stochastic_round_(*pieces, seeds, *map(list, zip(*places, strict=True)))
+    if x.numel():
+        _round_into_([x], [out], [noise])
     return out
+
+
+def _round_into_(xs: Sequence[Tensor], outs: Sequence[Tensor], noises: Sequence[Noise]) -> None:
+    pieces: tuple[list[Tensor], list[Tensor]] = [], []
+    seeds: list[int] = []
+    places: list[tuple[int, int, int, int]] = []
+    for x, out, noise in zip(xs, outs, noises, strict=True):
+        own = noise.layout(x.shape)
+        for found, t in zip(pieces, (x.contiguous(), out), strict=True):
+            found += t.view(len(own), -1).unbind()
+        seeds += [noise.seed & 0x7FFFFFFF] * len(own)
+        places += own
+    torch.ops.lowrank_optim.stochastic_round_(*pieces, seeds, *map(list, zip(*places, strict=True)))
 
 
 def add_(

@@ -31,6 +31,11 @@ def check_name(what: str, name: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{what} must be one of {names}, got {name!r}")
 
 
+def together(x: Tensor) -> int:
+    """How many matrices like ``x (m, n)`` are transformed at once."""
+    return max(1, TILE_ELEMENTS[x.device.type != "cpu"] // max(1, x.numel()))
+
+
 def column_tiles(x: Tensor) -> Iterator[slice]:
     """Slices of the columns of ``x (m, n)``."""
     width = max(1, TILE_ELEMENTS[x.device.type != "cpu"] // max(1, x.shape[0]))

@@ -185,6 +185,59 @@ def fuses_cosine(like: Tensor, n: int) -> bool:
     return serving is triton
 
 
+def decay_(
+    params: Sequence[Tensor],
+    decay: float,
+    factors: Sequence[Tensor] = (),
+    finite: Sequence[Tensor] = (),
+) -> None:
+    """``W <- decay f W`` for each tensor, rounded once.
+
+    Args:
+        params: W, any strides.
+        decay: of all.
+        factors: f ``()`` on the device, one a tensor (default: 1).
+        finite: 0-d bools on the device, one a tensor; where False, W stays as it is, bit for bit.
+    """
+    if params and (factors or decay != 1):
+        _ops.decay_(params, decay, factors, finite)
+
+
+def residual_factors_(
+    lows: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    *,
+    tiny: float,
+    share: float,
+    noise: float,
+    limiter: float,
+    finite: Sequence[Tensor] = (),
+) -> None:
+    r"""Factors of columns, such that the norm of the residual grows by ``limiter`` at most.
+
+    With :math:`f_j = |N_j| / (|R_j| + tiny)`, the residual's norm S is kept, and limited:
+    :math:`S^2 = \sum_j f_j^2 |G_j|^2 - share \sum_j f_j^2 |R_j|^2`.
+
+    Args:
+        lows: norms of the columns of coordinates ``(..., 1, n)``; 1 column where one is all.
+        directions: of the directions, alike.
+        grads: of the gradients, alike.
+        norms: S of the step before ``(...)``; overwritten where the new one is finite.
+        outs: ``f`` times what the limit leaves of it.
+        tiny: added to a norm that divides, or is multiplied.
+        share: of the coordinates in the residual.
+        noise: the residual counts as zero where its square is this part of the first sum.
+        limiter: the growth that is allowed where S was not 0.
+        finite: 0-d bools on the device, one a matrix; where False, S stays.
+    """
+    if lows:
+        lists = lows, directions, grads, norms, outs
+        _ops.residual_factors_(*lists, tiny, share, noise, limiter, finite)
+
+
 column_norms = _ops.column_norms
 cosine_lift_add_ = _ops.cosine_lift_add_
 cosine_project_ = _ops.cosine_project_

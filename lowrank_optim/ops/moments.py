@@ -40,6 +40,23 @@ class Rows(NamedTuple):
 _NO_ROWS = Rows()
 
 
+def row_steps(
+    ages: Sequence[Tensor], betas: tuple[float, float], eps: float, dtype: torch.dtype
+) -> Rows:
+    """What eps and the direction of each row are multiplied by; one of age 0 stays still.
+
+    Args:
+        ages: steps of each row, in float32.
+        betas: decays of the moments.
+        eps: of the rule.
+        dtype: of the result.
+    """
+    outs = [[torch.empty_like(age, dtype=dtype) for age in ages] for _ in range(2)]
+    if ages:
+        _ops.row_steps_(ages, *outs, *betas, eps)
+    return Rows(*([x.reshape(-1) for x in own] for own in outs))
+
+
 def adamw_direction_(
     grads: Sequence[Tensor],
     exp_avgs: Moments,

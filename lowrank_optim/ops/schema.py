@@ -43,6 +43,12 @@ SCHEMAS = {
     "stochastic_round_": "(Tensor[] xs, Tensor(a!)[] outs, int[] seeds, int[] offsets, "
     "int[] widths, int[] row_strides, int[] column_strides) -> ()",
     "column_norms": "(Tensor[] xs) -> Tensor[]",
+    "decay_": "(Tensor(a!)[] params, float decay, Tensor[] factors, Tensor[] finite) -> ()",
+    "row_steps_": "(Tensor[] ages, Tensor(a!)[] eps_rows, Tensor(b!)[] scale_rows, float beta1, "
+    "float beta2, float eps) -> ()",
+    "residual_factors_": "(Tensor[] lows, Tensor[] directions, Tensor[] grads, Tensor(a!)[] norms, "
+    "Tensor(b!)[] outs, float tiny, float share, float noise, float limiter, Tensor[] finite) "
+    "-> ()",
     "lift_add_scaled_": f"({_APPLY}, Tensor[] bases, Tensor[] updates, Tensor[] lows, "
     "Tensor[] columns, float decay, float lr, float scale, Tensor[] finite) -> ()",
     "lift_add_sign_": f"({_APPLY}, Tensor[] bases, Tensor[] updates, Tensor[] lows, float decay, "

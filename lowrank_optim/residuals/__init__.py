@@ -1,6 +1,6 @@
 """What happens to the gradient outside the subspace: one file a member."""
 
-from lowrank_optim.residuals.base import Forgetful, Measured, Residual, ResidualInputs
+from lowrank_optim.residuals.base import Forgetful, Measured, OneByOne, Residual, ResidualInputs
 from lowrank_optim.residuals.drop import Drop
 from lowrank_optim.residuals.error_feedback import ErrorFeedback
 from lowrank_optim.residuals.free import Free
@@ -12,6 +12,7 @@ __all__ = [
     "Forgetful",
     "Free",
     "Measured",
+    "OneByOne",
     "Residual",
     "ResidualInputs",
     "Scaled",

@@ -82,12 +82,42 @@ class Residual(Protocol):
         """
         ...
 
+    def after_all(
+        self,
+        states: Sequence[State],
+        seen: Sequence[ResidualInputs],
+        measured: Sequence[Measured] = (),
+    ) -> list[Term | None]:
+        """:meth:`after` of alike matrices, whose kernels may be asked for together."""
+        ...
+
     def keep_(self, state: State, grad: Tensor, finite: Tensor | None) -> None:
         """Remember what is left of ``grad``, as ``before`` gave it: the weights are written."""
         ...
 
 
-class Forgetful:
+class OneByOne:
+    """What residuals have in common that ask nothing of a bucket."""
+
+    def after(
+        self, state: State, seen: ResidualInputs, measured: Measured | None = None
+    ) -> Term | None:
+        """Of one matrix."""
+        raise NotImplementedError
+
+    def after_all(
+        self,
+        states: Sequence[State],
+        seen: Sequence[ResidualInputs],
+        measured: Sequence[Measured] = (),
+    ) -> list[Term | None]:
+        """One after the other."""
+        others = [[x] for x in measured] or [[]] * len(states)
+        work = zip(states, seen, others, strict=True)
+        return [self.after(state, own, *other) for state, own, other in work]
+
+
+class Forgetful(OneByOne):
     """What residuals have in common that remember nothing of a gradient."""
 
     stepped: ClassVar[Sequence[str]] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
@@ -16,6 +17,7 @@ from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.base import State, Target
 from lowrank_optim.subspaces.terms import Term, Wants
 from lowrank_optim.tensors.matrix import MatrixView
+from lowrank_optim.tensors.stacked import stacked
 from lowrank_optim.tensors.values import check_finite
 
 FORMATS = (None, "float32", "bfloat16", "8bit", "4bit")
@@ -134,13 +136,27 @@ class ErrorFeedback:
         self, state: State, seen: ResidualInputs, measured: Measured | None = None
     ) -> Term | None:
         """``A <- A - P R``, and no term."""
-        rest, subspace = seen.grad, replace(seen.subspace, scale=1.0)
-        low = seen.low.to(rest.dtype)
-        if seen.finite is not None:
-            low = torch.where(seen.finite, low, 0)
-        into = Target(rest, rest, None, lr=-1.0 if self.maximize else 1.0)
-        subspace.push_(into, state, {"low": low}, None)
-        return None
+        return self.after_all([state], [seen])[0]
+
+    def after_all(
+        self,
+        states: Sequence[State],
+        seen: Sequence[ResidualInputs],
+        measured: Sequence[Measured] = (),
+    ) -> list[Term | None]:
+        """As of each."""
+        subspace = replace(seen[0].subspace, scale=1.0)
+        lows = [own.low.to(own.grad.dtype) for own in seen]
+        if seen[0].finite is not None:
+            every = stacked(lows)
+            fine = torch.stack([own.finite for own in seen if own.finite is not None])
+            kept = torch.where(fine.view(-1, *[1] * lows[0].dim()), every, 0)
+            lows = list(kept.unbind(0))
+        rate = -1.0 if self.maximize else 1.0
+        intos = [Target(own.grad, own.grad, None, lr=rate) for own in seen]
+        none: list[Term | None] = [None] * len(seen)
+        deque(subspace.push_all_(intos, states, [{"low": low} for low in lows], none), maxlen=0)
+        return none
 
     def keep_(self, state: State, grad: Tensor, finite: Tensor | None) -> None:
         """``E <- A - P R``."""

@@ -13,6 +13,7 @@ from lowrank_optim import ops
 from lowrank_optim.residuals.base import Forgetful, Measured, ResidualInputs, State
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
+from lowrank_optim.tensors.stacked import empty_like_all, stacked
 from lowrank_optim.tensors.values import check_finite
 
 TINY = 1e-8
@@ -58,86 +59,103 @@ class Scaled(Forgetful):
 
     def measure(self, seen: ResidualInputs) -> Measured | None:
         """Squares of the columns' scaled norms, added up; or norms of the matrix."""
+        of_low, of_direction, of_grad = self._norms([seen])
         if not self._by_column(seen):
-            of_low, of_grad, of_direction = self._norms(seen)
-            found = [of_low, of_direction, *([] if of_grad is None else [of_grad])]
-            return Measured(torch.stack(found), True, 2, ())
-        factor, *squares = self._of_columns(seen)
-        sums = torch.stack(squares) if squares else factor.new_zeros(0, *factor.shape[:-1], 1)
-        return Measured(sums, False, 0, (factor,))
-
-    def _of_columns(self, seen: ResidualInputs) -> list[Tensor]:
-        """The factor of each, and for a limiter the squares of all of scaled G and R."""
-        of_low, of_grad, of_direction = self._norms(seen)
-        factor = of_direction / (of_low + TINY)
-        scaled = [] if of_grad is None else [factor * of_grad, factor * of_low]
-        return [factor, *(x.square().sum(-1, keepdim=True) for x in scaled)]
+            return Measured(torch.stack([*of_low, *of_direction, *of_grad]), True, 2, ())
+        factor = of_direction[0] / (of_low[0] + TINY)
+        squares = [ops.scaled_squares(factor, x) for x in (*of_grad, *of_low)]
+        if self.limiter is None:
+            return Measured(factor.new_zeros(0, *factor.shape[:-1], 1), False, 0, (factor,))
+        return Measured(torch.stack(squares), False, 0, (factor,))
 
     def after(
         self, state: State, seen: ResidualInputs, measured: Measured | None = None
     ) -> Term | None:
         """One factor for every column of G."""
-        low, direction = seen.low, seen.direction
-        squares: Sequence[Tensor]
-        if self._by_column(seen):
-            if measured is None:
-                factor, *squares = self._of_columns(seen)
-            else:
-                (factor,), squares = measured.columns, list(measured.sums)
+        (term,) = self.after_all([state], [seen], [] if measured is None else [measured])
+        return term
+
+    def after_all(
+        self,
+        states: Sequence[State],
+        seen: Sequence[ResidualInputs],
+        measured: Sequence[Measured] = (),
+    ) -> list[Term | None]:
+        """As of each; what is computed of the norms is one kernel."""
+        if measured:
+            pairs = zip(states, seen, measured, strict=True)
+            factors = [self._of_measured(state, own, found) for state, own, found in pairs]
         else:
-            if measured is None:
-                of_low, of_all, of_direction = self._norms(seen)
-                of_grad = [] if of_all is None else [of_all]
-            else:
-                of_low, of_direction, *of_grad = measured.sums
-            factor = of_direction / (of_low + TINY)
-            squares = [(factor * x).square() for x in (*of_grad, of_low)]
-        if self.limiter is not None:
-            total = self._norm(squares[0], squares[1], seen)
-            factor = factor * self._limit_(state["residual_norm"], total, seen.finite)
-        scale = seen.subspace.scale
+            factors = self._factors(states, seen)
+        scale, every = seen[0].subspace.scale, stacked(factors)
         if self.paper and scale != 1:
             # a P N + a S with S = f (G - P R), as a P (N - (1 - a) f R) + a f (G - a P R)
-            direction.addcmul_(low.to(direction.dtype), factor.to(direction.dtype), value=scale - 1)
-            factor = factor * scale
-        shape = (*seen.grad.shape[:-2], 1, seen.grad.shape[-1])
-        return Term("scaled", factor.expand(shape).contiguous())
+            self._add_(seen, every, scale - 1)
+            every = every * scale
+        shape = (len(seen), *seen[0].grad.shape[:-2], 1, seen[0].grad.shape[-1])
+        columns = every.expand(shape).contiguous()
+        return [Term("scaled", own) for own in columns.unbind(0)]
+
+    def _factors(self, states: Sequence[State], seen: Sequence[ResidualInputs]) -> list[Tensor]:
+        """``(..., 1, n)``, or ``(..., 1, 1)`` where one is that of all columns."""
+        lows, directions, grads = self._norms(seen)
+        if self.limiter is None:
+            return list((stacked(directions) / (stacked(lows) + TINY)).unbind(0))
+        dtype = torch.promote_types(lows[0].dtype, directions[0].dtype)
+        outs = empty_like_all(lows, lows[0].shape, dtype)
+        ops.residual_factors_(
+            lows, directions, grads, [state["residual_norm"] for state in states], outs,
+            **self._limit(seen[0], dtype), finite=[x.finite for x in seen if x.finite is not None],
+        )  # fmt: skip
+        return outs
+
+    def _limit(self, seen: ResidualInputs, dtype: torch.dtype) -> dict[str, float]:
+        """What the limit is computed with."""
+        assert self.limiter is not None
+        b = 1.0 if self.paper else seen.subspace.scale
+        # sums are exact to a few units of their dtype; coordinates and a basis in bfloat16 bring
+        # errors of 3e-4 at most, as they average out
+        noise = max(4 * torch.finfo(dtype).eps, torch.finfo(seen.low.dtype).eps / 16)
+        share = 2 * b - b * b
+        return {"tiny": TINY, "share": share, "noise": noise, "limiter": self.limiter}
+
+    def _of_measured(self, state: State, seen: ResidualInputs, found: Measured) -> Tensor:
+        """The factors, from what was found of all columns."""
+        if self._by_column(seen):
+            (factor,), squares = found.columns, list(found.sums)
+        else:
+            of_low, of_direction, *of_grad = found.sums
+            factor = of_direction / (of_low + TINY)
+            squares = [(factor * x).square() for x in (*of_grad, of_low)]
+        if self.limiter is None:
+            return factor
+        limit = self._limit(seen, squares[0].dtype)
+        whole, inside = squares
+        return ops.limited_(
+            factor, whole, inside, state["residual_norm"], **limit, finite=seen.finite
+        )
 
     def _by_column(self, seen: ResidualInputs) -> bool:
         return self.columns and seen.subspace.by_column
 
-    def _norms(self, seen: ResidualInputs) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Of R, of G where there is a limiter, and of the direction: by column or of all."""
+    def _add_(self, seen: Sequence[ResidualInputs], factors: Tensor, value: float) -> None:
+        """``N <- N + value f R``, where a residual adds to the directions."""
+        directions = stacked([own.direction for own in seen])
+        dtype = directions.dtype
+        lows = stacked([own.low for own in seen])
+        directions.addcmul_(lows.to(dtype), factors.to(dtype), value=value)
+        if directions.data_ptr() != seen[0].direction.data_ptr():
+            torch._foreach_copy_([own.direction for own in seen], list(directions.unbind(0)))
 
-        def norm(x: Tensor) -> Tensor:
-            if self._by_column(seen):
-                (found,) = ops.column_norms([x])
-                return found  # type: ignore[no-any-return]
-            return ops.matrix_norm(x.flatten(-2).unsqueeze(-2) if x is not seen.grad else x)
-
-        of_low, of_direction = norm(seen.low), norm(seen.direction)
-        return of_low, None if self.limiter is None else norm(seen.grad), of_direction
-
-    def _norm(self, whole: Tensor, inside: Tensor, seen: ResidualInputs) -> Tensor:
-        """``|S| (..., 1, 1)`` from squares of scaled G and R; 0 where that is rounding noise."""
-        b = 1.0 if self.paper else seen.subspace.scale
-        left = whole - (2 * b - b * b) * inside
-        # sums are exact to a few units of their dtype; coordinates and a basis in bfloat16 bring
-        # errors of 3e-4 at most, as they average out
-        noise = max(4 * torch.finfo(whole.dtype).eps, torch.finfo(seen.low.dtype).eps / 16)
-        return torch.where(left <= noise * whole, 0.0, left).sqrt()  # NaN stays NaN
-
-    def _limit_(self, before: Tensor, norm: Tensor, finite: Tensor | None) -> Tensor:
-        """The factor that keeps the growth of ``norm (..., 1, 1)`` within the limit.
-
-        Where the step before had no residual there is nothing to grow from, and no limit: capped at
-        1.01e-8, as in the release, it would take 1,388 steps to come back to 1.
-        """
-        assert self.limiter is not None
-        last = before.reshape(norm.shape)
-        allowed = self.limiter * (last + TINY) / norm
-        limit = torch.where(last > 0, allowed.clamp(max=1.0), 1.0)
-        new = norm * limit
-        fine = new.isfinite() if finite is None else new.isfinite() & finite
-        last.copy_(torch.where(fine, new, last))
-        return limit
+    def _norms(
+        self, seen: Sequence[ResidualInputs]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Of R, of the directions, and of G where there is a limiter: by column or of all."""
+        each = [own.low for own in seen], [own.direction for own in seen]
+        grads = [] if self.limiter is None else [own.grad for own in seen]
+        if self._by_column(seen[0]):
+            of_low, of_direction, of_grad = map(ops.column_norms, (*each, grads))
+        else:
+            flat = ([x.flatten(-2).unsqueeze(-2) for x in own] for own in each)
+            of_low, of_direction, of_grad = map(ops.matrix_norms, (*flat, grads))
+        return of_low, of_direction, of_grad

@@ -103,15 +103,7 @@ class AdamW(Rule):
 
     def rows(self, ages: Sequence[Tensor], dtype: torch.dtype) -> Rows:
         """What eps and the direction of each row are multiplied by; one of age 0 stays still."""
-        beta1, beta2 = self.betas
-        # 1 - 0.999^t has lost half its digits in float32
-        every = torch.cat([age.reshape(-1) for age in ages]).double()
-        time = every.clamp(min=1)
-        root = (1 - beta2**time).sqrt()
-        scale = torch.where(every > 0, root / (1 - beta1**time), 0.0)
-        sizes = [age.numel() for age in ages]
-        eps = (self.eps * root).to(dtype)
-        return Rows(torch.split(eps, sizes), torch.split(scale.to(dtype), sizes))
+        return ops.row_steps(ages, self.betas, self.eps, dtype)
 
     def biases(self, step: float) -> tuple[float, ...]:
         """``1 - b1^t`` and ``1 - b2^t``."""

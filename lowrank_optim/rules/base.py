@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_optim.ops.quant import Moment
+from lowrank_optim.tensors.stacked import empty_like_all
 
 Slots = Sequence[Moment]
 Steps = Sequence[float] | Tensor
@@ -236,9 +237,7 @@ def directions_like(grads: Sequence[Tensor], dtype: torch.dtype | None) -> list[
     """Contiguous tensors for the directions of ``grads``; one allocation where shapes are equal."""
     shape = grads[0].shape
     if len(grads) > 1 and all(g.shape == shape for g in grads):
-        own = dtype or compute_dtype(grads[0].dtype)
-        whole = torch.empty((len(grads), *shape), dtype=own, device=grads[0].device)
-        return list(whole.unbind(0))
+        return empty_like_all(grads, shape, dtype or compute_dtype(grads[0].dtype))
     return [
         torch.empty(g.shape, dtype=dtype or compute_dtype(g.dtype), device=g.device) for g in grads
     ]

@@ -68,6 +68,24 @@ class Store(Protocol):
         """
         ...
 
+    def read_all(
+        self, states: Sequence[State], key: str, slot: Slot, likes: Sequence[Tensor]
+    ) -> list[Moment]:
+        """:meth:`read` of alike matrices, whose kernels may be asked for together."""
+        ...
+
+    def write_all_(
+        self,
+        states: Sequence[State],
+        key: str,
+        slot: Slot,
+        xs: Sequence[Tensor],
+        noises: Sequence[Noise],
+        finite: Sequence[Tensor] = (),
+    ) -> None:
+        """:meth:`write_` of alike matrices, whose kernels may be asked for together."""
+        ...
+
     def check_state(self, state: Mapping[str, Tensor], key: str, slot: Slot) -> None:
         """Raise ValueError unless a saved slot holds finite numbers, squares no negative ones."""
         ...
@@ -96,6 +114,30 @@ class Store(Protocol):
             finite: where False, ``x`` is as it was read and what is stored must not change.
         """
         ...
+
+
+class OneByOne:
+    """What stores have in common that ask nothing of a bucket."""
+
+    def read_all(
+        self: Store, states: Sequence[State], key: str, slot: Slot, likes: Sequence[Tensor]
+    ) -> list[Moment]:
+        """One after the other."""
+        pairs = zip(states, likes, strict=True)
+        return [self.read(state, key, slot, like) for state, like in pairs]
+
+    def write_all_(
+        self: Store,
+        states: Sequence[State],
+        key: str,
+        slot: Slot,
+        xs: Sequence[Tensor],
+        noises: Sequence[Noise],
+        finite: Sequence[Tensor] = (),
+    ) -> None:
+        """One after the other."""
+        for n, (state, x, noise) in enumerate(zip(states, xs, noises, strict=True)):
+            self.write_(state, key, slot, x, noise, finite[n] if finite else None)
 
 
 def scale_key(key: str) -> str:

@@ -14,13 +14,13 @@ from lowrank_optim.ops import quant
 from lowrank_optim.ops.moving import move_rows_
 from lowrank_optim.ops.quant import Moment, Quantized
 from lowrank_optim.rules.base import Slot, compute_dtype
-from lowrank_optim.stores.base import State, Whole, register, scale_key
+from lowrank_optim.stores.base import OneByOne, State, Whole, register, scale_key
 from lowrank_optim.stores.floating import FloatStore
 from lowrank_optim.tensors.values import check_finite
 
 
 @dataclass(frozen=True)
-class Block8Store:
+class Block8Store(OneByOne):
     """Moments in 8 bits, one float32 scale a block; small ones in ``float32``.
 
     ``<slot>`` holds the codes in the slot's shape and ``<slot>_scale`` the scales. A slot of fewer

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.ops.moving import move_rows_
+from lowrank_optim.ops.quant import Moment
 from lowrank_optim.rules.base import Slot, compute_dtype
 from lowrank_optim.stores.base import State, Whole, register
+from lowrank_optim.tensors.stacked import empty_like_all
 from lowrank_optim.tensors.values import check_finite
 
 
@@ -66,6 +68,17 @@ class FloatStore:
         kept, wide = state[key], compute_dtype(like.dtype)
         return kept if kept.dtype == wide else kept.to(wide)
 
+    def read_all(
+        self, states: Sequence[State], key: str, slot: Slot, likes: Sequence[Tensor]
+    ) -> list[Moment]:
+        """As of each, upcast at once."""
+        kept, wide = [state[key] for state in states], compute_dtype(likes[0].dtype)
+        if kept[0].dtype == wide:
+            return [*kept]
+        outs = empty_like_all(kept, kept[0].shape, wide)
+        torch._foreach_copy_(outs, kept)
+        return [*outs]
+
     def write_(
         self,
         state: State,
@@ -76,10 +89,24 @@ class FloatStore:
         finite: Tensor | None = None,
     ) -> None:
         """Rounded where the format is narrow; a value that it holds already stays itself."""
-        kept = state[key]
-        if kept is x:
-            return
-        ops.put_(kept, x.float() if kept.dtype == torch.bfloat16 else x, noise)
+        self.write_all_([state], key, slot, [x], [noise])
+
+    def write_all_(
+        self,
+        states: Sequence[State],
+        key: str,
+        slot: Slot,
+        xs: Sequence[Tensor],
+        noises: Sequence[ops.Noise],
+        finite: Sequence[Tensor] = (),
+    ) -> None:
+        """As of each, rounded at once."""
+        pairs = zip(states, xs, noises, strict=True)
+        work = [(state[key], x, noise) for state, x, noise in pairs if state[key] is not x]
+        if work:
+            kept, values, rounding = zip(*work, strict=True)
+            narrow = kept[0].dtype == torch.bfloat16
+            ops.put_all_(kept, [x.float() if narrow else x for x in values], rounding)
 
 
 register("float32", FloatStore(torch.float32))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
@@ -15,6 +16,7 @@ from lowrank_optim import ops
 from lowrank_optim.subspaces.eigenvectors import Searching, alone
 from lowrank_optim.subspaces.terms import KINDS, Term, Wants, unknown_kind
 from lowrank_optim.tensors.matrix import MatrixView, matrix_view
+from lowrank_optim.tensors.stacked import empty_like_all
 from lowrank_optim.tensors.values import check_finite
 
 State = MutableMapping[str, Tensor]
@@ -267,6 +269,15 @@ class Subspace(ABC):
     def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
         """Coordinates of ``grad (..., m, n)``, every step."""
 
+    def coords_of(
+        self, states: Sequence[State], grads: Sequence[Tensor]
+    ) -> list[dict[str, Tensor]]:
+        """:meth:`coords` of alike matrices, whose kernels may be asked for together."""
+        found = []
+        for state, grad in zip(states, grads, strict=True):
+            found.append(self.coords(state, grad, reduce=identity))
+        return found
+
     def bases(self, state: State, view: MatrixView) -> list[Tensor]:
         """Orthonormal columns that the coordinates refer to, for tests: P, and Q if two-sided."""
         raise NotImplementedError
@@ -276,6 +287,23 @@ class Subspace(ABC):
         self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
     ) -> None:
         """``W <- decay W - lr (lift(update) + term)``; state changes when W has, or not at all."""
+
+    def push_all_(
+        self,
+        intos: Sequence[Target],
+        states: Sequence[State],
+        updates: Sequence[dict[str, Tensor]],
+        terms: Sequence[Term | None],
+    ) -> Iterator[int]:
+        """:meth:`push_` of alike matrices, whose kernels may be asked for together.
+
+        Yields:
+            The number of each matrix once its weights are written: a step that fails later must
+            not put its state back.
+        """
+        for n, own in enumerate(zip(intos, states, updates, terms, strict=True)):
+            self.push_(*own)
+            yield n
 
     def across(self, into: Target, state: State, update: dict[str, Tensor]) -> Tensor | None:
         """What :meth:`push_` must know of all columns, as sums over those that are here.
@@ -443,27 +471,58 @@ class Projector(Subspace):
 
     def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
         """``P^T G (..., r, n)``, or ``P^T G Q (..., r, r)``."""
-        low = ops.project(state["basis"], grad)
-        if self.two_sided:
-            low = low @ state["basis_right"].to(low.dtype)
-        return {"low": reduce(low)}
+        (found,) = self.coords_of([state], [grad])
+        return {name: reduce(low) for name, low in found.items()}
+
+    def coords_of(
+        self, states: Sequence[State], grads: Sequence[Tensor]
+    ) -> list[dict[str, Tensor]]:
+        """As of each; those of several lie one after the other in memory."""
+        outs: Sequence[Tensor | None] = [None] * len(grads)
+        if len(grads) > 1 and grads[0].dim() == 2:
+            outs = empty_like_all(grads, (self.rank, grads[0].shape[1]), grads[0].dtype)
+        found = []
+        for state, grad, out in zip(states, grads, outs, strict=True):
+            low = ops.project(state["basis"], grad, out)
+            if self.two_sided:
+                low = low @ state["basis_right"].to(low.dtype)
+            found.append({"low": low})
+        return found
 
     def push_(
         self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
     ) -> None:
         """``W <- decay W - lr (scale P N (Q^T) + term)``: no full-size temporary."""
+        deque(self.push_all_([into], [state], [update], [term]), maxlen=0)
+
+    def push_all_(
+        self,
+        intos: Sequence[Target],
+        states: Sequence[State],
+        updates: Sequence[dict[str, Tensor]],
+        terms: Sequence[Term | None],
+    ) -> Iterator[int]:
+        """As of each; what decays the weights is one kernel."""
+        plain = [n for n, term in enumerate(terms) if term is None]
+        decays = dict(zip(plain, decayed_([intos[n] for n in plain]), strict=True))
+        for n, (into, state, update, term) in enumerate(
+            zip(intos, states, updates, terms, strict=True)
+        ):
+            if term is None:
+                right = state["basis_right"] if self.two_sided else None
+                alpha = -into.lr * self.scale
+                ops.lift_add_(
+                    into.param, state["basis"], update["low"], right, decays[n], alpha,
+                    into.rounding,
+                )  # fmt: skip
+            else:
+                self._push_term_(into, state, update, term)
+            yield n
+
+    def _push_term_(
+        self, into: Target, state: State, update: dict[str, Tensor], term: Term
+    ) -> None:
         right = state["basis_right"] if self.two_sided else None
-        if term is None:
-            ops.lift_add_(
-                into.param,
-                state["basis"],
-                update["low"],
-                right,
-                into.guarded_decay(),
-                -into.lr * self.scale,
-                into.rounding,
-            )
-            return
         assert into.low is not None
         wide, low = update["low"], into.low
         if right is not None:
@@ -505,6 +564,44 @@ def replaced(grad: Tensor, known: Tensor, ctx: RefreshContext) -> Tensor:
         generator = torch.Generator(grad.device).manual_seed(generator.initial_seed())
     noise = torch.empty(grad.shape[-2:], dtype=grad.dtype, device=grad.device)
     return torch.where(known, grad, noise.normal_(generator=generator))
+
+
+def decayed_(intos: Sequence[Target]) -> list[float | Tensor]:
+    """Let those decay, all at once, whose flags are on the device; what is left to the others.
+
+    A GEMM takes a factor of its own from the host alone, and a flag not at all.
+    """
+    left = [into.decay for into in intos]
+    here = [
+        n
+        for n, into in enumerate(intos)
+        if into.finite is not None and into.rounding is None and _is_one(into.decay)
+    ]
+    by_decay: dict[Any, list[int]] = {}
+    for n in here:
+        decay = intos[n].decay
+        by_decay.setdefault(id(decay) if isinstance(decay, Tensor) else decay, []).append(n)
+    for at in by_decay.values():
+        decay = intos[at[0]].decay
+        finite = [intos[n].finite for n in at]
+        params = [intos[n].param for n in at]
+        if isinstance(decay, Tensor):
+            wide = torch.promote_types(params[0].dtype, torch.float32)
+            factor = decay.reshape(()).to(params[0].device, wide, non_blocking=True)
+            ops.decay_(params, 1.0, [factor] * len(at), finite)  # type: ignore[arg-type]
+        else:
+            ops.decay_(params, decay, [], finite)  # type: ignore[arg-type]
+        for n in at:
+            left[n] = 1.0
+    for n, into in enumerate(intos):
+        if n not in here:
+            left[n] = into.guarded_decay()
+    return left
+
+
+def _is_one(decay: float | Tensor) -> bool:
+    """Whether it is one factor for all of a matrix, and not one for each expert."""
+    return not isinstance(decay, Tensor) or decay.numel() == 1
 
 
 def new_to_old(new: Tensor, old: Tensor) -> Tensor:

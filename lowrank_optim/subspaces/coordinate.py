@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from lowrank_optim.subspaces.base import (
 )
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
+from lowrank_optim.tensors.stacked import empty_like_all
 from lowrank_optim.tensors.values import check_index
 
 FREE = {"sign": "sign", "raw": "sgd"}
@@ -86,6 +88,18 @@ class Coordinates(Subspace):
             return {"low": reduce(grad.mT.index_select(-1, index).mT.contiguous())}
         return {"low": reduce(grad.index_select(-2, index))}
 
+    def coords_of(
+        self, states: Sequence[State], grads: Sequence[Tensor]
+    ) -> list[dict[str, Tensor]]:
+        """As of each; those of several lie one after the other in memory."""
+        if len(grads) == 1:
+            return super().coords_of(states, grads)
+        (*batch, _, n), dtype = grads[0].shape, grads[0].dtype
+        lows = empty_like_all(grads, (*batch, self.rank, n), dtype)
+        for state, grad, low in zip(states, grads, lows, strict=True):
+            torch.index_select(grad, -2, state["index"], out=low)
+        return [{"low": low} for low in lows]
+
     def bases(self, state: State, view: MatrixView) -> list[Tensor]:
         """Unit vectors."""
         return [torch.eye(view.m, dtype=torch.float64)[state["index"].long()].mT]
@@ -94,13 +108,39 @@ class Coordinates(Subspace):
         self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
     ) -> None:
         """One pass over W and G, each entry read once and rounded once."""
+        deque(self.push_all_([into], [state], [update], [term]), maxlen=0)
+
+    def push_all_(
+        self,
+        intos: Sequence[Target],
+        states: Sequence[State],
+        updates: Sequence[dict[str, Tensor]],
+        terms: Sequence[Term | None],
+    ) -> Iterator[int]:
+        """As of each; those that have all factors in common in one kernel."""
+        alike: dict[Any, list[int]] = {}
+        for n, (into, term) in enumerate(zip(intos, terms, strict=True)):
+            if fusible(into, term):
+                free, gain = ("none", 0.0) if term is None else (FREE[term.kind], term.gain)
+                alike.setdefault((into.decay, into.lr, self.scale, gain, free), []).append(n)
+            else:
+                self._push_tiles_(into, states[n], updates[n], term)
+                yield n
+        for (decay, lr, scale, gain, free), at in alike.items():
+            some = [intos[n] for n in at]
+            ops.coordinate_add_(
+                [into.param for into in some], [into.grad for into in some],
+                [states[n]["index"] for n in at], [updates[n]["low"] for n in at],
+                decay, lr, scale, gain, free,
+                [into.finite for into in some if into.finite is not None],
+            )  # fmt: skip
+            yield from at
+
+    def _push_tiles_(
+        self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
+    ) -> None:
+        """With a term of factors a column, a factor on the device, or stochastic rounding."""
         low, index = update["low"], state["index"]
-        if fusible(into, term):
-            free, gain = ("none", 0.0) if term is None else (FREE[term.kind], term.gain)
-            finite = [] if into.finite is None else [into.finite]
-            args = into.decay, into.lr, self.scale, gain, free, finite
-            ops.coordinate_add_([into.param], [into.grad], [index], [low], *args)  # type: ignore[arg-type]
-            return
         place = torch.full((into.param.shape[-2],), -1, dtype=torch.long, device=index.device)
         place[index.long()] = torch.arange(self.rank, device=index.device)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +13,11 @@ from torch import Tensor
 from lowrank_optim import ops
 from lowrank_optim.ops.cosine import CosineTransform, column_tiles, cosine_rows
 from lowrank_optim.rules.base import compute_dtype
-from lowrank_optim.subspaces.base import Reduce, State, Target, register
+from lowrank_optim.subspaces.base import State, Target, register
 from lowrank_optim.subspaces.fixed import FixedBasis
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
+from lowrank_optim.tensors.stacked import empty_like_all, stacked
 
 TRANSFORMS = ("auto", "matmul", "fft")
 FFT_COST: dict[tuple[str, torch.dtype], float] = {
@@ -135,39 +136,75 @@ class DCT(FixedBasis):
             return super()._take(like, part, index)
         return self._plan(like.shape[0], like).take(part, index)
 
-    def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
-        """``P^T G (Q)``: the chosen coefficients of a transform in tiles, or a product."""
-        low = self._project(state["basis_index"], grad)
-        if self.columns is not None:
-            low = low @ self._right(grad, state["basis_index_right"]).to(low.dtype)
-        elif self.two_sided:
-            low = self._project(state["basis_index_right"], low.mT).mT
-        return {"low": reduce(low)}
-
-    def _project(self, index: Tensor, x: Tensor) -> Tensor:
-        """``P^T x (..., r, n)`` of ``x (..., m, n)``."""
-        if not self.fast(x.shape[-2], x):
-            return ops.project(self._columns(x, index).to(x.dtype), x)
-        if x.dim() > 2:
-            pairs = zip(index.unbind(0), x.unbind(0), strict=True)
-            return torch.stack([self._project(i, each) for i, each in pairs])
-        plan = self._plan(x.shape[0], x)
-        low = torch.empty(self.rank, x.shape[1], dtype=plan.sign.dtype, device=x.device)
-        ops.cosine_project_([x], [index], [low], plan.plan, self.basis)
-        return low
-
-    def push_(
-        self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
-    ) -> None:
-        """``W <- decay W - lr (scale P N (Q^T) + term)``, a tile of columns at a time."""
-        if not self.fast(into.param.shape[-2], into.param):
-            super().push_(into, state, update, term)
-            return
-        low, seen = update["low"], into.low
+    def coords_of(
+        self, states: Sequence[State], grads: Sequence[Tensor]
+    ) -> list[dict[str, Tensor]]:
+        """``P^T G (Q)``: the chosen coefficients of transforms in tiles, or products."""
+        lows = self._project([state["basis_index"] for state in states], grads)
         if self.two_sided:
-            low = self._widened(low, state, into.param)
+            for n, (state, grad) in enumerate(zip(states, grads, strict=True)):
+                index, low = state["basis_index_right"], lows[n]
+                if self.columns is not None:
+                    lows[n] = low @ self._right(grad, index).to(low.dtype)
+                else:
+                    lows[n] = self._project([index], [low.mT])[0].mT
+        return [{"low": low} for low in lows]
+
+    def _project(self, indices: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
+        """``P^T x (..., r, n)`` of each ``x (..., m, n)``."""
+        m, n = xs[0].shape[-2:]
+        if not self.fast(m, xs[0]):
+            bases = self._columns(xs[0], stacked(indices)).to(xs[0].dtype).unbind(0)
+            outs: Sequence[Tensor | None] = [None] * len(xs)
+            if len(xs) > 1 and xs[0].dim() == 2:
+                outs = empty_like_all(xs, (self.rank, n), xs[0].dtype)
+            return [ops.project(p, x, out) for p, x, out in zip(bases, xs, outs, strict=True)]
+        plan = self._plan(m, xs[0])
+        lows = empty_like_all(xs, (*xs[0].shape[:-2], self.rank, n), plan.sign.dtype)
+        lists: Sequence[Sequence[Tensor]] = xs, indices, lows
+        if xs[0].dim() > 2:
+            lists = [[own for x in each for own in x.unbind(0)] for each in lists]
+        ops.cosine_project_(*map(list, lists), plan.plan, self.basis)
+        return lows
+
+    def push_all_(
+        self,
+        intos: Sequence[Target],
+        states: Sequence[State],
+        updates: Sequence[dict[str, Tensor]],
+        terms: Sequence[Term | None],
+    ) -> Iterator[int]:
+        """``W <- decay W - lr (scale P N (Q^T) + term)``, tiles of columns at a time."""
+        if not self.fast(intos[0].param.shape[-2], intos[0].param):
+            yield from super().push_all_(intos, states, updates, terms)
+            return
+        plain: dict[float, list[_Plain]] = {}
+        for n, (into, state, update, term) in enumerate(
+            zip(intos, states, updates, terms, strict=True)
+        ):
+            low, index = self._widened(update["low"], state, into.param), state["basis_index"]
+            if term is None and isinstance(into.decay, float) and into.rounding is None:
+                parts = [into.param], [index], [low]
+                if into.param.dim() > 2:
+                    parts = [*into.param.unbind(0)], [*index.unbind(0)], [*low.unbind(0)]
+                own = [_Plain(n, into, *each) for each in zip(*parts, strict=True)]
+                plain.setdefault(into.decay, []).extend(own)
+            else:
+                self._push_tiles_(into, state, low, term)
+                yield n
+        for decay, alike in plain.items():
+            numbers, owners, params, indices, lows = map(list, zip(*alike, strict=True))
+            plan = self.plan(params[0].shape[0], params[0])
+            rates = [into.lr * self.scale for into in owners]
+            finite = [into.finite for into in owners if into.finite is not None]
+            ops.cosine_lift_add_(params, indices, lows, plan, self.basis, decay, rates, finite)
+            yield from dict.fromkeys(numbers)
+
+    def _push_tiles_(self, into: Target, state: State, low: Tensor, term: Term | None) -> None:
+        """With a term, a factor on the device, or stochastic rounding."""
+        seen, index, decay = into.low, state["basis_index"], into.guarded_decay()
+        if self.two_sided:
             seen = None if term is None or seen is None else self._widened(seen, state, into.param)
-        index, decay = state["basis_index"], into.guarded_decay()
         for n, (param, grad, own, x, y) in enumerate(_matrices(into, index, low, seen)):
             own_decay = decay
             if isinstance(decay, Tensor) and decay.dim() > 0:
@@ -179,17 +216,12 @@ class DCT(FixedBasis):
             columns = None
             if term is not None and term.columns is not None:
                 columns = term.columns if param is into.param else term.columns[n]
-            if term is None and isinstance(into.decay, float) and noise is None:
-                finite = [] if into.finite is None else [into.finite]
-                ops.cosine_lift_add_(
-                    [param], [own], [x], self.plan(param.shape[0], param), self.basis, into.decay,
-                    [into.lr * self.scale], finite,
-                )  # fmt: skip
-            else:
-                self._push_one_(one, own.long(), x, term, columns)
+            self._push_one_(one, own.long(), x, term, columns)
 
     def _widened(self, low: Tensor, state: State, param: Tensor) -> Tensor:
-        """``N Q^T (..., r, n)`` of ``N (..., r, r)``."""
+        """``N Q^T (..., r, n)`` of ``N (..., r, r)``; N itself of one side."""
+        if not self.two_sided:
+            return low
         n, index = param.shape[-1], state["basis_index_right"]
         if self.columns is not None or not self.fast(n, param):
             wide = low.to(compute_dtype(low.dtype))
@@ -245,6 +277,17 @@ class DCT(FixedBasis):
             return inside.addcmul_(grad, factor.mT.to(grad.dtype))
         outside = term.of_(grad - plan.lift(seen, index))
         return plan.lift(low, index).mul_(self.scale).add_(outside)
+
+
+class _Plain(NamedTuple):
+    """A matrix for the op that takes all at once."""
+
+    number: int
+    """Of its parameter in the bucket."""
+    into: Target
+    param: Tensor
+    chosen: Tensor
+    low: Tensor
 
 
 def _matrices(

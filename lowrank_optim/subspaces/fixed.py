@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -16,7 +16,6 @@ from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.base import (
     BasisChange,
     Projector,
-    Reduce,
     RefreshContext,
     Shared,
     State,
@@ -25,6 +24,7 @@ from lowrank_optim.subspaces.base import (
 from lowrank_optim.subspaces.coordinate import source_of
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
+from lowrank_optim.tensors.stacked import stacked
 from lowrank_optim.tensors.values import check_index
 
 SPECTRUM_ELEMENTS = 1 << 24
@@ -222,20 +222,28 @@ class FixedBasis(Projector):
         """Coefficients ``(c, r)`` by index."""
         return part.index_select(1, index)
 
-    def _dense(self, state: State, param: Tensor, dtype: torch.dtype) -> State:
-        """The state of a projector that keeps its columns."""
-        dense = {"basis": self._columns(param, state["basis_index"]).to(dtype)}
+    def _dense(self, states: Sequence[State], like: Tensor, dtype: torch.dtype) -> Sequence[State]:
+        """The states of a projector that keeps its columns; those of several gathered at once."""
+        bases = self._columns(like, stacked([state["basis_index"] for state in states]))
+        dense: list[State] = [{"basis": basis} for basis in bases.to(dtype).unbind(0)]
         if self.two_sided:
-            dense["basis_right"] = self._right(param, state["basis_index_right"]).to(dtype)
+            for own, state in zip(dense, states, strict=True):
+                own["basis_right"] = self._right(like, state["basis_index_right"]).to(dtype)
         return dense
 
-    def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
+    def coords_of(
+        self, states: Sequence[State], grads: Sequence[Tensor]
+    ) -> list[dict[str, Tensor]]:
         """``P^T G``, by a product with the chosen columns."""
-        return super().coords(self._dense(state, grad, grad.dtype), grad, reduce=reduce)
+        return super().coords_of(self._dense(states, grads[0], grads[0].dtype), grads)
 
-    def push_(
-        self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
-    ) -> None:
+    def push_all_(
+        self,
+        intos: Sequence[Target],
+        states: Sequence[State],
+        updates: Sequence[dict[str, Tensor]],
+        terms: Sequence[Term | None],
+    ) -> Iterator[int]:
         """As of any projector, with the chosen columns."""
-        dense = self._dense(state, into.param, into.param.dtype)
-        super().push_(into, dense, update, term)
+        param = intos[0].param
+        yield from super().push_all_(intos, self._dense(states, param, param.dtype), updates, terms)

@@ -99,7 +99,7 @@ def test_a_look_in_a_projector_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Coordinates, "coords", curious)
     with Watch(optimizer) as seen:
         optimizer.step()
-    assert seen.where == {"engine/step.py _project": 2}
+    assert seen.where == {"subspaces/base.py coords_of": 2}
     assert not devices.on_accelerator(param)
 
 
@@ -112,8 +112,11 @@ def test_launches_are_counted_by_kernel() -> None:
         y @ x
         x.add_(1)
         torch._foreach_mul_([x, x], 2.0)
+        torch._foreach_mul_([x, x], [y[0, 0], y[0, 0]])  # one by one: other shapes beside them
+        torch._foreach_mul_([x[:, 1:], x], 2.0)  # likewise: one is not dense
+        torch.ones(2, device=x.device)
         torch.zeros(()).add_(1)  # of the host
         torch.ops.lowrank_optim.moment_([x, x], [x, x], [x, x], 0.5, 0.5, [])
-        torch.ops.lowrank_optim.column_norms([x, x])
+        torch.ops.lowrank_optim.column_norms([x, x, x.mT])
     assert dict(seen.gemms) in ({"bmm": 1}, {"mm": 1})
-    assert sum(seen.launches.values()) == 1 + 2 + 1 + 2
+    assert sum(seen.launches.values()) == 1 + 2 + 2 + 2 + 1 + 1 + 2

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -75,6 +75,9 @@ FACTORIES = {
 }  # fmt: skip
 """Made on the host, unless a device is given."""
 
+_COPIED = {torch.tensor, torch.as_tensor, torch.from_numpy}
+"""Those whose numbers are the host's, whatever the device."""
+
 _FREE = {
     aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided,
     aten.detach, aten.alias, aten.lift_fresh, aten._unsafe_view, aten._reshape_alias, aten.set_,
@@ -99,7 +102,14 @@ class Cost(NamedTuple):
 
     call: int = 0
     each: int = 0
-    """For each matrix, or each tile of columns of it; tests have one."""
+    """For each matrix."""
+    alike: int = 0
+    """For all tensors of one dtype, shape and strides; of cosines, for as many as make a tile."""
+
+    def of(self, xs: Sequence[Tensor]) -> int:
+        """Of a call on these."""
+        kinds = {(x.dtype, x.shape, x.stride()) for x in xs}
+        return self.call + self.each * len(xs) + self.alike * len(kinds)
 
 
 COSTS = {
@@ -107,20 +117,21 @@ COSTS = {
         (
             "adamw_direction_", "lion_direction_", "moment_", "adamw_direction_8bit_",
             "lion_direction_8bit_", "moment_8bit_", "quantize_blockwise_",
-            "dequantize_blockwise_", "stochastic_round_",
+            "dequantize_blockwise_", "stochastic_round_", "decay_", "row_steps_",
+            "residual_factors_",
         ),
         Cost(call=1),
     ),
-    "column_norms": Cost(each=1),
+    "column_norms": Cost(alike=1),
     "lift_add_scaled_": Cost(each=1),
     "lift_add_sign_": Cost(each=1),
-    "coordinate_add_": Cost(each=1),
+    "coordinate_add_": Cost(alike=1),
     "coordinate_adamw_": Cost(each=2),
     "top_rows_": Cost(each=11),  # the reference serves: two sorts, a search, what selects
-    "cosine_scores": Cost(each=5),  # fold, FFT, its copy, scores, their sum
-    "cosine_project_": Cost(each=4),  # fold, FFT, its copy, pick
-    "cosine_lift_add_": Cost(each=6),  # places, fold, FFT, its copy, add
-    "cosine_adamw_": Cost(each=12),
+    "cosine_scores": Cost(alike=5),  # fold, FFT, its copy, scores, their sum
+    "cosine_project_": Cost(alike=4),  # fold, FFT, its copy, pick
+    "cosine_lift_add_": Cost(alike=6),  # places, fold, FFT, its copy, add
+    "cosine_adamw_": Cost(each=2, alike=11),
 }  # fmt: skip
 """By ``lowrank_optim/ops/triton``."""
 
@@ -208,7 +219,9 @@ class Watch:
         if func in FACTORIES and isinstance(out, Tensor):
             if kwargs.get("device") is None:
                 self._hosts[out] = True
-            elif func in (torch.tensor, torch.as_tensor, torch.from_numpy):
+            elif func is not torch.empty:
+                self.launches[func.__name__] += 1
+            if kwargs.get("device") is not None and func in _COPIED:
                 self.look("numbers of the host are copied to the device")
         elif func in INDEXING and not self.is_host(args[0]):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
@@ -265,12 +278,33 @@ class Watch:
     def _launched(self, func: Any, given: list[Tensor], args: tuple[Any, ...]) -> None:
         packet, name = func.overloadpacket, func._opname
         if func.namespace == "lowrank_optim":
-            cost = COSTS[name]
-            self.launches[name] += cost.call + cost.each * len(args[0])
+            self.launches[name] += COSTS[name].of(args[0])
         elif given and not func.is_view and packet not in _FREE:
-            self.launches[name] += 1
+            self.launches[name] += _kernels(name, args)
             if packet in GEMMS:
                 self.gemms[name] += 1
+
+
+def _kernels(name: str, args: tuple[Any, ...]) -> int:
+    """Of an op of torch: of a list one, if torch's multi-tensor kernels take it.
+
+    They want dense tensors, and others beside them of the same shapes and strides; what they do not
+    take is done one by one. (Above 320 pieces of 65,536 entries torch launches them again.)
+    """
+    if not name.startswith("_foreach"):
+        return 1
+    lists = [x for x in args if isinstance(x, (list, tuple)) and isinstance(x[0], Tensor)]
+    taken = all(
+        _is_dense(own[0]) and all(x.shape == own[0].shape for x in own)
+        and all(x.stride() == own[0].stride() for x in own)
+        for own in zip(*lists, strict=True)
+    )  # fmt: skip
+    return 1 if taken else len(lists[0])
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether its elements are all of a piece of memory, in any order."""
+    return torch.empty_like(x).stride() == x.stride()
 
 
 class _Functions(TorchFunctionMode):

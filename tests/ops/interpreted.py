@@ -23,7 +23,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FILES = ("test_triton.py", "test_triton_cosine.py", "test_ops.py")
 """In one process: Triton and torch are imported once."""
 SHARED = (
-    "guarded or no_ or denormal or flags or top_rows or unsound_lift and float32"
+    "guarded or no_ or denormal or flags or top_rows or factors_of or unsound_lift and float32"
     " or (matrices or matrix or columns_of or directions or cosines) and rows and float32"
 )
 """Of what all backends have in common; Triton's interpreter cannot round to bfloat16."""

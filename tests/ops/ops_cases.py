@@ -256,8 +256,10 @@ def coordinate_steps(
 
 def example(op: str) -> Arguments:
     """One call of any op in float32."""
-    from tests.ops import ops_cosines  # which are made of what is above
+    from tests.ops import ops_cosines, ops_factors  # which are made of what is above
 
+    if op in ops_factors.OPS:
+        return ops_factors.arguments(op, torch.float32)
     if op in ELEMENTWISE + BITS8:
         return elementwise(op, torch.float32, by_row="adamw" in op, unsound=4)
     if op in (*APPLIES, "column_norms"):
@@ -276,8 +278,10 @@ def example(op: str) -> Arguments:
 
 def expected(op: str, a: Arguments) -> Expected:
     """Every output, computed one tensor at a time in float64."""
-    from tests.ops import ops_cosines
+    from tests.ops import ops_cosines, ops_factors
 
+    if op in ops_factors.OPS:
+        return ops_factors.expected(op, a)
     if op == "top_rows_":
         return ops_cosines.expected_top(a)
     if op in ops_cosines.COSINES:

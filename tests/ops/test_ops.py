@@ -19,7 +19,7 @@ from lowrank_optim.ops.cosine import CosineTransform
 from lowrank_optim.ops.quant import Quantized, layout, zero_code
 from lowrank_optim.ops.schema import SCHEMAS
 from tests.ops import ops_cases as cases
-from tests.ops import ops_cosines
+from tests.ops import ops_cosines, ops_factors
 from tests.ops.checks import check_stored, run
 from tests.ops.interpreted import INTERPRETED
 from tests.ops.rounding import flat_places
@@ -133,6 +133,37 @@ def test_cosines(backend: str, op: str, basis: str, how: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("how", HOW)
+def test_decays_of_matrices(backend: str, how: str, dtype: torch.dtype) -> None:
+    """With a factor on the device and without; one that is not finite keeps its bits."""
+    for factors in (True, False):
+        a = ops_factors.arguments("decay_", dtype, how=how, factors=factors, unsound=3)
+        kept = a["params"][3].clone()
+        run("decay_", a)
+        assert torch.equal(a["params"][3], kept)
+        run("decay_", ops_factors.arguments("decay_", dtype, how=how, factors=factors))
+
+
+def test_factors_of_matrices_and_columns(backend: str) -> None:
+    """Limits that bite and that do not, a residual of rounding alone, and a gradient of NaN."""
+    run("row_steps_", ops_factors.arguments("row_steps_", torch.float32))
+    for share in (0.4375, 1.0):
+        run(
+            "residual_factors_",
+            ops_factors.arguments("residual_factors_", torch.float32, share=share),
+        )
+    a = ops_factors.arguments("residual_factors_", torch.float32, share=1.0)
+    a["grads"] = [x.clone() for x in a["lows"]]
+    run("residual_factors_", a)
+    assert [x.max() for x in a["norms"]] == [0, 0, 0, 0]
+    a = ops_factors.arguments("residual_factors_", torch.float32, unsound=2)
+    before = a["norms"][2].clone()
+    cases.call("residual_factors_", a)
+    assert torch.equal(a["norms"][2], before)
+    assert all(x.isfinite().all() for i, x in enumerate(a["norms"] + a["outs"]) if i != 6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_unsound_lift_writes_nothing(backend: str, dtype: torch.dtype) -> None:
     for unsound in (0, 3):
         a = ops_cosines.arguments("cosine_lift_add_", dtype, unsound=unsound)
@@ -241,6 +272,8 @@ def test_float64(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
         run(op, ops_cosines.top(torch.float64))
     elif op in ops_cosines.COSINES:
         run(op, ops_cosines.arguments(op, torch.float64))
+    elif op in ops_factors.OPS:
+        run(op, ops_factors.arguments(op, torch.float64))
     elif op != "stochastic_round_":
         run(op, cases.matrices(op, torch.float64))
 

@@ -29,7 +29,7 @@ Columns are rows with the strides exchanged.
 """
 SLOW = [(name, x) for x in aot.TARGETS for name in VARIANTS if (name, x) not in FAST]
 REGISTERS = {"sm": 255, "gf": 512}  # addressable by one thread
-FUSED = ("lift", "column_norms")
+FUSED = ("lift", "column_norms", "row_steps")  # the last by the exponential of float64
 HALVES = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 PRODUCTS = {f"lift_{kind} {form}": x for kind in ("scaled", "sign")
             for form, x in (("bf16", HALVES), ("fp32", "fma.rn.f32"))}  # fmt: skip

@@ -13,8 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_optim import ops
+from lowrank_optim.engine.apply import Push, prepared, push
 from lowrank_optim.engine.blocks import advance, catch_up
 from lowrank_optim.engine.bucket import Bucket, warn_skipped
+from lowrank_optim.engine.matrix_step import (
+    MatrixStep,
+    begun,
+    inputs_of,
+    mark,
+    portions,
+    turn_,
+)
 from lowrank_optim.engine.plan import (
     ParamPlan,
     State,
@@ -35,17 +44,7 @@ from lowrank_optim.engine.sharded.means import (
     weight_squares,
 )
 from lowrank_optim.engine.sharded.refresh import refresh_together
-from lowrank_optim.engine.step import (
-    MatrixStep,
-    Push,
-    adapt,
-    begun,
-    chunk_size,
-    inputs_of,
-    prepared,
-    push,
-    step_bucket,
-)
+from lowrank_optim.engine.step import adapt, chunk_size, step_bucket
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops import Noise
 from lowrank_optim.ops.devices import on_accelerator
@@ -283,6 +282,9 @@ def _adapt(chunk: list[Work], undo: Undo) -> list[MatrixStep]:
         steps.append(begun(w.twin, w.state, w.grad, coords, chosen))
         steps[-1].norm, steps[-1].whole, steps[-1].rms = w.norm, (view.m, view.n), w.rms
         w.grad = None
+    turn_(steps, chosen)
+    if on_accelerator(steps[0].norm):
+        mark(steps)
     torch._foreach_add_([w.state["step"] for w in chunk], [torch.ones(())] * len(chunk))
     splits = coord_splits(chunk[0].item)
     for asked in _adapt_padded(steps, part, chosen, undo, splits):
@@ -363,21 +365,30 @@ def _finish(chunk: Sequence[Work], steps: Sequence[MatrixStep], undo: Undo) -> N
             weight, rounded = w.twin.param, rounds(w.twin, w.chosen)
             dtype = compute_dtype(weight.dtype) if rounded else weight.dtype
             s.item = stepped(w.item, weight.new_zeros(part.stepped.shape, dtype=dtype))
-    ready = []
-    for w, s in zip(chunk, steps, strict=True):
-        stored = part.grid is None
-        noise = weight_noise(w.twin, w.state, w.chosen) if stored else _exact(s.item, w)
-        ready.append(prepared(s, w.chosen, w.lr, w.weight_decay, undo, noise))
+    ready: list[Push] = []
+    first, stored = chunk[0], part.grid is None
+    numbered = [(s.item, n) for n, s in enumerate(steps)]
+    for alike in portions(numbered):
+        at = [n for _, n in alike]
+        noises = [
+            weight_noise(chunk[n].twin, chunk[n].state, first.chosen)
+            if stored
+            else _exact(steps[n].item, chunk[n])
+            for n in at
+        ]
+        own = [steps[n] for n in at]
+        ready += prepared(own, first.chosen, first.lr, first.weight_decay, undo, noises)
     if part.summed:
         ready = _sum_across(part.group, steps, ready)
-    for w, s, own in zip(chunk, steps, ready, strict=True):
-        push(s, own, w.chosen, undo)
+    for alike in portions(numbered):
+        at = [n for _, n in alike]
+        push([steps[n] for n in at], [ready[n] for n in at], first.chosen, undo)
     if part.grid is None:
         return
     updates = collectives.to_blocks([s.item.param for s in steps], part.grid, part.rank, part.group)
-    for w, own, update in zip(chunk, ready, updates, strict=True):
+    for w, done, update in zip(chunk, ready, updates, strict=True):
         assert w.item.subspace is not None
-        _add_block_(w, own.into.guarded_decay() if w.item.subspace.decays_weight else 1.0, update)
+        _add_block_(w, done.into.guarded_decay() if w.item.subspace.decays_weight else 1.0, update)
 
 
 def _exact(buffer: ParamPlan, w: Work) -> Noise | None:

@@ -29,6 +29,11 @@ from lowrank_optim.ops.native.storage import (
     quantize_blockwise_,
     stochastic_round_,
 )
+from lowrank_optim.ops.reference import (  # of few numbers, or no kernel on the CPU
+    decay_,
+    residual_factors_,
+    row_steps_,
+)
 
 __all__ = [
     "adamw_direction_",
@@ -41,6 +46,7 @@ __all__ = [
     "cosine_lift_add_",
     "cosine_project_",
     "cosine_scores",
+    "decay_",
     "dequantize_blockwise_",
     "isa",
     "lift_add_scaled_",
@@ -50,6 +56,8 @@ __all__ = [
     "moment_",
     "moment_8bit_",
     "quantize_blockwise_",
+    "residual_factors_",
+    "row_steps_",
     "stochastic_round_",
     "takes_length",
     "top_rows_",

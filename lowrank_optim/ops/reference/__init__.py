@@ -9,6 +9,13 @@ from lowrank_optim.ops.cosine import (
     cosine_project_,
     cosine_scores,
 )
+from lowrank_optim.ops.reference.factors import (
+    decay_,
+    limited_,
+    residual_factors_,
+    row_steps_,
+    scaled_squares,
+)
 from lowrank_optim.ops.reference.matrices import (
     column_norms,
     coordinate_adamw_,
@@ -42,15 +49,20 @@ __all__ = [
     "cosine_lift_add_",
     "cosine_project_",
     "cosine_scores",
+    "decay_",
     "dequantize_blockwise_",
     "keep_positive_",
     "lift_add_scaled_",
     "lift_add_sign_",
+    "limited_",
     "lion_direction_",
     "lion_direction_8bit_",
     "moment_",
     "moment_8bit_",
     "quantize_blockwise_",
+    "residual_factors_",
+    "row_steps_",
+    "scaled_squares",
     "stochastic_round_",
     "top_rows_",
 ]

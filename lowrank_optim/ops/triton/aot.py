@@ -23,6 +23,7 @@ from lowrank_optim.ops.triton import (
     cosine,
     direction,
     direction8,
+    factors,
     lift,
     norms,
     quantize,
@@ -68,9 +69,13 @@ _POINTERS = {
     "codes": "*u8", "codes2": "*u8", "scales": "*fp32", "scales2": "*fp32", "entries": "*fp32",
     "signed_map": "*fp32", "unsigned_map": "*fp32", "w": "*bf16", "g": "*bf16", "p": "*bf16",
     "n_": "*fp32", "r_": "*fp32", "c": "*fp32", "index": "*i32", "turn": "*i64",
-    "places": "*i32",
+    "places": "*i32", "low": "*fp32", "direction": "*fp32", "norm": "*fp32", "factor": "*fp32",
+    "age": "*fp32",
 }  # fmt: skip
-_NUMBERS = {"decay", "lr", "scale", "gain", "weight", "weight1", "weight2", "beta2", "step"}
+_NUMBERS = {"decay", "lr", "scale", "gain", "weight", "weight1", "weight2", "beta2"}
+_NUMBERS |= {"tiny", "share", "noise", "limiter"}
+_ONE = {"table": None, "MANY": False, "DEPTH": 0, "ALIGNED": False}
+_MANY = {"MANY": True, "DEPTH": 8, "ALIGNED": True}
 
 
 def _variant(
@@ -90,14 +95,12 @@ def _variant(
 
 
 def _lists() -> Iterator[Variant]:
-    one = {"table": None, "MANY": False, "DEPTH": 0, "ALIGNED": False}
-    many = {"MANY": True, "DEPTH": 8, "ALIGNED": True}
     blocks = {"COUNT": quantize.BLOCKS, "LANES": 256}
     flat = {"BLOCK": ELEMENTS}
     plain = {"row_eps": None, "row_scale": None, "finite": None}
     off = {"ROW_EPS": False, "ROW_SCALE": False, "SOUND": False}
     on = {"ROW_EPS": True, "ROW_SCALE": True, "SOUND": True}
-    for how, mode in (("one", one), ("many", many)):
+    for how, mode in (("one", _ONE), ("many", _MANY)):
         yield _variant(f"adamw/{how}", direction.adamw_kernel, **mode, **flat, **plain, **off)
         yield _variant(f"adamw rows/{how}", direction.adamw_kernel, **mode, **flat, **on)
         for lion, name in ((True, "lion"), (False, "moment")):
@@ -118,6 +121,17 @@ def _lists() -> Iterator[Variant]:
             f"stochastic_round/{how}", rounding.stochastic_round_kernel, **mode, **flat,
             pointers={"out": "*bf16"},
         )  # fmt: skip
+        yield _variant(
+            f"decay/{how}", factors.decay_kernel, **mode, **flat, FACTORS=True, SOUND=True
+        )
+        yield _variant(
+            f"row_steps/{how}", factors.row_steps_kernel, **mode, **flat,
+            pointers=dict.fromkeys(("log1", "log2", "eps"), "i64"),
+        )  # fmt: skip
+        yield _variant(
+            f"residual_factors/{how}", factors.residual_factors_kernel, **mode, **flat, SOUND=True,
+            pointers={"grad": "*fp32"},
+        )  # fmt: skip
 
 
 def _matrices() -> Iterator[Variant]:
@@ -130,13 +144,14 @@ def _matrices() -> Iterator[Variant]:
         bm, bn = norms._COLUMNS_CONTIGUOUS if down else norms._ROWS_CONTIGUOUS
         yield _variant(
             f"column_norms/{layout}", norms.column_norm_kernel, 8, BM=bm, BN=bn, WIDE=False,
-            **unit("x"),
+            **unit("x"), **(_ONE if down else _MANY), fusion=True,
         )  # fmt: skip
         bm, bn = coordinate._COLUMNS_CONTIGUOUS if down else coordinate._ROWS_CONTIGUOUS
         for free, code in coordinate.FREE.items():
             yield _variant(
                 f"coordinate {free}/{layout}", coordinate.coordinate_kernel, 4, BM=bm, BN=bn,
-                FREE=code, DEPTH=11, WIDE=False, SOUND=not down, GROUP=8, nj=1, **unit("w", "g"),
+                FREE=code, PROBES=11, WIDE=False, SOUND=not down, GROUP=8, nj=1, **unit("w", "g"),
+                **(_ONE if down else _MANY),
             )  # fmt: skip
         for (products, form), b in lift.BLOCKS.items():
             name, kernel = (
@@ -156,38 +171,40 @@ def _matrices() -> Iterator[Variant]:
 
 def _cosines() -> Iterator[Variant]:
     tile = {"BC": cosine.COLUMNS, "BQ": cosine.PAIRS}
-    yield _variant(
-        "cosine_place", kernels.cosine_place_kernel, 4, DEPTH=11, BLOCK=cosine.PLACES,
-        pointers={"out": "*i32"},
-    )  # fmt: skip
+    for how, mode in (("one", _ONE), ("many", _MANY)):
+        yield _variant(
+            f"cosine_place/{how}", kernels.cosine_place_kernel, 4, PROBES=11, BLOCK=cosine.PLACES,
+            pointers={"out": "*i32"}, **mode,
+        )  # fmt: skip
     for half in (False, True):
         name = "half" if half else "folded"
         left = {"parts": "*i64" if half else "*fp32"}  # what a transform left, or is given
         given = {"out": left["parts"]}
+        mode = _MANY if half else _ONE
         yield _variant(
             f"cosine_fold picked/{name}", kernels.cosine_fold_kernel, 4, **tile, HALF=half,
-            PICKED=True, WIDE=False, xj=1, pointers=given,
+            PICKED=True, WIDE=False, xj=1, pointers=given, **mode,
         )  # fmt: skip
         for layout in ("rows", "columns"):
             side = "i" if layout == "columns" else "j"
             unit: dict[str, Any] = {"x" + side: 1}
             yield _variant(
                 f"cosine_fold {name}/{layout}", kernels.cosine_fold_kernel, 4, **tile, HALF=half,
-                PICKED=False, WIDE=False, places=None, **unit,
+                PICKED=False, WIDE=False, places=None, **unit, **mode,
                 pointers={**given, "x": "*bf16"},
             )  # fmt: skip
             yield _variant(
                 f"cosine_add {name}/{layout}", kernels.cosine_add_kernel, 4, **tile, HALF=half,
-                WIDE=False, SOUND=layout == "rows", **{"w" + side: 1}, pointers=left,
+                WIDE=False, SOUND=layout == "rows", **{"w" + side: 1}, pointers=left, **mode,
             )  # fmt: skip
         for l1 in (False, True):
             yield _variant(
                 f"cosine_score {'l1' if l1 else 'l2'}/{name}", kernels.cosine_score_kernel, 4,
-                **tile, HALF=half, L1=l1, SPAN=cosine.SPAN, pointers=left,
+                **tile, HALF=half, L1=l1, SPAN=cosine.SPAN, pointers=left, **mode,
             )  # fmt: skip
         yield _variant(
             f"cosine_pick/{name}", kernels.cosine_pick_kernel, 4, BC=cosine.PICKED_COLUMNS,
-            BR=cosine.PICKED_ROWS, HALF=half, pointers=left,
+            BR=cosine.PICKED_ROWS, HALF=half, pointers=left, **mode,
         )  # fmt: skip
 
 

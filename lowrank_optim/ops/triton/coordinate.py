@@ -11,7 +11,15 @@ from torch import Tensor
 from lowrank_optim.ops.cosine import check_name
 from lowrank_optim.ops.reference import coordinate_adamw_  # noqa: F401  (not yet a kernel)
 from lowrank_optim.ops.triton.elements import sign
-from lowrank_optim.ops.triton.launch import flags, guard, warps
+from lowrank_optim.ops.triton.launch import (
+    flags,
+    groups,
+    launch,
+    locate,
+    pointer,
+    select,
+    warps,
+)
 from lowrank_optim.ops.triton.matrices import (
     batched,
     inside,
@@ -44,20 +52,27 @@ def find(index, rows, rank, DEPTH: tl.constexpr):
 
 @triton.jit
 def coordinate_kernel(
-    w, g, index, n_, finite, m, n, rank,
+    table, tensors, w, g, index, n_, finite, m, n, rank,
     wb, wi, wj, gb, gi, gj, xb, nb, nk, nj,
     decay, lr, scale, gain,
-    FREE: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, SOUND: tl.constexpr,
+    MANY: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
+    FREE: tl.constexpr, PROBES: tl.constexpr, WIDE: tl.constexpr, SOUND: tl.constexpr,
     GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Rows of ``index``: ``W <- decay W - lr a N[k]``; others: ``W <- decay W - lr gain f(G)``."""
+    t, part = locate(table, tensors, MANY, DEPTH)
     if SOUND:  # noqa: SIM102 (one is decided at compile time)
-        if tl.load(finite) == 0:
+        if tl.load(pointer(table, tensors, t, 5, finite, MANY, False)) == 0:
             return
-    b = tl.program_id(1).to(tl.int64)
-    i0, j0 = tile_corner(m, n, BM, BN, GROUP)
+    w = pointer(table, tensors, t, 1, w, MANY, ALIGNED)
+    g = pointer(table, tensors, t, 2, g, MANY, ALIGNED)
+    index = pointer(table, tensors, t, 3, index, MANY, False)
+    n_ = pointer(table, tensors, t, 4, n_, MANY, ALIGNED)
+    tiles = tl.cdiv(m, BM) * tl.cdiv(n, BN)
+    b = part // tiles
+    i0, j0 = tile_corner((part % tiles).to(tl.int32), m, n, BM, BN, GROUP)
     mask = inside(i0, j0, m, n, BM, BN)
-    k, chosen = find(index + b * xb, i0 + tl.arange(0, BM), rank, DEPTH)
+    k, chosen = find(index + b * xb, i0 + tl.arange(0, BM), rank, PROBES)
     here = mask & chosen[:, None]
     j = j0.to(tl.int64) + tl.arange(0, BN)
     n_at = n_ + b * nb + k.to(tl.int64)[:, None] * nk + j[None, :] * nj
@@ -100,36 +115,31 @@ def coordinate_add_(
         finite: 0-dim bools; where False, W is left as it is.
     """
     check_name("free", free, [*FREE])
-    fine = flags(finite) or [None] * len(params)
-    for w, g, index, n_, flag in zip(params, grads, indices, terms, fine, strict=True):
-        if w.numel():
-            rows = index.unsqueeze(-2)  # (..., 1, r): batched like the matrices
-            for at in slices(w):
-                operands = (w[at], g[at], *(x[at] if x.dim() > 3 else x for x in (rows, n_)))
-                _coordinate_one(*operands, (decay, lr, scale, gain), FREE[free], flag)
+    lists: list[list[Tensor]] = [[], [], [], [], []]
+    for n, (w, g, index, n_) in enumerate(zip(params, grads, indices, terms, strict=True)):
+        rows = index.unsqueeze(-2)  # (..., 1, r): batched like the matrices
+        for at in slices(w) if w.numel() else ():
+            operands = (w[at], g[at], *(x[at] if x.dim() > 3 else x for x in (rows, n_)))
+            batch = tuple(operands[0].shape[:-2])
+            views = [batched(x, batch) for x in operands]
+            views[2] = views[2] if views[2].stride(-1) == 1 else views[2].contiguous()
+            for own, x in zip(lists, (*views, *flags(finite[n : n + 1])), strict=False):
+                own.append(x)
+    keys = [tuple((x.shape, x.stride()) for x in own) for own in zip(*lists[:4], strict=True)]
+    for same in groups(lists, keys) if lists[0] else ():
+        _coordinates(select(lists, same), (decay, lr, scale, gain), FREE[free])
 
 
-def _coordinate_one(
-    w: Tensor,
-    g: Tensor,
-    index: Tensor,
-    n_: Tensor,
-    scalars: tuple[float, ...],
-    free: int,
-    flag: Tensor | None,
-) -> None:
-    batch = tuple(w.shape[:-2])
-    w, g, index, n_ = (batched(x, batch) for x in (w, g, index, n_))
-    index = index if index.stride(-1) == 1 else index.contiguous()
+def _coordinates(lists: Sequence[Sequence[Tensor]], scalars: tuple[float, ...], free: int) -> None:
+    """Of matrices of one shape and strides, which the code is compiled for."""
+    w, g, index, n_ = (x[0] for x in lists[:4])
     down = w.stride(1) == 1 and w.stride(2) != 1
     bm, bn = _COLUMNS_CONTIGUOUS if down else _ROWS_CONTIGUOUS
-    m, n = w.shape[-2:]
-    rank = index.shape[-1]
-    with guard(w):
-        coordinate_kernel[(triton.cdiv(m, bm) * triton.cdiv(n, bn), w.shape[0])](
-            w, g, index, n_, flag, m, n, rank,
-            *w.stride(), *g.stride(), index.stride(0), *n_.stride(), *scalars,
-            FREE=free, DEPTH=rank.bit_length(), WIDE=wide(128, w, g),
-            SOUND=flag is not None, GROUP=8, BM=bm, BN=bn,
-            num_warps=warps(4), enable_fp_fusion=False,
-        )  # fmt: skip
+    (batch, m, n), rank = w.shape, index.shape[-1]
+    launch(
+        coordinate_kernel, lists, [],
+        [triton.cdiv(m, bm) * triton.cdiv(n, bn) * batch] * len(lists[0]), m, n, rank,
+        *w.stride(), *g.stride(), index.stride(0), *n_.stride(), *scalars,
+        FREE=free, PROBES=rank.bit_length(), WIDE=wide(128, w, g), SOUND=len(lists[4]) > 0,
+        GROUP=8, BM=bm, BN=bn, num_warps=warps(4),
+    )  # fmt: skip

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
 from torch import Tensor
 
-from lowrank_optim.ops.cosine import BASES, RANKINGS, check_name, column_tiles, move_rows_
+from lowrank_optim.ops.cosine import (
+    BASES,
+    RANKINGS,
+    check_name,
+    column_tiles,
+    move_rows_,
+    together,
+)
 from lowrank_optim.ops.reference import top_rows_  # noqa: F401  (not a kernel)
 from lowrank_optim.ops.triton.cosine_kernels import (
     cosine_add_kernel,
@@ -18,7 +25,15 @@ from lowrank_optim.ops.triton.cosine_kernels import (
     cosine_score_kernel,
 )
 from lowrank_optim.ops.triton.direction import adamw_direction_
-from lowrank_optim.ops.triton.launch import flags, guard, warps
+from lowrank_optim.ops.triton.launch import (
+    flags,
+    float_bits,
+    groups,
+    guard,
+    launch,
+    select,
+    warps,
+)
 from lowrank_optim.ops.triton.matrices import wide
 
 COLUMNS, PAIRS = 32, 64
@@ -42,45 +57,61 @@ class _Transform:
         self.m, self.cosines = m, basis == "dct2"
         self.twiddle, self.untwiddle = twiddle.view(torch.int64), untwiddle.view(torch.int64)
 
-    def programs(self, n: int, half: bool, columns: int = COLUMNS) -> tuple[int]:
-        """The grid over pairs and columns."""
+    def programs(self, n: int, half: bool, columns: int = COLUMNS) -> int:
+        """How many take the pairs and columns of one matrix."""
         pairs = self.m // 2 + 1 if half else (self.m + 1) // 2
-        return (triton.cdiv(pairs, PAIRS) * triton.cdiv(n, columns),)
+        return triton.cdiv(pairs, PAIRS) * triton.cdiv(n, columns)
 
-    def places(self, index: Tensor) -> Tensor:
-        """``(m,)``: the row of what has rows ``index (r,)``, -1 for none."""
-        rank = index.shape[0]
-        out = torch.empty(self.m, dtype=torch.int32, device=index.device)
-        cosine_place_kernel[(triton.cdiv(self.m, PLACES),)](
-            index.contiguous(), out, self.m, rank, DEPTH=rank.bit_length(), BLOCK=PLACES,
-            num_warps=warps(4),
+    def places(self, indices: Sequence[Tensor]) -> list[Tensor]:
+        """``(m,)`` each: the row of what has rows ``index (r,)``, -1 for none."""
+        rank, count = indices[0].shape[0], len(indices)
+        out = torch.empty(count, self.m, dtype=torch.int32, device=indices[0].device)
+        launch(
+            cosine_place_kernel, [[x.contiguous() for x in indices], out.unbind(0)], [],
+            [triton.cdiv(self.m, PLACES)] * count, self.m, rank,
+            PROBES=rank.bit_length(), BLOCK=PLACES, num_warps=warps(4),
         )  # fmt: skip
-        return out
+        return list(out.unbind(0))
 
-    def run(self, x: Tensor, places: Tensor | None, half: bool) -> Tensor:
-        """The columns of ``x (m, n)``, or of rows of it put in ``places``, transformed.
+    def run(self, xs: Sequence[Tensor], places: Sequence[Tensor], half: bool) -> list[Tensor]:
+        """The columns of each ``x (m, n)``, or of rows of it put in ``places``, transformed.
 
         With ``half`` they are taken for spectra, and ``(n, m)`` float32 come back; else the other
-        way round, ``(n, m // 2 + 1)`` in 64 bits.
+        way round, ``(n, m // 2 + 1)`` in 64 bits. One transform is that of all.
         """
-        m, n = self.m, x.shape[1]
+        m, n, count = self.m, xs[0].shape[1], len(xs)
         width, dtype = (m // 2 + 1, torch.int64) if half else (m, torch.float32)
-        out = torch.empty(n, width, dtype=dtype, device=x.device)
-        cosine_fold_kernel[self.programs(n, half)](
-            x, places, out, self.untwiddle, m, n, *x.stride(), 1 / m,
-            HALF=half, PICKED=places is not None, WIDE=wide(2 * PAIRS, x),
-            BC=COLUMNS, BQ=PAIRS, num_warps=warps(4), enable_fp_fusion=False,
+        out = torch.empty(count, n, width, dtype=dtype, device=xs[0].device)
+        launch(
+            cosine_fold_kernel, [xs, places, out.unbind(0)], [], [self.programs(n, half)] * count,
+            self.untwiddle, m, n, *xs[0].stride(), 1 / m,
+            HALF=half, PICKED=len(places) > 0, WIDE=wide(2 * PAIRS, xs[0]),
+            BC=COLUMNS, BQ=PAIRS, num_warps=warps(4),
         )  # fmt: skip
         if half:  # its 1 / m is in the turns: torch would pass over the result once more
             spectrum = out.view(torch.complex64)
-            return torch.fft.irfft(spectrum, n=m, norm="forward").contiguous()
-        return torch.fft.rfft(out).contiguous().view(torch.int64)
+            found = torch.fft.irfft(spectrum, n=m, norm="forward").contiguous()
+        else:
+            found = torch.fft.rfft(out).contiguous().view(torch.int64)
+        return list(found.unbind(0))
+
+    def analysed(self, xs: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
+        """All coefficients of the columns of each as they fall; whether as half a spectrum."""
+        return self.run(xs, [], not self.cosines), self.cosines
 
 
-def _analysed(transform: _Transform, x: Tensor) -> tuple[Tensor, bool]:
-    """All coefficients of the columns of x as they fall, and whether as half a spectrum."""
-    half = transform.cosines
-    return transform.run(x, None, not half), half
+def _alike(*lists: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Positions of matrices that share a launch: of one shape and strides, which it is given."""
+    keys = [tuple((x.shape, x.stride()) for x in own) for own in zip(*lists, strict=True)]
+    return groups(lists, keys)
+
+
+def _tiles(at: Sequence[int], x: Tensor) -> Iterator[tuple[Sequence[int], slice]]:
+    """Which matrices like ``x``, and which of their columns, are transformed at once."""
+    count = together(x)
+    for start in range(0, len(at), count):
+        for columns in column_tiles(x):
+            yield at[start : start + count], columns
 
 
 def cosine_scores(
@@ -91,26 +122,27 @@ def cosine_scores(
     Programs write their sums in rows of their own, added up in order afterwards: no atomics.
     """
     check_name("ranking", ranking, RANKINGS)
-    found = []
-    for grad in grads:
-        m = grad.shape[0]
-        if not grad.numel():
-            found.append(grad.new_zeros(m, dtype=torch.float32))
-            continue
-        transform, tiles = _Transform(m, plan, basis), list(column_tiles(grad))
+    found = [x.new_zeros(x.shape[0], dtype=torch.float32) if not x.numel() else x for x in grads]
+    for at in _alike(grads):
+        grad = grads[at[0]]
+        m, tiles = grad.shape[0], list(column_tiles(grad))
+        transform = _Transform(m, plan, basis)
         each = triton.cdiv(tiles[0].stop, SPAN)  # the first tile is the widest
         rows = (len(tiles) - 1) * each + triton.cdiv(tiles[-1].stop - tiles[-1].start, SPAN)
-        sums = torch.empty(rows, m, dtype=torch.float32, device=grad.device)
+        sums = torch.empty(len(at), rows, m, dtype=torch.float32, device=grad.device)
+        own = dict(zip(at, sums.unbind(0), strict=True))
         with guard(grad):
-            for t, columns in enumerate(tiles):
-                x = grad[:, columns]
-                parts, half = _analysed(transform, x)
-                cosine_score_kernel[transform.programs(x.shape[1], half, SPAN)](
-                    parts, transform.twiddle, sums[t * each :], m, x.shape[1],
+            for some, columns in _tiles(at, grad):
+                parts, half = transform.analysed([grads[i][:, columns] for i in some])
+                n, row = parts[0].shape[0], columns.start // tiles[0].stop * each
+                launch(
+                    cosine_score_kernel, [parts, [own[i][row:] for i in some]], [],
+                    [transform.programs(n, half, SPAN)] * len(some), transform.twiddle, m, n,
                     HALF=half, L1=ranking == "l1", SPAN=SPAN, BC=COLUMNS, BQ=PAIRS,
-                    num_warps=warps(4), enable_fp_fusion=False,
+                    num_warps=warps(4),
                 )  # fmt: skip
-            found.append(sums.sum(0))
+        for i, scores in zip(at, sums.sum(1).unbind(0), strict=True):
+            found[i] = scores
     return found
 
 
@@ -122,21 +154,20 @@ def cosine_project_(
     basis: str,
 ) -> None:
     """Coefficients ``indices (r,)`` of the columns of ``grads (m, n)`` into ``outs (r, n)``."""
-    for grad, index, out in zip(grads, indices, outs, strict=True):
-        if not out.numel():
-            continue
-        transform, rank = _Transform(grad.shape[0], plan, basis), index.shape[0]
-        index = index.contiguous()
+    for at in _alike(outs, grads, indices):
+        grad, out, rank = grads[at[0]], outs[at[0]], indices[at[0]].shape[0]
+        transform = _Transform(grad.shape[0], plan, basis)
+        index = {i: indices[i].contiguous() for i in at}
         with guard(grad):
-            for columns in column_tiles(grad):
-                parts, half = _analysed(transform, grad[:, columns])
-                n = parts.shape[0]
+            for some, columns in _tiles(at, grad):
+                parts, half = transform.analysed([grads[i][:, columns] for i in some])
+                n = parts[0].shape[0]
                 programs = triton.cdiv(rank, PICKED_ROWS) * triton.cdiv(n, PICKED_COLUMNS)
-                cosine_pick_kernel[(programs,)](
-                    parts, transform.twiddle, index, out[:, columns],
-                    transform.m, n, rank, out.stride(0),
-                    HALF=half, BC=PICKED_COLUMNS, BR=PICKED_ROWS,
-                    num_warps=warps(4), enable_fp_fusion=False,
+                lists = parts, [index[i] for i in some], [outs[i][:, columns] for i in some]
+                launch(
+                    cosine_pick_kernel, lists, [], [programs] * len(some),
+                    transform.twiddle, transform.m, n, rank, out.stride(0),
+                    HALF=half, BC=PICKED_COLUMNS, BR=PICKED_ROWS, num_warps=warps(4),
                 )  # fmt: skip
 
 
@@ -151,22 +182,24 @@ def cosine_lift_add_(
     finite: Sequence[Tensor] = (),
 ) -> None:
     """``W <- decay W - step P N``; where ``finite`` is False, W is left as it is."""
-    fine = flags(finite) or [None] * len(params)
-    for w, index, low, step, flag in zip(params, indices, updates, steps, fine, strict=True):
-        if not w.numel():
-            continue
-        transform = _Transform(w.shape[0], plan, basis)
+    fine = flags(finite)
+    for at in _alike(params, indices, updates):
+        first = params[at[0]]
+        transform = _Transform(first.shape[0], plan, basis)
         half = not transform.cosines
-        with guard(w):
-            places = transform.places(index)
-            for columns in column_tiles(w):
-                x = transform.run(low[:, columns], places, not half)
-                own = w[:, columns]
-                cosine_add_kernel[transform.programs(own.shape[1], half)](
-                    own, x, transform.twiddle, flag, transform.m, own.shape[1],
-                    *own.stride(), decay, step,
-                    HALF=half, WIDE=wide(2 * PAIRS, w), SOUND=flag is not None,
-                    BC=COLUMNS, BQ=PAIRS, num_warps=warps(4), enable_fp_fusion=False,
+        with guard(first):
+            placed = dict(zip(at, transform.places([indices[i] for i in at]), strict=True))
+            for some, columns in _tiles(at, first):
+                lows = [updates[i][:, columns] for i in some]
+                xs = transform.run(lows, [placed[i] for i in some], not half)
+                lists = [params[i][:, columns] for i in some], xs, *select([fine], some)
+                n = xs[0].shape[0]
+                launch(
+                    cosine_add_kernel, lists, [[float_bits(steps[i]) for i in some]],
+                    [transform.programs(n, half)] * len(some),
+                    transform.twiddle, transform.m, n, *first.stride(), decay,
+                    HALF=half, WIDE=wide(2 * PAIRS, first), SOUND=len(fine) > 0,
+                    BC=COLUMNS, BQ=PAIRS, num_warps=warps(4),
                 )  # fmt: skip
 
 
@@ -188,12 +221,10 @@ def cosine_adamw_(
     decay: float,
 ) -> None:
     """Coefficients, AdamW on moments whose rows come from ``sources``, and the lift, in turn."""
-    for i, (w, grad, index) in enumerate(zip(params, grads, indices, strict=True)):
-        moments = exp_avgs[i], exp_avg_sqs[i]
-        if sources:
-            move_rows_(moments, sources[i])
-        low = torch.empty_like(moments[0])
-        cosine_project_([grad], [index], [low], plan, basis)
-        own = row_eps[i : i + 1], row_scale[i : i + 1]
-        adamw_direction_([low], [moments[0]], [moments[1]], [low], beta1, beta2, [eps[i]], *own, [])
-        cosine_lift_add_([w], [index], [low], plan, basis, decay, [steps[i]])
+    for i, source in enumerate(sources):
+        move_rows_((exp_avgs[i], exp_avg_sqs[i]), source)
+    lows = [torch.empty_like(x) for x in exp_avgs]
+    cosine_project_(grads, indices, lows, plan, basis)
+    rows = row_eps, row_scale
+    adamw_direction_(lows, exp_avgs, exp_avg_sqs, lows, beta1, beta2, eps, *rows, [])
+    cosine_lift_add_(params, indices, lows, plan, basis, decay, steps)

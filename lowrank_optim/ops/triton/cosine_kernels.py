@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from lowrank_optim.ops.triton.coordinate import find
+from lowrank_optim.ops.triton.launch import as_float, locate, number, pointer
 
 # ---------------------------------------------------------------- pairs
 
@@ -51,11 +52,11 @@ def rows_at(base, row, step, j0, si, sj, BC: tl.constexpr, BQ: tl.constexpr, WID
 
 
 @triton.jit
-def corner_of(m, HALF: tl.constexpr, BC: tl.constexpr, BQ: tl.constexpr):
-    """First pair and first column of this program; programs of the same columns are neighbours."""
+def corner_of(part, m, HALF: tl.constexpr, BC: tl.constexpr, BQ: tl.constexpr):
+    """First pair and first column of a program; programs of the same columns are neighbours."""
     pairs = m // 2 + 1 if HALF else (m + 1) // 2
     down = tl.cdiv(pairs, BQ)
-    program = tl.program_id(0)
+    program = part.to(tl.int32)
     return program % down * BQ, program // down * BC
 
 
@@ -95,16 +96,24 @@ def paired(q, m, HALF: tl.constexpr):
 
 
 @triton.jit
-def cosine_place_kernel(index, out, m, rank, DEPTH: tl.constexpr, BLOCK: tl.constexpr):
+def cosine_place_kernel(
+    table, tensors, index, out, m, rank,
+    MANY: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
+    PROBES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Where each of m coefficients is in the sorted ``index (rank,)``; -1 for nowhere."""
-    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    place, chosen = find(index, k, rank, DEPTH)
+    t, part = locate(table, tensors, MANY, DEPTH)
+    index = pointer(table, tensors, t, 1, index, MANY, False)
+    out = pointer(table, tensors, t, 2, out, MANY, False)
+    k = part.to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    place, chosen = find(index, k, rank, PROBES)
     tl.store(out + k, tl.where(chosen, place, -1), k < m)
 
 
 @triton.jit
 def cosine_fold_kernel(
-    x, places, out, turn, m, n, xi, xj, weight,
+    table, tensors, x, places, out, turn, m, n, xi, xj, weight,
+    MANY: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
     HALF: tl.constexpr, PICKED: tl.constexpr, WIDE: tl.constexpr,
     BC: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +121,10 @@ def cosine_fold_kernel(
 
     Row k of what is transformed is row k of x, or row ``places[k]``, or zeros.
     """
-    q0, j0 = corner_of(m, HALF, BC, BQ)
+    t, part = locate(table, tensors, MANY, DEPTH)
+    x = pointer(table, tensors, t, 1, x, MANY, ALIGNED)
+    out = pointer(table, tensors, t, 3, out, MANY, ALIGNED)
+    q0, j0 = corner_of(part, m, HALF, BC, BQ)
     q = q0 + tl.arange(0, BQ)
     j = j0 + tl.arange(0, BC)
     first, second, there, both = paired(q, m, HALF)
@@ -120,6 +132,7 @@ def cosine_fold_kernel(
         both = (q > 0) & there
     inside = (j < n)[:, None]
     if PICKED:
+        places = pointer(table, tensors, t, 2, places, MANY, False)
         i = tl.load(places + first, there, -1)
         k = tl.load(places + second, both, -1)
         column = x + j.to(tl.int64)[:, None] * xj
@@ -151,11 +164,15 @@ def cosine_fold_kernel(
 
 @triton.jit
 def cosine_score_kernel(
-    parts, turn, out, m, n,
+    table, tensors, parts, out, turn, m, n,
+    MANY: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
     HALF: tl.constexpr, L1: tl.constexpr, SPAN: tl.constexpr, BC: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
     """``out[s, k]``: sum of squares, or of absolute values, of coefficient k over SPAN columns."""
-    q0, j0 = corner_of(m, HALF, SPAN, BQ)
+    t, part = locate(table, tensors, MANY, DEPTH)
+    parts = pointer(table, tensors, t, 1, parts, MANY, ALIGNED)
+    out = pointer(table, tensors, t, 2, out, MANY, False)
+    q0, j0 = corner_of(part, m, HALF, SPAN, BQ)
     q = q0 + tl.arange(0, BQ)
     first, second, there, both = paired(q, m, HALF)
     above = tl.zeros((BC, BQ), tl.float32)
@@ -172,7 +189,8 @@ def cosine_score_kernel(
 
 @triton.jit
 def cosine_pick_kernel(
-    parts, turn, index, out, m, n, rank, oi,
+    table, tensors, parts, index, out, turn, m, n, rank, oi,
+    MANY: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
     HALF: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Coefficients ``index`` of what a transform left, a coefficient a row.
@@ -180,9 +198,14 @@ def cosine_pick_kernel(
     No program can raise: of an index that is none of m coefficients nothing is read and the row is
     NaN, which a step takes for a gradient that is not finite.
     """
+    t, part = locate(table, tensors, MANY, DEPTH)
+    parts = pointer(table, tensors, t, 1, parts, MANY, ALIGNED)
+    index = pointer(table, tensors, t, 2, index, MANY, False)
+    out = pointer(table, tensors, t, 3, out, MANY, False)
     down = tl.cdiv(rank, BR)
-    i = tl.program_id(0) % down * BR + tl.arange(0, BR)
-    j = tl.program_id(0) // down * BC + tl.arange(0, BC)
+    program = part.to(tl.int32)
+    i = program % down * BR + tl.arange(0, BR)
+    j = program // down * BC + tl.arange(0, BC)
     mask = (j < n)[:, None] & (i < rank)[None, :]
     k = tl.load(index + i, i < rank, 0)
     known = (k >= 0) & (k < m)
@@ -205,17 +228,22 @@ def cosine_pick_kernel(
     tl.store(at, found.to(out.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step_bits"])
 def cosine_add_kernel(
-    w, parts, turn, finite, m, n, wi, wj, decay, step,
+    table, tensors, w, parts, finite, step_bits, turn, m, n, wi, wj, decay,
+    MANY: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
     HALF: tl.constexpr, WIDE: tl.constexpr, SOUND: tl.constexpr,
     BC: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
     """``W <- decay W - step X`` of what a transform left of X."""
+    t, part = locate(table, tensors, MANY, DEPTH)
     if SOUND:  # noqa: SIM102 (one is decided at compile time)
-        if tl.load(finite) == 0:
+        if tl.load(pointer(table, tensors, t, 3, finite, MANY, False)) == 0:
             return
-    q0, j0 = corner_of(m, HALF, BC, BQ)
+    w = pointer(table, tensors, t, 1, w, MANY, ALIGNED)
+    parts = pointer(table, tensors, t, 2, parts, MANY, ALIGNED)
+    step = as_float(number(table, tensors, t, 4, step_bits, MANY))
+    q0, j0 = corner_of(part, m, HALF, BC, BQ)
     q = q0 + tl.arange(0, BQ)
     j = j0 + tl.arange(0, BC)
     _, _, there, both = paired(q, m, HALF)

@@ -66,7 +66,7 @@ def lift_scaled_kernel(
         if tl.load(finite) == 0:
             return
     b = tl.program_id(1).to(tl.int64)
-    i0, j0 = tile_corner(m, n, BM, BN, GROUP)
+    i0, j0 = tile_corner(tl.program_id(0), m, n, BM, BN, GROUP)
     j = tl.arange(0, BN)
     columns = c + b * cb + j0.to(tl.int64) * cj
     factor = tl.load(columns + j.to(tl.int64) * cj, j < n - j0, 0.0)[None, :]
@@ -108,7 +108,7 @@ def lift_sign_kernel(
         if tl.load(finite) == 0:
             return
     b = tl.program_id(1).to(tl.int64)
-    i0, j0 = tile_corner(m, n, BM, BN, GROUP)
+    i0, j0 = tile_corner(tl.program_id(0), m, n, BM, BN, GROUP)
     up = tl.zeros((BM, BN), tl.float32)
     seen = tl.zeros((BM, BN), tl.float32)
     p_at = tile(p + b * pb, i0, i0 * 0, pi, pk, BM, BR, WIDE)

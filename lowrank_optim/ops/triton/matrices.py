@@ -33,9 +33,8 @@ def inside(i0, j0, m, n, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def tile_corner(m, n, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """Corner of this program's tile: bands of GROUP tile rows, so that operands stay in L2."""
-    program = tl.program_id(0)
+def tile_corner(program, m, n, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """Corner of a program's tile: bands of GROUP tile rows, so that operands stay in L2."""
     down = tl.cdiv(m, BM)
     across = tl.cdiv(n, BN)
     band = program // (GROUP * across)

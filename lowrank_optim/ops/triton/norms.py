@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_optim.ops.triton.launch import guard, warps
+from lowrank_optim.ops.triton.launch import groups, launch, locate, pointer, select, warps
 from lowrank_optim.ops.triton.matrices import inside, tile, wide
 
 _ROWS_CONTIGUOUS = (128, 32)
@@ -22,11 +22,17 @@ _COLUMNS_CONTIGUOUS = (256, 16)
 
 @triton.jit
 def column_norm_kernel(
-    x, out, m, n, xb, xi, xj, BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr
-):
+    table, tensors, x, out, m, n, xb, xi, xj,
+    MANY: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """``out[b, j] = sqrt(sum_i x[b, i, j]^2)``; one program per BN columns, summed in row order."""
-    b = tl.program_id(1).to(tl.int64)
-    j0 = tl.program_id(0) * BN
+    t, part = locate(table, tensors, MANY, DEPTH)
+    x = pointer(table, tensors, t, 1, x, MANY, ALIGNED)
+    out = pointer(table, tensors, t, 2, out, MANY, ALIGNED)
+    across = tl.cdiv(n, BN)
+    b = part // across
+    j0 = (part % across).to(tl.int32) * BN
     total = tl.zeros((BM, BN), tl.float32)
     for i0 in range(0, m, BM):
         at = tile(x + b * xb, tl.full((), i0, tl.int64), j0, xi, xj, BM, BN, WIDE)
@@ -37,19 +43,22 @@ def column_norm_kernel(
 
 
 def column_norms(xs: Sequence[Tensor]) -> list[Tensor]:
-    """Norms ``(..., 1, n)`` in float32 of the columns of each ``x (..., m, n)``, any strides."""
-    outs = []
-    for x in xs:
-        *batch, m, n = x.shape
-        out = torch.empty(*batch, 1, n, dtype=torch.float32, device=x.device)
-        outs.append(out)
-        if out.numel() == 0:
-            continue
-        x3 = x.reshape(math.prod(batch), m, n)  # a copy only for leading dims that do not collapse
-        down = x3.stride(1) == 1 and x3.stride(2) != 1
+    """Norms ``(..., 1, n)`` in float32 of the columns of each ``x (..., m, n)``, any strides.
+
+    A launch for all of one shape and strides, which the code is compiled for.
+    """
+    # a copy only for leading dims that do not collapse
+    views = [x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]) for x in xs]
+    outs = [x.new_empty((*x.shape[:-2], 1, x.shape[-1]), dtype=torch.float32) for x in xs]
+    alike = [(x.shape, x.stride()) for x in views]
+    for at in groups([outs, views], alike):
+        first = views[at[0]]
+        batch, m, n = first.shape
+        down = first.stride(1) == 1 and first.stride(2) != 1
         bm, bn = _COLUMNS_CONTIGUOUS if down else _ROWS_CONTIGUOUS
-        with guard(x):
-            column_norm_kernel[(triton.cdiv(n, bn), x3.shape[0])](
-                x3, out, m, n, *x3.stride(), BM=bm, BN=bn, WIDE=wide(bm, x3), num_warps=warps(8)
-            )
+        launch(
+            column_norm_kernel, select([views, outs], at), [],
+            [triton.cdiv(n, bn) * batch] * len(at), m, n, *first.stride(),
+            BM=bm, BN=bn, WIDE=wide(bm, first), num_warps=warps(8), enable_fp_fusion=True,
+        )  # fmt: skip
     return outs

@@ -1,0 +1,161 @@
+"""Phase four of a step: what a subspace is told of a bucket, and the weights that it writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.engine.matrix_step import MatrixStep, inputs_of
+from lowrank_optim.engine.plan import Strategies
+from lowrank_optim.engine.undo import Undo
+from lowrank_optim.ops import Noise
+from lowrank_optim.ops.devices import on_accelerator
+from lowrank_optim.subspaces.base import Target
+from lowrank_optim.subspaces.terms import Term
+from lowrank_optim.tensors.matrix import shares_memory
+from lowrank_optim.tensors.stacked import stacked
+
+
+class Push(NamedTuple):
+    """What a subspace adds to the weights, and how."""
+
+    into: Target
+    update: dict[str, Tensor]
+    term: Term | None
+
+
+def prepared(
+    work: Sequence[MatrixStep],
+    chosen: Strategies,
+    lr: float | Tensor,
+    weight_decay: float,
+    undo: Undo,
+    rounding: Sequence[Noise | None],
+) -> list[Push]:
+    """All that phase four needs to know of alike matrices, before it writes.
+
+    Args:
+        work: the matrices; their plans may stand for buffers that updates are to be made in.
+        chosen: what their group chose.
+        lr: of the group.
+        weight_decay: likewise.
+        undo: what to put back.
+        rounding: seed and positions of the weights as they are stored; None rounds to nearest.
+    """
+    undo.keep_all([w.state for w in work], chosen.residual.stepped)
+    terms = _terms(work, chosen)
+    sizes = [_step_size(w, chosen, lr) for w in work]
+    decays = _each(sizes, lambda size: 1 - size * weight_decay)
+    if chosen.lr_scale != 1:
+        sizes = _each(sizes, lambda size: size * chosen.lr_scale)
+    plain = len(work[0].directions) == 1 and not chosen.capturable
+    plain = plain and all(isinstance(size, float) for size in sizes)
+    updates = [{k: x for k, (x, _) in w.directions.items()} for w in work]
+    rates = [1.0] * len(work)
+    if plain:
+        for n, (w, size) in enumerate(zip(work, sizes, strict=True)):
+            ((_, correction),) = w.directions.values()
+            assert isinstance(size, float) and isinstance(correction, float)
+            rates[n] = size * correction
+    else:
+        updates = _times(work, sizes)
+        for n, (w, size, term) in enumerate(zip(work, sizes, terms, strict=True)):
+            factor = size * w.directions["low"][1] if term is not None else size
+            if term is not None and isinstance(factor, Tensor):
+                terms[n] = term.times(factor)
+    lows = [w.coords.get("low") for w in work]
+    subspace = work[0].item.subspace
+    assert subspace is not None
+    if chosen.maximize:
+        # coordinates are those of -G, and so is all that is linear in them: turn both back
+        for n, (own, term) in enumerate(zip(lows, terms, strict=True)):
+            if own is not None and subspace.applies_grad(term):
+                updates[n] = {k: -x for k, x in updates[n].items()}
+                lows[n], rates[n] = -own, -rates[n]
+    ready = []
+    for n, w in enumerate(work):
+        view = w.item.view
+        assert view is not None
+        param, noise = view.of(w.item.param), rounding[n]
+        noise = None if noise is None else view.noise(noise)
+        # where nothing of it is applied the weights stand in: its coordinates alone may exist, or
+        # it may be wider than the weights, as with error feedback
+        grad = w.grad if subspace.applies_grad(terms[n]) else param
+        into = Target(param, grad, lows[n], rates[n], decays[n], noise, w.finite)
+        ready.append(Push(into, updates[n], terms[n]))
+    return ready
+
+
+def _terms(work: Sequence[MatrixStep], chosen: Strategies) -> list[Term | None]:
+    """What residuals add to the updates."""
+    found = [inputs_of(w) for w in work]
+    seen = [own for own in found if own is not None]
+    if not seen:
+        return [None] * len(work)
+    measured = [w.measured for w in work if w.measured is not None]
+    return chosen.residual.after_all([w.state for w in work], seen, measured)
+
+
+def _step_size(w: MatrixStep, chosen: Strategies, lr: float | Tensor) -> float | Tensor:
+    """The learning rate of one matrix."""
+    view, subspace = w.item.view, w.item.subspace
+    assert view is not None and subspace is not None
+    param = view.of(w.item.param)
+    step = math.nan if chosen.capturable else float(w.state["step"])
+    size = chosen.rule.step_size(lr, step, param, w.rms)
+    if isinstance(size, Tensor) and size.numel() == 1 and not on_accelerator(param):
+        size = float(size)
+    if chosen.capturable:
+        return size
+    factor = subspace.lr_factor(int(step) - 1 - max(0, int(w.state["refresh_step"])))
+    return size if factor == 1 else size * factor  # never in place: it may be the group's tensor
+
+
+def _each(
+    sizes: Sequence[float | Tensor], call: Callable[[float | Tensor], float | Tensor]
+) -> list[float | Tensor]:
+    """``call`` of each; of a tensor that several have in common, once."""
+    known: dict[int, float | Tensor] = {}
+    for size in sizes:
+        if id(size) not in known:
+            known[id(size)] = call(size)
+    return [known[id(size)] for size in sizes]
+
+
+def _times(work: Sequence[MatrixStep], sizes: Sequence[float | Tensor]) -> list[dict[str, Tensor]]:
+    """Directions, each times its correction and its step size."""
+    updates: list[dict[str, Tensor]] = [{} for _ in work]
+    for name in work[0].directions:
+        xs, corrections = zip(*(w.directions[name] for w in work), strict=True)
+        alike = len(work) > 1 and all(s is sizes[0] for s in sizes)
+        if alike and len({*corrections}) == 1:
+            scaled = list((stacked(xs) * (corrections[0] * sizes[0])).unbind(0))
+        elif alike and isinstance(corrections[0], Tensor):
+            factors = (torch.stack(corrections) * sizes[0]).to(xs[0].dtype)
+            scaled = list((stacked(xs) * factors.view(-1, *[1] * xs[0].dim())).unbind(0))
+        else:
+            scaled = [x * (c * s) for x, c, s in zip(xs, corrections, sizes, strict=True)]
+        for own, x in zip(updates, scaled, strict=True):
+            own[name] = x
+    return updates
+
+
+def push(work: Sequence[MatrixStep], ready: Sequence[Push], chosen: Strategies, undo: Undo) -> None:
+    """Write the weights of alike matrices, and what follows them."""
+    subspace = work[0].item.subspace
+    assert subspace is not None
+    intos = [own.into for own in ready]
+    updates, terms = [own.update for own in ready], [own.term for own in ready]
+    for n in subspace.push_all_(intos, [w.state for w in work], updates, terms):
+        w, param = work[n], intos[n].param
+        view = w.item.view
+        assert view is not None
+        if not shares_memory(param, w.item.param):
+            stored = param.mT if view.flip else param  # strides that allow no matrix view
+            w.item.param.copy_(stored.reshape(view.shape))
+        chosen.residual.keep_(w.state, w.grad, intos[n].finite)
+        undo.done(w.state)

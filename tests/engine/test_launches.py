@@ -1,0 +1,206 @@
+"""What a step of a bucket launches on an accelerator: two products a matrix, the rest a bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowrank_optim import LowRankOptimizer, ops
+from lowrank_optim.residuals import Scaled
+from lowrank_optim.residuals.base import OneByOne
+from lowrank_optim.subspaces.base import Projector, Subspace
+from lowrank_optim.subspaces.coordinate import Coordinates
+from tests import cases
+from tests.compare import assert_close
+from tests.engine.watch import Watch
+
+STEPS = 3
+LIFTS = ("lift_add_scaled_", "lift_add_sign_")
+"""Products with what else happens to the weights in one kernel: they count as a GEMM."""
+TAKES = ("index_select",)
+"""A set of rows has no product: taking them from a gradient is in its place."""
+
+
+class Row(NamedTuple):
+    """A line of the table of docs/kernels.md."""
+
+    name: str
+    options: dict[str, Any]
+    gemms: float
+    """For each matrix."""
+    others: int
+    """For a bucket, however many matrices it has."""
+    most: int
+    """What ``others`` must stay within."""
+
+
+DCT: dict[str, Any] = {"transform": "fft"}
+ROWS = [
+    Row("GaLoreAdamW", {}, 2, 5, 12),
+    Row("GaLoreAdamW8bit", {}, 2, 5, 12),
+    Row("GaLoreAdamW", {"lr": torch.tensor(1e-2, dtype=torch.float64)}, 2, 10, 12),
+    Row("GaLoreAdamW", {"state_dtype": "bfloat16"}, 2, 9, 12),
+    Row("GaLoreLion", {}, 2, 5, 12),
+    Row("GaLoreAdamW", {"projector": "columns"}, 1, 5, 12),
+    Row("FiraAdamW", {}, 2, 9, 20),
+    Row("FiraAdamW8bit", {}, 2, 9, 20),
+    Row("FiraAdamW", {"alpha_mode": "paper", "scale": 0.5}, 2, 11, 20),
+    Row("FiraAdamW", {"scaling": "matrix"}, 2, 10, 20),
+    Row("FiraAdamW", {"limiter": None}, 2, 11, 20),
+    Row("FrugalAdamW", {"projector": "svd"}, 2, 4, 20),
+    Row("FrugalAdamW8bit", {"projector": "svd"}, 2, 4, 20),
+    Row("FrugalAdamW", {"projector": "columns"}, 1, 5, 20),
+    Row("DCTAdamW", {"transform": "matmul"}, 2, 16, 20),
+    Row("DCTAdamW8bit", {"transform": "matmul"}, 2, 16, 20),
+    Row("DCTAdamW", DCT, 0, 19, 20),
+    Row("DCTAdamW8bit", DCT, 0, 19, 20),
+    Row("DCTAdamW", {**DCT, "slot_bias_correction": False}, 0, 14, 20),
+    Row("GaLoreAdamW", {"projector": "dct"}, 0, 14, 20),
+]
+IDS = ["-".join([row.name, *(f"{k}={v}" for k, v in row.options.items())]) for row in ROWS]
+
+
+def bucket(
+    row: Row, count: int, dtype: torch.dtype, *, together: bool = True, shape: Any = (48, 160)
+) -> tuple[list[LowRankOptimizer], list[Tensor]]:
+    """Alike matrices of one optimizer, or of one each, at their first refresh."""
+    params = [cases.parameter(shape, dtype) * (n + 1) for n in range(count)]
+    params = [p.detach().requires_grad_() for p in params]
+    named = [(f"layer{n}", p) for n, p in enumerate(params)]
+    options = {"rank": 32, "update_proj_gap": 50, "weight_decay": 0.1, **row.options}
+    lists = [named] if together else [[own] for own in named]
+    return [cases.build(row.name, own, **options) for own in lists], params
+
+
+def gradients(count: int, dtype: torch.dtype, shape: Any = (48, 160)) -> list[list[Tensor]]:
+    """Of each step."""
+    each = [cases.gradients(shape, STEPS, dtype, seed=n) for n in range(count)]
+    return [list(own) for own in zip(*each, strict=True)]
+
+
+def step(
+    optimizers: list[LowRankOptimizer], params: list[Tensor], grads: list[Tensor], watch: bool
+) -> Watch:
+    """One step; on an accelerator with ``watch``."""
+    seen = Watch(optimizers[0])
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g.clone()
+    for optimizer in optimizers:
+        if watch:
+            with Watch(optimizer) as seen:
+                optimizer.step()
+        else:
+            optimizer.step()
+    return seen
+
+
+def counted(row: Row, count: int) -> tuple[int, int]:
+    """Products, and all other kernels, of a step that searches nothing."""
+    made, params = bucket(row, count, torch.float32)
+    for n, grads in enumerate(gradients(count, torch.float32)):
+        seen = step(made, params, grads, n > 0)
+    assert not seen.looks
+    products = sum(seen.gemms.values()) + sum(seen.launches[name] for name in (*LIFTS, *TAKES))
+    return products, sum(seen.launches.values()) - products
+
+
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_launches_do_not_grow_with_a_bucket(row: Row) -> None:
+    """Exactly those of the table, of 4 matrices and of 8."""
+    for count in (4, 8):
+        assert counted(row, count) == (row.gemms * count, row.others)
+    assert row.others <= row.most
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "row"),
+    [
+        (Projector, "push_all_", ROWS[0]),
+        (Subspace, "coords_of", ROWS[5]),
+        (Scaled, "after_all", ROWS[6]),
+    ],
+    ids=["push", "coords", "after"],
+)
+def test_a_matrix_at_a_time_is_seen(
+    where: Any, name: str, row: Row, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken on purpose: what acts on a bucket is asked for each of its matrices."""
+    whole = getattr(where, name)
+    if where is Scaled:
+        monkeypatch.setattr(where, name, OneByOne.after_all)
+        monkeypatch.setattr(where, "after", lambda *own: whole(own[0], [own[1]], [own[2]])[0])
+    elif name == "push_all_":
+
+        def one_by_one(self: Any, *lists: Any) -> Iterator[int]:
+            for n, own in enumerate(zip(*lists, strict=True)):
+                for _ in whole(self, *([x] for x in own)):
+                    yield n
+
+        monkeypatch.setattr(where, name, one_by_one)
+    else:
+        monkeypatch.setattr(Coordinates, name, whole)
+    with pytest.raises(AssertionError):
+        test_launches_do_not_grow_with_a_bucket(row)
+
+
+EQUAL = [(i, row) for i, row in zip(IDS, ROWS, strict=True) if "8bit" not in row.name]
+
+
+@pytest.mark.parametrize("lost", [None, 1], ids=["finite", "lost"])
+@pytest.mark.parametrize("row", [row for _, row in EQUAL], ids=[i for i, _ in EQUAL])
+def test_a_bucket_is_its_matrices(row: Row, lost: int | None) -> None:
+    """Bit for bit those of buckets of one, and within rounding those of a CPU; in float64.
+
+    A gradient that is not finite leaves its own weights and moments as they were, and no others.
+    """
+    count, shape, dtype = 3, (6, 20), torch.float64
+    row = row._replace(options={**row.options, "rank": 4})
+    found = []
+    for together, watch in ((True, True), (False, True), (True, False)):
+        made, params = bucket(row, count, dtype, together=together, shape=shape)
+        states = [made[n % len(made)].state for n in range(count)]
+        for n, grads in enumerate(gradients(count, dtype, shape)):
+            before = [[p, *states[i][p].values()] for i, p in enumerate(params)]
+            before = [[x.detach().clone() for x in own] for own in before]
+            if n == STEPS - 1 and lost is not None:
+                grads[lost][2, 3] = torch.nan
+            step(made, params, grads, watch and n > 0)
+        after = [[p, *states[i][p].values()] for i, p in enumerate(params)]
+        if lost is not None:
+            for n, (new, old) in enumerate(zip(after, before, strict=True)):
+                stays = [torch.equal(x, y) for x, y in zip(new, old, strict=True)]
+                assert stays.count(False) == 1 if n == lost else not stays[0]  # its step counts
+        found.append(after)
+    for whole, alone, cpu in zip(*found, strict=True):
+        for x, y, z in zip(whole, alone, cpu, strict=True):
+            assert torch.equal(x, y)
+            assert_close(x, z)
+
+
+def test_a_bucket_that_fails_puts_back_what_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state of a matrix whose weights have moved is the new one, of the others the old one."""
+    row = Row("FiraAdamW", {"rank": 4}, 2, 9, 20)
+    made, params = bucket(row, 3, torch.float64, shape=(6, 20))
+    first, second, _ = gradients(3, torch.float64, (6, 20))
+    step(made, params, first, False)
+    honest, calls = ops.lift_add_scaled_, []
+
+    def lift(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise MemoryError("no memory")
+        honest(*args)
+
+    monkeypatch.setattr(ops, "lift_add_scaled_", lift)
+    before = [p.detach().clone() for p in params]
+    norms = [made[0].state[p]["residual_norm"].clone() for p in params]
+    with pytest.raises(MemoryError):
+        step(made, params, second, True)
+    for n, (p, old, norm) in enumerate(zip(params, before, norms, strict=True)):
+        state = made[0].state[p]
+        assert torch.equal(p, old) == (n > 0) == torch.equal(state["residual_norm"], norm)
+        assert state["step"] == (1 if n else 2)
