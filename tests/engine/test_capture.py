@@ -14,7 +14,6 @@ from torch import Tensor
 from lowrank_optim import GaLoreAdamW, LowRankOptimizer, attach_in_backward
 from lowrank_optim.engine import step as engine_step
 from lowrank_optim.engine.recording import check_recorded
-from lowrank_optim.engine.step import MatrixStep
 from lowrank_optim.ops import devices
 from lowrank_optim.rules.adamw import AdamW
 from tests import cases, runs
@@ -156,12 +155,12 @@ def test_a_number_of_the_host_is_seen(what: str, monkeypatch: pytest.MonkeyPatch
 
         monkeypatch.setattr(AdamW, "directions_", baked)
     elif what == "rate":
-        honest_apply = engine_step.apply
+        honest_prepared = engine_step.prepared
 
-        def constant(w: MatrixStep, chosen: Any, lr: Any, *rest: Any) -> None:
-            honest_apply(w, chosen, 0.005 if devices.recording() else lr, *rest)
+        def constant(work: Any, chosen: Any, lr: Any, *rest: Any) -> Any:
+            return honest_prepared(work, chosen, 0.005 if devices.recording() else lr, *rest)
 
-        monkeypatch.setattr(engine_step, "apply", constant)
+        monkeypatch.setattr(engine_step, "prepared", constant)
     else:
         monkeypatch.setattr(
             engine_step, "_times_on_device", lambda work, _: [float(w.state["step"]) for w in work]

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, Self
 import pytest
 import torch
 from torch import Tensor
+from torch._prims_common import is_non_overlapping_and_dense
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -304,7 +305,7 @@ def _kernels(name: str, args: tuple[Any, ...]) -> int:
 
 def _is_dense(x: Tensor) -> bool:
     """Whether its elements are all of a piece of memory, in any order."""
-    return torch.empty_like(x).stride() == x.stride()
+    return bool(is_non_overlapping_and_dense(x))
 
 
 class _Functions(TorchFunctionMode):
