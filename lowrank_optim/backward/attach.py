@@ -70,7 +70,7 @@ def attach_in_backward(
     them. One rank finds each basis. A rank that does not reach a parameter counts as zeros.
 
     Parameters that are DTensors, as of ``fully_shard``, need no ``process_group``: what is kept is
-    of the shard that a rank has. ``mode="step"`` steps those of one ``fully_shard`` together, on
+    of the shard that a rank has, and norms are of all of them. ``mode="step"`` steps those of one ``fully_shard`` together, on
     all ranks. ``mode="project"`` keeps whole the shards of matrices in ``handle.whole_shards``.
 
     Args:
@@ -82,7 +82,8 @@ def attach_in_backward(
             ``no_sync()``.
         max_norm: ``mode="project"`` clips by the global norm of what will be applied, in
             ``step()``: of coordinates, and of gradients that have none. ``mode="step"`` clips each
-            parameter alone, and warns that it does.
+            parameter alone, and warns that it does. Norms of DTensors are those of the whole,
+            over all ranks.
         first_basis: where the very first basis of ``mode="project"`` comes from: ``"micro"``, the
             first micro-batch, or ``"boundary"``, the accumulated gradient, which is exact and keeps
             whole gradients during the first step (default: ``"micro"``; with a ``process_group``,

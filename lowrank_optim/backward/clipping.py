@@ -12,6 +12,7 @@ from lowrank_optim.backward.projecting import matrix_coords
 from lowrank_optim.backward.shards import stays_whole
 from lowrank_optim.engine import tracing
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
+from lowrank_optim.engine.refresh import basis_due
 from lowrank_optim.engine.sharded.guard import Asked, agreed
 from lowrank_optim.engine.sharded.local import here, summed_coords
 from lowrank_optim.engine.sharded.step import (
@@ -79,7 +80,7 @@ def refresh_ahead(matrices: Sequence[tuple[ParamPlan, State, Strategies]]) -> No
     with tracing.hosted(), Undo() as undo:
         for plan, _, _ in matrices:
             plan.tried = -1  # a step that failed was undone
-        works = _works(matrices)
+        works = _works([own for own in matrices if basis_due(*own)])
         known = agreed([Asked(w.item, w.twin) for w in works])
         works = [w for w in works if id(w.item.param) in known]
         for w in works:
