@@ -70,7 +70,7 @@ def attach_in_backward(
     them. One rank finds each basis. A rank that does not reach a parameter counts as zeros.
 
     Parameters that are DTensors, as of ``fully_shard``, need no ``process_group``: what is kept is
-    of the shard that a rank has, and norms are of all of them. ``mode="step"`` steps those of one ``fully_shard`` together, on
+    of the shard that a rank has. ``mode="step"`` steps those of one ``fully_shard`` together, on
     all ranks. ``mode="project"`` keeps whole the shards of matrices in ``handle.whole_shards``.
 
     Args:

@@ -14,12 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
-from lowrank_optim import attach_in_backward
-from tests.sharded.models import awkward, parallelize
+from lowrank_optim import FrugalAdamW, attach_in_backward
 from tests.sharded.ranks import Ranks, World
-from tests.sharded.test_in_backward_shards import FLAT, loss_of, net, optimizer_of, sharded
-from tests.sharded.training import Case, make_optimizer
+from tests.sharded.test_in_backward_shards import loss_of, net, optimizer_of, sharded
 
 Worlds = Callable[[int], Ranks]
 ALONE = World(0, 1)
@@ -57,10 +61,12 @@ def train(world: World, run: Run) -> list[Tensor]:
     warnings.simplefilter("ignore")
     alone = world.size == 1
     model = net().double() if alone else by_rows(world) if run.rows else sharded(world)
-    own = {"projector": "svd", "eps": 1e-3, **run.options}
     if run.cls.startswith("Frugal"):
-        own = {"rank": None, "density": 0.5, "eps": 1e-3}
-    optimizer = optimizer_of(model, run.cls, **own)
+        own = {"lr": 1e-2, "update_proj_gap": 2, "density": 0.5, "eps": 1e-3}
+        optimizer: Any = FrugalAdamW(model.named_parameters(), **own)
+    else:
+        own = {"projector": "svd", "eps": 1e-3, **run.options}
+        optimizer = optimizer_of(model, run.cls, **own)
     now = 0
 
     def spoil(param: Tensor) -> None:
@@ -136,24 +142,23 @@ def test_max_norm_is_that_of_one_process(name: str, ranks: Worlds) -> None:
 
 
 def parallel(world: World, mode: Any) -> list[Tensor]:
-    """Tensor parallel without FSDP2, beside parameters that every rank has."""
+    """Two layers of tensor parallel without FSDP2, beside layers that every rank has."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    model = awkward((*FLAT, "tall"))
+    model = net().double()
     if world.size > 1:
-        parallelize(model, init_device_mesh("cpu", (world.size,)))
-        kinds = {type(p.data) for p in model.parameters()}
-        assert len(kinds) == 2, "none is plain"
-    case = Case("GaLoreAdamW", {"projector": "svd", "eps": 1e-3})
-    optimizer = make_optimizer(case, model.named_parameters())
+        split = {"0.0": ColwiseParallel(), "1.0": RowwiseParallel()}
+        parallelize_module(model, init_device_mesh("cpu", (world.size,)), split)
+        assert len({isinstance(p, DTensor) for p in model.parameters()}) == 2
+    optimizer = optimizer_of(model, projector="svd", eps=1e-3)
     own = {"first_basis": "boundary"} if mode == "project" else {}
     attach_in_backward(optimizer, mode, max_norm=1e-2, **own)
     for step in range(STEPS):
-        model(step, 0, 1).backward()
+        loss_of(model, step, ALONE).backward()
         optimizer.step()
         optimizer.zero_grad()
     params = [p.detach() for p in model.parameters()]
-    return [p.full_tensor() if hasattr(p, "full_tensor") else p for p in params]
+    return [p.full_tensor() if isinstance(p, DTensor) else p for p in params]
 
 
 @pytest.mark.slow
@@ -163,6 +168,35 @@ def test_plain_parameters_count_once(mode: str, ranks: Worlds) -> None:
     for found in ranks(2).run(mode, parallel, mode=mode).checked():
         gap = max(float((a - b).abs().max()) for a, b in zip(found, one, strict=True))
         assert gap <= 1e-10, gap
+
+
+def apart(world: World) -> list[Tensor]:
+    """Sharded layers beside one that every rank has, with gradients of its own data."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    model = net().double()
+    mesh = init_device_mesh("cpu", (world.size,))
+    for layer in model[1:]:
+        fully_shard(layer, mesh=mesh)
+    optimizer = optimizer_of(model, projector="svd", eps=1e-3)
+    attach_in_backward(optimizer, max_norm=1e-2)
+    loss_of(model, 0, world).backward()
+    params = list(model.parameters())
+    before = [p.grad.to_local().clone() for p in params if isinstance(p.grad, DTensor)]
+    attached: Any = optimizer._in_backward
+    attached._settle()
+    biases = [p for p in params if isinstance(p, DTensor) and p.dim() == 1]
+    after = {p: p.grad.to_local() for p in biases}
+    whole = [x for x in before if x.dim() == 1]
+    return [y / x for x, y in zip(whole, after.values(), strict=True)]
+
+
+@pytest.mark.slow
+def test_ranks_scale_alike_what_plain_gradients_differ_beside(ranks: Worlds) -> None:
+    found = ranks(2).run("apart", apart).checked()
+    factors = torch.cat([x.flatten() for own in found for x in own])
+    assert 0 < factors[0] < 0.5
+    assert torch.allclose(factors, factors[0], rtol=1e-12, atol=0)
 
 
 # ---------------------------------------------------------------- keep_norms
