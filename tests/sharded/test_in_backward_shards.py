@@ -214,7 +214,7 @@ def on_ranks() -> Iterator[Any]:
             yield pytest.param(name, size, marks=() if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "size"), on_ranks())
+@pytest.mark.parametrize(("name", "size"), list(on_ranks()))
 def test_it_is_fsdp2_without(name: str, size: int, ranks: Worlds) -> None:
     """Weights, state, choices and counters, over refreshes; stepped inside, to the bit."""
     run = (EQUAL | SLOW)[name]
