@@ -41,7 +41,9 @@ def test_figures_are_those_that_the_table_gives(placed: bool) -> None:
 COORDINATES = {"GaLore rsvd": lambda m, n, r: r * n, "SST active": lambda m, n, r: r * (m + n + 1)}
 
 
-@pytest.mark.parametrize("method", COORDINATES)
+@pytest.mark.parametrize(
+    "method", ["GaLore rsvd", pytest.param("SST active", marks=pytest.mark.slow)]
+)
 def test_what_replicas_send(method: str) -> None:
     """Gradients under DDP, coordinates in their place; where bases are due, gradients and bases."""
     layers, m, n, r = 3, 16, 48, 4
