@@ -211,7 +211,7 @@ def norms(world: World, how: str, pieces: int) -> tuple[list[float], list[Tensor
     if how != "after":
         attach_in_backward(optimizer, "step", accumulation_steps=pieces, keep_norms=how == "kept")
     found = []
-    for step in range(STEPS):
+    for step in range(3):
         for piece in range(pieces):
             loss_of(model, step * pieces + piece, world).backward()
         if how != "without":
