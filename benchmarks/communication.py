@@ -3,7 +3,8 @@
 Run as ``python -m benchmarks.communication --models llama-7b llama-70b --ranks 8 64``. One rank of
 a process group that sends nothing takes real steps of tensors that have no data, and what it would
 send is counted: of a model of one layer and of two, as every further layer adds what the second
-does. What forward and backward send is the same for all optimizers, and is computed.
+does. Backwards under DDP, and inside backward, run too. What forward and backward of FSDP2 send is
+the same for all optimizers, and is computed; so is the state of AdamW.
 
 Weights, gradients and moments are float32; FSDP2 gathers weights and reduces gradients in
 bfloat16, as with ``MixedPrecisionPolicy(param_dtype=torch.bfloat16)``.
@@ -17,24 +18,28 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import track
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lowrank_optim
 from benchmarks.common import LLAMA_SHAPES, llama, print_table
 from benchmarks.meter import Collective, Meter
-from lowrank_optim import lowrank_groups, memory
+from lowrank_optim import attach_in_backward, lowrank_groups, memory
+from lowrank_optim.backward import averaging
 from lowrank_optim.distributed import Placement, shard_placement_fn
 from lowrank_optim.engine import step as engine_step
+from lowrank_optim.engine import tracing
 from lowrank_optim.memory import GIB
 
 SHAPES = {**LLAMA_SHAPES, "llama-70b": (8192, 28672, 80, 64, 8)}
@@ -49,6 +54,7 @@ SIZE, NARROW = 4, 2
 EVERY = {"update_proj_gap": GAP}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "GaLore rsvd": ("GaLoreAdamW", {"projector": "rsvd", **EVERY}),
+    "GaLore 8-bit": ("GaLoreAdamW", {"projector": "rsvd", "state_dtype": "8bit", **EVERY}),
     "Fira rsvd": ("FiraAdamW", {"projector": "rsvd", **EVERY}),
     "GaLore random": ("GaLoreAdamW", {"projector": "random", **EVERY}),
     "FRUGAL columns": ("FrugalAdamW", {"projector": "columns", **EVERY}),
@@ -57,6 +63,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "SST active": ("SSTAdamW", {"factors": "active", "steps_per_iteration": GAP}),
     "SwitchLoRA": ("SwitchLoRAAdamW", {"interval": 40}),
 }
+Layout = Literal["rows", "placed", "replicas", "subspace"]
+"""FSDP2 that splits rows, or as ``shard_placement_fn`` says; DDP, or coordinates in its place."""
 HEADER = (
     "bases",
     "moments",
@@ -109,15 +117,6 @@ class Model:
     def weights(self) -> int:
         """How many there are."""
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
-
-    @property
-    def coordinates(self) -> int:
-        """Numbers that stand for one gradient of everything."""
-        total = self.weights
-        for name in self.projected:
-            shape = self.shapes[name]
-            total += (self.rank - min(shape)) * max(shape)
-        return total
 
     def cut(self, layers: int) -> Model:
         """The first ``layers`` of it, and what belongs to no layer."""
@@ -205,62 +204,128 @@ class Counted:
     messages: float = 0
     """Of a step between refreshes."""
 
+    @property
+    def spread(self) -> float:
+        """Sent by a step, with its share of what refreshes send."""
+        return self.sent + (self.refreshed - self.sent) / GAP
+
     def deeper(self, second: Counted, layers: int) -> Counted:
         """Of a model with more layers, from those of one layer and of two."""
         one, two = astuple(self), astuple(second)
         return Counted(*(a + (layers - 1) * (b - a) for a, b in zip(one, two, strict=True)))
 
 
-def count(method: str, model: Model, ranks: int, *, placed: bool) -> Counted:
-    """Two steps of a method under FSDP2; on one rank what it keeps alone."""
+def count(
+    method: str, model: Model, ranks: int, layout: Layout, *, refreshes: bool = True
+) -> Counted:
+    """A step that refreshes everything, unless told not to, and one that refreshes nothing."""
     found = []
     for layers in (1, 2):
         with pretended(ranks) as mesh:
-            found.append(_counted(method, model.cut(layers), mesh, placed))
+            found.append(_counted(method, model.cut(layers), mesh, layout, refreshes))
     return found[0].deeper(found[1], model.layers)
 
 
-def _counted(method: str, model: Model, mesh: DeviceMesh, placed: bool) -> Counted:
+def _counted(
+    method: str, model: Model, mesh: DeviceMesh, layout: Layout, refreshes: bool = True
+) -> Counted:
     cls, options = METHODS[method]
     ranks = mesh.size()
     place = shard_placement_fn(ranks, projector=options.get("projector", "dct"))
-    groups = laid(model, mesh if ranks > 1 else None, place if placed else lambda _: None)
+    alike = layout in ("replicas", "subspace")
+    groups = laid(model, None if alike else mesh, place if layout == "placed" else lambda _: None)
     stagger = {} if cls.startswith("Switch") else {"stagger": False}
     made = getattr(lowrank_optim, cls)(groups, lr=1e-3, **stagger, **options)
-    if ranks == 1:
-        made._make_state()
-        held = memory.report(made)
-        return Counted(held.basis, held.moments)
-    sent = []
-    for _ in range(2):
+    if not refreshes:
+        with tracing.hosted():
+            made._make_state()
+        _refreshed(made)
+    sent = list(_steps_alike(made, layout) if alike else _steps(made, 1 + refreshes))
+    held = memory.report(made)
+    both = (wire(x, ranks) for x in (sent[-1], sent[0]))
+    return Counted(held.basis, held.moments, *both, len(sent[-1]))
+
+
+def _refreshed(made: Any) -> None:
+    """Let no basis be due."""
+    with unset_fake_temporarily():
+        for state in made.state.values():
+            if "refresh_step" in state:
+                state["refresh_step"].fill_(0)
+
+
+def _steps(made: Any, steps: int) -> Iterator[list[Collective]]:
+    """What each step sends."""
+    for _ in range(steps):
         with Meter() as meter:
             made.step()
-        sent.append(meter.collectives)
-    held = memory.report(made)
-    both = (wire(x, ranks) for x in reversed(sent))
-    return Counted(held.basis, held.moments, *both, len(sent[1]))
+        yield meter.collectives
+
+
+class Whole(nn.Module):
+    """Parameters in the order of their groups, and a loss that reaches all of them."""
+
+    def __init__(self, made: Any) -> None:
+        super().__init__()
+        self.every = nn.ParameterList(p for g in made.param_groups for p in g["params"])
+
+    def forward(self) -> Tensor:
+        """A number."""
+        return torch.stack([p.sum() for p in self.every]).sum()
+
+
+def _steps_alike(made: Any, layout: Layout) -> Iterator[list[Collective]]:
+    """What each of two steps sends, with its backward, where every rank has the whole model."""
+    world = dist.group.WORLD
+    model: nn.Module = Whole(made)
+    params = list(model.parameters())
+    if layout == "replicas":
+        model = DistributedDataParallel(model, init_sync=False)
+        model.register_comm_hook(world, lambda group, bucket: _reduce(group, bucket))
+        made._replicas.share(params, world)
+    else:
+        with mock.patch.object(averaging, "check_same_parameters"):  # there is nobody to ask
+            handle: Any = attach_in_backward(made, process_group=world)
+        handle._ranks._order = params  # else rank 0 is asked, whose answer has no data here
+    backward: list[Collective] = []
+    for n in range(2):
+        if n == 0 or layout == "subspace":  # DDP's second is its first, and looks at data before
+            with Meter() as meter:
+                model().backward()
+            backward = meter.collectives
+        with Meter() as meter:
+            made.step()
+        _refreshed(made)  # which from other ranks it is not, as nothing arrived
+        yield [*backward, *meter.collectives]
+
+
+def _reduce(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """What DDP does with a bucket, which it does where no meter sees it."""
+    dist.all_reduce(bucket.buffer(), group=group)
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
 
 
 def measure(model: Model, ranks: int, methods: Sequence[str] = tuple(METHODS)) -> list[Row]:
     """AdamW first, then the methods."""
-    both = 2 * (ranks - 1) / ranks  # of a ring's all-reduce
-    gradients = both * model.weights * SIZE
     adamw = 2 * model.weights * SIZE
+    gradients = 2 * (ranks - 1) / ranks * model.weights * SIZE
     rows = [Row("AdamW", 0, adamw / ranks, 0, 0, 0, 0, 0, adamw, gradients, None)]
     for name in track(methods, f"{model.name}, {ranks} ranks", transient=True):
         cls, options = METHODS[name]
-        split = count(name, model, ranks, placed=False)
-        placed = count(name, model, ranks, placed=True)
-        whole = count(name, model, 1, placed=False)
+        split = count(name, model, ranks, "rows", refreshes=False)
+        placed, whole = (count(name, model, ranks, layout) for layout in ("placed", "replicas"))
         always = options.get("update_proj_gap") == 1
         refresh = 0 if always else (placed.refreshed - placed.sent) / GAP
-        bases = 0 if always else whole.basis / GAP
-        exact = cls in ("GaLoreAdamW", "SSTAdamW")  # their steps use coordinates alone
-        coords = both * model.coordinates * SIZE + bases if exact else None
+        # their steps use coordinates alone
+        exact = cls in ("GaLoreAdamW", "SSTAdamW")
+        low = count(name, model, ranks, "subspace").spread if exact else None
         rows.append(
             Row(
                 name, placed.basis, placed.moments, split.sent, placed.sent, refresh,
-                round(placed.messages), whole.basis, whole.moments, gradients + bases, coords,
+                round(placed.messages), whole.basis, whole.moments,
+                whole.sent if always else whole.spread, low,
             )
         )  # fmt: skip
     return rows

@@ -82,7 +82,8 @@ def attach_in_backward(
             ``no_sync()``.
         max_norm: ``mode="project"`` clips by the global norm of what will be applied, in
             ``step()``: of coordinates, and of gradients that have none. ``mode="step"`` clips each
-            parameter alone, and warns that it does.
+            parameter alone, and warns that it does. Norms of DTensors are those of the whole,
+            over all ranks.
         first_basis: where the very first basis of ``mode="project"`` comes from: ``"micro"``, the
             first micro-batch, or ``"boundary"``, the accumulated gradient, which is exact and keeps
             whole gradients during the first step (default: ``"micro"``; with a ``process_group``,

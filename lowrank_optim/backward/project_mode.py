@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from lowrank_optim.backward.clipping import clip_together_, refresh_ahead
 from lowrank_optim.backward.handle import InBackward
 from lowrank_optim.backward.projecting import (
     check_projecting,
@@ -146,10 +147,13 @@ class ProjectMode(InBackward):
         if self.max_norm is None:
             return
         self.optimizer._make_state()
+        shards = [plan for _, plan in items_of(self.optimizer) if plan.sharded]
+        if shards:
+            matrices = self._shards_ahead()
         whole = []
         for group, plan in items_of(self.optimizer):
             grad = plan.param.grad
-            if plan.subspace is None or not plan.alone:
+            if plan.subspace is None or not plan.alone or plan.sharded:
                 continue
             if grad is None or isinstance(grad, ProjectedGrad):
                 continue
@@ -167,7 +171,24 @@ class ProjectMode(InBackward):
             plan.param.grad = projected(
                 plan, state, grad, strategies, self.coords_dtype, self._salt
             )
-        clip_grad_norm_([plan.param for _, plan in items_of(self.optimizer)], self.max_norm)
+        plain = [plan.param for _, plan in items_of(self.optimizer) if not plan.sharded]
+        if shards:
+            clip_together_(shards, matrices, plain, self.max_norm)
+        else:
+            clip_grad_norm_(plain, self.max_norm)
+
+    def _shards_ahead(self) -> list[tuple[ParamPlan, State, Strategies]]:
+        """Matrices that lie on several ranks, with bases that are not due, in the form for that."""
+        found = []
+        for group, plan in items_of(self.optimizer):
+            if plan.sharded and plan.subspace is not None and plan.alone:
+                strategies = self.optimizer._strategies(group)
+                found.append((plan, self.optimizer._state_of(plan, strategies), strategies))
+        refresh_ahead(found)
+        for plan, _, _ in found:
+            if plan.param.grad is not None and projection(plan.param.grad) is None:
+                self._shard_in_form(plan.param)
+        return found
 
     def remove(self) -> None:
         """As of every mode; nothing empty is left behind, which would keep later gradients out."""

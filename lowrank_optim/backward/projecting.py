@@ -17,7 +17,7 @@ from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.residuals import Drop
 from lowrank_optim.rules.base import compute_dtype
-from lowrank_optim.subspaces.base import identity
+from lowrank_optim.subspaces.base import Subspace, identity
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.tensors.projected_grad import Coords, ProjectedGrad
 
@@ -124,9 +124,13 @@ def kept_dtype(dtype: torch.dtype, coords_dtype: str) -> torch.dtype:
 def coords_of(plan: ParamPlan, state: State, grad: Tensor) -> Coords:
     """Coordinates as the subspace finds them, not finite where the gradient is not."""
     assert plan.view is not None and plan.subspace is not None
-    grad = plan.view.of(grad)
-    coords = plan.subspace.coords(state, grad, reduce=identity)
-    if not plan.subspace.sees_all:
+    return matrix_coords(plan.subspace, state, plan.view.of(grad))
+
+
+def matrix_coords(subspace: Subspace, state: State, grad: Tensor) -> Coords:
+    """The same of a gradient in the canonical view, or of some of its columns."""
+    coords = subspace.coords(state, grad, reduce=identity)
+    if not subspace.sees_all:
         nothing = torch.linalg.vector_norm(ops.matrix_norm(grad)) * 0  # or NaN
         coords = {name: x.add_(nothing) for name, x in coords.items()}
     return coords

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowrank_optim.backward.projecting import items_of
 from lowrank_optim.engine.plan import ParamPlan
-from lowrank_optim.engine.sharded.local import summed_coords
+from lowrank_optim.engine.sharded.local import as_dtensor, summed_coords
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.subspaces.block import Block
@@ -18,14 +18,10 @@ from lowrank_optim.subspaces.block import Block
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "process_group": (
         lambda x: x is not None,
-        "who shards it has averaged its gradients. Leave process_group out",
+        "who shards it has averaged its gradients, copies of shards (HSDP) included. Leave "
+        "process_group out; plain parameters beside it that nobody averages can be sharded too, or "
+        "have an optimizer of their own with the process_group",
     ),
-    "max_norm": (
-        lambda x: x is not None,
-        "a norm over ranks is asked for by all of them together. Call "
-        "torch.nn.utils.clip_grad_norm_ before step(), with mode='project'",
-    ),
-    "keep_norms": (bool, "only norms of plain gradients are kept. Leave keep_norms out"),
     "first_basis": (
         lambda x: x == "micro",
         "ranks find a basis together, in step(). Pass first_basis='boundary', or leave it out",
@@ -85,6 +81,12 @@ def keep_shard(param: Tensor, x: Tensor) -> None:
     """Let ``x`` be what is here of the gradient of a DTensor: FSDP2 adds the next one to it."""
     grad: Any = param.grad
     grad._local_tensor = x
+
+
+def like_shard(param: Tensor, x: Tensor) -> Tensor:
+    """A DTensor that lies as a parameter does, of which ``x`` is here."""
+    whole: Any = param
+    return as_dtensor(x, whole.device_mesh, tuple(whole.placements), param.shape)
 
 
 def alone(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from lowrank_optim.backward.clipping import clip_each_
 from lowrank_optim.backward.handle import InBackward
 from lowrank_optim.backward.parallel import MESSAGE
-from lowrank_optim.backward.shards import Together
+from lowrank_optim.backward.shards import Together, like_shard
 from lowrank_optim.backward.stepped_grad import SteppedGrad
 from lowrank_optim.engine.plan import ParamPlan
+from lowrank_optim.engine.sharded.local import here
 from lowrank_optim.groups import Group, notices
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.parts import is_sharded
@@ -39,7 +42,7 @@ class StepMode(InBackward):
         self.accumulation_steps, self.keep_norms = accumulation_steps, keep_norms
         self._arrivals: dict[Tensor, int] = {}
         self._begun_groups: set[int] = set()
-        self._together = Together(self._step_shards)
+        self._together = Together(partial(self._step_shards, keep_norms=keep_norms))
         self._in_time = False
         """Whether a gradient has arrived as often as it should."""
         super().__init__(optimizer, max_norm, process_group, accumulation_steps)
@@ -104,16 +107,25 @@ class StepMode(InBackward):
         self.optimizer._step_alone(plan, group, begins, alike)
         param.grad = SteppedGrad(param, norm) if keep_norm and norm is not None else None
 
-    def _step_shards(self, params: Sequence[Tensor]) -> None:
+    def _step_shards(self, params: Sequence[Tensor], keep_norms: bool = False) -> None:
         """Step and free what lies on several ranks, all at once."""
         self.optimizer._make_state()
         by_group: dict[int, tuple[Group, list[ParamPlan]]] = {}
         for param in params:
             group, plan = self._find(param)
             by_group.setdefault(id(group), (group, []))[1].append(plan)
+        left = [self._left_of(param) if keep_norms else None for param in params]
+        if self.max_norm is not None:
+            clip_each_([self._find(param)[1] for param in params], self.max_norm)
         self.optimizer._step_shards(list(by_group.values()), self._begun_groups)
-        for param in params:
-            param.grad = None
+        for param, grad in zip(params, left, strict=True):
+            param.grad = grad
+
+    def _left_of(self, param: Tensor) -> Tensor:
+        """A DTensor without memory, of which each rank keeps the norm of what it had."""
+        shard = here(self._find(param)[1]).param.grad
+        assert shard is not None
+        return like_shard(param, SteppedGrad(shard, torch.linalg.vector_norm(shard)))
 
     def _settle_shards(self) -> None:
         """What backward did not step: blocks, which know whose turn it is; step() takes others."""
@@ -139,10 +151,13 @@ class StepMode(InBackward):
         blocks = [p for p in late if isinstance(self._find(p)[1].subspace, Block)]
         if blocks:
             self._step_shards(blocks)
+        shards = [self._find(p)[1] for p in self._hooks if is_sharded(p)]
+        if shards and self.max_norm is not None:
+            clip_each_(shards, self.max_norm)
 
     def _forget_norms(self) -> None:
         for param in self._hooks:
-            if isinstance(param.grad, SteppedGrad):
+            if isinstance(getattr(param.grad, "_local_tensor", param.grad), SteppedGrad):
                 param.grad = None
 
     @torch.no_grad()

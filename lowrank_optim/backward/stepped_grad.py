@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 aten = torch.ops.aten
+WHOLE = (
+    "{} needs a gradient, and this one was applied and freed inside backward by "
+    "attach_in_backward(mode='step', keep_norms=True): only its norm is left"
+)
 
 
 class SteppedGrad(Tensor):
@@ -45,10 +49,7 @@ class SteppedGrad(Tensor):
         """The operations of ``clip_grad_norm_``, and what else comes before ``step()``."""
         handler = HANDLERS.get(func.overloadpacket)
         if handler is None:
-            raise NotImplementedError(
-                f"{func} needs a gradient, and this one was applied and freed inside backward by "
-                "attach_in_backward(mode='step', keep_norms=True): only its norm is left"
-            )
+            raise NotImplementedError(WHOLE.format(func))
         return handler(func, *args, **(kwargs or {}))
 
 
@@ -86,6 +87,13 @@ def _same(func: Any, grad: Tensor, *_: Any, **__: Any) -> Tensor:
     return grad
 
 
+def _view(func: Any, grad: SteppedGrad, size: Sequence[int]) -> SteppedGrad:
+    """What a DTensor makes of the part that is here."""
+    if tuple(size) == tuple(grad.shape):
+        return SteppedGrad(grad, grad.grad_norm)
+    raise NotImplementedError(f"{tuple(size)} of {WHOLE.format(func)}")
+
+
 HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.linalg_vector_norm: _norm,
     aten._foreach_norm: _norms,
@@ -95,5 +103,6 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     # a scaler is what step() refuses, in words that help
     aten._amp_foreach_non_finite_check_and_unscale_: _others,
     aten.detach: _same,
+    aten.view: _view,
 }
 """Operation to what it does to a norm."""

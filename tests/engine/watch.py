@@ -28,7 +28,6 @@ from typing import Any, NamedTuple, Self
 import pytest
 import torch
 from torch import Tensor
-from torch._prims_common import is_non_overlapping_and_dense
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -305,7 +304,12 @@ def _kernels(name: str, args: tuple[Any, ...]) -> int:
 
 def _is_dense(x: Tensor) -> bool:
     """Whether its elements are all of a piece of memory, in any order."""
-    return bool(is_non_overlapping_and_dense(x))
+    size = 1
+    for stride, length in sorted(zip(x.stride(), x.shape, strict=True)):
+        if length != 1 and stride != size:
+            return False
+        size *= length
+    return True
 
 
 class _Functions(TorchFunctionMode):

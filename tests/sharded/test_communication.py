@@ -24,7 +24,7 @@ def test_figures_are_those_that_the_table_gives(placed: bool) -> None:
     """Wide matrices are exchanged where rows are split; bases are whole, moments a part."""
     layers, m, n, r = 3, 16, 48, 4
     model = llama_like(layers)
-    found = count("GaLore rsvd", model, RANKS, placed=placed)
+    found = count("GaLore rsvd", model, RANKS, "placed" if placed else "rows")
     rows = 0 if placed else layers * 2 * m * n // RANKS  # two all-to-alls of what is here
     guard = 2 * len(model.shapes) * 8
     factor = (RANKS - 1) / RANKS
@@ -38,11 +38,38 @@ def test_figures_are_those_that_the_table_gives(placed: bool) -> None:
     assert found.messages == (1 if placed else 3)
 
 
+COORDINATES = {"GaLore rsvd": lambda m, n, r: r * n, "SST active": lambda m, n, r: r * (m + n + 1)}
+
+
+@pytest.mark.parametrize(
+    "method", ["GaLore rsvd", pytest.param("SST active", marks=pytest.mark.slow)]
+)
+def test_what_replicas_send(method: str) -> None:
+    """Gradients under DDP, coordinates in their place; where bases are due, gradients and bases."""
+    layers, m, n, r = 3, 16, 48, 4
+    model, numbers = llama_like(layers), 40 * 16
+    ring = 2 * (RANKS - 1) / RANKS * SIZE
+    gradients = ring * (numbers + 2 * layers * m * n)
+    ddp, low = (count(method, model, RANKS, layout) for layout in ("replicas", "subspace"))
+    assert ddp.sent == pytest.approx(gradients)
+    flags = ring * len(model.shapes)
+    factors = 3 if method.startswith("SST") else 1  # of which each has a flag
+    kept = ring * (numbers + 2 * layers * COORDINATES[method](m, n, r))
+    assert low.sent == pytest.approx(kept + flags + ring * 2 * layers * (factors - 1))
+    assert low.refreshed - flags == pytest.approx(ddp.refreshed)
+    assert ddp.basis == low.basis
+    if factors == 1:
+        entries = 2 * layers * m * r * SIZE
+        assert ddp.refreshed - ddp.sent == pytest.approx(entries, rel=0.1)
+        assert ddp.basis == entries
+        assert ddp.moments == 2 * (2 * layers * r * n + numbers) * SIZE
+
+
 def test_layers_beyond_the_second_add_what_the_second_does() -> None:
     model = llama_like(3)
-    grown = count("DCT-AdamW", model, RANKS, placed=False)
+    grown = count("DCT-AdamW", model, RANKS, "rows")
     with pretended(RANKS) as mesh:
-        whole = _counted("DCT-AdamW", model, mesh, False)
+        whole = _counted("DCT-AdamW", model, mesh, "rows")
     assert (grown.basis, grown.moments, grown.sent) == (whole.basis, whole.moments, whole.sent)
 
 

@@ -147,8 +147,8 @@ class ShardedStep:
             if found is not None:
                 w.norm, w.rms = found.norm, weight_rms(w.item, w.twin, found.weights)
                 undo.begin(w.state)
-                (usable if _is_usable(w) else skipped).append(w)
-        buckets: dict[Any, list[Work]] = {}
+                (usable if is_usable(w) else skipped).append(w)
+        projected: list[Work] = []
         dense: list[tuple[ParamPlan, Bucket, Split, Tensor | None]] = []
         alone: list[Bucket] = []
         for w in usable:
@@ -160,12 +160,9 @@ class ShardedStep:
                 else:
                     dense.append((w.item, bucket, split, w.rms))
             else:
-                buckets.setdefault(w.key, []).append(w)
-        chunks = []
-        for alike in buckets.values():
-            size = _together(alike[0])
-            chunks += [alike[i : i + size] for i in range(0, len(alike), size)]
-        _refresh(chunks, skipped, undo)  # first: it may fail, and then no weight has moved
+                projected.append(w)
+        chunks = chunks_of(projected)
+        refresh_works(chunks, skipped, undo)  # first: it may fail, and then no weight has moved
         for w in skipped:
             w.state["step"] += 1
             warn_skipped(w.item)
@@ -173,6 +170,18 @@ class ShardedStep:
             step_bucket(bucket)
         step_dense(dense)
         _step_chunks(chunks, undo)
+
+
+def chunks_of(works: Sequence[Work]) -> list[list[Work]]:
+    """Alike matrices, as many together as one message takes."""
+    buckets: dict[Any, list[Work]] = {}
+    for w in works:
+        buckets.setdefault(w.key, []).append(w)
+    chunks = []
+    for alike in buckets.values():
+        size = _together(alike[0])
+        chunks += [alike[i : i + size] for i in range(0, len(alike), size)]
+    return chunks
 
 
 def _together(w: Work) -> int:
@@ -183,13 +192,13 @@ def _together(w: Work) -> int:
     return whole if part.side == "whole" else whole * part.ranks
 
 
-def _is_usable(w: Work) -> bool:
+def is_usable(w: Work) -> bool:
     """Whether a gradient is finite; if not, all ranks skip it. A device masks it instead."""
     assert w.norm is not None
     return on_accelerator(w.norm) or math.isfinite(w.norm)
 
 
-def _refresh(chunks: Sequence[list[Work]], skipped: Sequence[Work], undo: Undo) -> None:
+def refresh_works(chunks: Sequence[list[Work]], skipped: Sequence[Work], undo: Undo) -> None:
     """Phase one, for all matrices that are due.
 
     What is drawn, or found of W, is so where a gradient is not finite too; what looks at the
@@ -197,9 +206,9 @@ def _refresh(chunks: Sequence[list[Work]], skipped: Sequence[Work], undo: Undo) 
     """
     due = []
     for chunk in chunks:
-        own = [w for w in chunk if basis_due(w.item, w.state, w.chosen) and not _is_projected(w)]
+        own = [w for w in chunk if basis_due(w.item, w.state, w.chosen) and not is_projected(w)]
         if own and _looks(own[0]):
-            _fetch(own)
+            fetch(own)
         due += own
     for w in skipped:
         subspace, weight = w.item.subspace, w.twin.param
@@ -220,7 +229,7 @@ def _refresh(chunks: Sequence[list[Work]], skipped: Sequence[Work], undo: Undo) 
     refresh_together([Due(w.item, w.twin, w.state, w.grad, w.chosen, w.norm) for w in due])
 
 
-def _is_projected(w: Work) -> bool:
+def is_projected(w: Work) -> bool:
     """Whether backward has taken coordinates, in a basis that was not due."""
     return isinstance(w.twin.param.grad, ProjectedGrad)
 
@@ -231,10 +240,10 @@ def _looks(w: Work) -> bool:
     return w.item.subspace.needs_grad and w.item.part.side != "whole"
 
 
-def _fetch(works: Sequence[Work]) -> None:
+def fetch(works: Sequence[Work]) -> None:
     """The columns of alike matrices, with what error feedback adds to them."""
     for w in works:
-        if _is_projected(w):
+        if is_projected(w):
             w.grad = w.twin.param.grad  # of columns that are stepped where they are stored
     missing = [w for w in works if w.grad is None]
     if not missing:
@@ -271,7 +280,7 @@ def _adapt(chunk: list[Work], undo: Undo) -> list[MatrixStep]:
     assert part is not None and view is not None
     subspace = chunk[0].item.subspace
     assert subspace is not None
-    _fetch(chunk)
+    fetch(chunk)
     found = [_coords(w) for w in chunk]
     if part.summed:
         parts = [own[name] for own in found for name in summed_coords(subspace, view)]
