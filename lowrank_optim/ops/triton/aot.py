@@ -90,7 +90,7 @@ def _variant(
 
 
 def _lists() -> Iterator[Variant]:
-    one = {"table": None, "MANY": False, "DEPTH": 0, "ALIGNED": False}
+    one = {"table": None, "MANY": False, "DEPTH": 0, "ALIGNED": True}
     many = {"MANY": True, "DEPTH": 8, "ALIGNED": True}
     blocks = {"COUNT": quantize.BLOCKS, "LANES": 256}
     flat = {"BLOCK": ELEMENTS}

@@ -46,7 +46,8 @@ BLOCKS = {
     (2, "fp32"): Blocks(64, 64, 16, 8, 2),
 }
 """One choice per kernel and format, so that a run does not depend on timings. bf16: 64 registers of
-accumulators leave room for two programs per multiprocessor. fp32 products are exact (no TF32) and
+accumulators leave room for two programs per multiprocessor, where shared memory does (99 KiB hold one
+scaled lift: see `benchmarks.occupancy`). fp32 products are exact (no TF32) and
 run on the scalar units, where 8 warps share the tile."""
 
 BAND = 8
