@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 DIST := dist
 
-.PHONY: demo test test-slow test-wheel lint bench docs wheel clean
+.PHONY: demo test test-slow test-wheel lint bench gpu docs wheel clean
 
 demo: .venv/.bench  ## what LLaMA-7B needs, then AdamW against GaLore on real text
 	$(BIN)/python -m benchmarks.memory --model llama-7b --rank 1024 --budget-gib 24
@@ -28,6 +28,11 @@ bench: .venv/.dev  ## the figures of docs/performance.md, side by side
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.refresh
 	$(BIN)/python -m benchmarks.kernels
+
+# Without a GPU it says so and fails: a job that was to show something, and showed nothing, must not
+# be green. What of it a CPU can run, a CPU runs in `make test-slow`.
+gpu: .venv/.dev  ## what only a GPU can show, in runs/gpu/report.md and report.json
+	$(BIN)/python -m benchmarks.gpu
 
 docs: .venv/.docs  ## the site, in build/docs; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from benchmarks.common import LLAMA_SHAPES, environment, environment_line, print_table
+from benchmarks.counting import floor, named
 from benchmarks.matrices import galore, gemm_floor, linear_weights
 from benchmarks.timing import interleaved, peer, ratio
 from lowrank_optim.ops import native, reference
@@ -46,10 +46,9 @@ def copy_floor(count: int) -> Work:
     return lambda: target.copy_(source)
 
 
-def elementwise(elements: int) -> dict[str, tuple[int, tuple[Any, ...]]]:
-    """Bytes that must cross memory, and arguments, of every op on flat tensors."""
+def elementwise(elements: int) -> dict[str, tuple[Any, ...]]:
+    """Arguments of every op on flat tensors."""
     shape = (max(1, elements // WIDTH), WIDTH)
-    n = shape[0] * WIDTH
     g, m, v, out = torch.randn(shape), torch.randn(shape), torch.rand(shape), torch.empty(shape)
     signed, unsigned = (dynamic_map(s, g.device) for s in (True, False))
     rcb = [[x] for x in layout(shape)]
@@ -65,20 +64,22 @@ def elementwise(elements: int) -> dict[str, tuple[int, tuple[Any, ...]]]:
     narrow = torch.empty(shape, dtype=torch.bfloat16)
     one, two = ([c1], [s1]), ([c1], [s1], [c2], [s2])
     return {
-        "adamw_direction_": (24 * n, ([g], [m], [v], [out], *betas, *own)),
-        "lion_direction_": (16 * n, ([g], [m], [out], *betas, [])),
-        "moment_": (16 * n, ([g], [m], [out], 0.9, 0.1, [])),
-        "adamw_direction_8bit_": (
-            12 * n + 16 * blocks,
-            ([g], *two, [out], signed, unsigned, *rcb, *betas, *own),
-        ),
-        "lion_direction_8bit_": (10 * n + 8 * blocks, ([g], *one, [out], signed, *rcb, *betas, [])),
-        "moment_8bit_": (10 * n + 8 * blocks, ([g], *one, [out], signed, *rcb, 0.9, 0.1, [])),
-        "quantize_blockwise_": (5 * n + 4 * blocks, ([g], *one, signed, *rcb)),
-        "dequantize_blockwise_": (5 * n + 4 * blocks, (*one, [out], signed, *rcb)),
-        "stochastic_round_": (6 * n, ([g], [narrow], [7])),
-        "column_norms": (4 * n, ([g],)),
+        "adamw_direction_": ([g], [m], [v], [out], *betas, *own),
+        "lion_direction_": ([g], [m], [out], *betas, []),
+        "moment_": ([g], [m], [out], 0.9, 0.1, []),
+        "adamw_direction_8bit_": ([g], *two, [out], signed, unsigned, *rcb, *betas, *own),
+        "lion_direction_8bit_": ([g], *one, [out], signed, *rcb, *betas, []),
+        "moment_8bit_": ([g], *one, [out], signed, *rcb, 0.9, 0.1, []),
+        "quantize_blockwise_": ([g], *one, signed, *rcb),
+        "dequantize_blockwise_": (*one, [out], signed, *rcb),
+        "stochastic_round_": ([g], [narrow], [7], [0], [WIDTH], [WIDTH], [1]),
+        "column_norms": ([g],),
     }
+
+
+def moved(op: str, arguments: Sequence[Any]) -> int:
+    """Bytes that must cross memory."""
+    return floor(op, named(getattr(torch.ops.lowrank_optim, op).default, arguments, {})).bytes
 
 
 def dense_peers(elements: int) -> dict[str, Work]:
@@ -104,15 +105,14 @@ def dense(args: argparse.Namespace) -> list[dict[str, Any]]:
     """P7: elementwise ops."""
     works: dict[str, Work] = dense_peers(args.elements)
     cases = elementwise(args.elements)
-    for op, (count, arguments) in cases.items():
-        works[f"{FLOOR} {op}"] = copy_floor(count)
+    counts = {op: moved(op, arguments) for op, arguments in cases.items()}
+    for op, arguments in cases.items():
+        works[f"{FLOOR} {op}"] = copy_floor(counts[op])
         for name, module in available().items():
             works[f"{name} {op}"] = _bound(getattr(module, op), arguments)
     times = interleaved(works, args.rounds)
     bases = [name for name in (FUSED, BNB, AO) if name in works]
-    return [
-        _row(times, op, name, bases, count=cases[op][0]) for op in cases for name in available()
-    ]
+    return [_row(times, op, name, bases, count=counts[op]) for op in cases for name in available()]
 
 
 def available() -> dict[str, Any]:
@@ -168,7 +168,7 @@ def applies(args: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
 
     fused = torch.optim.AdamW(params, lr=1e-9, fused=True)
     works: dict[str, Work] = {ADDMM: addmm, FUSED: fused.step}
-    counts = {op: _apply_bytes(op, weights, r) for op in arguments}
+    counts = {op: moved(op, values) for op, values in arguments.items()}
     for op, values in arguments.items():
         works[f"{FLOOR} {op}"] = copy_floor(counts[op])
         for name, module in available().items():
@@ -179,20 +179,6 @@ def applies(args: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
         for op in arguments
         for name in available()
     ]
-
-
-def _apply_bytes(op: str, weights: Sequence[Tensor], r: int) -> int:
-    """W read and written, G read, and the small operands once."""
-    total = 0
-    for w in weights:
-        (m, n), each = w.shape, w.element_size()
-        if op == "coordinate_add_":
-            total += 3 * each * m * n - each * r * n + 4 * r * n
-        elif op == "coordinate_adamw_":
-            total += 3 * each * m * n + 16 * r * n
-        else:
-            total += 3 * each * m * n + each * m * r + 8 * r * n
-    return total
 
 
 def host_time(args: argparse.Namespace) -> dict[str, Any]:

@@ -18,15 +18,32 @@ NEVER = 10**6
 OURS = "GaLoreAdamW"
 
 
+def linear_shapes(hidden: int, mlp: int) -> list[tuple[int, int]]:
+    """Of the seven matrices of a layer."""
+    return [(hidden, hidden)] * 4 + [(mlp, hidden)] * 2 + [(hidden, mlp)]
+
+
 def linear_weights(model: str, layers: int, dtype: torch.dtype) -> list[torch.nn.Parameter]:
     """The seven matrices of each of ``layers`` layers, with gradients."""
     hidden, mlp, *_ = LLAMA_SHAPES[model]
-    shapes = [(hidden, hidden)] * 4 + [(mlp, hidden)] * 2 + [(hidden, mlp)]
-    generator = torch.Generator().manual_seed(0)
+    return weights(linear_shapes(hidden, mlp) * layers, dtype)
+
+
+def weights(
+    shapes: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> list[torch.nn.Parameter]:
+    """Parameters of these shapes, with gradients."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(shape: tuple[int, ...], size: float) -> Tensor:
+        return (size * torch.randn(shape, generator=generator, device=device)).to(dtype)
+
     params = []
-    for shape in shapes * layers:
-        param = torch.nn.Parameter((0.02 * torch.randn(shape, generator=generator)).to(dtype))
-        param.grad = (1e-3 * torch.randn(shape, generator=generator)).to(dtype)
+    for shape in shapes:
+        param = torch.nn.Parameter(normal(shape, 0.02))
+        param.grad = normal(shape, 1e-3)
         params.append(param)
     return params
 
@@ -38,8 +55,8 @@ def gemm_floor(params: Sequence[Tensor], rank: int) -> Work:
     for param in params:
         view = matrix_view(param.shape)
         assert view is not None and param.grad is not None
-        basis = torch.randn(view.m, rank).to(param.dtype)
-        low = torch.empty(rank, view.n, dtype=param.dtype)
+        basis = torch.randn(view.m, rank, device=param.device).to(param.dtype)
+        low = torch.empty(rank, view.n, dtype=param.dtype, device=param.device)
         projects.append((basis.mT, view.of(param.grad), low))
         applies.append((view.of(param.data), basis, low))
 

@@ -8,8 +8,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 MIN_ROUNDS = 5
 Work = Callable[[], object]
+Clock = Callable[[Work], float]
+"""Milliseconds of one call."""
 
 
 def milliseconds(work: Work) -> float:
@@ -19,8 +23,37 @@ def milliseconds(work: Work) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
+def device_clock(device: torch.device) -> Clock:
+    """What a call takes a device: by events of its stream on a GPU, by wall time on a CPU."""
+    if device.type != "cuda":
+        return milliseconds
+
+    def took(work: Work) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize(device)
+        return float(start.elapsed_time(end))
+
+    return took
+
+
+def host_clock(device: torch.device) -> Clock:
+    """What a call takes the host: until it returns, while the device may be behind."""
+    if device.type != "cuda":
+        return milliseconds
+
+    def took(work: Work) -> float:
+        torch.cuda.synchronize(device)
+        return milliseconds(work)
+
+    return took
+
+
 def interleaved(
-    variants: Mapping[str, Work], rounds: int, warmup: int = 1
+    variants: Mapping[str, Work], rounds: int, warmup: int = 1, clock: Clock = milliseconds
 ) -> dict[str, list[float]]:
     """Milliseconds of each variant in each of ``rounds`` rounds, after ``warmup`` untimed ones.
 
@@ -34,7 +67,7 @@ def interleaved(
         # odd rounds run backwards: no variant always finds the caches another one left
         order = list(variants.items())[:: -1 if i % 2 else 1]
         for name, work in order:
-            took = milliseconds(work)
+            took = clock(work)
             if i >= warmup:
                 times[name].append(took)
     return times

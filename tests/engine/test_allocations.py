@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.allocations import allocations
 from lowrank_optim import FiraAdamW, GaLoreAdamW, ops
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.tensors.matrix import matrix_view
-from tests.allocations import allocations
 
 RANK = 8
 OVERSAMPLE = 8

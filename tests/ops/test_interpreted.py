@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.ops.interpreted import INTERPRETED, run_interpreted
+from tests.ops.interpreted import INTERPRETED, WHOLE, run_interpreted
 
 pytest.importorskip("triton")
 
@@ -14,3 +14,10 @@ pytest.importorskip("triton")
 def test_kernels(marks: str) -> None:
     """``test_triton.py``, ``test_triton_cosine.py`` and what of ``test_ops.py`` backends share."""
     run_interpreted(marks)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
+def test_every_op_in_every_format_and_layout() -> None:
+    """float32, bfloat16, float16; by rows, by columns and of a slice."""
+    run_interpreted("not slow", WHOLE, ["test_ops.py"])

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.allocations import allocations
 from lowrank_optim.ops import dispatch, native, tiles
 from lowrank_optim.ops.schema import FOUND, SCHEMAS
-from tests.allocations import allocations
 from tests.ops import ops_cases as cases
 
 READY, REASON = native.available("cpu")

@@ -10,12 +10,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 
-from lowrank_optim.ops.triton import OPS, aot
+from benchmarks.occupancy import bytes_each, elements, traffic, widest
+from lowrank_optim.ops.triton import OPS, aot, launch
 
 VARIANTS = {v.name: v for v in aot.variants()}
 NVIDIA, AMD = ("sm_80", "sm_120"), "gfx942"  # the oldest and the newest, least shared memory too
@@ -34,6 +36,21 @@ HALVES = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 PRODUCTS = {f"lift_{kind} {form}": x for kind in ("scaled", "sign")
             for form, x in (("bf16", HALVES), ("fp32", "fma.rn.f32"))}  # fmt: skip
 """bfloat16 operands reach the matrix units, float32 accumulators; float32 ones are exact."""
+BYTES = {
+    "adamw": 24, "adamw rows": 32, "lion": 16, "moment": 16, "stochastic_round": 6,
+    "adamw 8bit": 12 + 16 / 256, "adamw 8bit rows": 20 + 16 / 256,
+    "lion 8bit": 10 + 8 / 256, "moment 8bit": 10 + 8 / 256,
+    "quantize": 5 + 4 / 256, "dequantize": 5 + 4 / 256,
+    "lift_sign bf16": 3 * 2, "lift_sign fp32": 3 * 4,
+    "lift_scaled bf16": 3 * 2 + 4 / 128, "lift_scaled fp32": 3 * 4 + 4 / 64,
+}  # fmt: skip
+"""Bytes an element that docs/kernels.md has as the floor: nothing is read or written twice.
+
+With rows, their eps and scale are read by every element, mostly from the first cache; of a lift
+that is what is outside its products, with one factor for each column of a tile.
+"""
+FLAT = ("adamw", "adamw rows", "lion", "moment", "stochastic_round")
+"""Elementwise: four float32 of a lane are one access, where no lane has a mask for each."""
 MMA = ("sm_80", "sm_86", "sm_89", "sm_120")  # others have matrix units of their own
 
 
@@ -57,6 +74,12 @@ def check(name: str, target_name: str) -> None:
         # remain are the refinement steps of the correctly rounded division and square root,
         # which only the assembler writes
         assert "fma" not in compiled.asm["ptx"]
+    wanted = BYTES.get(name.split("/")[0])
+    if wanted is not None and not name.endswith("/many"):  # addresses from a table have no names
+        seen = traffic(compiled.asm["ttir"])
+        assert elements(VARIANTS[name]) and bytes_each(VARIANTS[name], seen) == wanted, seen
+    if target.backend == "cuda" and name.split("/")[0] in FLAT:
+        assert widest(compiled.asm["ptx"]) == 16, name
     product = PRODUCTS.get(name.split("/")[0])
     if product and target_name in MMA:
         assert product in compiled.asm["ptx"], name
@@ -93,3 +116,32 @@ def test_compiled_for_portability() -> None:
     for path in Path(aot.__file__).parent.glob("*.py"):
         source = path.read_text(encoding="utf-8")
         assert "inline_asm" not in source and "libdevice" not in source.replace("aot", ""), path
+
+
+class Recorder:
+    """In a kernel's place."""
+
+    def __init__(self) -> None:
+        self.aligned: list[bool] = []
+
+    def __getitem__(self, grid: object) -> Recorder:
+        return self
+
+    def __call__(self, *args: object, ALIGNED: bool, **meta: object) -> None:
+        self.aligned.append(ALIGNED)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "offset", "expected"),
+    [
+        ([32], 0, [True]), ([33], 0, [False]), ([32, 48], 0, [True]), ([32, 33], 0, [False]),
+        ([32, 48], 1, [False]),
+    ],
+)  # fmt: skip
+def test_what_is_promised_to_the_compiler_is_so(
+    sizes: list[int], offset: int, expected: list[bool]
+) -> None:
+    """Sizes, and addresses of a list, are multiples of 16; of one tensor Triton looks itself."""
+    kernel, tensors = Recorder(), [torch.zeros(n + offset)[offset:] for n in sizes]
+    launch.launch(kernel, [tensors, []], [sizes], [1] * len(sizes))
+    assert kernel.aligned == expected

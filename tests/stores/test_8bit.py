@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.allocations import allocations
 from lowrank_optim import GaLoreAdamW, GaLoreAdamW8bit, GaLoreLion, memory, ops
 from lowrank_optim.ops import quant
 from lowrank_optim.ops.quant import Quantized
 from lowrank_optim.rules.base import Slot
 from lowrank_optim.stores import STORES
 from tests import cases, runs
-from tests.allocations import allocations
 from tests.compare import relative
 from tests.methods import contract
 from tests.pairwise import in_turns, paired

@@ -100,7 +100,8 @@ def _lists() -> Iterator[Variant]:
     plain = {"row_eps": None, "row_scale": None, "finite": None}
     off = {"ROW_EPS": False, "ROW_SCALE": False, "SOUND": False}
     on = {"ROW_EPS": True, "ROW_SCALE": True, "SOUND": True}
-    for how, mode in (("one", _ONE), ("many", _MANY)):
+    # sizes of multiples of 16, as most have
+    for how, mode in (("one", {**_ONE, "ALIGNED": True}), ("many", _MANY)):
         yield _variant(f"adamw/{how}", direction.adamw_kernel, **mode, **flat, **plain, **off)
         yield _variant(f"adamw rows/{how}", direction.adamw_kernel, **mode, **flat, **on)
         for lion, name in ((True, "lion"), (False, "moment")):

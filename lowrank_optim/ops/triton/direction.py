@@ -16,6 +16,7 @@ from lowrank_optim.ops.triton.launch import (
     float_bits,
     groups,
     launch,
+    length,
     locate,
     number,
     packed,
@@ -39,18 +40,19 @@ def adamw_kernel(
     exp_avg = pointer(table, tensors, t, 2, exp_avg, MANY, ALIGNED)
     exp_avg_sq = pointer(table, tensors, t, 3, exp_avg_sq, MANY, ALIGNED)
     out = pointer(table, tensors, t, 4, out, MANY, ALIGNED)
-    size = number(table, tensors, t, 8, count, MANY)
+    size = length(table, tensors, t, 8, count, MANY, ALIGNED)
     start = part * BLOCK
     lane = tl.arange(0, BLOCK)
     mask = lane < size - start
+    if ROW_EPS or ROW_SCALE:
+        # its division is a call: before there is anything to keep across it
+        row = row_of(start, lane, number(table, tensors, t, 10, width, MANY))
     g = tl.load(grad + start + lane, mask, 0.0).to(tl.float32)
     m = tl.load(exp_avg + start + lane, mask, 0.0)
     v = tl.load(exp_avg_sq + start + lane, mask, 0.0)
     m = m + weight1 * (g - m)
     v = beta2 * v + weight2 * g * g
     eps = as_float(number(table, tensors, t, 9, eps_bits, MANY))
-    if ROW_EPS or ROW_SCALE:
-        row = row_of(start, lane, number(table, tensors, t, 10, width, MANY))
     if ROW_EPS:
         row_eps = pointer(table, tensors, t, 5, row_eps, MANY, False)
         eps = tl.load(row_eps + row, mask, 1.0)
@@ -79,7 +81,7 @@ def moment_kernel(
     x = pointer(table, tensors, t, 1, x, MANY, ALIGNED)
     moment = pointer(table, tensors, t, 2, moment, MANY, ALIGNED)
     out = pointer(table, tensors, t, 3, out, MANY, ALIGNED)
-    size = number(table, tensors, t, 5, count, MANY)
+    size = length(table, tensors, t, 5, count, MANY, ALIGNED)
     start = part * BLOCK
     lane = tl.arange(0, BLOCK)
     mask = lane < size - start

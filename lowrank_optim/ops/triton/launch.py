@@ -31,7 +31,9 @@ that a float32 access is 16 bytes and narrower formats need no other layout, whi
 exchange through shared memory. With 4 warps AdamW spills a few bytes on sm_80. The kernels are
 bound by memory: larger programs bring nothing but a longer tail."""
 
-_ALIGNMENT = 16  # bytes of the widest access
+_ALIGNMENT = 16
+"""Bytes of the widest access, of which addresses must be multiples. So must numbers of elements:
+else the compiler gives each element of a lane a mask, and an access, of its own."""
 
 
 @triton.jit
@@ -66,6 +68,15 @@ def number(table, tensors, t, ROW: tl.constexpr, one, MANY: tl.constexpr):
     found = tl.full((), one, tl.int64)
     if MANY:
         found = tl.load(table + ROW * tensors + t)
+    return found
+
+
+@triton.jit
+def length(table, tensors, t, ROW: tl.constexpr, one, MANY: tl.constexpr, ALIGNED: tl.constexpr):
+    """How many elements a flat tensor has: if a multiple of 16, lanes need no mask each."""
+    found = number(table, tensors, t, ROW, one, MANY)
+    if ALIGNED:
+        found = tl.multiple_of(found, 16)
     return found
 
 
@@ -150,7 +161,8 @@ def launch(
         **meta: constants and launch options.
     """
     count = len(programs)
-    first = next(x for x in lists if x)[0]
+    tensors = next(x for x in lists if x)
+    first, whole = tensors[0], [x.numel() % _ALIGNMENT == 0 for x in tensors]
     # sums and products are rounded one by one, as in the compiled CPU loop
     meta = {"num_warps": warps(WARPS), "enable_fp_fusion": False, **meta}
     with guard(first):
@@ -158,16 +170,14 @@ def launch(
             for i in range(count):
                 kernel[(programs[i],)](
                     None, count, *(x[i] if x else None for x in lists), *(c[i] for c in columns),
-                    *scalars, MANY=False, DEPTH=0, ALIGNED=False, **meta,
+                    *scalars, MANY=False, DEPTH=0, ALIGNED=whole[i], **meta,
                 )  # fmt: skip
             return
         starts = [0]
         for p in programs:
             starts.append(starts[-1] + p)
-        addresses = [
-            [x.data_ptr() for x in tensors] if tensors else [0] * count for tensors in lists
-        ]
-        aligned = all(a % _ALIGNMENT == 0 for row in addresses for a in row)
+        addresses = [[x.data_ptr() for x in own] if own else [0] * count for own in lists]
+        aligned = all(whole) and all(a % _ALIGNMENT == 0 for row in addresses for a in row)
         table = torch.tensor([starts[:-1], *addresses, *map(list, columns)], dtype=torch.int64)
         if first.device.type != "cpu":
             table = table.pin_memory().to(first.device, non_blocking=True)

@@ -46,8 +46,9 @@ BLOCKS = {
     (2, "fp32"): Blocks(64, 64, 16, 8, 2),
 }
 """One choice per kernel and format, so that a run does not depend on timings. bf16: 64 registers of
-accumulators leave room for two programs per multiprocessor. fp32 products are exact (no TF32) and
-run on the scalar units, where 8 warps share the tile."""
+accumulators leave room for two programs per multiprocessor, where its shared memory does: 99 KiB
+hold one scaled lift. fp32 products are exact (no TF32) and run on the scalar units, where 8 warps
+share the tile."""
 
 BAND = 8
 """Tile rows that share the operand tiles of a column in L2."""

@@ -13,6 +13,7 @@ from lowrank_optim.ops.triton.launch import (
     ELEMENTS,
     groups,
     launch,
+    length,
     locate,
     number,
     packed,
@@ -44,7 +45,7 @@ def stochastic_round_kernel(
     t, part = locate(table, tensors, MANY, DEPTH)
     x = pointer(table, tensors, t, 1, x, MANY, ALIGNED)
     out = pointer(table, tensors, t, 2, out, MANY, ALIGNED)
-    size = number(table, tensors, t, 3, count, MANY)
+    size = length(table, tensors, t, 3, count, MANY, ALIGNED)
     start = part * BLOCK
     lane = tl.arange(0, BLOCK)
     mask = lane < size - start

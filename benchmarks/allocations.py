@@ -9,6 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class Allocations(NamedTuple):
+    """Of one piece of work."""
+
     largest: int
     """Bytes of the largest single allocation."""
     peak: int

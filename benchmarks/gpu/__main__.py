@@ -1,0 +1,94 @@
+"""``python -m benchmarks.gpu``: every section in a process of its own, then one report."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import ROOT
+from benchmarks.gpu.report import Section, dump, load, machine, run_section, write
+from benchmarks.gpu.settings import Settings, full, tiny
+
+SECTIONS = ("build", "checks", "no_sync", "times", "memory", "train7b")
+NO_GPU = (
+    "There is no GPU here that torch can use (torch.cuda.is_available() is False), and all that "
+    "this command shows needs one: nothing was run."
+)
+TAIL = 4000
+"""Characters of what a section printed that the report keeps where the section ended in it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run and report; 1 if a section failed, or if there is no GPU."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--device", default="cuda", help="where to run (default: cuda)")
+    parser.add_argument("--tiny", action="store_true", help="sizes that show that the code runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="(default: runs/gpu)")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--hours", type=float, default=1.0, help="a section may take")
+    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print(NO_GPU, file=sys.stderr)
+        return 1
+    settings = tiny(device) if args.tiny else full(device)
+    if args.section:
+        dump(one(args.section, settings), args.out)
+        return 0
+    sections = []
+    for name in args.only:
+        print(f"{name} ...", flush=True)
+        sections.append(apart(name, args))
+        print(f"{name}: {'passed' if sections[-1].ok else 'FAILED'}", flush=True)
+    command = shlex.join(["python", "-m", "benchmarks.gpu", *(arguments or sys.argv[1:])])
+    page = write(args.out, machine(device), sections, command)
+    print(f"written: {page} and {page.with_suffix('.json')}")
+    return 0 if all(s.ok for s in sections) else 1
+
+
+def one(name: str, settings: Settings) -> Section:
+    """A section in this process."""
+    module = importlib.import_module(f"benchmarks.gpu.{name}")
+    return run_section(name, module.TITLE, module.run, settings)
+
+
+def apart(name: str, args: argparse.Namespace) -> Section:
+    """A section in a process of its own: if that dies, its last words are the failure."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "section.json"
+        command = [sys.executable, "-m", "benchmarks.gpu", "--section", name, "--out", str(path)]
+        command += ["--device", args.device, *(["--tiny"] if args.tiny else [])]
+        return ended(name, command, path, args.hours * 3600)
+
+
+def ended(name: str, command: Sequence[str], path: Path, seconds: float) -> Section:
+    """What a process wrote to ``path``, or how it ended without."""
+    with tempfile.TemporaryFile() as output:
+        try:
+            status = str(
+                subprocess.run(
+                    command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, timeout=seconds
+                ).returncode
+            )
+        except subprocess.TimeoutExpired:
+            status = f"no status: it took longer than {seconds:.0f} s"
+        if path.exists():
+            return load(path)
+        output.seek(0)
+        words = output.read().decode(errors="replace")[-TAIL:]
+    section = Section(name, name)
+    section.failed(f"The process of this section ended with {status} and wrote nothing.\n{words}")
+    return section
+
+
+if __name__ == "__main__":
+    sys.exit(main())

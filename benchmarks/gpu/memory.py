@@ -1,0 +1,126 @@
+"""Bytes that training holds at once: what the allocator counts beside ``memory.estimate``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.allocations import allocations
+from benchmarks.gpu.models import build, config, free
+from benchmarks.gpu.report import Section
+from benchmarks.gpu.settings import Settings, Size
+from benchmarks.memory import gib, methods
+from benchmarks.timing import peer
+from lowrank_optim import LowRankOptimizer, attach_in_backward
+from lowrank_optim.memory import estimate
+
+TITLE = "Memory"
+STEPS = 3
+MODES = (None, "step", "project")
+Case = tuple[str, Any, dict[str, Any], Any]
+"""Name, class or layout, its options, mode of ``attach_in_backward``."""
+
+
+def run(section: Section, settings: Settings) -> None:
+    """A table for each size."""
+    for size in settings.sizes:
+        rows = []
+        for case in cases(section, size):
+            name, _, _, mode = case
+            label = name if mode is None else f"{name}, mode={mode!r}"
+            try:
+                found = measured(settings, size, case)
+            except torch.OutOfMemoryError:
+                found = None
+            except Exception as error:
+                section.failed(f"{size.name}: {label} raised {type(error).__name__}.", error)
+                continue
+            expected = estimated(settings, size, case)
+            section.data[f"{size.name}: {label}"] = {"measured": found, "estimated": expected}
+            words = "out of memory" if found is None else gib(found)
+            over = "" if found is None else f"{found / expected:.3f}"
+            rows.append((label, words, gib(expected), over))
+        title = (
+            f"Peak in GiB, {size.layers} layers of {size.name} with embeddings, rank {size.rank}, "
+            f"{settings.tokens} tokens, checkpointed"
+        )
+        section.add(title, ("", "measured", "estimated", "ratio"), rows)
+
+
+def cases(section: Section, size: Size) -> list[Case]:
+    """Every row of ``benchmarks.memory``, and the modes that its class has."""
+    found: list[Case] = []
+    for name, (cls, options) in methods(size.rank).items():
+        if isinstance(cls, str) and peer("bitsandbytes.optim", "AdamW8bit") is None:
+            section.notes.append(f"bitsandbytes is not installed: {name} is not measured.")
+            continue
+        low = not isinstance(cls, str) and issubclass(cls, LowRankOptimizer)
+        modes = [m for m in MODES if m is None or (low and (m == "step" or has_coordinates(cls)))]
+        found += [(name, cls, options, mode) for mode in modes]
+    return found
+
+
+def has_coordinates(cls: Any) -> bool:
+    """Whether ``mode="project"`` takes the class: others need whole gradients."""
+    probe = torch.nn.Linear(4, 4, bias=False)
+    try:
+        attach_in_backward(cls(probe.parameters(), rank=2), mode="project")
+    except ValueError:
+        return False
+    return True
+
+
+def measured(settings: Settings, size: Size, case: Case) -> int:
+    """Bytes alive at once while a model is made and takes some steps."""
+    free(settings.device)
+    try:
+        return peak(settings.device, lambda: trained(settings, size, case))
+    finally:
+        free(settings.device)
+
+
+def peak(device: torch.device, work: Callable[[], object]) -> int:
+    """Bytes of tensors alive at once beyond those at the start."""
+    if device.type != "cuda":
+        return allocations(work).peak
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def trained(settings: Settings, size: Size, case: Case) -> None:
+    """Some steps of one micro-batch."""
+    _, cls, options, mode = case
+    if isinstance(cls, str):
+        cls = peer("bitsandbytes.optim", "AdamW8bit")
+    model = build(settings, shape_of(size), settings.device)
+    low = issubclass(cls, LowRankOptimizer)
+    optimizer = cls(model.named_parameters() if low else model.parameters(), lr=1e-4, **options)
+    if mode is not None:
+        attach_in_backward(optimizer, mode)
+    ids = torch.randint(settings.vocab, (1, settings.tokens), device=settings.device)
+    for _ in range(STEPS):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def estimated(settings: Settings, size: Size, case: Case) -> int:
+    """What the package says of the same."""
+    _, cls, options, mode = case
+    found = estimate(
+        config(settings, shape_of(size)), cls, in_backward=mode, tokens=(1, settings.tokens),
+        checkpointing=True, dtype=settings.dtype, **options,
+    )  # fmt: skip
+    return found.peak
+
+
+def shape_of(size: Size) -> tuple[int, int, int, int]:
+    """The shape with the layers that are measured."""
+    hidden, mlp, _, heads = size.shape
+    return hidden, mlp, size.layers, heads

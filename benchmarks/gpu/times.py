@@ -1,0 +1,140 @@
+"""Step and refresh times, side by side in one process: ours, torch's AdamW and other packages."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from benchmarks.gpu import variants
+from benchmarks.gpu.report import Section
+from benchmarks.gpu.settings import Settings, Size
+from benchmarks.matrices import NEVER, gemm_floor, linear_shapes, weights
+from benchmarks.timing import Work, device_clock, host_clock, interleaved, ratio
+from lowrank_optim import PROJECTORS
+
+TITLE = "Step and refresh times"
+FUSED, FLOOR = "torch AdamW fused", "GEMM floor"
+STEPS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "GaLoreAdamW": ("GaLoreAdamW", NEVER, {}),
+    "GaLoreAdamW8bit": ("GaLoreAdamW8bit", NEVER, {}),
+    "FiraAdamW": ("FiraAdamW", NEVER, {}),
+    "FrugalAdamW svd": ("FrugalAdamW", NEVER, {"projector": "svd"}),
+    "FrugalAdamW columns": ("FrugalAdamW", NEVER, {"projector": "columns"}),
+    "DCTAdamW gap 1": ("DCTAdamW", 1, {}),
+    "SSTAdamW active": ("SSTAdamW", NEVER, {}),
+    "SwitchLoRAAdamW": ("SwitchLoRAAdamW", NEVER, {}),
+}
+"""Ours: a class, its gap and its options."""
+REFRESHES = ("svd", "rsvd", "random", "dct", "columns")
+"""Projectors of GaLoreAdamW whose refresh is timed."""
+assert set(REFRESHES) <= set(PROJECTORS)
+
+
+def run(section: Section, settings: Settings) -> None:
+    """Two tables for each size."""
+    makers, missing = variants.peers()
+    section.notes += missing
+    for size in settings.sizes:
+        steps(section, settings, size, makers)
+        refreshes(section, settings, size, makers)
+
+
+def steps(
+    section: Section, settings: Settings, size: Size, makers: Mapping[str, variants.Make]
+) -> None:
+    """One step without a refresh, of some layers."""
+    params = weights(linear_shapes(*size.shape[:2]) * size.layers, settings.dtype, settings.device)
+    works: dict[str, Work] = {
+        FLOOR: gemm_floor(params, size.rank),
+        FUSED: torch.optim.AdamW(params, lr=variants.LR, fused=True).step,
+        "torch AdamW foreach": torch.optim.AdamW(params, lr=variants.LR, foreach=True).step,
+    }
+    for label, (name, gap, options) in STEPS.items():
+        make = partial(variants.ours, name, params, size.rank, gap, **options)
+        tried(section, works, params, label, make)
+    for label, other in makers.items():
+        make = partial(other, params, size.rank, NEVER)
+        tried(section, works, params, label, make, theirs=True)
+    title = f"One step, {size.layers} layers of {size.name}, rank {size.rank}"
+    measure(section, settings, title, works, FUSED, settings.rounds)
+
+
+def refreshes(
+    section: Section, settings: Settings, size: Size, makers: Mapping[str, variants.Make]
+) -> None:
+    """A step that refreshes, of one matrix of each shape, beside one that does not."""
+    shapes = list(dict.fromkeys(linear_shapes(*size.shape[:2])))
+    params = weights(shapes, settings.dtype, settings.device)
+    works: dict[str, Work] = {}
+    plain = "no refresh"
+    own = partial(variants.ours, "GaLoreAdamW", params, size.rank)
+    tried(section, works, params, plain, partial(own, NEVER))
+    for projector in REFRESHES:
+        make = partial(own, 1, projector=projector)
+        tried(section, works, params, f"GaLoreAdamW {projector}", make)
+    for label, other in makers.items():
+        if variants.is_low_rank(label):
+            make = partial(other, params, size.rank, 1)
+            tried(section, works, params, label, make, theirs=True)
+    title = f"One step with a refresh, {len(shapes)} matrices of {size.name}, rank {size.rank}"
+    if plain in works:
+        measure(section, settings, title, works, plain, settings.refresh_rounds)
+
+
+def tried(
+    section: Section,
+    works: dict[str, Work],
+    params: Sequence[Tensor],
+    label: str,
+    make: Callable[[], Optimizer],
+    *,
+    theirs: bool = False,
+) -> None:
+    """Add the step of an optimizer after one step of it; one that raises is not timed.
+
+    Of ours that is a failure, of a peer a sentence. galore-torch puts other tensors in the place
+    of weights while it steps: what raised in between is put back.
+    """
+    kept = [(p, p.data, p.grad) for p in params]
+    try:
+        work = make().step
+        work()
+    except Exception as error:
+        for param, data, grad in kept:
+            param.data, param.grad = data, grad
+        if theirs:
+            first = (str(error).strip() or "no message").splitlines()[0]
+            note = f"{label} raised {type(error).__name__} ({first}): not timed."
+            section.notes += [note] if note not in section.notes else []
+        else:
+            section.failed(f"{label} raised {type(error).__name__}: not timed.", error)
+        return
+    works[label] = work
+
+
+def measure(
+    section: Section,
+    settings: Settings,
+    title: str,
+    works: Mapping[str, Work],
+    base: str,
+    rounds: int,
+) -> None:
+    """Medians of what the device takes and of what the host takes, and ratios to ``base``."""
+    device = settings.device
+    took = interleaved(works, rounds, warmup=2, clock=device_clock(device))
+    host = interleaved(works, rounds, warmup=0, clock=host_clock(device))
+    rows: list[Sequence[str]] = []
+    for name in works:
+        figures = statistics.median(took[name]), ratio(took, name, base)
+        least, most = min(took[name]), max(took[name])
+        called = statistics.median(host[name])
+        rows.append((name, *(f"{x:.2f}" for x in (*figures, least, most, called))))
+    section.data[title] = {"ms": took, "host_ms": host}
+    section.add(title, ("", "ms", f"over {base}", "least", "most", "host ms"), rows)

@@ -1,0 +1,382 @@
+"""``make gpu`` where there is no GPU: its sections on a CPU, its clocks and counters replaced."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from benchmarks import timing
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import checks, memory, no_sync, report, times, train7b, variants
+from benchmarks.gpu.report import Section
+from benchmarks.gpu.settings import full, tiny
+from benchmarks.matrices import weights
+from lowrank_optim import methods
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+ROOT = Path(__file__).parents[2]
+
+
+# ------------------------------------------------------------------------------ the command
+
+
+def test_without_a_gpu_it_says_so_and_fails(capsys: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """One plain sentence, no report that could be taken for one, and no green job."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.main(["--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr()
+    assert said.err.strip() == command.NO_GPU and not said.out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("bad", [None, "checks"])
+def test_a_failure_ends_no_later_section(bad: str | None, tmp_path: Path, monkeypatch: Any) -> None:
+    """All sections are asked for, and the status is 1 only if one of them failed."""
+    ran = []
+
+    def apart(name: str, args: Any) -> Section:
+        ran.append(name)
+        section = Section(name, name.title())
+        if name == bad:
+            section.failed("It broke.")
+        return section
+
+    monkeypatch.setattr(command, "apart", apart)
+    status = command.main(["--device", "cpu", "--tiny", "--out", str(tmp_path)])
+    assert ran == list(command.SECTIONS) and status == (1 if bad else 0)
+    page = (tmp_path / "report.md").read_text()
+    assert ("1 of 6 sections failed: Checks." in page) == bool(bad)
+    assert ("All 6 sections passed." in page) != bool(bad)
+    assert "python -m benchmarks.gpu --device cpu --tiny" in page
+
+
+def test_a_section_that_dies_leaves_its_last_words(tmp_path: Path) -> None:
+    """A fault of the device ends its process: how it ended is the failure."""
+    path = tmp_path / "section.json"
+    words = "import os; os.write(1, b'an illegal access'); os._exit(7)"
+    die = [sys.executable, "-S", "-c", words]
+    found = command.ended("times", die, path, 60)
+    assert not found.ok and "ended with 7" in found.failures[0]
+    assert "an illegal access" in found.failures[0]
+    slow = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+    assert "took longer than 0 s" in command.ended("times", slow, path, 0.2).failures[0]
+    report.dump(Section("times", "Times", notes=["kept"]), path)
+    assert command.ended("times", die, path, 60).notes == ["kept"]
+
+
+@pytest.mark.slow
+def test_the_command_on_a_cpu(tmp_path: Path) -> None:
+    """Every section passes, and what it compared is in both reports."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--tiny", "--out", tmp_path],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    page = (tmp_path / "report.md").read_text()
+    assert done.returncode == 0, page
+    whole = json.loads((tmp_path / "report.json").read_text())
+    data = {s["name"]: s["data"] for s in whole["sections"]}
+    assert list(data) == list(command.SECTIONS)
+    assert data["build"]["build"] == ["built"] and data["checks"]["counts"]["passed"] == 1
+    assert {name.split()[0] for name in data["no_sync"]} == set(methods.__all__)
+    sizes = tiny(CPU).sizes
+    assert len(data["times"]) == 2 * len(sizes)
+    for title, found in data["times"].items():
+        assert all(len(t) == 5 for kind in found.values() for t in kind.values())
+        if "no refresh" in found["ms"]:
+            continue
+        assert set(times.STEPS) | {times.FUSED, times.FLOOR} <= set(found["ms"]), title
+        assert {"bitsandbytes AdamW8bit", "bitsandbytes PagedAdamW8bit"} <= set(found["ms"])
+    for size in sizes:
+        rows = [k.partition(": ")[2] for k in data["memory"] if k.startswith(f"{size.name}: ")]
+        assert {"AdamW bf16", "GaLore 8-bit, mode='step'", "GaLore 8-bit, mode='project'"} <= {
+            *rows
+        }
+    assert all(x["measured"] > 0 and x["estimated"] > 0 for x in data["memory"].values())
+    assert {len(x["losses"]) for x in data["train7b"].values()} == {20}
+    for title in ("Build: passed", "Tests: passed", "A 7B model under 24 GiB: passed"):
+        assert f"## {title}" in page
+
+
+# ------------------------------------------------------------------------------ the report
+
+
+def test_what_was_found_before_an_error_is_kept() -> None:
+    """Tables, then the error with its traceback, and each failure with its first line in bold."""
+
+    def work(section: Section, settings: object) -> None:
+        section.add("Figures", ("", "ms"), [("a", "1.50")])
+        section.notes.append("b is not installed: not compared.")
+        section.failed("c raised.")
+        raise RuntimeError("no kernel image")
+
+    found = report.run_section("times", "Times", work, None)
+    assert not found.ok and found.seconds > 0
+    about = {"gpu": "A card", "versions": {"torch": "2"}, "commit": "abc"}
+    page = report.markdown(about, [found, Section("x", "Others")], "make gpu")
+    lines = page.splitlines()
+    assert lines[2] == "1 of 2 sections failed: Times."
+    for line in (
+        "## Times: FAILED", "## Others: passed", "| a  | 1.50 |", "**c raised.**",
+        "- b is not installed: not compared.", "**The section stopped with RuntimeError.**",
+        "RuntimeError: no kernel image",
+    ):  # fmt: skip
+        assert line in lines, line
+    assert page.count("```") == 2
+    assert lines.index("| a  | 1.50 |") < lines.index("**c raised.**")
+    assert any("in work" in line for line in lines)
+
+
+def test_sections_cross_processes(tmp_path: Path) -> None:
+    section = Section("times", "Times", data={"ms": {"a": [1.0]}}, seconds=2.0)
+    section.add("Figures", ("", "ms"), [("a", "1")])
+    report.dump(section, tmp_path / "a.json")
+    assert report.load(tmp_path / "a.json") == section
+
+
+def test_the_machine_is_named(monkeypatch: Any) -> None:
+    """Card, capability, memory, driver and toolkit, beside what every benchmark says."""
+    card = SimpleNamespace(
+        name="A card", major=8, minor=9, total_memory=24 << 30, multi_processor_count=128
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    ran = SimpleNamespace(stdout="570.1\n")
+    monkeypatch.setattr(report.subprocess, "run", lambda *a, **k: ran)
+    monkeypatch.setattr(report, "environment", lambda: {"commit": "abc", "cpu": "x"})
+    found = report.machine(CUDA)
+    wanted = {"gpu": "A card", "capability": "8.9", "memory_gib": 24.0, "driver": "570.1",
+              "toolkit": "12.9", "multiprocessors": 128, "commit": "abc"}  # fmt: skip
+    assert wanted.items() <= found.items() and "torch" in found["versions"]
+
+    def absent(*args: Any, **kwargs: Any) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(report.subprocess, "run", absent)
+    assert report.driver() == "unknown"
+
+
+# ------------------------------------------------------------------------------ tests
+
+
+JUNIT = """<testsuites><testsuite>
+<testcase classname="a" name="one"/>
+<testcase classname="a" name="two"><failure message="assert 1 == 2">a trace</failure></testcase>
+<testcase classname="a" name="three"><error message="fixture">a trace</error></testcase>
+<testcase classname="a" name="four"><skipped message="native: no nvcc">x</skipped></testcase>
+<testcase classname="a" name="five"><skipped message="native: no nvcc">x</skipped></testcase>
+</testsuite></testsuites>"""
+
+
+def test_tests_are_counted_and_failures_kept(tmp_path: Path) -> None:
+    (tmp_path / "j.xml").write_text(JUNIT)
+    section = Section("checks", "Tests")
+    checks.judge(section, checks.read(tmp_path / "j.xml"), 1, "output")
+    assert section.data["counts"] == {"passed": 1, "failed": 1, "error": 1, "skipped": 2}
+    assert section.notes == ["2 skipped: native: no nvcc."]
+    assert section.failures == [
+        "a::two failed.\nassert 1 == 2\na trace", "a::three error.\nfixture\na trace",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("cases", "status", "says"),
+    [([], 5, "No test passed."), ([checks.Case("a", "passed", "")], 3, "ended with status 3")],
+)
+def test_no_test_is_no_success(cases: list[checks.Case], status: int, says: str) -> None:
+    section = Section("checks", "Tests")
+    checks.judge(section, cases, status, "the output")
+    assert says in section.failures[0] and "the output" in section.failures[0]
+
+
+# ------------------------------------------------------------------------------ waiting
+
+
+def test_waits_are_found_with_their_places(monkeypatch: Any) -> None:
+    """The error names the first place, warnings all; an error of another kind is not a wait."""
+    modes = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    message = "called a synchronizing CUDA operation"
+
+    def step() -> None:
+        if modes[-1] == "error":
+            try:
+                raise RuntimeError(message)
+            finally:
+                torch.linalg.inv(torch.zeros(2, 2))  # what undoing may raise in its turn
+        for line in (11, 22, 22):
+            warnings.warn_explicit(message, UserWarning, str(no_sync.PACKAGE / "a.py"), line)
+
+    monkeypatch.setattr(no_sync, "begun", lambda *args: step)
+    settings = full(CUDA)
+    assert no_sync.waits("GaLoreAdamW", {}, 1, settings) == [
+        "outside the package", "lowrank_optim/a.py:11", "lowrank_optim/a.py:22",
+    ]  # fmt: skip
+    assert modes == ["error", 0, "warn", 0]
+    monkeypatch.setattr(no_sync, "begun", lambda *args: lambda: torch.linalg.inv(torch.zeros(2, 2)))
+    with pytest.raises(torch.linalg.LinAlgError):
+        no_sync.waits("GaLoreAdamW", {}, 1, settings)
+    monkeypatch.setattr(no_sync, "begun", lambda *args: lambda: None)
+    assert no_sync.waits("GaLoreAdamW", {}, 1, settings) == []
+
+
+def test_the_place_is_the_innermost_of_the_package() -> None:
+    try:
+        methods.GaLoreAdamW([torch.zeros(2, 2, requires_grad=True)], lr=-1.0, rank=1)
+    except ValueError as error:
+        assert no_sync.place(error.__traceback__).startswith("lowrank_optim/groups/")
+
+
+def test_a_step_that_waits_is_a_failure_and_a_refresh_a_row(monkeypatch: Any) -> None:
+    found = {1: ["a.py:1"], no_sync.NEVER: []}
+    monkeypatch.setattr(no_sync, "waits", lambda name, options, gap, settings: found[gap])
+    section = Section("no_sync", "")
+    no_sync.run(section, tiny(CPU))
+    assert section.ok and {row[1:] for row in section.tables[0].rows} == {("no wait", "a.py:1")}
+    found[no_sync.NEVER] = ["b.py:2"]
+    no_sync.run(section, tiny(CPU))
+    assert "DCTAdamW: a step without a refresh waits at b.py:2." in section.failures
+
+
+# ------------------------------------------------------------------------------ times
+
+
+class Event:
+    """Of a stream whose clock is what ``work`` set it to."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = Event.now
+
+    def elapsed_time(self, end: Event) -> float:
+        return end.at - self.at
+
+
+def test_a_device_is_timed_by_its_events(monkeypatch: Any) -> None:
+    """Not by the host, which returns before the device is done."""
+    waited = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+
+    def work() -> None:
+        Event.now += 12.5
+
+    assert timing.device_clock(CUDA)(work) == 12.5
+    assert len(waited) == 2  # an empty queue before, the end of the work after
+    assert timing.host_clock(CUDA)(work) < 1000 and len(waited) == 3
+    assert timing.device_clock(CPU) is timing.host_clock(CPU) is timing.milliseconds
+    ticks = iter(range(100))
+    took = timing.interleaved({"a": work, "b": work}, 5, clock=lambda work: next(ticks))
+    assert sorted(took["a"] + took["b"]) == list(range(2, 12))
+
+
+def test_a_peer_that_raises_leaves_the_weights_whole() -> None:
+    """It is a sentence; ours is a failure. galore-torch may raise with weights replaced."""
+    params = weights([(6, 4)], torch.float32)
+    before = params[0].detach().clone()
+
+    class Breaks:
+        def step(self) -> None:
+            params[0].grad = None
+            params[0].data = torch.zeros(6, 2)
+            raise RuntimeError("no binary\nof it")
+
+    section, works, make = Section("times", ""), dict[str, Any](), cast(Any, Breaks)
+    for _ in range(2):
+        times.tried(section, works, params, "theirs", make, theirs=True)
+    assert section.ok and section.notes == ["theirs raised RuntimeError (no binary): not timed."]
+    times.tried(section, works, params, "ours", make)
+    assert not section.ok and not works
+    assert torch.equal(params[0], before) and params[0].grad is not None
+
+
+def test_what_is_not_installed_is_one_line(monkeypatch: Any) -> None:
+    monkeypatch.setattr(variants, "peer", lambda module, name: None)
+    found, missing = variants.peers()
+    assert not found and len(missing) == len(variants.PEERS)
+    assert "bitsandbytes PagedAdamW8bit is not installed: not compared." in missing
+
+
+# ------------------------------------------------------------------------------ memory, training
+
+
+def test_memory_is_the_peak_beyond_the_start(monkeypatch: Any) -> None:
+    counters = {"memory_allocated": 100, "max_memory_allocated": 350}
+    for name, value in counters.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    calls = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("wait"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append("reset"))
+    assert memory.peak(CUDA, lambda: calls.append("work")) == 250
+    assert calls == ["wait", "reset", "work", "wait"]
+    monkeypatch.setattr(memory, "allocations", lambda work: SimpleNamespace(peak=7))
+    assert memory.peak(CPU, lambda: None) == 7
+
+
+def test_no_memory_left_is_a_row_and_other_errors_failures(monkeypatch: Any) -> None:
+    errors = iter([torch.OutOfMemoryError("x"), RuntimeError("y"), None])
+
+    def measured(*args: Any) -> int:
+        if (error := next(errors)) is not None:
+            raise error
+        return 3 << 30
+
+    chosen = [("a", None, {}, None), ("b", None, {}, "step"), ("c", None, {}, "project")]
+    settings = full(CPU)
+    monkeypatch.setattr(memory, "cases", lambda section, size: chosen)
+    monkeypatch.setattr(memory, "measured", measured)
+    monkeypatch.setattr(memory, "estimated", lambda *args: 2 << 30)
+    section = Section("memory", "")
+    memory.run(section, SimpleNamespace(sizes=settings.sizes[:1], tokens=8))
+    assert section.tables[0].rows == [
+        ("a", "out of memory", "2.00", ""), ("c, mode='project'", "3.00", "2.00", "1.500"),
+    ]  # fmt: skip
+    assert (
+        len(section.failures) == 1 and "b, mode='step' raised RuntimeError" in (section.failures[0])
+    )
+
+
+def training(losses: list[float], peak: int = 1) -> train7b.Training:
+    return train7b.Training("step", losses, [1.0] * len(losses), peak, 1)
+
+
+def test_a_run_is_judged() -> None:
+    """Finite losses that fall, under the cap."""
+    falling = [10.0 - 0.1 * i for i in range(20)]
+    assert train7b.judged(training(falling, peak=24), cap=24) == []
+    assert "do not fall" in train7b.judged(training(falling[::-1]), cap=24)[0]
+    assert "do not fall" in train7b.judged(training([1.0] * 20), cap=24)[0]
+    assert "not finite" in train7b.judged(training([*falling[:-1], float("nan")]), cap=24)[0]
+    assert "above the cap" in train7b.judged(training(falling, peak=25), cap=24)[0]
+
+
+def test_the_allocator_gets_the_cap_and_no_more(monkeypatch: Any) -> None:
+    given = []
+    card = SimpleNamespace(total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda x, device: given.append(x)
+    )
+    with train7b.capped(CUDA, 24 << 30):
+        assert given == [0.3]
+    assert given == [0.3, 1.0]
+
+
+def test_the_real_sizes_are_those_that_are_promised() -> None:
+    settings = full(CUDA)
+    assert [s.name for s in settings.sizes] == ["llama-1b", "llama-7b"]
+    trained = settings.trained
+    assert (trained.shape[2], trained.rank, settings.steps) == (32, 1024, 20)
+    assert settings.cap == 24 << 30 and settings.dtype == torch.bfloat16

@@ -1,0 +1,307 @@
+"""The model of a step: what is counted is what hand arithmetic says, and an added pass is seen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from benchmarks import kernels, roofline
+from benchmarks.counting import (
+    MATRIX,
+    SCALAR,
+    Kernel,
+    Launches,
+    floor,
+    named,
+    package_kernels,
+    pretended_accelerator,
+)
+from benchmarks.roofline import Counted, Device, count, seconds
+from lowrank_optim.engine import step as engine_step
+from lowrank_optim.ops.schema import SCHEMAS
+
+DOCS = Path(__file__).parents[2] / "docs"
+M, N, R, W = 64, 160, 8, 2
+
+
+def totals(seen: Counted, *ops: str) -> tuple[float, float]:
+    """Bytes and launches of some ops."""
+    own = [(n, k) for n, k in seen.kernels if k.op in ops]
+    return sum(n * k.bytes for n, k in own), sum(n * k.launches for n, k in own)
+
+
+def by_hand() -> dict[str, tuple[int, int, int]]:
+    """Bytes, launches and flops of each op of a GaLore step of one matrix: bfloat16, moments not.
+
+    ``P^T G``; the norm of its coordinates; AdamW on them, out in bfloat16; the weights times their
+    decay, which a flag on the device decides; and ``W - P N``.
+    """
+    low, matrix, basis = R * N, M * N, M * R
+    return {
+        "mm": (W * (matrix + basis + low), 1, 2 * M * N * R),
+        "adamw_direction_": (W * low + 16 * low + W * low + 1, 1, 10 * low),
+        "mul_": (2 * W * matrix + 4, 1, 0),
+        "addmm_": (W * (2 * matrix + basis + low), 1, 2 * M * N * R),
+        "_foreach_norm": (W * low + W, 2, 0),
+    }
+
+
+def test_one_galore_matrix_by_hand() -> None:
+    """Nothing else touches the matrix or its coordinates."""
+    found = count("GaLore", [(M, N)], [], R)
+    for op, (moved, launches, flops) in by_hand().items():
+        assert totals(found, op) == (moved, launches), op
+        assert sum(k.flops for _, k in found.kernels if k.op == op) == flops, op
+    assert found.flops == 4 * M * N * R
+    assert {k.unit for _, k in found.kernels if k.op in ("mm", "addmm_")} == {MATRIX}
+    others = [k for _, k in found.kernels if k.op not in by_hand()]
+    assert all(k.bytes <= 16 for k in others), others
+    # the basis is kept as the weights are
+    assert found.least == W * (3 * M * N + M * R) + 2 * 8 * R * N
+
+
+def test_adamw_is_what_it_must_move() -> None:
+    """Four tensors read and three written, in as many launches as torch's tables of blocks take."""
+    found = count("AdamW fused", [(M, N)] * 3, [], R)
+    assert totals(found, "_fused_adamw_") == (3 * (7 * W * M * N + 4), 1)
+    assert found.least == 3 * 7 * W * M * N
+    large = count("AdamW fused", [(4096, 11008)], [], R)
+    assert totals(large, "_fused_adamw_")[1] == -(-4096 * 11008 // 65536 // 320) == 3
+
+
+def test_an_added_pass_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the gradient, somewhere in a step, is its bytes twice and one launch."""
+    before = count("GaLore", [(M, N)], [], R)
+    begun = engine_step.begun
+
+    def slower(item: Any, state: Any, grad: Tensor, *others: Any) -> Any:
+        return begun(item, state, grad.clone(), *others)
+
+    monkeypatch.setattr(engine_step, "begun", slower)
+    after = count("GaLore", [(M, N)], [], R)
+    assert after.bytes - before.bytes == 2 * W * M * N
+    assert after.launches - before.launches == 1 and after.least == before.least
+
+
+FAST = ("GaLore", "FRUGAL columns")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+        for name in roofline.METHODS
+    ],
+)
+def test_no_step_moves_less_than_it_must(name: str) -> None:
+    """And none is faster than its bound, on any device."""
+    found = count(name, [(M, N), (N, M)], [(N,)], R)
+    assert found.bytes >= found.least > 0 and found.launches > 0
+    assert all(found.present(d) >= found.bound(d) for d in roofline.DEVICES)
+
+
+def test_layers_are_extrapolated() -> None:
+    """Of a model of equal layers: what the sum of all of them would be counted as."""
+    few, more, all_of_it = (count("GaLore", [(M, N)] * n, [], R) for n in (1, 2, 4))
+    beyond = few.times(1 - 3) + more.times(3)
+    assert beyond.least == pytest.approx(all_of_it.least)
+    assert beyond.bytes == pytest.approx(all_of_it.bytes, rel=1e-3)
+    assert beyond.flops == pytest.approx(all_of_it.flops)
+
+
+def test_a_kernel_takes_its_longest_part() -> None:
+    card = Device("card", bandwidth=1e9, matrix=1e12, scalar=1e10, source="")
+    assert seconds(Kernel("a", 1, 10**9), card) == 1.0
+    assert seconds(Kernel("a", 1, 0, 10**12, MATRIX), card) == 1.0
+    assert seconds(Kernel("a", 1, 0, 10**10, SCALAR), card) == 1.0
+    assert seconds(Kernel("a", 100, 1), card) == pytest.approx(100 * roofline.LAUNCH)
+    seen = Counted("x", 3e9, ((2.0, Kernel("mm", 1, 10**9, 10**12, MATRIX)),))
+    assert (seen.present(card), seen.bound(card)) == (2.0, 3.0)
+
+
+# ------------------------------------------------------------------------------ ops
+
+
+def test_lists_gathers_and_views() -> None:
+    """Operands once, expanded dimensions once; what is only written is not read."""
+    with pretended_accelerator():
+        x, y = torch.empty(100, 8), torch.empty(100, 8)
+        index = torch.empty(5, dtype=torch.int64)
+        with Launches() as seen:
+            x.mul(x)  # the same operand: read once
+            x.mul(torch.empty(1, 8).expand(100, 8))
+            x.copy_(y)
+            x.zero_()
+            x.index_select(0, index)
+            x.mT.view(8, 100)
+            torch._foreach_mul_([x, y], 2.0)
+            y.add_(1)
+    sizes = [(k.op, k.bytes, k.launches) for k in seen.kernels]
+    assert sizes == [
+        ("mul", 6400, 1), ("mul", 6432, 1), ("copy_", 6400, 1), ("zero_", 3200, 1),
+        ("index_select", 2 * 160 + 40, 1), ("_foreach_mul_", 12800, 1), ("add_", 6400, 1),
+    ]  # fmt: skip
+
+
+def test_counters_are_of_the_host() -> None:
+    """They have data, count, and launch nothing; ``add_`` of the optimizer's are such."""
+    real = torch.zeros(())
+    with pretended_accelerator(), Launches() as seen, unset_fake_temporarily():
+        real += 1
+    assert not seen.kernels and real == 1
+
+
+def formula(text: str, sizes: dict[str, float]) -> float:
+    """``3 w mn - w rn + 4 rn``, ``16 n / 256``, ``2.5 mn log2 m`` as numbers."""
+    total, sign = 0.0, 1
+    for part in re.split(r" ([+-]) ", text):
+        if part in "+-":
+            sign = 1 if part == "+" else -1
+            continue
+        part = re.sub(r"log2 (\w)", lambda x: str(torch.tensor(sizes[x[1]]).log2().item()), part)
+        top, _, below = part.partition(" / ")
+        value = 1 / float(below or 1)
+        for factor in top.split():
+            if re.fullmatch(r"[\d.]+", factor):
+                value *= float(factor)
+            else:
+                for letter in factor:
+                    value *= sizes[letter]
+        total += sign * value
+    return total
+
+
+def documented() -> dict[str, tuple[str, str]]:
+    """Ops of the table of docs/kernels.md: formulas of bytes and of flops."""
+    text = (DOCS / "kernels.md").read_text(encoding="utf-8")
+    table = text.split("## Equations and floors")[1].split("###")[0]
+    found = {}
+    for line in table.splitlines():
+        if line.startswith("| `"):
+            ops, *_, moved, flops = (x.strip() for x in line.strip("|").split("|"))
+            for op in re.findall(r"`(\w+)`", ops):
+                found[op] = moved, re.sub(r"( \+ \w+ search(es)?|one search| comparisons| \(.*)",
+                                          "", flops)  # fmt: skip
+    return found
+
+
+def test_every_op_has_a_documented_floor() -> None:
+    assert documented().keys() == SCHEMAS.keys()
+
+
+def example(op: str, m: int, n: int, r: int) -> dict[str, Any]:
+    """Arguments of one matrix without data, in float32."""
+    elements = op not in ("column_norms", "top_rows_") and not op.startswith(
+        ("lift", "coordinate", "cosine")
+    )
+    shapes: dict[str, Any] = {
+        "params": (m, n), "grads": (n,) if elements else (m, n), "bases": (m, r),
+        "updates": (r, n), "lows": (r, n), "columns": (1, n),
+        "exp_avgs": (n,) if elements else (r, n), "exp_avg_sqs": (n,) if elements else (r, n),
+        "xs": (m, n) if op == "column_norms" else (n,), "moments": (n,), "scores": (m,),
+        "outs": (r, n) if op == "cosine_project_" else (n,),
+    }  # fmt: skip
+    given: dict[str, Any] = {}
+    for argument in getattr(torch.ops.lowrank_optim, op).default._schema.arguments:
+        name, plain = argument.name, argument.name.rstrip("12")
+        if plain == "codes":
+            given[name] = [torch.empty(n, dtype=torch.uint8)]
+        elif plain == "scales":
+            given[name] = [torch.empty(n // 256)]
+        elif name in ("indices", "sources"):
+            given[name] = [torch.empty(r, dtype=torch.int32)]
+        elif name in ("row_eps", "row_scale", "finite", "plan"):
+            given[name] = []
+        elif name in ("table", "signed_map", "unsigned_map"):
+            given[name] = torch.empty(256)
+        elif name in shapes:
+            given[name] = [torch.empty(shapes[name])]
+        else:
+            given[name] = "sign" if name == "free" else 0
+    if op == "stochastic_round_":
+        given["outs"] = [given["outs"][0].bfloat16()]
+    return given
+
+
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_floors_are_those_of_the_table(op: str) -> None:
+    """Up to flags, maps, indices and rows of factors, which the table leaves out."""
+    m, n, r = 1024, 1 << 20, 256
+    with pretended_accelerator():
+        given = example(op, m, n, r)
+        found = floor(op, given)
+    sizes = {"m": m, "n": n, "r": r, "w": 4}
+    moved, flops = documented()[op]
+    assert found.bytes == pytest.approx(formula(moved, sizes), rel=2e-3)
+    wanted = 0.0 if flops == "0" or not flops else formula(flops, sizes)
+    assert found.flops == pytest.approx(wanted, rel=1e-6)
+
+
+def test_cosines_move_what_the_documentation_adds_up() -> None:
+    """36 + 8 r / m bytes an element of float32 for scores and coefficients, with two transforms."""
+    m, n, r = 1024, 4096, 256
+    with pretended_accelerator():
+        found = [
+            k
+            for op in ("cosine_scores", "cosine_project_")
+            for k in package_kernels(op, example(op, m, n, r), None)
+        ]
+        lifted = package_kernels("cosine_lift_add_", example("cosine_lift_add_", m, n, r), None)
+    assert sum(k.bytes for k in found) == (36 + 8 * r / m) * m * n
+    assert {k.launches for k in found} == {1}  # one tile
+    around = sum(k.bytes for k in lifted if k.op in ("cosine_fold", "cosine_add"))
+    assert around == (4 * r / m + 4 + 4 + 2 * 4) * m * n
+
+
+def test_arguments_of_the_benchmark_are_those_of_the_ops() -> None:
+    """They lagged behind a schema, and the benchmark failed."""
+    for op, arguments in kernels.elementwise(4096).items():
+        call = getattr(torch.ops.lowrank_optim, op)
+        call(*arguments)
+        assert floor(op, named(call.default, arguments, {})).bytes == kernels.moved(op, arguments)
+
+
+def rows_of(page: str, start: str) -> list[Sequence[str]]:
+    """Cells of the first table after a line of a page."""
+    lines = (DOCS / page).read_text(encoding="utf-8").split(start)[1].splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    found = []
+    for line in lines[first + 2 :]:
+        if not line.startswith("|"):
+            break
+        found.append([cell.strip() for cell in line.strip("|").split("|")])
+    return found
+
+
+def test_the_documented_table_has_every_method_and_device() -> None:
+    """And says of AdamW what arithmetic does: 14 bytes of each of its weights."""
+    hidden, mlp, layers = 4096, 11008, 32
+    weights = layers * (4 * hidden**2 + 3 * hidden * mlp) + 2 * 32000 * hidden
+    weights += (2 * layers + 1) * hidden
+    table = rows_of("performance.md", "LLaMA-7B, rank 1024, bfloat16 weights, one step")
+    assert [row[0] for row in table] == list(roofline.METHODS)
+    assert float(table[0][1]) == pytest.approx(14 * weights / 2**30, rel=1e-3)
+    times = rows_of("performance.md", "milliseconds by the model")
+    assert [row[0] for row in times] == list(roofline.METHODS)
+    assert len(times[0]) == 1 + len(roofline.DEVICES)
+    for cell, card in zip(times[0][1:], roofline.DEVICES, strict=True):
+        bound = 1e3 * 14 * weights / card.bandwidth
+        assert float(cell.split(" / ")[0]) == pytest.approx(bound, rel=2e-3)
+
+
+@pytest.mark.slow
+def test_the_documented_table_is_what_the_command_prints() -> None:
+    found = roofline.measure("llama-7b")
+    assert rows_of("performance.md", "LLaMA-7B, rank 1024, bfloat16 weights, one step") == [
+        list(row) for row in roofline.counts(found)
+    ]
+    assert rows_of("performance.md", "milliseconds by the model") == [
+        list(row) for row in roofline.times(found)
+    ]
