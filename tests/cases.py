@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lowrank_optim import PROJECTORS, LowRankOptimizer, methods
 from lowrank_optim.ops import devices
-from lowrank_optim.subspaces.base import Projector
 from lowrank_optim.subspaces.fixed import FixedBasis
+from lowrank_optim.subspaces.projector import Projector
 from lowrank_optim.tensors.matrix import PROJ_TYPES
 
 __all__ = ["METHOD_ARGS", "PROJ_TYPES", "RULES", "SHAPES", "build", "gradients"]

@@ -24,7 +24,7 @@ from lowrank_optim.engine.refresh import basis_due
 from lowrank_optim.engine.sharded.replicas import averaged
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding import collectives
-from lowrank_optim.subspaces.base import Target
+from lowrank_optim.subspaces.target import Target
 from lowrank_optim.tensors.matrix import shares_memory
 from lowrank_optim.tensors.projected_grad import Coords
 

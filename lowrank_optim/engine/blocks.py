@@ -20,9 +20,9 @@ from lowrank_optim.engine.plan import (
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.residuals import ResidualInputs
 from lowrank_optim.stores import scale_key
-from lowrank_optim.subspaces.base import Target
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.subspaces.coordinate import Rows
+from lowrank_optim.subspaces.target import Target
 from lowrank_optim.tensors.matrix import shares_memory
 
 States = Mapping[Tensor, State]

@@ -21,8 +21,8 @@ from lowrank_optim.engine.plan import (
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.ops.quant import Moment, Quantized
 from lowrank_optim.rules.base import Asking, Split, Steps, compute_dtype, finished
-from lowrank_optim.subspaces.base import Target
 from lowrank_optim.subspaces.block import Block
+from lowrank_optim.subspaces.target import Target
 
 
 class Dense:

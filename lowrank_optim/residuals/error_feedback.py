@@ -14,7 +14,8 @@ from lowrank_optim import ops
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.residuals.base import Measured, ResidualInputs
 from lowrank_optim.rules.base import compute_dtype
-from lowrank_optim.subspaces.base import State, Target
+from lowrank_optim.subspaces.base import State
+from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term, Wants
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.stacked import stacked

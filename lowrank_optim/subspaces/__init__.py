@@ -3,7 +3,6 @@
 from lowrank_optim.subspaces.base import (
     PROJECTORS,
     BasisChange,
-    Projector,
     RefreshContext,
     Shared,
     Subspace,
@@ -16,6 +15,7 @@ from lowrank_optim.subspaces.dct import DCT
 from lowrank_optim.subspaces.entries import RandK
 from lowrank_optim.subspaces.fixed import FixedBasis
 from lowrank_optim.subspaces.hadamard import Hadamard
+from lowrank_optim.subspaces.projector import Projector
 from lowrank_optim.subspaces.random import Random
 from lowrank_optim.subspaces.randomized import RandomizedSVD
 from lowrank_optim.subspaces.svd import SVD

@@ -15,9 +15,9 @@ from lowrank_optim.subspaces.base import (
     RefreshContext,
     State,
     Subspace,
-    Target,
     register,
 )
+from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term, Wants
 from lowrank_optim.tensors.matrix import MatrixView
 

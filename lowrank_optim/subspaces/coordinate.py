@@ -18,9 +18,9 @@ from lowrank_optim.subspaces.base import (
     RefreshContext,
     State,
     Subspace,
-    Target,
     register,
 )
+from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.stacked import empty_like_all

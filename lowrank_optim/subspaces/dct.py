@@ -13,8 +13,9 @@ from torch import Tensor
 from lowrank_optim import ops
 from lowrank_optim.ops.cosine import CosineTransform, column_tiles, cosine_rows
 from lowrank_optim.rules.base import compute_dtype
-from lowrank_optim.subspaces.base import State, Target, register
+from lowrank_optim.subspaces.base import State, register
 from lowrank_optim.subspaces.fixed import FixedBasis
+from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.stacked import empty_like_all, stacked

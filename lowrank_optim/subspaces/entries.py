@@ -17,10 +17,10 @@ from lowrank_optim.subspaces.base import (
     RefreshContext,
     State,
     Subspace,
-    Target,
     register,
 )
 from lowrank_optim.subspaces.coordinate import add_by_tiles_
+from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.values import check_index

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.ops.devices import sent
-from lowrank_optim.subspaces.base import Reduce, RefreshContext, State, Target
+from lowrank_optim.subspaces.base import Reduce, RefreshContext, State
 from lowrank_optim.subspaces.lora import balance_
 from lowrank_optim.subspaces.switched import SIDES, Switched
+from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
 

@@ -13,15 +13,10 @@ from torch import Tensor
 from lowrank_optim import ops
 from lowrank_optim.ops.cosine import column_tiles
 from lowrank_optim.rules.base import compute_dtype
-from lowrank_optim.subspaces.base import (
-    BasisChange,
-    Projector,
-    RefreshContext,
-    Shared,
-    State,
-    Target,
-)
+from lowrank_optim.subspaces.base import BasisChange, RefreshContext, Shared, State
 from lowrank_optim.subspaces.coordinate import source_of
+from lowrank_optim.subspaces.projector import Projector
+from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.stacked import stacked

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops.devices import sent
-from lowrank_optim.subspaces.base import Projector, RefreshContext, register
+from lowrank_optim.subspaces.base import RefreshContext, register
+from lowrank_optim.subspaces.projector import Projector
 
 
 def gaussian(like: Tensor, shape: tuple[int, ...], ctx: RefreshContext) -> Tensor:

@@ -11,8 +11,9 @@ from torch.linalg import LinAlgError
 
 from lowrank_optim import ops
 from lowrank_optim.ops.devices import on_accelerator
-from lowrank_optim.subspaces.base import Projector, RefreshContext, register, replaced, usable
+from lowrank_optim.subspaces.base import RefreshContext, register
 from lowrank_optim.subspaces.eigenvectors import Searching, alone, eigh
+from lowrank_optim.subspaces.projector import Projector, replaced, usable
 from lowrank_optim.subspaces.random import gaussian
 from lowrank_optim.subspaces.svd import left_singular_vectors
 

@@ -12,15 +12,9 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.rules.base import compute_dtype
-from lowrank_optim.subspaces.base import (
-    BasisChange,
-    Reduce,
-    RefreshContext,
-    State,
-    Subspace,
-    Target,
-)
+from lowrank_optim.subspaces.base import BasisChange, Reduce, RefreshContext, State, Subspace
 from lowrank_optim.subspaces.factors import order_of, sample, stepped, triplets, unit
+from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term, Wants
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.values import check_counter, check_finite, check_index

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lowrank_optim.subspaces.base import BasisChange, Reduce, RefreshContext, State, Target
+from lowrank_optim.subspaces.base import BasisChange, Reduce, RefreshContext, State
 from lowrank_optim.subspaces.spectral import Spectral
+from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.linalg import LinAlgError
 
 from lowrank_optim.ops.devices import on_accelerator
-from lowrank_optim.subspaces.base import Projector, RefreshContext, register
+from lowrank_optim.subspaces.base import RefreshContext, register
+from lowrank_optim.subspaces.projector import Projector
 
 
 @register("svd")

@@ -21,10 +21,10 @@ from lowrank_optim.subspaces.base import (
     Shared,
     State,
     Subspace,
-    Target,
 )
 from lowrank_optim.subspaces.lora import balance_, published_stds
 from lowrank_optim.subspaces.switching import Schedule, ring, runs, thawing, where
+from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term, Wants
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.values import check_finite, check_index

@@ -12,8 +12,9 @@ from torch import Tensor
 from lowrank_optim import LowRankOptimizer, ops
 from lowrank_optim.residuals import Scaled
 from lowrank_optim.residuals.base import OneByOne
-from lowrank_optim.subspaces.base import Projector, Subspace
+from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.coordinate import Coordinates
+from lowrank_optim.subspaces.projector import Projector
 from tests import cases
 from tests.compare import assert_close
 from tests.engine.watch import Watch

@@ -17,7 +17,7 @@ from lowrank_optim import ops
 from lowrank_optim.ops import bitsandbytes, composite, cosine, native, reference
 from lowrank_optim.ops.noise import Noise
 from lowrank_optim.subspaces import coordinate, dct, entries
-from lowrank_optim.subspaces.base import Target
+from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import matrix_view
 from tests.ops.rounding import LAYOUTS, positions, rounded

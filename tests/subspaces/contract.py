@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lowrank_optim.engine.plan import seeded
 from lowrank_optim.subspaces import BasisChange, RefreshContext, make_projector
-from lowrank_optim.subspaces.base import Subspace, Target, identity, view_for
+from lowrank_optim.subspaces.base import Subspace, identity, view_for
+from lowrank_optim.subspaces.target import Target
 from lowrank_optim.tensors.matrix import MatrixView
 from tests import cases
 from tests.compare import assert_close

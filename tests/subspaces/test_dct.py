@@ -19,8 +19,9 @@ from lowrank_optim.engine.plan import seeded
 from lowrank_optim.ops import native
 from lowrank_optim.ops.cosine import BASES, CosineTransform, cosine_rows
 from lowrank_optim.subspaces import DCT, Hadamard, RefreshContext
-from lowrank_optim.subspaces.base import Target, identity
+from lowrank_optim.subspaces.base import identity
 from lowrank_optim.subspaces.fixed import SPECTRUM_ELEMENTS, FixedBasis
+from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import matrix_view
 from tests import cases

@@ -21,7 +21,8 @@ from lowrank_optim.engine.sharded.forms import split_dims
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.collectives import Form, form
 from lowrank_optim.sharding.grid import Block, Interval, length
-from lowrank_optim.subspaces.base import BasisChange, Projector, new_to_old
+from lowrank_optim.subspaces.base import BasisChange
+from lowrank_optim.subspaces.projector import Projector, new_to_old
 
 
 def by_owner(jobs: Sequence[Due | None]) -> None:

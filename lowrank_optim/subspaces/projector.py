@@ -1,0 +1,273 @@
+"""An orthonormal basis that is kept: what projectors of that kind have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from lowrank_optim import ops
+from lowrank_optim.subspaces.base import BasisChange, Reduce, RefreshContext, State, Subspace
+from lowrank_optim.subspaces.eigenvectors import Searching, alone
+from lowrank_optim.subspaces.target import Target, decayed_
+from lowrank_optim.subspaces.terms import KINDS, Term, unknown_kind
+from lowrank_optim.tensors.matrix import MatrixView
+from lowrank_optim.tensors.stacked import empty_like_all
+from lowrank_optim.tensors.values import check_finite
+
+
+@dataclass(frozen=True)
+class Projector(Subspace):
+    r"""An orthonormal basis per matrix: :math:`R = P^T G`, and :math:`R = P^T G Q` if two-sided.
+
+    A newcomer writes one method, :meth:`find`, registers the class, and every contract test runs on
+    it. Fields beyond those of this class are read from the parameter group by their name.
+
+    Args:
+        rank: number of directions r, already clamped to ``min(m, n)``.
+        scale: factor of the low-rank part in the update.
+        two_sided: project the columns too (``proj_type="full"``): the coordinate is ``(r, r)``.
+    """
+
+    selects: ClassVar[bool] = True
+    takes_any: ClassVar[bool] = False
+    """Whether :meth:`find` returns a basis, of whatever directions, for a gradient of zeros, NaN
+    or Inf too, and waits for no device; if not, an accelerator replaces such a gradient by noise,
+    which takes a copy of it."""
+
+    two_sided: bool = False
+
+    @property
+    def meaning(self) -> tuple[Any, ...]:
+        """A kept basis, however it was found."""
+        return "basis", self.rank, self.two_sided
+
+    @classmethod
+    def from_group(cls, group: dict[str, Any], view: MatrixView) -> Self:
+        """As of any subspace; ``proj_type="full"`` projects both sides."""
+        return replace(super().from_group(group, view), two_sided=group["proj_type"] == "full")
+
+    @abstractmethod
+    def find(self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext) -> Tensor:
+        """A basis ``(..., m, r)`` with orthonormal columns, in ``max(float32, grad.dtype)``.
+
+        Args:
+            grad: ``(..., m, n)``, finite and not zero, in the parameter's dtype.
+            previous: the basis in use ``(..., m, r)``, None at the first refresh.
+            ctx: view, generator and counters.
+        """
+
+    def searching(
+        self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext
+    ) -> Searching[Tensor]:
+        """:meth:`find` on an accelerator, asking for eigenvectors of what is small."""
+        yield from ()
+        return self.find(grad, previous, ctx)
+
+    def init(self, view: MatrixView, param: Tensor) -> State:
+        """Bases of zeros: until a gradient arrives the update is zero."""
+        state = {"basis": param.new_zeros(*view.batch, view.m, self.rank)}
+        if self.two_sided:
+            state["basis_right"] = param.new_zeros(*view.batch, view.n, self.rank)
+        return state
+
+    def check_state(self, state: Mapping[str, Tensor], view: MatrixView) -> None:
+        """Bases are finite."""
+        check_finite(state, "basis")
+        check_finite(state, "basis_right")
+
+    def refresh_(self, state: State, grad: Tensor, ctx: RefreshContext) -> dict[str, BasisChange]:
+        """Find new bases, align their signs with the old ones, and say how they moved."""
+        if ctx.fine is not None:
+            return alone(self.refreshing_(state, grad, ctx))
+        rotation = self._turn_(state["basis"], grad, ctx)
+        right = self._turn_(state["basis_right"], grad.mT, ctx) if self.two_sided else None
+        return {"low": BasisChange(rotation, right)}
+
+    def _turn_(self, basis: Tensor, grad: Tensor, ctx: RefreshContext) -> Callable[[], Tensor]:
+        old = basis.clone() if bool(basis.any()) else None
+        idle = (ops.matrix_norm(grad) == 0) if ctx.view.batch else None
+        if idle is not None and bool(idle.any()):  # an expert without tokens keeps its basis
+            noise = torch.randn(grad.shape[-2:], generator=ctx.generator)  # or takes a random one
+            grad = torch.where(idle, noise.to(grad), grad)
+            new = self.find(grad, old, ctx)
+            new = new if old is None else torch.where(idle, old.to(new.dtype), new)
+        else:
+            new = self.find(grad, old, ctx)
+        basis.copy_(align_signs(new, old))  # a copy: a slice would keep the whole factor alive
+
+        def rotation() -> Tensor:
+            before = torch.zeros_like(basis) if old is None else old
+            return new_to_old(basis, before)
+
+        return rotation
+
+    def refreshing_(
+        self, state: State, grad: Tensor, ctx: RefreshContext
+    ) -> Searching[dict[str, BasisChange]]:
+        """On an accelerator no value is looked at: it selects what is kept."""
+        fine = ctx.fine
+        if fine is None or type(self).refresh_ is not Projector.refresh_:
+            return self.refresh_(state, grad, ctx)
+        keys = ("basis", "basis_right")[: 1 + self.two_sided]
+        olds = [state[key].clone() for key in keys]
+        known = usable(ops.matrix_norm(grad)) if ctx.view.batch else fine
+        if not self.takes_any:
+            grad = replaced(grad, known, ctx)
+        found = []
+        for old, x in zip(olds, (grad, grad.mT), strict=False):
+            previous = None if ctx.first else old
+            new = align_signs((yield from self.searching(x, previous, ctx)), previous)
+            if ctx.view.batch and previous is not None:  # an expert without tokens keeps its basis
+                new = torch.where(known, new, previous.to(new.dtype))
+            found.append(new)
+            fine = fine & (torch.linalg.vector_norm(new) < torch.inf)
+        for key, new, old in zip(keys, found, olds, strict=True):
+            state[key].copy_(torch.where(fine, new.to(old.dtype), old))
+
+        def turn(n: int) -> Callable[[], Tensor] | None:
+            return None if n >= len(keys) else lambda: new_to_old(state[keys[n]], olds[n])
+
+        return {"low": BasisChange(turn(0), turn(1), ok=fine)}
+
+    @property
+    def by_column(self) -> bool:
+        """Not of both sides: their columns are those of the other basis."""
+        return not self.two_sided
+
+    def complete(self, m: int, n: int, fresh: bool) -> bool:
+        """At full rank: of the space, or of the gradient that the basis was fitted to."""
+        if self.fitted and fresh and self.rank >= min(m, n):
+            return True
+        return self.rank >= m and (not self.two_sided or self.rank >= n)
+
+    def bases(self, state: State, view: MatrixView) -> list[Tensor]:
+        """As kept."""
+        return [state[key] for key in ("basis", "basis_right") if key in state]
+
+    def coord_shapes(self, view: MatrixView) -> dict[str, tuple[int, ...]]:
+        """One coordinate, ``low``: ``(..., r, n)``, or ``(..., r, r)`` if two-sided."""
+        return {"low": (*view.batch, self.rank, self.rank if self.two_sided else view.n)}
+
+    def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
+        """``P^T G (..., r, n)``, or ``P^T G Q (..., r, r)``."""
+        (found,) = self.coords_of([state], [grad])
+        return {name: reduce(low) for name, low in found.items()}
+
+    def coords_of(
+        self, states: Sequence[State], grads: Sequence[Tensor]
+    ) -> list[dict[str, Tensor]]:
+        """As of each; those of several lie one after the other in memory."""
+        outs: Sequence[Tensor | None] = [None] * len(grads)
+        if len(grads) > 1 and grads[0].dim() == 2:
+            outs = empty_like_all(grads, (self.rank, grads[0].shape[1]), grads[0].dtype)
+        found = []
+        for state, grad, out in zip(states, grads, outs, strict=True):
+            low = ops.project(state["basis"], grad, out)
+            if self.two_sided:
+                low = low @ state["basis_right"].to(low.dtype)
+            found.append({"low": low})
+        return found
+
+    def push_(
+        self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
+    ) -> None:
+        """``W <- decay W - lr (scale P N (Q^T) + term)``: no full-size temporary."""
+        deque(self.push_all_([into], [state], [update], [term]), maxlen=0)
+
+    def push_all_(
+        self,
+        intos: Sequence[Target],
+        states: Sequence[State],
+        updates: Sequence[dict[str, Tensor]],
+        terms: Sequence[Term | None],
+    ) -> Iterator[int]:
+        """As of each; what decays the weights is one kernel."""
+        plain = [n for n, term in enumerate(terms) if term is None]
+        decays = dict(zip(plain, decayed_([intos[n] for n in plain]), strict=True))
+        for n, (into, state, update, term) in enumerate(
+            zip(intos, states, updates, terms, strict=True)
+        ):
+            if term is None:
+                right = state["basis_right"] if self.two_sided else None
+                alpha = -into.lr * self.scale
+                ops.lift_add_(
+                    into.param, state["basis"], update["low"], right, decays[n], alpha,
+                    into.rounding,
+                )  # fmt: skip
+            else:
+                self._push_term_(into, state, update, term)
+            yield n
+
+    def _push_term_(
+        self, into: Target, state: State, update: dict[str, Tensor], term: Term
+    ) -> None:
+        right = state["basis_right"] if self.two_sided else None
+        assert into.low is not None
+        wide, low = update["low"], into.low
+        if right is not None:
+            wide, low = (x @ right.mT.to(x.dtype) for x in (wide, low))
+        scale = self.scale
+        if term.kind not in KINDS:
+            raise unknown_kind(term.kind, KINDS)
+        if term.kind == "raw":  # of the whole projection, whatever the scale
+            wider = torch.promote_types(low.dtype, torch.float32)
+            ones = torch.ones_like(low[..., :1, :], dtype=wider)
+            term = Term("scaled", ones * term.gain)
+            wide, scale = (wide, 1.0) if scale == 1 else (wide * scale, 1.0)
+        rounds = into.rounding is not None
+        if rounds or isinstance(term.gain, Tensor) or isinstance(into.decay, Tensor):
+            ops.lift_add_term_(
+                into.param, into.grad, state["basis"], wide, low, term.columns, term.gain,
+                into.decay, into.lr, scale, into.rounding, into.finite,
+            )  # fmt: skip
+            return
+        finite = [] if into.finite is None else [into.finite]
+        common = [into.param], [into.grad], [state["basis"]], [wide], [low]
+        if term.kind == "scaled":
+            assert term.columns is not None
+            columns = [term.columns]
+            ops.lift_add_scaled_(*common, columns, into.decay, into.lr, scale, finite)
+        else:  # "sign"
+            ops.lift_add_sign_(*common, into.decay, into.lr, scale, term.gain, finite)
+
+
+def usable(norm: Tensor) -> Tensor:
+    """Whether norms are neither 0 nor Inf nor NaN, on their device."""
+    return norm / norm == 1
+
+
+def replaced(grad: Tensor, known: Tensor, ctx: RefreshContext) -> Tensor:
+    """The gradient where it is ``known`` to be usable, else noise, drawn where the gradient is."""
+    generator = ctx.generator
+    if not grad.is_cpu and not isinstance(grad, FakeTensor):
+        generator = torch.Generator(grad.device).manual_seed(generator.initial_seed())
+    noise = torch.empty(grad.shape[-2:], dtype=grad.dtype, device=grad.device)
+    return torch.where(known, grad, noise.normal_(generator=generator))
+
+
+def new_to_old(new: Tensor, old: Tensor) -> Tensor:
+    """``P_new^T P_old (..., r, r)`` in at least float32."""
+    dtype = torch.promote_types(new.dtype, torch.float32)
+    return new.to(dtype).mT @ old.to(dtype)
+
+
+def align_signs(basis: Tensor, previous: Tensor | None) -> Tensor:
+    """``basis (..., m, r)`` with each column's sign fixed by the old column, else by its peak.
+
+    Singular vectors have arbitrary signs: they depend on the driver, the layout and the number of
+    ranks, and a flip under carried moments changes the run (71 % after 8 steps when one vector is
+    negated). A column nearly orthogonal to its predecessor takes the sign that makes its largest
+    entry positive, as every column of a first basis does.
+    """
+    peak = basis.gather(-2, basis.abs().argmax(-2, keepdim=True))
+    if previous is not None:
+        cosine = (basis * previous.to(basis.dtype)).sum(-2, keepdim=True)
+        peak = torch.where(cosine.abs() > 1e-3, cosine, peak)
+    return torch.where(peak < 0, -basis, basis)

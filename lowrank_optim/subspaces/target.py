@@ -1,0 +1,79 @@
+"""What an update is added to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowrank_optim import ops
+
+
+class Target(NamedTuple):
+    """What an update is added to, and how."""
+
+    param: Tensor
+    """W ``(..., m, n)``, any strides."""
+    grad: Tensor
+    """G, alike."""
+    low: Tensor | None
+    """Its coordinates, where there is one coordinate."""
+    lr: float
+    """Learning rate times the bias correction."""
+    decay: float | Tensor = 1.0
+    """Factor of the weights."""
+    rounding: ops.Noise | None = None
+    """Of the stochastic rounding into bfloat16; None rounds to nearest."""
+    finite: Tensor | None = None
+    """0-d bool on the device; where False the weights must stay as they are."""
+    across: Tensor | None = None
+    """Sums over all columns, by :meth:`Subspace.across`, where W has only some of them."""
+
+    def guarded_decay(self) -> float | Tensor:
+        """The decay, 1 where the gradient is not finite."""
+        if self.finite is None or (isinstance(self.decay, float) and self.decay == 1):
+            return self.decay
+        # in full precision: a bare scalar would be float32
+        dtype = torch.promote_types(self.param.dtype, torch.float32)
+        one = torch.ones((), dtype=dtype, device=self.param.device)
+        return torch.where(self.finite, one * self.decay, one)
+
+
+def decayed_(intos: Sequence[Target]) -> list[float | Tensor]:
+    """Let those decay, all at once, whose flags are on the device; what is left to the others.
+
+    A GEMM takes a factor of its own from the host alone, and a flag not at all.
+    """
+    left = [into.decay for into in intos]
+    here = [
+        n
+        for n, into in enumerate(intos)
+        if into.finite is not None and into.rounding is None and _is_one(into.decay)
+    ]
+    by_decay: dict[Any, list[int]] = {}
+    for n in here:
+        decay = intos[n].decay
+        by_decay.setdefault(id(decay) if isinstance(decay, Tensor) else decay, []).append(n)
+    for at in by_decay.values():
+        decay = intos[at[0]].decay
+        finite = [intos[n].finite for n in at]
+        params = [intos[n].param for n in at]
+        if isinstance(decay, Tensor):
+            wide = torch.promote_types(params[0].dtype, torch.float32)
+            factor = decay.reshape(()).to(params[0].device, wide, non_blocking=True)
+            ops.decay_(params, 1.0, [factor] * len(at), finite)  # type: ignore[arg-type]
+        else:
+            ops.decay_(params, decay, [], finite)  # type: ignore[arg-type]
+        for n in at:
+            left[n] = 1.0
+    for n, into in enumerate(intos):
+        if n not in here:
+            left[n] = into.guarded_decay()
+    return left
+
+
+def _is_one(decay: float | Tensor) -> bool:
+    """Whether it is one factor for all of a matrix, and not one for each expert."""
+    return not isinstance(decay, Tensor) or decay.numel() == 1
