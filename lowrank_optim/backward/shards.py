@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,6 +30,16 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 """Arguments of ``attach_in_backward`` that DTensors do not go with: which values, and why."""
 
+OF_LAYERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    name: (
+        asks,
+        "gradients of a layer of factors wait for step(), and their norms are not taken. Call "
+        "torch.nn.utils.clip_grad_norm_ before step(), and leave this out",
+    )
+    for name, asks in (("max_norm", lambda x: x is not None), ("keep_norms", bool))
+}
+"""Those that layers of factors do not go with, where they are DTensors."""
+
 
 def check_shards(optimizer: LowRankOptimizer, given: Mapping[str, Any]) -> None:
     """Raise if an argument does not go with a DTensor among the parameters.
@@ -38,8 +49,9 @@ def check_shards(optimizer: LowRankOptimizer, given: Mapping[str, Any]) -> None:
         NotImplementedError: a DTensor is kept on another device than that of its mesh.
     """
     sharded = [plan for _, plan in items_of(optimizer) if is_sharded(plan.param)]
-    for plan in sharded[:1]:
-        for name, (refused, why) in REFUSED.items():
+    factors = [plan for plan in sharded if not plan.alone]
+    for plans, table in ((sharded, REFUSED), (factors, OF_LAYERS)):
+        for plan, (name, (refused, why)) in itertools.product(plans[:1], table.items()):
             if refused(given[name]):
                 raise ValueError(
                     f"attach_in_backward({name}={given[name]!r}) does not go with {plan.name}, a "

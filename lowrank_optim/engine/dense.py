@@ -115,9 +115,8 @@ def _tiles(rows: int, param: Tensor, grad: Tensor, moments: Sequence[Moment]) ->
 
     Moments in 8 bits are cut as they are: none of them exists in float32.
     """
-    if param.dim() == 0:  # one row of one entry: rows have factors of their own
-        entries = [x.reshape(1) for x in moments if isinstance(x, Tensor)]
-        yield 0, param.view(1), grad.reshape(1), entries
+    if param.dim() == 0:
+        yield 0, param, grad, moments
         return
     period = math.lcm(*(x.period for x in moments if isinstance(x, Quantized)))
     rows = -(-rows // period) * period

@@ -33,6 +33,7 @@ OTHERS: dict[str, list[Any]] = {
     "stagger": [True],
     "flatten": [True],
     "maximize": [True],
+    "capturable": [True],
     "seed": [5],
     "alpha_mode": ["paper"],
     "scaling": ["matrix"],
@@ -135,7 +136,7 @@ def test_an_edit_is_obeyed_or_refused(name: str, key: str) -> None:
         before = everything(edited)
         try:
             stepped(edited, 4, 5)
-        except ValueError as error:
+        except (ValueError, AssertionError) as error:  # torch's, of capturable on a CPU
             assert f"{key} was {was!r} and is {value!r}" in str(error) or key in str(error)
             left = {k: v for k, v in everything(edited).items() if not k.endswith(".grad")}
             assert not same(left, {k: v for k, v in before.items() if not k.endswith(".grad")})

@@ -78,7 +78,8 @@ def _adamw_update(
     beta1: float, beta2: float, eps: float, row_eps: Tensor | None, row_scale: Tensor | None
 ) -> Callable[..., Tensor]:
     def update(g: Tensor, m: Tensor, v: Tensor) -> Tensor:
-        rows = (*m.shape[:-1], 1)  # a batch of matrices has its rows in one vector too
+        # a batch of matrices has its rows in one vector too, and a number is one row
+        rows = (*m.shape[:-1], 1) if m.dim() else ()
         epsilon = eps if row_eps is None else row_eps.reshape(rows)
         scale = None if row_scale is None else row_scale.reshape(rows)
         return adamw(g, m, v, beta1, beta2, epsilon, scale)
