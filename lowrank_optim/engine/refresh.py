@@ -28,8 +28,8 @@ from lowrank_optim.ops.devices import on_accelerator, recording
 from lowrank_optim.ops.rows import take_rows
 from lowrank_optim.rules.base import Slot
 from lowrank_optim.subspaces.base import BasisChange, RefreshContext
-from lowrank_optim.subspaces.eigenvectors import Searching, alone
 from lowrank_optim.subspaces.projector import usable
+from lowrank_optim.subspaces.searches import Searching, alone
 from lowrank_optim.transports import TRANSPORTS
 
 logger = logging.getLogger(__name__)

@@ -41,7 +41,7 @@ from lowrank_optim.residuals import Drop
 from lowrank_optim.rules.base import Asking, Slot, Split, compute_dtype, finished
 from lowrank_optim.stores import scale_key
 from lowrank_optim.subspaces.block import Block
-from lowrank_optim.subspaces.eigenvectors import Searching, together
+from lowrank_optim.subspaces.searches import Searching, together
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
 CHUNK_BYTES = {False: 1 << 22, True: 1 << 26}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.subspaces.eigenvectors import Searching
+from lowrank_optim.subspaces.searches import Searching
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term, Wants
 from lowrank_optim.tensors.matrix import MatrixView, matrix_view
@@ -224,7 +224,7 @@ class Subspace(ABC):
     def refreshing_(
         self, state: State, grad: Tensor, ctx: RefreshContext
     ) -> Searching[dict[str, BasisChange]]:
-        """:meth:`refresh_`, asking for eigenvectors where several matrices can share a call."""
+        """:meth:`refresh_`, asking for what several matrices can share a call for."""
         yield from ()
         return self.refresh_(state, grad, ctx)
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lowrank_optim import ops
 from lowrank_optim.subspaces.base import BasisChange, Reduce, RefreshContext, State, Subspace
-from lowrank_optim.subspaces.eigenvectors import Searching, alone
+from lowrank_optim.subspaces.searches import Ask, Searching, alone
 from lowrank_optim.subspaces.target import Target, decayed_
 from lowrank_optim.subspaces.terms import KINDS, Term, unknown_kind
 from lowrank_optim.tensors.matrix import MatrixView
@@ -66,7 +66,7 @@ class Projector(Subspace):
     def searching(
         self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext
     ) -> Searching[Tensor]:
-        """:meth:`find` on an accelerator, asking for eigenvectors of what is small."""
+        """:meth:`find` on an accelerator, asking for what several matrices can share."""
         yield from ()
         return self.find(grad, previous, ctx)
 
@@ -123,7 +123,9 @@ class Projector(Subspace):
         found = []
         for old, x in zip(olds, (grad, grad.mT), strict=False):
             previous = None if ctx.first else old
-            new = align_signs((yield from self.searching(x, previous, ctx)), previous)
+            new = yield from self.searching(x, previous, ctx)
+            signs = (new,) if previous is None else (new, previous)
+            new = yield Ask(align_signs, signs)
             if ctx.view.batch and previous is not None:  # an expert without tokens keeps its basis
                 new = torch.where(known, new, previous.to(new.dtype))
             found.append(new)
@@ -258,7 +260,7 @@ def new_to_old(new: Tensor, old: Tensor) -> Tensor:
     return new.to(dtype).mT @ old.to(dtype)
 
 
-def align_signs(basis: Tensor, previous: Tensor | None) -> Tensor:
+def align_signs(basis: Tensor, previous: Tensor | None = None) -> Tensor:
     """``basis (..., m, r)`` with each column's sign fixed by the old column, else by its peak.
 
     Singular vectors have arbitrary signs: they depend on the driver, the layout and the number of

@@ -11,12 +11,19 @@ from torch import Tensor
 from lowrank_optim.ops.devices import sent
 from lowrank_optim.subspaces.base import RefreshContext, register
 from lowrank_optim.subspaces.projector import Projector
+from lowrank_optim.subspaces.searches import Ask, Searching
 
 
 def gaussian(like: Tensor, shape: tuple[int, ...], ctx: RefreshContext) -> Tensor:
     """Standard normal numbers, drawn on the CPU so that every device sees the same ones."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     return sent(torch.randn(shape, generator=ctx.generator, dtype=dtype), like.device)
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """Householder's orthonormal columns of ``x (..., m, k)``."""
+    q: Tensor = torch.linalg.qr(x).Q
+    return q
 
 
 @register("random")
@@ -29,6 +36,13 @@ class Random(Projector):
 
     def find(self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext) -> Tensor:
         """``Q`` of the QR factorisation of a Gaussian ``(..., m, r)``."""
-        shape = (*grad.shape[:-1], self.rank)
-        q: Tensor = torch.linalg.qr(gaussian(grad, shape, ctx)).Q
-        return q
+        return orthogonal(self._drawn(grad, ctx))
+
+    def searching(
+        self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext
+    ) -> Searching[Tensor]:
+        """The same, of all matrices that are due."""
+        return (yield Ask(orthogonal, (self._drawn(grad, ctx),)))
+
+    def _drawn(self, grad: Tensor, ctx: RefreshContext) -> Tensor:
+        return gaussian(grad, (*grad.shape[:-1], self.rank), ctx)

@@ -12,9 +12,9 @@ from torch.linalg import LinAlgError
 from lowrank_optim import ops
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.subspaces.base import RefreshContext, register
-from lowrank_optim.subspaces.eigenvectors import Searching, alone, eigh
 from lowrank_optim.subspaces.projector import Projector, replaced, usable
-from lowrank_optim.subspaces.random import gaussian
+from lowrank_optim.subspaces.random import gaussian, orthogonal
+from lowrank_optim.subspaces.searches import Ask, Searching, alone
 from lowrank_optim.subspaces.svd import left_singular_vectors
 
 
@@ -62,6 +62,7 @@ class RandomizedSVD(Projector):
             return alone(self.searching(grad, previous, ctx))
         if self._width < min(grad.shape[-2:]):
             start = self._start(grad, previous, ctx)
+            start = orthogonal(start) if previous is None else start
             try:
                 basis = self._iterate(grad, start)
             except LinAlgError:  # the exact factorisation below has fall-backs of its own
@@ -82,7 +83,7 @@ class RandomizedSVD(Projector):
         known = 0 if previous is None else self.rank
         start = gaussian(grad, (*batch, m, self._width - known), ctx)
         if previous is None:
-            return torch.linalg.qr(start).Q  # type: ignore[no-any-return]
+            return start
         # no need to orthonormalise: S takes care of any full-rank start
         return torch.cat([previous.to(start.dtype), start / m**0.5], -1)
 
@@ -118,18 +119,16 @@ class RandomizedSVD(Projector):
             full = grad.to(torch.promote_types(grad.dtype, torch.float32))
             # a driver must not be given what is not finite
             return left_singular_vectors(replaced(full, known, ctx))[..., : self.rank]
-        q = start = self._start(grad, previous, ctx)
-        norm = torch.where(known, norm, 1)
+        start = self._start(grad, previous, ctx)
+        if cold:
+            start = yield Ask(orthogonal, (start,))
+        q, norm = start, torch.where(known, norm, 1)
         for left in range(min(self.max_iterations, ITERATIONS[cold]) - 1, -1, -1):
             sketch = mixed_matmul((q / norm).mT, grad)
             y = mixed_matmul(grad, sketch.mT) / norm
-            z = whiten(y, q.mT @ y)
-            gram = z.mT @ z
-            q = whiten(z, gram) if left else z
-        sound = torch.linalg.matrix_norm(gram) < torch.inf  # NaN is not
-        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        vectors = yield torch.where(sound[..., None, None], gram, eye)
-        q = torch.linalg.qr(unit_columns(q @ vectors.flip(-1))[..., : self.rank]).Q
+            if left:
+                q = yield Ask(next_start, (y, q))
+        q = yield Ask(last_basis, (y, q), (self.rank,))
         return torch.where(known, q, start[..., : self.rank])
 
 
@@ -137,6 +136,31 @@ ITERATIONS = {False: 2, True: 4}
 """Power iterations on an accelerator: from the basis in use, and from a Gaussian start."""
 SHIFTS = 4
 """Shifts by which a matrix is made definite, each ten times the one before."""
+
+
+def next_start(y: Tensor, q: Tensor) -> Tensor:
+    """Where the next iteration starts from ``Y = G G^T Q``: a basis of the same directions."""
+    z = whiten(y, q.mT @ y)
+    return whiten(z, z.mT @ z)
+
+
+def last_basis(y: Tensor, q: Tensor, rank: int) -> Tensor:
+    """The leading singular vectors ``(..., m, r)`` that an iteration has found, as ``Q``."""
+    z = whiten(y, q.mT @ y)
+    gram = z.mT @ z
+    sound = torch.linalg.matrix_norm(gram) < torch.inf  # NaN is not
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    vectors = eigh(torch.where(sound[..., None, None], gram, eye))[1]
+    return orthogonal(unit_columns(z @ vectors.flip(-1))[..., :rank])
+
+
+def eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and vectors of a symmetric matrix; float64 if float32 fails."""
+    try:
+        values, vectors = torch.linalg.eigh(gram)
+    except LinAlgError:
+        values, vectors = torch.linalg.eigh(gram.double())
+    return values.to(gram.dtype), vectors.to(gram.dtype)
 
 
 def whiten(y: Tensor, gram: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from tests.engine.watch import Watch
 
 STATUS = "the status of a factorisation is read"
 ALLOWED = {
-    "subspaces/eigenvectors.py eigh": "torch has no eigh that keeps its status on the device",
+    "subspaces/randomized.py eigh": "torch has no eigh that keeps its status on the device",
     "subspaces/svd.py left_singular_vectors": "torch has no svd that keeps its status there",
 }
 """What a refresh waits for: once a matrix, or once a side of it."""
@@ -60,7 +60,7 @@ def test_looks_of_a_projector_are_not_allowed(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(RandomizedSVD, "searching", curious)
     params = [cases.parameter((20, 32), torch.float32)]
     optimizer = cases.build("GaLoreAdamW", params, projector="rsvd")
-    with pytest.raises(AssertionError, match=r"base\.py:\d+ refreshing_"):
+    with pytest.raises(AssertionError, match=r"projector\.py:\d+ refreshing_"):
         stepped(optimizer, params, rows(1, [(20, 32)], torch.float32), {0})
 
 
@@ -327,6 +327,30 @@ def test_equal_matrices_share_one_wait() -> None:
             optimizer.step()
         found.append(sum(seen.looks.values()))
     assert found == [1, 0, 1]
+
+
+@pytest.mark.parametrize("projector", ["rsvd", "random"])
+def test_equal_matrices_share_factorisations(projector: str) -> None:
+    """Of a refresh of three as many are launched as of one, the first and the second."""
+
+    def factorisations(count: int) -> list[dict[str, int]]:
+        shapes = [(20, 32)] * count
+        params = [cases.parameter(shape, torch.float32) for shape in shapes]
+        optimizer = cases.build("GaLoreAdamW", params, projector=projector, update_proj_gap=1)
+        found = []
+        for row in rows(2, shapes, torch.float32):
+            for param, grad in zip(params, row, strict=True):
+                param.grad = grad
+            with Watch(optimizer) as seen:
+                optimizer.step()
+            names = ("linalg_qr", "linalg_cholesky_ex", "_linalg_eigh", "linalg_solve_triangular")
+            found.append({name: seen.launches[name] for name in names})
+        return found
+
+    one = factorisations(1)
+    assert one == factorisations(3)
+    assert all(own["linalg_qr"] for own in one)
+    assert all(own["linalg_cholesky_ex"] for own in one) == (projector == "rsvd")
 
 
 def test_a_matrix_that_has_no_eigenvectors_holds_up_no_other(

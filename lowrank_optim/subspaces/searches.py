@@ -1,0 +1,84 @@
+"""Searches that share their factorisations: those of all matrices are made in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError
+
+_T = TypeVar("_T")
+
+
+class Ask(NamedTuple):
+    """A call that a search needs the result of."""
+
+    call: Callable[..., Tensor]
+    """Of tensors with any leading dimensions; a function of a module, so that two are equal."""
+    xs: tuple[Tensor, ...]
+    options: tuple[Any, ...] = ()
+    """What follows the tensors, the same for all that share a call."""
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What calls have in common that can be made as one."""
+        forms = tuple((x.shape, x.dtype, x.device) for x in self.xs)
+        return self.call, forms, self.options
+
+
+Searching = Generator[Ask, Tensor, _T]
+"""Work that yields what it asks for, and is sent the result, or thrown the ``LinAlgError`` that
+there is none."""
+
+
+def alone(search: Searching[_T]) -> _T:
+    """What one search finds."""
+    return together([search])[0]
+
+
+def together(searches: Sequence[Searching[_T]]) -> list[_T]:
+    """What several find. One that asks for nothing is over before the next one begins.
+
+    An accelerator makes its host wait for the status of some factorisations, and has few kernels to
+    launch where matrices share one.
+    """
+    results: dict[int, _T] = {}
+    asked: dict[int, Ask] = {}
+
+    def go_on(n: int, step: Callable[[], Ask]) -> None:
+        try:
+            asked[n] = step()
+        except StopIteration as end:
+            results[n] = end.value
+
+    for n, search in enumerate(searches):
+        go_on(n, partial(next, search))
+    while asked:
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for n, ask in asked.items():
+            alike.setdefault(ask.kind, []).append(n)
+        now, asked = asked, {}
+        for own in alike.values():
+            for n, found in zip(own, _answered([now[n] for n in own]), strict=True):
+                if isinstance(found, LinAlgError):
+                    go_on(n, partial(searches[n].throw, found))
+                else:
+                    go_on(n, partial(searches[n].send, found))
+    return [results[n] for n in range(len(searches))]
+
+
+def _answered(asks: Sequence[Ask]) -> list[Tensor | LinAlgError]:
+    """What each asked for, or why it is not there: one failure is not that of the others."""
+    first = asks[0]
+    try:
+        if len(asks) == 1:
+            return [first.call(*first.xs, *first.options)]
+        stacks = [torch.stack(own) for own in zip(*(ask.xs for ask in asks), strict=True)]
+        return list(first.call(*stacks, *first.options).unbind(0))
+    except LinAlgError as error:
+        if len(asks) == 1:
+            return [error]
+    return [found for ask in asks for found in _answered([ask])]
