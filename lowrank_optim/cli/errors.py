@@ -1,0 +1,47 @@
+"""One line for what cannot be done, and exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+import click
+
+
+class Refused(click.ClickException):
+    """What was given cannot be used; its message is printed in one line."""
+
+    exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """What to try in place of an unknown name: the end of a message."""
+    names = {name.lower(): name for name in known}
+    found = difflib.get_close_matches(given.lower(), names, 1, cutoff=0.4)
+    return f"; did you mean {names[found[0]]}?" if found else ""
+
+
+class OneLine(click.Group):
+    """A group whose wrong arguments are one line, without the usage before it."""
+
+    def make_context(  # type: ignore[no-untyped-def]  # noqa: D102
+        self, *args, **kwargs
+    ) -> click.Context:
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            raise Refused(error.format_message()) from error
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command; what click refuses of its arguments is one line too."""
+        try:
+            return super().invoke(ctx)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            raise Refused(error.format_message()) from error
