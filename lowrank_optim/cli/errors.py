@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import click
 
@@ -24,24 +26,31 @@ def nearest(given: str, known: Iterable[str]) -> str:
     return f"; did you mean {names[found[0]]}?" if found else ""
 
 
+@contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        raise Refused(error.format_message()) from error
+
+
 class OneLine(click.Group):
     """A group whose wrong arguments are one line, without the usage before it."""
 
-    def make_context(  # type: ignore[no-untyped-def]  # noqa: D102
-        self, *args, **kwargs
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
     ) -> click.Context:
-        try:
-            return super().make_context(*args, **kwargs)
-        except click.exceptions.NoArgsIsHelpError:
-            raise
-        except click.UsageError as error:
-            raise Refused(error.format_message()) from error
+        """Read the group's own arguments."""
+        with _one_line():
+            return super().make_context(info_name, args, parent, **extra)
 
-    def invoke(self, ctx: click.Context) -> object:
-        """Run the command; what click refuses of its arguments is one line too."""
-        try:
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, which reads its own."""
+        with _one_line():
             return super().invoke(ctx)
-        except click.exceptions.NoArgsIsHelpError:
-            raise
-        except click.UsageError as error:
-            raise Refused(error.format_message()) from error

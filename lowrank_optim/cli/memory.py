@@ -18,8 +18,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from lowrank_optim.cli.choices import chosen, number, share
 from lowrank_optim.cli.display import HEADER, bars, cells, gib, reading
-from lowrank_optim.cli.errors import Refused, nearest
+from lowrank_optim.cli.errors import Refused
 from lowrank_optim.cli.models import load
 from lowrank_optim.cli.plot import plot
 from lowrank_optim.cli.rows import (
@@ -29,42 +30,14 @@ from lowrank_optim.cli.rows import (
     Column,
     Row,
     columns,
-    low_rank,
     measure,
-    usual,
 )
 from lowrank_optim.cli.tables import print_table
-from lowrank_optim.integrations.arguments import parse_optim_args
 from lowrank_optim.memory import GIB
 from lowrank_optim.memory.models import MODELS
 
 WIDTH = 100
 """Columns of bars and table, where the terminal does not say how many it has."""
-
-
-def number(given: str | float) -> float:
-    """A positive number. nan, which is in every range of click's, is none."""
-    try:
-        found = float(given)
-    except ValueError:
-        found = 0.0
-    if not 0 < found < float("inf"):
-        raise click.BadParameter(f"must be a positive number, got {given}")
-    return found
-
-
-def share(given: str) -> int | float:
-    """An int, or another number; the optimizer says which it allows."""
-    try:
-        return int(given)
-    except ValueError:
-        pass
-    try:
-        return float(given)
-    except ValueError:
-        raise click.BadParameter(
-            f"must be a positive int or a fraction in (0, 1), got {given!r}"
-        ) from None
 
 
 COUNT = click.IntRange(min=1)
@@ -161,12 +134,12 @@ def memory(
     module = load(model, None if dtype is None else getattr(torch, dtype), runs=batch is not None)
     rows = _measured(
         module,
-        _chosen(names, pairs, only, rank, next(module.parameters()).dtype),
+        chosen(names, pairs, only, rank, next(module.parameters()).dtype),
         columns(modes, accumulation_steps, coords),
         batch,
         checkpointing,
     )
-    budget = budget_gib * GIB
+    budget = round(budget_gib * GIB)
     about = _about(model, module, rank, batch, checkpointing)
     if as_text:
         click.echo(json.dumps(figures(rows, about, budget), indent=1))
@@ -176,67 +149,9 @@ def memory(
         plot(rows, _title(about), budget, picture)
 
 
-def _chosen(
-    names: Sequence[str],
-    pairs: Sequence[str],
-    only: Sequence[str],
-    rank: int | float | None,
-    dtype: torch.dtype,
-) -> list[Chosen]:
-    """The rows that were asked for.
-
-    Raises:
-        Refused: a name is unknown, or an option would have no effect.
-    """
-    if names and only:
-        raise Refused("--only is of the usual rows, and --optimizer asks for others: give one")
-    if not names:
-        if pairs:
-            raise Refused(f"--option {pairs[0]} has no effect without --optimizer")
-        rows = {row.name: row for row in usual(QUARTER if rank is None else rank, dtype)}
-        for name in only:
-            if name not in rows:
-                raise Refused(f"--only {name!r} is no row: they are {', '.join(rows)}")
-        return [row for name, row in rows.items() if not only or name in only]
-    options = _options(pairs)
-    given = [f"--option {key}={options[key]}" for key in ("rank", "density") if key in options]
-    if rank is not None and given:
-        raise Refused(f"--rank {rank} and {given[0]} both say how much is projected: give one")
-    found = []
-    for name in names:
-        if name not in CLASSES:
-            hint = nearest(name, CLASSES) or "; --help lists them"
-            raise Refused(f"--optimizer {name!r} is no class of lowrank_optim{hint}")
-        own = {}
-        if low_rank(CLASSES[name]) and not given:
-            own["rank"] = QUARTER if rank is None else rank
-        told = "".join(f" {key}={value}" for key, value in options.items())
-        found.append(Chosen(f"{name}{told}", CLASSES[name], {**own, **options}))
-    if rank is not None and not any("rank" in row.options for row in found):
-        raise Refused(f"--rank {rank} has no effect: {', '.join(names)} has no rank")
-    return found
-
-
-def _options(pairs: Sequence[str]) -> dict[str, Any]:
-    """``key=value`` as arguments: numbers, booleans, None, tuples; else text.
-
-    Raises:
-        Refused: one is no such pair, or is given twice.
-    """
-    found: dict[str, str] = {}
-    for pair in pairs:
-        key, equals, value = (part.strip() for part in pair.partition("="))
-        if not (key and equals and value):
-            raise Refused(f"--option must be KEY=VALUE, got {pair!r}")
-        if key in found:
-            raise Refused(f"--option gives {key} twice: {found[key]} and {value}")
-        found[key] = value
-    return parse_optim_args(found)
-
-
 def _measured(
     module: nn.Module,
-    chosen: Sequence[Chosen],
+    choices: Sequence[Chosen],
     asked: Sequence[Column],
     batch: tuple[int, int] | None,
     checkpointing: bool,
@@ -249,7 +164,7 @@ def _measured(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a training run that this is not
-            rows = measure(module, chosen, asked, batch, checkpointing)
+            rows = measure(module, choices, asked, batch, checkpointing)
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
         raise Refused(str(error) or type(error).__name__) from error
     for note in dict.fromkeys(note for row in rows for note in row.notes):

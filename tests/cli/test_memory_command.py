@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, ViTForImageClassification
 
-from lowrank_optim import GaLoreAdamW, GaLoreAdamW8bit
+from lowrank_optim import GaLoreAdamW, GaLoreAdamW8bit, methods
 from lowrank_optim.cli.display import gib
 from lowrank_optim.cli.main import main
 from lowrank_optim.cli.rows import CLASSES, USUAL, columns
@@ -85,7 +85,7 @@ def test_every_figure_is_an_estimate() -> None:
     asked += ("--coords-dtype", "float32", "--coords-dtype", "bfloat16")
     for more in ((), asked):
         said = figures(*SMALL, "--budget-gib", str(budget), *more)
-        assert said["budget"] == budget * GIB and len(said["rows"]) == 8
+        assert said["budget"] == round(budget * GIB) and len(said["rows"]) == 8
         for row in said["rows"]:
             for peak in row["peaks"]:
                 keys = ("in_backward", "accumulation_steps", "coords_dtype")
@@ -99,6 +99,16 @@ def test_every_figure_is_an_estimate() -> None:
                 assert row["basis"] == found.basis and row["moments"] == found.moments
     modes = [(x["in_backward"], x["coords_dtype"]) for x in said["rows"][0]["peaks"]]
     assert modes == [("step", "auto"), ("project", "float32"), ("project", "bfloat16")]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class_has_a_row(name: str) -> None:
+    """With a quarter as its rank where it takes one, and its name as the row's."""
+    (row,) = figures(*SMALL[:2], "--optimizer", name, "--in-backward", "step")["rows"]
+    own = {"rank": 0.25} if name in methods.__all__ else {}
+    found = estimate(small(), CLASSES[name], in_backward="step", **own)
+    assert row["name"] == row["optimizer"] == name and row["options"] == own
+    assert row["peaks"][0]["peak"] == found.peak
 
 
 def test_table_shows_the_figures_under_their_names() -> None:
