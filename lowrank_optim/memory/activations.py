@@ -9,6 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,6 +25,14 @@ from lowrank_optim.memory.inputs import batch_of, innermost, loss_of
 
 Left = Sequence[tuple[Sequence[int], torch.dtype]]
 """Shapes and dtypes of the tensors that take a gradient's place, if any does."""
+
+WITHOUT_VALUES = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+"""What an operation raises that needs values, or that nobody has described without them."""
 
 
 class Alive(TorchDispatchMode):
@@ -100,11 +116,17 @@ def without_memory(model: nn.Module) -> nn.Module:
     heads and hooks, so that what runs is what was given.
 
     Raises:
-        NotImplementedError: the model cannot be copied.
+        NotImplementedError: the model cannot be copied, or has tensors of a class of their own,
+            such as quantised weights, whose operations are not known without memory.
     """
-    tensors = [*model.parameters(), *model.buffers()]
     memo: dict[int, Any] = {}
-    for x in tensors:
+    for name, x in (*model.named_parameters(), *model.named_buffers()):
+        if type(x) not in (Tensor, nn.Parameter, FakeTensor):
+            raise NotImplementedError(
+                f"tokens of a {type(model).__name__} with a {type(x).__name__} ({name}): its "
+                "operations are not known without memory. Leave tokens out, and measure "
+                "activations in a real step"
+            )
         fake = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
         memo[id(x)] = (
             nn.Parameter(fake, requires_grad=x.requires_grad)
@@ -185,8 +207,6 @@ def in_flight(
         NotImplementedError: the model cannot run without memory.
         ValueError: it is not one of ``transformers``, or takes other inputs.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # a second, to import
-
     shape = (1, tokens) if isinstance(tokens, int) else (tokens[0], tokens[1])
     innermost(model)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -224,12 +244,10 @@ def _run(model: nn.Module, batch: dict[str, Tensor]) -> None:
     """
     from torch._subclasses.fake_tensor import DataDependentOutputException as ByValue
     from torch._subclasses.fake_tensor import DynamicOutputShapeException as ByValueShaped
-    from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
-    from torch._subclasses.fake_tensor import UnsupportedOperatorException as Unknown
 
     try:
         loss_of(model, batch).backward()  # type: ignore[no-untyped-call]
-    except (ByValue, ByValueShaped, Unknown, UnsupportedFakeTensorException) as error:
+    except WITHOUT_VALUES as error:
         raise NotImplementedError(
             f"tokens of a {type(innermost(model)).__name__}: forward or backward does what tensors "
             f"without memory cannot ({_line(error)}), such as looking at values. Leave tokens out, "

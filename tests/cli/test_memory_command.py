@@ -272,6 +272,15 @@ def test_bad_configurations_are_one_line(content: str, said: str, tmp_path: Path
     refused(run("--model", str(tmp_path)), said)
 
 
+def test_known_models_need_no_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other configurations and activations do, and say so."""
+    only = ("--model", "ViT-B/16", "--only", "GaLore 8-bit")
+    with_it = figures(*only)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert figures(*only) == with_it
+    refused(run(*only, "--tokens", "197"), "pip install 'lowrank-optim[transformers]'")
+
+
 def test_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it says is tested with the backends, and of the wheel."""
     module = importlib.import_module("lowrank_optim.cli.main")

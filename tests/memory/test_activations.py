@@ -157,12 +157,24 @@ class Looks(LlamaForCausalLM):
         return super().forward(input_ids=input_ids, labels=labels)
 
 
+class Packed(nn.Parameter):
+    """As a quantiser's, whose layers look for what a plain parameter has not."""
+
+
+def packed() -> nn.Module:
+    model = LlamaForCausalLM(LlamaConfig(**TEXT))
+    head = model.lm_head
+    head.weight = Packed(head.weight.detach(), requires_grad=False)
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "tokens", "error", "match"),
     [
         (lambda: ViTConfig(**IMAGE), 64, ValueError, r"is 17 tokens .* got 64: give \(images, 17"),
         (lambda: RobertaConfig(**TEXT, max_position_embeddings=32), 64, ValueError, "32 places"),
         (lambda: Looks(LlamaConfig(**TEXT)), 8, NotImplementedError, "looking at values"),
+        (packed, 8, NotImplementedError, r"with a Packed \(lm_head.weight\)"),
         (lambda: nn.Linear(4, 4), 8, ValueError, "needs a transformers model.* got a Linear"),
         (lambda: BertConfig(**TEXT, architectures=["BertForPreTraining"]), 8, ValueError,
          "labels of BertForPreTraining are not known"),
@@ -172,7 +184,7 @@ class Looks(LlamaForCausalLM):
             architectures=["WhisperForConditionalGeneration"],
         ), 8, ValueError, "takes input_features"),
     ],
-    ids=["vit", "positions", "values", "plain", "labels", "sound"],
+    ids=["vit", "positions", "values", "packed", "plain", "labels", "sound"],
 )  # fmt: skip
 def test_what_cannot_be_run_says_so(make, tokens, error, match) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=match):
