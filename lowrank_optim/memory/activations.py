@@ -242,9 +242,6 @@ def _run(model: nn.Module, batch: dict[str, Tensor]) -> None:
     Raises:
         NotImplementedError: something in it needs values, or is not known without memory.
     """
-    from torch._subclasses.fake_tensor import DataDependentOutputException as ByValue
-    from torch._subclasses.fake_tensor import DynamicOutputShapeException as ByValueShaped
-
     try:
         loss_of(model, batch).backward()  # type: ignore[no-untyped-call]
     except WITHOUT_VALUES as error:

@@ -21,7 +21,7 @@ from lowrank_optim.cli.display import gib
 from lowrank_optim.cli.main import main
 from lowrank_optim.cli.rows import CLASSES, USUAL, columns
 from lowrank_optim.memory import GIB, estimate
-from lowrank_optim.memory.models import MODELS
+from lowrank_optim.memory.models import MODELS, Known
 from lowrank_optim.memory.shapes import FAMILIES, on_meta, parameter_shapes
 
 HERE = "tests.cli.test_memory_command"
@@ -156,20 +156,26 @@ def test_what_an_optimizer_warns_of_is_said_once() -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_activations_are_counted() -> None:
+def test_activations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a known model, as of its configuration; the words change with them."""
-    own = ("--model", "llama-60m", "--rank", "128", "--optimizer", "GaLoreAdamW8bit")
+    monkeypatch.setitem(MODELS, "tiny", Known(TINY, 0, "this file"))
+    own = ("--model", "tiny", "--rank", "8", "--optimizer", "GaLoreAdamW8bit")
     own += ("--in-backward", "step", "--accumulation-steps", "1")
     more = ("--tokens", "64", "--micro-batch", "2", "--checkpointing")
     (peak,) = figures(*own, *more)["rows"][0]["peaks"]
-    fields = {k: v for k, v in MODELS["llama-60m"].config.items() if k != "model_type"}
+    fields = {k: v for k, v in TINY.items() if k != "model_type"}
     found = estimate(
-        LlamaConfig(**fields), GaLoreAdamW8bit, rank=128, in_backward="step", tokens=(2, 64),
+        LlamaConfig(**fields), GaLoreAdamW8bit, rank=8, in_backward="step", tokens=(2, 64),
         checkpointing=True,
     )  # fmt: skip
-    # a matrix of logits in float32, and at least the input of every layer
-    assert found.activations > 4 * 128 * 32000 + 8 * 128 * 512 * 2
+    # a matrix of logits in float32, and at least the input of the layer
+    assert found.activations > 4 * 128 * 64 + 128 * 32 * 2
     assert (peak["peak"], peak["activations"]) == (found.peak, found.activations)
+    printed = " ".join(run(*own, *more).stdout.split())
+    assert "2 x 64 tokens, checkpointed" in printed and "▪ activations" in printed
+    assert "Not counted is what a step" in printed
+    (without,) = figures(*own)["rows"][0]["peaks"]
+    assert without["activations"] is None and without["peak"] == found.peak - found.activations
 
 
 def test_a_configuration_of_transformers(tmp_path: Path) -> None:
