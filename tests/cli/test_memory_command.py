@@ -158,7 +158,9 @@ def test_what_an_optimizer_warns_of_is_said_once() -> None:
 
 def test_activations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a known model, as of its configuration; the words change with them."""
-    monkeypatch.setitem(MODELS, "tiny", Known(TINY, 0, "this file"))
+    monkeypatch.setitem(
+        MODELS, "tiny", Known({**TINY, "tie_word_embeddings": False}, 0, "this file")
+    )
     own = ("--model", "tiny", "--rank", "8", "--optimizer", "GaLoreAdamW8bit")
     own += ("--in-backward", "step", "--accumulation-steps", "1")
     more = ("--tokens", "64", "--micro-batch", "2", "--checkpointing")
