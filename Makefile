@@ -6,7 +6,7 @@ DIST := dist
 .PHONY: demo test test-slow test-wheel lint bench gpu docs wheel clean
 
 demo: .venv/.bench  ## what LLaMA-7B needs, then AdamW against GaLore on real text
-	$(BIN)/python -m benchmarks.memory --model llama-7b --rank 1024 --budget-gib 24
+	$(BIN)/python -m lowrank_optim memory --model llama-7b --rank 1024 --budget-gib 24
 	$(BIN)/python -m benchmarks.pretrain
 
 test: .venv/.dev  ## the test suite

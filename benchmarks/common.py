@@ -13,23 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from tabulate import tabulate
 from torch import Tensor
+
+from lowrank_optim.cli.tables import print_table as print_table
+from lowrank_optim.memory.models import MODELS
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import LlamaConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-LLAMA_SHAPES = {
-    "llama-60m": (512, 1376, 8, 8),
-    "llama-130m": (768, 2048, 12, 12),
-    "llama-350m": (1024, 2736, 24, 16),
-    "llama-1b": (2048, 5461, 24, 32),
-    "llama-7b": (4096, 11008, 32, 32),
+FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+LLAMA_SHAPES: dict[str, tuple[int, int, int, int]] = {
+    name: tuple(MODELS[name].config[key] for key in FIELDS)
+    for name in ("llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-7b")
 }
 """Hidden size, MLP size, layers, heads: the configurations shipped with GaLore's code."""
 
@@ -110,23 +108,6 @@ def _commit() -> str:
 
 
 # ---------------------------------------------------------------- tables
-
-
-def print_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Any]) -> None:
-    """A table whose first column is text and whose others are figures."""
-    table = Table(
-        title=title,
-        title_justify="left",
-        header_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left", no_wrap=not i)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lowrank_optim
-from benchmarks.common import LLAMA_SHAPES, llama, print_table
+from benchmarks.common import FIELDS, LLAMA_SHAPES, llama, print_table
 from benchmarks.meter import Collective, Meter
 from lowrank_optim import attach_in_backward, lowrank_groups, memory
 from lowrank_optim.backward import averaging
@@ -41,8 +41,13 @@ from lowrank_optim.distributed import Placement, shard_placement_fn
 from lowrank_optim.engine import step as engine_step
 from lowrank_optim.engine import tracing
 from lowrank_optim.memory import GIB
+from lowrank_optim.memory.models import MODELS
 
-SHAPES = {**LLAMA_SHAPES, "llama-70b": (8192, 28672, 80, 64, 8)}
+GROUPED = (*FIELDS, "num_key_value_heads")
+SHAPES: dict[str, tuple[int, ...]] = {
+    **LLAMA_SHAPES,
+    "llama-70b": tuple(MODELS["llama-70b"].config[key] for key in GROUPED),
+}
 MIB = 2**20
 WIDTH = 110
 """Columns that the tables need."""

@@ -9,11 +9,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lowrank_optim.memory.inputs import batch_of, innermost, loss_of
+
 Left = Sequence[tuple[Sequence[int], torch.dtype]]
 """Shapes and dtypes of the tensors that take a gradient's place, if any does."""
+
+WITHOUT_VALUES = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+"""What an operation raises that needs values, or that nobody has described without them."""
 
 
 class Alive(TorchDispatchMode):
@@ -52,32 +71,122 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-def causal_lm(config: Any, dtype: torch.dtype, attention: str | None = None) -> nn.Module:
-    """The causal language model of a ``transformers`` configuration, on the default device."""
-    from transformers import AutoModelForCausalLM  # optional, and slow to import
+class _Grouped(torch.autograd.Function):
+    """Sizes of a product of groups of rows, and of its gradients."""
 
-    make: Callable[..., nn.Module] = AutoModelForCausalLM.from_config
-    own = {} if attention is None else {"attn_implementation": attention}
-    return make(copy.deepcopy(config), dtype=dtype, **own)
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
+        """``(S, in)`` and ``(groups, in, out)`` to ``(S, out)``."""
+        ctx.save_for_backward(rows, weights)
+        return rows.new_empty(rows.shape[0], weights.shape[2])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        """Both gradients, dense as the kernel makes them."""
+        rows, weights = ctx.saved_tensors
+        return torch.empty_like(rows), torch.empty_like(weights)
 
 
-def _fused_attention() -> str:
-    """Name of torch's fused attention, without the look for padding that needs values."""
+class GroupedProducts(TorchFunctionMode):
+    """Products of groups of any dtype and width.
+
+    What torch knows of them without memory is a kernel of one GPU, for bfloat16 and rows of a
+    multiple of 16 bytes.
+    """
+
+    KINDS = tuple(
+        getattr(owner, name)
+        for owner, name in ((torch, "_grouped_mm"), (nn.functional, "grouped_mm"))
+        if hasattr(owner, name)
+    )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run ``func``, or make what it would."""
+        if func in self.KINDS and len(args) == 2 and (args[0].dim(), args[1].dim()) == (2, 3):
+            return _Grouped.apply(*args)  # type: ignore[no-untyped-call]
+        return func(*args, **(kwargs or {}))
+
+
+def without_memory(model: nn.Module) -> nn.Module:
+    """A copy in training mode whose parameters and buffers are fake tensors on the CPU.
+
+    To be called inside ``FakeTensorMode``. All the rest of the model is copied as it is: adapters,
+    heads and hooks, so that what runs is what was given.
+
+    Raises:
+        NotImplementedError: the model cannot be copied, or has tensors of a class of their own,
+            such as quantised weights, whose operations are not known without memory.
+    """
+    memo: dict[int, Any] = {}
+    for name, x in (*model.named_parameters(), *model.named_buffers()):
+        if type(x) not in (Tensor, nn.Parameter, FakeTensor):
+            raise NotImplementedError(
+                f"tokens of a {type(model).__name__} with a {type(x).__name__} ({name}): its "
+                "operations are not known without memory. Leave tokens out, and measure "
+                "activations in a real step"
+            )
+        fake = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
+        memo[id(x)] = (
+            nn.Parameter(fake, requires_grad=x.requires_grad)
+            if isinstance(x, nn.Parameter)
+            else fake
+        )
+    try:
+        return copy.deepcopy(model, memo).train()
+    except Exception as error:
+        raise NotImplementedError(
+            f"tokens of a {type(model).__name__} that cannot be copied ({_line(error)}): give it "
+            "without wrappers, or leave tokens out"
+        ) from error
+
+
+def _as_on_a_gpu(model: nn.Module) -> None:
+    """Attention and experts by torch's fused kernels, where the model has a choice.
+
+    Attention without the look for padding that needs values: not where a model asks for
+    ``"eager"``, whose scores are what it will hold. Experts as one product of groups, as the loop
+    over those that tokens chose needs values too.
+    """
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    AttentionInterface.register("fused_causal", sdpa_attention_forward)
-    return "fused_causal"
+    AttentionInterface.register("fused", sdpa_attention_forward)
+    inner = innermost(model)
+    if inner.config._attn_implementation != "eager":
+        inner.set_attn_implementation("fused")
+    can_set = getattr(inner, "_can_set_experts_implementation", None)
+    if can_set is not None and can_set():
+        from transformers.integrations.moe import ExpertsInterface
+
+        ExpertsInterface.register("grouped", _grouped_experts)
+        inner.set_experts_implementation("grouped")
+
+
+def _checkpoint(model: Any) -> None:
+    """Every layer of a model of ``transformers``, whichever name its version has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+
+
+def _grouped_experts(*args: Any, **kwargs: Any) -> Any:
+    """The experts of ``transformers`` as products of groups; also where backward runs them again.
+
+    A mode around the whole of forward and backward would not be on there.
+    """
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    with GroupedProducts():
+        return grouped_mm_experts_forward(*args, **kwargs)
 
 
 def in_flight(
-    config: Any,
-    tokens: int | tuple[int, int],
+    model: nn.Module,
+    tokens: int | Sequence[int],
     *,
-    dtype: torch.dtype,
     checkpointing: bool,
     passes: int,
-    trained: Sequence[bool],
     left: Callable[[int, bool], Left | None],
 ) -> int:
     """Most bytes of activations and gradients alive at once, the weights not counted.
@@ -87,23 +196,25 @@ def in_flight(
     on a CPU: fused, without a matrix of scores, as on a GPU.
 
     Args:
-        config: a ``transformers`` configuration of a causal language model.
+        model: one of ``transformers``, or what wraps one.
         tokens: of a micro-batch: one sequence of so many, or ``(sequences, length)``.
-        dtype: of weights and activations.
         checkpointing: keep the inputs of the layers alone, and run each again inside backward.
         passes: micro-batches that add up.
-        trained: whether each parameter has a gradient.
         left: what is left of the gradient of parameter i, in the last pass or before; None if it
             stays.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # a second, to import
 
-    shape = tokens if isinstance(tokens, tuple) else (1, tokens)
-    with FakeTensorMode():
-        model = causal_lm(config, dtype, _fused_attention()).train()
+    Raises:
+        NotImplementedError: the model cannot run without memory.
+        ValueError: it is not one of ``transformers``, or takes other inputs.
+    """
+    shape = (1, tokens) if isinstance(tokens, int) else (tokens[0], tokens[1])
+    innermost(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = without_memory(model)
+        _as_on_a_gpu(model)
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        batch = torch.zeros(shape, dtype=torch.long)
+            _checkpoint(innermost(model))
+        batch = batch_of(model, shape)
         alive, parts, last = Alive(), dict[Tensor, list[Tensor]](), False
 
         def arrived(param: Tensor) -> None:
@@ -114,13 +225,32 @@ def in_flight(
                 param.grad = None
 
         numbers: dict[Tensor, int] = {p: i for i, p in enumerate(model.parameters())}
-        for param, gets in zip(numbers, trained, strict=True):
-            param.requires_grad_(gets)
-            if gets:
+        for param in numbers:
+            if param.requires_grad:
                 param.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
         with alive:
-            alive.leave_out([*numbers, *model.buffers(), batch])
+            alive.leave_out([*numbers, *model.buffers(), *batch.values()])
             for n in range(passes):
                 last = n == passes - 1
-                model(input_ids=batch, labels=batch).loss.backward()
+                _run(model, batch)
         return alive.most
+
+
+def _run(model: nn.Module, batch: dict[str, Tensor]) -> None:
+    """Forward and backward of one micro-batch.
+
+    Raises:
+        NotImplementedError: something in it needs values, or is not known without memory.
+    """
+    try:
+        loss_of(model, batch).backward()  # type: ignore[no-untyped-call]
+    except WITHOUT_VALUES as error:
+        raise NotImplementedError(
+            f"tokens of a {type(innermost(model)).__name__}: forward or backward does what tensors "
+            f"without memory cannot ({_line(error)}), such as looking at values. Leave tokens out, "
+            "and measure activations in a real step"
+        ) from error
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -21,7 +21,8 @@ from lowrank_optim.backward.projecting import (
 from lowrank_optim.engine.refresh import phase
 from lowrank_optim.engine.summary import binary
 from lowrank_optim.groups.values import whole
-from lowrank_optim.memory.activations import Left, causal_lm, in_flight
+from lowrank_optim.memory.activations import Left, in_flight
+from lowrank_optim.memory.inputs import model_of
 from lowrank_optim.memory.layouts import LAYOUTS
 from lowrank_optim.memory.reporting import host_bytes, report, storage_bytes
 from lowrank_optim.optimizer import LowRankOptimizer
@@ -113,7 +114,8 @@ def estimate(
 
     Args:
         model: an ``nn.Module`` on any device, the meta device included, or a ``transformers``
-            configuration of a causal language model.
+            configuration: of the class that its ``architectures`` name, else a causal language
+            model, else what there is for it.
         optimizer_class: a class of this package, any other whose step runs on the meta device
             (``torch.optim.AdamW`` and its siblings do), or ``"adamw-8bit"``, the layout of
             ``bitsandbytes.optim.AdamW8bit``.
@@ -131,18 +133,21 @@ def estimate(
         coords_dtype: likewise. Where the format that coordinates come in depends on the device (a
             ``dct`` basis with ``transform="auto"``), it is that of an accelerator.
         tokens: count activations too: those of a micro-batch of one sequence of so many tokens, or
-            ``(sequences, length)``. Forward and backward run without memory, and every storage is
-            followed: bfloat16 weights mean bfloat16 activations, as without autocast. The model
-            must be one of ``transformers`` with its ``config``, or a configuration.
+            ``(sequences, length)``. Forward and backward of a copy run without memory, and every
+            storage is followed: bfloat16 weights mean bfloat16 activations, as without autocast.
+            The model is one of ``transformers``, of text or of images, or has one in it, as PEFT's
+            do; or it is a configuration. Of images, ``(images, tokens of one)``. Experts run as
+            products of groups, attention fused unless the model's own is ``"eager"``.
         checkpointing: whether its layers are checkpointed.
         dtype: of the weights of a model made from a configuration (default: bfloat16).
         **options: arguments of the optimizer.
 
     Raises:
-        NotImplementedError: ``in_backward`` or ``tokens`` of a model of DTensors.
+        NotImplementedError: ``in_backward`` or ``tokens`` of a model of DTensors; ``tokens`` of a
+            model that looks at values.
         ValueError: ``in_backward``, ``first_basis``, ``coords_dtype`` or a named layout is not
-            known, the method has no such mode, or activations are asked for of a model without a
-            ``config``.
+            known, the method has no such mode, or activations are asked for of a model that is none
+            of ``transformers``, takes other inputs, or has no place for as many tokens.
 
     Example:
         >>> import torch
@@ -163,7 +168,7 @@ def estimate(
     module = model
     if not isinstance(model, nn.Module):
         with torch.device("meta"):
-            module = causal_lm(model, dtype)
+            module = model_of(model, dtype)
     twins = {id(p): _meta_twin(p) for p in module.parameters()}
     entries = module.named_parameters() if groups is None else groups(module)
     on_meta = [_on_meta(entry, twins) for entry in entries]
@@ -208,12 +213,10 @@ def estimate(
         return left.get(params[i])
 
     worst = in_flight(
-        _config_of(model),
+        module,
         tokens,
-        dtype=params[0].dtype,
         checkpointing=checkpointing,
         passes=min(accumulation_steps, 2),
-        trained=[p.requires_grad for p in params],
         left=stays,
     )
     return replace(found, activations=max(0, worst - found.live_gradients))
@@ -326,15 +329,6 @@ def _coordinates(optimizer: Optimizer, coords_dtype: str) -> tuple[dict[Tensor, 
 
 def _saved(params: Iterable[Tensor], left: Mapping[Tensor, Left]) -> int:
     return sum(param.nbytes - _bytes(left[param]) for param in params)
-
-
-def _config_of(model: Any) -> Any:
-    if not isinstance(model, nn.Module):
-        return model
-    config = getattr(model, "config", None)
-    if config is None:
-        raise ValueError("tokens needs a transformers model, or the configuration of one")
-    return config
 
 
 def _meta_twin(param: Tensor) -> nn.Parameter:

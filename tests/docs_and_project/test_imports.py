@@ -24,6 +24,7 @@ def modules(root: Path) -> dict[str, Path]:
 MODULES = modules(ROOT)
 EVERY = MODULES | modules(BENCHMARKS)
 ACCELERATORS = {"triton", "ctypes", "bitsandbytes"}
+COMMAND = {"click", "rich", "matplotlib"}
 LAYERS: tuple[set[str], ...] = (
     {"ops"},
     {"tensors"},
@@ -38,6 +39,8 @@ LAYERS: tuple[set[str], ...] = (
     {"methods", "backward", "nn", "presets"},
     {"memory", "distributed"},
     {"integrations", ""},
+    {"cli"},
+    {"__main__"},
 )
 """What is in the package, from the bottom up: a layer imports those before it, and itself."""
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
@@ -83,6 +86,8 @@ def test_dependencies_point_down(name: str) -> None:
     own, names = layer(name), imported(name, typing=True)
     if own != "ops":
         assert not {n.split(".")[0] for n in names} & ACCELERATORS
+    if own != "cli":
+        assert not {n.split(".")[0] for n in names} & COMMAND, "for the command alone"
     inner = {layer(n) for n in names if n.split(".")[0] == "lowrank_optim"} - {own}
     assert own in HEIGHT, f"{own} has no place among LAYERS"
     assert {other for other in inner if HEIGHT[other] >= HEIGHT[own]} == set()

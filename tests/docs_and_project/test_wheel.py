@@ -170,6 +170,16 @@ def test_kernels_are_there(python: Path, bare: dict[str, str], tmp_path: Path) -
     assert any(line.split()[:2] == ["native", "yes"] for line in said)
 
 
+def test_command_is_there(python: Path, bare: dict[str, str], tmp_path: Path) -> None:
+    """`lowrank-optim`, with nothing but what the wheel requires: a known model needs no more."""
+    command = python.parent / "lowrank-optim"
+    arguments = ("memory", "--model", "llama-7b", "--rank", "1024", "--json")
+    said = json.loads(run(command, *arguments, cwd=tmp_path, env=bare))
+    row = next(row for row in said["rows"] if row["name"] == "GaLore 8-bit")
+    assert [round(x["peak"] / 2**30, 2) for x in row["peaks"]] == [30.41, 18.10, 30.66, 21.70]
+    assert "cpu, float32: native" in run(command, "ops", cwd=tmp_path, env=bare)
+
+
 def test_trains_as_the_tree_does(python: Path, bare: dict[str, str], tmp_path: Path) -> None:
     """20 steps of 8-bit GaLore: weights and state bit for bit those of these sources and library.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoModelForCausalLM
 
 import lowrank_optim
-from benchmarks import memory as table
 from benchmarks.common import LLAMA_SHAPES, llama, llama_config
 from lowrank_optim import (
     FiraAdamW,
@@ -27,8 +25,12 @@ from lowrank_optim import (
     attach_in_backward,
     lowrank_groups,
 )
+from lowrank_optim.cli.display import gib, reading
+from lowrank_optim.cli.rows import ACCUMULATED, LIVE, PROJECT, STEP, USUAL, measure, usual
 from lowrank_optim.groups.names import turn_of, uid_of
 from lowrank_optim.memory import GIB, estimate, report
+from lowrank_optim.memory.models import MODELS
+from lowrank_optim.memory.shapes import on_meta
 from lowrank_optim.tensors.matrix import PROJ_TYPES
 
 
@@ -337,13 +339,15 @@ def test_tied_embeddings_of_a_configuration_count_once():
 
 @pytest.fixture(scope="module")
 def rows():
-    return {row.name: row for row in table.measure("llama-7b", 1024)}
+    module = on_meta(MODELS["llama-7b"].config, torch.bfloat16)
+    chosen = usual(1024, torch.bfloat16)
+    return {row.name: row for row in measure(module, chosen, USUAL)}
 
 
 def test_llama_7b(rows):
     """GiB: the ingredients of the 24 GB claim, recomputed from the paper's configuration."""
     figures = {
-        name: [round(x / GIB, 2) for x in (row.live.weights, row.live.basis, row.live.state)]
+        name: [round(x / GIB, 2) for x in (row.state.weights, row.state.basis, row.state.state)]
         for name, row in rows.items()
     }
     assert figures == {
@@ -357,29 +361,29 @@ def test_llama_7b(rows):
         "DCT fp32": [12.55, 0.0, 14.02],
         "DCT 8-bit": [12.55, 0.0, 3.56],
     }
-    largest = {row.step.largest_gradient for row in rows.values()}
+    largest = {row.peaks[STEP].largest_gradient for row in rows.values()}
     assert largest == {32000 * 4096 * 2}  # the embedding, 0.24 GiB
 
 
 def test_what_fits_24_gib(rows):
     """No optimizer with all gradients live: weights and gradients alone are 25.1 GiB."""
     budget = 24 * GIB
-    assert all(row.live.weights + row.live.gradients > budget for row in rows.values())
+    assert all(row.state.weights + row.state.gradients > budget for row in rows.values())
     fit = {
         kind: [n for n, row in rows.items() if (e := row.peaks[kind]) and e.fits(budget)]
-        for kind in ("live", "step", "accumulated", "project")
+        for kind in USUAL
     }
     stepped = ["GaLore bf16", "GaLore 8-bit", "FRUGAL 8-bit", "DCT 8-bit"]
-    assert fit == {"live": [], "step": stepped, "accumulated": [], "project": ["GaLore 8-bit"]}
-    text = table.reading(list(rows.values()), budget)
+    assert fit == {LIVE: [], STEP: stepped, ACCUMULATED: [], PROJECT: ["GaLore 8-bit"]}
+    text = reading(list(rows.values()), budget)
     assert "With all gradients live, nothing fits in 24 GiB" in text
     assert "GaLore bf16, GaLore 8-bit, FRUGAL 8-bit and DCT 8-bit fit;" in text
     assert "all live until the last micro-batch, and nothing fits." in text
     assert "a refresh waits for, and only GaLore 8-bit fits" in text
     assert "2.30 GiB" in text
-    assert "GaLore bf16 and GaLore 8-bit fit;" in table.reading(list(rows.values())[:5], budget)
-    assert "GaLore bf16 and GaLore 8-bit fit (" in table.reading(list(rows.values()), 26 * GIB)
-    assert "nothing fits (" in table.reading(list(rows.values()), 8 * GIB)
+    assert "GaLore bf16 and GaLore 8-bit fit;" in reading(list(rows.values())[:5], budget)
+    assert "GaLore bf16 and GaLore 8-bit fit (" in reading(list(rows.values()), 26 * GIB)
+    assert "nothing fits (" in reading(list(rows.values()), 8 * GIB)
 
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -388,19 +392,17 @@ SECTION = README.split("## What fits 24 GiB")[1].split("\n## ")[0]
 
 def test_readme_table_is_what_is_estimated(rows):
     """Every figure, to its last digit; what fits is bold, and nothing else."""
-    assert "`python -m benchmarks.memory --model llama-7b --rank 1024 --budget-gib 24`" in SECTION
+    assert "`lowrank-optim memory --model llama-7b --rank 1024 --budget-gib 24`" in SECTION
     lines = [line.strip("|").split("|") for line in SECTION.splitlines() if line.startswith("|")]
     _, _, *body = [[cell.strip() for cell in line] for line in lines]
     assert [name for name, *_ in body] == list(rows)[:5]
     for name, *figures in body:
         row = rows[name]
-        sizes = [table.gib(x) if x else "–" for x in (row.live.basis, row.live.moments)]
-        peaks = [
-            (table.gib(e.peak), e.fits(24 * GIB)) if e else ("–", 0) for e in row.peaks.values()
-        ]
+        sizes = [gib(x) if x else "–" for x in (row.state.basis, row.state.moments)]
+        peaks = [(gib(e.peak), e.fits(24 * GIB)) if e else ("–", 0) for e in row.peaks.values()]
         assert figures == [*sizes, *(f"**{x}**" if fits else x for x, fits in peaks)]
-    live = rows["AdamW bf16"].live
-    assert f"weights {table.gib(live.weights)}, gradients {table.gib(live.gradients)}" in SECTION
+    live = rows["AdamW bf16"].state
+    assert f"weights {gib(live.weights)}, gradients {gib(live.gradients)}" in SECTION
 
 
 def test_readme_recommends_what_fits(rows):
@@ -414,13 +416,12 @@ def test_readme_recommends_what_fits(rows):
     attached, (name, options) = calls.pop("attach_in_backward"), *calls.items()
     own = {k: v for k, v in options.items() if k not in ("lr", "weight_decay")}
     row = next(
-        n for n, (cls, args) in table.methods(1024).items()
-        if getattr(cls, "__name__", "") == name and args == own
-    )  # fmt: skip
-    peak = rows[row].peaks[attached["mode"]]
+        n for n, row in rows.items() if row.chosen.called == name and row.chosen.options == own
+    )
+    peak = rows[row].peaks[{"step": STEP, "project": PROJECT}[attached["mode"]]]
     assert peak.fits(24 * GIB)
-    assert f"{table.gib(peak.peak)} GiB" in SECTION
-    assert f"{table.gib(24 * GIB - peak.peak)} GiB" in SECTION
+    assert f"{gib(peak.peak)} GiB" in SECTION
+    assert f"{gib(24 * GIB - peak.peak)} GiB" in SECTION
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(llama_config("llama-7b"), dtype=torch.bfloat16)
     found = estimate(
@@ -439,56 +440,4 @@ def test_readme_tokens_that_fit():
             accumulation_steps=2, tokens=tokens, checkpointing=True,
         )  # fmt: skip
         said = "fit" if found.fits(24 * GIB) else "do not"
-        assert re.search(rf"{tokens:,} .*{said} \({table.gib(found.peak)}\)", SECTION)
-
-
-def test_peaks_with_activations(capsys, monkeypatch):
-    """The same activations in every row, and the words change with them."""
-    rows = ("AdamW bf16", "GaLore 8-bit")
-    found = table.measure("llama-60m", 128, tokens=256, checkpointing=True, only=rows)
-    assert len(found) > 1 and len({row.step.activations for row in found}) == 1
-    first = found[0]
-    assert first.step.peak == (
-        first.step.weights + first.step.state + first.step.largest_gradient
-        + first.step.activations
-    )  # fmt: skip
-    # a matrix of logits in float32, and at least the input of every layer
-    assert first.step.activations > 4 * 256 * 32000 + 8 * 256 * 512 * 2
-    text = table.reading(found, GIB)
-    assert "Activations take" in text and "Not counted is what a step" in text
-    asked = []
-    monkeypatch.setattr(table, "measure", lambda *args, **keys: asked.append((args, keys)) or found)
-    table.main(["--model", "llama-60m", "--rank", "128", "--tokens", "256", "--checkpointing"])
-    assert asked == [(("llama-60m", 128, 256, True, None), {})]
-    printed = capsys.readouterr().out
-    assert "256 tokens, checkpointed" in printed and "▪ activations" in printed
-
-
-def test_command_restricts_its_rows(capsys):
-    arguments = ["--model", "llama-60m", "--rank", "128", "--only", "GaLore 8-bit"]
-    table.main(arguments)
-    printed = capsys.readouterr().out
-    assert "GaLore 8-bit" in printed and "AdamW bf16" not in printed and "FRUGAL" not in printed
-    with pytest.raises(SystemExit):
-        table.main([*arguments, "GaLore 4-bit"])
-    assert "no row is called 'GaLore 4-bit'; the rows are AdamW bf16," in capsys.readouterr().err
-
-
-def test_command_prints_writes_and_draws_the_same_figures(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")  # no figure breaks over two lines
-    out = tmp_path / "deep" / "m.json"
-    png = tmp_path / "m.png"
-    arguments = ["--model", "llama-60m", "--rank", "128", "--budget-gib", "0.3"]
-    table.main([*arguments, "--json", str(out), "--plot", str(png)])
-    printed = capsys.readouterr().out
-    written = json.loads(out.read_text())
-    assert png.stat().st_size > 10_000
-    assert written["budget"] == round(0.3 * GIB)
-    for name, row in written["rows"].items():
-        line = next(line for line in printed.splitlines() if line.strip().startswith(name))
-        numbers = [float(x) for x in re.findall(r"\d+\.\d+", line)]
-        peaks = {k: x for k, x in row["peaks"].items() if x is not None}
-        expected = [row["basis"], row["moments"], *peaks.values()]
-        assert numbers == [round(x / GIB, 2) for x in expected]
-        verdicts = re.findall(r"fits|no", line.removeprefix(name))
-        assert verdicts == ["fits" if row["fits"][k] else "no" for k in peaks]
+        assert re.search(rf"{tokens:,} .*{said} \({gib(found.peak)}\)", SECTION)

@@ -1,0 +1,1 @@
+"""The command ``lowrank-optim``. Importing the package imports nothing of it."""

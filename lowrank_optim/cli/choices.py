@@ -1,0 +1,96 @@
+"""What options of ``lowrank-optim memory`` stand for: numbers, and rows of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+import torch
+
+from lowrank_optim.cli.errors import Refused, nearest
+from lowrank_optim.cli.rows import CLASSES, QUARTER, Chosen, low_rank, usual
+from lowrank_optim.integrations.arguments import parse_optim_args
+
+
+def number(given: str | float) -> float:
+    """A positive number. nan, which is in every range of click's, is none."""
+    try:
+        found = float(given)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise click.BadParameter(f"must be a positive number, got {given}")
+    return found
+
+
+def share(given: str) -> int | float:
+    """An int, or another number; the optimizer says which it allows."""
+    try:
+        return int(given)
+    except ValueError:
+        pass
+    try:
+        return float(given)
+    except ValueError:
+        raise click.BadParameter(
+            f"must be a positive int or a fraction in (0, 1), got {given!r}"
+        ) from None
+
+
+def chosen(
+    names: Sequence[str],
+    pairs: Sequence[str],
+    only: Sequence[str],
+    rank: int | float | None,
+    dtype: torch.dtype,
+) -> list[Chosen]:
+    """The rows that were asked for.
+
+    Raises:
+        Refused: a name is unknown, or an option would have no effect.
+    """
+    if names and only:
+        raise Refused("--only is of the usual rows, and --optimizer asks for others: give one")
+    if not names:
+        if pairs:
+            raise Refused(f"--option {pairs[0]} has no effect without --optimizer")
+        rows = {row.name: row for row in usual(QUARTER if rank is None else rank, dtype)}
+        for name in only:
+            if name not in rows:
+                raise Refused(f"--only {name!r} is no row: they are {', '.join(rows)}")
+        return [row for name, row in rows.items() if not only or name in only]
+    options = _options(pairs)
+    given = [f"--option {key}={options[key]}" for key in ("rank", "density") if key in options]
+    if rank is not None and given:
+        raise Refused(f"--rank {rank} and {given[0]} both say how much is projected: give one")
+    found = []
+    for name in names:
+        if name not in CLASSES:
+            hint = nearest(name, CLASSES) or "; --help lists them"
+            raise Refused(f"--optimizer {name!r} is no class of lowrank_optim{hint}")
+        own = {}
+        if low_rank(CLASSES[name]) and not given:
+            own["rank"] = QUARTER if rank is None else rank
+        told = "".join(f" {key}={value}" for key, value in options.items())
+        found.append(Chosen(f"{name}{told}", CLASSES[name], {**own, **options}))
+    if rank is not None and not any("rank" in row.options for row in found):
+        raise Refused(f"--rank {rank} has no effect: {', '.join(names)} has no rank")
+    return found
+
+
+def _options(pairs: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` as arguments: numbers, booleans, None, tuples; else text.
+
+    Raises:
+        Refused: one is no such pair, or is given twice.
+    """
+    found: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if not (key and equals and value):
+            raise Refused(f"--option must be KEY=VALUE, got {pair!r}")
+        if key in found:
+            raise Refused(f"--option gives {key} twice: {found[key]} and {value}")
+        found[key] = value
+    return parse_optim_args(found)

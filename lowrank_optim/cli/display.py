@@ -1,0 +1,139 @@
+"""Rows as a table, as bars and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.text import Text
+
+from lowrank_optim.cli.rows import ACCUMULATED, LIVE, PROJECT, STEP, USUAL, Column, Row
+from lowrank_optim.memory import GIB, Estimate
+
+HEADER = ("moments in", "basis", "moments")
+PARTS = {"weights": "█", "gradient": "▓", "basis": "▒", "moments": "░", "activations": "▪"}
+COLOURS = {
+    "weights": "#4c72b0",
+    "gradient": "#c44e52",
+    "basis": "#55a868",
+    "moments": "#dd8452",
+    "activations": "#8172b3",
+}
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB, to two places."""
+    return f"{size / GIB:.2f}"
+
+
+def verdict(e: Estimate | None, budget: float) -> Text:
+    """A peak, and that it fits, or what it passes the budget by."""
+    if e is None:
+        return Text("–")
+    if e.fits(budget):
+        return Text(f"{gib(e.peak)} fits", "green")
+    return Text(f"{gib(e.peak)} +{gib(e.peak - budget)}", "red")
+
+
+def cells(row: Row, budget: float) -> list[str | Text]:
+    """One line of the table, in GiB."""
+    sizes = [gib(row.state.basis), gib(row.state.moments)]
+    return [row.name, *sizes, *(verdict(e, budget) for e in row.peaks.values())]
+
+
+def listed(rows: Sequence[Row], column: Column, budget: float) -> str:
+    """Who fits, as the subject of a sentence."""
+    found = {row.name: row.peaks[column] for row in rows}
+    names = [name for name, e in found.items() if e is not None and e.fits(budget)]
+    if not names:
+        return "nothing fits"
+    if len(names) == 1:
+        return f"only {names[0]} fits" if len(found) > 1 else f"{names[0]} fits"
+    return f"{', '.join(names[:-1])} and {names[-1]} fit"
+
+
+def reading(rows: Sequence[Row], budget: float) -> str:
+    """The table in words, from its figures."""
+    line, state, columns = f"{budget / GIB:g} GiB", rows[0].state, [*rows[0].peaks]
+    if tuple(columns) != USUAL:
+        said = [f"{c.header.replace(chr(10), ' ')}: {listed(rows, c, budget)}" for c in columns]
+        return f"In {line}, {'; '.join(said)}. {_not_counted(rows)}."
+    text = f"With all gradients live, {listed(rows, LIVE, budget)} in {line}"
+    if state.weights + state.gradients > budget:
+        both = f"weights ({gib(state.weights)}) and gradients ({gib(state.gradients)})"
+        text += f", and no optimizer could: {both} alone pass it"
+    text += (
+        '. With attach_in_backward(mode="step") and one micro-batch, at most '
+        f"{gib(state.largest_gradient)} GiB of gradients lives at once, and "
+        f"{listed(rows, STEP, budget)}; accumulated, all live until the last micro-batch, and "
+        f"{listed(rows, ACCUMULATED, budget)}. "
+        'With mode="project" and any number of micro-batches, coordinates live, dense gradients '
+        f"and those that a refresh waits for, and {listed(rows, PROJECT, budget)} (–: the method "
+        "needs whole gradients)"
+    )
+    fits = [e for row in rows if (e := row.peaks[PROJECT]) is not None and e.fits(budget)]
+    if fits and fits[-1].activations is not None:
+        text += f". Activations take {gib(fits[-1].activations)} GiB of its peak"
+    if not fits:
+        return f"{text}. {_not_counted(rows)}."
+    spare = budget - min(e.peak for e in fits)
+    return (
+        f"{text}. {_not_counted(rows)}: what the least of "
+        f'mode="project" leaves, {gib(spare)} GiB here, is for them.'
+    )
+
+
+def _not_counted(rows: Sequence[Row]) -> str:
+    known = any(e is not None and e.activations is not None for e in rows[0].peaks.values())
+    others = "Not counted is what" if known else "Activations are not counted, nor what"
+    return f"{others} a step, a refresh of the bases and the allocator need in passing"
+
+
+def segments(e: Estimate) -> dict[str, int]:
+    """What a bar is made of; counters, a few KiB, count as moments."""
+    return {
+        "weights": e.weights,
+        "gradient": e.live_gradients,
+        "basis": e.basis,
+        "moments": e.moments + e.other - e.host,
+        **({} if e.activations is None else {"activations": e.activations}),
+    }
+
+
+def drawn(row: Row) -> list[tuple[str, Estimate]]:
+    """What has a bar, and its label: not ``ACCUMULATED``, which is ``LIVE`` and one gradient."""
+    found = []
+    for column, e in row.peaks.items():
+        if e is not None and column != ACCUMULATED:
+            told = "" if column in USUAL else f", {column.count}"
+            told += "" if column.coords_dtype == "auto" else f", {column.coords_dtype}"
+            mode = column.in_backward
+            found.append((row.name + told if mode is None else f"  {mode}{told}", e))
+    named = any(not label.startswith(" ") for label, _ in found)
+    return found if named else [(f"{row.name},{label[1:]}", e) for label, e in found]
+
+
+def bars(rows: Sequence[Row], budget: float, width: int) -> Text:
+    """Peaks of every row as bars, with the budget as a line through them."""
+    named = [pair for row in rows for pair in drawn(row)]
+    label_width = max((len(label) for label, _ in named), default=0) + 2
+    width = max(20, width - label_width - 8)
+    scale = width / max([e.peak for _, e in named] + [budget])
+    mark = round(budget * scale)
+    text = Text()
+    for label, e in named:
+        text.append(f"{label:<{label_width}}")
+        total, done = 0, 0
+        for part, size in segments(e).items():
+            total += size
+            end = round(total * scale)
+            for at in range(done, end):
+                style = "bold" if at == mark else COLOURS[part]
+                text.append("│" if at == mark else PARTS[part], style)
+            done = max(done, end)
+        if done <= mark:
+            text.append(" " * (mark - done) + "│", "bold")
+        text.append(f" {gib(e.peak)}\n")
+    text.append(" " * (label_width + mark) + f"│ {budget / GIB:g} GiB\n", "bold")
+    for part in segments(named[0][1]) if named else ():
+        text.append(f"{PARTS[part]} {part}   ", COLOURS[part])
+    return text

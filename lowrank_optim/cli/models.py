@@ -1,0 +1,137 @@
+"""The model that ``--model`` names."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank_optim.cli.errors import Refused, nearest
+from lowrank_optim.memory.inputs import model_of
+from lowrank_optim.memory.models import MODELS, Config
+from lowrank_optim.memory.shapes import FAMILIES, on_meta
+
+NEEDED = ("hidden_size", "num_hidden_layers", "vocab_size")
+"""Without these transformers takes a size of its own, in silence."""
+
+
+def load(given: str, dtype: torch.dtype | None, runs: bool) -> nn.Module:
+    """The model on the meta device.
+
+    Args:
+        given: a name, a configuration's file or folder, or ``module.path:function``.
+        dtype: of a model that is made from a configuration (default: bfloat16).
+        runs: whether it has to run, which takes ``transformers``.
+
+    Raises:
+        Refused: there is none, or it has no parameters.
+    """
+    names = {name.lower(): name for name in MODELS}
+    path, (module, colon, function) = Path(given), given.rpartition(":")
+    own = not (given.lower() in names or path.exists()) and bool(colon)
+    if own and dtype is not None:
+        raise Refused("--dtype has no effect on a model of your own: give it the dtype there")
+    dtype = dtype or torch.bfloat16
+    if given.lower() in names:
+        config = MODELS[names[given.lower()]].config
+        model = _made(_configured(config), dtype, given) if runs else on_meta(config, dtype)
+    elif path.exists():
+        model = _made(_configured(_read(path)), dtype, given)
+    elif own:
+        model = _called(module, function, dtype)
+    else:
+        hint = nearest(given, MODELS) or "."
+        raise Refused(
+            f"--model {given!r} is no known model, file or folder{hint} --help lists the names; or "
+            "give a config.json, its folder or module.path:function"
+        )
+    if not any(True for _ in model.parameters()):
+        raise Refused(f"--model {given!r}: {type(model).__name__} has no parameters")
+    return model
+
+
+def _read(path: Path) -> Config:
+    """The fields of a configuration's file.
+
+    Raises:
+        Refused: there is no file, it is no JSON object, or it does not say what sizes rest on.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Refused(f"--model: {file} cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise Refused(f"--model: {file} is no configuration of transformers: it has no model_type")
+    return config
+
+
+def _configured(config: Config) -> Any:
+    """The configuration as ``transformers`` has it.
+
+    Raises:
+        Refused: it is not installed, does not know the model type, or a field is missing or wrong.
+    """
+    try:
+        from transformers import CONFIG_MAPPING
+        from transformers.utils import logging
+    except ImportError as error:
+        raise Refused(
+            "a configuration, or activations (--tokens), need transformers: "
+            "pip install 'lowrank-optim[transformers]'"
+        ) from error
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    kind = config["model_type"]
+    if kind not in CONFIG_MAPPING:
+        raise Refused(f"transformers knows no model_type {kind!r}{nearest(kind, CONFIG_MAPPING)}")
+    found: type[Any] = CONFIG_MAPPING[kind]
+    family = FAMILIES.get(kind)
+    aliases = dict(getattr(found, "attribute_map", None) or {})
+    needed = [aliases.get(key, key) for key in NEEDED if not getattr(found, "sub_configs", None)]
+    if family is not None:
+        needed = [aliases.get(key, key) for key in family.fields]
+    own = {*config, *(aliases.get(key, key) for key in config)}
+    missing = [key for key in needed if key not in own and (family or hasattr(found, key))]
+    if missing:
+        raise Refused(f"the configuration of a {kind} model does not say {', '.join(missing)}")
+    try:
+        return found.from_dict(config)
+    except Exception as error:  # its checks raise classes of their own
+        raise Refused(f"the configuration of a {kind} model is refused: {error}") from error
+
+
+def _made(config: Any, dtype: torch.dtype, given: str) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return model_of(config, dtype)
+    except Exception as error:  # anything that a model's class may raise of a wrong field
+        raise Refused(f"--model {given!r}: no model can be made from it: {error}") from error
+
+
+def _called(module: str, function: str, dtype: torch.dtype) -> nn.Module:
+    """What a function returns that is called on the meta device.
+
+    Raises:
+        Refused: there is no such function, it raises, or it returns something else.
+    """
+    given = f"--model {module}:{function}"
+    if os.getcwd() not in sys.path:  # a console command has its own folder there
+        sys.path.insert(0, os.getcwd())
+    try:
+        called = getattr(importlib.import_module(module), function)
+        with torch.device("meta"):
+            found = called()
+    except Exception as error:  # code of the user's
+        raise Refused(f"{given}: {type(error).__name__}: {error}") from error
+    if hasattr(found, "to_dict") and not isinstance(found, nn.Module):
+        return _made(found, dtype, f"{module}:{function}")
+    if not isinstance(found, nn.Module):
+        kind = type(found).__name__
+        raise Refused(f"{given} must return an nn.Module or a configuration, got {kind}")
+    return found

@@ -1,0 +1,176 @@
+"""What the table of ``lowrank-optim memory`` has: a row an optimizer, a column a way to train."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lowrank_optim import methods
+from lowrank_optim.memory import LAYOUTS, Estimate, estimate
+
+SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+QUARTER = 0.25
+"""The rank where none is given: of the smaller side of each matrix."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """What happens to gradients inside backward, and how many micro-batches a step has."""
+
+    in_backward: Literal["project", "step"] | None
+    accumulation_steps: int
+    count: str
+    """``accumulation_steps`` in words."""
+    coords_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @property
+    def header(self) -> str:
+        """Two lines, or three where the dtype of coordinates was asked for."""
+        mode = self.in_backward or "all grads live"
+        told = "" if self.coords_dtype == "auto" else f",\n{self.coords_dtype} coords"
+        return f"{mode},\n{self.count}{told}"
+
+
+LIVE = Column(None, 1, "1 micro-batch")
+STEP = Column("step", 1, "1 micro-batch")
+ACCUMULATED = Column("step", 2, "2 or more")
+PROJECT = Column("project", 2, "any number")
+USUAL = (LIVE, STEP, ACCUMULATED, PROJECT)
+"""Columns where no option asks for others. More micro-batches than two need no more memory."""
+
+
+def columns(
+    modes: Sequence[str], accumulation_steps: int | None, coords_dtypes: Sequence[str]
+) -> tuple[Column, ...]:
+    """The columns that options ask for; empty and None are no choice."""
+    modes = modes or ("none", "step", "project")
+    found: list[Column] = []
+    for mode in ("none", "step", "project"):
+        if mode not in modes:
+            continue
+        own = None if mode == "none" else mode
+        usual = [c for c in USUAL if c.in_backward == own]
+        if accumulation_steps is not None:
+            n = accumulation_steps
+            count = f"{n} micro-batch" + "es" * (n > 1)
+            usual = [Column(usual[0].in_backward, n, count)]
+        if mode == "project" and coords_dtypes:
+            usual = [replace(c, coords_dtype=d) for c in usual for d in coords_dtypes]  # type: ignore[arg-type]
+        found += usual
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An optimizer: a class or a layout, and its arguments."""
+
+    name: str
+    """Of the row."""
+    optimizer: type[Optimizer] | str
+    options: Mapping[str, Any]
+
+    @property
+    def called(self) -> str:
+        """What ``--optimizer`` calls it."""
+        return self.optimizer if isinstance(self.optimizer, str) else self.optimizer.__name__
+
+
+@dataclass(frozen=True)
+class Row:
+    """One optimizer, and what it needs."""
+
+    chosen: Chosen
+    state: Estimate
+    """With all gradients live, and no activations: the state is that of every column."""
+    peaks: Mapping[Column, Estimate | None]
+    """None where the method needs whole gradients."""
+    notes: tuple[str, ...] = ()
+    """What the optimizer warns of, such as a rank that leaves nothing out."""
+
+    @property
+    def name(self) -> str:
+        """Of the optimizer."""
+        return self.chosen.name
+
+
+CLASSES: dict[str, type[Optimizer] | str] = {
+    **{name: getattr(methods, name) for name in methods.__all__},
+    "AdamW": torch.optim.AdamW,
+    **{name: name for name in LAYOUTS},
+}
+"""What ``--optimizer`` knows."""
+
+
+def usual(rank: int | float, dtype: torch.dtype) -> list[Chosen]:
+    """The rows where no ``--optimizer`` asks for others."""
+    own = {"rank": rank}
+    return [
+        Chosen(f"AdamW {SHORT.get(dtype, dtype)}", torch.optim.AdamW, {}),
+        Chosen("AdamW 8-bit", "adamw-8bit", {}),
+        Chosen("GaLore fp32", methods.GaLoreAdamW, own),
+        Chosen("GaLore bf16", methods.GaLoreAdamW, {**own, "state_dtype": "bfloat16"}),
+        Chosen("GaLore 8-bit", methods.GaLoreAdamW8bit, own),
+        Chosen("FRUGAL 8-bit", methods.FrugalAdamW8bit, {**own, "projector": "columns"}),
+        Chosen("DCT fp32", methods.DCTAdamW, own),
+        Chosen("DCT 8-bit", methods.DCTAdamW8bit, own),
+    ]
+
+
+def low_rank(optimizer: type[Optimizer] | str) -> bool:
+    """Whether a class takes a rank."""
+    return getattr(methods, getattr(optimizer, "__name__", ""), None) is optimizer
+
+
+def measure(
+    module: nn.Module,
+    chosen: Sequence[Chosen],
+    asked: Sequence[Column],
+    tokens: tuple[int, int] | None = None,
+    checkpointing: bool = False,
+) -> list[Row]:
+    """The rows of ``module``: every figure is one of :func:`lowrank_optim.memory.estimate`.
+
+    But for coordinates, forward and backward know nothing of the optimizer, so that activations are
+    found once for each column of those.
+    """
+    counted: dict[Any, int] = {}
+
+    def one(choice: Chosen, column: Column) -> Estimate:
+        coords = (choice.called, repr(choice.options)) if column.in_backward == "project" else None
+        key = (column, coords)
+        known = key in counted
+        found = estimate(
+            module,
+            choice.optimizer,
+            in_backward=column.in_backward,
+            accumulation_steps=column.accumulation_steps,
+            coords_dtype=column.coords_dtype,
+            tokens=None if known else tokens,
+            checkpointing=checkpointing and not known,
+            **choice.options,
+        )
+        if tokens is None:
+            return found
+        return replace(found, activations=counted.setdefault(key, found.activations or 0))
+
+    rows = []
+    for choice in chosen:
+        with warnings.catch_warnings(record=True) as raised:
+            warnings.simplefilter("always")
+            state = estimate(module, choice.optimizer, **choice.options)  # or says what is wrong
+        peaks: dict[Column, Estimate | None] = {}
+        for column in asked:
+            try:
+                peaks[column] = one(choice, column)
+            except ValueError as error:
+                if column.in_backward != "project" or str(error).startswith("tokens"):
+                    raise
+                peaks[column] = None
+        rows.append(Row(choice, state, peaks, tuple(str(w.message) for w in raised)))
+    return rows
