@@ -17,8 +17,9 @@ import torch
 from rich.console import Console
 
 from benchmarks.common import LLAMA_SHAPES, environment, environment_line, print_table
-from benchmarks.counting import floor, named
+from benchmarks.counting import named
 from benchmarks.matrices import galore, gemm_floor, linear_weights
+from benchmarks.op_costs import floor
 from benchmarks.timing import interleaved, peer, ratio
 from lowrank_optim.ops import native, reference
 from lowrank_optim.ops.quant import Quantized, dynamic_map, layout
@@ -74,7 +75,18 @@ def elementwise(elements: int) -> dict[str, tuple[Any, ...]]:
         "dequantize_blockwise_": (*one, [out], signed, *rcb),
         "stochastic_round_": ([g], [narrow], [7], [0], [WIDTH], [WIDTH], [1]),
         "column_norms": ([g],),
+        "decay_": ([out], 0.999, [torch.ones(())], []),
+        **of_buckets(elements),
     }
+
+
+def of_buckets(elements: int) -> dict[str, tuple[Any, ...]]:
+    """Arguments of the ops on a bucket's small numbers: an age a row, three norms a column."""
+    ages = torch.randint(0, 100, (elements,)).float()
+    lows, directions = (torch.rand(1, elements) for _ in range(2))
+    norms = [lows], [directions], [lows + 1], [torch.zeros(())], [torch.empty(1, elements)]
+    steps = [ages], [torch.empty(elements)], [torch.empty(elements)], 0.9, 0.999, 1e-8
+    return {"row_steps_": steps, "residual_factors_": (*norms, 1e-8, 0.25, 1e-6, 1.01, [])}
 
 
 def moved(op: str, arguments: Sequence[Any]) -> int:

@@ -153,8 +153,10 @@ MAPS = ("signed_map", "unsigned_map", "entries")
 
 
 def elements(variant: Variant) -> int | None:
-    """Elements of the matrix or list that a program works on; None where it loops over them."""
+    """Elements of the matrix or list that a program works on; None where it loops or searches."""
     c = variant.constants
+    if variant.kernel.__name__ in ("residual_factors_kernel", "cosine_place_kernel"):
+        return None
     if "BLOCK" in c and "MANY" in c:
         return int(c["BLOCK"])
     if "COUNT" in c:
@@ -194,10 +196,11 @@ def widest(ptx: str) -> int:
 
 ROWS = (
     "adamw/one", "adamw rows/one", "lion/one", "moment/one", "adamw 8bit/one", "lion 8bit/one",
-    "moment 8bit/one", "quantize/one", "dequantize/one", "stochastic_round/one",
-    "column_norms/rows", "coordinate sign/rows", "lift_scaled bf16/rows", "lift_sign bf16/rows",
-    "lift_scaled fp32/rows", "lift_sign fp32/rows", "cosine_place", "cosine_fold folded/rows",
-    "cosine_add half/rows", "cosine_score l2/folded", "cosine_pick/folded",
+    "moment 8bit/one", "quantize/one", "dequantize/one", "stochastic_round/one", "decay/one",
+    "row_steps/one", "residual_factors/one", "column_norms/rows", "coordinate sign/rows",
+    "lift_scaled bf16/rows", "lift_sign bf16/rows", "lift_scaled fp32/rows", "lift_sign fp32/rows",
+    "cosine_place/one", "cosine_fold folded/rows", "cosine_add half/rows", "cosine_score l2/folded",
+    "cosine_pick/folded",
 )  # fmt: skip
 """One variant of each kernel; the notes have the resources of all."""
 PLAIN = "sm_89"

@@ -166,8 +166,6 @@ def measure(model: str) -> list[Counted]:
 
 FEW, MORE = 2, 4
 """Layers that are counted: every further one adds what the last ones did."""
-SHARE = 16
-"""Of an embedding a 16th is counted: it is stepped by tiles, one like the other."""
 
 
 def whole(name: str, hidden: int, mlp: int, layers: int, rank: int) -> Counted:
@@ -179,9 +177,9 @@ def whole(name: str, hidden: int, mlp: int, layers: int, rank: int) -> Counted:
 
     few, more = first(FEW), first(MORE)
     beyond = (layers - FEW) / (MORE - FEW)
-    table = count(name, [], [(VOCAB // SHARE, hidden)], rank)
+    table = count(name, [], [(VOCAB, hidden)], rank)
     last = count(name, [], [(hidden,)], rank)
-    return few.times(1 - beyond) + more.times(beyond) + table.times(2 * SHARE) + last
+    return few.times(1 - beyond) + more.times(beyond) + table.times(2) + last
 
 
 def counts(rows: Sequence[Counted]) -> list[tuple[str, ...]]:

@@ -1,7 +1,8 @@
 """Does the host ever wait for the device: every class, a step and a refresh, as torch sees it.
 
 ``torch.cuda.set_sync_debug_mode("error")`` raises where the host waits. What raises is run again
-with ``"warn"``, which names every place and not the first alone.
+with ``"warn"``, which names every place and not the first alone. A refresh may wait where the table
+of docs/performance.md says so (:mod:`benchmarks.gpu.waiting`), and a step nowhere.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import lowrank_optim
 from benchmarks.gpu import variants
 from benchmarks.gpu.report import Section
 from benchmarks.gpu.settings import Settings
+from benchmarks.gpu.waiting import is_allowed, refresh_may_wait
 from benchmarks.matrices import NEVER, linear_shapes, weights
 from lowrank_optim import PROJECTORS, methods
 
@@ -27,7 +29,8 @@ TITLE = "No waiting"
 PACKAGE = Path(lowrank_optim.__file__).parent
 WAITS = "synchroniz"
 """Is in the message of torch, whether it is an error or a warning."""
-NONE = "no wait"
+NONE, RAISED = "no wait", ["it raised"]
+WHERE = "which docs/performance.md, What a step on an accelerator waits for, does not list"
 
 
 @contextmanager
@@ -45,7 +48,7 @@ def watched(device: torch.device, mode: str) -> Iterator[None]:
 
 
 def run(section: Section, settings: Settings) -> None:
-    """A table of places. A step that waits is a failure; a refresh that waits is a row."""
+    """A table of places. Whatever waits where the documentation does not say so is a failure."""
     cases: list[tuple[str, dict[str, Any]]] = [
         (name, {"projector": "block"} if name.startswith("Frugal") else {})
         for name in methods.__all__
@@ -61,9 +64,12 @@ def run(section: Section, settings: Settings) -> None:
                 found[what] = waits(name, options, gap, settings)
             except Exception as error:
                 section.failed(f"{label}: a {what} raised {type(error).__name__}.", error)
-                found[what] = ["it raised"]
-        if found["step"] and found["step"] != ["it raised"]:
+                found[what] = RAISED
+        if found["step"] and found["step"] != RAISED:
             section.failed(f"{label}: a step without a refresh waits at {found['step'][0]}.")
+        own = refresh_may_wait(name, projector_of(name, options))
+        if unknown := [x for x in found["refresh"] if [x] != RAISED and not is_allowed(x, own)]:
+            section.failed(f"{label}: a refresh waits at {unknown[0]}, {WHERE}.")
         section.data[label] = found
         rows.append((label, *("; ".join(found[k]) or NONE for k in ("step", "refresh"))))
     section.add("Where the host waits", ("", "a step", "a refresh"), rows)
@@ -83,11 +89,25 @@ def waits(name: str, options: dict[str, Any], gap: int, settings: Settings) -> l
     else:
         return []
     step = begun(name, options, gap, settings)
-    with warnings.catch_warnings(record=True) as seen, watched(settings.device, "warn"):
+
+    def said(message: Any, category: Any, file: str, line: int, *_: Any) -> None:
+        """One wait, while what waits is on the stack."""
+        if WAITS in str(message):
+            inside = innermost(traceback.extract_stack())
+            places.append(_short(file, line) if inside is None else inside)
+
+    with warnings.catch_warnings(), watched(settings.device, "warn"):
         warnings.simplefilter("always")
+        warnings.showwarning = said
         step()
-    places += [_short(w.filename, w.lineno) for w in seen if WAITS in str(w.message)]
     return list(dict.fromkeys(places))
+
+
+def projector_of(name: str, options: dict[str, Any]) -> str:
+    """The projector of a class, by itself or among its options."""
+    group = {"params": [torch.zeros(4, 8, requires_grad=True)], **options}
+    found: str = variants.ours(name, [group], 0.5, 1).param_groups[0]["projector"]
+    return found
 
 
 def begun(name: str, options: dict[str, Any], gap: int, settings: Settings) -> Any:
@@ -116,8 +136,13 @@ def root(error: BaseException) -> BaseException:
 
 def place(trace: TracebackType | None) -> str:
     """The innermost line of the package."""
-    frames = [f for f in traceback.extract_tb(trace) if f.filename.startswith(str(PACKAGE))]
-    return _short(frames[-1].filename, frames[-1].lineno) if frames else "outside the package"
+    return innermost(traceback.extract_tb(trace)) or "outside the package"
+
+
+def innermost(frames: traceback.StackSummary) -> str | None:
+    """The last line of the package among these, with its function."""
+    own = [f for f in frames if f.filename.startswith(str(PACKAGE))]
+    return f"{_short(own[-1].filename, own[-1].lineno)} {own[-1].name}" if own else None
 
 
 def _short(file: str, line: int | None) -> str:

@@ -92,7 +92,7 @@ def dense_phases(
     moments = [x for _, _, x in held]
     rows = param.shape[0] if param.dim() else 1
     if rule.elementwise and rows:
-        rows = max(1, ops.TILE_ELEMENTS * rows // max(1, param.numel()))
+        rows = max(1, ops.tile_elements(param) * rows // max(1, param.numel()))
     whole: Iterable[Tile] = [(0, param, grad, moments)]
     tiles = _tiles(rows, param, grad, moments) if rule.elementwise else whole
     for start, p, g, own in tiles:

@@ -38,10 +38,9 @@ from lowrank_optim.ops.moments import (
 )
 from lowrank_optim.ops.noise import Noise
 from lowrank_optim.ops.reference import limited_, scaled_squares
-from lowrank_optim.ops.tiles import TILE_ELEMENTS
+from lowrank_optim.ops.tiles import tile_elements, tile_rows
 
 __all__ = [
-    "TILE_ELEMENTS",
     "Noise",
     "Rows",
     "adamw_direction_",
@@ -73,6 +72,8 @@ __all__ = [
     "row_steps",
     "scaled_squares",
     "stochastic_round",
+    "tile_elements",
+    "tile_rows",
     "top_rows_",
     "total_norms",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.ops.noise import Noise
-from lowrank_optim.ops.tiles import TILE_ELEMENTS, tile_rows
+from lowrank_optim.ops.tiles import tile_rows
 
 
 def project(basis: Tensor, grad: Tensor, out: Tensor | None = None) -> Tensor:
@@ -126,7 +126,7 @@ def _lift_add_rounded_(
         decays = decay.reshape(-1).expand(len(matrices)).unbind()
     noises = [rounding.select(n) for n in range(len(matrices))] if param.dim() == 3 else [rounding]
     for w, p, x, d, noise in zip(matrices, bases, lows, decays, noises, strict=True):
-        rows = max(1, TILE_ELEMENTS // max(1, w.shape[1]))
+        rows = tile_rows(w)
         for start in range(0, w.shape[0], rows):
             tile, q = w[start : start + rows], p[start : start + rows]
             new = torch.addmm(tile.float().mul_(d), q.float(), x.float(), alpha=alpha)

@@ -12,8 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.devices import on_accelerator
+
 TILE_ELEMENTS = 1 << 18
-"""Elements of a tile buffer, so that a temporary never grows with the parameter."""
+"""Elements of a tile buffer on a CPU, so that a temporary never grows with the parameter and stays
+in the cache."""
+ACCELERATOR_TILE_ELEMENTS = 1 << 24
+"""Those on an accelerator, 64 MiB in float32: enough to fill it, and few launches."""
 
 FLAT = frozenset(
     f"{name}{suffix}_"
@@ -25,11 +30,23 @@ FLAT = frozenset(
 _ROWS = ("row_eps", "row_scale")
 
 
-def spans(rows: int, cols: int, block: int) -> Iterator[tuple[slice, slice]]:
-    """Pieces of whole blocks of about a tile: elements of the flat tensor, and their scales."""
+def tile_elements(x: Tensor) -> int:
+    """Elements of a tile on the device of ``x``."""
+    return ACCELERATOR_TILE_ELEMENTS if on_accelerator(x) else TILE_ELEMENTS
+
+
+def spans(
+    rows: int, cols: int, block: int, tile: int | None = None
+) -> Iterator[tuple[slice, slice]]:
+    """Pieces of whole blocks of about a tile: elements of the flat tensor, and their scales.
+
+    By default of a CPU's tile, on every device: plain torch makes temporaries of many times a tile
+    in 8 bits.
+    """
+    tile = TILE_ELEMENTS if tile is None else tile
     each = -(-cols // block)
-    if cols >= TILE_ELEMENTS:
-        width = TILE_ELEMENTS // block * block
+    if cols >= tile:
+        width = tile // block * block
         for row in range(rows):
             for i in range(0, cols, width):
                 j = min(i + width, cols)
@@ -39,7 +56,7 @@ def spans(rows: int, cols: int, block: int) -> Iterator[tuple[slice, slice]]:
                     slice(start, start - (-(j - i) // block)),
                 )
         return
-    height = max(1, TILE_ELEMENTS // max(1, cols))
+    height = max(1, tile // max(1, cols))
     for row in range(0, rows, height):
         end = min(row + height, rows)
         yield slice(row * cols, end * cols), slice(row * each, end * each)
@@ -47,7 +64,7 @@ def spans(rows: int, cols: int, block: int) -> Iterator[tuple[slice, slice]]:
 
 def tile_rows(x: Tensor) -> int:
     """How many rows of ``x (..., m, n)`` make a tile."""
-    return max(1, TILE_ELEMENTS * x.shape[-2] // max(1, x.numel()))
+    return max(1, tile_elements(x) * x.shape[-2] // max(1, x.numel()))
 
 
 def by_tiles(call: Callable[..., None], arguments: Sequence[str], values: Sequence[Any]) -> None:
@@ -82,7 +99,7 @@ def _pieces(given: dict[str, Any], x: Tensor) -> Iterator[dict[str, Any]]:
     if "blocks" in given:
         rows, cols, block = given["rows"][0], given["cols"][0], given["blocks"][0]
     buffer: Tensor | None = None
-    for span, blocks in spans(rows, cols, block):
+    for span, blocks in spans(rows, cols, block, tile_elements(x)):
         count, row = span.stop - span.start, span.start // width
         shape = (count // width, width) if count >= width else (1, count)
         if buffer is None:  # the first tile is the largest

@@ -23,7 +23,8 @@ from lowrank_optim.tensors.values import check_finite
 
 FORMATS = (None, "float32", "bfloat16", "8bit", "4bit")
 BITS = {"8bit": 8, "4bit": 4}
-TILE_ELEMENTS = 1 << 20
+TILE_ELEMENTS = {False: 1 << 20, True: 1 << 24}
+"""Entries that are worked on at once: on a CPU, or enough to fill an accelerator."""
 
 
 class Levels(NamedTuple):
@@ -165,7 +166,7 @@ class ErrorFeedback:
             self._keep_(state, at, grad.mT[..., at, :], finite)
 
     def _tiles(self, grad: Tensor) -> Iterator[slice]:
-        rows = max(1, TILE_ELEMENTS * grad.shape[-1] // max(1, grad.numel()))
+        rows = max(1, TILE_ELEMENTS[on_accelerator(grad)] * grad.shape[-1] // max(1, grad.numel()))
         for start in range(0, grad.shape[-1], rows):
             yield slice(start, start + rows)
 

@@ -151,7 +151,7 @@ class Coordinates(Subspace):
             own = low.index_select(-2, at.clamp(min=0)).to(rest.dtype)
             return torch.where(at.unsqueeze(-1) >= 0, own * self.scale + extra, rest)
 
-        add_by_tiles_(into, term, self.scale, put, rows_of_tile(into.param))
+        add_by_tiles_(into, term, self.scale, put, ops.tile_rows(into.param))
 
 
 def source_of(new: Tensor, old: Tensor) -> Tensor:
@@ -205,11 +205,6 @@ def fusible(into: Target, term: Term | None) -> bool:
     factors = into.decay, into.lr, 0.0 if term is None else term.gain
     numbers = not any(isinstance(x, Tensor) for x in factors)
     return numbers and into.rounding is None and (term is None or term.kind in FREE)
-
-
-def rows_of_tile(param: Tensor) -> int:
-    """Rows of ``(..., m, n)`` in a tile."""
-    return max(1, ops.TILE_ELEMENTS * param.shape[-2] // max(1, param.numel()))
 
 
 def add_by_tiles_(

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import timing
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import checks, memory, no_sync, report, times, train7b, variants
+from benchmarks.gpu import checks, memory, no_sync, report, times, train7b, variants, waiting
 from benchmarks.gpu.report import Section
 from benchmarks.gpu.settings import full, tiny
 from benchmarks.matrices import weights
@@ -235,15 +235,33 @@ def test_the_place_is_the_innermost_of_the_package() -> None:
         assert no_sync.place(error.__traceback__).startswith("lowrank_optim/groups/")
 
 
-def test_a_step_that_waits_is_a_failure_and_a_refresh_a_row(monkeypatch: Any) -> None:
-    found = {1: ["a.py:1"], no_sync.NEVER: []}
+def test_waits_that_the_documentation_does_not_list_are_failures(monkeypatch: Any) -> None:
+    """A step waits nowhere, a refresh where the status of its own factorisation is read."""
+    eigh = "lowrank_optim/subspaces/randomized.py:12 eigh"
+    found = {1: [eigh], no_sync.NEVER: []}
     monkeypatch.setattr(no_sync, "waits", lambda name, options, gap, settings: found[gap])
     section = Section("no_sync", "")
     no_sync.run(section, tiny(CPU))
-    assert section.ok and {row[1:] for row in section.tables[0].rows} == {("no wait", "a.py:1")}
-    found[no_sync.NEVER] = ["b.py:2"]
+    assert {row[1:] for row in section.tables[0].rows} == {("no wait", eigh)}
+    failed = {text.partition(":")[0] for text in section.failures}
+    assert {"DCTAdamW", "GaLoreAdamW svd", "FrugalAdamW columns", "SSTAdamW"} <= failed
+    assert not failed & {"GaLoreAdamW", "FiraAdamW", "GaLoreAdamW rsvd", "FrugalAdamW rsvd"}
+    assert any("docs/performance.md" in text and eigh in text for text in section.failures)
+    found[1] = ["lowrank_optim/engine/refresh.py:3 refreshing_"]
+    section = Section("no_sync", "")
+    no_sync.run(section, tiny(CPU))
+    assert len(section.failures) == len(section.tables[0].rows)
+    found[1], found[no_sync.NEVER] = [], ["b.py:2"]
+    section = Section("no_sync", "")
     no_sync.run(section, tiny(CPU))
     assert "DCTAdamW: a step without a refresh waits at b.py:2." in section.failures
+
+
+def test_places_are_those_of_the_package() -> None:
+    """What is allowed exists; else a function that was renamed would fail on a GPU first."""
+    for place in (*waiting.FACTORISATIONS, *waiting.RESTART, *waiting.SPECTRAL):
+        file, _, function = place.partition(" ")
+        assert f"def {function}" in (no_sync.PACKAGE / file).read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------ times

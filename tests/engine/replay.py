@@ -20,8 +20,9 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.counting import FREE
 from lowrank_optim.ops import devices
-from tests.engine.watch import _FREE, Watch
+from tests.engine.watch import Watch
 
 
 class Graph(TorchDispatchMode):
@@ -37,7 +38,7 @@ class Graph(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         # a view is a place in memory, and what is not filled has no values
-        if not func.is_view and func.overloadpacket not in _FREE:
+        if not func.is_view and func.overloadpacket not in FREE:
             self.calls.append((func, args, kwargs, _tensors(out)))
         return out
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.allocations import allocations
 from lowrank_optim import FiraAdamW, GaLoreAdamW, ops
+from lowrank_optim.ops import devices
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.tensors.matrix import matrix_view
 
@@ -110,7 +111,7 @@ def test_a_step_allocates_what_its_low_rank_parts_do(case: Case, rounding: bool)
     param = optimizer.param_groups[0]["params"][0]
     low = low_rank_bytes(SHAPES[case.shape], case.proj_type, RANK)
     # six tiles: the new weights, their bits, the noise, and what adds, masks and selects them
-    tile = 4 * ops.TILE_ELEMENTS if rounding else 0
+    tile = 4 * ops.tiles.TILE_ELEMENTS if rounding else 0
     scratch = product_scratch(case)
     found = allocations(optimizer.step)
     assert 0 < found.largest <= max(low, scratch, tile)
@@ -131,7 +132,7 @@ def test_the_residual_of_fira_is_never_formed(case: Case, rounding: bool) -> Non
     param = optimizer.param_groups[0]["params"][0]
     low = low_rank_bytes(SHAPES[case.shape], "left" if case.proj_type == "full" else "std", RANK)
     low = max(low, low_rank_bytes(SHAPES[case.shape], case.proj_type, RANK))
-    tile = 4 * ops.TILE_ELEMENTS
+    tile = 4 * ops.tiles.TILE_ELEMENTS
     scratch = product_scratch(case)
     found = allocations(optimizer.step)
     assert 0 < found.largest <= max(low, scratch, tile)
@@ -157,6 +158,31 @@ def test_a_refresh_allocates_what_its_sketch_does(case: Case) -> None:
     # the basis and the moments as they were, for a step that fails
     assert found.peak <= 6 * sketch + tile
     assert found.peak < full_bytes(param) / 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("accelerated", [False, True], ids=["cpu", "accelerator"])
+def test_a_dense_step_allocates_tiles(
+    accelerated: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tile in float32 of the gradient, the direction, its product and the weights, new and old.
+
+    Tiles are those of the device, 64 times as large on an accelerator.
+    """
+    assert ops.tiles.ACCELERATOR_TILE_ELEMENTS == 64 * ops.tiles.TILE_ELEMENTS
+    monkeypatch.setattr(devices, "HOSTS", frozenset() if accelerated else devices.HOSTS)
+    small, large = (1 << 12, 1 << 15)
+    monkeypatch.setattr(ops.tiles, "TILE_ELEMENTS", small)
+    monkeypatch.setattr(ops.tiles, "ACCELERATOR_TILE_ELEMENTS", large)
+    param = torch.nn.Parameter(torch.randn(1024, 256).to(dtype))
+    param.grad = torch.randn(1024, 256).to(dtype)
+    # not as torch steps: its moments are wider, or decoded
+    optimizer = GaLoreAdamW([{"params": [param], "rank": None}], state_dtype="8bit")
+    optimizer.step()
+    found = allocations(optimizer.step)
+    tile = 4 * (large if accelerated else small)
+    assert tile <= found.largest + 64 and found.largest <= tile
+    assert found.peak <= 5 * tile + 8192 < full_bytes(param) * (4 if dtype.itemsize == 2 else 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

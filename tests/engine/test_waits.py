@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gpu.waiting import RESTART, SPECTRAL, refresh_may_wait
 from lowrank_optim import LowRankOptimizer, attach_in_backward, methods
 from lowrank_optim.nn import convert
 from lowrank_optim.ops import quant
@@ -25,26 +26,17 @@ from tests.engine import product_cases
 from tests.engine.watch import Watch
 
 STATUS = "the status of a factorisation is read"
-ALLOWED = {
-    "subspaces/randomized.py eigh": "torch has no eigh that keeps its status on the device",
-    "subspaces/svd.py left_singular_vectors": "torch has no svd that keeps its status there",
-}
-"""What a refresh waits for: once a matrix, or once a side of it."""
-
-LORA = {"subspaces/lora.py balance_": "torch has no svd that keeps its status there"}
-"""Of SwitchLoRA at a restart."""
-
-SPECTRAL = {"subspaces/factors.py", "subspaces/spectral.py"}
-"""Of SST at the beginning of an iteration: triplets are sorted out by their values."""
 
 
-def check(seen: Watch, matrices: int, refreshes: bool, factors: bool = False) -> None:
+def check(seen: Watch, optimizer: LowRankOptimizer, matrices: int, refreshes: bool) -> None:
     """Nothing but what is allowed at a refresh, and answers to what was asked a step before."""
+    allowed: set[str] = set()
+    for group in optimizer.param_groups if refreshes else ():
+        allowed |= {*refresh_may_wait(type(optimizer).__name__, group["projector"])}
     left = Counter(seen.where)
-    for where in list(left):
-        if refreshes and where in ALLOWED and left[where] <= matrices:
-            del left[where]
-        if refreshes and factors and where.split()[0] in SPECTRAL:
+    for where, count in seen.where.items():
+        once = where in allowed and count <= matrices
+        if once or where.split()[0] in allowed:
             del left[where]
     assert not left, seen.looks
 
@@ -68,13 +60,12 @@ def stepped(
     optimizer: LowRankOptimizer, params: list[Tensor], grads: list[list[Tensor]], due: set[int]
 ) -> None:
     """Steps under the watch; a basis is due in some."""
-    factors = type(optimizer).__name__.startswith("SST")
     for n, row in enumerate(grads):
         for param, grad in zip(params, row, strict=True):
             param.grad = grad
         with Watch(optimizer) as seen:
             optimizer.step()
-        check(seen, 2 * len(params), n in due, factors)
+        check(seen, optimizer, 2 * len(params), n in due)
 
 
 SHAPES = [(20, 32), (2, 20, 24), (9,)]
@@ -112,7 +103,7 @@ def test_what_factors_of_a_weight_wait_for() -> None:
     switched = {"restart_every": 2, "interval": 4, "freeze_steps": 1}
     for name, options, allowed in (
         ("SSTAdamW", sst, SPECTRAL),
-        ("SwitchLoRAAdamW", switched, LORA),
+        ("SwitchLoRAAdamW", switched, RESTART),
     ):
         params = [cases.parameter((20, 32), torch.float32)]
         optimizer = cases.build(name, params, **options)
@@ -202,7 +193,7 @@ def test_no_backward_waits(mode: Any) -> None:
             if not n and mode == "project":
                 first = [key for key in seen.looks if key[1].startswith(FIRST)]
                 assert sum(seen.looks.pop(key) for key in first) == 2
-            check(seen, 2, refreshes=n % 2 == 0)
+            check(seen, optimizer, 2, refreshes=n % 2 == 0)
 
 
 def run(

@@ -13,17 +13,22 @@ copies between the host and the device are not.
         optimizer.step()
     seen.looks       # Counter of (what, where in the package)
     seen.launches    # Counter of kernels by name; seen.gemms of matrix products
+
+What a call launches is in one table, :mod:`benchmarks.op_costs` for the package's ops and
+:mod:`benchmarks.counting` for torch's. The lifts hold their products inside one kernel; the native
+CUDA backend has a GEMM and a pass for each matrix in their place. The copy of a table of pointers
+from pinned memory, one for a list, is no kernel, and nobody waits for it.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import pytest
 import torch
@@ -33,6 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import lowrank_optim
+from benchmarks.counting import FREE, launches_of
 from lowrank_optim import LowRankOptimizer
 from lowrank_optim.engine import answers
 from lowrank_optim.engine.plan import on_host
@@ -78,62 +84,10 @@ FACTORIES = {
 _COPIED = {torch.tensor, torch.as_tensor, torch.from_numpy}
 """Those whose numbers are the host's, whatever the device."""
 
-_FREE = {
-    aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided,
-    aten.detach, aten.alias, aten.lift_fresh, aten._unsafe_view, aten._reshape_alias, aten.set_,
-    aten.resize_, aten.is_same_size, aten.is_pinned, aten.sym_size, aten.sym_stride,
-    aten.record_stream, aten._local_scalar_dense,
-}  # fmt: skip
-"""No kernel, besides views."""
-
 GEMMS = {
     aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.baddbmm_, aten.matmul, aten.mv,
     aten.addmv, aten.addmv_, aten.dot,
 }  # fmt: skip
-
-
-class Cost(NamedTuple):
-    """Kernels of one call of an op of the package, as Triton's backend launches them.
-
-    A number of tensors of one list op is one launch, with one copy of a table of pointers from
-    pinned memory, which nobody waits for. The lifts hold their products inside one kernel; the
-    native CUDA backend has a GEMM and a pass for each matrix in their place.
-    """
-
-    call: int = 0
-    each: int = 0
-    """For each matrix."""
-    alike: int = 0
-    """For all tensors of one dtype, shape and strides; of cosines, for as many as make a tile."""
-
-    def of(self, xs: Sequence[Tensor]) -> int:
-        """Of a call on these."""
-        kinds = {(x.dtype, x.shape, x.stride()) for x in xs}
-        return self.call + self.each * len(xs) + self.alike * len(kinds)
-
-
-COSTS = {
-    **dict.fromkeys(
-        (
-            "adamw_direction_", "lion_direction_", "moment_", "adamw_direction_8bit_",
-            "lion_direction_8bit_", "moment_8bit_", "quantize_blockwise_",
-            "dequantize_blockwise_", "stochastic_round_", "decay_", "row_steps_",
-            "residual_factors_",
-        ),
-        Cost(call=1),
-    ),
-    "column_norms": Cost(alike=1),
-    "lift_add_scaled_": Cost(each=1),
-    "lift_add_sign_": Cost(each=1),
-    "coordinate_add_": Cost(alike=1),
-    "coordinate_adamw_": Cost(each=2),
-    "top_rows_": Cost(each=11),  # the reference serves: two sorts, a search, what selects
-    "cosine_scores": Cost(alike=5),  # fold, FFT, its copy, scores, their sum
-    "cosine_project_": Cost(alike=4),  # fold, FFT, its copy, pick
-    "cosine_lift_add_": Cost(alike=6),  # places, fold, FFT, its copy, add
-    "cosine_adamw_": Cost(each=2, alike=11),
-}  # fmt: skip
-"""By ``lowrank_optim/ops/triton``."""
 
 
 class Watch:
@@ -272,44 +226,17 @@ class Watch:
                 return True
         elif any(x.dim() for x in hosts):
             self.look("a tensor of the host among those of the device")
-        self._launched(func, given, args)
+        self._launched(func, given, args, kwargs)
         return False
 
-    def _launched(self, func: Any, given: list[Tensor], args: tuple[Any, ...]) -> None:
+    def _launched(
+        self, func: Any, given: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         packet, name = func.overloadpacket, func._opname
-        if func.namespace == "lowrank_optim":
-            self.launches[name] += COSTS[name].of(args[0])
-        elif given and not func.is_view and packet not in _FREE:
-            self.launches[name] += _kernels(name, args)
+        if func.namespace == "lowrank_optim" or (given and not func.is_view and packet not in FREE):
+            self.launches[name] += launches_of(func, args, kwargs)
             if packet in GEMMS:
                 self.gemms[name] += 1
-
-
-def _kernels(name: str, args: tuple[Any, ...]) -> int:
-    """Of an op of torch: of a list one, if torch's multi-tensor kernels take it.
-
-    They want dense tensors, and others beside them of the same shapes and strides; what they do not
-    take is done one by one. (Above 320 pieces of 65,536 entries torch launches them again.)
-    """
-    if not name.startswith("_foreach"):
-        return 1
-    lists = [x for x in args if isinstance(x, (list, tuple)) and isinstance(x[0], Tensor)]
-    taken = all(
-        _is_dense(own[0]) and all(x.shape == own[0].shape for x in own)
-        and all(x.stride() == own[0].stride() for x in own)
-        for own in zip(*lists, strict=True)
-    )  # fmt: skip
-    return 1 if taken else len(lists[0])
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether its elements are all of a piece of memory, in any order."""
-    size = 1
-    for stride, length in sorted(zip(x.stride(), x.shape, strict=True)):
-        if length != 1 and stride != size:
-            return False
-        size *= length
-    return True
 
 
 class _Functions(TorchFunctionMode):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.ops import bitsandbytes, composite, cosine, native, reference
+from lowrank_optim.ops import bitsandbytes, cosine, native, reference
 from lowrank_optim.ops.noise import Noise
 from lowrank_optim.subspaces import coordinate, dct, entries
 from lowrank_optim.subspaces.target import Target
@@ -166,8 +166,7 @@ def test_tiles_do_not_show(name: str, layout: str, monkeypatch: pytest.MonkeyPat
     grad = whole(*stored, seed=8).to(torch.bfloat16)
     found = []
     for size in (1 << 18, 3 * N, 1):
-        for module, key in ((composite, "TILE_ELEMENTS"), (ops, "TILE_ELEMENTS"),
-                            (ops.tiles, "TILE_ELEMENTS"), (entries, "TILE")):  # fmt: skip
+        for module, key in ((ops.tiles, "TILE_ELEMENTS"), (entries, "TILE")):
             if name != "entries" or module is not entries:  # its draws are of its tiles
                 monkeypatch.setattr(module, key, size)
         monkeypatch.setitem(cosine.TILE_ELEMENTS, False, size)

@@ -40,7 +40,7 @@ BYTES = {
     "adamw": 24, "adamw rows": 32, "lion": 16, "moment": 16, "stochastic_round": 6,
     "adamw 8bit": 12 + 16 / 256, "adamw 8bit rows": 20 + 16 / 256,
     "lion 8bit": 10 + 8 / 256, "moment 8bit": 10 + 8 / 256,
-    "quantize": 5 + 4 / 256, "dequantize": 5 + 4 / 256,
+    "quantize": 5 + 4 / 256, "dequantize": 5 + 4 / 256, "decay": 2 * 2, "row_steps": 12,
     "lift_sign bf16": 3 * 2, "lift_sign fp32": 3 * 4,
     "lift_scaled bf16": 3 * 2 + 4 / 128, "lift_scaled fp32": 3 * 4 + 4 / 64,
 }  # fmt: skip
@@ -49,8 +49,11 @@ BYTES = {
 With rows, their eps and scale are read by every element, mostly from the first cache; of a lift
 that is what is outside its products, with one factor for each column of a tile.
 """
-FLAT = ("adamw", "adamw rows", "lion", "moment", "stochastic_round")
-"""Elementwise: four float32 of a lane are one access, where no lane has a mask for each."""
+WIDEST = {
+    **dict.fromkeys(("adamw", "adamw rows", "lion", "moment", "stochastic_round"), 16), "decay": 8,
+}  # fmt: skip
+"""Elementwise: four entries of a lane are one access, where no lane has a mask for each; of float32
+but for weights."""
 MMA = ("sm_80", "sm_86", "sm_89", "sm_120")  # others have matrix units of their own
 
 
@@ -78,8 +81,8 @@ def check(name: str, target_name: str) -> None:
     if wanted is not None and not name.endswith("/many"):  # addresses from a table have no names
         seen = traffic(compiled.asm["ttir"])
         assert elements(VARIANTS[name]) and bytes_each(VARIANTS[name], seen) == wanted, seen
-    if target.backend == "cuda" and name.split("/")[0] in FLAT:
-        assert widest(compiled.asm["ptx"]) == 16, name
+    if target.backend == "cuda" and name.split("/")[0] in WIDEST:
+        assert widest(compiled.asm["ptx"]) == WIDEST[name.split("/")[0]], name
     product = PRODUCTS.get(name.split("/")[0])
     if product and target_name in MMA:
         assert product in compiled.asm["ptx"], name

@@ -134,7 +134,7 @@ def test_dense_tiles_are_the_whole(
     """A large dense tensor is stepped a few rows at a time; the bits do not depend on how many."""
     start, grads = cases.parameter((13, 7), dtype), cases.gradients((13, 7), 3, dtype)
     whole, _ = cases.train(name, start, grads, rank=None)
-    monkeypatch.setattr(ops, "TILE_ELEMENTS", 15)
+    monkeypatch.setattr(ops.tiles, "TILE_ELEMENTS", 15)
     tiled, _ = cases.train(name, start, grads, rank=None)
     assert torch.equal(whole, tiled)
 

@@ -71,7 +71,7 @@ def test_an_update_is_decode_update_encode(
         monkeypatch.setenv("LOWRANK_OPTIM_BACKEND", "reference")
     elif not ops.schema.backend(torch.zeros(1)).__name__.endswith("native"):
         pytest.skip("the native library is not built")
-    monkeypatch.setattr(ops, "TILE_ELEMENTS", 1000)
+    monkeypatch.setattr(ops.tiles, "TILE_ELEMENTS", 1000)
     param = nn.Parameter(torch.randn(shape))
     own = {"lr": 0.01, "weight_decay": 0.1, "state_dtype": "8bit"}
     group = {"params": [param], "rank": None}
@@ -405,7 +405,7 @@ def test_no_moment_exists_in_float32(cls: Any, rank: int | None) -> None:
     elements = math.prod(shape) if rank is None else rank * 2048
     moment = 4 * elements
     assert peaks["8bit"] < (moment if rank is None else 3 * moment + 4 * rank * 1024)
-    assert peaks["8bit"] <= max(peaks["float32"], 6 * 4 * ops.TILE_ELEMENTS) + 4096
+    assert peaks["8bit"] <= max(peaks["float32"], 6 * 4 * ops.tiles.TILE_ELEMENTS) + 4096
 
 
 def test_the_class_is_the_option() -> None:

@@ -16,6 +16,7 @@ from lowrank_optim.ops.triton.launch import (
     flags,
     groups,
     launch,
+    length,
     locate,
     number,
     packed,
@@ -40,7 +41,7 @@ def decay_kernel(
     w = pointer(table, tensors, t, 1, w, MANY, ALIGNED)
     start = part * BLOCK
     lane = tl.arange(0, BLOCK)
-    mask = lane < number(table, tensors, t, 4, count, MANY) - start
+    mask = lane < length(table, tensors, t, 4, count, MANY, ALIGNED) - start
     new = decay * tl.load(w + start + lane, mask, 0.0).to(tl.float32)
     tl.store(w + start + lane, new.to(w.dtype.element_ty), mask)
 

@@ -1,0 +1,40 @@
+"""What a refresh may make the host of an accelerator wait for: the table of docs/performance.md.
+
+Places are a file of the package and a function, or a file alone. No step without a refresh waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+EIGH = "subspaces/randomized.py eigh"
+SVD = "subspaces/svd.py left_singular_vectors"
+FACTORISATIONS = {
+    EIGH: "torch has no eigh that keeps its status on the device",
+    SVD: "torch has no svd that keeps its status there",
+}
+"""Once a matrix, or once a side of it."""
+RESTART = {"subspaces/lora.py balance_": "torch has no svd that keeps its status there"}
+"""Of SwitchLoRA with ``restart_every``."""
+SPECTRAL = {"subspaces/factors.py", "subspaces/spectral.py"}
+"""Of SST at the beginning of an iteration: triplets are sorted out by their values."""
+PROJECTORS = {"svd": {SVD}, "rsvd": {EIGH, SVD}}
+"""Of others a refresh waits for nothing."""
+
+
+def refresh_may_wait(name: str, projector: str) -> Collection[str]:
+    """Where a refresh of a class may wait.
+
+    Args:
+        name: of the class.
+        projector: of its groups.
+    """
+    if name.startswith("SST"):
+        return SPECTRAL
+    return PROJECTORS.get(projector, ())
+
+
+def is_allowed(place: str, allowed: Collection[str]) -> bool:
+    """Whether ``subspaces/svd.py:41 function`` is one of these places."""
+    file, _, rest = place.removeprefix("lowrank_optim/").partition(":")
+    return file in allowed or f"{file} {rest.partition(' ')[2]}" in allowed

@@ -1,0 +1,113 @@
+"""The table of launches is what the launchers of Triton's backend do; no kernel runs."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+
+from benchmarks import op_costs
+from benchmarks.counting import FREE, launches_of, named, pretended_accelerator
+from benchmarks.op_costs import COMPOSED, package_kernels
+from lowrank_optim.ops import devices
+from lowrank_optim.ops import triton as ops
+from tests.ops import ops_cases, ops_cosines, ops_factors
+
+COPIES = {"_fft_c2r"}
+"""Of torch: they overwrite what they read, so that CUDA's clone it within."""
+
+
+class Counter(TorchDispatchMode):
+    """Kernels of torch's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and func.overloadpacket not in FREE:
+            self.launches += launches_of(func, args, kwargs or {}) + (func._opname in COPIES)
+        return func(*args, **(kwargs or {}))
+
+
+class Launched:
+    """In the place of a kernel: counts, and runs nothing."""
+
+    def __init__(self, seen: Counter) -> None:
+        self.seen = seen
+
+    def __getitem__(self, grid: object) -> Launched:
+        return self
+
+    def __call__(self, *args: object, **meta: object) -> None:
+        self.seen.launches += 1
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    seen = Counter()
+    for name in sorted({*ops._MODULES.values()}):
+        module = importlib.import_module(f"lowrank_optim.ops.triton.{name}")
+        if hasattr(module, "launch"):
+            monkeypatch.setattr(module, "launch", Launched(seen))
+        for kernel in [key for key in vars(module) if key.startswith("lift_")]:
+            if kernel.endswith("_kernel"):
+                monkeypatch.setattr(module, kernel, Launched(seen))
+    monkeypatch.setattr(devices, "HOSTS", frozenset())
+    return seen
+
+
+def cases(op: str) -> list[ops_cases.Arguments]:
+    """Lists of several shapes; those that are alike; each way to store a matrix."""
+    found = [ops_cases.example(op)]
+    if op in ops_cosines.COSINES:
+        for basis in ("dct2", "dct3"):
+            for widths in ((7, 7, 7), (7, 9, 7)):
+                own: dict[str, Any] = {"basis": basis, "widths": widths, "moved": False}
+                found.append(ops_cosines.arguments(op, torch.float32, **own))
+    elif op == "top_rows_":  # but for a set of none, of which less is asked
+        found = [{k: x[1:] for k, x in found[0].items()}]
+    elif op == "decay_":
+        for how in ("columns", "slice"):
+            for factors in (True, False):
+                for unsound in (None, 1):
+                    own = {"how": how, "factors": factors, "unsound": unsound}
+                    found.append(ops_factors.arguments(op, torch.float32, **own))
+    elif op in (*ops_cases.APPLIES, "column_norms"):
+        found.append(ops_cases.matrices(op, torch.float32, shapes=[(17, 33)] * 3))
+    return found
+
+
+@pytest.mark.parametrize("op", ops.OPS)
+def test_the_table_is_what_the_launchers_do(op: str, launched: Counter) -> None:
+    """Of each op, by lists of tensors: launched kernels, and torch's around them."""
+    for arguments in cases(op):
+        given = {name: arguments[name] for name in ops_cases.names(op)}
+        counted = sum(k.launches for k in package_kernels(op, given))
+        launched.launches = 0
+        with launched:
+            getattr(ops, op)(*given.values())
+        assert launched.launches == counted, {k: v for k, v in given.items() if k == "basis"}
+
+
+def test_a_kernel_more_is_seen(launched: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Broken on purpose: one more of what plain torch does."""
+    monkeypatch.setitem(COMPOSED, "top_rows_", COMPOSED["top_rows_"] + 1)
+    with pytest.raises(AssertionError):
+        test_the_table_is_what_the_launchers_do("top_rows_", launched)
+
+
+def test_gathers_of_other_strides_are_counted() -> None:
+    """A tile of an accelerator at a time, and the op on each; what is dense shares one launch."""
+    op = torch.ops.lowrank_optim.moment_.default
+    with pretended_accelerator():
+        x, y = torch.empty(4096, 8192), torch.empty(8192, 4096).mT
+        outs = [torch.empty(4096, 8192) for _ in range(3)]
+        given = named(op, ([x, y, x], outs, outs, 0.5, 0.5, []), {})
+        found = {k.op: k.launches for k in op_costs.package_kernels("moment_", given)}
+    assert found == {"gather": 2, "moment_": 1 + 2}
