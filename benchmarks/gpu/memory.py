@@ -11,9 +11,10 @@ from benchmarks.allocations import allocations
 from benchmarks.gpu.models import build, config, free
 from benchmarks.gpu.report import Section
 from benchmarks.gpu.settings import Settings, Size
-from benchmarks.memory import gib, methods
 from benchmarks.timing import peer
 from lowrank_optim import LowRankOptimizer, attach_in_backward
+from lowrank_optim.cli.display import gib
+from lowrank_optim.cli.rows import usual
 from lowrank_optim.memory import estimate
 
 TITLE = "Memory"
@@ -27,7 +28,7 @@ def run(section: Section, settings: Settings) -> None:
     """A table for each size."""
     for size in settings.sizes:
         rows = []
-        for case in cases(section, size):
+        for case in cases(section, size, settings.dtype):
             name, _, _, mode = case
             label = name if mode is None else f"{name}, mode={mode!r}"
             try:
@@ -49,10 +50,12 @@ def run(section: Section, settings: Settings) -> None:
         section.add(title, ("", "measured", "estimated", "ratio"), rows)
 
 
-def cases(section: Section, size: Size) -> list[Case]:
-    """Every row of ``benchmarks.memory``, and the modes that its class has."""
+def cases(section: Section, size: Size, dtype: torch.dtype) -> list[Case]:
+    """Every row of ``lowrank-optim memory``, and the modes that its class has."""
     found: list[Case] = []
-    for name, (cls, options) in methods(size.rank).items():
+    for row in usual(size.rank, dtype):
+        name, options = row.name, dict(row.options)
+        cls: Any = row.optimizer
         if isinstance(cls, str) and peer("bitsandbytes.optim", "AdamW8bit") is None:
             section.notes.append(f"bitsandbytes is not installed: {name} is not measured.")
             continue

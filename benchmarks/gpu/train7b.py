@@ -17,8 +17,8 @@ from benchmarks.gpu.memory import peak
 from benchmarks.gpu.models import build, config, free
 from benchmarks.gpu.report import Section
 from benchmarks.gpu.settings import Settings
-from benchmarks.memory import gib
 from lowrank_optim import GaLoreAdamW8bit, attach_in_backward
+from lowrank_optim.cli.display import gib
 from lowrank_optim.memory import estimate
 
 TITLE = "A 7B model under 24 GiB"

@@ -353,11 +353,11 @@ def test_no_memory_left_is_a_row_and_other_errors_failures(monkeypatch: Any) -> 
 
     chosen = [("a", None, {}, None), ("b", None, {}, "step"), ("c", None, {}, "project")]
     settings = full(CPU)
-    monkeypatch.setattr(memory, "cases", lambda section, size: chosen)
+    monkeypatch.setattr(memory, "cases", lambda section, size, dtype: chosen)
     monkeypatch.setattr(memory, "measured", measured)
     monkeypatch.setattr(memory, "estimated", lambda *args: 2 << 30)
     section = Section("memory", "")
-    memory.run(section, SimpleNamespace(sizes=settings.sizes[:1], tokens=8))
+    memory.run(section, SimpleNamespace(sizes=settings.sizes[:1], tokens=8, dtype=settings.dtype))
     assert section.tables[0].rows == [
         ("a", "out of memory", "2.00", ""), ("c, mode='project'", "3.00", "2.00", "1.500"),
     ]  # fmt: skip
