@@ -37,7 +37,7 @@ SHAPES = {"wide": (5, 12), "tall": (13, 6), "few": (2, 9), "also": (5, 12), "tur
 """Outputs and inputs; from three ranks on some have nothing of two outputs."""
 SST: dict[str, dict[str, Any]] = {
     "sst": {"steps_per_iteration": 2, "warmup_steps": 1, "iterations_per_round": 2},
-    "sst seldom": {"steps_per_iteration": 3},
+    "sst seldom": {"steps_per_iteration": 3, "warmup_steps": 1},
     "sst flips": {
         "steps_per_iteration": 2,
         "iterations_per_round": 3,
@@ -53,13 +53,13 @@ SST: dict[str, dict[str, Any]] = {
         "sampling": "uniform",
         "maximize": True,
     },
-    "sst eight bits": {"steps_per_iteration": 3, "state_dtype": "8bit"},
+    "sst eight bits": {"steps_per_iteration": 2, "state_dtype": "8bit"},
 }
 BROAD = {"wide": (8, 2100), "tall": (12, 5)}
 """Of which one has moments that are large enough for 8 bits."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "switched": {},
-    "restarts": {"restart_every": 2, "weight_decay": 0.1},
+    "restarts": {"restart_every": 3, "weight_decay": 0.1},
     "weights decay": {
         "decay_on": "weight",
         "weight_decay": 1.0,
