@@ -137,10 +137,12 @@ EXACT = frozenset({"column_norms", "coordinate_add_"})
 """Code that is compiled for shapes and strides: a list of these is one launch for each."""
 LIFTS = frozenset({"lift_add_scaled_", "lift_add_sign_"})
 """Products: one launch a matrix."""
-COMPOSED = {"top_rows_": 11, "coordinate_adamw_": 17}
-"""Kernels a matrix of what plain torch serves: sorts, searches, gathers, and what is around them.
+COMPOSED = {"top_rows_": 12, "coordinate_adamw_": 17}
+"""Kernels of what plain torch serves: sorts, searches, gathers, and what is around them.
 
-Of ``coordinate_adamw_`` with one tile and ``free="sign"``: an accelerator never asks for it."""
+``top_rows_`` is for all matrices of one shape (a copy of scores that do not lie side by side is not
+counted), ``coordinate_adamw_`` for one, of one tile and ``free="sign"``: no accelerator asks for it.
+"""
 
 
 def package_kernels(name: str, given: Arguments) -> list[Kernel]:
@@ -151,8 +153,9 @@ def package_kernels(name: str, given: Arguments) -> list[Kernel]:
     first: list[Tensor] = next(iter(given.values()))
     full = [i for i, x in enumerate(first) if x.numel()]
     if name in COMPOSED:  # each of its kernels passes over what it works on
+        groups = len(full) if name == "coordinate_adamw_" else len(_alike(given, full, exact=True))
         count = COMPOSED[name]
-        return [Kernel(name, count * len(full), count * least.bytes, least.flops)]
+        return [Kernel(name, count * groups, count * least.bytes, least.flops)]
     if name in LIFTS:
         unit = MATRIX if given["bases"] and given["bases"][0].dtype == torch.bfloat16 else SCALAR
         return [Kernel(name, len(full), least.bytes, least.flops, unit)]

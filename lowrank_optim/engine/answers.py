@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowrank_optim.engine.tracing import fake_mode
 from lowrank_optim.ops.devices import queued
+from lowrank_optim.subspaces.searches import Ask, Searching
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def put_back(state: State, answer: Answer | None) -> None:
             _open[key] = answer
 
 
-def expect_(state: State, name: str, ok: Tensor, last: int, soon: bool) -> None:
+def expecting_(state: State, name: str, ok: Tensor, last: int, soon: bool) -> Searching[None]:
     """Note that the device knows whether a refresh came about.
 
     Args:
@@ -84,10 +85,14 @@ def expect_(state: State, name: str, ok: Tensor, last: int, soon: bool) -> None:
     if fake_mode() is not None:
         return  # of a healthy run, in which all come about
     before = of(state)
-    good = ok.to(torch.int32) if before is None else before.good + ok
+    good = yield Ask(_counted, (ok,)) if before is None else Ask(torch.add, (before.good, ok))
     count, last = (1, last) if before is None else (before.count + 1, before.last)
     told, arrived = _on_its_way(good) if soon else (None, None)
     _open[state["refresh_step"]] = Answer(name, good, count, last, told, arrived)
+
+
+def _counted(ok: Tensor) -> Tensor:
+    return ok.to(torch.int32)
 
 
 def _on_its_way(good: Tensor) -> tuple[Tensor | None, Any]:

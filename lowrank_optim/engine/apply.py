@@ -14,10 +14,10 @@ from lowrank_optim.engine.plan import Strategies
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops import Noise
 from lowrank_optim.ops.devices import on_accelerator
+from lowrank_optim.ops.stacked import stacked
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import shares_memory
-from lowrank_optim.tensors.stacked import stacked
 
 
 class Push(NamedTuple):

@@ -25,11 +25,12 @@ from lowrank_optim.engine.plan import (
 from lowrank_optim.groups.names import turn_of
 from lowrank_optim.ops import quant
 from lowrank_optim.ops.devices import on_accelerator, recording
+from lowrank_optim.ops.moving import move_rows_all_
 from lowrank_optim.ops.rows import take_rows
 from lowrank_optim.rules.base import Slot
 from lowrank_optim.subspaces.base import BasisChange, RefreshContext
 from lowrank_optim.subspaces.projector import usable
-from lowrank_optim.subspaces.searches import Searching, alone
+from lowrank_optim.subspaces.searches import Ask, Searching, alone
 from lowrank_optim.transports import TRANSPORTS
 
 logger = logging.getLogger(__name__)
@@ -120,11 +121,11 @@ def refreshing_(
     if moved is None or (ok is not None and not later and not _came_about(item, state, step, ok)):
         return False
     last = int(state["refresh_step"])
-    follow_(item, state, moved, step, chosen, sources, ok if later else None)
+    yield from _following_(item, state, moved, step, chosen, sources, ok if later else None)
     if ok is not None and later:
         assert item.subspace is not None
         soon = chosen.gap > 1 or not item.subspace.indexed
-        answers.expect_(state, item.name, ok, last, soon)
+        yield from answers.expecting_(state, item.name, ok, last, soon)
     if found is not None:
         found.update({k: m.low for k, m in moved.items() if m.low is not None})
     return True
@@ -160,9 +161,9 @@ def _search(
     seen = None if look is None else look[1]
     fine: Tensor | None = None
     if subspace.needs_grad:
-        norm, seen = look or subspace.look(grad)
+        norm, seen = look or (yield from subspace.looking(grad))
         if subspace.selects and on_accelerator(norm):
-            fine = usable(norm)
+            fine = yield Ask(usable, (norm,))
         elif not _is_informative(item, state, float(norm), step):
             return None, None
     generator = seeded(chosen.seed, item.uid, step)
@@ -206,6 +207,19 @@ def follow_(
     sources: dict[str, Tensor] | None = None,
     ok: Tensor | None = None,
 ) -> None:
+    """:func:`_following_` of one matrix."""
+    alone(_following_(item, state, moved, step, chosen, sources, ok))
+
+
+def _following_(
+    item: ParamPlan,
+    state: State,
+    moved: dict[str, BasisChange],
+    step: int,
+    chosen: Strategies,
+    sources: dict[str, Tensor] | None,
+    ok: Tensor | None,
+) -> Searching[None]:
     """Let moments and ages follow their coordinates, and count the refresh.
 
     Where ``ok``, a 0-d bool on an accelerator, is False, no coordinate has moved, and nothing
@@ -217,9 +231,14 @@ def follow_(
     if last >= 0 and chosen.on_refresh != "keep":
         time = step - (last if chosen.on_refresh == "reset" else 0)
         for coord, shape in subspace.coord_shapes(view).items():
+            source = moved[coord].source
+            rows = _rows_alone(state, coord, shape, moved[coord], chosen)
+            if sources is None and source is not None and rows:
+                xs, fills = zip(*rows, strict=True)
+                yield Ask(_move_all_, (source, *xs), (fills,), listed=True)
+                continue
             if chosen.aged:
                 _carry_ages_(state[age_key(coord)], moved[coord], chosen.on_refresh)
-            source = moved[coord].source
             if sources is not None and source is not None and chosen.on_refresh == "project":
                 sources[coord] = source
                 continue
@@ -295,6 +314,34 @@ def _moved_as_stored(
         chosen.store.move_rows_(state, key, slot, source)
         for key, slot in zip(keys, slots, strict=True)
     )
+
+
+def _rows_alone(
+    state: State, coord: str, shape: Sequence[int], moved: BasisChange, chosen: Strategies
+) -> list[tuple[Tensor, int]] | None:
+    """Moments and ages ``(r, n)``, as they are kept, of an accelerator where their rows alone move.
+
+    Each with what a row is filled with that starts again.
+    """
+    source, slots = moved.source, chosen.rule.slots(shape)
+    if source is None or source.dim() > 1 or not on_accelerator(source):
+        return None
+    if chosen.on_refresh != "project" or moved.source_right is not None:
+        return None
+    found = [(state[age_key(coord)].unsqueeze(-1), 0)] if chosen.aged else []
+    for slot in slots:
+        rows = chosen.store.rows(state, slot_key(coord, slot.name), slot)
+        if slot.averaged is not None or rows is None:
+            return None
+        found += rows
+    return found
+
+
+def _move_all_(sources: list[Tensor], *lists: Any) -> list[Tensor]:
+    """Rows of what several matrices keep alike."""
+    *kept, fills = lists
+    move_rows_all_(kept, sources, fills)
+    return sources
 
 
 def _restart_(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -153,7 +154,12 @@ def _project(
     pairs: Sequence[tuple[ParamPlan, State]], chosen: Strategies, undo: Undo
 ) -> list[MatrixStep]:
     """Phases one and two: refresh the bases that are due, then take coordinates."""
-    found = together([_refreshed(item, state, chosen, undo) for item, state in pairs])
+    due = [
+        not isinstance(item.param.grad, ProjectedGrad) and basis_due(item, state, chosen)
+        for item, state in pairs
+    ]
+    _keep(list(compress(pairs, due)), undo)
+    found = together([_refreshed(*pair, own, chosen) for pair, own in zip(pairs, due, strict=True)])
     at = [n for n, (_, coords) in enumerate(found) if not coords]
     if at:
         (item, _), *_ = pairs
@@ -169,13 +175,21 @@ def _project(
     return works
 
 
+def _keep(pairs: Sequence[tuple[ParamPlan, State]], undo: Undo) -> None:
+    """What refreshes may overwrite, of all at once."""
+    keys: dict[str, None] = {}
+    for item, state in pairs:
+        assert item.subspace is not None
+        keys.update(dict.fromkeys(item.subspace.refreshed(state)))
+    undo.keep_all([state for _, state in pairs], keys)
+
+
 def _refreshed(
-    item: ParamPlan, state: State, chosen: Strategies, undo: Undo
+    item: ParamPlan, state: State, due: bool, chosen: Strategies
 ) -> Searching[tuple[Tensor, dict[str, Tensor]]]:
     """The gradient, with what is added to it, and the coordinates that are known already."""
-    view, subspace = item.view, item.subspace
-    assert view is not None and subspace is not None and item.param.grad is not None
-    grad = item.param.grad
+    view, grad = item.view, item.param.grad
+    assert view is not None and grad is not None
     coords: dict[str, Tensor] = {}
     if isinstance(grad, ProjectedGrad):  # taken inside backward, in a basis that is not due
         state.update(grad.fresh)
@@ -184,8 +198,7 @@ def _refreshed(
         coords = {k: x.clone() if chosen.maximize else x for k, x in grad.coords.items()}
     else:
         grad = chosen.residual.before(state, view.of(grad))
-        if basis_due(item, state, chosen):
-            undo.keep(state, subspace.refreshed(state))
+        if due:
             step = int(state["step"])
             yield from refreshing_(item, state, grad, step, chosen, coords, later=True)
     return grad, coords

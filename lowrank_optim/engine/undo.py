@@ -52,18 +52,19 @@ class Undo:
         """:meth:`keep` of several, whose copies are made at once."""
         if self._idle:
             return
+        lists: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for key in keys:
-            copies, entries = [], []
             for state in states:
                 own = self._kept[id(state)][-1]
                 if key not in own and key in state and key not in COUNTERS:
                     entry = state[key].detach()
                     spare = self._spare.get((entry.shape, entry.dtype, entry.device))
                     own[key] = spare.pop() if spare else torch.empty_like(entry)
+                    copies, entries = lists.setdefault(entry.dtype, ([], []))
                     copies.append(own[key])
                     entries.append(entry)
-            if entries:
-                torch._foreach_copy_(copies, entries)
+        for copies, entries in lists.values():
+            torch._foreach_copy_(copies, entries)
 
     def done(self, state: State) -> None:
         """The weights have been written, or the step is over."""

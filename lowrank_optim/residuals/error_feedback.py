@@ -12,13 +12,13 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.ops.devices import on_accelerator
+from lowrank_optim.ops.stacked import stacked
 from lowrank_optim.residuals.base import Measured, ResidualInputs
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.base import State
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term, Wants
 from lowrank_optim.tensors.matrix import MatrixView
-from lowrank_optim.tensors.stacked import stacked
 from lowrank_optim.tensors.values import check_finite
 
 FORMATS = (None, "float32", "bfloat16", "8bit", "4bit")

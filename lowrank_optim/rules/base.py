@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_optim.ops.quant import Moment
-from lowrank_optim.tensors.stacked import empty_like_all
+from lowrank_optim.ops.stacked import empty_like_all
 
 Slots = Sequence[Moment]
 Steps = Sequence[float] | Tensor

@@ -90,6 +90,13 @@ class Store(Protocol):
         """Raise ValueError unless a saved slot holds finite numbers, squares no negative ones."""
         ...
 
+    def rows(self, state: State, key: str, slot: Slot) -> list[tuple[Tensor, int]] | None:
+        """Tensors ``(..., r, k)`` whose rows are those of the slot, each with its code of zero.
+
+        None where parts of several rows are kept together.
+        """
+        ...
+
     def move_rows_(self, state: State, key: str, slot: Slot, source: Tensor) -> bool:
         """Move rows to the places ``source`` gives them, without a rounding; False if it cannot."""
         ...
@@ -118,6 +125,10 @@ class Store(Protocol):
 
 class OneByOne:
     """What stores have in common that ask nothing of a bucket."""
+
+    def rows(self, state: State, key: str, slot: Slot) -> list[tuple[Tensor, int]] | None:
+        """None that could be moved with those of other matrices."""
+        return None
 
     def read_all(
         self: Store, states: Sequence[State], key: str, slot: Slot, likes: Sequence[Tensor]

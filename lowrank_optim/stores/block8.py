@@ -72,16 +72,21 @@ class Block8Store(OneByOne):
         else:
             self.small.check_state(state, key, slot)
 
-    def move_rows_(self, state: State, key: str, slot: Slot, source: Tensor) -> bool:
+    def rows(self, state: State, key: str, slot: Slot) -> list[tuple[Tensor, int]] | None:
         """Codes and scales, where every row ends in a block of its own."""
         scales, codes = state.get(scale_key(key)), state[key]
         if scales is None:
-            return self.small.move_rows_(state, key, slot, source)
+            return self.small.rows(state, key, slot)
         if codes.shape[-1] < quant.BLOCK:
-            return False
-        move_rows_(codes, source, quant.zero_code(slot.signed))
-        move_rows_(scales.view(*codes.shape[:-1], -1), source)
-        return True
+            return None
+        return [(codes, quant.zero_code(slot.signed)), (scales.view(*codes.shape[:-1], -1), 0)]
+
+    def move_rows_(self, state: State, key: str, slot: Slot, source: Tensor) -> bool:
+        """Codes and scales."""
+        rows = self.rows(state, key, slot)
+        for x, fill in rows or ():
+            move_rows_(x, source, fill)
+        return rows is not None
 
     def read(
         self, state: State, key: str, slot: Slot, like: Tensor, *, dense: bool = False

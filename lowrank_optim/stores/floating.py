@@ -12,9 +12,9 @@ from torch import Tensor
 from lowrank_optim import ops
 from lowrank_optim.ops.moving import move_rows_
 from lowrank_optim.ops.quant import Moment
+from lowrank_optim.ops.stacked import empty_like_all
 from lowrank_optim.rules.base import Slot, compute_dtype
 from lowrank_optim.stores.base import State, Whole, register
-from lowrank_optim.tensors.stacked import empty_like_all
 from lowrank_optim.tensors.values import check_finite
 
 
@@ -55,6 +55,10 @@ class FloatStore:
     def check_state(self, state: Mapping[str, Tensor], key: str, slot: Slot) -> None:
         """Its numbers."""
         check_finite(state, key, least=-math.inf if slot.signed else 0)
+
+    def rows(self, state: State, key: str, slot: Slot) -> list[tuple[Tensor, int]] | None:
+        """As they are stored."""
+        return [(state[key], 0)]
 
     def move_rows_(self, state: State, key: str, slot: Slot, source: Tensor) -> bool:
         """As they are stored."""

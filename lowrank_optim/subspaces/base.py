@@ -202,6 +202,11 @@ class Subspace(ABC):
         """A number that is 0 or not finite where ``grad`` tells nothing, and what else was seen."""
         return torch.linalg.vector_norm(ops.matrix_norm(grad)), None
 
+    def looking(self, grad: Tensor) -> Searching[tuple[Tensor, Any]]:
+        """:meth:`look`, asking for what several matrices can share a call for."""
+        yield from ()
+        return self.look(grad)
+
     def of_columns(self, start: int, stop: int, n: int) -> Self:
         """This subspace for columns ``start`` to ``stop`` of ``n``, of which alone a step knows."""
         return self

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.ops.devices import sent
+from lowrank_optim.ops.stacked import empty_like_all
 from lowrank_optim.subspaces.base import (
     BasisChange,
     Reduce,
@@ -23,7 +24,6 @@ from lowrank_optim.subspaces.base import (
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
-from lowrank_optim.tensors.stacked import empty_like_all
 from lowrank_optim.tensors.values import check_index
 
 FREE = {"sign": "sign", "raw": "sgd"}

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.ops.cosine import CosineTransform, column_tiles, cosine_rows
+from lowrank_optim.ops.stacked import empty_like_all, stacked
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.base import State, register
-from lowrank_optim.subspaces.fixed import FixedBasis
+from lowrank_optim.subspaces.fixed import SPECTRUM_ELEMENTS, FixedBasis, Spectrum
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
-from lowrank_optim.tensors.stacked import empty_like_all, stacked
 
 TRANSFORMS = ("auto", "matmul", "fft")
 FFT_COST: dict[tuple[str, torch.dtype], float] = {
@@ -115,7 +115,19 @@ class DCT(FixedBasis):
             return []
         plan = self.plan(grads[0].shape[0], grads[0])
         scores = ops.cosine_scores(grads, plan, self.basis, self.ranking)
-        return list(zip(torch.stack(scores).sum(1).unbind(0), scores, strict=True))
+        return list(zip(stacked(scores).sum(1).unbind(0), scores, strict=True))
+
+    def _spectra(self, grads: Sequence[Tensor]) -> list[Spectrum]:
+        n = grads[0].shape[0]
+        if not self.fast(n, grads[0]):
+            return super()._spectra(grads)
+        if self.fused(n, grads[0]):
+            return [Spectrum(*found) for found in self.look_at([*grads])]
+        keep, found = len(grads) * grads[0].numel() <= SPECTRUM_ELEMENTS, []
+        for grad in grads:
+            scores, parts = self._scores(grad)
+            found.append(Spectrum(scores.sum(), scores, None, parts if keep else ()))
+        return found
 
     def _scores(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
         if grad.dim() > 2 or not self.fused(grad.shape[0], grad):

@@ -5,25 +5,40 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.ops.cosine import column_tiles
+from lowrank_optim.ops.cosine import column_tiles, together
+from lowrank_optim.ops.devices import on_accelerator
+from lowrank_optim.ops.stacked import empty_like_all, stacked
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.base import BasisChange, RefreshContext, Shared, State
 from lowrank_optim.subspaces.coordinate import source_of
 from lowrank_optim.subspaces.projector import Projector
+from lowrank_optim.subspaces.searches import Ask, Searching
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
-from lowrank_optim.tensors.stacked import stacked
 from lowrank_optim.tensors.values import check_index
 
 SPECTRUM_ELEMENTS = 1 << 24
 """Spectra up to this size (64 MiB) are kept while the best of them are chosen."""
+
+
+class Spectrum(NamedTuple):
+    """What is known of the coefficients of a gradient."""
+
+    size: Tensor
+    """0 or not finite where the gradient is."""
+    scores: Tensor
+    """``(m,)``."""
+    whole: Tensor | None = None
+    """All coefficients ``(m, n)``, where they are kept."""
+    parts: Sequence[Tensor] = ()
+    """The same, as they were transformed."""
 
 
 @dataclass(frozen=True)
@@ -125,17 +140,55 @@ class FixedBasis(Projector):
             index.copy_(torch.where(moves, index, old))
             stay = torch.arange(self.rank, dtype=source.dtype, device=source.device)
             source = torch.where(moves, source, stay)
-        low = None
-        if parts:
-            low = torch.empty(self.rank, grad.shape[1], dtype=scores.dtype, device=grad.device)
-            for columns, part in zip(column_tiles(grad), parts, strict=True):
-                low[:, columns] = self._take(grad, part, index.long()).mT
+        low = self._low(grad, parts, index) if parts else None
+        return _rotation(index, old, grad.dtype), source, low
 
-        def rotation() -> Tensor:
-            dtype = compute_dtype(grad.dtype)
-            return (index.unsqueeze(-1) == old.unsqueeze(-2)).to(dtype)
+    def _low(self, grad: Tensor, parts: Sequence[Tensor], index: Tensor) -> Tensor:
+        """Coordinates ``(r, n)`` of what was transformed."""
+        low = parts[0].new_empty(self.rank, grad.shape[1])
+        for columns, part in zip(column_tiles(grad), parts, strict=True):
+            low[:, columns] = self._take(grad, part, index.long()).mT
+        return low
 
-        return rotation, source, low
+    def looking(self, grad: Tensor) -> Searching[tuple[Tensor, Any]]:
+        """An accelerator looks at the coefficients of several gradients at once."""
+        if not self._shares(grad):
+            return self.look(grad)
+        spectrum = yield Ask(_spectra, (grad,), (self,), listed=True)
+        return spectrum.size, spectrum
+
+    def _shares(self, grad: Tensor) -> bool:
+        """Whether a refresh chooses for several matrices at once."""
+        own = type(self).refresh_ is not FixedBasis.refresh_
+        return not own and grad.dim() == 2 and grad.numel() > 0 and on_accelerator(grad)
+
+    def refreshing_(
+        self, state: State, grad: Tensor, ctx: RefreshContext
+    ) -> Searching[dict[str, BasisChange]]:
+        """On an accelerator one choice for all matrices."""
+        fine = ctx.fine
+        if fine is None or not self._shares(grad):
+            return self.refresh_(state, grad, ctx)
+        rotations: list[Callable[[], Tensor]] = []
+        sources, low, spectrum = [], None, ctx.seen
+        keys = ("basis_index", "basis_index_right")[: 1 + self.two_sided]
+        for key, x in zip(keys, (grad, grad.mT), strict=False):
+            if spectrum is None:
+                spectrum = yield Ask(_spectra, (x,), (self,), listed=True)
+            elif isinstance(spectrum, Tensor):
+                spectrum = Spectrum(spectrum, spectrum)
+            index = state[key]
+            asked = index, spectrum.scores, fine
+            old, new, source = yield Ask(_choose_all_, asked, listed=True)
+            rotations.append(_rotation(index, old, grad.dtype))
+            sources.append(source)
+            if spectrum.whole is not None:
+                low = yield Ask(_rows_at, (spectrum.whole, new))
+            elif spectrum.parts:
+                low = self._low(grad, spectrum.parts, index)
+            spectrum = None
+        right = [*rotations[1:], None][0], [*sources[1:], None][0]
+        return {"low": BasisChange(rotations[0], right[0], sources[0], right[1], low=low, ok=fine)}
 
     def scores(self, grad: Tensor) -> Tensor | None:
         """Sums over columns, but for two sides or idle experts."""
@@ -187,6 +240,29 @@ class FixedBasis(Projector):
             parts += [part] if keep else []
         assert scores is not None
         return self._in_order(grad, scores), parts
+
+    def _spectra(self, grads: Sequence[Tensor]) -> list[Spectrum]:
+        """Of alike matrices, on an accelerator: a product each, and sums of as many as a tile."""
+        grad, rows = grads[0], self._rows(grads[0].shape[0], grads[0])
+        tiles = list(column_tiles(grad))
+        keep = self.update_proj_gap == 1 and not self.two_sided and len(tiles) == 1
+        keep = keep and len(grads) * grad.numel() <= SPECTRUM_ELEMENTS
+        found: list[Spectrum] = []
+        for start in range(0, len(grads), together(grad)):
+            own, scores = grads[start : start + together(grad)], None
+            for columns in tiles:
+                parts = _widened([x[:, columns] for x in own], rows.dtype)
+                whole = rows.new_empty(len(own), *parts[0].shape)
+                for x, part in zip(parts, whole.unbind(0), strict=True):
+                    torch.mm(rows, x, out=part)
+                sums = torch.linalg.vector_norm(whole, 1 if self.ranking == "l1" else 2, dim=-1)
+                sums = sums if self.ranking == "l1" else sums.square_()
+                scores = sums if scores is None else scores.add_(sums)
+            assert scores is not None
+            wholes = whole.unbind(0) if keep else [None] * len(own)
+            lists = scores.sum(1).unbind(0), scores.unbind(0), wholes
+            found += [Spectrum(*each) for each in zip(*lists, strict=True)]
+        return found
 
     def _rows(self, n: int, like: Tensor) -> Tensor:
         """Q of the shared ones, a vector a row, in at least float32."""
@@ -242,3 +318,44 @@ class FixedBasis(Projector):
         """As of any projector, with the chosen columns."""
         param = intos[0].param
         yield from super().push_all_(intos, self._dense(states, param, param.dtype), updates, terms)
+
+
+def _rotation(new: Tensor, old: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """``P_new^T P_old`` of two sets of indices."""
+    return lambda: (new.unsqueeze(-1) == old.unsqueeze(-2)).to(compute_dtype(dtype))
+
+
+def _spectra(grads: list[Tensor], subspace: FixedBasis) -> list[Spectrum]:
+    return subspace._spectra(grads)
+
+
+def _choose_all_(
+    indices: list[Tensor], scores: list[Tensor], fine: list[Tensor]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Write the new indices, where the gradient is fine; the old, the new, and their sources."""
+    old = torch.stack(indices)
+    new, source = old.clone(), torch.empty_like(old)
+    ops.top_rows_(scores, [*new.unbind(0)], [*source.unbind(0)])
+    moves = stacked(fine).unsqueeze(-1)
+    stay = torch.arange(old.shape[-1], dtype=old.dtype, device=old.device)
+    new, source = torch.where(moves, new, old), torch.where(moves, source, stay)
+    torch._foreach_copy_(indices, [*new.unbind(0)])
+    return list(zip(old.unbind(0), new.unbind(0), source.unbind(0), strict=True))
+
+
+def _rows_at(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index (..., r)`` of ``x (..., m, n)``."""
+    at = index.long().unsqueeze(-1)
+    return x.gather(-2, at.expand(*at.shape[:-1], x.shape[-1]))
+
+
+def _widened(xs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Matrices in a wider format, their strides as they are; cast at once."""
+    if xs[0].dtype == dtype:
+        return xs
+    turned = xs[0].stride(0) == 1
+    m, n = xs[0].shape
+    wide = empty_like_all(xs, (n, m) if turned else (m, n), dtype)
+    wide = [x.mT for x in wide] if turned else wide
+    torch._foreach_copy_(wide, xs)
+    return wide

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lowrank_optim import ops
+from lowrank_optim.ops.stacked import empty_like_all
 from lowrank_optim.subspaces.base import BasisChange, Reduce, RefreshContext, State, Subspace
 from lowrank_optim.subspaces.searches import Ask, Searching, alone
 from lowrank_optim.subspaces.target import Target, decayed_
 from lowrank_optim.subspaces.terms import KINDS, Term, unknown_kind
 from lowrank_optim.tensors.matrix import MatrixView
-from lowrank_optim.tensors.stacked import empty_like_all
 from lowrank_optim.tensors.values import check_finite
 
 

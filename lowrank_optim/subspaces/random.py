@@ -42,7 +42,8 @@ class Random(Projector):
         self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext
     ) -> Searching[Tensor]:
         """The same, of all matrices that are due."""
-        return (yield Ask(orthogonal, (self._drawn(grad, ctx),)))
+        found: Tensor = yield Ask(orthogonal, (self._drawn(grad, ctx),))
+        return found
 
     def _drawn(self, grad: Tensor, ctx: RefreshContext) -> Tensor:
         return gaussian(grad, (*grad.shape[:-1], self.rank), ctx)

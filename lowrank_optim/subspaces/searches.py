@@ -6,9 +6,10 @@ from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 from torch.linalg import LinAlgError
+
+from lowrank_optim.ops.stacked import stacked
 
 _T = TypeVar("_T")
 
@@ -16,20 +17,24 @@ _T = TypeVar("_T")
 class Ask(NamedTuple):
     """A call that a search needs the result of."""
 
-    call: Callable[..., Tensor]
-    """Of tensors with any leading dimensions; a function of a module, so that two are equal."""
+    call: Callable[..., Any]
+    """Of tensors with any leading dimensions, which it does not write to; a function of a module,
+    so that two are equal."""
     xs: tuple[Tensor, ...]
     options: tuple[Any, ...] = ()
     """What follows the tensors, the same for all that share a call."""
+    listed: bool = False
+    """Whether the call takes a list of each tensor, which it may write to, and returns a list of
+    results: what is too large to be copied into one tensor."""
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """What calls have in common that can be made as one."""
         forms = tuple((x.shape, x.dtype, x.device) for x in self.xs)
-        return self.call, forms, self.options
+        return self.call, forms, self.options, self.listed
 
 
-Searching = Generator[Ask, Tensor, _T]
+Searching = Generator[Ask, Any, _T]
 """Work that yields what it asks for, and is sent the result, or thrown the ``LinAlgError`` that
 there is none."""
 
@@ -70,13 +75,16 @@ def together(searches: Sequence[Searching[_T]]) -> list[_T]:
     return [results[n] for n in range(len(searches))]
 
 
-def _answered(asks: Sequence[Ask]) -> list[Tensor | LinAlgError]:
+def _answered(asks: Sequence[Ask]) -> list[Any]:
     """What each asked for, or why it is not there: one failure is not that of the others."""
     first = asks[0]
     try:
+        if first.listed:
+            lists = map(list, zip(*(ask.xs for ask in asks), strict=True))
+            return list(first.call(*lists, *first.options))
         if len(asks) == 1:
             return [first.call(*first.xs, *first.options)]
-        stacks = [torch.stack(own) for own in zip(*(ask.xs for ask in asks), strict=True)]
+        stacks = [stacked(own) for own in zip(*(ask.xs for ask in asks), strict=True)]
         return list(first.call(*stacks, *first.options).unbind(0))
     except LinAlgError as error:
         if len(asks) == 1:

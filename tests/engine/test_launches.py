@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import LowRankOptimizer, ops
+from lowrank_optim.ops import moving
 from lowrank_optim.residuals import Scaled
 from lowrank_optim.residuals.base import OneByOne
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.coordinate import Coordinates
+from lowrank_optim.subspaces.fixed import FixedBasis
 from lowrank_optim.subspaces.projector import Projector
 from tests import cases
 from tests.compare import assert_close
@@ -40,6 +42,8 @@ class Row(NamedTuple):
 
 
 DCT: dict[str, Any] = {"transform": "fft"}
+EVERY: dict[str, Any] = {"update_proj_gap": 1}
+"""A basis is chosen in each step."""
 ROWS = [
     Row("GaLoreAdamW", {}, 2, 6, 12),
     Row("GaLoreAdamW8bit", {}, 2, 6, 12),
@@ -61,6 +65,8 @@ ROWS = [
     Row("DCTAdamW8bit", DCT, 0, 18, 20),
     Row("DCTAdamW", {**DCT, "slot_bias_correction": False}, 0, 13, 20),
     Row("GaLoreAdamW", {"projector": "dct"}, 0, 13, 20),
+    Row("DCTAdamW", {"transform": "matmul", **EVERY}, 2, 53, 60),
+    Row("DCTAdamW", {**DCT, **EVERY}, 0, 58, 60),
 ]
 IDS = ["-".join([row.name, *(f"{k}={v}" for k, v in row.options.items())]) for row in ROWS]
 
@@ -100,7 +106,7 @@ def step(
 
 
 def counted(row: Row, count: int) -> tuple[int, int]:
-    """Products, and all other kernels, of a step that searches nothing."""
+    """Products, and all other kernels, of a step that factors nothing."""
     made, params = bucket(row, count, torch.float32)
     for n, grads in enumerate(gradients(count, torch.float32)):
         seen = step(made, params, grads, n > 0)
@@ -148,6 +154,13 @@ def test_a_matrix_at_a_time_is_seen(
         test_launches_do_not_grow_with_a_bucket(row)
 
 
+def test_a_choice_at_a_time_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Broken on purpose: each matrix chooses its rows alone."""
+    monkeypatch.setattr(FixedBasis, "_shares", lambda self, grad: False)
+    with pytest.raises(AssertionError):
+        test_launches_do_not_grow_with_a_bucket(ROWS[-1])
+
+
 EQUAL = [(i, row) for i, row in zip(IDS, ROWS, strict=True) if "8bit" not in row.name]
 
 
@@ -158,6 +171,12 @@ def test_a_bucket_is_its_matrices(row: Row, lost: int | None) -> None:
 
     A gradient that is not finite leaves its own weights and moments as they were, and no others.
     """
+
+    def seen(p: Tensor, state: dict[str, Tensor]) -> list[Tensor]:
+        # where a basis is due in each step a device is not asked whether the last one came about
+        told = ("refresh_step", "postponed") if "update_proj_gap" in row.options else ()
+        return [p, *(x for key, x in state.items() if key not in told)]
+
     count, shape, dtype = 3, (6, 20), torch.float64
     row = row._replace(options={**row.options, "rank": 4})
     found = []
@@ -165,12 +184,12 @@ def test_a_bucket_is_its_matrices(row: Row, lost: int | None) -> None:
         made, params = bucket(row, count, dtype, together=together, shape=shape)
         states = [made[n % len(made)].state for n in range(count)]
         for n, grads in enumerate(gradients(count, dtype, shape)):
-            before = [[p, *states[i][p].values()] for i, p in enumerate(params)]
+            before = [seen(p, states[i][p]) for i, p in enumerate(params)]
             before = [[x.detach().clone() for x in own] for own in before]
             if n == STEPS - 1 and lost is not None:
                 grads[lost][2, 3] = torch.nan
             step(made, params, grads, watch and n > 0)
-        after = [[p, *states[i][p].values()] for i, p in enumerate(params)]
+        after = [seen(p, states[i][p]) for i, p in enumerate(params)]
         if lost is not None:
             for n, (new, old) in enumerate(zip(after, before, strict=True)):
                 stays = [torch.equal(x, y) for x, y in zip(new, old, strict=True)]
@@ -180,6 +199,26 @@ def test_a_bucket_is_its_matrices(row: Row, lost: int | None) -> None:
         for x, y, z in zip(whole, alone, cpu, strict=True):
             assert torch.equal(x, y)
             assert_close(x, z)
+
+
+@pytest.mark.parametrize("most", [moving.MOVED_ELEMENTS, 100])
+def test_rows_of_several_move_at_once(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of each: codes with a zero of their own, experts that share indices, any number."""
+    monkeypatch.setattr(moving, "MOVED_ELEMENTS", most)
+    for count, batch in ((1, ()), (3, ()), (3, (3,))):
+        sources = [torch.tensor(own).int() for own in ([0, 2, -1, 3], [-1, 0, 1, 2], [0, 1, 2, 3])]
+        sources = sources[:count]
+        lists = [[torch.randn(*batch, 4, 5) for _ in sources] for _ in range(2)]
+        lists.append([torch.randint(256, (*batch, 4, 5)).to(torch.uint8) for _ in sources])
+        wanted = [[x.clone() for x in own] for own in lists]
+        for own, fill in zip(wanted, (0, 0, 127), strict=True):
+            for x, source in zip(own, sources, strict=True):
+                old = x.clone()
+                for row, come in enumerate(source.tolist()):
+                    x[..., row, :] = old[..., come, :] if come >= 0 else fill
+        moving.move_rows_all_(lists, sources, [0, 0, 127])
+        for own, want in zip(lists, wanted, strict=True):
+            assert all(map(torch.equal, own, want))
 
 
 def test_a_bucket_that_fails_puts_back_what_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:

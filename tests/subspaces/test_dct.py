@@ -17,10 +17,11 @@ from torch import Tensor
 from lowrank_optim import PROJECTORS, GaLoreAdamW
 from lowrank_optim.engine.plan import seeded
 from lowrank_optim.ops import native
-from lowrank_optim.ops.cosine import BASES, CosineTransform, cosine_rows
+from lowrank_optim.ops.cosine import BASES, TILE_ELEMENTS, CosineTransform, cosine_rows
 from lowrank_optim.subspaces import DCT, Hadamard, RefreshContext
 from lowrank_optim.subspaces.base import identity
 from lowrank_optim.subspaces.fixed import SPECTRUM_ELEMENTS, FixedBasis
+from lowrank_optim.subspaces.searches import together
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import matrix_view
@@ -270,6 +271,33 @@ def test_a_spectrum_too_large_to_keep_is_made_twice(monkeypatch: pytest.MonkeyPa
     assert tiled.low is None and torch.equal(state["basis_index"], other["basis_index"])
     low = sub.coords(other, randn(30, 40), reduce=identity)["low"]
     assert_close(low, moved.low)
+
+
+@pytest.mark.parametrize("transform", ["matmul", "fft"])
+@pytest.mark.parametrize("ranking", ["l1", "l2"])
+def test_an_accelerator_sees_several_gradients_at_once(
+    ranking: str, transform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Coefficients and their norms are those of scipy's matrix, kept or not; any strides."""
+    cases.branching(monkeypatch, lambda tensor: True)
+    q = scipy_rows(12, "dct2")
+    for dtype, turned, tile in itertools.product(
+        (torch.float64, torch.float32, torch.bfloat16), (False, True), (1 << 18, 12 * 45, 12 * 7)
+    ):
+        # all matrices of 20 columns, two, or 7 columns of one
+        monkeypatch.setitem(TILE_ELEMENTS, False, tile)
+        grads = [torch.randn((20, 12) if turned else (12, 20)).to(dtype) for _ in range(5)]
+        grads = [grad.mT if turned else grad for grad in grads]
+        subspace = DCT(rank=4, ranking=ranking, transform=transform)
+        found = together([subspace.looking(grad) for grad in grads])
+        for grad, (size, seen) in zip(grads, found, strict=True):
+            whole = q @ grad.double()
+            scores = whole.abs().sum(1) if ranking == "l1" else whole.square().sum(1)
+            assert_close(seen.scores, scores)
+            assert_close(size, scores.sum())
+            assert (seen.whole is None) == (transform == "fft" or tile == 12 * 7)
+            if seen.whole is not None:
+                assert_close(seen.whole, whole)
 
 
 def test_auto_takes_the_cheaper_form(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from lowrank_optim.ops.cosine import check_name
 from lowrank_optim.ops.reference.arguments import Tensors, or_none, wide
 from lowrank_optim.ops.reference.moments import adamw
 from lowrank_optim.ops.rows import check_rows
+from lowrank_optim.ops.stacked import stacked
 from lowrank_optim.ops.tiles import tile_rows
 
 
@@ -145,11 +147,17 @@ def coordinate_adamw_(
 
 def top_rows_(scores: Tensors, indices: Tensors, sources: Tensors) -> None:
     """The indices of the largest scores in place of ``indices``, and where each stood."""
-    for score, index, source in zip(scores, indices, sources, strict=True):
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for n, (score, index, _) in enumerate(zip(scores, indices, sources, strict=True)):
+        alike.setdefault((score.shape, score.dtype, index.shape, index.device), []).append(n)
+    for at in alike.values():
+        own, places = [indices[n] for n in at], [sources[n] for n in at]
+        old, count = stacked(own), own[0].shape[0]
         # sorted stably: among equals the lowest index, on every device
-        best = torch.sort(score, descending=True, stable=True).indices[: index.shape[0]]
-        new = best.sort().values.to(torch.int32)
-        if index.shape[0]:
-            at = torch.searchsorted(index, new).clamp_(max=index.shape[0] - 1)
-            source.copy_(torch.where(index[at] == new, at, -1))
-        index.copy_(new)
+        best = torch.sort(stacked([scores[n] for n in at]), descending=True, stable=True).indices
+        new = best[:, :count].sort().values.to(old.dtype)
+        if count:
+            place = torch.searchsorted(old, new).clamp_(max=count - 1)
+            stood = torch.where(old.gather(1, place) == new, place, -1)
+            torch._foreach_copy_(places, list(stood.to(old.dtype).unbind(0)))
+        torch._foreach_copy_(own, list(new.unbind(0)))

@@ -20,7 +20,7 @@ def stacked(xs: Sequence[Tensor]) -> Tensor:
     if len(xs) == 1:
         return first.unsqueeze(0)
     size, start = first.numel(), first.storage_offset()
-    memory = first.untyped_storage()._cdata
+    memory = first.untyped_storage()._cdata  # a tensor without data has one too
     for n, x in enumerate(xs):
         own = x.shape == first.shape and x.dtype == first.dtype and x.is_contiguous()
         placed = x.untyped_storage()._cdata == memory and x.storage_offset() == start + n * size
