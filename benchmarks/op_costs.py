@@ -141,7 +141,8 @@ COMPOSED = {"top_rows_": 12, "coordinate_adamw_": 17}
 """Kernels of what plain torch serves: sorts, searches, gathers, and what is around them.
 
 ``top_rows_`` is for all matrices of one shape (a copy of scores that do not lie side by side is not
-counted), ``coordinate_adamw_`` for one, of one tile and ``free="sign"``: no accelerator asks for it.
+counted), ``coordinate_adamw_`` for one, of one tile and
+``free="sign"``: no accelerator asks for it.
 """
 
 
