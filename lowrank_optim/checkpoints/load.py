@@ -168,6 +168,19 @@ def filled_in(optimizer: PlannedOptimizer) -> bool:
     return found
 
 
+def makes_state() -> bool:
+    """Whether torch's loader takes this step, of zeros, to have a state that it can fill in.
+
+    It has loaded the weights by then, so that what a step would do to factors must not be done.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_init_optim_state":
+            return str(frame.f_globals.get("__name__")).startswith("torch.distributed")
+        frame = frame.f_back
+    return False
+
+
 def with_places(optimizer: PlannedOptimizer, state_dict: StateDict) -> StateDict:
     """A state dict that has a key for every moment of every block, and no values there.
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
+from lowrank_optim.checkpoints.load import makes_state
 from lowrank_optim.engine.bucket import Bucket
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state
 from lowrank_optim.engine.sharded.layers import (
@@ -264,6 +265,8 @@ class SwitchLoRAAdamW(LowRankOptimizer):
         own = [item for item in items if isinstance(item, FactorItem)]
         rest = [item for item in items if not isinstance(item, FactorItem | PartItem)]
         super()._step_items(rest, group, chosen, undo)
+        if own and not int(self._state_of(own[0], chosen)["step"]) and makes_state():
+            return  # or the factors that were loaded would be drawn anew
         buckets: dict[Any, list[FactorItem]] = {}
         for item in own:
             key = item.param.dtype, item.base.dtype, item.param.device, item.view, item.subspace

@@ -9,11 +9,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.lora import LoRALinear, convert
 from lowrank_optim import SwitchLoRAAdamW, SwitchLoRAAdamW8bit, lowrank_groups, memory
+from lowrank_optim.nn import convert as as_factors
 from lowrank_optim.nn import switchlora, switchlora_forms
 from lowrank_optim.nn.switchlora import SwitchLoRALinear
 from lowrank_optim.subspaces.switching import Schedule
@@ -360,3 +368,32 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         optimizer.step()
     with pytest.raises(ValueError, match="modules need freeze_steps of at least 1, got 0"):
         SwitchLoRAAdamW([{**groups[0], "factor_starts": (0,), "freeze_steps": 0}])
+
+
+def test_torch_s_loader_leaves_factors_as_they_were_loaded() -> None:
+    """It takes a step of zeros after that, to make the state; the run goes on as it was."""
+
+    def made(seed: int) -> tuple[nn.Module, SwitchLoRAAdamW]:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8))
+        groups = as_factors(model, "switchlora", rank=4, interval=2, freeze_steps=1)
+        return model, SwitchLoRAAdamW(groups, lr=1e-2)
+
+    def train(model: nn.Module, optimizer: SwitchLoRAAdamW, steps: range) -> None:
+        for step in steps:
+            x = torch.randn(5, 16, generator=torch.Generator().manual_seed(step))
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    first, second = made(0), made(1)
+    train(*first, range(3))
+    weights = copy.deepcopy(get_model_state_dict(first[0]))
+    state = copy.deepcopy(get_optimizer_state_dict(*first))
+    set_model_state_dict(second[0], weights)
+    set_optimizer_state_dict(*second, state, options=StateDictOptions(strict=False))
+    for more in (0, 4):
+        train(*first, range(3, 3 + more))
+        train(*second, range(3, 3 + more))
+        pairs = zip(first[0].parameters(), second[0].parameters(), strict=True)
+        assert all(torch.equal(x, y) for x, y in pairs), more

@@ -69,6 +69,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     **SST,
     "in 8 bits": {"state_dtype": "8bit"},
 }
+OFTEN = [name for name in OPTIONS if name != "sst seldom"]
 
 
 @dataclass(frozen=True)
@@ -325,7 +326,7 @@ def test_bfloat16_is_one_process_to_the_bit(size: int, chosen: Chosen, ranks: Wo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["rows", "tensors", "parallel"])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", OFTEN)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_on_a_mesh_of_two_dimensions_everywhere(
     dtype: torch.dtype, name: str, how: str, ranks: Worlds
@@ -336,7 +337,7 @@ def test_on_a_mesh_of_two_dimensions_everywhere(
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["rows", "columns", "tensors"])
 @pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", OFTEN)
 def test_it_is_one_process_everywhere(name: str, size: int, how: str, ranks: Worlds) -> None:
     test_it_is_one_process(size, Chosen(name, how), ranks)
 
