@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_optim.ops.devices import recording
+
 ELEMENTS = 1024
 WARPS = 8
 """Elements and warps (of 32 lanes) of a program of an elementwise kernel: four elements a lane, so
@@ -111,7 +113,7 @@ def warps(count: int) -> int:
 
 def capturing(x: Tensor) -> bool:
     """Whether work on ``x`` is being recorded into a graph."""
-    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return x.is_cuda and recording()
 
 
 def groups(lists: Sequence[Sequence[Tensor]], *keys: Sequence[object]) -> Iterator[list[int]]:
