@@ -21,13 +21,14 @@ NEEDED = ("hidden_size", "num_hidden_layers", "vocab_size")
 """Without these transformers takes a size of its own, in silence."""
 
 
-def load(given: str, dtype: torch.dtype | None, runs: bool) -> nn.Module:
-    """The model on the meta device.
+def load(given: str, dtype: torch.dtype | None, runs: bool, device: str = "meta") -> nn.Module:
+    """The model, on the meta device or on one where it is to run.
 
     Args:
         given: a name, a configuration's file or folder, or ``module.path:function``.
         dtype: of a model that is made from a configuration (default: bfloat16).
         runs: whether it has to run, which takes ``transformers``.
+        device: where it is made (default: the meta device).
 
     Raises:
         Refused: there is none, or it has no parameters.
@@ -40,11 +41,11 @@ def load(given: str, dtype: torch.dtype | None, runs: bool) -> nn.Module:
     dtype = dtype or torch.bfloat16
     if given.lower() in names:
         config = MODELS[names[given.lower()]].config
-        model = _made(_configured(config), dtype, given) if runs else on_meta(config, dtype)
+        model = _made(_configured(config), dtype, given, device) if runs else on_meta(config, dtype)
     elif path.exists():
-        model = _made(_configured(_read(path)), dtype, given)
+        model = _made(_configured(_read(path)), dtype, given, device)
     elif own:
-        model = _called(module, function, dtype)
+        model = _called(module, function, dtype, device)
     else:
         hint = nearest(given, MODELS) or "."
         raise Refused(
@@ -106,16 +107,18 @@ def _configured(config: Config) -> Any:
         raise Refused(f"the configuration of a {kind} model is refused: {error}") from error
 
 
-def _made(config: Any, dtype: torch.dtype, given: str) -> nn.Module:
+def _made(config: Any, dtype: torch.dtype, given: str, device: str) -> nn.Module:
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             return model_of(config, dtype)
+    except torch.OutOfMemoryError:
+        raise  # of a device: an answer, and no fault of the configuration's
     except Exception as error:  # anything that a model's class may raise of a wrong field
         raise Refused(f"--model {given!r}: no model can be made from it: {error}") from error
 
 
-def _called(module: str, function: str, dtype: torch.dtype) -> nn.Module:
-    """What a function returns that is called on the meta device.
+def _called(module: str, function: str, dtype: torch.dtype, device: str) -> nn.Module:
+    """What a function returns that is called with ``device`` as the default one.
 
     Raises:
         Refused: there is no such function, it raises, or it returns something else.
@@ -125,12 +128,14 @@ def _called(module: str, function: str, dtype: torch.dtype) -> nn.Module:
         sys.path.insert(0, os.getcwd())
     try:
         called = getattr(importlib.import_module(module), function)
-        with torch.device("meta"):
+        with torch.device(device):
             found = called()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # code of the user's
         raise Refused(f"{given}: {type(error).__name__}: {error}") from error
     if hasattr(found, "to_dict") and not isinstance(found, nn.Module):
-        return _made(found, dtype, f"{module}:{function}")
+        return _made(found, dtype, f"{module}:{function}", device)
     if not isinstance(found, nn.Module):
         kind = type(found).__name__
         raise Refused(f"{given} must return an nn.Module or a configuration, got {kind}")
