@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def load(given: str, dtype: torch.dtype | None, runs: bool, device: str = "meta"
         device: where it is made (default: the meta device).
 
     Raises:
-        Refused: there is none, or it has no parameters.
+        Refused: there is none, or nothing can be trained of it.
     """
     names = {name.lower(): name for name in MODELS}
     path, (module, colon, function) = Path(given), given.rpartition(":")
@@ -52,9 +53,24 @@ def load(given: str, dtype: torch.dtype | None, runs: bool, device: str = "meta"
             f"--model {given!r} is no known model, file or folder{hint} --help lists the names; or "
             "give a config.json, its folder or module.path:function"
         )
-    if not any(True for _ in model.parameters()):
-        raise Refused(f"--model {given!r}: {type(model).__name__} has no parameters")
+    _check(model, given)
     return model
+
+
+def _check(model: nn.Module, given: str) -> None:
+    """Raise for a model that nothing can be trained of.
+
+    Raises:
+        Refused: it has no parameters, none that trains, or one without elements.
+    """
+    kind, params = f"--model {given!r}: {type(model).__name__}", dict(model.named_parameters())
+    if not params:
+        raise Refused(f"{kind} has no parameters")
+    if not any(p.requires_grad for p in params.values()):
+        raise Refused(f"{kind} has no parameter to train: requires_grad is False for all")
+    for name, param in params.items():
+        if param.numel() == 0:
+            raise Refused(f"{kind} has a parameter without elements: {name}, {tuple(param.shape)}")
 
 
 def _read(path: Path) -> Config:
@@ -109,7 +125,8 @@ def _configured(config: Config) -> Any:
 
 def _made(config: Any, dtype: torch.dtype, given: str, device: str) -> nn.Module:
     try:
-        with torch.device(device):
+        with torch.device(device), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element")  # refused later
             return model_of(config, dtype)
     except torch.OutOfMemoryError:
         raise  # of a device: an answer, and no fault of the configuration's
