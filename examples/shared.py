@@ -42,10 +42,7 @@ def options(about: str | None) -> argparse.ArgumentParser:
 
 
 def load_model(name: str, seed: int, device: str = "cpu") -> Any:
-    """In bfloat16: weights of a 7B then take 12.6 GiB, and as much again must not be needed.
-
-    Autocast (`bf16=True` of Trainer) is for float32 weights: it stays off.
-    """
+    """In bfloat16: the weights of a 7B take 12.6 GiB, and there is no float32 copy of them."""
     path, known = Path(name), MODELS.get(name)
     file = path / "config.json" if path.is_dir() else path
     if known is None and not (

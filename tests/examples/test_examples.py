@@ -157,17 +157,23 @@ def test_trainers_go_on_to_the_bit(
         options = [*options, "--tokens", "64"]
     main = script(name).main
 
-    class Kill(transformers.TrainerCallback):
+    class Steps(transformers.TrainerCallback):
+        def __init__(self, end: int) -> None:
+            self.end, self.taken = end, list[int]()
+
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == KILLED:
+            self.taken.append(state.global_step)
+            if state.global_step == self.end:
                 raise Killed
 
     whole = main([*options, "--output", str(tmp_path / "whole")])
     cut = [*options, "--output", str(tmp_path / "cut")]
     with pytest.raises(Killed):
-        main(cut, callbacks=[Kill()])
+        main(cut, callbacks=[Steps(KILLED)])
     (tmp_path / "cut" / f"checkpoint-{KILLED}").mkdir()  # as if it was killed while it saved
-    resumed = main(cut)
+    steps = Steps(-1)
+    resumed = main(cut, callbacks=[steps])
+    assert steps.taken == [*range(SAVED + 1, STEPS + 1)]  # not from the beginning
     assert_same(whole.model.state_dict(), resumed.model.state_dict())
     assert_same(whole.optimizer.state_dict(), resumed.optimizer.state_dict())
     kept = ("step", "loss", "grad_norm", "learning_rate")
@@ -191,7 +197,8 @@ def test_the_loop_survives_sigkill(options: list[str], tmp_path: Path) -> None:
                 run.send_signal(signal.SIGKILL)
                 break
     assert run.returncode == -signal.SIGKILL
-    subprocess.run([*command, tmp_path / "cut"], check=True, capture_output=True)
+    done = subprocess.run([*command, tmp_path / "cut"], check=True, capture_output=True, text=True)
+    assert f"goes on after step {SAVED}" in done.stdout
     assert_same(*(torch.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut")))
 
 
