@@ -154,6 +154,10 @@ def test_a_model_that_does_not_fit_is_out_of_memory(told: Job, monkeypatch: Any)
 
 def test_every_layout_has_an_optimizer() -> None:
     assert measuring.REAL.keys() == LAYOUTS.keys()
+
+
+@pytest.mark.slow
+def test_the_optimizer_of_a_layout_exists() -> None:
     for name in LAYOUTS:
         pytest.importorskip(measuring.REAL[name][2])
         assert measuring.real(name).__name__ == measuring.REAL[name][1]
