@@ -29,7 +29,7 @@ from lowrank_optim.engine.sharded.layers import (
     spans,
 )
 from lowrank_optim.engine.sharded.refusals import check_layer
-from lowrank_optim.engine.step import chunk_size, step_bucket
+from lowrank_optim.engine.step import chunk_size, step_buckets
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group
 from lowrank_optim.groups.names import uid_of
@@ -285,7 +285,8 @@ class SwitchLoRAAdamW(LowRankOptimizer):
                     ],
                     strict=True,
                 )
-                step_bucket(Bucket(wholes, states, chosen, lr, weight_decay, undo))
+                bucket = Bucket(wholes, states, chosen, lr, weight_decay, undo)
+                step_buckets([bucket], self._staging)
                 for x, (a, b, *_) in zip(chunk, factors, strict=True):
                     if is_sharded(x.param):
                         keep_(x.param, a)

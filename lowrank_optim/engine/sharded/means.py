@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from lowrank_optim.engine.bucket import Bucket
 from lowrank_optim.engine.dense import dense_phases
+from lowrank_optim.engine.offload import Staging, load_of
+from lowrank_optim.engine.offload import together as resting
 from lowrank_optim.engine.plan import ParamPlan, Strategies
 from lowrank_optim.engine.step import CHUNK_BYTES
 from lowrank_optim.ops.devices import on_accelerator
@@ -102,7 +105,7 @@ Dense = tuple[ParamPlan, Bucket, Split, Tensor | None]
 """A dense parameter, what is here of it, how it lies, and the root mean square of its weights."""
 
 
-def step_dense(work: Sequence[Dense]) -> None:
+def step_dense(work: Sequence[Dense], staging: Staging) -> None:
     """Step dense parameters, as many at a time as share their messages."""
     by_mesh: dict[Any, list[Dense]] = {}
     for own in work:
@@ -115,11 +118,18 @@ def step_dense(work: Sequence[Dense]) -> None:
             buckets = [bucket for _, bucket, _, _ in portion]
             for bucket in buckets:
                 bucket.undo.begin(bucket.states[0])
-            phases = [dense_phases(bucket, split, rms) for _, bucket, split, rms in portion]
-            for asked in together(phases):
-                add_up(asked, part.mesh)
-            for bucket in buckets:
-                bucket.undo.done(bucket.states[0])
+            loads = [load_of([item], b.states, b.chosen) for item, b, _, _ in portion]
+            step = partial(_step_portion, portion, part.mesh)
+            staging.each([resting(loads)], step, buckets[0].undo)
+
+
+def _step_portion(portion: Sequence[Dense], mesh: Any, number: int) -> None:
+    """One portion, which is the only one of its call."""
+    phases = [dense_phases(bucket, split, rms) for _, bucket, split, rms in portion]
+    for asked in together(phases):
+        add_up(asked, mesh)
+    for _, bucket, _, _ in portion:
+        bucket.undo.done(bucket.states[0])
 
 
 def _portions(work: Sequence[Dense], ranks: int) -> Iterator[list[Dense]]:

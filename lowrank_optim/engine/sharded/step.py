@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from lowrank_optim.engine.matrix_step import (
     portions,
     turn_,
 )
+from lowrank_optim.engine.offload import Staging, load_of, on_device
 from lowrank_optim.engine.plan import (
     ParamPlan,
     State,
@@ -44,7 +45,7 @@ from lowrank_optim.engine.sharded.means import (
     weight_squares,
 )
 from lowrank_optim.engine.sharded.refresh import refresh_together
-from lowrank_optim.engine.step import adapt, chunk_size, step_bucket
+from lowrank_optim.engine.step import adapt, chunk_size, step_buckets
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops import Noise
 from lowrank_optim.ops.devices import on_accelerator
@@ -90,7 +91,8 @@ class ShardedStep:
     The order of what ranks send each other depends on nothing that ranks do not share.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, staging: Staging) -> None:
+        self._staging = staging
         self._work: list[Work] = []
 
     def add(
@@ -166,10 +168,10 @@ class ShardedStep:
         for w in skipped:
             w.state["step"] += 1
             warn_skipped(w.item)
-        for bucket in alone:
-            step_bucket(bucket)
-        step_dense(dense)
-        _step_chunks(chunks, undo)
+        for alike in _by_choice(alone):
+            step_buckets(alike, self._staging)
+        step_dense(dense, self._staging)
+        _step_chunks(chunks, undo, self._staging)
 
 
 def chunks_of(works: Sequence[Work]) -> list[list[Work]]:
@@ -257,18 +259,40 @@ def fetch(works: Sequence[Work]) -> None:
     if part.grid is not None:
         grads = collectives.to_columns(grads, part.grid, part.rank, part.group)
     for w, grad in zip(missing, grads, strict=True):
-        w.grad = w.chosen.residual.before(w.state, grad)
+        residual = w.chosen.residual
+        with on_device(w.item, w.state, w.chosen, residual.memory):
+            w.grad = residual.before(w.state, grad)
 
 
-def _step_chunks(chunks: Sequence[list[Work]], undo: Undo) -> None:
+def _by_choice(buckets: Sequence[Bucket]) -> list[list[Bucket]]:
+    """Buckets of one group after the other."""
+    found: dict[int, list[Bucket]] = {}
+    for bucket in buckets:
+        found.setdefault(id(bucket.chosen), []).append(bucket)
+    return list(found.values())
+
+
+def _step_chunks(chunks: Sequence[list[Work]], undo: Undo, staging: Staging) -> None:
     """The other phases; what a residual asks of all columns is asked once, for all matrices."""
     waiting = []
-    for chunk in chunks:
+
+    def step(n: int) -> None:
+        chunk, chosen = chunks[n], chunks[n][0].chosen
+        if chosen.offload:  # what rests is here now
+            there = replace(chosen, offload=False)
+            for w in chunk:
+                w.chosen = there
         steps = _adapt(chunk, undo)
         if any(s.measured is not None for s in steps):
-            waiting.append((chunk, steps))
+            waiting.append((chunk, steps))  # all that it still needs stays on the device
         else:
             _finish(chunk, steps, undo)
+
+    loads = [
+        load_of([w.item for w in chunk], [w.state for w in chunk], chunk[0].chosen)
+        for chunk in chunks
+    ]
+    staging.each(loads, step, undo)
     _sum_measured([pair for chunk, steps in waiting for pair in zip(chunk, steps, strict=True)])
     for chunk, steps in waiting:
         _finish(chunk, steps, undo)
