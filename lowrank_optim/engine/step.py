@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import compress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,8 @@ from lowrank_optim.stores import scale_key
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.subspaces.searches import Searching, together
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
+
+_Plan = TypeVar("_Plan", bound=ParamPlan)
 
 CHUNK_BYTES = {False: 1 << 22, True: 1 << 26}
 """Low-rank gradients alive at once: within a CPU's cache, or enough to fill an accelerator."""
@@ -126,10 +128,10 @@ def step_items(
     step_buckets(buckets, staging)
 
 
-def bucketed(items: Sequence[ParamPlan], chosen: Strategies) -> list[Sequence[ParamPlan]]:
+def bucketed(items: Sequence[_Plan], chosen: Strategies) -> list[Sequence[_Plan]]:
     """Which parameters of a group are stepped together, in what order."""
-    found: list[Sequence[ParamPlan]] = []
-    alike: dict[Any, list[ParamPlan]] = {}
+    found: list[Sequence[_Plan]] = []
+    alike: dict[Any, list[_Plan]] = {}
     for item in items:
         if item.subspace is not None and not isinstance(item.subspace, Block):
             alike.setdefault(item.key, []).append(item)

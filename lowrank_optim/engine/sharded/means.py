@@ -20,7 +20,7 @@ from lowrank_optim.rules.adafactor import measured
 from lowrank_optim.rules.base import Over, Split, Sum, compute_dtype, together
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.groups import group_over
-from lowrank_optim.sharding.parts import region
+from lowrank_optim.sharding.parts import local, region
 from lowrank_optim.subspaces.block import Block
 
 
@@ -114,7 +114,8 @@ def step_dense(work: Sequence[Dense], staging: Staging) -> None:
     for alike in by_mesh.values():
         part = alike[0][0].part
         assert part is not None
-        for portion in _portions(alike, part.ranks):
+        for places in portions_of([item for item, *_ in alike], part.ranks):
+            portion = [alike[n] for n in places]
             buckets = [bucket for _, bucket, _, _ in portion]
             for bucket in buckets:
                 bucket.undo.begin(bucket.states[0])
@@ -132,14 +133,14 @@ def _step_portion(portion: Sequence[Dense], mesh: Any, number: int) -> None:
         bucket.undo.done(bucket.states[0])
 
 
-def _portions(work: Sequence[Dense], ranks: int) -> Iterator[list[Dense]]:
-    """So many that their directions are as large as a bucket's; the same on every rank."""
-    portion: list[Dense] = []
+def portions_of(items: Sequence[ParamPlan], ranks: int) -> Iterator[list[int]]:
+    """Places of so many that their directions are as large as a bucket's, the same on all ranks."""
+    portion: list[int] = []
     size = 0
-    for own in work:
-        size += 4 * own[0].param.numel() // ranks
-        portion.append(own)
-        if size >= CHUNK_BYTES[on_accelerator(own[1].items[0].param)]:
+    for n, item in enumerate(items):
+        size += 4 * item.param.numel() // ranks
+        portion.append(n)
+        if size >= CHUNK_BYTES[on_accelerator(local(item.param))]:
             yield portion
             portion, size = [], 0
     if portion:

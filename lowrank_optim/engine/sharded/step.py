@@ -40,6 +40,7 @@ from lowrank_optim.engine.sharded.means import (
     add_up,
     coord_splits,
     dense_split,
+    portions_of,
     step_dense,
     weight_rms,
     weight_squares,
@@ -80,9 +81,7 @@ class Work:
     @property
     def key(self) -> tuple[Any, ...]:
         """Alike matrices can be stepped together."""
-        part = self.item.part
-        assert part is not None
-        return id(self.chosen), *self.twin.key, *part.layout
+        return id(self.chosen), *_layout(self.item, self.twin)
 
 
 class ShardedStep:
@@ -181,17 +180,42 @@ def chunks_of(works: Sequence[Work]) -> list[list[Work]]:
         buckets.setdefault(w.key, []).append(w)
     chunks = []
     for alike in buckets.values():
-        size = _together(alike[0])
+        size = _together(alike[0].item, alike[0].chosen)
         chunks += [alike[i : i + size] for i in range(0, len(alike), size)]
     return chunks
 
 
-def _together(w: Work) -> int:
+def bucketed_shards(items: Sequence[ParamPlan], chosen: Strategies) -> list[list[ParamPlan]]:
+    """Which parameters of a group are stepped together, where all of them have a gradient."""
+    buckets: dict[Any, list[ParamPlan]] = {}
+    found, summed = list[list[ParamPlan]](), dict[Any, list[ParamPlan]]()
+    for item in items:
+        assert item.part is not None
+        if item.subspace is not None and not isinstance(item.subspace, Block):
+            buckets.setdefault(_layout(item, item), []).append(item)
+        elif chosen.rule.elementwise or dense_split(item) is None:
+            found.append([item])
+        else:
+            summed.setdefault((item.part.mesh, item.part.dims), []).append(item)
+    for alike in summed.values():
+        assert alike[0].part is not None
+        found += [[alike[n] for n in own] for own in portions_of(alike, alike[0].part.ranks)]
+    for alike in buckets.values():
+        size = _together(alike[0], chosen)
+        found += [alike[i : i + size] for i in range(0, len(alike), size)]
+    return found
+
+
+def _layout(item: ParamPlan, twin: ParamPlan) -> tuple[Any, ...]:
+    assert item.part is not None
+    return *twin.key, *item.part.layout
+
+
+def _together(item: ParamPlan, chosen: Strategies) -> int:
     """How many alike matrices to step at once: as many on ranks that have less of each."""
-    part = w.item.part
-    assert part is not None
-    whole = chunk_size(w.item, w.chosen)
-    return whole if part.side == "whole" else whole * part.ranks
+    assert item.part is not None
+    whole = chunk_size(item, chosen)
+    return whole if item.part.side == "whole" else whole * item.part.ranks
 
 
 def is_usable(w: Work) -> bool:
