@@ -339,7 +339,8 @@ class LowRankOptimizer(PlannedOptimizer):
                 state = self.state.get(item.param, {})
                 if before.get("capturable") != now["capturable"]:
                     follow_(state, item.param, chosen)
-                if before and before.get("state_device") != now["state_device"]:
+                edited = before.get("state_device") != now["state_device"]
+                if edited and (before or chosen.offload):  # or others have put it there, unpinned
                     settle_(state, item, chosen)
             plan = self._plans[id(group)] = Plan(key, now, items)
         return plan.items

@@ -275,16 +275,20 @@ def on_device(
     if not load.entries:
         yield
         return
-    queues.finish(load.device)
-    parts = [entry.host.to(load.device, copy=True) for entry in load.entries]
+    queues.finish(load.device)  # what a bucket left may be on its way back
+    queue = queues.current(load.device)
+    parts = [torch.empty_like(entry.host, device=load.device) for entry in load.entries]
+    pairs = list(zip(load.entries, parts, strict=True))
     try:
-        for entry, part in zip(load.entries, parts, strict=True):
+        for entry, part in pairs:
+            queue.copy_(part, entry.host)
             entry.stand_in(part)
         yield
     finally:
-        for entry, part in zip(load.entries, parts, strict=True):
+        for entry, part in pairs:
             entry.put_back()
-            entry.host.copy_(part)
+            queue.copy_(entry.host, part)
+        queue.record().synchronize()
 
 
 def settle_(state: Mapping[str, Tensor], item: ParamPlan, chosen: Strategies) -> None:

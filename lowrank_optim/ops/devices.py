@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 HOSTS = frozenset({"cpu"})
 """Device types whose tensors a host reads at once: no queue has to run dry before."""
@@ -27,7 +28,8 @@ def apart(tensor: Tensor) -> bool:
 
 def pinned(x: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host in memory which a device copies from, and to, while the host goes on."""
-    return x.pin_memory() if queued(device) and not x.is_pinned() else x
+    real = queued(device) and not isinstance(x, FakeTensor)
+    return x.pin_memory() if real and not x.is_pinned() else x
 
 
 def recording() -> bool:
