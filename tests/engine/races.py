@@ -3,17 +3,19 @@
 Copies are made when they are asked for, and what may be relied upon is kept beside them as vector
 clocks: a queue knows of the work of another what it has waited for. Two uses of the same memory of
 which one writes must be in an order that is known, or they are a race, whatever the order was here.
-While something stands in for a tensor of the host, that one holds nothing that could be used.
+While something stands in for a tensor of the host, that one holds nothing that could be used, and
+no op of a step but a copy may meet it at any time: on an accelerator it would be elsewhere.
 
     with Device() as device:
         optimizer.step()
         device.host(x)   # the host reads a tensor of its own
-    device.races         # what was not in order
+    device.races         # what was not in order, or met what is elsewhere
     device.waits         # places of the package that wait, each of which can be left out
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import Counter
 from pathlib import Path
@@ -22,13 +24,22 @@ from typing import Any, NamedTuple, Self
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lowrank_optim
+from lowrank_optim import LowRankOptimizer
 from lowrank_optim.engine import offload
 from lowrank_optim.ops import devices, queues
 from lowrank_optim.sharding.parts import local
 
 PACKAGE = str(Path(lowrank_optim.__file__).parent)
+
+COPIES = {
+    "copy_", "_foreach_copy_", "clone", "detach", "empty_like", "_to_copy", "fill_", "zero_",
+    "new_empty", "alias",
+}  # fmt: skip
+"""Ops that may read or write what another device holds, or do neither."""
 
 Clock = Counter[str]
 
@@ -59,6 +70,9 @@ class Device:
         self._without, self._lazy = without, lazy
         self._clocks: dict[str, Clock] = {"host": Counter(), "current": Counter()}
         self._uses: list[Use] = []
+        self._hosts: set[int] = set()
+        self._within = 0
+        self._mode = _Ops(self)
         self._alive: list[Any] = []  # or its memory would be that of others later
         self._patch = pytest.MonkeyPatch()
 
@@ -76,6 +90,8 @@ class Device:
         def begins(entry: offload.Entry, x: Tensor) -> None:
             stand_in(entry, x)
             self.use("current", x, True)
+            self._hosts.add(entry.host.untyped_storage().data_ptr())
+            self._alive.append(entry.host)
             hidden[id(entry.kept)] = entry.host.clone()
             entry.host.view(-1).view(torch.uint8).fill_(255)  # NaN, or the largest code
 
@@ -86,10 +102,38 @@ class Device:
 
         self._patch.setattr(offload.Entry, "stand_in", begins)
         self._patch.setattr(offload.Entry, "put_back", ends)
+        for name in ("_step_eagerly", "_step_alone", "_step_shards"):
+            self._patch.setattr(
+                LowRankOptimizer, name, self._inside(getattr(LowRankOptimizer, name))
+            )
+        self._mode.__enter__()
         return self
 
     def __exit__(self, *raised: Any) -> None:
+        self._mode.__exit__(*raised)
         self._patch.undo()
+
+    def _inside(self, call: Any) -> Any:
+        @functools.wraps(call)
+        def within(*args: Any, **kwargs: Any) -> Any:
+            self._within += 1
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self._within -= 1
+
+        return within
+
+    def forget(self) -> None:
+        """What was the host's may be the device's from now on: the CPU moves nothing."""
+        self._hosts.clear()
+
+    def met(self, func: Any, given: list[Tensor]) -> None:
+        """An op of a step, which may not meet tensors of the host."""
+        if not self._within or func.is_view or func._opname in COPIES:
+            return
+        if any(x.untyped_storage().data_ptr() in self._hosts for x in given if type(x) is Tensor):
+            self.races.append(f"{func} at {_place()} meets a tensor of the host")
 
     def _new(self) -> str:
         name = f"queue {len(self._clocks) - 1}"
@@ -165,6 +209,19 @@ class _Mark:
     def synchronize(self) -> None:
         if not self._device.left_out():
             self._device._clocks["host"] |= self.clock
+
+
+class _Ops(TorchDispatchMode):
+    def __init__(self, device: Device) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)]
+        self._device.met(func, given)
+        return func(*args, **(kwargs or {}))
 
 
 def _place() -> str:

@@ -1,0 +1,129 @@
+"""Moments of shards in host memory: the run of moments on the device, to the bit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.engine.plan import moving_keys
+from lowrank_optim.sharding.parts import local
+from tests.engine.races import Device
+from tests.sharded import replicas, training
+from tests.sharded.combinations import EIGHT, NAMED, SHORT
+from tests.sharded.ranks import Ranks, World
+
+Worlds = Callable[[int], Ranks]
+Held = Any
+
+
+def resting(optimizer: Any) -> list[Tensor]:
+    return [
+        local(optimizer.state[item.param][key])
+        for group in optimizer.param_groups
+        for item in optimizer._items(group)
+        for key in moving_keys(item, optimizer._strategies(group))
+        if key in optimizer.state.get(item.param, {})
+    ]
+
+
+def hosted(case: training.Case) -> training.Case:
+    return replace(case, options={**case.options, "state_device": "cpu"})
+
+
+def both(world: World, cases: Sequence[training.Case]) -> list[str]:
+    """What differs between the two settings, of each case; a state is loaded on the way."""
+    logging.disable(logging.WARNING)
+    return [_differs(world, case) for case in cases]
+
+
+def _differs(world: World, case: training.Case) -> str:
+    found = []
+    for own in (case, hosted(case)):
+        with Device() as device:
+            trained = training.Trained(own, world)
+            for step in range(5):
+                trained.step(step)
+                for x in resting(trained.optimizer):
+                    device.host(x)
+                if step == 2:
+                    saved = trained.optimizer.state_dict()
+                    trained.optimizer = training.make_optimizer(own, trained.named.items())
+                    trained.optimizer.load_state_dict(saved)
+            found.append(trained.held())
+        if device.races:
+            return f"{own}: {device.races[0]}"
+        if (device.copies > 0) != (own is not case):
+            return f"{own}: {device.copies} copies"
+    return "" if _alike(*found) else f"{case} differs"
+
+
+def _alike(a: Held, b: Held) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_alike(a[k], b[k]) for k in a)
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    return torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b)
+
+
+CASES = {
+    "bases": NAMED["rsvd"],
+    "fira": NAMED["fira rsvd"],
+    "blocks": NAMED["frugal block"],
+    "memory": NAMED["dct memory now and then"],
+    "sst": NAMED["sst"],
+    "switchlora": NAMED["switchlora"],
+    "columns": replace(NAMED["rsvd"], how="fsdp columns"),
+    "adafactor": training.Case("GaLoreAdafactor", {"beta1": 0.9, "on_refresh": "project"}),
+}
+SHORTEST = SHORT[:2]
+
+
+def test_shards_train_with_either_setting(ranks: Worlds) -> None:
+    """Every method, in float64: by rows, by columns, and what asks all ranks for sums."""
+    cases = [replace(case, only=SHORTEST) for case in CASES.values()]
+    for found in ranks(2).run("named", both, cases=cases).checked():
+        assert found == [""] * len(cases)
+
+
+def test_shards_in_8_bits_train_with_either_setting(ranks: Worlds) -> None:
+    """DTensors of blocks, and the memory of error feedback beside them."""
+    names = ("galore", "dct memory 8bit", "switchlora")
+    cases = [replace(EIGHT[name], only=EIGHT[name].only[:1]) for name in names]
+    for found in ranks(2).run("eight", both, cases=cases).checked():
+        assert found == [""] * len(cases)
+
+
+def copies(world: World, runs: Sequence[replicas.Run]) -> list[str]:
+    """The same of replicas, whose bases are found outside of buckets."""
+    return [_copies_differ(world, run) for run in runs]
+
+
+def _copies_differ(world: World, run: replicas.Run) -> str:
+    found = []
+    for own in (run, replace(run, case=hosted(run.case))):
+        with Device() as device:
+            found.append(replicas.train(world, own))
+        if device.races:
+            return f"{own}: {device.races[0]}"
+    return "" if _alike(*found) else f"{run} differs"
+
+
+def test_replicas_train_with_either_setting(ranks: Worlds) -> None:
+    """Under DDP, and averaged inside backward in both modes."""
+    svd = replace(NAMED["svd"], only=SHORTEST, steps=4)
+    turned = replace(svd, options={**svd.options, "on_refresh": "project"})
+    memory = replace(NAMED["dct memory now and then"], only=SHORTEST, steps=4)
+    memory = replace(memory, options={**memory.options, "projector": "svd"})
+    runs = [
+        replicas.Run(turned, "ddp"),
+        replicas.Run(memory, "ddp"),
+        replicas.Run(turned, "project"),
+        replicas.Run(turned, "step", told=True),
+    ]
+    for found in ranks(2).run("replicas", copies, runs=runs).checked():
+        assert found == [""] * len(runs)
