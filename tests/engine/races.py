@@ -66,7 +66,8 @@ class Device:
     def __init__(self, without: str | None = None, lazy: bool = False) -> None:
         self.races: list[str] = []
         self.waits: Counter[str] = Counter()
-        self.copies = 0
+        self.copies = self.stalls = 0
+        """Copies between the host and the device; how often the host waited for all queues."""
         self._without, self._lazy = without, lazy
         self._clocks: dict[str, Clock] = {"host": Counter(), "current": Counter()}
         self._uses: list[Use] = []
@@ -141,6 +142,7 @@ class Device:
         return name
 
     def _finish(self, device: torch.device) -> None:
+        self.stalls += 1
         if self.left_out():
             return
         for clock in list(self._clocks.values()):
