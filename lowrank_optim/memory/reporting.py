@@ -31,17 +31,34 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-class Report(NamedTuple):
-    """Bytes an optimizer holds, by storage."""
-
+class _Sizes(NamedTuple):
     basis: int
     moments: int
     other: int
     """Counters, indices, the maps of quantised formats, SwitchLoRA's pools."""
-    host: int = 0
-    """The part of them that lies in host memory by choice: ``state_device="cpu"``, pools."""
-    staging: int = 0
-    """Buffers of the device, beside the state, through which the former passes in a step."""
+
+
+class Report(_Sizes):
+    """Bytes an optimizer holds, by storage: a tuple of three, and two figures about them.
+
+    Args:
+        basis: of bases and factors.
+        moments: of moments, and what goes with them.
+        other: of counters, indices, pools.
+        host: the part of these that lies in host memory by choice: ``state_device="cpu"``, pools.
+        staging: buffers of the device, beside the state, through which the former pass in a step.
+    """
+
+    host: int
+    staging: int
+
+    def __new__(
+        cls, basis: int, moments: int, other: int, host: int = 0, staging: int = 0
+    ) -> Report:
+        """Made of five."""
+        self = super().__new__(cls, basis, moments, other)
+        self.host, self.staging = host, staging
+        return self
 
     @property
     def total(self) -> int:
@@ -79,7 +96,7 @@ def report(optimizer: Optimizer) -> Report:
         >>> weight.grad = torch.randn(64, 32)
         >>> optimizer.step()
         >>> memory.report(optimizer)
-        Report(basis=512, moments=2048, other=12, host=0, staging=0)
+        Report(basis=512, moments=2048, other=12)
     """
     kinds: dict[str, list[Tensor]] = {"basis": [], "moments": [], "other": []}
     for param, state in optimizer.state.items():
