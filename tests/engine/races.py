@@ -129,11 +129,12 @@ class Device:
         """What was the host's may be the device's from now on: the CPU moves nothing."""
         self._hosts.clear()
 
-    def met(self, func: Any, given: list[Tensor]) -> None:
+    def met(self, func: Any, args: Any, kwargs: Any) -> None:
         """An op of a step, which may not meet tensors of the host."""
         if not self._within or func.is_view or func._opname in COPIES:
             return
-        if any(x.untyped_storage().data_ptr() in self._hosts for x in given if type(x) is Tensor):
+        given = [x for x in tree_leaves((args, kwargs)) if type(x) is Tensor]
+        if any(x.untyped_storage().data_ptr() in self._hosts for x in given):
             self.races.append(f"{func} at {_place()} meets a tensor of the host")
 
     def _new(self) -> str:
@@ -221,8 +222,7 @@ class _Ops(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        given = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)]
-        self._device.met(func, given)
+        self._device.met(func, args, kwargs)
         return func(*args, **(kwargs or {}))
 
 

@@ -31,7 +31,7 @@ from tests import cases, runs
 from tests.backward import nets
 from tests.engine.races import Device
 from tests.engine.watch import Watch
-from tests.pairwise import paired
+from tests.pairwise import in_turns, paired
 
 NAMES = [name for name in cases.method_names() if not name.endswith("8bit")]  # a default alone
 SHAPES = (6, 10), (6, 10), (2, 6, 8), (7,)
@@ -124,8 +124,7 @@ MORE: dict[str, Callable[..., Made]] = {
 }
 
 
-@pytest.mark.parametrize("lazy", [False, True])
-@pytest.mark.parametrize("kind", MORE)
+@pytest.mark.parametrize(("kind", "lazy"), in_turns([*MORE], [False, True]))
 def test_numbers_of_every_kind_of_state(kind: str, lazy: bool) -> None:
     expected = plain(MORE[kind], lazy)
     with Device(lazy=lazy) as device:
@@ -237,9 +236,9 @@ def test_on_the_host_itself_it_changes_nothing() -> None:
 # ---------------------------------------------------------------- inside backward
 
 
-@pytest.mark.parametrize("lazy", [False, True])
-@pytest.mark.parametrize("max_norm", [None, 0.1])
-@pytest.mark.parametrize("mode", ["project", "step"])
+@pytest.mark.parametrize(
+    ("mode", "max_norm", "lazy"), paired(["project", "step"], [None, 0.1], [False, True])
+)
 def test_inside_backward(mode: Any, max_norm: float | None, lazy: bool) -> None:
     """Moments come and go while backward runs; refreshes before a clipped step take them too."""
     made = []
