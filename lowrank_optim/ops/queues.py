@@ -69,7 +69,9 @@ class Streamed:
 
     @property
     def _stream(self) -> Any:
-        return self._own or self._module.current_stream(self._device)
+        if self._own is not None:
+            return self._own
+        return self._module.current_stream(self._device)
 
     def copy_(self, into: Tensor, source: Tensor) -> None:
         """From or to pinned memory: the host goes on."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank_optim import LowRankOptimizer
 from lowrank_optim.engine import step
 from lowrank_optim.engine.offload import on_device
+from lowrank_optim.ops import devices, queues
 from tests import cases, runs
 from tests.engine.races import Device
 from tests.engine.test_state_device import HOST, make, moments, read, train
@@ -134,3 +138,75 @@ def test_of_a_bucket_what_is_done_goes_back_alone(
         assert not torch.equal(before[0]["low.exp_avg"], after[0]["low.exp_avg"])
         assert int(after[0]["step"]) == 2
     runs.assert_same_state(after[not lazy :], before[not lazy :])
+
+
+# ---------------------------------------------------------------- streams of an accelerator
+
+
+class Streams:
+    """What the package asks of ``torch.cuda`` and its siblings; each call is noted."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.on = "current"
+
+    def Stream(self, device: torch.device) -> Any:
+        return self._stream(f"stream {len({c for c in self.calls if c.startswith('new')})}", True)
+
+    def current_stream(self, device: torch.device) -> Any:
+        return self._stream("current", False)
+
+    def _stream(self, name: str, new: bool) -> Any:
+        if new:
+            self.calls.append(f"new {name}")
+        wait = lambda event: self.calls.append(f"{name} waits for {event.at}")  # noqa: E731
+        return SimpleNamespace(name=name, wait_event=wait)
+
+    def Event(self) -> Any:
+        event = SimpleNamespace(at="nothing")
+
+        def record(stream: Any) -> None:
+            event.at = stream.name
+
+        event.record = record
+        event.synchronize = lambda: self.calls.append(f"the host waits for {event.at}")
+        return event
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        before, self.on = self.on, stream.name
+        yield
+        self.on = before
+
+
+def test_an_accelerator_has_two_streams_beside_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU is needed to see that copies are asked of them, in both directions."""
+    streams, ways = Streams(), set[tuple[str, bool]]()
+    copy = torch.Tensor.copy_
+
+    def noted(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        ways.add((streams.on, non_blocking))
+        return copy(self, source)
+
+    monkeypatch.setattr(devices, "HOST_MEMORY", frozenset())
+    monkeypatch.setattr(queues, "queued", lambda device: True)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: streams)
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
+    params, optimizer = make("GaLoreAdamW", **HOST)
+    runs.set_grads(params, 0)
+    optimizer.step()
+    monkeypatch.setattr(Tensor, "copy_", noted)
+    runs.set_grads(params, 1)
+    optimizer.step()
+    monkeypatch.undo()
+    assert {way for way in ways if way[1]} == {("stream 0", True), ("stream 1", True)}
+    waits = {call for call in streams.calls if "waits" in call}
+    assert waits >= {
+        "current waits for stream 0",
+        "stream 1 waits for current",
+        "stream 0 waits for stream 1",
+        "the host waits for stream 1",
+    }
+    plain = make("GaLoreAdamW")
+    runs.train(*plain, range(2))
+    runs.assert_same(params, plain[0])

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.engine.plan import moving_keys
+from lowrank_optim.memory import report
+from lowrank_optim.memory.reporting import staging_bytes
 from lowrank_optim.sharding.parts import local
 from tests.engine.races import Device
 from tests.sharded import replicas, training
@@ -56,8 +58,12 @@ def _differs(world: World, case: training.Case) -> str:
                     trained.optimizer = training.make_optimizer(own, trained.named.items())
                     trained.optimizer.load_state_dict(saved)
             found.append(trained.held())
+            held, told = report(trained.optimizer), staging_bytes(trained.optimizer)
+            resting_here = sum(x.nbytes for x in resting(trained.optimizer))
         if device.races:
             return f"{own}: {device.races[0]}"
+        if own is not case and (held.staging != told or held.host < resting_here):
+            return f"{own}: buffers of {held.staging} bytes, {told} were told of"
         if (device.copies > 0) != (own is not case):
             return f"{own}: {device.copies} copies"
     return "" if _alike(*found) else f"{case} differs"
