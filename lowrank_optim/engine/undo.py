@@ -23,7 +23,7 @@ class Undo:
     from then on its new state is the right one.
     """
 
-    def __init__(self, before: Callable[[], object] = bool) -> None:
+    def __init__(self, before: Callable[[], object] = lambda: None) -> None:
         """Begin with nothing.
 
         Args:
