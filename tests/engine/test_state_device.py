@@ -12,6 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from lowrank_optim import (
     DCTAdamW,
@@ -187,6 +191,34 @@ def test_a_run_goes_on_with_either_setting(name: str, state_dtype: str, there: s
             assert (device.copies > count) == (there == "cpu")
         assert not device.races
         same((params, fresh), expected)
+
+
+@pytest.mark.parametrize("projector", ["svd", "block"])
+def test_a_state_by_name_goes_to_the_other_setting(projector: str) -> None:
+    """As ``torch.distributed.checkpoint`` reads and writes it, idle blocks included."""
+    with Device() as device:
+        made = []
+        for where in ("cpu", None, "cpu"):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 6))
+            named = model.named_parameters()
+            options = {"density": 0.5, "projector": projector, "state_device": where}
+            optimizer = FrugalAdamW(named, update_proj_gap=2, **options)
+            if made:
+                set_optimizer_state_dict(model, optimizer, get_optimizer_state_dict(*made[-1]))
+                model.load_state_dict(made[-1][0].state_dict())
+            else:
+                train(device, ([*model.parameters()], optimizer), range(3))
+            device.forget()
+            made.append((model, optimizer))
+        before = [runs.entries(optimizer) for _, optimizer in made]
+        for other in before[1:]:
+            runs.assert_same_state(other, before[0])
+        for model, optimizer in made:
+            device.forget()
+            train(device, ([*model.parameters()], optimizer), range(3, 6))
+        same(*[([*model.parameters()], optimizer) for model, optimizer in made[:2]])
+        same(*[([*model.parameters()], optimizer) for model, optimizer in made[1:]])
 
 
 def test_an_edit_of_the_key_is_obeyed_from_the_next_step_on() -> None:
