@@ -16,7 +16,7 @@ from lowrank_optim.memory import report
 from lowrank_optim.memory.reporting import staging_bytes
 from lowrank_optim.sharding.parts import local
 from tests.engine.races import Device
-from tests.sharded import replicas, training
+from tests.sharded import replicas, test_layers, training
 from tests.sharded.combinations import EIGHT, NAMED, SHORT
 from tests.sharded.ranks import Ranks, World
 
@@ -140,3 +140,34 @@ def test_replicas_train_with_either_setting(ranks: Worlds) -> None:
     ]
     for found in ranks(2).run("replicas", copies, runs=runs).checked():
         assert found == [""] * len(runs)
+
+
+def layers(world: World, names: Sequence[str]) -> list[str]:
+    """The same of layers of factors that ranks have parts of, whose moments are whole on each."""
+    return [_layers_differ(world, name) for name in names]
+
+
+def _layers_differ(world: World, name: str) -> str:
+    found = []
+    for where in (None, "cpu"):
+        with Device() as device:
+            trained = test_layers.Layers(test_layers.Chosen(name), world)
+            for group in trained.optimizer.param_groups:
+                group["state_device"] = where
+            for step in range(4):
+                trained.step(step)
+                for x in resting(trained.optimizer):
+                    device.host(x)
+            held, told = report(trained.optimizer), staging_bytes(trained.optimizer)
+            found.append(trained.held())
+        if device.races or (device.copies > 0) != (where == "cpu"):
+            return f"{name}: {device.races[:1]}, {device.copies} copies"
+        if held.staging != told:
+            return f"{name}: buffers of {held.staging} bytes, {told} were told of"
+    return "" if _alike(*found) else f"{name} differs"
+
+
+def test_layers_of_factors_train_with_either_setting(ranks: Worlds) -> None:
+    names = ("sst", "restarts")
+    for found in ranks(2).run("layers", layers, names=names).checked():
+        assert found == [""] * len(names)
