@@ -21,11 +21,13 @@ from lowrank_optim.engine.plan import (
     alloc_moments,
     check_state,
     on_host,
+    resting_keys,
 )
 from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.engine.sharded.forms import forms_of, whole_meta_state
 from lowrank_optim.engine.sharded.local import LocalState, here, kept_as
 from lowrank_optim.groups import Group, canonical
+from lowrank_optim.ops.devices import pinned
 from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.stores import scale_key
 from lowrank_optim.subspaces.block import Block
@@ -60,7 +62,9 @@ def load_state_dict(
                 **_without_params(g),
                 "method": "another optimizer",
                 **_named_as_here(canonical(s), g),
-                "capturable": g["capturable"],  # of the run that loads, as its device is
+                # of the run that loads, as its device is
+                "capturable": g["capturable"],
+                "state_device": g["state_device"],
             }
             for s, g in zip(incoming["param_groups"], optimizer.param_groups, strict=False)
         ]
@@ -80,11 +84,13 @@ def load_state_dict(
             group["method"] = type(optimizer).__name__
         for n, (item, chosen) in enumerate(_every(optimizer)):
             if n in saved:
+                resting = resting_keys(item, chosen)
+                stays = {k: k in resting or on_host(k, chosen.capturable) for k in dtypes[n]}
                 optimizer.state[item.param] = kept_as(
                     item,
                     chosen,
                     {
-                        k: _placed(k, saved[n][k], item.param, dt, chosen.capturable)
+                        k: _placed(saved[n][k], item.param, dt, stays[k])
                         for k, dt in dtypes[n].items()
                     },
                 )
@@ -247,9 +253,16 @@ def _unfilled(x: Tensor, param: Tensor) -> bool:
     return own.is_floating_point() and bool(own.numel()) and bool(own.isnan().all())
 
 
-def _placed(key: str, value: Any, param: Tensor, dtype: torch.dtype, capturable: bool) -> Tensor:
-    """A contiguous copy of one saved entry, on the device it belongs to."""
-    device = torch.device("cpu") if on_host(key, capturable) else param.device
+def _placed(value: Any, param: Tensor, dtype: torch.dtype, stays: bool) -> Tensor:
+    """A contiguous copy of one saved entry, on the device it belongs to.
+
+    Args:
+        value: the entry.
+        param: its parameter.
+        dtype: that it is to have.
+        stays: whether it belongs to the host.
+    """
+    device = torch.device("cpu") if stays else param.device
     tensor: Tensor = torch.as_tensor(value).detach()
     if is_sharded(tensor):
         if is_sharded(param):
@@ -257,7 +270,7 @@ def _placed(key: str, value: Any, param: Tensor, dtype: torch.dtype, capturable:
         tensor = tensor.full_tensor()  # type: ignore[attr-defined]
     placed = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     # what a device copies from and to: unpinned, the host would wait for each copy
-    return placed.pin_memory() if placed.dim() and on_host(key) and param.is_cuda else placed
+    return pinned(placed, param.device) if placed.dim() and stays else placed
 
 
 def check_fit(

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops import Noise
+from lowrank_optim.ops.devices import apart, pinned
 from lowrank_optim.ops.quant import Moment
 from lowrank_optim.residuals import Residual
 from lowrank_optim.rules.base import Rule, Slot
-from lowrank_optim.sharding.parts import Part, noise_at, noise_of
-from lowrank_optim.stores import Store, Whole
+from lowrank_optim.sharding.parts import Part, local, noise_at, noise_of
+from lowrank_optim.stores import Store, Whole, scale_key
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.tensors.matrix import MatrixView
@@ -109,6 +110,9 @@ class Strategies:
     """Whether every row of a coordinate counts its own steps, from when it came in."""
     capturable: bool = False
     """Whether steps are counted on the device, so that a CUDA graph can hold one."""
+    offload: bool = False
+    """Whether what :func:`resting_keys` names lies in host memory, where that is not the device's.
+    False while a bucket is stepped: what it needs is on the device then."""
 
     def __post_init__(self) -> None:
         """Raise where rows cannot have steps of their own.
@@ -139,7 +143,7 @@ def init_state(
     if isinstance(item.subspace, Block):
         assert item.view is not None
         state.update(item.subspace.init(item.view, like))
-        state.update(chosen.residual.init(item.view, like))
+        state.update(_remembered(item.view, chosen, like))
         if active is None:
             active = item.subspace.position in active_blocks(item, chosen, 0)
         if active:
@@ -149,7 +153,7 @@ def init_state(
         state["refresh_step"] = torch.full((), -1.0, device=device)
         state["postponed"] = torch.zeros((), dtype=torch.float32)
         state.update(item.subspace.init(item.view, like))
-        state.update(chosen.residual.init(item.view, like))
+        state.update(_remembered(item.view, chosen, like))
     for coord, shape in _coords(item).items():
         if chosen.aged and coord:
             state[age_key(coord)] = like.new_zeros(shape[:-1], dtype=torch.float32)
@@ -219,8 +223,54 @@ def _alloc(
             whole = Whole(item.subspace.coord_shapes(part.view)[coord])
             padded = item.view._replace(n=item.view.n + part.padding)
             shape = item.subspace.coord_shapes(padded)[coord]
+    made: State = {}
     for slot in chosen.rule.slots(shape):
-        chosen.store.alloc(state, slot_key(coord, slot.name), slot, shape, like, whole)
+        key = slot_key(coord, slot.name)
+        chosen.store.alloc(made, key, slot, shape, _beside(like, chosen), whole)
+    state.update({k: _at_rest(x, like, chosen) for k, x in made.items()})
+
+
+def _remembered(view: MatrixView, chosen: Strategies, like: Tensor) -> State:
+    """What a residual remembers of one matrix."""
+    if not chosen.residual.memory:
+        return chosen.residual.init(view, like)
+    made = chosen.residual.init(view, _beside(like, chosen))
+    return {k: _at_rest(x, like, chosen) for k, x in made.items()}
+
+
+def _rests(like: Tensor, chosen: Strategies) -> bool:
+    return chosen.offload and apart(like)
+
+
+def _beside(like: Tensor, chosen: Strategies) -> Tensor:
+    """A tensor of the same dtype, on the device where what rests is to be."""
+    moves = _rests(like, chosen) and not like.is_meta
+    return torch.empty(0, dtype=like.dtype) if moves else like
+
+
+def _at_rest(x: Tensor, like: Tensor, chosen: Strategies) -> Tensor:
+    return pinned(x, like.device) if _rests(like, chosen) and x.is_cpu else x
+
+
+def resting_keys(item: ParamPlan, chosen: Strategies) -> list[str]:
+    """State keys of what lies in host memory between steps, if ``chosen`` asks for it.
+
+    Moments, with their scales, and the memory of error feedback: what only a step reads, and all of
+    it. Bases stay on the device, as backward projects with them.
+    """
+    return moving_keys(item, chosen) if _rests(local(item.param), chosen) else []
+
+
+def moving_keys(item: ParamPlan, chosen: Strategies) -> list[str]:
+    """Those that ``state_device`` is about, wherever they lie."""
+    keys = [
+        slot_key(coord, slot.name)
+        for coord, shape in _coords(item).items()
+        for slot in chosen.rule.slots(shape)
+    ]
+    remembers = item.subspace is not None and item.view is not None
+    memory = chosen.residual.memory if remembers else ()
+    return [*(k for key in keys for k in (key, scale_key(key))), *memory]
 
 
 def unit_of(view: MatrixView, subspace: Subspace, chosen: Strategies) -> int:

@@ -39,6 +39,10 @@ def check_capturable(chosen: Strategies, group: Group, method: str, by_host: str
             f"state_dtype={group['state_dtype']!r} rounds by the host's count: pass 'float32' or "
             "'8bit'"
         )
+    if chosen.offload:
+        why = why or (
+            "state_device='cpu' copies moments to and from host memory in every step: pass None"
+        )
     if group["projector"] == "block":
         why = why or "projector='block' takes turns by the host's count: pass 'columns'"
     if why:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError
 
 from lowrank_optim.engine import answers
+from lowrank_optim.engine.offload import on_device
 from lowrank_optim.engine.plan import (
     ParamPlan,
     State,
@@ -225,6 +226,24 @@ def _following_(
     Where ``ok``, a 0-d bool on an accelerator, is False, no coordinate has moved, and nothing
     follows; moments that were to start again do.
     """
+    last = int(state["refresh_step"])
+    turns = last >= 0 and chosen.on_refresh != "keep"
+    if turns or any(own.fresh for own in moved.values()):
+        with on_device(item, state, chosen):
+            yield from _moments_follow_(item, state, moved, step, chosen, sources, ok)
+    state["refresh_step"].fill_(step)
+
+
+def _moments_follow_(
+    item: ParamPlan,
+    state: State,
+    moved: dict[str, BasisChange],
+    step: int,
+    chosen: Strategies,
+    sources: dict[str, Tensor] | None,
+    ok: Tensor | None,
+) -> Searching[None]:
+    """All that :func:`_following_` does but for the counter."""
     view, subspace = item.view, item.subspace
     assert view is not None and subspace is not None
     last = int(state["refresh_step"])
@@ -246,7 +265,6 @@ def _following_(
     for coord, own in moved.items():
         if own.fresh:
             _restart_(state, coord, subspace.coord_shapes(view)[coord], own.fresh, chosen)
-    state["refresh_step"].fill_(step)
 
 
 def postpone_(item: ParamPlan, state: State, step: int, why: str) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import compress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from lowrank_optim.engine.matrix_step import (
     portions,
     turn_,
 )
+from lowrank_optim.engine.offload import Staging, load_of
 from lowrank_optim.engine.plan import (
     ParamPlan,
     State,
@@ -44,6 +46,8 @@ from lowrank_optim.stores import scale_key
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.subspaces.searches import Searching, together
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
+
+_Plan = TypeVar("_Plan", bound=ParamPlan)
 
 CHUNK_BYTES = {False: 1 << 22, True: 1 << 26}
 """Low-rank gradients alive at once: within a CPU's cache, or enough to fill an accelerator."""
@@ -79,13 +83,32 @@ WAYS: tuple[BucketStep, ...] = (IdleBlock(), Dense(), Phases())
 
 
 def step_bucket(bucket: Bucket) -> None:
-    """One step of a bucket; its ``undo`` knows what to put back if that raises."""
+    """One step of a bucket, all of it on its device; ``undo`` puts back what it knows of."""
     way = next(way for way in (*FUSED, *WAYS) if way.can_step(bucket))
     for state in bucket.states:
         bucket.undo.begin(state)
     way.step_(bucket)
     for state in bucket.states:
         bucket.undo.done(state)
+
+
+def step_buckets(buckets: Sequence[Bucket], staging: Staging) -> None:
+    """One step of buckets in turn: what the next needs of host memory comes while one is stepped.
+
+    Args:
+        buckets: of one group.
+        staging: what they pass through where their state rests on the host.
+    """
+    if not buckets:
+        return
+    chosen, undo = buckets[0].chosen, buckets[0].undo
+    if not chosen.offload:
+        for bucket in buckets:
+            step_bucket(bucket)
+        return
+    there = replace(chosen, offload=False)
+    loads = [load_of(bucket.items, bucket.states, chosen) for bucket in buckets]
+    staging.each(loads, lambda n: step_bucket(buckets[n]._replace(chosen=there)), undo)
 
 
 def step_items(
@@ -95,20 +118,29 @@ def step_items(
     lr: float | Tensor,
     weight_decay: float,
     undo: Undo,
+    staging: Staging,
 ) -> None:
     """One step of parameters of a group: alike matrices together, as many as a cache takes."""
-    buckets: dict[Any, list[ParamPlan]] = {}
+    buckets = [
+        Bucket(own, [state_of(item) for item in own], chosen, lr, weight_decay, undo)
+        for own in bucketed(items, chosen)
+    ]
+    step_buckets(buckets, staging)
+
+
+def bucketed(items: Sequence[_Plan], chosen: Strategies) -> list[Sequence[_Plan]]:
+    """Which parameters of a group are stepped together, in what order."""
+    found: list[Sequence[_Plan]] = []
+    alike: dict[Any, list[_Plan]] = {}
     for item in items:
         if item.subspace is not None and not isinstance(item.subspace, Block):
-            buckets.setdefault(item.key, []).append(item)
-            continue
-        step_bucket(Bucket([item], [state_of(item)], chosen, lr, weight_decay, undo))
-    for alike in buckets.values():
-        size = chunk_size(alike[0], chosen)
-        for i in range(0, len(alike), size):
-            chunk = alike[i : i + size]
-            states = [state_of(item) for item in chunk]
-            step_bucket(Bucket(chunk, states, chosen, lr, weight_decay, undo))
+            alike.setdefault(item.key, []).append(item)
+        else:
+            found.append([item])
+    for own in alike.values():
+        size = chunk_size(own[0], chosen)
+        found += [own[i : i + size] for i in range(0, len(own), size)]
+    return found
 
 
 def chunk_size(item: ParamPlan, chosen: Strategies) -> int:

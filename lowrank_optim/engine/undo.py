@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Self
 
 import torch
@@ -23,7 +23,13 @@ class Undo:
     from then on its new state is the right one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before: Callable[[], object] = lambda: None) -> None:
+        """Begin with nothing.
+
+        Args:
+            before: called before anything is put back (default: nothing is done).
+        """
+        self._before = before
         self._kept: dict[
             int, tuple[State, State, list[float | Tensor], answers.Answer | None, State]
         ] = {}
@@ -72,6 +78,10 @@ class Undo:
             self.taken += 1
             self._forget(id(state))
 
+    def holds(self, state: State) -> bool:
+        """Whether a state would be put back."""
+        return id(state) in self._kept
+
     def _forget(self, number: int) -> None:
         copies = self._kept.pop(number)[-1]
         for copy in copies.values():
@@ -85,6 +95,7 @@ class Undo:
             for number in list(self._kept):
                 self._forget(number)
             return
+        self._before()
         kept, self._kept = self._kept, {}
         for state, entries, counters, answer, copies in kept.values():
             state.clear()

@@ -30,7 +30,7 @@ from lowrank_optim.engine.sharded.layers import (
 )
 from lowrank_optim.engine.sharded.refusals import check_layer
 from lowrank_optim.engine.sharded.replicas import refresh_layers
-from lowrank_optim.engine.step import chunk_size, step_bucket
+from lowrank_optim.engine.step import chunk_size, step_buckets
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group
 from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
@@ -303,7 +303,7 @@ class SSTAdamW(LowRankOptimizer):
                 ]
                 plans = [x.whole(state) for x, state in zip(chunk, states, strict=True)]
                 hyper = group["lr"], group["weight_decay"]
-                step_bucket(Bucket(plans, states, chosen, *hyper, undo))
+                step_buckets([Bucket(plans, states, chosen, *hyper, undo)], self._staging)
                 for x, own in zip(chunk, wholes, strict=True):
                     for key, factor in x.named().items():
                         if key in own and key != "basis_order":

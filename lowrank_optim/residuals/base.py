@@ -50,6 +50,8 @@ class Residual(Protocol):
 
     stepped: ClassVar[Sequence[str]]
     """State keys that :meth:`after` overwrites."""
+    memory: ClassVar[Sequence[str]]
+    """State keys as large as the gradient, or that go with such: ``state_device`` moves them."""
     wants: ClassVar[Wants]
     """What of the rest it uses. For "memory" :meth:`before` makes a matrix of the size of G, which
     lives as long as the step."""
@@ -121,6 +123,7 @@ class Forgetful(OneByOne):
     """What residuals have in common that remember nothing of a gradient."""
 
     stepped: ClassVar[Sequence[str]] = ()
+    memory: ClassVar[Sequence[str]] = ()
     wants: ClassVar[Wants] = "term"
 
     def before(self, state: State, grad: Tensor) -> Tensor:

@@ -96,6 +96,7 @@ class ErrorFeedback:
     """
 
     stepped: ClassVar[Sequence[str]] = ()
+    memory: ClassVar[Sequence[str]] = ("error", "error_low", "error_step")
     wants: ClassVar[Wants] = "memory"
 
     kept: str = "float32"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
+from lowrank_optim.ops.devices import queued
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.base import BasisChange, Reduce, RefreshContext, State, Subspace
 from lowrank_optim.subspaces.factors import order_of, sample, stepped, triplets, unit
@@ -122,7 +123,7 @@ class Spectral(Subspace):
             device = torch.device("cpu") if self._offloads(param) else param.device
             for key, size in zip(self.rest_keys, sides.values(), strict=True):
                 shape = *view.batch, k - self.rank, size
-                pinned = self._offloads(param) and param.is_cuda
+                pinned = self._offloads(param) and queued(param.device)
                 state[key] = torch.zeros(shape, dtype=narrow, device=device, pin_memory=pinned)
             order = torch.arange(k, dtype=torch.int32, device=param.device)
             state["basis_order"] = order.repeat(*view.batch, 1) if view.batch else order

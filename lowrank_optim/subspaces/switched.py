@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.ops.devices import sent
+from lowrank_optim.ops.devices import queued, sent
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces import ahead, switching
 from lowrank_optim.subspaces.base import (
@@ -181,7 +181,7 @@ class Switched(Subspace):
                 (*shape[:-2], k, shape[-1]),
                 dtype=dtype,
                 device=device,
-                pin_memory=host and param.is_cuda,
+                pin_memory=host and queued(param.device),
             )
             state[f"{'host.' if host else ''}pool_{side}"] = pool
         state["host.held"] = switching.start_held(self.rank, k)

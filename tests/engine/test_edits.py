@@ -29,6 +29,7 @@ OTHERS: dict[str, list[Any]] = {
     "projector": ["rsvd", "random", "dct", "hadamard", "columns", "rows", "randk", "block"],
     "on_refresh": ["keep", "reset", "project"],
     "state_dtype": ["float32", "bfloat16", "8bit"],
+    "state_device": ["cpu"],
     "stochastic_rounding": [True],
     "stagger": [True],
     "flatten": [True],

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from lowrank_optim.engine.offload import on_device
 from lowrank_optim.engine.refresh import refresh_
 from lowrank_optim.engine.sharded import failures
 from lowrank_optim.engine.sharded.due import Due, owners, rounds_of
@@ -107,7 +108,9 @@ def _whole_gradient(d: Due) -> Tensor:
     if not d.subspace.needs_grad:
         return d.twin.param
     assert d.twin.view is not None and d.twin.param.grad is not None
-    return d.chosen.residual.before(d.state, d.twin.view.of(d.twin.param.grad))
+    residual = d.chosen.residual
+    with on_device(d.item, d.state, d.chosen, residual.memory):
+        return residual.before(d.state, d.twin.view.of(d.twin.param.grad))
 
 
 def _copied(d: Due) -> list[str]:
