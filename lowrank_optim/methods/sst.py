@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Unpack
 
 from torch import Tensor
 
+from lowrank_optim.engine import answers
 from lowrank_optim.engine.bucket import Bucket
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state
 from lowrank_optim.engine.refresh import phase, refresh_, refresh_due
@@ -281,6 +282,7 @@ class SSTAdamW(LowRankOptimizer):
 
     def _is_due(self, item: Layer, chosen: Strategies) -> bool:
         state = self._kept(item, chosen)
+        answers.settle_(state)
         step, last = int(state["step"]), int(state["refresh_step"])
         return refresh_due(step, last, chosen.gap, phase(item, chosen))
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from torch import Tensor
+
 MASK = 0xFFFFFFFF
 
 
@@ -93,3 +95,12 @@ def check_places(
             raise ValueError(f"stochastic_round_: {len(own)} {name}s for {count} tensors")
     if any(width < 1 for width in widths):
         raise ValueError(f"stochastic_round_: a row has at least one entry, got widths {widths}")
+
+
+def hash32(x: Tensor) -> Tensor:
+    """A 32-bit hash (lowbias32) of integers below 2^32, in int64 arithmetic."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & MASK
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & MASK
+    return x ^ (x >> 16)
