@@ -289,8 +289,11 @@ class Subspace(ABC):
         """
         return None
 
-    def lr_factor(self, since: int) -> float:
-        """Factor of the learning rate, ``since`` steps after the last refresh."""
+    def lr_factor(self, since: float | Tensor) -> float | Tensor:
+        """Factor of the learning rate, ``since`` steps after the last refresh.
+
+        A number, or ``()`` on the device where no host may know; the factor is then there too.
+        """
         return 1.0
 
     @property

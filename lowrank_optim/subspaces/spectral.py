@@ -159,8 +159,10 @@ class Spectral(Subspace):
             "v": (*view.batch, self.rank, view.n),
         }
 
-    def lr_factor(self, since: int) -> float:
+    def lr_factor(self, since: float | Tensor) -> float | Tensor:
         """Linear over ``warmup_steps`` from the first step of an iteration: 1/20, 2/20, ..., 1."""
+        if isinstance(since, Tensor):
+            return ((since.double() + 1) / max(1, self.warmup_steps)).clamp(max=1.0)
         return min(1.0, (since + 1) / max(1, self.warmup_steps))
 
     def spectrum(self, state: State) -> Tensor:

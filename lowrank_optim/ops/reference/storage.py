@@ -131,7 +131,7 @@ def _positions(
 def stochastic_round_(
     xs: Tensors,
     outs: Tensors,
-    seeds: Sequence[int],
+    seeds: Sequence[int | Tensor],
     offsets: Sequence[int],
     widths: Sequence[int],
     row_strides: Sequence[int],
