@@ -211,7 +211,10 @@ def serving(path: Path) -> Iterator[Host]:
 
     def kept(self: arrays.Arrays, values: array[Any]) -> int:
         host.tables.append(values)
-        return keep(self, values)
+        address = keep(self, values)
+        # here it lives on; where it does not, its memory may be another's before the launch
+        assert any(x is values for x in self.kept), "a table that nobody keeps for the call"
+        return address
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "device", Device)

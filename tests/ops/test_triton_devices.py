@@ -126,3 +126,19 @@ def test_tables_of_pointers_come_from_pinned_memory(devices: Devices) -> None:
     """A copy from other memory would make the host wait; and it is not waited for."""
     check(devices, "adamw_direction_")
     assert len(devices.pinned) == len(devices.launches) * 3 > 0
+
+
+@pytest.mark.parametrize("op", ["moment_", "stochastic_round_", "column_norms"])
+def test_a_list_over_two_devices_is_launched_on_both(devices: Devices, op: str) -> None:
+    """No table has addresses of another device."""
+    a = arguments(op)
+    lists = {name: isinstance(x, list) and x and isinstance(x[0], Tensor) for name, x in a.items()}
+    both = {
+        name: [devices.mark(y.clone(), n % 2) for n, y in enumerate(x)] if lists[name] else x
+        for name, x in a.items()
+    }
+    with _Cuda(devices):  # type: ignore[arg-type]
+        getattr(ops, op)(*both.values())
+    assert {current for _, current, _ in devices.launches} == {0, 1}
+    for kernel, current, places in devices.launches:
+        assert places == {torch.device("cuda", current)}, kernel
