@@ -129,7 +129,8 @@ def refreshing_(
     yield from _following_(item, state, moved, step, chosen, sources, ok if later else None)
     if ok is not None and later:
         assert item.subspace is not None
-        soon = chosen.gap > 1 or not item.subspace.indexed
+        # other ranks are told at once
+        soon = chosen.gap > 1 or not item.subspace.indexed or item.part is not None
         yield from answers.expecting_(state, item.name, ok, last, soon, before)
     if found is not None:
         found.update({k: m.low for k, m in moved.items() if m.low is not None})

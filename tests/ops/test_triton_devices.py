@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+import triton
 
 from lowrank_optim.ops import triton as ops
 from lowrank_optim.ops.triton import launch
