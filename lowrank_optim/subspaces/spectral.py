@@ -191,12 +191,17 @@ class Spectral(Subspace):
 
     def refresh_(self, state: State, grad: Tensor, ctx: RefreshContext) -> dict[str, BasisChange]:
         """Begin an iteration: factor W if a round begins, then choose the vectors to train."""
-        return alone(self.refreshing_(state, grad, ctx))
+        return alone(self._begin_(state, ctx))
 
     def refreshing_(
         self, state: State, grad: Tensor, ctx: RefreshContext
     ) -> Searching[dict[str, BasisChange]]:
         """On an accelerator all matrices are factored at once: its host waits once."""
+        if on_accelerator(state["basis_u"]) and type(self).refresh_ is Spectral.refresh_:
+            return (yield from self._begin_(state, ctx))
+        return self.refresh_(state, grad, ctx)
+
+    def _begin_(self, state: State, ctx: RefreshContext) -> Searching[dict[str, BasisChange]]:
         iteration, view = int(state["host.iteration"]), ctx.view
         noise = torch.empty(view.full_rank, dtype=torch.float64)
         noise.exponential_(generator=ctx.generator)

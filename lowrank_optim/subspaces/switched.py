@@ -245,12 +245,17 @@ class Switched(Subspace):
 
     def refresh_(self, state: State, grad: Tensor, ctx: RefreshContext) -> dict[str, BasisChange]:
         """Every step: thaw, restart if due, switch. Cheap where nothing moves."""
-        return alone(self.refreshing_(state, grad, ctx))
+        return alone(self._move_(state, ctx))
 
     def refreshing_(
         self, state: State, grad: Tensor, ctx: RefreshContext
     ) -> Searching[dict[str, BasisChange]]:
-        """The same; matrices that restart together are factored in one call."""
+        """The same; on an accelerator matrices that restart together are factored in one call."""
+        if on_accelerator(state["basis_A"]) and type(self).refresh_ is Switched.refresh_:
+            return (yield from self._move_(state, ctx))
+        return self.refresh_(state, grad, ctx)
+
+    def _move_(self, state: State, ctx: RefreshContext) -> Searching[dict[str, BasisChange]]:
         if int(state["refresh_step"]) < 0:
             self._start_(state, ctx)
         before: list[list[int]] = state["host.frozen"].tolist()
