@@ -161,8 +161,6 @@ class LowRankOptimizer(PlannedOptimizer):
     """Group keys that it reads beside the arguments of its constructor."""
     unused: ClassVar[Mapping[str, str]] = {}
     """Arguments of every optimizer that mean nothing to this one, and why."""
-    by_host: ClassVar[str | None] = None
-    """Why its coordinates follow the host's count of steps, as a clause; None if they do not."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -213,7 +211,7 @@ class LowRankOptimizer(PlannedOptimizer):
         check(group)
         if group.get("capturable"):
             chosen = self._strategies(group)
-            check_capturable(chosen, group, type(self).__name__, self.by_host)
+            check_capturable(chosen, group, type(self).__name__, self.by_host(group))
 
     def _allowed(self, group: Group) -> set[str]:
         """Keys that a group may have: those that something reads."""
@@ -227,6 +225,10 @@ class LowRankOptimizer(PlannedOptimizer):
     def subspace(self, group: Group, view: MatrixView) -> Subspace:
         """The coordinates that ``group`` asks for, of one of its matrices."""
         return make_projector(group, view)
+
+    def by_host(self, group: Group) -> str | None:
+        """Why every step of a group needs the host, as a clause; None if it does not."""
+        return None
 
     def gap(self, group: Group) -> int:
         """Steps between refreshes in ``group``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -105,14 +104,15 @@ def _step_size(w: MatrixStep, chosen: Strategies, lr: float | Tensor) -> float |
     view, subspace = w.item.view, w.item.subspace
     assert view is not None and subspace is not None
     param = view.of(w.item.param)
-    step = math.nan if chosen.capturable else float(w.state["step"])
+    step = w.state["step"] if chosen.capturable else float(w.state["step"])
     size = chosen.rule.step_size(lr, step, param, w.rms)
     if isinstance(size, Tensor) and size.numel() == 1 and not on_accelerator(param):
         size = float(size)
-    if chosen.capturable:
-        return size
-    factor = subspace.lr_factor(int(step) - 1 - max(0, int(w.state["refresh_step"])))
-    return size if factor == 1 else size * factor  # never in place: it may be the group's tensor
+    last = w.state["refresh_step"]
+    since = step - 1 - (last.clamp(min=0) if chosen.capturable else max(0, int(last)))
+    factor = subspace.lr_factor(since)
+    plain = not isinstance(factor, Tensor) and factor == 1
+    return size if plain else size * factor  # never in place: it may be the group's tensor
 
 
 def _each(

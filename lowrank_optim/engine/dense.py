@@ -81,8 +81,8 @@ def dense_phases(
             return
     state["step"] += 1
     rounding = weight_noise(item, state, chosen)
-    step = math.nan if chosen.capturable else float(state["step"]) - since
-    steps: Steps = state["step"].reshape(1) if chosen.capturable else [step]
+    step = state["step"] if chosen.capturable else float(state["step"]) - since
+    steps: Steps = step.reshape(1) if isinstance(step, Tensor) else [step]
     size = rule.step_size(lr, step, param, rms)
     decay: float | Tensor = 1 - size * weight_decay
     if finite:
@@ -102,7 +102,9 @@ def dense_phases(
             [g], [own], steps, finite=finite, split=split
         )
         noise = rounding.narrow(0, start) if rounding is not None and start else rounding
-        ops.add_(p, direction * (size * correction), decay, -1.0, noise)
+        # a rate that is a tensor would widen what has no dimension
+        update = (direction * (size * correction)).to(direction.dtype)
+        ops.add_(p, update, decay, -1.0, noise)
     write_slots_([item], [state], [held], chosen, finite)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowrank_optim.ops import Noise
 from lowrank_optim.ops.devices import apart, pinned
+from lowrank_optim.ops.noise import signed, splitmix, splitmix_
 from lowrank_optim.ops.quant import Moment
 from lowrank_optim.residuals import Residual
 from lowrank_optim.rules.base import Rule, Slot
@@ -75,7 +76,7 @@ class ParamPlan:
         """Whether it lies on several ranks, a part on each."""
         return self.part is not None and self.part.mesh is not None
 
-    def noise(self, seed: int) -> Noise:
+    def noise(self, seed: int | Tensor) -> Noise:
         """Of the stochastic rounding of what is here of the weights, by its place in the whole."""
         part = self.part
         if part is None or part.mesh is None:
@@ -153,6 +154,8 @@ def init_state(
         state["refresh_step"] = torch.full((), -1.0, device=device)
         state["postponed"] = torch.zeros((), dtype=torch.float32)
         state.update(item.subspace.init(item.view, like))
+        if device is not None:  # of a layer of factors, which came with its first refresh
+            state["refresh_step"] = state["refresh_step"].to(device)
         state.update(_remembered(item.view, chosen, like))
     for coord, shape in _coords(item).items():
         if chosen.aged and coord:
@@ -300,11 +303,26 @@ def mixed(*numbers: int) -> int:
     """One seed for a tuple of counters (splitmix64 of each in turn)."""
     seed = 0
     for number in numbers:
-        seed = (seed + number + 0x9E3779B97F4A7C15) % 2**64
-        seed = ((seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-        seed = ((seed ^ (seed >> 27)) * 0x94D049BB133111EB) % 2**64
-        seed ^= seed >> 31
+        seed = splitmix(seed, number)
     return seed % 2**63
+
+
+def seeds_of(
+    items: Sequence[ParamPlan], states: Sequence[State], chosen: Strategies, *salt: int
+) -> Sequence[int | Tensor]:
+    """``mixed(seed, uid, step, *salt)`` of each; ``()`` on the device if it counts the steps."""
+    if not chosen.capturable:
+        pairs = zip(items, states, strict=True)
+        return [mixed(chosen.seed, i.uid, int(state["step"]), *salt) for i, state in pairs]
+    steps = [state["step"] for state in states]
+    starts = [splitmix(splitmix(0, chosen.seed), item.uid) for item in items]
+    # one fill each: a table of the host would have to be kept for as long as a graph that reads it
+    device = steps[0].device
+    fills = [torch.full((), signed(x), dtype=torch.int64, device=device) for x in starts]
+    seeds = splitmix_(torch.stack(fills), torch.stack(steps).to(torch.int64))
+    for number in salt:
+        seeds = splitmix_(seeds, number)
+    return (seeds & (2**63 - 1)).unbind()
 
 
 def seeded(*numbers: int) -> torch.Generator:
@@ -345,20 +363,18 @@ def write_slots_(
 ) -> None:
     """Write back the moments that were copied to be read; the others are in place already."""
     for n, (key, slot, _) in enumerate(held[0] if held else ()):
-        at, xs, noises = [], [], []
-        for i, (item, state, own) in enumerate(zip(items, states, held, strict=True)):
-            x = own[n][2]
-            if isinstance(x, Tensor) and x is not state[key]:
-                seed = mixed(chosen.seed, item.uid, int(state["step"]), 1, n)
-                at.append(i)
-                xs.append(x)
-                noises.append(moment_noise(state, key, seed))
+        every = [own[n][2] for own in held]
+        at = [i for i, x in enumerate(every) if isinstance(x, Tensor) and x is not states[i][key]]
         if at:
+            own = [states[i] for i in at]
+            seeds = seeds_of([items[i] for i in at], own, chosen, 1, n)
+            noises = [moment_noise(x, key, seed) for x, seed in zip(own, seeds, strict=True)]
+            xs = [every[i] for i in at]
             fine = [finite[i] for i in at] if finite else []
-            chosen.store.write_all_([states[i] for i in at], key, slot, xs, noises, fine)
+            chosen.store.write_all_(own, key, slot, xs, noises, fine)  # type: ignore[arg-type]
 
 
-def moment_noise(state: State, key: str, seed: int) -> Noise:
+def moment_noise(state: State, key: str, seed: int | Tensor) -> Noise:
     """Of the stochastic rounding of a moment, a part of which may be all that is here."""
     kept = getattr(state, "outer", state)
     return noise_of(kept[key], seed)
@@ -369,8 +385,19 @@ def rounds(item: ParamPlan, chosen: Strategies) -> bool:
     return chosen.rounding and item.param.dtype == torch.bfloat16
 
 
+def weight_noises(
+    items: Sequence[ParamPlan], states: Sequence[State], chosen: Strategies
+) -> Sequence[Noise | None]:
+    """Of the stochastic rounding of weights as they are stored; None to round to nearest."""
+    at = [n for n, item in enumerate(items) if rounds(item, chosen)]
+    if not at:
+        return [None] * len(items)
+    seeds = seeds_of([items[n] for n in at], [states[n] for n in at], chosen, 3)
+    known = dict(zip(at, seeds, strict=True))
+    return [item.noise(known[n]) if n in known else None for n, item in enumerate(items)]
+
+
 def weight_noise(item: ParamPlan, state: State, chosen: Strategies) -> Noise | None:
-    """Of the stochastic rounding of a weight as it is stored; None to round to nearest."""
-    if not rounds(item, chosen):
-        return None
-    return item.noise(mixed(chosen.seed, item.uid, int(state["step"]), 3))
+    """:func:`weight_noises` of one."""
+    (noise,) = weight_noises([item], [state], chosen)
+    return noise

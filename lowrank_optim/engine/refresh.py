@@ -67,6 +67,8 @@ def _due_anyway(item: ParamPlan, chosen: Strategies, answer: answers.Answer) -> 
 
     A search that starts from the basis in use has to know whether there is one.
     """
+    if item.subspace is not None and item.subspace.counters:
+        return False  # they tell a round from another
     starts = item.subspace is None or not item.subspace.indexed
     return chosen.gap == 1 and (answer.last >= 0 or not starts)
 
@@ -118,15 +120,19 @@ def refreshing_(
     an accelerator is asked for neither now (:mod:`lowrank_optim.engine.answers`), and True says
     that the refresh was queued.
     """
+    before = _counters(item, state)
     moved, ok = yield from _search(item, state, grad, step, chosen, look)
-    if moved is None or (ok is not None and not later and not _came_about(item, state, step, ok)):
+    if moved is None:
+        return False
+    if ok is not None and not later and not _came_about(item, state, step, ok, before):
         return False
     last = int(state["refresh_step"])
     yield from _following_(item, state, moved, step, chosen, sources, ok if later else None)
     if ok is not None and later:
         assert item.subspace is not None
-        soon = chosen.gap > 1 or not item.subspace.indexed
-        yield from answers.expecting_(state, item.name, ok, last, soon)
+        # other ranks are told at once
+        soon = chosen.gap > 1 or not item.subspace.indexed or item.part is not None
+        yield from answers.expecting_(state, item.name, ok, last, soon, before)
     if found is not None:
         found.update({k: m.low for k, m in moved.items() if m.low is not None})
     return True
@@ -141,8 +147,15 @@ def find_(
     look: tuple[Tensor, Any] | None = None,
 ) -> dict[str, BasisChange] | None:
     """Find new coordinates; None, and counted, if that had to be postponed."""
+    before = _counters(item, state)
     moved, ok = alone(_search(item, state, grad, step, chosen, look))
-    return moved if ok is None or _came_about(item, state, step, ok) else None
+    return moved if ok is None or _came_about(item, state, step, ok, before) else None
+
+
+def _counters(item: ParamPlan, state: State) -> dict[str, float]:
+    """What goes back if a refresh does not come about."""
+    assert item.subspace is not None
+    return {key: float(state[key]) for key in item.subspace.counters}
 
 
 def _search(
@@ -180,7 +193,7 @@ def _search(
     except LinAlgError as error:
         postpone_(item, state, step, str(error))
         return None, None
-    ok = None if fine is None else next(iter(moved.values())).ok
+    ok = next((own.ok for own in moved.values()), None)
     if fine is not None and ok is None:
         raise TypeError(
             f"{type(subspace).__name__}.refresh_ of {item.name} does not say whether anything "
@@ -191,10 +204,14 @@ def _search(
     return moved, ok
 
 
-def _came_about(item: ParamPlan, state: State, step: int, ok: Tensor) -> bool:
+def _came_about(
+    item: ParamPlan, state: State, step: int, ok: Tensor, before: dict[str, float]
+) -> bool:
     """Ask an accelerator at once whether it found a basis: what follows tells other ranks."""
     if bool(ok):
         return True
+    for key, count in before.items():
+        state[key].fill_(count)
     postpone_(item, state, step, "its gradient is zero or not finite, or could not be factored")
     return False
 

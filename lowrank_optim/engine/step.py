@@ -33,7 +33,7 @@ from lowrank_optim.engine.plan import (
     age_key,
     read_slots,
     slot_keys,
-    weight_noise,
+    weight_noises,
     write_slots_,
 )
 from lowrank_optim.engine.refresh import basis_due, refreshing_
@@ -74,7 +74,7 @@ class Phases:
         finished(adapt(work, chosen, undo))
         for alike in portions([(w.item, w) for w in work]):
             own = [w for _, w in alike]
-            rounding = [weight_noise(w.item, w.state, chosen) for w in own]
+            rounding = weight_noises([w.item for w in own], [w.state for w in own], chosen)
             push(own, prepared(own, chosen, lr, weight_decay, undo, rounding), chosen, undo)
 
 

@@ -68,7 +68,7 @@ class FrozenItem(ParamPlan):
 
     base: Tensor
 
-    def noise(self, seed: int) -> Noise:
+    def noise(self, seed: int | Tensor) -> Noise:
         """By the place of each entry in all of W0."""
         return noise_of(self.base, seed)
 
@@ -154,8 +154,6 @@ class SwitchLoRAAdamW(LowRankOptimizer):
         "on_refresh": "a switched vector starts its moments again",
     }
 
-    by_host: ClassVar[str | None] = "every step may switch vectors, which the host decides"
-
     def __init__(
         self,
         params: Iterable[Any],
@@ -199,6 +197,10 @@ class SwitchLoRAAdamW(LowRankOptimizer):
     def projected_factor(self, group: Group) -> float:
         """Factors take the learning rate as it is."""
         return 1.0
+
+    def by_host(self, group: Group) -> str:
+        """The schedule, and which vectors are frozen."""
+        return "every step may switch vectors, which the host decides"
 
     def residual(self, group: Group) -> Residual:
         """Only A and B are trained."""

@@ -43,7 +43,8 @@ class BasisChange(NamedTuple):
     low: Tensor | None = None
     """The new coordinates of the gradient, where the search for them came by."""
     ok: Tensor | None = None
-    """0-d bool on the device, where :attr:`RefreshContext.fine` is: False if nothing moved."""
+    """0-d bool on the device, where the host cannot know: False if nothing moved. Asked for where
+    :attr:`RefreshContext.fine` is."""
 
 
 class Shared:
@@ -108,6 +109,10 @@ class Subspace(ABC):
     """Whether :meth:`refresh_` minds :attr:`RefreshContext.fine`; if not, the host looks before."""
     of_weight: ClassVar[bool] = False
     """Whether its coordinates are of factors of W: a refresh looks at W and not at the gradient."""
+
+    counters: ClassVar[tuple[str, ...]] = ()
+    """Numbers of the host in the state that a refresh advances, whatever the device says of it:
+    they go back where it did not come about."""
 
     @property
     def whole(self) -> str | None:
@@ -284,8 +289,11 @@ class Subspace(ABC):
         """
         return None
 
-    def lr_factor(self, since: int) -> float:
-        """Factor of the learning rate, ``since`` steps after the last refresh."""
+    def lr_factor(self, since: float | Tensor) -> float | Tensor:
+        """Factor of the learning rate, ``since`` steps after the last refresh.
+
+        A number, or ``()`` on the device where no host may know; the factor is then there too.
+        """
         return 1.0
 
     @property
