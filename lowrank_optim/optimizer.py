@@ -90,7 +90,7 @@ class Options(TypedDict, total=False):
     on_refresh: str
     """What moments do at a refresh: keep, reset, project (default: "keep")."""
     state_dtype: str
-    """How moments are stored: float32, bfloat16, 8bit (default: "float32")."""
+    """How moments are stored: float32, bfloat16, 8bit, 4bit (default: "float32")."""
     stochastic_rounding: bool
     """Round updates of bfloat16 weights without bias (default: False)."""
     stagger: bool

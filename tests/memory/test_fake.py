@@ -122,7 +122,7 @@ def test_tables_are_those_of_real_steps_though_a_fake_one_came_first() -> None:
     """The map of 8-bit codes was made of fake numbers, kept, and used by every step after it."""
     tables = {signed: quant.dynamic_map(signed, torch.device("cpu")) for signed in (True, False)}
     quant.dynamic_map.cache_clear()
-    quant._values.cache_clear()
+    quant.values_of.cache_clear()
     with FakeTensorMode():
         weight = nn.Parameter(torch.randn(64, 128))
         weight.grad = torch.randn_like(weight)

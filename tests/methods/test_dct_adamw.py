@@ -180,7 +180,7 @@ def test_moments_follow_their_index_as_stored() -> None:
                 for row, come in zip(state[name].reshape(16, -1), source.tolist(), strict=True):
                     if come >= 0:
                         assert torch.equal(row, old[come])
-            read = chosen.store.read(state, key, slot, item.param, dense=True)
+            read = chosen.store.read(state, key, slot, (16, width), item.param, dense=True)
             assert isinstance(read, Tensor)
             assert not bool(read[source < 0].any())
 

@@ -305,7 +305,7 @@ def test_a_decoded_slot_that_must_not_change_keeps_its_codes() -> None:
     store.alloc(state, "m", slot, (8, 512), like)
     store.write_(state, "m", slot, -torch.rand(8, 512), 0)
     before = {k: v.clone() for k, v in state.items()}
-    x = store.read(state, "m", slot, like)
+    x = store.read(state, "m", slot, (8, 512), like)
     assert isinstance(x, Tensor)
     store.write_(state, "m", slot, x, 0, torch.tensor(False))
     assert all(torch.equal(state[k], v) for k, v in before.items())
