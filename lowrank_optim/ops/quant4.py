@@ -1,4 +1,4 @@
-"""Block-wise 4-bit quantisation: signed values to the nearest code, squares without bias."""
+"""Block-wise 4-bit quantisation, rounded without bias."""
 
 from __future__ import annotations
 
@@ -53,12 +53,6 @@ def _pairs(signed: bool, device: torch.device) -> Tensor:
     values = _values(signed)
     pairs = [[values[byte % LEVELS], values[byte // LEVELS]] for byte in range(256)]
     return torch.tensor(pairs, dtype=torch.float32, device=device)
-
-
-@functools.cache
-def _middles(device: torch.device) -> Tensor:
-    values = four_bit_map(True, device)
-    return (values[1:] + values[:-1]) / 2
 
 
 @functools.cache
@@ -128,7 +122,8 @@ def quantize4_(
         xs: contiguous float32.
         into: where they are kept.
         signed: which map; without a sign they are squares, and none is negative.
-        noises: of the rounding of squares, over the entries of each of ``xs``.
+        noises: whose seeds decide, with the place of an entry in each of ``xs``, which of the two
+            nearest codes it takes.
         finite: 0-d bools on the device; where False what is kept does not change.
     """
     cols = xs[0].shape[-1]
@@ -157,16 +152,20 @@ def _encoded(x: Tensor, signed: bool, noises: Sequence[Noise]) -> Packed:
     bounded = scales.abs().clamp_(LEAST, MOST).copysign_(scales)
     scales = torch.where(scales == 0, 0.0, bounded)
     units = blocks / torch.where(scales == 0, 1.0, scales).unsqueeze(-1)
-    units = units.flatten(-2)
-    if signed:
-        codes = torch.bucketize(units, _middles(x.device), out_int32=True).to(torch.uint8)
-        return Packed(packed(codes[..., :cols]), scales)
-    # level n between two whole numbers of bfloat16, which a kernel rounds by entry and seed
-    level = units[..., :cols].mul(LEVELS).add_(UNIT - 1).clamp_(UNIT, UNIT + LEVELS - 1)
-    level = level.contiguous()
+    units = units.flatten(-2)[..., :cols].contiguous()
+    level = _signed_level(units) if signed else units.mul_(LEVELS).sub_(1)
+    # between two whole numbers of bfloat16, to one of which a kernel takes it by place and seed
+    level = level.clamp_(0, LEVELS - 1).add_(UNIT)
     rounded = torch.empty_like(level, dtype=torch.bfloat16)
     put_all_(list(rounded.unbind(0)), list(level.unbind(0)), noises)
     return Packed(packed(rounded.sub_(UNIT).to(torch.uint8)), scales)
+
+
+def _signed_level(units: Tensor) -> Tensor:
+    """Where values of -1 to 1 lie among the codes: a whole number at the value of each."""
+    table = four_bit_map(True, units.device)
+    below = torch.bucketize(units, table, out_int32=True, right=True).sub_(1).clamp_(0, LEVELS - 2)
+    return units.sub_(table[below]).mul_((1 / table.diff())[below]).add_(below)
 
 
 def dequantize4(moments: Sequence[Packed], signed: bool, cols: int) -> list[Tensor]:

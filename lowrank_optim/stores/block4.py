@@ -27,12 +27,13 @@ class Block4Store:
     .. math:: m \approx M[c]\, s, \quad s = m_j,\ j = \arg\max_i |m_i|,
               \qquad v \approx \frac{c + 1}{16}\, s, \quad s = \max_i v_i
 
-    over blocks of 128 elements of one row, with the nearest c for m and M the signed dynamic
-    exponent map (0, ±0.0055, ±0.0325, ±0.0775, ±0.2125, ±0.4375, ±0.6625, ±0.8875, 1). v has no
-    code of 0, as a second moment of 0 would let a step divide by eps alone: it is 0 where all of
-    its block is, and never where it was positive. Its code is drawn among the two nearest so that
-    its mean is v: to nearest, what one step changes of it at beta2 = 0.999 is less than half a
-    code, and it would stay in proportion to the first gradients.
+    over blocks of 128 elements of one row, with M the signed dynamic exponent map (0, ±0.0055,
+    ±0.0325, ±0.0775, ±0.2125, ±0.4375, ±0.6625, ±0.8875, 1). v has no code of 0, as a second moment
+    of 0 would let a step divide by eps alone: it is 0 where all of its block is, and never where it
+    was positive. c is drawn among the two codes beside a value so that its mean is the value, but
+    beyond the ends of a map. To nearest, what one step changes is less than half a code for most
+    elements, of v at beta2 = 0.999 for all but the largest: they would stay in proportion to the
+    first gradients.
 
     ``<slot>`` holds ``(..., ceil(k / 2))`` bytes of a slot ``(..., k)``, the first element in the
     low half, and ``<slot>_scale`` its scales ``(..., ceil(k / 128))``: 0.53 bytes an element. A
@@ -47,7 +48,7 @@ class Block4Store:
       matrix would tie all rows to all columns.)
     - s has the sign of the largest element, so that it is kept exactly. The map has a 1 and no -1:
       with ``|s|`` the largest would lose 11 % at every step wherever it is negative.
-    - v is rounded without bias. In both sources it takes the nearest code.
+    - Rounding has no bias. In both sources a value takes the nearest code.
 
     References:
         Li et al. (2023), Memory Efficient Optimizers with 4-bit States, arXiv:2309.01507.
@@ -57,7 +58,7 @@ class Block4Store:
 
     @property
     def rounds(self) -> bool:
-        """True: second moments."""
+        """True, whatever the sign."""
         return True
 
     def unit(self, shape: Sequence[int]) -> int:
