@@ -16,7 +16,7 @@ from lowrank_optim.ops import Noise, quant, quant4
 from lowrank_optim.rules.base import Slot
 from lowrank_optim.stores import STORES
 from tests import cases, runs
-from tests.compare import assert_close, relative
+from tests.compare import assert_close
 from tests.oracles import four_bits
 from tests.stores.shapes import SHAPES
 from tests.stores.test_8bit import ALIKE, CLAUSES, matrices, regression
@@ -97,7 +97,9 @@ def test_the_mean_of_what_is_kept_is_the_value(kind: str) -> None:
     """Between the ends of the map, over 400 draws: within five and a half standard errors."""
     slot = KINDS[kind]
     x = torch.rand(8, 600).clamp_(min=0.07)
-    x = x * torch.randint(0, 2, x.shape).mul(2).sub(1).clamp(min=-0.88) if slot.signed else x
+    if slot.signed:
+        x *= torch.where(torch.rand(x.shape) < 0.5, -0.88, 1.0)
+    x[:, ::128] = 1
     every = torch.stack([decoded(kept(x, slot, seed), slot, x.shape) for seed in range(400)])
     low, high = beside(x, slot)
     error = every.mean(0) - x
@@ -241,7 +243,7 @@ def test_training_ends_near_float32() -> None:
 
 
 def test_second_moments_follow_gradients_that_change() -> None:
-    """After 300 gradients of one variance, beta2 = 0.99: the squared logarithm in the mean.
+    """From several sizes to one, over 300 steps of beta2 = 0.99: squared logarithm in the mean.
 
     To the nearest code nothing that one step adds is seen, but of the largest of a block: the
     others keep their proportion to the first gradients.
@@ -252,20 +254,21 @@ def test_second_moments_follow_gradients_that_change() -> None:
         param = nn.Parameter(torch.zeros(32, 128))
         group = {"params": [param], "rank": None}
         optimizer = GaLoreAdamW([group], betas=(0.9, 0.99), state_dtype="4bit")
+        sizes = 0.3 + torch.rand(32, 128)
         with pytest.MonkeyPatch.context() as patch:
             if draw is not None:
                 patch.setattr(quant4, "put_all_", draw)
-            for _ in range(300):
-                param.grad = torch.randn(32, 128)
+            for step in range(350):
+                param.grad = torch.randn(32, 128).sign() * (sizes if step < 50 else 1.0)
                 optimizer.step()
         v = decoded(optimizer.state[param], Slot("exp_avg_sq", signed=False), (32, 128))
-        return float((v / (1 - 0.99**300)).log().square().mean())
+        return float((v / (1 - 0.99**350)).log().square().mean())
 
     def nearest(outs: list[Tensor], xs: list[Tensor], noises: Any) -> None:
         torch._foreach_copy_(outs, [x.round() for x in xs])
 
-    assert found() < 0.15
-    assert found(nearest) > 0.3
+    assert found() < 0.05
+    assert found(nearest) > 0.2
 
 
 def test_a_momentum_of_one_sign_is_kept_whichever_it_is() -> None:
@@ -385,10 +388,3 @@ def test_codes_are_those_of_torchao() -> None:
         scaled, _ = theirs.scale_tensor(grid, quant4.BLOCK)
         exact = quant4.unpacked(kept(grid, slot)[slot.name], 256).int()
         assert torch.equal(exact, theirs.quantize_4bit_with_qmap(scaled, table).int())
-        assert (
-            relative(
-                table[codes] * scales.view(32, 2, 1).expand(-1, -1, 128).reshape(32, 256),
-                decoded(state, slot, x.shape),
-            )
-            < 0.2
-        )
