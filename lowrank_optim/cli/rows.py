@@ -116,6 +116,7 @@ def usual(rank: int | float, dtype: torch.dtype) -> list[Chosen]:
         Chosen("GaLore fp32", methods.GaLoreAdamW, own),
         Chosen("GaLore bf16", methods.GaLoreAdamW, {**own, "state_dtype": "bfloat16"}),
         Chosen("GaLore 8-bit", methods.GaLoreAdamW8bit, own),
+        Chosen("GaLore 4-bit", methods.GaLoreAdamW, {**own, "state_dtype": "4bit"}),
         Chosen("FRUGAL 8-bit", methods.FrugalAdamW8bit, {**own, "projector": "columns"}),
         Chosen("DCT fp32", methods.DCTAdamW, own),
         Chosen("DCT 8-bit", methods.DCTAdamW8bit, own),

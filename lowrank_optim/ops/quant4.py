@@ -170,13 +170,12 @@ def _signed_level(units: Tensor) -> Tensor:
 
 def dequantize4(moments: Sequence[Packed], signed: bool, cols: int) -> list[Tensor]:
     """The values of alike moments ``(..., cols)`` in float32."""
-    codes = [x.codes for x in moments]
+    codes, kept = [x.codes for x in moments], [x.matrix() for x in moments]
     outs = empty_like_all(codes, (*codes[0].shape[:-1], cols), torch.float32)
-    views, kept = [x.view(-1, cols) for x in outs], [x.matrix() for x in moments]
-    for at, rows in _tiles(views[0], len(outs)):
+    every = stacked(outs).view(len(outs), -1, cols)
+    for at, rows in _tiles(every[0], len(outs)):
         parts = zip(*(x.tile(rows) for x in kept[at]), strict=True)
-        x = _decoded(Packed(*(stacked(own) for own in parts)), signed, cols)
-        torch._foreach_copy_([own[rows] for own in views[at]], list(x.unbind(0)))
+        every[at, rows].copy_(_decoded(Packed(*map(stacked, parts)), signed, cols))
     return outs
 
 

@@ -85,7 +85,7 @@ def test_every_figure_is_an_estimate() -> None:
     asked += ("--coords-dtype", "float32", "--coords-dtype", "bfloat16")
     for more in ((), asked):
         said = figures(*SMALL, "--budget-gib", str(budget), *more)
-        assert said["budget"] == round(budget * GIB) and len(said["rows"]) == 8
+        assert said["budget"] == round(budget * GIB) and len(said["rows"]) == 9
         for row in said["rows"]:
             for peak in row["peaks"]:
                 keys = ("in_backward", "accumulation_steps", "coords_dtype")

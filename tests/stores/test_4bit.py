@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from lowrank_optim import GaLoreAdamW, SwitchLoRAAdamW, memory, ops
+from lowrank_optim import GaLoreAdamW, SwitchLoRAAdamW, attach_in_backward, memory, ops
+from lowrank_optim.checkpoints import in_blocks
 from lowrank_optim.nn import convert
 from lowrank_optim.ops import Noise, quant, quant4
 from lowrank_optim.rules.base import Slot
@@ -360,6 +362,55 @@ def test_the_contract_in_4_bits(
         cases, "build", lambda *args, **kw: build(*args, **{"state_dtype": "4bit", **kw})
     )
     clause(name)
+
+
+@pytest.mark.parametrize("mode", ["project", "step"])
+def test_inside_backward_in_4_bits(mode: Any) -> None:
+    """The weights and codes of ``step()`` after it."""
+    found = []
+    for attached in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(300, 64), nn.Tanh(), nn.Linear(64, 300))
+        optimizer = GaLoreAdamW(
+            net.named_parameters(), rank=32, update_proj_gap=2, state_dtype="4bit"
+        )
+        if attached:
+            attach_in_backward(optimizer, mode)
+        for _ in range(5):
+            optimizer.zero_grad()
+            net(torch.randn(4, 300)).square().mean().backward()
+            optimizer.step()
+        found.append((list(net.parameters()), runs.entries(optimizer)))
+    (weights, states), (others, those) = found
+    assert any(x.dtype == torch.uint8 for entry in states for x in entry.values())
+    runs.assert_same(others, weights)
+    runs.assert_same_state(those, states)
+
+
+def test_what_is_refused() -> None:
+    """With the remedy: a captured graph, shards' checkpoints, pieces that stand for matrices."""
+    weight = nn.Parameter(torch.zeros(64, 512))
+    with pytest.raises(
+        ValueError, match=r"'4bit' rounds by the host's count: pass 'float32' or '8b"
+    ):
+        GaLoreAdamW([weight], rank=16, state_dtype="4bit", capturable=True)
+    with pytest.raises(ValueError, match=r"state_dtype must be one of .*'4bit'.*got '2bit'"):
+        GaLoreAdamW([weight], rank=16, state_dtype="2bit")
+    layer = nn.Linear(512, 64, bias=False)
+    optimizer = GaLoreAdamW(layer.named_parameters(), rank=16, state_dtype="4bit")
+    with pytest.raises(ValueError, match=r"in_blocks: moments of state_dtype='4bit'.*'8bit'"):
+        in_blocks(optimizer, get_optimizer_state_dict(layer, optimizer))
+
+
+def test_a_checkpoint_in_8_bits_is_not_read_as_4() -> None:
+    """Where its group says so: the format is named."""
+    params = matrices(torch.float32)
+    optimizer = cases.build("GaLoreAdamW8bit", params, rank=16)
+    runs.train(params, optimizer, range(2))
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["state_dtype"] = "4bit"
+    with pytest.raises(ValueError, match=r"format of low\.exp_avg is 8bit there and 4bit here"):
+        cases.build("GaLoreAdamW", params, rank=16).load_state_dict(saved)
 
 
 # ---------------------------------------------------------------- beside torchao
