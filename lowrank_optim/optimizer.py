@@ -91,7 +91,7 @@ class Options(TypedDict, total=False):
     on_refresh: str
     """What moments do at a refresh: keep, reset, project (default: "keep")."""
     state_dtype: str
-    """How moments are stored: float32, bfloat16, 8bit (default: "float32")."""
+    """How moments are stored: float32, bfloat16, 8bit, 4bit (default: "float32")."""
     state_device: str | None
     """Where moments lie between steps: "cpu" is pinned host memory, None is beside the parameter
     (default: None)."""

@@ -28,6 +28,7 @@ from lowrank_optim.engine.sharded.forms import forms_of, whole_meta_state
 from lowrank_optim.engine.sharded.local import LocalState, here, kept_as
 from lowrank_optim.groups import Group, canonical
 from lowrank_optim.ops.devices import pinned
+from lowrank_optim.ops.quant4 import scale_count
 from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.stores import scale_key
 from lowrank_optim.subspaces.block import Block
@@ -388,7 +389,7 @@ def _same_shapes(
     """Raise if the saved entries are not those of the optimizer, or have other shapes."""
     for key in sorted(expected.keys() & found.keys()):
         theirs, ours = _format(key, found), _format(key, expected)
-        if theirs != ours and "8bit" in theirs + ours:
+        if theirs != ours and "bit" in theirs + ours:
             raise _misfit(optimizer, item.name, f"format of {key}", theirs, ours, loaded)
     if expected.keys() != found.keys():
         raise _misfit(optimizer, item.name, "state", sorted(found), sorted(expected), loaded)
@@ -403,10 +404,11 @@ def _same_shapes(
 
 def _format(key: str, entries: Mapping[str, Tensor]) -> str:
     """Name of the store that wrote an entry: codes have scales beside them."""
-    if scale_key(key) in entries:
-        return "8bit"
-    dtype = entries[key].dtype
-    return "8bit without scales" if dtype == torch.uint8 else str(dtype).removeprefix("torch.")
+    x, scales = entries[key], entries.get(scale_key(key))
+    if scales is not None:
+        in_4bit = scales.shape == (*x.shape[:-1], scale_count(2 * x.shape[-1]))
+        return "4bit" if in_4bit else "8bit"
+    return "codes without scales" if x.dtype == torch.uint8 else str(x.dtype).removeprefix("torch.")
 
 
 def _misfit(

@@ -118,6 +118,7 @@ def usual(rank: int | float, dtype: torch.dtype) -> list[Chosen]:
         Chosen("GaLore bf16", methods.GaLoreAdamW, {**own, "state_dtype": "bfloat16"}),
         Chosen("GaLore 8-bit", methods.GaLoreAdamW8bit, own),
         Chosen(f"GaLore 8-bit ({HOSTED})", methods.GaLoreAdamW8bit, {**own, "state_device": "cpu"}),
+        Chosen("GaLore 4-bit", methods.GaLoreAdamW, {**own, "state_dtype": "4bit"}),
         Chosen("FRUGAL 8-bit", methods.FrugalAdamW8bit, {**own, "projector": "columns"}),
         Chosen("DCT fp32", methods.DCTAdamW, own),
         Chosen("DCT 8-bit", methods.DCTAdamW8bit, own),

@@ -14,7 +14,6 @@ from lowrank_optim.engine.bucket import Bucket, warn_skipped
 from lowrank_optim.engine.plan import (
     read_slots,
     rounds,
-    slot_keys,
     weight_noise,
     write_slots_,
 )
@@ -88,7 +87,7 @@ def dense_phases(
     if finite:
         decay = Target(param, grad, None, 0.0, decay, None, finite[0]).guarded_decay()
     size = size if factor == 1 else size * factor
-    (held,) = read_slots([item], [state], slot_keys("", param.shape, chosen), chosen)
+    (held,) = read_slots([item], [state], "", param.shape, chosen)
     moments = [x for _, _, x in held]
     rows = param.shape[0] if param.dim() else 1
     if rule.elementwise and rows:

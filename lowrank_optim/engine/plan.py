@@ -343,11 +343,15 @@ def slot_keys(coord: str, shape: Sequence[int], chosen: Strategies) -> Keys:
 
 
 def read_slots(
-    items: Sequence[ParamPlan], states: Sequence[State], keys: Keys, chosen: Strategies
+    items: Sequence[ParamPlan],
+    states: Sequence[State],
+    coord: str,
+    shape: Sequence[int],
+    chosen: Strategies,
 ) -> list[ReadMoments]:
     """The moments of one coordinate of alike matrices, each in the form that the rule takes."""
-    likes = [item.param for item in items]
-    every = [chosen.store.read_all(states, key, slot, likes) for key, slot in keys]
+    likes, keys = [item.param for item in items], slot_keys(coord, shape, chosen)
+    every = [chosen.store.read_all(states, key, slot, shape, likes) for key, slot in keys]
     return [
         [(key, slot, x) for (key, slot), x in zip(keys, own, strict=True)]
         for own in zip(*every, strict=True)

@@ -24,7 +24,6 @@ from lowrank_optim.engine.plan import (
     slot_key,
 )
 from lowrank_optim.groups.names import turn_of
-from lowrank_optim.ops import quant
 from lowrank_optim.ops.devices import on_accelerator, recording
 from lowrank_optim.ops.moving import move_rows_all_
 from lowrank_optim.ops.rows import take_rows
@@ -321,7 +320,7 @@ def _transport(
         return
     moments = []
     for key, slot, bias in zip(keys, slots, chosen.rule.biases(time), strict=False):
-        x = chosen.store.read(state, key, slot, item.param, dense=True)
+        x = chosen.store.read(state, key, slot, shape, item.param, dense=True)
         assert isinstance(x, Tensor)
         moments.append((slot, x, bias))
     if chosen.on_refresh == "reset":
@@ -384,10 +383,8 @@ def _restart_(
 ) -> None:
     """Zero moments and ages of some rows where they are kept: no other row is read or written."""
     for slot in chosen.rule.slots(shape):
-        kept = state[slot_key(coord, slot.name)]
-        zero = quant.zero_code(slot.signed) if kept.dtype == torch.uint8 else 0
         for own in rows:
-            kept[..., own, :].fill_(zero)
+            chosen.store.restart_rows_(state, slot_key(coord, slot.name), slot, own)
     for own in rows if chosen.aged else ():
         state[age_key(coord)][..., own].zero_()
 

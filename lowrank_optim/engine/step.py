@@ -269,7 +269,7 @@ def _adapt(
         overwritten += [scale_key(key) for key in overwritten] + [age_key(coord)]
         undo.keep_all([w.state for w in work], overwritten)
     items, states = [w.item for w in work], [w.state for w in work]
-    held = read_slots(items, states, keys, chosen)
+    held = read_slots(items, states, coord, grads[0].shape, chosen)
     finite = finite_of(work)
     times = _times_on_device(work, chosen) if chosen.capturable else [w.time for w in work]
     # in the weights' dtype if it goes into their GEMM as it is, else in that of arithmetic

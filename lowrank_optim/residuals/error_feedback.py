@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.ops.devices import on_accelerator
+from lowrank_optim.ops.quant4 import packed, unpacked
 from lowrank_optim.ops.stacked import stacked
 from lowrank_optim.residuals.base import Measured, ResidualInputs
 from lowrank_optim.rules.base import compute_dtype
@@ -56,19 +57,13 @@ class Levels(NamedTuple):
         step = (most - least) / (2**bits - 1)
         scaled = (x - least.unsqueeze(-1)) / torch.where(step > 0, step, 1).unsqueeze(-1)
         codes = scaled.round_().clamp_(0, 2**bits - 1).to(torch.uint8)
-        if bits == 4:
-            if codes.shape[-1] % 2:
-                codes = torch.nn.functional.pad(codes, (0, 1))
-            codes = codes[..., ::2] | codes[..., 1::2] << 4
-        self.codes.copy_(codes)
+        self.codes.copy_(packed(codes) if bits == 4 else codes)
         self.low.copy_(least)
         self.step.copy_(step)
 
     def read(self, bits: int, k: int) -> Tensor:
         """The values ``(..., k)`` in float32."""
-        codes = self.codes
-        if bits == 4:
-            codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)[..., :k]
+        codes = unpacked(self.codes, k) if bits == 4 else self.codes
         return codes.float().mul_(self.step.unsqueeze(-1)).add_(self.low.unsqueeze(-1))
 
     def tiles(self, rows: int) -> Iterator[tuple[slice, Levels]]:

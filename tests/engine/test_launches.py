@@ -49,6 +49,7 @@ ROWS = [
     Row("GaLoreAdamW8bit", {}, 2, 6, 12),
     Row("GaLoreAdamW", {"lr": torch.tensor(1e-2, dtype=torch.float64)}, 2, 11, 12),
     Row("GaLoreAdamW", {"state_dtype": "bfloat16"}, 2, 10, 12),
+    Row("GaLoreAdamW", {"state_dtype": "4bit"}, 2, 84, 100),
     Row("GaLoreLion", {}, 2, 6, 12),
     Row("GaLoreAdamW", {"projector": "columns"}, 1, 6, 12),
     Row("FiraAdamW", {}, 2, 10, 20),

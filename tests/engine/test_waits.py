@@ -173,6 +173,7 @@ def test_no_backward_waits(mode: Any) -> None:
         "GaLoreAdamW": {"projector": "rsvd"},
         "DCTAdamW": {},
         "GaLoreLion": {"projector": "random", "state_dtype": "8bit"},
+        "GaLoreSGD": {"projector": "random", "state_dtype": "4bit", "momentum": 0.9},
         "FrugalAdamW": {"projector": "columns", "free_rule": "none"},
     }.items():
         torch.manual_seed(0)
