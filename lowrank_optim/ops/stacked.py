@@ -27,3 +27,19 @@ def stacked(xs: Sequence[Tensor]) -> Tensor:
         if not (own and placed):
             return torch.stack(list(xs))
     return first.as_strided((len(xs), *first.shape), (size, *first.stride()))
+
+
+def is_words(x: Tensor, length: int | None = None) -> bool:
+    """Whether the memory of ``x`` is whole integers of four bytes.
+
+    Args:
+        x: any tensor.
+        length: of its rows, each of which is to be whole (default: one row of all elements).
+    """
+    size, count = x.element_size(), x.numel() if length is None else length
+    return x.is_contiguous() and count * size % 4 == 0 and x.storage_offset() * size % 4 == 0
+
+
+def as_words(x: Tensor) -> Tensor:
+    """All of ``x`` as they are, one row of integers of four bytes."""
+    return x.view(-1).view(torch.int32)

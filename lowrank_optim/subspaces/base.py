@@ -44,6 +44,9 @@ class BasisChange(NamedTuple):
     """The new coordinates of the gradient, where the search for them came by."""
     ok: Tensor | None = None
     """0-d bool on the device, where :attr:`RefreshContext.fine` is: False if nothing moved."""
+    finite: Tensor | None = None
+    """0-d bool on the device, where the search found out: whether all coordinates of this gradient,
+    in any basis that it chooses from, and their squares are finite."""
 
 
 class Shared:
@@ -202,8 +205,11 @@ class Subspace(ABC):
         """A number that is 0 or not finite where ``grad`` tells nothing, and what else was seen."""
         return torch.linalg.vector_norm(ops.matrix_norm(grad)), None
 
-    def looking(self, grad: Tensor) -> Searching[tuple[Tensor, Any]]:
-        """:meth:`look`, asking for what several matrices can share a call for."""
+    def looking(self, grad: Tensor) -> Searching[tuple[Tensor | None, Any]]:
+        """:meth:`look`, asking for what several matrices can share a call for.
+
+        None where :meth:`refreshing_` finds out by itself, on an accelerator, and says so.
+        """
         yield from ()
         return self.look(grad)
 

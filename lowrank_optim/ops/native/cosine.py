@@ -208,13 +208,17 @@ def cosine_adamw_(
 
 
 def top_rows_(
-    scores: Sequence[Tensor], indices: Sequence[Tensor], sources: Sequence[Tensor]
+    scores: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    finite: Sequence[Tensor] = (),
+    usable: Sequence[Tensor] = (),
 ) -> None:
     """The largest by their bits, which are in order for numbers that are not negative."""
     if not scores:
         return
-    if scores[0].device.type != "cpu":
-        reference_top_rows_(scores, indices, sources)
+    if scores[0].device.type != "cpu" or finite:  # of a CPU the host has looked
+        reference_top_rows_(scores, indices, sources, finite, usable)
         return
     same(len(scores), indices=indices, sources=sources)
     exactly(scores, torch.float32, "scores")
