@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lowrank_optim import ops
 from lowrank_optim.engine.matrix_step import MatrixStep, inputs_of
-from lowrank_optim.engine.plan import Strategies
+from lowrank_optim.engine.plan import State, Strategies
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops import Noise
 from lowrank_optim.ops.devices import on_accelerator
-from lowrank_optim.ops.stacked import stacked
+from lowrank_optim.ops.stacked import cast_all, stacked
+from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import shares_memory
@@ -150,7 +153,7 @@ def push(work: Sequence[MatrixStep], ready: Sequence[Push], chosen: Strategies, 
     assert subspace is not None
     intos = [own.into for own in ready]
     updates, terms = [own.update for own in ready], [own.term for own in ready]
-    for n in subspace.push_all_(intos, [w.state for w in work], updates, terms):
+    for n in _pushed_(subspace, intos, [w.state for w in work], updates, terms):
         w, param = work[n], intos[n].param
         view = w.item.view
         assert view is not None
@@ -159,3 +162,38 @@ def push(work: Sequence[MatrixStep], ready: Sequence[Push], chosen: Strategies, 
             w.item.param.copy_(stored.reshape(view.shape))
         chosen.residual.keep_(w.state, w.grad, intos[n].finite)
         undo.done(w.state)
+
+
+def _pushed_(
+    subspace: Subspace,
+    intos: Sequence[Target],
+    states: Sequence[State],
+    updates: Sequence[dict[str, Tensor]],
+    terms: Sequence[Term | None],
+) -> Iterator[int]:
+    """What subspaces write, each matrix by number when it has been written.
+
+    On an accelerator weights that are rounded stochastically are widened, as many as a tile holds,
+    written as any others, and rounded at once.
+    """
+    param, rounding = intos[0].param, intos[0].rounding
+    size, most = param.numel(), ops.tile_elements(param)
+    together = rounding is not None and on_accelerator(param) and 0 < size <= most
+    if not (together and subspace.takes_wide):
+        yield from subspace.push_all_(intos, states, updates, terms)
+        return
+    for start in range(0, len(intos), most // size):
+        at = slice(start, start + most // size)
+        some = intos[at]
+        params = [into.param for into in some]
+        wide = cast_all(params, torch.float32)
+        grads = wide
+        if some[0].grad is not some[0].param:
+            grads = cast_all([into.grad for into in some], torch.float32)
+        own = [
+            into._replace(param=w, grad=g, rounding=None)
+            for into, w, g in zip(some, wide, grads, strict=True)
+        ]
+        deque(subspace.push_all_(own, states[at], updates[at], terms[at]), maxlen=0)
+        ops.put_all_(params, wide, [into.rounding for into in some if into.rounding is not None])
+        yield from range(start, start + len(some))

@@ -29,6 +29,18 @@ def stacked(xs: Sequence[Tensor]) -> Tensor:
     return first.as_strided((len(xs), *first.shape), (size, *first.stride()))
 
 
+def cast_all(xs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Alike matrices ``(..., m, n)`` in another format, stored as they are; in one copy."""
+    first = xs[0]
+    if first.dtype == dtype:
+        return [*xs]
+    turned = first.stride(-2) == 1 and first.stride(-1) != 1
+    wide = empty_like_all(xs, first.mT.shape if turned else first.shape, dtype)
+    wide = [x.mT for x in wide] if turned else wide
+    torch._foreach_copy_(wide, [*xs])
+    return wide
+
+
 def is_words(x: Tensor, length: int | None = None) -> bool:
     """Whether the memory of ``x`` is whole integers of four bytes.
 

@@ -109,6 +109,8 @@ class Subspace(ABC):
     """Whether :meth:`changed` knows how coordinates moved."""
     selects: ClassVar[bool] = False
     """Whether :meth:`refresh_` minds :attr:`RefreshContext.fine`; if not, the host looks before."""
+    takes_wide: ClassVar[bool] = False
+    """Whether :meth:`push_all_` writes copies of the weights in float32 as it would the weights."""
     of_weight: ClassVar[bool] = False
     """Whether its coordinates are of factors of W: a refresh looks at W and not at the gradient."""
 

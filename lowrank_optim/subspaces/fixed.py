@@ -13,7 +13,7 @@ from torch import Tensor
 from lowrank_optim import ops
 from lowrank_optim.ops.cosine import column_tiles, together
 from lowrank_optim.ops.devices import on_accelerator
-from lowrank_optim.ops.stacked import empty_like_all, stacked
+from lowrank_optim.ops.stacked import cast_all, empty_like_all, stacked
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.base import BasisChange, RefreshContext, Shared, State
 from lowrank_optim.subspaces.coordinate import source_of
@@ -253,7 +253,7 @@ class FixedBasis(Projector):
         for start in range(0, len(grads), together(grad)):
             own, scores = grads[start : start + together(grad)], None
             for columns in tiles:
-                parts = _widened([x[:, columns] for x in own], rows.dtype)
+                parts = cast_all([x[:, columns] for x in own], rows.dtype)
                 whole = rows.new_empty(len(own), *parts[0].shape)
                 for x, part in zip(parts, whole.unbind(0), strict=True):
                     torch.mm(rows, x, out=part)
@@ -353,15 +353,3 @@ def _rows_at(x: Tensor, index: Tensor) -> Tensor:
     """Rows ``index (..., r)`` of ``x (..., m, n)``."""
     at = index.long().unsqueeze(-1)
     return x.gather(-2, at.expand(*at.shape[:-1], x.shape[-1]))
-
-
-def _widened(xs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Matrices in a wider format, their strides as they are; cast at once."""
-    if xs[0].dtype == dtype:
-        return xs
-    turned = xs[0].stride(0) == 1
-    m, n = xs[0].shape
-    wide = empty_like_all(xs, (n, m) if turned else (m, n), dtype)
-    wide = [x.mT for x in wide] if turned else wide
-    torch._foreach_copy_(wide, xs)
-    return wide

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lowrank_optim import ops
-from lowrank_optim.ops.stacked import empty_like_all
+from lowrank_optim.ops.devices import on_accelerator
+from lowrank_optim.ops.stacked import cast_all, empty_like_all
 from lowrank_optim.subspaces.base import BasisChange, Reduce, RefreshContext, State, Subspace
 from lowrank_optim.subspaces.searches import Ask, Searching, alone
 from lowrank_optim.subspaces.target import Target, decayed_
@@ -36,6 +37,7 @@ class Projector(Subspace):
     """
 
     selects: ClassVar[bool] = True
+    takes_wide: ClassVar[bool] = True
     takes_any: ClassVar[bool] = False
     """Whether :meth:`find` returns a basis, of whatever directions, for a gradient of zeros, NaN
     or Inf too, and waits for no device; if not, an accelerator replaces such a gradient by noise,
@@ -191,6 +193,9 @@ class Projector(Subspace):
         terms: Sequence[Term | None],
     ) -> Iterator[int]:
         """As of each; what decays the weights is one kernel."""
+        bases = [state["basis"] for state in states]
+        if on_accelerator(intos[0].param) and intos[0].param.dtype == torch.float32:
+            bases = cast_all(bases, torch.float32)  # of weights that are to be rounded
         plain = [n for n, term in enumerate(terms) if term is None]
         decays = dict(zip(plain, decayed_([intos[n] for n in plain]), strict=True))
         for n, (into, state, update, term) in enumerate(
@@ -200,11 +205,11 @@ class Projector(Subspace):
                 right = state["basis_right"] if self.two_sided else None
                 alpha = -into.lr * self.scale
                 ops.lift_add_(
-                    into.param, state["basis"], update["low"], right, decays[n], alpha,
+                    into.param, bases[n], update["low"], right, decays[n], alpha,
                     into.rounding,
                 )  # fmt: skip
             else:
-                self._push_term_(into, state, update, term)
+                self._push_term_(into, {**state, "basis": bases[n]}, update, term)
             yield n
 
     def _push_term_(

@@ -46,6 +46,8 @@ class Row(NamedTuple):
 DCT: dict[str, Any] = {"transform": "fft"}
 EVERY: dict[str, Any] = {"update_proj_gap": 1}
 """A basis is chosen in each step."""
+ROUNDED: dict[str, Any] = {"stochastic_rounding": True}
+"""Of bfloat16 weights."""
 ROWS = [
     Row("GaLoreAdamW", {}, 2, 6, 12),
     Row("GaLoreAdamW8bit", {}, 2, 6, 12),
@@ -67,6 +69,14 @@ ROWS = [
     Row("DCTAdamW8bit", DCT, 0, 15, 20),
     Row("DCTAdamW", {**DCT, "slot_bias_correction": False}, 0, 13, 20),
     Row("GaLoreAdamW", {"projector": "dct"}, 0, 13, 20),
+    Row("GaLoreAdamW", ROUNDED, 2, 9, 12),
+    Row("GaLoreAdamW8bit", ROUNDED, 2, 9, 12),
+    Row("GaLoreAdamW", {"lr": torch.tensor(1e-2), **ROUNDED}, 2, 13, 20),
+    Row("GaLoreAdamW", {"projector": "columns", **ROUNDED}, 1, 8, 12),
+    Row("FiraAdamW", ROUNDED, 2, 14, 20),
+    Row("FrugalAdamW", {"projector": "svd", **ROUNDED}, 2, 9, 20),
+    Row("FrugalAdamW", {"projector": "columns", **ROUNDED}, 1, 9, 20),
+    Row("DCTAdamW", {**DCT, **EVERY, **ROUNDED}, 0, 21, 22),
     Row("DCTAdamW8bit", {**DCT, **EVERY}, 0, 19, 20, (48, 260)),  # each row has blocks of its own
     Row("DCTAdamW", {"transform": "matmul", **EVERY}, 2, 16, 20),
     Row("DCTAdamW", {**DCT, **EVERY}, 0, 19, 20),
@@ -110,8 +120,9 @@ def step(
 
 def counted(row: Row, count: int) -> tuple[int, int]:
     """Products, and all other kernels, of a step that factors nothing."""
-    made, params = bucket(row, count, torch.float32, shape=row.shape)
-    for n, grads in enumerate(gradients(count, torch.float32, row.shape)):
+    dtype = torch.bfloat16 if row.options.items() >= ROUNDED.items() else torch.float32
+    made, params = bucket(row, count, dtype, shape=row.shape)
+    for n, grads in enumerate(gradients(count, dtype, row.shape)):
         seen = step(made, params, grads, n > 0)
     assert not seen.looks
     products = sum(seen.gemms.values()) + sum(seen.launches[name] for name in (*LIFTS, *TAKES))
@@ -164,7 +175,11 @@ def test_a_choice_at_a_time_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         test_launches_do_not_grow_with_a_bucket(ROWS[-1])
 
 
-EQUAL = [(i, row) for i, row in zip(IDS, ROWS, strict=True) if "8bit" not in row.name]
+EQUAL = [
+    (i, row)
+    for i, row in zip(IDS, ROWS, strict=True)
+    if "8bit" not in row.name and not row.options.get("stochastic_rounding")
+]
 
 
 @pytest.mark.parametrize("lost", [None, 1], ids=["finite", "lost"])
@@ -202,6 +217,36 @@ def test_a_bucket_is_its_matrices(row: Row, lost: int | None) -> None:
         for x, y, z in zip(whole, alone, cpu, strict=True):
             assert torch.equal(x, y)
             assert_close(x, z)
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if "stochastic_rounding" in row.options], ids=lambda row: row.name
+)
+def test_weights_are_rounded_as_each_would_be(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit those of buckets of one, of tiles of two, and of a matrix by itself.
+
+    A CPU adds in another order: of its weights few are rounded otherwise, none by more than a unit.
+    """
+    count, shape, found = 3, (6, 20), []
+    row = row._replace(options={**row.options, "rank": 4})
+    for together, watch, tile in (
+        (True, True, 1 << 24), (False, True, 1 << 24), (True, True, 240), (True, True, 100),
+        (True, False, 1 << 24),
+    ):  # fmt: skip
+        monkeypatch.setattr(ops.tiles, "ACCELERATOR_TILE_ELEMENTS", tile)
+        made, params = bucket(row, count, torch.bfloat16, together=together, shape=shape)
+        for n, grads in enumerate(gradients(count, torch.bfloat16, shape)):
+            before = params[1].detach().clone()
+            if n == STEPS - 1:
+                grads[1][2, 3] = torch.nan
+            step(made, params, grads, watch and n > 0)
+        assert torch.equal(params[1], before)
+        found.append(torch.stack([p.detach() for p in params]))
+    whole, alone, pairs, *others = found
+    assert torch.equal(whole, alone) and torch.equal(whole, pairs)
+    for own in others:  # of matrices that are larger than a tile, and of a CPU
+        assert (whole != own).double().mean() < 0.05
+        assert ((whole.double() - own.double()).abs() <= own.double().abs() / 128 + 1e-12).all()
 
 
 @pytest.mark.parametrize("most", [matrices.MOVED_ELEMENTS, 100])
