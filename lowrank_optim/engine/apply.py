@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.engine.matrix_step import MatrixStep, inputs_of
+from lowrank_optim.engine.matrix_step import MatrixStep, finite_of, inputs_of
 from lowrank_optim.engine.plan import State, Strategies
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops import Noise
@@ -153,15 +153,22 @@ def push(work: Sequence[MatrixStep], ready: Sequence[Push], chosen: Strategies, 
     assert subspace is not None
     intos = [own.into for own in ready]
     updates, terms = [own.update for own in ready], [own.term for own in ready]
-    for n in _pushed_(subspace, intos, [w.state for w in work], updates, terms):
-        w, param = work[n], intos[n].param
-        view = w.item.view
-        assert view is not None
-        if not shares_memory(param, w.item.param):
-            stored = param.mT if view.flip else param  # strides that allow no matrix view
-            w.item.param.copy_(stored.reshape(view.shape))
-        chosen.residual.keep_(w.state, w.grad, intos[n].finite)
-        undo.done(w.state)
+    written: list[MatrixStep] = []
+    try:
+        for n in _pushed_(subspace, intos, [w.state for w in work], updates, terms):
+            w, param = work[n], intos[n].param
+            view = w.item.view
+            assert view is not None
+            if not shares_memory(param, w.item.param):
+                stored = param.mT if view.flip else param  # strides that allow no matrix view
+                w.item.param.copy_(stored.reshape(view.shape))
+            written.append(w)
+    finally:  # if another could not be written too
+        if written:
+            states, grads = [w.state for w in written], [w.grad for w in written]
+            chosen.residual.keep_all_(states, grads, finite_of(written))
+        for w in written:
+            undo.done(w.state)
 
 
 def _pushed_(

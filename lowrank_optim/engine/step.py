@@ -162,7 +162,8 @@ def _project(
         for item, state in pairs
     ]
     _keep(list(compress(pairs, due)), undo)
-    found = together([_refreshed(*pair, own, chosen) for pair, own in zip(pairs, due, strict=True)])
+    work = zip(pairs, _gradients(pairs, chosen), due, strict=True)
+    found = together([_refreshed(*pair, grad, own, chosen) for pair, grad, own in work])
     at = [n for n, (_, coords, _) in enumerate(found) if not coords]
     if at:
         (item, _), *_ = pairs
@@ -187,15 +188,30 @@ def _keep(pairs: Sequence[tuple[ParamPlan, State]], undo: Undo) -> None:
     undo.keep_all([state for _, state in pairs], keys)
 
 
+def _gradients(
+    pairs: Sequence[tuple[ParamPlan, State]], chosen: Strategies
+) -> list[Tensor | ProjectedGrad]:
+    """Of each, with what is added to it; what was projected inside backward as it is."""
+    grads: list[Tensor | ProjectedGrad] = []
+    for item, _ in pairs:
+        assert item.view is not None and item.param.grad is not None
+        own = item.param.grad
+        grads.append(own if isinstance(own, ProjectedGrad) else item.view.of(own))
+    at = [n for n, grad in enumerate(grads) if not isinstance(grad, ProjectedGrad)]
+    if at:
+        states, whole = [pairs[n][1] for n in at], [grads[n] for n in at]
+        for n, grad in zip(at, chosen.residual.before_all(states, whole), strict=True):
+            grads[n] = grad
+    return grads
+
+
 def _refreshed(
-    item: ParamPlan, state: State, due: bool, chosen: Strategies
+    item: ParamPlan, state: State, grad: Tensor | ProjectedGrad, due: bool, chosen: Strategies
 ) -> Searching[tuple[Tensor, dict[str, Tensor], Tensor | None]]:
-    """The gradient, with what is added to it, and the coordinates that are known already.
+    """The gradient, and the coordinates that are known already.
 
     With them whether it is finite, if a search has said so on its device.
     """
-    view, grad = item.view, item.param.grad
-    assert view is not None and grad is not None
     coords: dict[str, Tensor] = {}
     moved: dict[str, BasisChange] = {}
     if isinstance(grad, ProjectedGrad):  # taken inside backward, in a basis that is not due
@@ -203,11 +219,9 @@ def _refreshed(
         if int(state["refresh_step"]) < 0:
             state["postponed"] += 1  # no gradient yet that says something
         coords = {k: x.clone() if chosen.maximize else x for k, x in grad.coords.items()}
-    else:
-        grad = chosen.residual.before(state, view.of(grad))
-        if due:
-            step = int(state["step"])
-            yield from refreshing_(item, state, grad, step, chosen, moved, later=True)
+    elif due:
+        step = int(state["step"])
+        yield from refreshing_(item, state, grad, step, chosen, moved, later=True)
     coords |= {k: own.low for k, own in moved.items() if own.low is not None}
     said = (own.finite for own in moved.values() if own.finite is not None)
     return grad, coords, next(said, None)

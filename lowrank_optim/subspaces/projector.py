@@ -193,10 +193,12 @@ class Projector(Subspace):
         terms: Sequence[Term | None],
     ) -> Iterator[int]:
         """As of each; what decays the weights is one kernel."""
-        bases = [state["basis"] for state in states]
-        if on_accelerator(intos[0].param) and intos[0].param.dtype == torch.float32:
-            bases = cast_all(bases, torch.float32)  # of weights that are to be rounded
         plain = [n for n, term in enumerate(terms) if term is None]
+        bases, lows = [state["basis"] for state in states], [own["low"] for own in updates]
+        dtype = intos[0].param.dtype
+        if on_accelerator(intos[0].param):  # a product has one format
+            bases = cast_all(bases, dtype)
+            lows = cast_all(lows, dtype) if len(plain) == len(intos) else lows
         decays = dict(zip(plain, decayed_([intos[n] for n in plain]), strict=True))
         for n, (into, state, update, term) in enumerate(
             zip(intos, states, updates, terms, strict=True)
@@ -205,7 +207,7 @@ class Projector(Subspace):
                 right = state["basis_right"] if self.two_sided else None
                 alpha = -into.lr * self.scale
                 ops.lift_add_(
-                    into.param, bases[n], update["low"], right, decays[n], alpha,
+                    into.param, bases[n], lows[n], right, decays[n], alpha,
                     into.rounding,
                 )  # fmt: skip
             else:

@@ -77,6 +77,9 @@ ROWS = [
     Row("FrugalAdamW", {"projector": "svd", **ROUNDED}, 2, 9, 20),
     Row("FrugalAdamW", {"projector": "columns", **ROUNDED}, 1, 9, 20),
     Row("DCTAdamW", {**DCT, **EVERY, **ROUNDED}, 0, 21, 22),
+    Row("DCTAdamW", {"transform": "matmul", "error_feedback": "float32"}, 3, 22, 24),
+    Row("DCTAdamW", {"transform": "matmul", "error_feedback": "float32", **EVERY}, 3, 24, 30),
+    Row("DCTAdamW", {**DCT, "error_feedback": "bfloat16", **EVERY}, 0, 32, 36),
     Row("DCTAdamW8bit", {**DCT, **EVERY}, 0, 19, 20, (48, 260)),  # each row has blocks of its own
     Row("DCTAdamW", {"transform": "matmul", **EVERY}, 2, 16, 20),
     Row("DCTAdamW", {**DCT, **EVERY}, 0, 19, 20),
