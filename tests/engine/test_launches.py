@@ -14,6 +14,7 @@ from lowrank_optim.ops import moving
 from lowrank_optim.ops.reference import matrices
 from lowrank_optim.residuals import Scaled
 from lowrank_optim.residuals.base import OneByOne
+from lowrank_optim.subspaces import fixed
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.coordinate import Coordinates
 from lowrank_optim.subspaces.fixed import FixedBasis
@@ -46,6 +47,7 @@ class Row(NamedTuple):
 DCT: dict[str, Any] = {"transform": "fft"}
 EVERY: dict[str, Any] = {"update_proj_gap": 1}
 """A basis is chosen in each step."""
+ON_DEVICE: dict[str, Any] = {"lr": torch.tensor(1e-2, dtype=torch.float64)}
 ROUNDED: dict[str, Any] = {"stochastic_rounding": True}
 """Of bfloat16 weights."""
 ROWS = [
@@ -74,9 +76,15 @@ ROWS = [
     Row("GaLoreAdamW", {"lr": torch.tensor(1e-2), **ROUNDED}, 2, 13, 20),
     Row("GaLoreAdamW", {"projector": "columns", **ROUNDED}, 1, 8, 12),
     Row("FiraAdamW", ROUNDED, 2, 14, 20),
+    Row("FiraAdamW", {**ON_DEVICE, **ROUNDED}, 2, 23, 24),
     Row("FrugalAdamW", {"projector": "svd", **ROUNDED}, 2, 9, 20),
     Row("FrugalAdamW", {"projector": "columns", **ROUNDED}, 1, 9, 20),
     Row("DCTAdamW", {**DCT, **EVERY, **ROUNDED}, 0, 21, 22),
+    Row("GaLoreAdamW", {"proj_type": "full"}, 4, 6, 12),
+    Row("FiraAdamW", ON_DEVICE, 2, 19, 20),
+    Row("FrugalAdamW", {"projector": "svd", **ON_DEVICE}, 2, 14, 20),
+    Row("FrugalAdamW", {"projector": "columns", **ON_DEVICE}, 1, 15, 20),
+    Row("FrugalAdamW", {"projector": "svd", "free_rule": "sgd"}, 2, 7, 20),
     Row("DCTAdamW", {"transform": "matmul", "error_feedback": "float32"}, 3, 22, 24),
     Row("DCTAdamW", {"transform": "matmul", "error_feedback": "float32", **EVERY}, 3, 24, 30),
     Row("DCTAdamW", {**DCT, "error_feedback": "bfloat16", **EVERY}, 0, 32, 36),
@@ -295,6 +303,23 @@ def test_a_bucket_that_fails_puts_back_what_is_not_written(monkeypatch: pytest.M
         state = made[0].state[p]
         assert torch.equal(p, old) == (n > 0) == torch.equal(state["residual_norm"], norm)
         assert state["step"] == (1 if n else 2)
+
+
+def test_coordinates_that_overflow_are_seen_after_a_choice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sums of squares in float32 do not say that a product of float16 is finite."""
+    monkeypatch.setattr(fixed, "SPECTRUM_ELEMENTS", 0)  # so that coordinates are a product
+    row = Row("DCTAdamW", {"transform": "matmul", **EVERY}, 3, 0, 0)
+    made, params = bucket(row, 2, torch.float16)
+    grads = gradients(2, torch.float16)
+    step(made, params, grads[0], False)
+    before = [p.detach().clone() for p in params]
+    grads[1][0] = torch.full_like(grads[1][0], 5e4)
+    step(made, params, grads[1], True)
+    assert torch.equal(params[0], before[0]) and not torch.equal(params[1], before[1])
+    for p in params:
+        assert all(bool(x.isfinite().all()) for x in made[0].state[p].values())
 
 
 def dense(shape: tuple[int, ...], watch: bool) -> tuple[Tensor, Watch]:
