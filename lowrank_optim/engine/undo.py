@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.engine import answers
+from lowrank_optim.engine.plan import on_host
 from lowrank_optim.ops.devices import on_accelerator, recording
 from lowrank_optim.ops.stacked import as_words, is_words
 
@@ -62,7 +63,8 @@ class Undo:
                     spare = self._spare.get((entry.shape, entry.dtype, entry.device))
                     own[key] = spare.pop() if spare else torch.empty_like(entry)
                     pair = own[key], entry
-                    if on_accelerator(entry) and is_words(entry):  # one kernel for all formats
+                    words = on_accelerator(entry) and not on_host(key) and all(map(is_words, pair))
+                    if words:  # one kernel for all formats
                         pair = as_words(own[key]), as_words(entry)
                     copies, entries = lists.setdefault(pair[0].dtype, ([], []))
                     copies.append(pair[0])
