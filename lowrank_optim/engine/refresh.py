@@ -88,7 +88,7 @@ def refresh_(
     grad: Tensor,
     step: int,
     chosen: Strategies,
-    found: dict[str, Tensor] | None = None,
+    found: dict[str, BasisChange] | None = None,
     sources: dict[str, Tensor] | None = None,
     look: tuple[Tensor, Any] | None = None,
     later: bool = False,
@@ -103,16 +103,16 @@ def refreshing_(
     grad: Tensor,
     step: int,
     chosen: Strategies,
-    found: dict[str, Tensor] | None = None,
+    found: dict[str, BasisChange] | None = None,
     sources: dict[str, Tensor] | None = None,
     look: tuple[Tensor, Any] | None = None,
     later: bool = False,
 ) -> Searching[bool]:
     """Refresh one basis and carry its moments over; False if it had to be postponed.
 
-    Coordinates that the search came by are put in ``found``; where rows of moments come from, in
-    ``sources`` if it is given, and then whoever reads them next is to move them. ``look`` is what
-    the subspace saw, where it has looked already.
+    How coordinates moved is put in ``found``; where rows of moments come from, in ``sources`` if it
+    is given, and then whoever reads them next is to move them. ``look`` is what the subspace saw,
+    where it has looked already.
 
     A gradient that is zero or not finite says nothing about a basis, and one that no factorisation
     can take must not end a run: the refresh is counted as postponed and stays due. With ``later``
@@ -133,7 +133,7 @@ def refreshing_(
         soon = chosen.gap > 1 or not item.subspace.indexed or item.part is not None
         yield from answers.expecting_(state, item.name, ok, last, soon, before)
     if found is not None:
-        found.update({k: m.low for k, m in moved.items() if m.low is not None})
+        found.update(moved)
     return True
 
 
@@ -175,7 +175,9 @@ def _search(
     fine: Tensor | None = None
     if subspace.needs_grad:
         norm, seen = look or (yield from subspace.looking(grad))
-        if subspace.selects and on_accelerator(norm):
+        if norm is None:
+            pass  # the search itself finds out, and says so
+        elif subspace.selects and on_accelerator(norm):
             fine = yield Ask(usable, (norm,))
         elif not _is_informative(item, state, float(norm), step):
             return None, None
@@ -193,7 +195,7 @@ def _search(
         postpone_(item, state, step, str(error))
         return None, None
     ok = next((own.ok for own in moved.values()), None)
-    if fine is not None and ok is None:
+    if ok is None and (fine is not None or (subspace.needs_grad and norm is None)):
         raise TypeError(
             f"{type(subspace).__name__}.refresh_ of {item.name} does not say whether anything "
             "moved, on an accelerator whose host has not looked at the gradient: return "

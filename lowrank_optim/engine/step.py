@@ -43,6 +43,7 @@ from lowrank_optim.ops.quant import Moment, Quantized
 from lowrank_optim.residuals import Drop
 from lowrank_optim.rules.base import Asking, Slot, Split, compute_dtype, finished
 from lowrank_optim.stores import scale_key
+from lowrank_optim.subspaces.base import BasisChange
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.subspaces.searches import Searching, together
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
@@ -66,10 +67,8 @@ class Phases:
         pairs = list(zip(items, states, strict=True))
         work = [w for part in portions(pairs) for w in _project(part, chosen, undo)]
         count_([w.state["step"] for w in work])
-        _measure(work)
-        if on_accelerator(work[0].grad):
-            mark(work)
-        else:
+        _measure([w for w in work if w.finite is None])  # a search for a basis may have said
+        if not on_accelerator(work[0].grad):
             work = [w for w in work if _is_finite(w)]
         finished(adapt(work, chosen, undo))
         for alike in portions([(w.item, w) for w in work]):
@@ -163,6 +162,8 @@ def count_(steps: list[Tensor]) -> None:
 
 def _measure(work: Sequence[MatrixStep]) -> None:
     """Norms of all coordinates, one call for each; of gradients that they do not see whole."""
+    if not work:
+        return
     if work[0].item.subspace is not None and not work[0].item.subspace.sees_all:
         norms = [ops.total_norms([w.grad for w in work])]
     else:
@@ -173,6 +174,8 @@ def _measure(work: Sequence[MatrixStep]) -> None:
         totals = torch.stack([torch.stack(list(own)) for own in norms]).sum(0)
         for w, total in zip(work, totals.unbind(0), strict=True):
             w.norm = total
+    if on_accelerator(work[0].grad):
+        mark(work)
 
 
 def _is_finite(w: MatrixStep) -> bool:
@@ -191,8 +194,9 @@ def _project(
         for item, state in pairs
     ]
     _keep(list(compress(pairs, due)), undo)
-    found = together([_refreshed(*pair, own, chosen) for pair, own in zip(pairs, due, strict=True)])
-    at = [n for n, (_, coords) in enumerate(found) if not coords]
+    work = zip(pairs, _gradients(pairs, chosen), due, strict=True)
+    found = together([_refreshed(*pair, grad, own, chosen) for pair, grad, own in work])
+    at = [n for n, (_, coords, _) in enumerate(found) if not coords]
     if at:
         (item, _), *_ = pairs
         assert item.subspace is not None
@@ -200,8 +204,8 @@ def _project(
         for n, low in zip(at, lows, strict=True):
             found[n][1].update(low)
     works = [
-        begun(item, state, grad, coords, chosen)
-        for (item, state), (grad, coords) in zip(pairs, found, strict=True)
+        begun(item, state, grad, coords, chosen, finite)
+        for (item, state), (grad, coords, finite) in zip(pairs, found, strict=True)
     ]
     turn_(works, chosen)
     return works
@@ -216,24 +220,43 @@ def _keep(pairs: Sequence[tuple[ParamPlan, State]], undo: Undo) -> None:
     undo.keep_all([state for _, state in pairs], keys)
 
 
+def _gradients(
+    pairs: Sequence[tuple[ParamPlan, State]], chosen: Strategies
+) -> list[Tensor | ProjectedGrad]:
+    """Of each, with what is added to it; what was projected inside backward as it is."""
+    grads: list[Tensor | ProjectedGrad] = []
+    for item, _ in pairs:
+        assert item.view is not None and item.param.grad is not None
+        own = item.param.grad
+        grads.append(own if isinstance(own, ProjectedGrad) else item.view.of(own))
+    at = [n for n, grad in enumerate(grads) if not isinstance(grad, ProjectedGrad)]
+    if at:
+        states, whole = [pairs[n][1] for n in at], [grads[n] for n in at]
+        for n, grad in zip(at, chosen.residual.before_all(states, whole), strict=True):
+            grads[n] = grad
+    return grads
+
+
 def _refreshed(
-    item: ParamPlan, state: State, due: bool, chosen: Strategies
-) -> Searching[tuple[Tensor, dict[str, Tensor]]]:
-    """The gradient, with what is added to it, and the coordinates that are known already."""
-    view, grad = item.view, item.param.grad
-    assert view is not None and grad is not None
+    item: ParamPlan, state: State, grad: Tensor | ProjectedGrad, due: bool, chosen: Strategies
+) -> Searching[tuple[Tensor, dict[str, Tensor], Tensor | None]]:
+    """The gradient, and the coordinates that are known already.
+
+    With them whether it is finite, if a search has said so on its device.
+    """
     coords: dict[str, Tensor] = {}
+    moved: dict[str, BasisChange] = {}
     if isinstance(grad, ProjectedGrad):  # taken inside backward, in a basis that is not due
         state.update(grad.fresh)
         if int(state["refresh_step"]) < 0:
             state["postponed"] += 1  # no gradient yet that says something
         coords = {k: x.clone() if chosen.maximize else x for k, x in grad.coords.items()}
-    else:
-        grad = chosen.residual.before(state, view.of(grad))
-        if due:
-            step = int(state["step"])
-            yield from refreshing_(item, state, grad, step, chosen, coords, later=True)
-    return grad, coords
+    elif due:
+        step = int(state["step"])
+        yield from refreshing_(item, state, grad, step, chosen, moved, later=True)
+    coords |= {k: own.low for k, own in moved.items() if own.low is not None}
+    said = (own.finite for own in moved.values() if own.finite is not None)
+    return grad, coords, next(said, None)
 
 
 def adapt(
@@ -305,11 +328,5 @@ def _columns(x: Moment, slot: Slot, grad: Tensor) -> Moment:
 def _older_(work: Sequence[MatrixStep], coord: str) -> list[Tensor]:
     """The age of each row, this step included."""
     ages = [w.state[age_key(coord)] for w in work]
-    finite = finite_of(work)
-    if not finite:
-        torch._foreach_add_(ages, 1)
-        return ages
-    every, fine = torch.stack(ages), torch.stack(finite)
-    every.add_(fine.view(-1, *[1] * ages[0].dim()))
-    torch._foreach_copy_(ages, list(every.unbind(0)))
+    ops.count_(ages, finite_of(work))
     return ages

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.engine import answers
+from lowrank_optim.engine.plan import on_host
 from lowrank_optim.ops.devices import on_accelerator, recording
+from lowrank_optim.ops.stacked import as_words, is_words
 
 State = MutableMapping[str, Tensor]
 COUNTERS = ("step", "refresh_step", "postponed", "clock")
@@ -66,9 +68,13 @@ class Undo:
                     entry = state[key].detach()
                     spare = self._spare.get((entry.shape, entry.dtype, entry.device))
                     own[key] = spare.pop() if spare else torch.empty_like(entry)
-                    copies, entries = lists.setdefault(entry.dtype, ([], []))
-                    copies.append(own[key])
-                    entries.append(entry)
+                    pair = own[key], entry
+                    words = on_accelerator(entry) and not on_host(key) and all(map(is_words, pair))
+                    if words:  # one kernel for all formats
+                        pair = as_words(own[key]), as_words(entry)
+                    copies, entries = lists.setdefault(pair[0].dtype, ([], []))
+                    copies.append(pair[0])
+                    entries.append(pair[1])
         for copies, entries in lists.values():
             torch._foreach_copy_(copies, entries)
 

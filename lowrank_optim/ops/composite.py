@@ -195,6 +195,8 @@ def put_all_(outs: Sequence[Tensor], xs: Sequence[Tensor], rounding: Sequence[No
         torch._foreach_copy_(list(outs), list(xs))
     elif all(x.is_contiguous() and x.numel() for x in outs):
         _round_into_(xs, outs, rounding)
+    elif all(x.dim() > 1 and x.mT.is_contiguous() and x.numel() for x in outs):
+        _round_into_([x.mT for x in xs], [x.mT for x in outs], [own.mT for own in rounding])
     else:
         for out, x, noise in zip(outs, xs, rounding, strict=True):
             put_(out, x, noise)

@@ -45,6 +45,9 @@ class BasisChange(NamedTuple):
     ok: Tensor | None = None
     """0-d bool on the device, where the host cannot know: False if nothing moved. Asked for where
     :attr:`RefreshContext.fine` is."""
+    finite: Tensor | None = None
+    """0-d bool on the device, where the search found out: whether all coordinates of this gradient,
+    in any basis that it chooses from, and their squares are finite."""
 
 
 class Shared:
@@ -107,6 +110,8 @@ class Subspace(ABC):
     """Whether :meth:`changed` knows how coordinates moved."""
     selects: ClassVar[bool] = False
     """Whether :meth:`refresh_` minds :attr:`RefreshContext.fine`; if not, the host looks before."""
+    takes_wide: ClassVar[bool] = False
+    """Whether :meth:`push_all_` writes copies of the weights in float32 as it would the weights."""
     of_weight: ClassVar[bool] = False
     """Whether its coordinates are of factors of W: a refresh looks at W and not at the gradient."""
 
@@ -207,8 +212,11 @@ class Subspace(ABC):
         """A number that is 0 or not finite where ``grad`` tells nothing, and what else was seen."""
         return torch.linalg.vector_norm(ops.matrix_norm(grad)), None
 
-    def looking(self, grad: Tensor) -> Searching[tuple[Tensor, Any]]:
-        """:meth:`look`, asking for what several matrices can share a call for."""
+    def looking(self, grad: Tensor) -> Searching[tuple[Tensor | None, Any]]:
+        """:meth:`look`, asking for what several matrices can share a call for.
+
+        None where :meth:`refreshing_` finds out by itself, on an accelerator, and says so.
+        """
         yield from ()
         return self.look(grad)
 
