@@ -1,0 +1,122 @@
+"""Which way to train, and which ranks, a budget has room for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from fractions import Fraction
+
+from lowrank_optim.fitting.asked import Asked, Named
+from lowrank_optim.fitting.costs import Costs, Way, gib
+from lowrank_optim.fitting.paths import Path, largest, steps_to, uniform
+from lowrank_optim.memory import Estimate
+
+ENOUGH, MOST = Fraction(1, 4), Fraction(1, 2)
+"""Shares of the smaller sides: from which on nothing is given up for rank, and where it ends."""
+
+
+def ways(named: Sequence[Named], asked: Asked) -> list[Way]:
+    """Every way, in the order of what it gives up."""
+    gentle = [mode for mode in asked.modes if mode != "step"]
+    return [
+        Way(optimizer, own, mode, store)
+        for optimizer, own in named
+        for modes in (gentle, [mode for mode in asked.modes if mode == "step"])
+        for store in asked.state_dtypes
+        for mode in modes
+    ]
+
+
+class Search:
+    """The order of ways, and what each has room for."""
+
+    def __init__(self, costs: Costs, asked: Asked, ways: Sequence[Way]) -> None:
+        self.costs, self.asked, self.ways = costs, asked, ways
+        self.sides = [m.side for m in costs.matrices]
+        self.even = uniform(self.sides, asked.multiple, asked.least, MOST)
+        self.enough = steps_to(self.sides, self.even, ENOUGH)
+        """Steps of the uniform path to a quarter."""
+        self.refused: dict[str, str] = {}
+
+    def fits(self, way: Way, path: Path, count: int) -> bool:
+        """Whether ranks after ``count`` steps are within the budget."""
+        return self.costs.of(way, path.ranks(count)).fits(self.asked.budget)
+
+    def _possible(self) -> Iterator[Way]:
+        """Ways that their methods have."""
+        for way in self.ways:
+            refusal = self.costs.refuses(way)
+            if refusal is None:
+                yield way
+            else:
+                self.refused[str(way)] = refusal
+
+    def way(self) -> Way:
+        """The first with room for enough, or the one with room for most.
+
+        Raises:
+            ValueError: there is none.
+        """
+        possible = []
+        for way in self._possible():
+            if self.fits(way, self.even, self.enough):
+                return way
+            possible.append(way)
+        if not possible:
+            raise ValueError(f"no way to train is possible: {next(iter(self.refused.values()))}")
+        best, most = None, -1
+        for way in possible:
+            if self.fits(way, self.even, most + 1):
+                most = largest(lambda n, way=way: self.fits(way, self.even, n), self.enough)  # type: ignore[misc]
+                best = way
+        if best is None:
+            self._nothing_fits(possible)
+        assert best is not None
+        return best
+
+    def _nothing_fits(self, possible: Sequence[Way]) -> None:
+        least = min(possible, key=lambda way: self.costs.of(way, self.even.ranks(0)).peak)
+        peak = self.costs.of(least, self.even.ranks(0)).peak
+        raise ValueError(
+            f"nothing fits {gib(self.asked.budget)} GiB: the least is {gib(peak)} GiB, by {least} "
+            f"at rank {self.asked.least}. {self._advice()}"
+        )
+
+    def _advice(self) -> str:
+        """What would lower the least."""
+        found = []
+        if self.costs.tokens is not None:
+            found.append("give fewer tokens, or checkpointing=True")
+        if self.asked.accumulation_steps > 1:
+            found.append("take one micro-batch, for which in_backward='step' frees all gradients")
+        if self.asked.least > 1:
+            found.append("a smaller least")
+        return f"Give that budget; or {', or '.join(found) or 'train fewer parameters'}"
+
+    def fill(self, way: Way, path: Path) -> tuple[list[int], Estimate]:
+        """The largest ranks on ``path`` within the budget, and their own estimate.
+
+        Activations at the least ranks are a bound. Those at the ranks that fit by it leave more
+        room, and again bound those of what is found in it.
+        """
+        most = len(path.steps)
+        count = largest(lambda n: self.fits(way, path, n), most)
+        found = self._exact(way, path, count)
+        if self.costs.tokens is not None and way.in_backward == "project":
+            taken = found.activations
+
+            def fits(n: int) -> bool:
+                own = replace(self.costs.of(way, path.ranks(n)), activations=taken)
+                return own.fits(self.asked.budget)
+
+            more = largest(fits, most)
+            again = self._exact(way, path, more)
+            if more > count and again.fits(self.asked.budget):
+                count, found = more, again
+        while not found.fits(self.asked.budget):  # no bound held: the estimate itself decides
+            count -= 1
+            found = self._exact(way, path, count)
+        return path.ranks(count), found
+
+    def _exact(self, way: Way, path: Path, count: int) -> Estimate:
+        return self.costs.of(way, path.ranks(count), exact=True)
