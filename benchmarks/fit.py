@@ -37,9 +37,11 @@ class Setup:
     """What a run depends on beside its plan and seed."""
 
     shape: Shape = field(default_factory=Shape)
-    steps: int = 200
+    steps: int = 150
     lr: float = 3e-3
-    rank: int = 32
+    rank: int = 8
+    multiple: int = 2
+    """Of which calibrated ranks are."""
     gap: int = 50
     calibration: int = 4
     """Micro-batches, drawn by a seed of their own."""
@@ -65,6 +67,7 @@ def planned(name: str, setup: Setup, model: nn.Module, text: Text, seed: int) ->
         state_dtypes=["float32"],
         calibrate=None if energy is None else losses,
         energy=energy,  # type: ignore[arg-type]
+        multiple=setup.multiple,
         **options,
     )
 
@@ -99,7 +102,7 @@ def train(name: str, setup: Setup, text: Text, seed: int) -> dict[str, Any]:
 
 def kept(name: str, setup: Setup, text: Text, seed: int, out: Path) -> dict[str, Any]:
     """The run: read if it was made with this setup, else made."""
-    path = out / f"{name}-{setup.steps}-{seed}.json"
+    path = out / f"{name}-{setup.rank}-{setup.steps}-{seed}.json"
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
         if found["setup"] == asdict(setup):
@@ -137,11 +140,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plans", nargs="+", choices=PLANS, default=list(PLANS))
     parser.add_argument("--steps", type=int, default=s.steps)
     parser.add_argument("--rank", type=int, default=s.rank)
+    parser.add_argument("--multiple", type=int, default=s.multiple)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/fit"))
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    setup, text = Setup(steps=args.steps, rank=args.rank), load_text()
+    setup = Setup(steps=args.steps, rank=args.rank, multiple=args.multiple)
+    text = load_text()
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in args.plans}
     for seed in args.seeds:
         for name in args.plans:
@@ -150,7 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"seed {seed}, {name}: {run['loss']:.4f}", flush=True)
     header = ["ranks", "nats per byte", "less the first", "from, to", "state (bytes, most)"]
     print(markdown_table(header, table(runs)))
-    print(f"\n{setup.steps} steps, seeds {args.seeds}; mean, and mean ± standard error of pairs.")
+    print(f"\n{setup.steps} steps, rank {setup.rank}, seeds {args.seeds}")
+    print("Mean, and mean ± standard error of pairs.")
     print(environment_line())
 
 

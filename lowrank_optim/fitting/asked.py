@@ -44,7 +44,7 @@ FOUND = {
 class Asked(NamedTuple):
     """Arguments with their defaults."""
 
-    budget: int
+    budget: float
     """Bytes."""
     modes: tuple[Mode, ...]
     state_dtypes: tuple[str, ...]
@@ -103,7 +103,7 @@ def check_asked(
         raise ValueError(f"coords_dtype={coords_dtype!r} has no effect without 'project'")
     _check_options(options)
     stores = _chosen("state_dtypes", state_dtypes, tuple(STORES))
-    budget = int(budget_gib * GIB)
+    budget = float(budget_gib) * GIB
     return Asked(budget, modes, stores, energy or "relative", multiple, least, accumulation_steps)
 
 

@@ -91,8 +91,8 @@ def with_ranks(groups: Sequence[Group], ranks: Mapping[str, int]) -> list[Group]
 class Costs:
     """Estimates of one model for any way and ranks.
 
-    Activations are found once for each mode, and of ``"project"`` for each set of coordinates at
-    the least ranks. What they take beside the gradients that live does not grow with ranks: more
+    Activations are found once for each mode, and of ``"project"`` for each optimizer, at the least
+    ranks. What they take beside the gradients that live does not grow with ranks: more
     coordinates live at the worst moment of backward only where more live at the worst of all.
     """
 
@@ -136,7 +136,8 @@ class Costs:
 
     def _at_least_ranks(self, way: Way) -> int:
         project = way.in_backward == "project"
-        key = repr(way) if project else way.in_backward
+        # coordinates are those of any format of moments
+        key = (way.in_backward, repr((way.optimizer, way.options)) if project else "")
         if key not in self._activations:
             found = self._measured(way, self._least, counted=True)
             self._activations[key] = found.activations or 0

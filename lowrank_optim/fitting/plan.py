@@ -19,7 +19,7 @@ from lowrank_optim.groups import Group, lowrank_groups
 from lowrank_optim.groups.keys import METHODS
 from lowrank_optim.groups.names import bare
 from lowrank_optim.groups.values import check_module, whole
-from lowrank_optim.memory import Estimate, estimate
+from lowrank_optim.memory import GIB, Estimate, estimate
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.tensors.matrix import matrix_view
 
@@ -41,7 +41,7 @@ class Plan:
     """By name of the parameter."""
     estimate: Estimate
     """What training by this plan will hold."""
-    budget: int
+    budget: float
     """Bytes."""
     coords_dtype: str = "auto"
     """Of :func:`lowrank_optim.attach_in_backward`."""
@@ -184,7 +184,7 @@ class Plan:
         steps = f"{self.accumulation_steps} micro-batch" + "es" * (self.accumulation_steps > 1)
         lines = [
             f"{self.optimizer_class.__name__}({own}); {mode}; {steps} a step",
-            f"peak {gib(self.estimate.peak)} GiB of {gib(self.budget)} GiB"
+            f"peak {gib(self.estimate.peak)} GiB of {self.budget / GIB:.6g} GiB"
             + " without activations" * (self.estimate.activations is None),
         ]
         if self.energy is not None:

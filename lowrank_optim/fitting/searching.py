@@ -9,7 +9,7 @@ from fractions import Fraction
 from lowrank_optim.fitting.asked import Asked, Named
 from lowrank_optim.fitting.costs import Costs, Way, gib
 from lowrank_optim.fitting.paths import Path, largest, steps_to, uniform
-from lowrank_optim.memory import Estimate
+from lowrank_optim.memory import GIB, Estimate
 
 ENOUGH, MOST = Fraction(1, 4), Fraction(1, 2)
 """Shares of the smaller sides: from which on nothing is given up for rank, and where it ends."""
@@ -78,8 +78,8 @@ class Search:
         least = min(possible, key=lambda way: self.costs.of(way, self.even.ranks(0)).peak)
         peak = self.costs.of(least, self.even.ranks(0)).peak
         raise ValueError(
-            f"nothing fits {gib(self.asked.budget)} GiB: the least is {gib(peak)} GiB, by {least} "
-            f"at rank {self.asked.least}. {self._advice()}"
+            f"nothing fits {self.asked.budget / GIB:.6g} GiB: the least is {gib(peak)} GiB, by "
+            f"{least} at rank {self.asked.least}. {self._advice()}"
         )
 
     def _advice(self) -> str:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.common import llama
 from lowrank_optim import DCTAdamW, FiraAdamW, GaLoreAdamW, fit, lowrank_groups
+from lowrank_optim.cli.models import load
 from lowrank_optim.fitting.costs import gib
 from lowrank_optim.fitting.spectra import spectra
 from lowrank_optim.memory import GIB, estimate, report
@@ -43,6 +44,11 @@ def peak(model, share, **own) -> float:
     return estimate(model, own.pop("optimizer", GaLoreAdamW), groups=groups, **own).peak / GIB
 
 
+def some(model) -> float:
+    """GiB for GaLore with float32 moments at some rank between the least and a half."""
+    return peak(model, 24)
+
+
 def trained(plan, model, steps=5):
     optimizer = plan.optimizer(model, lr=1e-3)
     plan.attach(optimizer)
@@ -59,7 +65,7 @@ WAYS = {
     "project": ({"in_backward": ["project"], "accumulation_steps": 2}, {}),
     "step": ({"in_backward": ["step"], "state_dtypes": ["8bit"]}, {}),
     "bfloat16": ({"state_dtypes": ["bfloat16"]}, {}),
-    "dct": ({"optimizers": [DCTAdamW]}, {}),
+    "dct": ({"optimizers": [(DCTAdamW, {"transform": "matmul"})]}, {}),
     "fira": ({"optimizers": [(FiraAdamW, {"projector": "svd"})]}, {}),
     "frugal": ({"optimizers": [("FrugalAdamW", {"projector": "columns"})]}, {}),
     "calibrated": ({"calibrate": batches, "state_dtypes": ["float32"]}, {}),
@@ -74,7 +80,7 @@ def test_state_is_the_estimate_to_the_byte(name, model):
     if "calibrate" in own:
         own["calibrate"] = batches()
     own.setdefault("optimizers", TINY)
-    budget = 0.0024
+    budget = some(model)
     plan = fit(model, budget, **own)
     assert plan.estimate.peak <= budget * GIB and plan.estimate.fits(budget * GIB)
     assert all(rank % 8 == 0 for rank in plan.ranks.values())
@@ -92,8 +98,8 @@ def test_state_is_the_estimate_to_the_byte(name, model):
 def test_ranks_are_the_largest_that_fit(model):
     """One more multiple of one share does not fit; and the plan's estimate is memory's own."""
     most = 0
-    for n in range(1, 40):
-        budget = peak(model, 32) * (0.75 + n / 100)
+    for n in range(6):
+        budget = peak(model, 32) * (0.8 + n / 24)
         plan = fit(model, budget, optimizers=TINY, in_backward=[None], state_dtypes=["float32"])
         (rank,) = {r for name, r in plan.ranks.items() if "q_proj" in name}
         more = peak(model, rank + 8, groups=lambda m, r=rank: shares(m, (r + 8) / 64))
@@ -144,16 +150,19 @@ def test_where_no_way_has_room_for_a_quarter_the_largest_share_is_taken(model):
         for s in STORES
     )
     plan = fit(model, least * 0.9999, optimizers=TINY, in_backward=["step"])
-    found = [
-        fit(model, least * 0.9999, optimizers=TINY, in_backward=["step"], state_dtypes=[s]).ranks
-        for s in STORES
-    ]
-    assert sum(plan.ranks.values()) == max(sum(r.values()) for r in found)
+    found = []
+    for store in STORES:
+        fixed = {"optimizers": TINY, "in_backward": ["step"], "state_dtypes": [store]}
+        try:
+            found.append(sum(fit(model, least * 0.9999, **fixed).ranks.values()))
+        except ValueError:
+            assert store == "float32"
+    assert len(found) == len(STORES) - 1 and sum(plan.ranks.values()) == max(found)
     assert any("quarter of the smaller sides" in text for text in plan.gave_up)
 
 
 @pytest.mark.parametrize(
-    "own", [{}, {"tokens": 16, "in_backward": ["project"]}], ids=["", "tokens"]
+    "own", [{}, {"tokens": 16, "in_backward": ["project"], "optimizers": TINY}], ids=["", "tokens"]
 )
 def test_nothing_fits_and_the_smallest_budget_that_would(own, model):
     """A budget of the value in the message fits, and one 1 % smaller does not."""
@@ -172,16 +181,17 @@ def test_more_memory_is_never_less(model):
     floor = peak(model, 8, groups=lambda m: lowrank_groups(m, rank=8), in_backward="project")
     for calibrate in (None, batches()):
         before = None
-        for n in range(12):
-            plan = fit(model, floor * (1 + n / 60), calibrate=calibrate, **fixed)
+        for n in range(5):
+            plan = fit(model, floor * (1 + n / 25), calibrate=calibrate, **fixed)
             if before is not None:
                 assert all(plan.ranks[k] >= r for k, r in before.ranks.items())
                 assert calibrate is None or plan.energy >= before.energy
             before = plan
     order, last = [None, "project", "step"], (0, 99)
-    for n in range(1, 14):
+    low = peak(model, 8, in_backward="step") * 0.99
+    for n in range(7):
         try:
-            plan = fit(model, 0.0011 + n * 1e-4, optimizers=TINY, state_dtypes=["float32"])
+            plan = fit(model, low * (1 + n / 6), optimizers=TINY, state_dtypes=["float32"])
         except ValueError:
             assert last == (0, 99)
             continue
@@ -194,18 +204,17 @@ def test_more_memory_is_never_less(model):
 def test_calibration_captures_more_at_no_more_bytes(model):
     """Than one share for all, at its bytes, but for less than the step that did not fit."""
     own = {"optimizers": TINY, "in_backward": [None], "state_dtypes": ["float32"]}
-    even = fit(model, 0.0024, **own)
+    even = fit(model, some(model), **own)
     budget = even.estimate.peak / GIB
     views = {n: matrix_view(dict(model.named_parameters())[n].shape) for n in even.ranks}
     found = spectra(model, views, batches())
     for energy in ("relative", "absolute"):
         plan = fit(model, budget, calibrate=batches(), energy=energy, **own)
         weights = {n: sum(e) if energy == "relative" else 1.0 for n, e in found.items()}
-        take = (
-            lambda ranks, w=weights: sum(
-                sum(found[n][:r]) / w[n] for n, r in ranks.items()
-            )
-        )
+
+        def take(ranks, weights=weights):
+            return sum(sum(found[n][:r]) / weights[n] for n, r in ranks.items())
+
         total = sum(sum(e) / weights[n] for n, e in found.items())
         step = max(sum(e[8:16]) / weights[n] for n, e in found.items())
         assert plan.estimate.peak <= even.estimate.peak
@@ -238,7 +247,7 @@ def test_forms_of_calibrate(model):
     """A function that yields losses, one that returns a loss, micro-batches: the same plan."""
     own = {"optimizers": TINY, "in_backward": [None], "state_dtypes": ["float32"]}
     plans = [
-        fit(model, 0.0024, calibrate=given, **own)
+        fit(model, some(model), calibrate=given, **own)
         for given in (
             batches(1),
             lambda m: (m(**b).loss for b in batches(1)),
@@ -265,19 +274,17 @@ def test_what_gets_no_rank_is_listed(model):
         assert name in str(plan)
 
 
-@pytest.mark.parametrize("name", ["Llama-3.2-1B", "vit-base", "gpt2", "llama-60m"])
+@pytest.mark.parametrize("name", ["Llama-3.2-1B", "ViT-B/16", "GPT-2"])
 def test_configurations_without_transformers_get_the_same_ranks(name):
     """Modules that hold shapes alone stand for those of transformers."""
-    config = MODELS[{m.lower(): m for m in MODELS}[name.lower()]].config
-    from lowrank_optim.cli.models import load
-
+    config = MODELS[name].config
     shapes, real = on_meta(config, torch.bfloat16), load(name, torch.bfloat16, runs=True)
     found = [fit(m, 40.0, optimizers=TINY) for m in (shapes, real)]
     assert found[0] == found[1]
 
 
 def test_a_configuration_is_its_model(model):
-    assert fit(CONFIG, 0.0024, dtype=torch.float32) == fit(model, 0.0024)
+    assert fit(CONFIG, some(model), dtype=torch.float32) == fit(model, some(model))
 
 
 REFUSED = [
@@ -295,14 +302,14 @@ REFUSED = [
     (ValueError, "in_backward must be a list", {"in_backward": ["both"]}),
     (ValueError, "twice", {"state_dtypes": ["8bit", "8bit"]}),
     (ValueError, "frees no gradient", {"in_backward": ["step"], "accumulation_steps": 2}),
-    (ValueError, "no way to train is possible", {"in_backward": ["project"], "optimizers": ["FiraAdamW"]}),
-    (ValueError, "coords_dtype='float32' has no effect", {"coords_dtype": "float32", "in_backward": [None]}),
+    (ValueError, "no way to train", {"in_backward": ["project"], "optimizers": ["FiraAdamW"]}),
+    (ValueError, "coords_dtype=.* has no", {"coords_dtype": "float32", "in_backward": [None]}),
     (ValueError, "least must be a multiple", {"least": 12}),
     (ValueError, "multiple must be a positive int", {"multiple": 0}),
     (ValueError, "no matrix has room", {"least": 64}),
     (ValueError, "optimizers must be in", {"optimizers": ["AdamW"]}),
     (TypeError, "classes of lowrank_optim", {"optimizers": [torch.optim.AdamW]}),
-    (ValueError, "given for GaLoreAdamW and for all", {"optimizers": [("GaLoreAdamW", {"scale": 1.0})], "scale": 1.0}),
+    (ValueError, "and for all", {"optimizers": [("GaLoreAdamW", {"scale": 1.0})], "scale": 1.0}),
     (TypeError, "unexpected keyword", {"scael": 1.0}),
     (ValueError, "matches no", {"target_modules": "nowhere"}),
     (TypeError, "calibrate must yield", {"calibrate": [3]}),
@@ -311,7 +318,7 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", REFUSED, ids=lambda c: f"{c[1][:24]}-{[*c[2]][0]}")
+@pytest.mark.parametrize("case", REFUSED, ids=lambda c: f"{c[1][:24]}-{next(iter(c[2]))}")
 def test_what_is_refused(case, model):
     error, text, own = case
     own = {"model": model, "budget_gib": 1.0, **own}
@@ -320,7 +327,7 @@ def test_what_is_refused(case, model):
 
 
 def test_calibrate_refuses_what_says_nothing(model):
-    """Parameters without values, gradients that are not finite; hooks and gradients are as before."""
+    """No values, or gradients that are not finite; hooks and gradients are as before."""
     bad = batches(1)[0]
     weight = model.model.layers[0].mlp.up_proj.weight
     with pytest.raises(ValueError, match=r"gradient of .* is not finite"):
@@ -332,6 +339,6 @@ def test_calibrate_refuses_what_says_nothing(model):
 
 def test_a_matrix_without_a_gradient_keeps_the_least_rank_and_is_named(model):
     model.idle = nn.Linear(64, 64, bias=False)
-    plan = fit(model, 0.003, optimizers=TINY, calibrate=batches())
+    plan = fit(model, peak(model, 24), optimizers=TINY, calibrate=batches())
     assert plan.ranks["idle.weight"] == 8
     assert any("idle.weight" in text for text in plan.gave_up)
