@@ -42,8 +42,8 @@ def concessions(
             text += f": {_needed(search, replace(way, in_backward=asked.modes[0]))}"
         yield text
     yield from _of_ranks(search, way, ranks)
-    for matrix, own_energies in zip(search.costs.matrices, spectrum or ()):  # noqa: B905
-        if not any(own_energies):
+    for matrix, energies in zip(search.costs.matrices, spectrum, strict=True) if spectrum else ():
+        if not any(energies):
             yield f"The rank of {matrix.name}: the micro-batches of calibrate gave it no gradient"
 
 
