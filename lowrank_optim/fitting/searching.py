@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from typing import NoReturn
 
 from lowrank_optim.fitting.asked import Asked, Named
 from lowrank_optim.fitting.costs import Costs, Way, gib
@@ -71,10 +72,14 @@ class Search:
                 best = way
         if best is None:
             self._nothing_fits(possible)
-        assert best is not None
         return best
 
-    def _nothing_fits(self, possible: Sequence[Way]) -> None:
+    def _nothing_fits(self, possible: Sequence[Way]) -> NoReturn:
+        """Say what budget would do.
+
+        Raises:
+            ValueError: always.
+        """
         least = min(possible, key=lambda way: self.costs.of(way, self.even.ranks(0)).peak)
         peak = self.costs.of(least, self.even.ranks(0)).peak
         raise ValueError(
@@ -114,6 +119,8 @@ class Search:
             if more > count and again.fits(self.asked.budget):
                 count, found = more, again
         while not found.fits(self.asked.budget):  # no bound held: the estimate itself decides
+            if not count:
+                self._nothing_fits([way])
             count -= 1
             found = self._exact(way, path, count)
         return path.ranks(count), found

@@ -175,6 +175,23 @@ def test_nothing_fits_and_the_smallest_budget_that_would(own, model):
         fit(model, least * 0.99, **own)
 
 
+def test_activations_are_those_of_the_plan(model):
+    """Of coordinates too: the plan's estimate is memory's own, and one more share does not fit."""
+    own = {"tokens": (2, 32), "in_backward": "project", "accumulation_steps": 2}
+    low, high = (peak(model, r, **own) for r in (8, 32))
+    budget = low + 0.7 * (high - low)
+    plan = fit(
+        model, budget, optimizers=TINY, state_dtypes=["float32"], tokens=own["tokens"],
+        in_backward=["project"], accumulation_steps=2,
+    )  # fmt: skip
+    again = estimate(model, GaLoreAdamW, groups=plan.groups, **own)
+    assert again == plan.estimate and again.activations > 0 and again.fits(budget * GIB)
+    rank = plan.ranks["model.layers.0.self_attn.q_proj.weight"]
+    assert 8 < rank < 32
+    next_ = min((rank + 8) / 64, (plan.ranks["model.layers.0.self_attn.k_proj.weight"] + 8) / 32)
+    assert peak(model, 0, groups=lambda m: shares(m, next_), **own) > budget
+
+
 def test_more_memory_is_never_less(model):
     """In one way to train: no rank and no energy falls. Over all: below a quarter, and in order."""
     fixed = {"optimizers": TINY, "in_backward": ["project"], "state_dtypes": ["float32"]}
