@@ -20,7 +20,7 @@ from lowrank_optim.memory.shapes import on_meta
 from lowrank_optim.stores import STORES
 from lowrank_optim.tensors.matrix import matrix_view
 
-CONFIG = llama(64, 96, 2, 4, 2, vocab_size=128, context=64)
+CONFIG = llama(64, 96, 1, 4, 2, vocab_size=128, context=64)
 TINY = ["GaLoreAdamW"]
 """Of one method, whose order of what is given up is short."""
 
@@ -212,9 +212,10 @@ def test_more_memory_is_never_less(model):
         except ValueError:
             assert last == (0, 99)
             continue
-        now = min(plan.ranks.values()), order.index(plan.in_backward)
-        assert min(now[0], 16) >= min(last[0], 16)
-        assert last[0] < 16 or now[1] <= last[1]
+        sides = {n: min(p.shape) for n, p in model.named_parameters() if n in plan.ranks}
+        share = min(rank / sides[n] for n, rank in plan.ranks.items())
+        now = min(share, 0.25), order.index(plan.in_backward)
+        assert now[0] >= last[0] and (last[0] < 0.25 or now[1] <= last[1])
         last = now
 
 
@@ -291,7 +292,10 @@ def test_what_gets_no_rank_is_listed(model):
         assert name in str(plan)
 
 
-@pytest.mark.parametrize("name", ["Llama-3.2-1B", "ViT-B/16", "GPT-2"])
+@pytest.mark.parametrize(
+    "name",
+    ["ViT-B/16", *(pytest.param(x, marks=pytest.mark.slow) for x in ("Qwen3-0.6B", "GPT-2"))],
+)
 def test_configurations_without_transformers_get_the_same_ranks(name):
     """Modules that hold shapes alone stand for those of transformers."""
     config = MODELS[name].config
