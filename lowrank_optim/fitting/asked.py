@@ -25,7 +25,7 @@ OPTIMIZERS: tuple[Named, ...] = (
     (FrugalAdamW, {"projector": "columns"}),
     (DCTAdamW, {}),
 )
-"""In the order that the documentation recommends.
+"""In the order that the documentation recommends, each with the arguments that fit ranks.
 
 Not Fira, which needs what GaLore needs, and whole gradients.
 """
@@ -135,6 +135,7 @@ def _named(given: Any, options: Mapping[str, Any]) -> Named:
     if not isinstance(own, Mapping):
         raise TypeError(f"arguments of {cls.__name__} must be a dict, got {own!r}")
     _check_options(own)
+    own = {**dict(OPTIMIZERS).get(cls, {}), **own}
     both = own.keys() & options.keys()
     if both:
         raise ValueError(

@@ -63,7 +63,8 @@ def fit(
         checkpointing: likewise.
         accumulation_steps: micro-batches of a step (default: 1).
         optimizers: classes, names of them, or pairs of either and a dict of arguments, best first
-            (default: GaLoreAdamW, FrugalAdamW by columns, DCTAdamW).
+            (default: GaLoreAdamW, FrugalAdamW, DCTAdamW). FrugalAdamW is by columns where its
+            projector is not given.
         in_backward: modes, least intrusive first (default: None, ``"project"``, and ``"step"``,
             which is for one micro-batch).
         state_dtypes: formats of moments, best first (default: every one there is).

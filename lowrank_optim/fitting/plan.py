@@ -23,7 +23,7 @@ from lowrank_optim.memory import GIB, Estimate, estimate
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.tensors.matrix import matrix_view
 
-PLAIN = frozenset(("lr", "betas", "eps", "weight_decay", "momentum", "scale", "maximize", "seed"))
+PLAIN = frozenset(("lr", "betas", "eps", "weight_decay", "scale", "maximize"))
 """Arguments of an optimizer that no byte depends on."""
 
 

@@ -67,7 +67,7 @@ WAYS = {
     "bfloat16": ({"state_dtypes": ["bfloat16"]}, {}),
     "dct": ({"optimizers": [(DCTAdamW, {"transform": "matmul"})]}, {}),
     "fira": ({"optimizers": [(FiraAdamW, {"projector": "svd"})]}, {}),
-    "frugal": ({"optimizers": [("FrugalAdamW", {"projector": "columns"})]}, {}),
+    "frugal": ({"optimizers": ["FrugalAdamW"]}, {}),
     "calibrated": ({"calibrate": batches, "state_dtypes": ["float32"]}, {}),
 }
 
