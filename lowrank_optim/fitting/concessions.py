@@ -64,10 +64,10 @@ def _of_ranks(search: Search, way: Way, ranks: Sequence[int]) -> Iterator[str]:
 
 def _needed(search: Search, way: Way) -> str:
     """What a way needs at a quarter of the sides, or that there is none."""
-    if search.costs.refuses(way) is not None:
+    if search.refuses(way) is not None:
         return f"it has no in_backward={way.in_backward!r}"
     return f"ranks of a quarter of the smaller sides take {_peak(search, way, search.enough)} GiB"
 
 
 def _peak(search: Search, way: Way, count: int) -> str:
-    return gib(search.costs.of(way, search.even.ranks(count)).peak)
+    return gib(search.costs.peak(way, search.even.ranks(count)))

@@ -89,11 +89,11 @@ def with_ranks(groups: Sequence[Group], ranks: Mapping[str, int]) -> list[Group]
 
 
 class Costs:
-    """Estimates of one model for any way and ranks.
+    """Peaks of one model for any way and ranks.
 
-    Activations are found once for each mode, and of ``"project"`` for each optimizer, at the least
-    ranks. What they take beside the gradients that live does not grow with ranks: more
-    coordinates live at the worst moment of backward only where more live at the worst of all.
+    Forward and backward are run once for each way that they may decide, at the least ranks. What
+    they add to the peak there is taken for a bound of what they add at any ranks: coordinates that
+    live at the worst moment of backward live at the end of it too. :meth:`exact` knows.
     """
 
     def __init__(
@@ -115,33 +115,62 @@ class Costs:
             "coords_dtype": coords_dtype,
         }
         self._checkpointing = checkpointing
-        self._activations: dict[Any, int] = {}
+        self._added: dict[str, int] = {}
         self._known: dict[Any, Estimate] = {}
 
-    def of(self, way: Way, ranks: Sequence[int], *, exact: bool = False) -> Estimate:
-        """The estimate, with the activations of the least ranks, or (``exact``) of these."""
-        found = self._known_or_measured(way, ranks)
-        if self.tokens is None:
-            return found
-        if exact:
-            return self._measured(way, ranks, counted=True)
-        return replace(found, activations=self._at_least_ranks(way))
+    def peak(self, way: Way, ranks: Sequence[int]) -> int:
+        """Bytes at the worst moment, with what activations add at the least ranks."""
+        return self._plain(way, ranks).peak + self._of_activations(way)
 
-    def _known_or_measured(self, way: Way, ranks: Sequence[int]) -> Estimate:
+    def fits(self, way: Way, ranks: Sequence[int], budget: float, added: int | None = None) -> bool:
+        """Whether the peak is within ``budget`` bytes.
+
+        Args:
+            way: to train.
+            ranks: of all matrices.
+            budget: bytes.
+            added: what activations add (default: what they add at the least ranks).
+        """
+        without = self._plain(way, ranks).peak
+        if without > budget or self.tokens is None:
+            return without <= budget
+        return without + (self._of_activations(way) if added is None else added) <= budget
+
+    def exact(self, way: Way, ranks: Sequence[int]) -> Estimate:
+        """The estimate of these very ranks, activations included."""
+        if self.tokens is None:
+            return self._plain(way, ranks)
+        return self._measured(way, ranks, counted=True)
+
+    def least(self, ways: Sequence[Way]) -> tuple[int, Way]:
+        """The lowest peak that any way has, at the least ranks, and which way that is."""
+        order = sorted(ways, key=lambda way: self._plain(way, self._least).peak)
+        best = self.peak(order[0], self._least), order[0]
+        for way in order[1:]:
+            if self._plain(way, self._least).peak >= best[0]:
+                break
+            best = min(best, (self.peak(way, self._least), way), key=lambda pair: pair[0])
+        return best
+
+    def added(self, way: Way, ranks: Sequence[int], found: Estimate) -> int:
+        """What activations add to the peak of these ranks, whose exact estimate was found."""
+        return found.peak - self._plain(way, ranks).peak
+
+    def _plain(self, way: Way, ranks: Sequence[int]) -> Estimate:
         """Without activations."""
         key = (repr(way), tuple(ranks))
         if key not in self._known:
             self._known[key] = self._measured(way, ranks, counted=False)
         return self._known[key]
 
-    def _at_least_ranks(self, way: Way) -> int:
-        project = way.in_backward == "project"
-        # coordinates are those of any format of moments
-        key = (way.in_backward, repr((way.optimizer, way.options)) if project else "")
-        if key not in self._activations:
-            found = self._measured(way, self._least, counted=True)
-            self._activations[key] = found.activations or 0
-        return self._activations[key]
+    def _of_activations(self, way: Way) -> int:
+        if self.tokens is None:
+            return 0
+        if repr(way) not in self._added:
+            self._added[repr(way)] = self.added(
+                way, self._least, self._measured(way, self._least, counted=True)
+            )
+        return self._added[repr(way)]
 
     def _measured(self, way: Way, ranks: Sequence[int], counted: bool) -> Estimate:
         by_name = {bare(m.name): r for m, r in zip(self.matrices, ranks, strict=True)}
@@ -158,17 +187,16 @@ class Costs:
                 **way.arguments,
             )
 
-    def refuses(self, way: Way) -> str | None:
+    def refuses(self, way: Way, ranks: Sequence[int]) -> str | None:
         """Why the method has no such mode; None if it has.
 
         Raises:
             TypeError: an option is not known, or a value out of range.
             ValueError: likewise.
         """
-        plain = replace(way, in_backward=None)
-        self._known_or_measured(plain, self._least)  # what is wrong in any mode is an error
+        self._plain(replace(way, in_backward=None), ranks)  # what is wrong in any mode is an error
         try:
-            self._known_or_measured(way, self._least)
+            self._plain(way, ranks)
         except ValueError as error:
             return str(error)
         return None
@@ -178,13 +206,13 @@ class Costs:
 
         They are linear in the rank but for the rounding of blocks, so two ranks say all.
         """
-        base, found = self.of(way, self._least).peak, dict[tuple[Any, ...], float]()
+        base, found = self._plain(way, self._least).peak, dict[tuple[Any, ...], float]()
         for kind in dict.fromkeys(m.kind for m in self.matrices):
             ranks = [
                 max(least + 1, m.side // 2) if m.kind == kind else least
                 for m, least in zip(self.matrices, self._least, strict=True)
             ]
-            grown = self.of(way, ranks).peak - base
+            grown = self._plain(way, ranks).peak - base
             found[kind] = max(1.0, grown / (sum(ranks) - sum(self._least)))
         return [found[m.kind] for m in self.matrices]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from fractions import Fraction
 from typing import NoReturn
 
@@ -41,12 +40,16 @@ class Search:
 
     def fits(self, way: Way, path: Path, count: int) -> bool:
         """Whether ranks after ``count`` steps are within the budget."""
-        return self.costs.of(way, path.ranks(count)).fits(self.asked.budget)
+        return self.costs.fits(way, path.ranks(count), self.asked.budget)
+
+    def refuses(self, way: Way) -> str | None:
+        """Why a method has no such mode; None if it has."""
+        return self.costs.refuses(way, self.even.ranks(self.enough))
 
     def _possible(self) -> Iterator[Way]:
         """Ways that their methods have."""
         for way in self.ways:
-            refusal = self.costs.refuses(way)
+            refusal = self.refuses(way)
             if refusal is None:
                 yield way
             else:
@@ -80,8 +83,7 @@ class Search:
         Raises:
             ValueError: always.
         """
-        least = min(possible, key=lambda way: self.costs.of(way, self.even.ranks(0)).peak)
-        peak = self.costs.of(least, self.even.ranks(0)).peak
+        peak, least = self.costs.least(possible)
         raise ValueError(
             f"nothing fits {self.asked.budget / GIB:.6g} GiB: the least is {gib(peak)} GiB, by "
             f"{least} at rank {self.asked.least}. {self._advice()}"
@@ -101,29 +103,23 @@ class Search:
     def fill(self, way: Way, path: Path) -> tuple[list[int], Estimate]:
         """The largest ranks on ``path`` within the budget, and their own estimate.
 
-        Activations at the least ranks are a bound. Those at the ranks that fit by it leave more
-        room, and again bound those of what is found in it.
+        What activations add at the least ranks is a bound. What they add at the ranks that fit by
+        it leaves more room, and bounds what they add at those found in it. Where a bound does not
+        hold, ranks are searched by their own estimates.
         """
-        most = len(path.steps)
+        budget, most = self.asked.budget, len(path.steps)
         count = largest(lambda n: self.fits(way, path, n), most)
         found = self._exact(way, path, count)
-        if self.costs.tokens is not None and way.in_backward == "project":
-            taken = found.activations
-
-            def fits(n: int) -> bool:
-                own = replace(self.costs.of(way, path.ranks(n)), activations=taken)
-                return own.fits(self.asked.budget)
-
-            more = largest(fits, most)
-            again = self._exact(way, path, more)
-            if more > count and again.fits(self.asked.budget):
-                count, found = more, again
-        while not found.fits(self.asked.budget):  # no bound held: the estimate itself decides
-            if not count:
-                self._nothing_fits([way])
-            count -= 1
+        if self.costs.tokens is not None and count < most and found.fits(budget):
+            added = self.costs.added(way, path.ranks(count), found)
+            more = largest(lambda n: self.costs.fits(way, path.ranks(n), budget, added), most)
+            again = self._exact(way, path, more) if more > count else found
+            if again.fits(budget):
+                count, found = max(more, count), again
+        if not found.fits(budget):
+            count = largest(lambda n: self._exact(way, path, n).fits(budget), count)
             found = self._exact(way, path, count)
         return path.ranks(count), found
 
     def _exact(self, way: Way, path: Path, count: int) -> Estimate:
-        return self.costs.of(way, path.ranks(count), exact=True)
+        return self.costs.exact(way, path.ranks(count))
