@@ -118,23 +118,21 @@ class Costs:
         self._added: dict[str, int] = {}
         self._known: dict[Any, Estimate] = {}
 
-    def peak(self, way: Way, ranks: Sequence[int]) -> int:
-        """Bytes at the worst moment, with what activations add at the least ranks."""
-        return self._plain(way, ranks).peak + self._of_activations(way)
-
-    def fits(self, way: Way, ranks: Sequence[int], budget: float, added: int | None = None) -> bool:
-        """Whether the peak is within ``budget`` bytes.
+    def peak(self, way: Way, ranks: Sequence[int], added: int | None = None) -> int:
+        """Bytes at the worst moment.
 
         Args:
             way: to train.
             ranks: of all matrices.
-            budget: bytes.
             added: what activations add (default: what they add at the least ranks).
         """
-        without = self._plain(way, ranks).peak
-        if without > budget or self.tokens is None:
-            return without <= budget
-        return without + (self._of_activations(way) if added is None else added) <= budget
+        return self._plain(way, ranks).peak + (
+            self._of_activations(way) if added is None else added
+        )
+
+    def fits(self, way: Way, ranks: Sequence[int], budget: float) -> bool:
+        """Whether the peak is within ``budget`` bytes; the model runs only where it may be."""
+        return self._plain(way, ranks).peak <= budget and self.peak(way, ranks) <= budget
 
     def exact(self, way: Way, ranks: Sequence[int]) -> Estimate:
         """The estimate of these very ranks, activations included."""

@@ -118,12 +118,32 @@ def captured(energies: Sequence[Sequence[float]], ranks: Sequence[int]) -> float
     return sum(sum(own[:rank]) for own, rank in zip(energies, ranks, strict=True))
 
 
-def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The last of 0, ..., ``most`` that fits, where 0 does and what fits is an interval."""
-    if fits(most):
-        return most
+def largest(peak: Callable[[int], float], budget: float, most: int) -> int:
+    """The last of 0, ..., ``most`` whose peak is within a budget.
+
+    Peaks rise, nearly as a line, so the line through two of them says where to look: a few are
+    asked for, where halving would ask for many. It halves where the line does not shrink what is
+    left.
+
+    Args:
+        peak: bytes at each; those of 0 are within the budget.
+        budget: bytes.
+        most: the last.
+    """
     low, high = 0, most
+    below, above = peak(low), peak(high)
+    if above <= budget:
+        return most
+    width = 2 * (high - low)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        if high - low <= width // 2 and above > below:
+            guess = low + int((high - low) * (budget - below) / (above - below))
+            middle = min(max(guess, low + 1), high - 1)
+        width = high - low
+        found = peak(middle)
+        if found <= budget:
+            low, below = middle, found
+        else:
+            high, above = middle, found
     return low

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import NoReturn
 
@@ -71,7 +71,7 @@ class Search:
         best, most = None, -1
         for way in possible:
             if self.fits(way, self.even, most + 1):
-                most = largest(lambda n, way=way: self.fits(way, self.even, n), self.enough)  # type: ignore[misc]
+                most = largest(self._peaks(way, self.even), self.asked.budget, self.enough)
                 best = way
         if best is None:
             self._nothing_fits(possible)
@@ -108,18 +108,21 @@ class Search:
         hold, ranks are searched by their own estimates.
         """
         budget, most = self.asked.budget, len(path.steps)
-        count = largest(lambda n: self.fits(way, path, n), most)
+        count = largest(self._peaks(way, path), budget, most)
         found = self._exact(way, path, count)
         if self.costs.tokens is not None and count < most and found.fits(budget):
             added = self.costs.added(way, path.ranks(count), found)
-            more = largest(lambda n: self.costs.fits(way, path.ranks(n), budget, added), most)
+            more = largest(self._peaks(way, path, added), budget, most)
             again = self._exact(way, path, more) if more > count else found
             if again.fits(budget):
                 count, found = max(more, count), again
         if not found.fits(budget):
-            count = largest(lambda n: self._exact(way, path, n).fits(budget), count)
+            count = largest(lambda n: self._exact(way, path, n).peak, budget, count)
             found = self._exact(way, path, count)
         return path.ranks(count), found
+
+    def _peaks(self, way: Way, path: Path, added: int | None = None) -> Callable[[int], int]:
+        return lambda n: self.costs.peak(way, path.ranks(n), added)
 
     def _exact(self, way: Way, path: Path, count: int) -> Estimate:
         return self.costs.exact(way, path.ranks(count))

@@ -81,6 +81,20 @@ def test_uniform_shares():
         assert path.ranks(steps_to([64, 128, 24], path, share)) == expected
 
 
-@pytest.mark.parametrize("answer", range(6))
-def test_largest(answer):
-    assert largest(lambda n: n <= answer, 5) == answer
+@pytest.mark.parametrize(
+    "shape", [lambda n: 3 * n, lambda n: n**3, lambda n: n // 50, lambda n: n**0.2]
+)
+def test_largest(shape):
+    """Against a look at all; few are asked for where peaks are a line."""
+    asked = []
+
+    def peak(n):
+        asked.append(n)
+        return 10 + shape(n)
+
+    for budget in (10, 11, 40, 13.5, 400, 10 + shape(300), 1e9):
+        asked.clear()
+        found = largest(peak, budget, 300)
+        assert found == max(n for n in range(301) if 10 + shape(n) <= budget)
+        assert len(asked) <= 20
+        assert shape(300) != 900 or len(asked) <= 5
