@@ -67,7 +67,7 @@ COUNT = click.IntRange(min=1)
 @click.option(
     "--energy",
     type=click.Choice(["relative", "absolute"]),
-    help="How --calibrate weighs matrices.  [default: relative]",
+    help="How --calibrate weighs matrices.  [default: absolute]",
 )
 @click.option("--multiple", type=COUNT, default=8, show_default=True, help="Of which ranks are.")
 @click.option("--least", type=COUNT, help="The smallest rank.  [default: --multiple]")

@@ -104,7 +104,7 @@ def check_asked(
     _check_options(options)
     stores = _chosen("state_dtypes", state_dtypes, tuple(STORES))
     budget = float(budget_gib) * GIB
-    return Asked(budget, modes, stores, energy or "relative", multiple, least, accumulation_steps)
+    return Asked(budget, modes, stores, energy or "absolute", multiple, least, accumulation_steps)
 
 
 def named_optimizers(given: Sequence[Any] | None, options: Mapping[str, Any]) -> list[Named]:

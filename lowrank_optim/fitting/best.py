@@ -51,7 +51,7 @@ def fit(
     singular values :math:`\sigma_{ij}` ranks maximise
 
     .. math::
-        \sum_i E_i(r_i), \qquad E_i(r) = \sum_{j \le r} \sigma_{ij}^2 \Big/ \sum_j \sigma_{ij}^2
+        \sum_i E_i(r_i), \qquad E_i(r) = \sum_{j \le r} \sigma_{ij}^2
 
     which steps in the order of energy per byte do (:mod:`lowrank_optim.fitting.paths`).
 
@@ -72,9 +72,9 @@ def fit(
             (dicts of the model's arguments, with labels) or of losses. A few suffice. The model
             must have values; one gradient lives at a time (default: no calibration, uniform
             shares).
-        energy: ``"relative"``: matrices count alike, whatever the norms of their gradients, as they
-            do in an update of Adam's; ``"absolute"``: without the denominator (default:
-            "relative").
+        energy: ``"absolute"``, as above, or ``"relative"``: each :math:`E_i` as a share of the
+            energy of its matrix, whatever the norm of its gradients (default: "absolute", which
+            trained better where both were tried).
         multiple: what ranks are multiples of (default: 8).
         least: the smallest rank, a multiple of that; matrices whose smaller side is no larger stay
             dense (default: ``multiple``).

@@ -239,6 +239,7 @@ def test_calibration_captures_more_at_no_more_bytes(model):
         assert take(plan.ranks) > take(even.ranks) - step
         assert plan.energy == pytest.approx(take(plan.ranks) / total)
         assert len({*plan.ranks.values()}) > 1
+    assert fit(model, budget, calibrate=batches(), **own) == plan  # absolute is the default
 
 
 def test_spectra_are_squared_singular_values_added_over_micro_batches(model):
