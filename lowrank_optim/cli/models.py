@@ -7,6 +7,8 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +24,36 @@ NEEDED = ("hidden_size", "num_hidden_layers", "vocab_size")
 """Without these transformers takes a size of its own, in silence."""
 
 
-def load(given: str, dtype: torch.dtype | None, runs: bool, device: str = "meta") -> nn.Module:
-    """The model, on the meta device or on one where it is to run.
+def load(
+    given: str,
+    dtype: torch.dtype | None,
+    runs: bool,
+    device: str = "meta",
+    *,
+    with_values: bool = False,
+) -> nn.Module:
+    """The model, on the meta device or on one where it is to run, or as a function makes it.
 
     Args:
         given: a name, a configuration's file or folder, or ``module.path:function``.
         dtype: of a model that is made from a configuration (default: bfloat16).
         runs: whether it has to run, which takes ``transformers``.
         device: where it is made (default: the meta device).
+        with_values: whether it has to have values: of a function alone, on the device of its own.
 
     Raises:
-        Refused: there is none, or nothing can be trained of it.
+        Refused: there is none, nothing can be trained of it, or it has no values.
     """
     names = {name.lower(): name for name in MODELS}
     path, (module, colon, function) = Path(given), given.rpartition(":")
     own = not (given.lower() in names or path.exists()) and bool(colon)
     if own and dtype is not None:
         raise Refused("--dtype has no effect on a model of your own: give it the dtype there")
+    if with_values and not own:
+        raise Refused(
+            f"--calibrate runs the model, and {given!r} has no values: give --model "
+            "module.path:function, which makes or loads it"
+        )
     dtype = dtype or torch.bfloat16
     if given.lower() in names:
         config = MODELS[names[given.lower()]].config
@@ -46,7 +61,7 @@ def load(given: str, dtype: torch.dtype | None, runs: bool, device: str = "meta"
     elif path.exists():
         model = _made(_configured(_read(path)), dtype, given, device)
     elif own:
-        model = _called(module, function, dtype, device)
+        model = _called(module, function, dtype, device, with_values)
     else:
         hint = nearest(given, MODELS) or "."
         raise Refused(
@@ -134,23 +149,47 @@ def _made(config: Any, dtype: torch.dtype, given: str, device: str) -> nn.Module
         raise Refused(f"--model {given!r}: no model can be made from it: {error}") from error
 
 
-def _called(module: str, function: str, dtype: torch.dtype, device: str) -> nn.Module:
+def imported(option: str, given: str) -> Callable[..., Any]:
+    """The function that ``module.path:function`` names.
+
+    Raises:
+        Refused: there is none.
+    """
+    module, colon, function = given.rpartition(":")
+    if not (module and colon and function):
+        raise Refused(f"{option} must be module.path:function, got {given!r}")
+    if os.getcwd() not in sys.path:  # a console command has its own folder there
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    except Exception as error:  # code of the user's
+        raise Refused(f"{option} {given}: {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise Refused(f"{option} {given} is no function but a {type(found).__name__}")
+    return found
+
+
+def _called(
+    module: str, function: str, dtype: torch.dtype, device: str, with_values: bool
+) -> nn.Module:
     """What a function returns that is called with ``device`` as the default one.
+
+    Where values are asked for it takes the device of its own.
 
     Raises:
         Refused: there is no such function, it raises, or it returns something else.
     """
     given = f"--model {module}:{function}"
-    if os.getcwd() not in sys.path:  # a console command has its own folder there
-        sys.path.insert(0, os.getcwd())
+    called = imported("--model", f"{module}:{function}")
     try:
-        called = getattr(importlib.import_module(module), function)
-        with torch.device(device):
+        with nullcontext() if with_values else torch.device(device):
             found = called()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # code of the user's
         raise Refused(f"{given}: {type(error).__name__}: {error}") from error
+    if with_values and not isinstance(found, nn.Module):
+        raise Refused(f"{given} must return an nn.Module for --calibrate, which runs it")
     if hasattr(found, "to_dict") and not isinstance(found, nn.Module):
         return _made(found, dtype, f"{module}:{function}", device)
     if not isinstance(found, nn.Module):
