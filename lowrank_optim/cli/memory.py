@@ -97,6 +97,11 @@ PARAGRAPH = "\n\n".join(["Known models: " + ", ".join(MODELS), "Optimizers: " + 
     multiple=True,
     help="Of the coordinates that project keeps, a column each.  [default: auto]",
 )
+@click.option(
+    "--device",
+    type=click.Choice(["cuda", "cpu"]),
+    help="That trains: a DCT basis is kept as it is fastest there.  [default: cuda]",
+)
 @click.option("--json", "as_text", is_flag=True, help="Print figures in bytes, and nothing else.")
 @click.option(
     "--plot", "picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw the bars."
@@ -115,6 +120,7 @@ def memory(
     modes: tuple[str, ...],
     accumulation_steps: int | None,
     coords: tuple[str, ...],
+    device: str | None,
     as_text: bool,
     picture: Path | None,
 ) -> None:
@@ -138,9 +144,10 @@ def memory(
         columns(modes, accumulation_steps, coords),
         batch,
         checkpointing,
+        device or "cuda",
     )
     budget = round(budget_gib * GIB)
-    about = _about(model, module, rank, batch, checkpointing)
+    about = _about(model, module, rank, batch, checkpointing) | {"device": device or "cuda"}
     if as_text:
         click.echo(json.dumps(figures(rows, about, budget), indent=1))
     else:
@@ -155,6 +162,7 @@ def _measured(
     asked: Sequence[Column],
     batch: tuple[int, int] | None,
     checkpointing: bool,
+    device: str,
 ) -> list[Row]:
     """The rows; what an optimizer warns of is said, once.
 
@@ -164,7 +172,7 @@ def _measured(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a training run that this is not
-            rows = measure(module, choices, asked, batch, checkpointing)
+            rows = measure(module, choices, asked, batch, checkpointing, device)
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
         raise Refused(str(error) or type(error).__name__) from error
     for note in dict.fromkeys(note for row in rows for note in row.notes):
