@@ -47,7 +47,7 @@ def placed(items: list[ParamPlan]) -> list[ParamPlan]:
         if item.subspace.block_order == "mirror" and item.subspace.size % 2:
             raise ValueError(
                 "block_order='mirror' needs an even number of active blocks, got "
-                f"{item.subspace.size} of {len(blocks)}"
+                f"{item.subspace.size} of {len(blocks)}: take another density, or another order"
             )
     return items
 
