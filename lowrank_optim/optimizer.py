@@ -156,6 +156,8 @@ class LowRankOptimizer(PlannedOptimizer):
     """Group keys that it reads beside the arguments of its constructor."""
     unused: ClassVar[Mapping[str, str]] = {}
     """Arguments of every optimizer that mean nothing to this one, and why."""
+    _discarding: Callable[[], None] | None = None
+    """Called before gradients are zeroed: a batch is over, or will not be stepped."""
     by_host: ClassVar[str | None] = None
     """Why its coordinates follow the host's count of steps, as a clause; None if they do not."""
 
@@ -649,6 +651,8 @@ class LowRankOptimizer(PlannedOptimizer):
         if torch.compiler.is_dynamo_compiling() and set_to_none:
             self._traced.free_gradients()
         else:
+            if self._discarding is not None:
+                self._discarding()
             super().zero_grad(set_to_none)
 
     # ---------------------------------------------------------------- state
