@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lowrank_optim import LowRankOptimizer, attach_in_backward, methods
+from tests.compare import assert_close
 
 BATCHES, BAD = 6, 2
 
@@ -272,7 +273,9 @@ def test_with_a_process_group(alone: dist.ProcessGroup, mode: str) -> None:
     optimizer = made(model, "GaLoreAdamW")
     with attach_in_backward(optimizer, mode, accumulation_steps=2, process_group=alone):
         run(optimizer, model, 2, zeroed, 0)
-        assert same(model, expected("GaLoreAdamW", 2, False))
+        wanted = expected("GaLoreAdamW", 2, False)
+        for a, b in zip(model.parameters(), wanted.parameters(), strict=True):
+            assert_close(a, b)  # "project" adds coordinates of two gradients, not the gradients
         (x, y), *_ = batches(2)
         Fuse.blown = False
         loss_of(model, x).backward()
