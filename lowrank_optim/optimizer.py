@@ -28,6 +28,7 @@ from lowrank_optim.engine.preflight import (
     check_gradients,
     check_moved,
     check_named,
+    check_overlap,
     check_owned,
     check_partitioned,
     check_replaced,
@@ -280,6 +281,8 @@ class LowRankOptimizer(PlannedOptimizer):
         try:
             check_flattened(group)
             check_named(group)
+            for i, param in enumerate(group["params"]):
+                check_overlap(param, _name(group, i))
             if group["projector"] == "block":
                 self._items(self.param_groups[-1])
         except ValueError:  # as many blocks as their order cannot take

@@ -29,6 +29,9 @@ class MatrixStep:
     """Steps that the moments have seen, this one included; NaN where the device counts them."""
     norm: Tensor = field(init=False)
     """Of its coordinates, on its device: not finite where the gradient is not."""
+    based: bool = True
+    """Whether there was a basis before this step: else its coordinates may be those of none, zeros
+    whatever the gradient."""
     finite: Tensor | None = None
     """Whether it is, where no host may wait for the answer."""
     directions: dict[str, tuple[Tensor, float | Tensor]] = field(default_factory=dict)

@@ -141,6 +141,11 @@ def _measure(work: Sequence[MatrixStep]) -> None:
         totals = torch.stack([torch.stack(list(own)) for own in norms]).sum(0)
         for w, total in zip(work, totals.unbind(0), strict=True):
             w.norm = total
+    first = [w for w in work if not w.based]
+    for w, norm in zip(
+        first, ops.total_norms([w.grad for w in first]) if first else (), strict=True
+    ):
+        w.norm = norm
 
 
 def _is_finite(w: MatrixStep) -> bool:
@@ -158,6 +163,10 @@ def _project(
         not isinstance(item.param.grad, ProjectedGrad) and basis_due(item, state, chosen)
         for item, state in pairs
     ]
+    based = [
+        not (own or item.tried >= 0) or _has_basis(item, state)
+        for (item, state), own in zip(pairs, due, strict=True)
+    ]
     _keep(list(compress(pairs, due)), undo)
     found = together([_refreshed(*pair, own, chosen) for pair, own in zip(pairs, due, strict=True)])
     at = [n for n, (_, coords) in enumerate(found) if not coords]
@@ -171,8 +180,17 @@ def _project(
         begun(item, state, grad, coords, chosen)
         for (item, state), (grad, coords) in zip(pairs, found, strict=True)
     ]
+    for w, known in zip(works, based, strict=True):
+        w.based = known
     turn_(works, chosen)
     return works
+
+
+def _has_basis(item: ParamPlan, state: State) -> bool:
+    """Whether coordinates are those of some basis, and not zeros."""
+    assert item.subspace is not None
+    drawn = isinstance(item.param.grad, ProjectedGrad) or not item.subspace.needs_grad
+    return drawn or int(state["refresh_step"]) >= 0
 
 
 def _keep(pairs: Sequence[tuple[ParamPlan, State]], undo: Undo) -> None:
