@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cache, partial
@@ -194,6 +195,8 @@ class LowRankOptimizer(PlannedOptimizer):
         self._matrices: dict[int, int] = {}
         self._shared = Shared()
         self._replicas = Replicas()
+        self._taken: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        """Who took a step that raised, by place: the gradient that it was, and its version."""
         super().__init__(groups, defaults)
         self._traced = Traced(self)
 
@@ -243,6 +246,7 @@ class LowRankOptimizer(PlannedOptimizer):
         self._matrices = {id(g): n for g, n in zip(self.param_groups, given, strict=False)}
         self._shared = Shared()
         self._replicas = Replicas()
+        self._taken = {}
         self._traced = Traced(self, self.__dict__.get("_traced"))
         for group in self.param_groups:
             for key, value in self.defaults.items():
@@ -442,6 +446,7 @@ class LowRankOptimizer(PlannedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._forget_taken()
         with tracing.hosted():
             self._step_groups([self._checked(group) for group in self.param_groups])
         return loss
@@ -468,12 +473,34 @@ class LowRankOptimizer(PlannedOptimizer):
             for _, items, _ in work:
                 for item in items:
                     item.tried = -1  # the refreshes of this step are undone
+            self._remember(undo.taken, work)
             count = sum(i.alone or i.subspace is not None for *_, ready in work for i in ready)
             error.add_note(
-                f"{undo.taken} of {count} parameters had taken this step of "
-                f"{type(self).__name__}{this_rank()}; the others are as they were"
+                f"{len(undo.taken)} of {count} parameters had taken this step of "
+                f"{type(self).__name__}{this_rank()}; the others are as they were. step() again "
+                "steps these alone, zero_grad() leaves them out"
             )
             raise
+        self._taken = {}
+
+    def _remember(
+        self, taken: Sequence[int], work: list[tuple[Strategies, list[ParamPlan], list[ParamPlan]]]
+    ) -> None:
+        """Note who took a step that raised, by the gradient: with it nobody takes it twice."""
+        ready = {i.index: i.param.grad for *_, own in work for i in own if not i.sharded}
+        for place in taken:
+            grad = ready.get(place)
+            if grad is not None:
+                self._taken[place] = weakref.ref(grad), grad._version
+
+    def _forget_taken(self) -> None:
+        """Unless this is the step that raised, with the gradients of then, all take it."""
+        params: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
+        for place, (ref, version) in self._taken.items():
+            grad = params[place].grad if place < len(params) else None
+            if grad is None or ref() is not grad or grad._version != version:
+                self._taken = {}
+                return
 
     def _with_other_ranks(
         self, work: list[tuple[Strategies, list[ParamPlan], list[ParamPlan]]], undo: Undo
@@ -524,6 +551,7 @@ class LowRankOptimizer(PlannedOptimizer):
         items = self._items(group)
         chosen = self._strategies(group)
         ready = [item for item in items if item.param.grad is not None]
+        ready = [item for item in ready if item.index not in self._taken]
         if len(ready) < len(items):  # at any step: its state may have been loaded
             check_owned([item.param for item in items if item.param.grad is None])
         check_gradients(ready, type(self).__name__)
@@ -540,7 +568,7 @@ class LowRankOptimizer(PlannedOptimizer):
         for item in ready:
             self._state_of(item, chosen)
         self._begin_blocks(items, undo)
-        advance(items, self.state, chosen)
+        advance(items, self.state, chosen, self._taken)
 
     def _begin_blocks(self, items: list[ParamPlan], undo: Undo) -> None:
         for item in items:
@@ -654,6 +682,7 @@ class LowRankOptimizer(PlannedOptimizer):
         if torch.compiler.is_dynamo_compiling() and set_to_none:
             self._traced.free_gradients()
         else:
+            self._taken = {}
             if self._discarding is not None:
                 self._discarding()
             super().zero_grad(set_to_none)

@@ -47,6 +47,8 @@ def prepared(
         rounding: seed and positions of the weights as they are stored; None rounds to nearest.
     """
     undo.keep_all([w.state for w in work], chosen.residual.stepped)
+    for w in work:
+        undo.keep_weights(w.state, w.item.param)
     terms = _terms(work, chosen)
     sizes = [_step_size(w, chosen, lr) for w in work]
     decays = _each(sizes, lambda size: 1 - size * weight_decay)

@@ -81,8 +81,8 @@ WAYS: tuple[BucketStep, ...] = (IdleBlock(), Dense(), Phases())
 def step_bucket(bucket: Bucket) -> None:
     """One step of a bucket; its ``undo`` knows what to put back if that raises."""
     way = next(way for way in (*FUSED, *WAYS) if way.can_step(bucket))
-    for state in bucket.states:
-        bucket.undo.begin(state)
+    for item, state in zip(bucket.items, bucket.states, strict=True):
+        bucket.undo.begin(state, item.index)
     way.step_(bucket)
     for state in bucket.states:
         bucket.undo.done(state)
@@ -198,6 +198,8 @@ def _keep(pairs: Sequence[tuple[ParamPlan, State]], undo: Undo) -> None:
     keys: dict[str, None] = {}
     for item, state in pairs:
         assert item.subspace is not None
+        if item.subspace.moves_weights:
+            undo.keep_weights(state, item.param)
         keys.update(dict.fromkeys(item.subspace.refreshed(state)))
     undo.keep_all([state for _, state in pairs], keys)
 

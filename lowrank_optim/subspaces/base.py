@@ -137,6 +137,9 @@ class Subspace(ABC):
     def balance_(self, state: State) -> None:  # noqa: B027
         """What a refresh does to the entries of :meth:`balanced`."""
 
+    moves_weights: ClassVar[bool] = False
+    """Whether a refresh writes into the weights too."""
+
     @property
     def meaning(self) -> tuple[Any, ...]:
         """What coordinates refer to: state kept under one subspace is that of another if equal."""

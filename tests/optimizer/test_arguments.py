@@ -242,6 +242,8 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Wrong]]] = {
                             for x in ("all", True, 1)],
             "accumulation_steps": [(x, ValueError, "accumulation_steps must be a positive int, got")
                                    for x in (0, 1.5, "2", True, None)],
+            "device": [(x, ValueError, "device must be None or one of torch's.*got")
+                       for x in ("gpu", 1.5, [])],
             "tokens": [(x, ValueError, "tokens must be None, a positive int or a pair of them, got")
                        for x in (0, -1, "512", (1, 2, 3), (0, 4), 1.5, True)],
             "checkpointing": [(x, ValueError, "checkpointing must be True or False, got")

@@ -23,6 +23,8 @@ class OutOfMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func.namespace == "profiler":  # marks of time: they ask for no memory
+            return func(*args, **(kwargs or {}))
         self.names.append(str(func))
         if len(self.names) - 1 == self.at:
             raise torch.OutOfMemoryError(f"before {func}")

@@ -189,7 +189,7 @@ def test_importers_say_what_adafactors_learning_rate_needs(missing: str) -> None
 @pytest.mark.parametrize(
     "saved",
     [
-        {}, {"optimizer": 3}, {"state": None, "param_groups": None}, 
+        {}, {"optimizer": 3}, {"state": None, "param_groups": None},
         {"state": [], "param_groups": []},
         {"state": {}, "param_groups": ["a"]}, {"state": {}, "param_groups": [{"params": "a"}]},
         {"state": {0: 3}, "param_groups": [{"params": [0]}]},
