@@ -480,6 +480,12 @@ class LowRankOptimizer(PlannedOptimizer):
                 f"{type(self).__name__}{this_rank()}; the others are as they were. step() again "
                 "steps these alone, zero_grad() leaves them out"
             )
+            if undo.partly:
+                error.add_note(
+                    f"but {', '.join(undo.partly)} may have been stepped in part: what is large, "
+                    "or on an accelerator, is not copied before. Go on from a checkpoint where "
+                    "that matters"
+                )
             raise
         self._taken = {}
 

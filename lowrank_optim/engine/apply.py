@@ -152,6 +152,7 @@ def push(work: Sequence[MatrixStep], ready: Sequence[Push], chosen: Strategies, 
     assert subspace is not None
     intos = [own.into for own in ready]
     updates, terms = [own.update for own in ready], [own.term for own in ready]
+    undo.loosen([w.state for w in work], [w.item.param for w in work], [w.item.name for w in work])
     for n in subspace.push_all_(intos, [w.state for w in work], updates, terms):
         w, param = work[n], intos[n].param
         view = w.item.view

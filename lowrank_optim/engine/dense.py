@@ -66,6 +66,7 @@ def dense_phases(
         return
     keys = [slot.name for slot in rule.slots(param.shape)]
     same = all(x.dtype == param.dtype for x in (grad, *(state[k] for k in keys)))
+    undo.loosen([state], [param], [item.name])
     if item.param.numel() <= SMALL:
         undo.keep_all([state], [*keys, *map(scale_key, keys)])
         undo.keep_weights(state, param)

@@ -256,6 +256,10 @@ def _adapt(
         overwritten = [key for key, _ in keys]
         overwritten += [scale_key(key) for key in overwritten] + [age_key(coord)]
         undo.keep_all([w.state for w in work], overwritten)
+    else:
+        undo.loosen(
+            [w.state for w in work], [w.item.param for w in work], [w.item.name for w in work]
+        )
     items, states = [w.item for w in work], [w.state for w in work]
     held = read_slots(items, states, keys, chosen)
     finite = finite_of(work)

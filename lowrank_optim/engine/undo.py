@@ -34,6 +34,8 @@ class _Kept:
     weights: list[tuple[Tensor, Tensor]]
     """Parameters, and copies of them."""
     place: int = -1
+    loose: str = ""
+    """Name of a parameter that may be stepped in part by now: it is too large to be copied."""
 
 
 class Undo:
@@ -49,6 +51,8 @@ class Undo:
         """Memory of copies that are not needed any more: to get it anew costs more than a copy."""
         self.taken: list[int] = []
         """Places of the parameters that have taken the whole step."""
+        self.partly: list[str] = []
+        """Names of those that a step which raised may have left stepped in part."""
         self._idle = recording()
         """Where a graph is captured nothing runs: there is nothing to put back."""
 
@@ -100,6 +104,15 @@ class Undo:
         if small and own is not None and not any(x is param for x, _ in own.weights):
             own.weights.append((param, param.detach().clone()))
 
+    def loosen(
+        self, states: Sequence[State], params: Sequence[Tensor], names: Sequence[str]
+    ) -> None:
+        """From here on parameters that were not copied may be stepped in part."""
+        for state, param, name in zip(states, params, names, strict=True):
+            own = self._kept.get(id(state))
+            if own is not None and (param.numel() > SMALL or on_accelerator(param)):
+                own.loose = name
+
     def done(self, state: State) -> None:
         """The weights have been written, or the step is over."""
         if id(state) in self._kept:
@@ -120,6 +133,7 @@ class Undo:
                 self._forget(number)
             return
         kept, self._kept = self._kept, {}
+        self.partly = [own.loose for own in kept.values() if own.loose]
         for own in kept.values():
             state = own.state
             state.clear()

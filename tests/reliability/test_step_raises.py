@@ -177,3 +177,28 @@ def test_gradients_that_were_changed_are_a_new_batch() -> None:
     optimizer.step()
     steps = [float(optimizer.state[p]["step"]) for p in params_of(optimizer)]
     assert max(steps) == 3 and min(steps) == 2
+
+
+def test_what_is_too_large_to_be_copied_is_named() -> None:
+    """A dense embedding and a matrix: torch steps the one in several operations."""
+    params = [nn.Parameter(torch.ones(300, 300)), nn.Parameter(torch.ones(8, 8))]
+    groups = [{"params": [("embed", params[0])], "rank": None}, {"params": [("w", params[1])]}]
+    optimizer = cases.build("GaLoreAdamW", groups)
+    for param in params:
+        param.grad = torch.ones(param.shape)
+    base = copied(optimizer)
+    names = operations(base)
+    partly = []
+    for at in range(len(names)):
+        new = copied(base)
+        with pytest.raises(torch.OutOfMemoryError) as caught, OutOfMemory(at):
+            new.step()
+        notes = getattr(caught.value, "__notes__", [])
+        assert all("w may" not in note for note in notes)
+        if any("embed may have been stepped in part" in note for note in notes):
+            partly.append(at)
+            continue
+        embed = params_of(new)[0]
+        stepped = float(new.state.get(embed, {}).get("step", 0)) == 1
+        assert stepped or embed.eq(1).all()
+    assert 3 < len(partly) < len(names) // 2
