@@ -49,6 +49,8 @@ def prepared(
     undo.keep_all([w.state for w in work], chosen.residual.stepped)
     for w in work:
         undo.keep_weights(w.state, w.item.param)
+        if w.item.subspace is not None and not on_accelerator(w.item.param):
+            undo.keep(w.state, w.item.subspace.pushed(w.state))
     terms = _terms(work, chosen)
     sizes = [_step_size(w, chosen, lr) for w in work]
     decays = _each(sizes, lambda size: 1 - size * weight_decay)

@@ -145,6 +145,10 @@ class Subspace(ABC):
         """What coordinates refer to: state kept under one subspace is that of another if equal."""
         return type(self).__name__, self.rank
 
+    def pushed(self, state: State) -> Iterable[str]:
+        """State keys that :meth:`push_` overwrites, beside the weights."""
+        return ()
+
     def refreshed(self, state: State) -> Iterable[str]:
         """State keys that :meth:`refresh_`, or moments that follow it, may overwrite."""
         return list(state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -325,6 +325,11 @@ class Spectral(Subspace):
         if sign is not None:
             new_s, new_u = new_s.abs(), new_u * self._of_active(state, sign)
         return Change(new_u, new_v, new_s.clamp(min=0), sign, turned, before, after, gained)
+
+    def pushed(self, state: State) -> Iterable[str]:
+        """The factors in use; of those that are not, u where it may turn around."""
+        turned = self.rest_keys[:1] if self.exact and self.negative == "flip" else ()
+        return ["basis_u", "basis_v", "basis_s", *turned]
 
     def keep_(self, state: State, change: Change) -> None:
         """Write what :meth:`advanced` found."""

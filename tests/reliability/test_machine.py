@@ -150,11 +150,12 @@ class Events(RuleBasedStateMachine):
         state, _ = self.read()
         if len(state["param_groups"]) != len(self.optimizer.param_groups):
             return
-        counting = OutOfMemory()
+        counting, other = OutOfMemory(), copied(self.twin)
         with counting:
-            copied(self.twin).load_state_dict(state)
-        with pytest.raises(torch.OutOfMemoryError), OutOfMemory(int(at * len(counting.names) / 2)):
-            self.optimizer.load_state_dict(state)
+            other.load_state_dict(state)
+        if counting.names:
+            with pytest.raises(torch.OutOfMemoryError), OutOfMemory(int(at * len(counting.names))):
+                self.optimizer.load_state_dict(state)
 
     @precondition(lambda self: self.added < 2)
     @rule()
@@ -209,7 +210,7 @@ class Events(RuleBasedStateMachine):
 
 
 Events.TestCase.settings = settings(
-    max_examples=25, stateful_step_count=12, deadline=None, derandomize=True,
+    max_examples=12, stateful_step_count=10, deadline=None, derandomize=True,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 TestEvents = Events.TestCase
