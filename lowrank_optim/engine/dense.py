@@ -67,7 +67,7 @@ def dense_phases(
     keys = [slot.name for slot in rule.slots(param.shape)]
     same = all(x.dtype == param.dtype for x in (grad, *(state[k] for k in keys)))
     undo.loosen([state], [param], [item.name])
-    if item.param.numel() <= SMALL:
+    if item.param.numel() <= SMALL and not on_accelerator(param):
         undo.keep_all([state], [*keys, *map(scale_key, keys)])
         undo.keep_weights(state, param)
     nearest = not chosen.store.rounds and not rounds(item, chosen)  # as torch rounds
