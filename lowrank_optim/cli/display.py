@@ -94,7 +94,7 @@ def segments(e: Estimate) -> dict[str, int]:
         "weights": e.weights,
         "gradient": e.live_gradients,
         "basis": e.basis,
-        "moments": e.moments + e.other - e.host,
+        "moments": e.moments + e.other - e.host + e.staging,
         **({} if e.activations is None else {"activations": e.activations}),
     }
 

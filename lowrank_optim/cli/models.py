@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,17 @@ NEEDED = ("hidden_size", "num_hidden_layers", "vocab_size")
 """Without these transformers takes a size of its own, in silence."""
 
 
-def load(given: str, dtype: torch.dtype | None, runs: bool) -> nn.Module:
-    """The model on the meta device.
+def load(given: str, dtype: torch.dtype | None, runs: bool, device: str = "meta") -> nn.Module:
+    """The model, on the meta device or on one where it is to run.
 
     Args:
         given: a name, a configuration's file or folder, or ``module.path:function``.
         dtype: of a model that is made from a configuration (default: bfloat16).
         runs: whether it has to run, which takes ``transformers``.
+        device: where it is made (default: the meta device).
 
     Raises:
-        Refused: there is none, or it has no parameters.
+        Refused: there is none, or nothing can be trained of it.
     """
     names = {name.lower(): name for name in MODELS}
     path, (module, colon, function) = Path(given), given.rpartition(":")
@@ -40,20 +42,35 @@ def load(given: str, dtype: torch.dtype | None, runs: bool) -> nn.Module:
     dtype = dtype or torch.bfloat16
     if given.lower() in names:
         config = MODELS[names[given.lower()]].config
-        model = _made(_configured(config), dtype, given) if runs else on_meta(config, dtype)
+        model = _made(_configured(config), dtype, given, device) if runs else on_meta(config, dtype)
     elif path.exists():
-        model = _made(_configured(_read(path)), dtype, given)
+        model = _made(_configured(_read(path)), dtype, given, device)
     elif own:
-        model = _called(module, function, dtype)
+        model = _called(module, function, dtype, device)
     else:
         hint = nearest(given, MODELS) or "."
         raise Refused(
             f"--model {given!r} is no known model, file or folder{hint} --help lists the names; or "
             "give a config.json, its folder or module.path:function"
         )
-    if not any(True for _ in model.parameters()):
-        raise Refused(f"--model {given!r}: {type(model).__name__} has no parameters")
+    _check(model, given)
     return model
+
+
+def _check(model: nn.Module, given: str) -> None:
+    """Raise for a model that nothing can be trained of.
+
+    Raises:
+        Refused: it has no parameters, none that trains, or one without elements.
+    """
+    kind, params = f"--model {given!r}: {type(model).__name__}", dict(model.named_parameters())
+    if not params:
+        raise Refused(f"{kind} has no parameters")
+    if not any(p.requires_grad for p in params.values()):
+        raise Refused(f"{kind} has no parameter to train: requires_grad is False for all")
+    for name, param in params.items():
+        if param.numel() == 0:
+            raise Refused(f"{kind} has a parameter without elements: {name}, {tuple(param.shape)}")
 
 
 def _read(path: Path) -> Config:
@@ -106,16 +123,19 @@ def _configured(config: Config) -> Any:
         raise Refused(f"the configuration of a {kind} model is refused: {error}") from error
 
 
-def _made(config: Any, dtype: torch.dtype, given: str) -> nn.Module:
+def _made(config: Any, dtype: torch.dtype, given: str, device: str) -> nn.Module:
     try:
-        with torch.device("meta"):
+        with torch.device(device), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element")  # refused later
             return model_of(config, dtype)
+    except torch.OutOfMemoryError:
+        raise  # of a device: an answer, and no fault of the configuration's
     except Exception as error:  # anything that a model's class may raise of a wrong field
         raise Refused(f"--model {given!r}: no model can be made from it: {error}") from error
 
 
-def _called(module: str, function: str, dtype: torch.dtype) -> nn.Module:
-    """What a function returns that is called on the meta device.
+def _called(module: str, function: str, dtype: torch.dtype, device: str) -> nn.Module:
+    """What a function returns that is called with ``device`` as the default one.
 
     Raises:
         Refused: there is no such function, it raises, or it returns something else.
@@ -125,12 +145,14 @@ def _called(module: str, function: str, dtype: torch.dtype) -> nn.Module:
         sys.path.insert(0, os.getcwd())
     try:
         called = getattr(importlib.import_module(module), function)
-        with torch.device("meta"):
+        with torch.device(device):
             found = called()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # code of the user's
         raise Refused(f"{given}: {type(error).__name__}: {error}") from error
     if hasattr(found, "to_dict") and not isinstance(found, nn.Module):
-        return _made(found, dtype, f"{module}:{function}")
+        return _made(found, dtype, f"{module}:{function}", device)
     if not isinstance(found, nn.Module):
         kind = type(found).__name__
         raise Refused(f"{given} must return an nn.Module or a configuration, got {kind}")

@@ -29,11 +29,11 @@ class MatrixStep:
     """Steps that the moments have seen, this one included; NaN where the device counts them."""
     norm: Tensor = field(init=False)
     """Of its coordinates, on its device: not finite where the gradient is not."""
+    finite: Tensor | None = None
+    """Whether it is, where no host may wait for the answer."""
     based: bool = True
     """Whether there was a basis before this step: else its coordinates may be those of none, zeros
     whatever the gradient."""
-    finite: Tensor | None = None
-    """Whether it is, where no host may wait for the answer."""
     directions: dict[str, tuple[Tensor, float | Tensor]] = field(default_factory=dict)
     """Of each coordinate, with the factor that corrects its bias."""
     whole: tuple[int, int] | None = None
@@ -66,14 +66,19 @@ def mark(work: Sequence[MatrixStep]) -> None:
 
 
 def begun(
-    item: ParamPlan, state: State, grad: Tensor, coords: dict[str, Tensor], chosen: Strategies
+    item: ParamPlan,
+    state: State,
+    grad: Tensor,
+    coords: dict[str, Tensor],
+    chosen: Strategies,
+    finite: Tensor | None = None,
 ) -> MatrixStep:
     """A matrix whose coordinates are known, before its step is counted."""
     time = math.nan
     if not chosen.capturable:
         last = max(int(state["refresh_step"]), 0)
         time = float(int(state["step"]) + 1 - (last if chosen.on_refresh == "reset" else 0))
-    return MatrixStep(item, state, grad, coords, time)
+    return MatrixStep(item, state, grad, coords, time, finite)
 
 
 def turn_(works: Sequence[MatrixStep], chosen: Strategies) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.engine import answers
+from lowrank_optim.engine.plan import on_host
 from lowrank_optim.ops.devices import on_accelerator, recording
+from lowrank_optim.ops.stacked import as_words, is_words
 
 State = MutableMapping[str, Tensor]
 COUNTERS = ("step", "refresh_step", "postponed", "clock")
@@ -45,7 +47,13 @@ class Undo:
     from then on its new state is the right one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before: Callable[[], object] = lambda: None) -> None:
+        """Begin with nothing.
+
+        Args:
+            before: called before anything is put back (default: nothing is done).
+        """
+        self._before = before
         self._kept: dict[int, _Kept] = {}
         self._spare: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
         """Memory of copies that are not needed any more: to get it anew costs more than a copy."""
@@ -83,7 +91,7 @@ class Undo:
         """:meth:`keep` of several, whose copies are made at once."""
         if self._idle:
             return
-        lists: dict[torch.dtype, list[tuple[State, str, Tensor, Tensor]]] = {}
+        lists: dict[torch.dtype, list[tuple[State, str, Tensor, tuple[Tensor, Tensor]]]] = {}
         for key in dict.fromkeys(keys):
             for state in states:
                 own = self._kept[id(state)].copies
@@ -91,9 +99,13 @@ class Undo:
                     entry = state[key].detach()
                     spare = self._spare.get((entry.shape, entry.dtype, entry.device))
                     copy = spare.pop() if spare else torch.empty_like(entry)
-                    lists.setdefault(entry.dtype, []).append((own, key, copy, entry))
+                    pair = copy, entry
+                    words = on_accelerator(entry) and not on_host(key) and all(map(is_words, pair))
+                    if words:  # one kernel for all formats
+                        pair = as_words(copy), as_words(entry)
+                    lists.setdefault(pair[0].dtype, []).append((own, key, copy, pair))
         for found in lists.values():
-            torch._foreach_copy_([x for *_, x, _ in found], [x for *_, x in found])
+            torch._foreach_copy_([x for *_, (x, _) in found], [x for *_, (_, x) in found])
             for own, key, copy, _ in found:  # from here on it is what is put back
                 own[key] = copy
 
@@ -119,6 +131,10 @@ class Undo:
             self.taken.append(self._kept[id(state)].place)
             self._forget(id(state))
 
+    def holds(self, state: State) -> bool:
+        """Whether a state would be put back."""
+        return id(state) in self._kept
+
     def _forget(self, number: int) -> None:
         copies = self._kept.pop(number).copies
         for copy in copies.values():
@@ -132,6 +148,7 @@ class Undo:
             for number in list(self._kept):
                 self._forget(number)
             return
+        self._before()
         kept, self._kept = self._kept, {}
         self.partly = [own.loose for own in kept.values() if own.loose]
         for own in kept.values():

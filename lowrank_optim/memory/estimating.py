@@ -24,7 +24,7 @@ from lowrank_optim.groups.values import whole
 from lowrank_optim.memory.activations import Left, in_flight
 from lowrank_optim.memory.inputs import model_of
 from lowrank_optim.memory.layouts import LAYOUTS
-from lowrank_optim.memory.reporting import host_bytes, report, storage_bytes
+from lowrank_optim.memory.reporting import host_bytes, report, staging_bytes, storage_bytes
 from lowrank_optim.ops.devices import standing_for
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.parts import is_sharded, local
@@ -49,11 +49,14 @@ class Estimate:
     basis: int
     moments: int
     other: int
-    """Counters, indices, the maps of quantised formats, and what is kept on the host."""
+    """Counters, indices, the maps of quantised formats, SwitchLoRA's pools."""
     in_backward: Literal["project", "step"] | None = None
     """What happens to gradients inside backward; decides :attr:`live_gradients`."""
     host: int = 0
-    """The part of ``other`` in host memory, such as SwitchLoRA's pools: not in the peak."""
+    """The part of the state in host memory: moments with ``state_device="cpu"``, SwitchLoRA's
+    pools. It is not in the peak."""
+    staging: int = 0
+    """Two buffers on the device, through which moments in host memory pass in a step."""
     activations: int | None = None
     """What forward and backward need beside the live gradients; None where nobody asked."""
 
@@ -64,8 +67,8 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """Weights, state, live gradients and activations, on the device."""
-        held = self.weights + self.state - self.host
+        """Weights, state, buffers, live gradients and activations, on the device."""
+        held = self.weights + self.state - self.host + self.staging
         return held + self.live_gradients + (self.activations or 0)
 
     def fits(self, budget: float) -> bool:
@@ -85,6 +88,9 @@ class Estimate:
             ("moments", self.moments, ""),
             ("other state", self.other, ""),
         ]
+        if self.staging:
+            rows += [("on the host", self.host, "  (of these, not in the peak)")]
+            rows += [("staging", self.staging, "  (two buffers that they pass through)")]
         if self.activations is not None:
             rows.append(("activations", self.activations, ""))
         rows.append(("peak", self.peak, "  without activations" * (self.activations is None)))
@@ -211,6 +217,7 @@ def estimate(
         other=held.other,
         in_backward=in_backward,
         host=host_bytes(optimizer),
+        staging=staging_bytes(optimizer, alone=in_backward == "step"),
     )
     if tokens is None:
         return found

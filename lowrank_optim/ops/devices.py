@@ -8,10 +8,13 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 HOSTS = frozenset({"cpu"})
 """Device types whose tensors a host reads at once: no queue has to run dry before."""
 
+HOST_MEMORY = frozenset({"cpu"})
+"""Those whose memory is the host's: nothing of theirs could lie elsewhere."""
 
 QUEUED = frozenset({"cuda", "xpu"})
 """Those that copy to and from pinned memory while their host goes on."""
@@ -40,6 +43,17 @@ def kind_of(like: Tensor) -> str:
     return _STANDS_FOR.get() if like.is_meta else like.device.type
 
 
+def apart(tensor: Tensor) -> bool:
+    """Whether host memory is other memory than that of this tensor's device."""
+    return tensor.device.type not in HOST_MEMORY
+
+
+def pinned(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host in memory which a device copies from, and to, while the host goes on."""
+    real = queued(device) and not isinstance(x, FakeTensor)
+    return x.pin_memory() if real and not x.is_pinned() else x
+
+
 def recording() -> bool:
     """Whether a CUDA graph is being captured: kernels are recorded, and none runs."""
     return _capturing()
@@ -60,6 +74,6 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
     A copy from other memory makes it wait until the device has done all that it was asked before.
     """
     waits = device.type != "cpu" and not queued(device)
-    if x.is_cpu and queued(device):
-        x = x.pin_memory()
+    if x.is_cpu:
+        x = pinned(x, device)
     return x.to(device, non_blocking=not waits)
