@@ -136,7 +136,7 @@ def memory(
     """
     budget = round(budget_gib * GIB)
     if measuring:
-        really.check(tokens, budget)
+        really.check(tokens, budget, device)
     if picture is not None and find_spec("matplotlib") is None:
         raise Refused("--plot needs matplotlib: pip install matplotlib")
     if tokens is None and (micro_batch is not None or checkpointing):

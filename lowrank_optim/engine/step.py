@@ -306,15 +306,14 @@ def _adapt(
     grads = [w.coords[coord] for w in work]
     keys = slot_keys(coord, grads[0].shape, chosen)
     # on an accelerator a copy is one more pass, and between adapt and apply only memory can fail
-    if not on_accelerator(grads[0]):
-        overwritten = [key for key, _ in keys]
-        overwritten += [scale_key(key) for key in overwritten] + [age_key(coord)]
-        undo.keep_all([w.state for w in work], overwritten)
-    else:
-        undo.loosen(
-            [w.state for w in work], [w.item.param for w in work], [w.item.name for w in work]
-        )
     items, states = [w.item for w in work], [w.state for w in work]
+    overwritten = [key for key, _ in keys]
+    overwritten += [scale_key(key) for key in overwritten] + [age_key(coord)]
+    if not on_accelerator(grads[0]):
+        undo.keep_all(states, overwritten)
+    else:
+        params, names = [item.param for item in items], [item.name for item in items]
+        undo.loosen(states, params, names, overwritten)
     held = read_slots(items, states, coord, grads[0].shape, chosen)
     finite = finite_of(work)
     times = _times_on_device(work, chosen) if chosen.capturable else [w.time for w in work]

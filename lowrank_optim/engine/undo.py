@@ -13,6 +13,7 @@ from lowrank_optim.engine import answers
 from lowrank_optim.engine.plan import on_host
 from lowrank_optim.ops.devices import on_accelerator, recording
 from lowrank_optim.ops.stacked import as_words, is_words
+from lowrank_optim.tensors.matrix import shares_memory
 
 State = MutableMapping[str, Tensor]
 COUNTERS = ("step", "refresh_step", "postponed", "clock")
@@ -117,12 +118,26 @@ class Undo:
             own.weights.append((param, param.detach().clone()))
 
     def loosen(
-        self, states: Sequence[State], params: Sequence[Tensor], names: Sequence[str]
+        self,
+        states: Sequence[State],
+        params: Sequence[Tensor],
+        names: Sequence[str],
+        keys: Sequence[str] | None = None,
     ) -> None:
-        """From here on parameters that were not copied may be stepped in part."""
+        """From here on parameters that were not copied may be stepped in part.
+
+        Args:
+            states: of the parameters.
+            params: whose weights, or moments, are written from here on.
+            names: of each.
+            keys: entries that are written; those that stand in for others, which rest on the host,
+                are no loss (default: the weights are).
+        """
         for state, param, name in zip(states, params, names, strict=True):
             own = self._kept.get(id(state))
-            if own is not None and (param.numel() > SMALL or on_accelerator(param)):
+            if own is None or not (param.numel() > SMALL or on_accelerator(param)):
+                continue
+            if keys is None or any(_written_over(state, own.entries, key) for key in keys):
                 own.loose = name
 
     def done(self, state: State) -> None:
@@ -163,3 +178,8 @@ class Undo:
                 state[key].detach().copy_(copy)
             for param, copy in own.weights:
                 param.detach().copy_(copy)
+
+
+def _written_over(state: State, before: State, key: str) -> bool:
+    """Whether an entry is still in the memory of what was there before."""
+    return key in state and key in before and shares_memory(state[key], before[key])

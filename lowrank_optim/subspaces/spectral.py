@@ -237,7 +237,7 @@ class Spectral(Subspace):
         if on_accelerator(w):
             *whole, fine = yield from triplets_of(w, old)
             found = list(zip(*(x.reshape(-1, *x.shape[w.dim() - 2 :]) for x in whole), strict=True))
-            if self.offload_inactive and not bool(fine):  # what is on the host cannot be selected
+            if self._offloads(w) and not bool(fine):  # what is on the host cannot be selected
                 raise LinAlgError("the matrix is not finite")
         else:
             matrices = w.reshape(-1, *w.shape[-2:])

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from lowrank_optim import LowRankOptimizer, lowrank_groups, memory, methods, presets
+from lowrank_optim.groups import keys
 from lowrank_optim.groups.keys import known_keys
 from lowrank_optim.groups.values import CHOICES, FLAGS
 from lowrank_optim.nn import convert, merge
@@ -89,6 +90,12 @@ TABLE: dict[str, Row] = {
     },
 }  # fmt: skip
 """Group keys. A numpy scalar is the number of Python that it holds."""
+
+
+@pytest.fixture(autouse=True)
+def package_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classes that other tests made in this process are registered too."""
+    monkeypatch.setattr(keys, "METHODS", CLASSES)
 
 
 def weight() -> nn.Parameter:

@@ -82,12 +82,23 @@ def test_entries_that_do_not_are_taken() -> None:
 @pytest.mark.parametrize(("name", "projector"), cases.params(EVERY))
 def test_steps_without_memory(name: str, projector: str | None) -> None:
     """On the meta device, as torch's optimizers: the state is that of a real run."""
+    check_without_memory(name, projector)
+
+
+@pytest.mark.parametrize("name", ["SSTAdamW", "GaLoreAdamW"])
+def test_nor_where_a_part_of_the_state_rests_on_the_host(name: str) -> None:
+    """There is no host memory that goes with none."""
+    own = {"offload_inactive": True} if name == "SSTAdamW" else {}
+    check_without_memory(name, None, **own, state_device="cpu")
+
+
+def check_without_memory(name: str, projector: str | None, **options: Any) -> None:
     found = []
     for device in ("cpu", "meta"):
         params = [nn.Parameter(torch.randn(shape, device=device)) for shape in (SHAPE, (16,))]
         own = {} if projector is None else {"projector": projector}
         groups = [{"params": params[:1], "rank": 4}, {"params": params[1:], "rank": None}]
-        optimizer = cases.build(name, groups, **own)
+        optimizer = cases.build(name, groups, **own, **options)
         for _ in range(5):
             for param in params:
                 param.grad = torch.randn(param.shape, device=device)

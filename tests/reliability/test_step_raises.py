@@ -14,8 +14,11 @@ import torch
 from torch import nn
 
 from lowrank_optim import LowRankOptimizer, methods
+from lowrank_optim.engine import step as engine_step
+from lowrank_optim.engine.undo import Undo
 from lowrank_optim.nn import convert
 from tests import cases
+from tests.engine.races import Device
 from tests.engine.snapshots import everything, same
 from tests.reliability.injection import OutOfMemory
 
@@ -204,3 +207,57 @@ def test_what_is_too_large_to_be_copied_is_named() -> None:
         stepped = float(new.state.get(embed, {}).get("step", 0)) == 1
         assert stepped or embed.eq(1).all()
     assert 3 < len(partly) < len(names) // 2
+
+
+@pytest.mark.parametrize("accelerated", [False, True], ids=["cpu", "accelerator"])
+def test_a_copy_counts_once_it_is_made(accelerated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several formats, which an accelerator copies as words; until then nothing is put back."""
+    if accelerated:
+        cases.branching(monkeypatch, lambda _: True)
+    start = {
+        "low.exp_avg": torch.randn(3, 4),
+        "low.exp_avg_sq": torch.rand(3, 4).bfloat16(),
+        "low.codes": torch.randint(1, 255, (3, 4), dtype=torch.uint8),
+        "odd": torch.randint(1, 255, (3,), dtype=torch.uint8),
+        "host.order": torch.arange(1, 4),
+    }
+
+    def keeps(at: int) -> list[str]:
+        state = {key: x.clone() for key, x in start.items()}
+        counting = OutOfMemory(at)
+        with pytest.raises(torch.OutOfMemoryError), Undo() as undo:
+            undo.begin(state)
+            with counting:
+                undo.keep_all([state], state)
+            for x in state.values():
+                x.zero_()
+            raise torch.OutOfMemoryError
+        assert all(torch.equal(state[key], x) for key, x in start.items()), counting.names[at]
+        return counting.names
+
+    names = keeps(-1)
+    assert len({str(x.dtype) for x in start.values()}) <= len(names)
+    for at in range(len(names)):
+        keeps(at)
+
+
+@pytest.mark.parametrize("state_device", [None, "cpu"])
+def test_moments_that_rest_on_the_host_are_not_stepped_in_part(
+    state_device: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An accelerator does not copy its moments before it writes them: the note names them."""
+    base = prepared("GaLoreAdamW", "svd", GAP, state_device=state_device)
+
+    def fails(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    with Device(lazy=True):
+        optimizer = copied(base)
+        before = everything(optimizer)
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError) as caught:
+            patch.setattr(engine_step, "prepared", fails)
+            optimizer.step()
+        notes = " ".join(caught.value.__notes__)
+        assert ("stepped in part" in notes) == (state_device is None)
+        if state_device is not None:
+            assert not same(everything(optimizer), before)
