@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cache, partial
@@ -29,6 +30,7 @@ from lowrank_optim.engine.preflight import (
     check_gradients,
     check_moved,
     check_named,
+    check_overlap,
     check_owned,
     check_partitioned,
     check_replaced,
@@ -161,6 +163,8 @@ class LowRankOptimizer(PlannedOptimizer):
     """Group keys that it reads beside the arguments of its constructor."""
     unused: ClassVar[Mapping[str, str]] = {}
     """Arguments of every optimizer that mean nothing to this one, and why."""
+    _discarding: Callable[[], None] | None = None
+    """Called before gradients are zeroed: a batch is over, or will not be stepped."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -195,6 +199,8 @@ class LowRankOptimizer(PlannedOptimizer):
         self._shared = Shared()
         self._replicas = Replicas()
         self._staging = Staging()
+        self._taken: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        """Who took a step that raised, by place: the gradient that it was, and its version."""
         super().__init__(groups, defaults)
         self._traced = Traced(self)
 
@@ -249,6 +255,7 @@ class LowRankOptimizer(PlannedOptimizer):
         self._shared = Shared()
         self._replicas = Replicas()
         self._staging = Staging()
+        self._taken = {}
         self._traced = Traced(self, self.__dict__.get("_traced"))
         for group in self.param_groups:
             for key, value in self.defaults.items():
@@ -287,6 +294,8 @@ class LowRankOptimizer(PlannedOptimizer):
         try:
             check_flattened(group)
             check_named(group)
+            for i, param in enumerate(group["params"]):
+                check_overlap(param, _name(group, i))
             if group["projector"] == "block":
                 self._items(self.param_groups[-1])
         except ValueError:  # as many blocks as their order cannot take
@@ -451,6 +460,7 @@ class LowRankOptimizer(PlannedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._forget_taken()
         with tracing.hosted():
             self._step_groups([self._checked(group) for group in self.param_groups])
         return loss
@@ -478,12 +488,40 @@ class LowRankOptimizer(PlannedOptimizer):
             for _, items, _ in work:
                 for item in items:
                     item.tried = -1  # the refreshes of this step are undone
+            self._remember(undo.taken, work)
             count = sum(i.alone or i.subspace is not None for *_, ready in work for i in ready)
             error.add_note(
-                f"{undo.taken} of {count} parameters had taken this step of "
-                f"{type(self).__name__}{this_rank()}; the others are as they were"
+                f"{len(undo.taken)} of {count} parameters had taken this step of "
+                f"{type(self).__name__}{this_rank()}; the others are as they were. step() again "
+                "steps these alone, zero_grad() leaves them out"
             )
+            if undo.partly:
+                error.add_note(
+                    f"but {', '.join(undo.partly)} may have been stepped in part: what is large, "
+                    "or on an accelerator, is not copied before. Go on from a checkpoint where "
+                    "that matters"
+                )
             raise
+        self._taken = {}
+
+    def _remember(
+        self, taken: Sequence[int], work: list[tuple[Strategies, list[ParamPlan], list[ParamPlan]]]
+    ) -> None:
+        """Note who took a step that raised, by the gradient: with it nobody takes it twice."""
+        ready = {i.index: i.param.grad for *_, own in work for i in own if not i.sharded}
+        for place in taken:
+            grad = ready.get(place)
+            if grad is not None:
+                self._taken[place] = weakref.ref(grad), grad._version
+
+    def _forget_taken(self) -> None:
+        """Unless this is the step that raised, with the gradients of then, all take it."""
+        params: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
+        for place, (ref, version) in self._taken.items():
+            grad = params[place].grad if place < len(params) else None
+            if grad is None or ref() is not grad or grad._version != version:
+                self._taken = {}
+                return
 
     def _with_other_ranks(
         self, work: list[tuple[Strategies, list[ParamPlan], list[ParamPlan]]], undo: Undo
@@ -534,6 +572,7 @@ class LowRankOptimizer(PlannedOptimizer):
         items = self._items(group)
         chosen = self._strategies(group)
         ready = [item for item in items if item.param.grad is not None]
+        ready = [item for item in ready if item.index not in self._taken]
         if len(ready) < len(items):  # at any step: its state may have been loaded
             check_owned([item.param for item in items if item.param.grad is None])
         check_gradients(ready, type(self).__name__)
@@ -550,7 +589,7 @@ class LowRankOptimizer(PlannedOptimizer):
         for item in ready:
             self._state_of(item, chosen)
         self._begin_blocks(items, undo)
-        advance(items, self.state, chosen)
+        advance(items, self.state, chosen, self._taken)
 
     def _begin_blocks(self, items: list[ParamPlan], undo: Undo) -> None:
         for item in items:
@@ -666,6 +705,9 @@ class LowRankOptimizer(PlannedOptimizer):
         if torch.compiler.is_dynamo_compiling() and set_to_none:
             self._traced.free_gradients()
         else:
+            self._taken = {}
+            if self._discarding is not None:
+                self._discarding()
             super().zero_grad(set_to_none)
 
     # ---------------------------------------------------------------- state

@@ -136,6 +136,7 @@ def measure(
     asked: Sequence[Column],
     tokens: tuple[int, int] | None = None,
     checkpointing: bool = False,
+    device: str | None = None,
 ) -> list[Row]:
     """The rows of ``module``: every figure is one of :func:`lowrank_optim.memory.estimate`.
 
@@ -156,6 +157,7 @@ def measure(
             coords_dtype=column.coords_dtype,
             tokens=None if known else tokens,
             checkpointing=checkpointing and not known,
+            device=device,
             **choice.options,
         )
         if tokens is None:
@@ -166,7 +168,9 @@ def measure(
     for choice in chosen:
         with warnings.catch_warnings(record=True) as raised:
             warnings.simplefilter("always")
-            state = estimate(module, choice.optimizer, **choice.options)  # or says what is wrong
+            state = estimate(
+                module, choice.optimizer, device=device, **choice.options
+            )  # or says why not
         peaks: dict[Column, Estimate | None] = {}
         for column in asked:
             try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -47,23 +47,37 @@ def placed(items: list[ParamPlan]) -> list[ParamPlan]:
         if item.subspace.block_order == "mirror" and item.subspace.size % 2:
             raise ValueError(
                 "block_order='mirror' needs an even number of active blocks, got "
-                f"{item.subspace.size} of {len(blocks)}"
+                f"{item.subspace.size} of {len(blocks)}: take another density, or another order"
             )
     return items
 
 
-def advance(items: Sequence[ParamPlan], states: States, chosen: Strategies) -> None:
+def advance(
+    items: Sequence[ParamPlan],
+    states: States,
+    chosen: Strategies,
+    taken: Collection[int] = (),
+) -> None:
     """Begin a step of a group: its clock ticks, and every ``gap`` ticks its blocks switch.
 
     The clock is the latest of its blocks', so that one without a gradient changes nothing for the
     others, and it needs no place outside the state. Those without a gradient switch too: no
     moments are kept for a turn that is over.
+
+    Args:
+        items: of the group.
+        states: the optimizer's.
+        chosen: what the group chose.
+        taken: places of parameters that took this step before it raised: the clock has ticked.
     """
     blocks = [i for i in items if isinstance(i.subspace, Block) and states.get(i.param)]
-    now = 1 + _latest(blocks, states)
+    begun = any(item.index in taken for item in blocks)
+    now = _latest(blocks, states) + (not begun)
     switches, phase = divmod(now - 1, chosen.gap)
     active = active_blocks(blocks[0], chosen, switches)
     for item in blocks:
+        if item.index in taken:
+            continue
         state = states[item.param]
         _switch_(item, state, chosen, active, restart=phase == 0)
         if item.param.grad is not None:
@@ -134,7 +148,8 @@ class IdleBlock:
 
     def step_(self, bucket: Bucket) -> None:
         """The term of the residual, on all of the tensor."""
-        (item,), (state,), chosen, lr, weight_decay, _ = bucket
+        (item,), (state,), chosen, lr, weight_decay, undo = bucket
+        undo.keep_weights(state, item.param)
         _step_idle(item, state, chosen, lr, weight_decay)
 
 

@@ -25,6 +25,7 @@ from lowrank_optim.memory.activations import Left, in_flight
 from lowrank_optim.memory.inputs import model_of
 from lowrank_optim.memory.layouts import LAYOUTS
 from lowrank_optim.memory.reporting import host_bytes, report, staging_bytes, storage_bytes
+from lowrank_optim.ops.devices import standing_for
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.parts import is_sharded, local
 
@@ -108,6 +109,7 @@ def estimate(
     tokens: int | tuple[int, int] | None = None,
     checkpointing: bool = False,
     dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device | None = None,
     **options: Any,
 ) -> Estimate:
     """What training ``model`` with an optimizer will hold, without allocating any of it.
@@ -136,8 +138,7 @@ def estimate(
             more than one, a gradient is in flight beside those that are there.
         first_basis: as of :func:`lowrank_optim.attach_in_backward`; with ``"boundary"`` the worst
             step is the first.
-        coords_dtype: likewise. Where the format that coordinates come in depends on the device (a
-            ``dct`` basis with ``transform="auto"``), it is that of an accelerator.
+        coords_dtype: likewise.
         tokens: count activations too: those of a micro-batch of one sequence of so many tokens, or
             ``(sequences, length)``. Forward and backward of a copy run without memory, and every
             storage is followed: bfloat16 weights mean bfloat16 activations, as without autocast.
@@ -146,6 +147,10 @@ def estimate(
             products of groups, attention fused unless the model's own is ``"eager"``.
         checkpointing: whether its layers are checkpointed.
         dtype: of the weights of a model made from a configuration (default: bfloat16).
+        device: where training is to run, such as ``"cuda"`` or ``"cpu"``. A ``dct`` basis with
+            ``transform="auto"`` keeps a matrix of cosines where that is faster than transforms,
+            which depends on it (default: the device of the model's parameters; an accelerator for
+            those on the meta device and for a configuration).
         **options: arguments of the optimizer.
 
     Raises:
@@ -168,6 +173,7 @@ def estimate(
         peak          104.00 MiB  without activations
     """
     _check(model, groups, in_backward, accumulation_steps, tokens, checkpointing, dtype)
+    _check_device(device)
     _check_sharded(model, in_backward, tokens)
     optimizer_class = _class_of(optimizer_class)
     check_choices(first_basis, coords_dtype)
@@ -179,18 +185,21 @@ def estimate(
     entries = module.named_parameters() if groups is None else groups(module)
     on_meta = [_on_meta(entry, twins) for entry in entries]
     optimizer = optimizer_class(on_meta, **options)
+    place = _device_of(module, device)
     if in_backward == "project":
         if not isinstance(optimizer, LowRankOptimizer):
             raise ValueError(f"in_backward='project' is not for {type(optimizer).__name__}")
         check_projecting(optimizer)
-    _make_state(optimizer)
+    with standing_for(place):
+        _make_state(optimizer)
     held = report(optimizer)
     trained: list[Tensor] = [p for p in twins.values() if p.requires_grad]
     sizes = {p: storage_bytes([local(p)]) for p in trained}
     left: dict[Tensor, Left] = {}
     whole: set[Tensor] = set()
     if in_backward == "project" and first_basis == "micro":
-        left, whole = _coordinates(optimizer, coords_dtype)
+        with standing_for(place):
+            left, whole = _coordinates(optimizer, coords_dtype)
     elif in_backward == "step" and accumulation_steps == 1:
         left = {param: [] for param in sizes}
     coming = sizes if accumulation_steps > 1 else left
@@ -285,6 +294,27 @@ def _check_sharded(model: Any, in_backward: Any, tokens: Any) -> None:
             "tokens of a model of DTensors: what is gathered at once depends on how it is sharded. "
             "Give its configuration for the activations, or leave tokens out"
         )
+
+
+def _check_device(device: Any) -> None:
+    """Raise unless torch knows a device of this name.
+
+    Raises:
+        ValueError: it does not.
+    """
+    try:
+        torch.device("meta" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device must be None or one of torch's, such as 'cuda' or 'cpu', got {device!r}"
+        ) from error
+
+
+def _device_of(module: nn.Module, device: str | torch.device | None) -> str:
+    """The type of the device that training is to run on."""
+    if device is None:
+        device = next((p.device for p in module.parameters()), torch.device("meta"))
+    return torch.device(device).type
 
 
 def _positive(value: Any) -> bool:

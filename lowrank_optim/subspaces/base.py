@@ -147,10 +147,17 @@ class Subspace(ABC):
     def balance_(self, state: State) -> None:  # noqa: B027
         """What a refresh does to the entries of :meth:`balanced`."""
 
+    moves_weights: ClassVar[bool] = False
+    """Whether a refresh writes into the weights too."""
+
     @property
     def meaning(self) -> tuple[Any, ...]:
         """What coordinates refer to: state kept under one subspace is that of another if equal."""
         return type(self).__name__, self.rank
+
+    def pushed(self, state: State) -> Iterable[str]:
+        """State keys that :meth:`push_` overwrites, beside the weights."""
+        return ()
 
     def refreshed(self, state: State) -> Iterable[str]:
         """State keys that :meth:`refresh_`, or moments that follow it, may overwrite."""

@@ -100,7 +100,7 @@ class Block(Subspace):
     @property
     def size(self) -> int:
         """How many are active at a time."""
-        return round(self.density * self.count)
+        return max(round(self.density * self.count), int(self.density > 0))
 
     def active(self, switches: int, generator: torch.Generator) -> frozenset[int]:
         """Positions of the active blocks after a number of switches.

@@ -273,7 +273,7 @@ def usable(norm: Tensor) -> Tensor:
 def replaced(grad: Tensor, known: Tensor, ctx: RefreshContext) -> Tensor:
     """The gradient where it is ``known`` to be usable, else noise, drawn where the gradient is."""
     generator = ctx.generator
-    if not grad.is_cpu and not isinstance(grad, FakeTensor):
+    if not (grad.is_cpu or grad.is_meta or isinstance(grad, FakeTensor)):
         generator = torch.Generator(grad.device).manual_seed(generator.initial_seed())
     noise = torch.empty(grad.shape[-2:], dtype=grad.dtype, device=grad.device)
     return torch.where(known, grad, noise.normal_(generator=generator))

@@ -58,6 +58,11 @@ class MatrixView(NamedTuple):
         merged = noise._replace(strides=(*strides[: first + 1], strides[-1]))
         return merged.mT if self.flip else merged
 
+    @staticmethod
+    def share(part: int | float, size: int) -> int:
+        """``floor(part size)`` of things counted, and one where that is none of a part above 0."""
+        return max(int(part * size), int(part > 0))
+
     @property
     def full_rank(self) -> int:
         """``min(m, n)``, the largest rank a gradient can have."""

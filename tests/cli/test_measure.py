@@ -67,6 +67,17 @@ def test_without_a_gpu_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
+def test_of_a_cpu_it_is_one_line() -> None:
+    """The estimates would be of another basis than what is measured."""
+    done = run("--model", "llama-60m", "--tokens", "64", "--device", "cpu")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == (
+        "Error: --measure trains on a GPU, and --device cpu asks for the estimates of another: "
+        "leave it out\n"
+    )
+
+
+@pytest.mark.usefixtures("gpu")
 def test_without_tokens_it_is_one_line() -> None:
     done = run("--model", "llama-60m")
     assert (done.exit_code, done.stdout) == (2, "")

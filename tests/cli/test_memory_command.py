@@ -26,6 +26,8 @@ from lowrank_optim.memory.shapes import FAMILIES, on_meta, parameter_shapes
 
 HERE = "tests.cli.test_memory_command"
 SMALL = ["--model", f"{HERE}:small", "--rank", "8"]
+GPU = {"device": "cuda"}
+"""Where the command takes training to be, unless it is told."""
 TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
 TINY |= {"num_attention_heads": 2, "vocab_size": 64}
 
@@ -100,9 +102,9 @@ def test_every_figure_is_an_estimate() -> None:
                 own = {key: peak[key] for key in keys}
                 if peak["peak"] is None:
                     with pytest.raises(ValueError, match="project"):
-                        estimate(model, CLASSES[row["optimizer"]], **own, **row["options"])
+                        estimate(model, CLASSES[row["optimizer"]], **own, **row["options"], **GPU)
                     continue
-                found = estimate(model, CLASSES[row["optimizer"]], **own, **row["options"])
+                found = estimate(model, CLASSES[row["optimizer"]], **own, **row["options"], **GPU)
                 assert (peak["peak"], peak["fits"]) == (found.peak, found.fits(budget * GIB))
                 assert row["basis"] == found.basis and row["moments"] == found.moments
     modes = [(x["in_backward"], x["coords_dtype"]) for x in said["rows"][0]["peaks"]]
@@ -114,7 +116,7 @@ def test_every_class_has_a_row(name: str) -> None:
     """With a quarter as its rank where it takes one, and its name as the row's."""
     (row,) = figures(*SMALL[:2], "--optimizer", name, "--in-backward", "step")["rows"]
     own = {"rank": 0.25} if name in methods.__all__ else {}
-    found = estimate(small(), CLASSES[name], in_backward="step", **own)
+    found = estimate(small(), CLASSES[name], in_backward="step", **own, **GPU)
     assert row["name"] == row["optimizer"] == name and row["options"] == own
     assert row["peaks"][0]["peak"] == found.peak
 
@@ -186,6 +188,23 @@ def test_activations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Not counted is what a step" in printed
     (without,) = figures(*own)["rows"][0]["peaks"]
     assert without["activations"] is None and without["peak"] == found.peak - found.activations
+
+
+def long() -> nn.Module:
+    """A matrix whose cosines a CPU transforms, and an accelerator multiplies with."""
+    return nn.Sequential(nn.Linear(512, 512, bias=False))
+
+
+def test_device_is_the_one_that_trains() -> None:
+    """Figures of a CPU are asked for; a card is the default."""
+    arguments = ("--model", f"{HERE}:long", "--rank", "64", "--optimizer", "DCTAdamW")
+    arguments += ("--in-backward", "none")
+    for kind, more in (("cuda", ()), ("cuda", ("--device", "cuda")), ("cpu", ("--device", "cpu"))):
+        said = figures(*arguments, *more)
+        found = estimate(long(), methods.DCTAdamW, rank=64, device=kind)
+        assert said["device"] == kind and said["rows"][0]["basis"] == found.basis
+    matrix = 4 * 512 * 512
+    assert estimate(long(), methods.DCTAdamW, rank=64, device="cuda").basis > matrix > found.basis
 
 
 def test_a_configuration_of_transformers(tmp_path: Path) -> None:

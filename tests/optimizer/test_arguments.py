@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from lowrank_optim import LowRankOptimizer, lowrank_groups, memory, methods, presets
+from lowrank_optim.groups import keys
 from lowrank_optim.groups.keys import known_keys
 from lowrank_optim.groups.values import CHOICES, FLAGS
 from lowrank_optim.nn import convert, merge
@@ -89,6 +90,12 @@ TABLE: dict[str, Row] = {
     },
 }  # fmt: skip
 """Group keys. A numpy scalar is the number of Python that it holds."""
+
+
+@pytest.fixture(autouse=True)
+def package_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classes that other tests made in this process are registered too."""
+    monkeypatch.setattr(keys, "METHODS", CLASSES)
 
 
 def weight() -> nn.Parameter:
@@ -242,6 +249,8 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Wrong]]] = {
                             for x in ("all", True, 1)],
             "accumulation_steps": [(x, ValueError, "accumulation_steps must be a positive int, got")
                                    for x in (0, 1.5, "2", True, None)],
+            "device": [(x, ValueError, "device must be None or one of torch's.*got")
+                       for x in ("gpu", 1.5, [])],
             "tokens": [(x, ValueError, "tokens must be None, a positive int or a pair of them, got")
                        for x in (0, -1, "512", (1, 2, 3), (0, 4), 1.5, True)],
             "checkpointing": [(x, ValueError, "checkpointing must be True or False, got")
