@@ -94,6 +94,7 @@ ROWS = [
     Row("DCTAdamW", {**DCT, **EVERY}, 0, 19, 20),
 ]
 IDS = ["-".join([row.name, *(f"{k}={v}" for k, v in row.options.items())]) for row in ROWS]
+ROW = dict(zip(IDS, ROWS, strict=True))
 
 
 def bucket(
@@ -152,9 +153,9 @@ def test_launches_do_not_grow_with_a_bucket(row: Row) -> None:
 @pytest.mark.parametrize(
     ("where", "name", "row"),
     [
-        (Projector, "push_all_", ROWS[0]),
-        (Subspace, "coords_of", ROWS[5]),
-        (Scaled, "after_all", ROWS[6]),
+        (Projector, "push_all_", ROW["GaLoreAdamW"]),
+        (Subspace, "coords_of", ROW["GaLoreAdamW-projector=columns"]),
+        (Scaled, "after_all", ROW["FiraAdamW"]),
     ],
     ids=["push", "coords", "after"],
 )
