@@ -95,7 +95,7 @@ def test_every_figure_is_an_estimate() -> None:
     asked += ("--coords-dtype", "float32", "--coords-dtype", "bfloat16")
     for more in ((), asked):
         said = figures(*SMALL, "--budget-gib", str(budget), *more)
-        assert said["budget"] == round(budget * GIB) and len(said["rows"]) == 9
+        assert said["budget"] == round(budget * GIB) and len(said["rows"]) == 10
         for row in said["rows"]:
             for peak in row["peaks"]:
                 keys = ("in_backward", "accumulation_steps", "coords_dtype")
@@ -250,7 +250,7 @@ BAD = {
     "pair": ([*OPTIMIZER, "--option", "scale"], "--option must be KEY=VALUE, got 'scale'"),
     "twice": ([*OPTIMIZER, "--option", "seed=1", "--option", "seed=2"], "gives seed twice: 1 and"),
     "option alone": ([*SMALL, "--option", "scale=1"], "no effect without --optimizer"),
-    "row": ([*SMALL, "--only", "GaLore 4-bit"], "'GaLore 4-bit' is no row: they are AdamW fp32,"),
+    "row": ([*SMALL, "--only", "GaLore 2-bit"], "'GaLore 2-bit' is no row: they are AdamW fp32,"),
     "row and class": ([*OPTIMIZER, "--only", "GaLore fp32"], "give one"),
     "no parameters": (["--model", f"{HERE}:nothing"], "Tanh has no parameters"),
     "frozen": (
