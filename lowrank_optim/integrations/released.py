@@ -99,8 +99,8 @@ def as_galore_torch(**options: Any) -> ModuleType:
 
     Args:
         **options: defaults of the classes, for what the strings cannot say, such as
-            ``projector="dct"``, ``weight_decay=0.1`` or ``state_dtype="bfloat16"``. Each class takes
-            those that it knows.
+            ``projector="dct"``, ``weight_decay=0.1`` or ``state_dtype="bfloat16"``. Each class
+            takes those that it knows.
 
     Returns:
         The module.
