@@ -257,13 +257,11 @@ class _Metadata(Distribution):
     """What ``importlib.metadata`` knows of a package that is stood in for."""
 
     def __init__(self, module: str) -> None:
-        from lowrank_optim import __version__
-
         release = RELEASES[module]
         self._texts = {
             "METADATA": (
                 f"Metadata-Version: 2.1\nName: {release.distribution}\n"
-                f"Version: {release.version}+lowrank.optim.{__version__}\n"
+                f"Version: {release.version}+lowrank.optim\n"
             ),
             "top_level.txt": f"{module}\n",
         }

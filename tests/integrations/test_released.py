@@ -116,8 +116,14 @@ def by_hand(net: nn.Module, optim: str, lr: float) -> torch.optim.Optimizer:
 
 
 @pytest.mark.usefixtures("not_installed")
-@pytest.mark.parametrize("suffix", ["", "_layerwise"])
-@pytest.mark.parametrize("optim", FIXED)
+@pytest.mark.parametrize(
+    ("optim", "suffix"),
+    [
+        pytest.param(optim, suffix, marks=pytest.mark.slow if (n + bool(suffix)) % 2 else ())
+        for n, optim in enumerate(FIXED)
+        for suffix in ("", "_layerwise")
+    ],
+)
 def test_strings_train_as_classes_made_by_hand(tmp_path: Path, optim: str, suffix: str) -> None:
     """To the bit, with what is no linear layer dense; under a schedule where Trainer applies it.
 
@@ -164,8 +170,7 @@ def test_transformers_and_importlib_see_it() -> None:
     assert galore_torch is module and import_utils.is_galore_torch_available()
     assert importlib.util.find_spec("galore_torch") is module.__spec__
     for name in ("galore_torch", "galore-torch", "GaLore.torch"):
-        version = importlib.metadata.version(name)
-        assert version == f"1.0+lowrank.optim.{lowrank_optim.__version__}"
+        assert importlib.metadata.version(name) == "1.0+lowrank.optim"
     transformers.utils.versions.require_version("galore_torch>=1.0")
     assert import_utils._is_package_available("galore_torch", return_version=True)[0]
     assert METHODS["GaLoreAdamW"] is lowrank_optim.GaLoreAdamW  # and not what stands in

@@ -80,7 +80,7 @@ def test_forward_and_gradients_are_those_of_the_equations(case: str) -> None:
 
 @each
 def test_gradcheck(case: str) -> None:
-    layer = layers(converted(case)[0])[1]
+    layer = layers(converted(case)[0])[-1]
     names = [n for n, p in layer.named_parameters() if p.requires_grad]
 
     def run(x: Tensor, *params: Tensor) -> Tensor:
