@@ -25,6 +25,7 @@ from lowrank_optim.nn.base import (
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.parts import is_sharded
 from lowrank_optim.tensors.matrix import matrix_view
+from lowrank_optim.tensors.values import readable
 
 PLACES = ("params", "param_names", "rank", "flatten", "targets")
 """Keys of a group of weights that those of its factors have not, or have another value of."""
@@ -81,14 +82,42 @@ class FromStart(Reparameterized):
         where = index.to(like.device, index_dtype(self.places()))
         self.index = nn.Parameter(where, requires_grad=False)
 
+    def settings(self) -> dict[str, float]:
+        """Numbers that the parameters mean nothing without."""
+        raise NotImplementedError
+
+    def get_extra_state(self) -> Tensor:
+        """The settings, so that a checkpoint does not go into a layer with others."""
+        return torch.tensor(list(self.settings().values()), dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing: they are those of this layer, or the state is not loaded."""
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """As of any module, unless ``index`` points outside of the weight, or twice to a place."""
+        """As of any module, unless ``index`` or the settings do not fit."""
         try:
             check_saved_index(state_dict, f"{prefix}index", self.index, self.places(), self.order)
+            self._check_settings(prefix, state_dict.get(f"{prefix}_extra_state"))
         except ValueError as error:
             args[-1].append(str(error))
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_settings(self, prefix: str, given: Any) -> None:
+        """Raise unless saved settings, if there are any, are those of this layer.
+
+        Raises:
+            ValueError: one is not.
+        """
+        if given is None:
+            return
+        saved = readable(f"{prefix}_extra_state", given).flatten().tolist()
+        for (name, own), value in zip(self.settings().items(), saved, strict=True):
+            if own != value:
+                raise ValueError(
+                    f"{name} of {prefix.removesuffix('.')} is {value:g} in the checkpoint and "
+                    f"{own:g} here: convert with the options that the saved model had"
+                )
 
     def _input(self, x: Tensor) -> Tensor:
         """The input in the dtype of products, once ``index`` is known to be one.

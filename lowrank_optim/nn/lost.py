@@ -90,6 +90,10 @@ class LOSTLinear(FromStart):
         """Columns of the weight."""
         return self.in_features
 
+    def settings(self) -> dict[str, float]:
+        """γ, and which activation."""
+        return {"gamma": self.gamma, "activation": float(ACTIVATIONS.index(self.activation))}
+
     def check_merge(self) -> None:
         """Raise with an activation between the factors.
 

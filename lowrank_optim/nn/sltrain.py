@@ -138,6 +138,10 @@ class SLTrainLinear(FromStart):
         """Entries of the weight."""
         return self.out_features * self.in_features
 
+    def settings(self) -> dict[str, float]:
+        """The factor of B A."""
+        return {"scale / rank": self.s}
+
     def product(self) -> Tensor:
         """``s B A + S``, in the precision of arithmetic."""
         wide = compute_dtype(self.a.dtype)

@@ -213,6 +213,25 @@ def test_a_state_dict_goes_into_another_conversion(case: str) -> None:
     assert torch.equal(other(x), model(x))
 
 
+@pytest.mark.parametrize(
+    ("method", "own", "said"),
+    [
+        ("sltrain", {"scale": 6.0}, r"scale / rank of 0 is 2 in the checkpoint and 5\.3+ here"),
+        ("lost", {"gamma": 0.7}, r"gamma of 0 is 0\.7 in the checkpoint and 0\.9 here: convert"),
+        ("lost", {"activation": "silu"}, r"activation of 0 is 1 in the checkpoint and 0 here"),
+    ],
+)
+def test_a_state_dict_of_other_settings_is_an_error(
+    method: str, own: dict[str, Any], said: str
+) -> None:
+    """The same shapes with another meaning."""
+    saved, other = network(), network()
+    convert(saved, method, rank=3, **own)
+    convert(other, method, rank=3)
+    with pytest.raises(RuntimeError, match=said):
+        other.load_state_dict(saved.state_dict())
+
+
 @pytest.mark.parametrize("method", LAYERS)
 def test_no_form_over_dense_weights(method: str) -> None:
     model = network()
@@ -248,7 +267,7 @@ def test_any_optimizer_steps_the_factors(name: str, case: str) -> None:
     before = copy.deepcopy(model.state_dict())
     train(model, optimizer, range(3))
     for key, value in model.state_dict().items():
-        assert torch.equal(value, before[key]) == key.endswith("index"), key
+        assert torch.equal(value, before[key]) == key.endswith(("index", "_extra_state")), key
     assert all(torch.equal(layer.index, x) for layer, x in zip(layers(model), start, strict=True))
     if name != "GaLoreAdamW":
         return
