@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from importlib import import_module
@@ -83,6 +84,14 @@ RELEASES: dict[str, _Release] = {
     ),
 }
 """Packages by the name of their module."""
+
+
+LAYERWISE = (
+    "the layer-wise optimizers of transformers' Trainer (5.23) follow no learning-rate schedule "
+    "and are not in its checkpoints: trainer_optimizer(args, in_backward='step') of "
+    "lowrank_optim.integrations.transformers has both"
+)
+"""Said where Trainer makes one optimizer a parameter: its other strings make two groups."""
 
 
 def as_galore_torch(**options: Any) -> ModuleType:
@@ -230,6 +239,8 @@ def _stand_in(module: str, name: str, stand: _Stand, options: Group) -> type[Low
         given = canonical({**dict(zip(positions, args, strict=False)), **kwargs})
         own = {**stand.defaults, **options}
         method.__init__(self, params, **stand.read({**own, **given}))
+        if len(self.param_groups) == 1 and _caller(2).startswith("transformers."):
+            warnings.warn(LAYERWISE, stacklevel=2)
 
     def entries(self: LowRankOptimizer, params: Iterable[Any], defaults: Group) -> list[Any]:
         return _dense_without_rank(method._entries(self, params, defaults))
@@ -240,6 +251,11 @@ def _stand_in(module: str, name: str, stand: _Stand, options: Group) -> type[Low
     cls.__name__ = cls.__qualname__ = stand.method
     cls.__module__ = module
     return cls
+
+
+def _caller(depth: int) -> str:
+    """The module that called, so many frames above this one."""
+    return str(sys._getframe(depth).f_globals.get("__name__", ""))
 
 
 def _dense_without_rank(entries: list[Any]) -> list[Any]:

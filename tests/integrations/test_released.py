@@ -7,6 +7,7 @@ import importlib.util
 import pickle
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,11 @@ def test_strings_train_as_classes_made_by_hand(tmp_path: Path, optim: str, suffi
     run = transformers.Trainer(
         model=net, args=strings(tmp_path, optim, **fields), train_dataset=data()
     )
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        run.create_optimizer()
+    told = [str(w.message) for w in seen if "layer-wise" in str(w.message)]
+    assert bool(told) == bool(suffix) and all("in_backward='step'" in text for text in told)
     run.train()
     made = run.optimizer.optimizer
     for optimizer in made.optimizer_dict.values() if suffix else [made]:
@@ -156,6 +162,20 @@ def test_strings_train_as_classes_made_by_hand(tmp_path: Path, optim: str, suffi
     hand.train()
     assert_equal_models(net, other)
     assert distance(net, model()) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("not_installed")
+@pytest.mark.filterwarnings("ignore:the layer-wise")
+def test_what_trainer_does_not_do_for_layer_wise_strings(tmp_path: Path) -> None:
+    """The warning and docs/guides/by_name.md say so; a Trainer that does is a reason to change."""
+    as_galore_torch()
+    args = strings(tmp_path, "galore_adamw_layerwise", lr_scheduler_type="cosine")
+    run = transformers.Trainer(model=model(), args=args, train_dataset=data())
+    run.train()
+    made = run.optimizer.optimizer
+    rates = {o.param_groups[0]["lr"] for o in made.optimizer_dict.values()}
+    assert rates == {args.learning_rate} and len(run.optimizer.state_dict()["state"]) == 0
 
 
 @pytest.mark.usefixtures("not_installed")
@@ -221,6 +241,37 @@ def test_the_arguments_of_the_release() -> None:
         group("GaLoreAdamW", 1e-2, (0.8, 0.9), 1e-8, 0.0, True)
     with pytest.raises(ValueError, match="correct_bias=False is not supported"):
         group("GaLoreAdamW", correct_bias=False)
+
+
+@pytest.mark.usefixtures("not_installed")
+@pytest.mark.parametrize(
+    ("optim", "name", "said"),
+    [
+        ("adamw_torch", "GaLoreAdamW", {"betas": (0.8, 0.95), "eps": 1e-6}),
+        ("adamw_8bit", "GaLoreAdamW8bit", {"betas": (0.8, 0.95), "state_device": None}),
+        ("paged_adamw_8bit", "GaLoreAdamW8bit", {"eps": 1e-6, "state_device": "cpu"}),
+        ("adafactor", "GaLoreAdafactor", {"relative_step": False, "scale_parameter": False}),
+    ],
+)
+def test_what_llama_factory_hands_on(tmp_path: Path, optim: str, name: str, said: Any) -> None:
+    """It makes groups itself, one of them empty, for the arguments of another optimizer."""
+    if optim.endswith("8bit"):
+        pytest.importorskip("bitsandbytes")
+    args = arguments(tmp_path, optim=optim)
+    _, kwargs = transformers.Trainer.get_optimizer_cls_and_kwargs(args)
+    weights = [nn.Parameter(torch.ones(8, 6)) for _ in range(2)]
+    groups = [
+        {"params": [], "weight_decay": 0.0},
+        {"params": weights[:1], "weight_decay": 0.3},
+        {"params": weights[1:], "weight_decay": 0.1, **KEYS, "scale": 2.0},
+    ]
+    optimizer = getattr(as_galore_torch(), name)(groups, **kwargs)
+    assert [g["rank"] for g in optimizer.param_groups] == [None, None, 4]
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.0, 0.3, 0.1]
+    group = optimizer.param_groups[2]
+    assert group["lr"] == args.learning_rate and {k: group[k] for k in said} == said
+    alone = getattr(as_galore_torch(), name)(groups[1:2], **kwargs)  # as layer-wise
+    assert alone.param_groups[0]["rank"] is None
 
 
 @pytest.mark.usefixtures("not_installed")
