@@ -39,7 +39,7 @@ class FromStart(Reparameterized):
     """
 
     method: ClassVar[str]
-    order: ClassVar[str] = "ascending"
+    """Its name for :func:`lowrank_optim.nn.convert`."""
     a: nn.Parameter
     b: nn.Parameter
     values: nn.Parameter
@@ -96,7 +96,7 @@ class FromStart(Reparameterized):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As of any module, unless ``index`` or the settings do not fit."""
         try:
-            check_saved_index(state_dict, f"{prefix}index", self.index, self.places(), self.order)
+            check_saved_index(state_dict, f"{prefix}index", self.index, self.places(), "ascending")
             self._check_settings(prefix, state_dict.get(f"{prefix}_extra_state"))
         except ValueError as error:
             args[-1].append(str(error))
@@ -111,8 +111,14 @@ class FromStart(Reparameterized):
         """
         if given is None:
             return
-        saved = readable(f"{prefix}_extra_state", given).flatten().tolist()
-        for (name, own), value in zip(self.settings().items(), saved, strict=True):
+        key, settings = f"{prefix}_extra_state", self.settings()
+        saved = readable(key, given).flatten().tolist()
+        if len(saved) != len(settings):
+            raise ValueError(
+                f"{key} holds {len(saved)} numbers; allowed are {len(settings)}: "
+                f"{', '.join(settings)} of {self.method!r}"
+            )
+        for (name, own), value in zip(settings.items(), saved, strict=True):
             if own != value:
                 raise ValueError(
                     f"{name} of {prefix.removesuffix('.')} is {value:g} in the checkpoint and "

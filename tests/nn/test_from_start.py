@@ -202,6 +202,8 @@ def test_a_state_dict_goes_into_another_conversion(case: str) -> None:
     assert not torch.equal(other(x), model(x))
     other.load_state_dict(saved)
     assert torch.equal(other(x), model(x))
+    with pytest.raises(RuntimeError, match=r"0\._extra_state holds 3 numbers; allowed are [12]:"):
+        other.load_state_dict({**saved, "0._extra_state": torch.zeros(3)})
     key = "0.index"
     for wrong, said in (
         (saved[key] + 10**6, r"0\.index holds .* allowed are 0 to"),
