@@ -23,6 +23,8 @@ _FIRA |= {"7b": (64, 500, 0.0625, 0.005)}
 
 _FRUGAL = ("60m", "130m", "350m", "1b", "7b")
 
+_SLTRAIN = {"60m": (128, 32.0), "130m": (256, 16.0), "350m": (256, 16.0), "1b": (512, 8.0)}
+
 _GALORE_GLUE = {
     4: {"cola": 3e-5, "mrpc": 3e-5} | dict.fromkeys(("mnli", "sst2", "qnli", "qqp"), 1e-5)
     | dict.fromkeys(("rte", "stsb"), 1e-5),
@@ -170,3 +172,23 @@ def frugal_glue(task: str, rank: int = 8) -> Arguments:
     found |= {"density": _one({8: 8 / 768, 0: 0.0}, rank, "rank"), "projector": "columns"}
     found |= {"update_proj_gap": 500, "free_rule": "sign", "free_lr_scale": 0.1}
     return found | {"on_refresh": "reset", "proj_params_lr_scale": 1.0}
+
+
+def sltrain_pretrain(size: str) -> Arguments:
+    """Arguments of ``convert(model, "sltrain")`` for LLaMA on C4; sizes are 60m, 130m, 350m and 1b.
+
+    The matrices of attention and MLP are replaced. The optimizer is AdamW with ``lr=3e-3`` and
+    ``weight_decay=0.0``; 11, 22, 65 and 140 thousand steps.
+
+    Source: Han et al. (2024), arXiv:2406.02214, and the release's scripts.
+
+    Raises:
+        ValueError: nothing was published for ``size``.
+
+    Example:
+        >>> from lowrank_optim import presets
+        >>> presets.sltrain_pretrain("60m")
+        {'rank': 128, 'density': 0.03, 'scale': 32.0}
+    """
+    rank, scale = _one(_SLTRAIN, size, "size")
+    return {"rank": rank, "density": 0.03, "scale": scale}

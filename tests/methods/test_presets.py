@@ -11,6 +11,7 @@ import torch
 
 from lowrank_optim import methods, presets
 from lowrank_optim.groups import canonical
+from lowrank_optim.nn import SLTrainLinear, convert
 from lowrank_optim.optimizer import DEFAULTS
 
 PRETRAIN = {  # rank, gap, scale, lr
@@ -109,6 +110,24 @@ def test_a_preset_makes_its_optimizer(
     small.grad = torch.randn(6, 8)
     optimizer.step()
     assert float(small.detach().norm()) > 0
+
+
+def test_sltrain_is_as_in_the_scripts() -> None:
+    for size, rank, alpha in (
+        ("60m", 128, 32),
+        ("130m", 256, 16),
+        ("350m", 256, 16),
+        ("1b", 512, 8),
+    ):
+        got = presets.sltrain_pretrain(size)
+        assert got == {"rank": rank, "density": 0.03, "scale": alpha}
+    model = torch.nn.Sequential(torch.nn.Linear(192, 160))
+    convert(model, "sltrain", **presets.sltrain_pretrain("60m"))
+    layer = model[0]
+    assert isinstance(layer, SLTrainLinear)
+    assert (layer.s, len(layer.a), len(layer.values)) == (32 / 128, 128, int(0.03 * 192 * 160))
+    with pytest.raises(ValueError, match="no published size '7b'"):
+        presets.sltrain_pretrain("7b")
 
 
 @pytest.mark.parametrize("preset", [p for _, p, _ in CASES[:: len(PRETRAIN["fira"])]])
