@@ -50,6 +50,9 @@ def inputs(name: str, device: Any) -> dict[str, dict[str, Any]]:
     }
     if name.endswith("8bit"):
         options.pop("bfloat16 moments")
+    if "Frugal" in name:
+        base = {"projector": "svd", **base}  # blocks take a density, and not a number of directions
+        options["blocks"] = {"projector": "block", "rank": 0.5}
     if name in cases.projecting_names():
         kinds = {"columns", "svd", "random"} & PROJECTORS.keys()
         options |= {kind: {"projector": kind} for kind in sorted(kinds)}
