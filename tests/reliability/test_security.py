@@ -85,7 +85,7 @@ def hostile(where: str) -> bytes:
 def test_importers_run_nothing(
     read: Any, where: str, legacy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The unpickler knows tensors, containers and one class without its code; it refuses the rest."""
+    """The unpickler knows tensors, containers and one class without its code, and no more."""
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "theirs.pt"
     data = hostile(where)
