@@ -79,14 +79,17 @@ def products_do_not_depend_on_threads() -> bool:
     found = []
     for count in (1, 3):
         with threads(count):
-            found.append((x @ y, torch.linalg.qr(y)[0], torch.linalg.svd(x)[0]))
+            found.append((x @ y, x.mT @ x))
     return all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in cases.DECAYS_FACTORS])
 def test_threads_change_nothing(name: str) -> None:
-    """One, two and three threads, above the sizes at which kernels share work out."""
+    """One, two and three threads, above the sizes at which kernels share work out.
+
+    Not with ``projector="svd"``, nor in SST: LAPACK's decompositions differ in their last bits.
+    """
     assert products_do_not_depend_on_threads(), "this build of torch promises less: see the page"
     found = []
     for count in (1, 2, 3):

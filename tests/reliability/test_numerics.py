@@ -249,3 +249,20 @@ def test_counters_of_a_million_steps(name: str, projector: str, at: int) -> None
         assert_close(params[1], params[0], torch.bfloat16)
     else:
         runs.assert_same([params[1]], [params[0]])
+
+
+def test_the_last_step_that_a_counter_tells_apart(caplog: pytest.LogCaptureFixture) -> None:
+    """float32 counts to 2^24: refreshes ended there without a word."""
+    param = nn.Parameter(cases.parameter(SHAPE, torch.float32).detach())
+    optimizer = make("GaLoreAdamW", "svd", param)
+    grads = cases.gradients(SHAPE, 5, torch.float32)
+    cases.run(optimizer, [param], [[grads[0]]])
+    late(optimizer, 2**24 - 4)  # a multiple of the gap, so that 2^24 - 3 steps are taken
+    cases.run(optimizer, [param], [[g] for g in grads[1:3]])
+    assert not caplog.records and int(optimizer.state[param]["step"]) == 2**24 - 1
+    optimizer.load_state_dict(optimizer.state_dict())
+    cases.run(optimizer, [param], [[g] for g in grads[3:]])
+    (record,) = caplog.records
+    assert "parameter 0 has taken 16777215 steps" in record.getMessage()
+    with pytest.raises(ValueError, match="step"):
+        optimizer.load_state_dict(optimizer.state_dict())
