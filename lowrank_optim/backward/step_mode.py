@@ -251,3 +251,4 @@ class StepMode(InBackward):
         self._forget_norms()
         vars(self.optimizer).pop("_step_supports_amp_scaling", None)
         super().remove()
+        self._together.close()
