@@ -17,6 +17,7 @@ from benchmarks.common import environment_line, print_table
 from benchmarks.study import acceptance
 from benchmarks.study.progress import Runner
 from benchmarks.study.sizes import SIZES
+from benchmarks.study.training import machine
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     torch.set_num_threads(args.threads)
     console, size = Console(), SIZES[args.size]
+    machine()
     console.print(environment_line(), highlight=False)
     with Runner(args.out, console) as runner:
         measured = acceptance.measure(size, runner.loss)

@@ -7,6 +7,7 @@ deviation of AdamW's final loss between seeds, which give weights and batches.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def facts(measured: Measured) -> list[Fact]:
     gaps = [a - b for a, b in zip(m.lora, m.full, strict=True)]
     gap = statistics.fmean(gaps)
     by_rank = [m.galore[rank] for rank in sorted(m.galore)]
-    falls = min(a - b for a, b in zip(by_rank, by_rank[1:], strict=False))
+    falls = min(a - b for a, b in itertools.pairwise(by_rank))
     shown = ", ".join(f"rank {rank} {m.galore[rank]:.3f}" for rank in sorted(m.galore))
     return [
         Fact(

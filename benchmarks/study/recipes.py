@@ -32,7 +32,7 @@ Groups = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Made:
-    """An optimizer, and what is done after each step, if anything: called with the step's number."""
+    """An optimizer, and what is done after each step, with its number."""
 
     optimizer: Optimizer
     after: Callable[[int], None] = lambda step: None
@@ -125,7 +125,7 @@ def restart(model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def _adamw8bit(model: nn.Module, lr: float, size: Size) -> Made:
-    """bitsandbytes' AdamW, every tensor of at least 4,096 entries in 8 bits."""
+    """AdamW of bitsandbytes, every tensor of at least 4,096 entries in 8 bits."""
     from bitsandbytes.optim import AdamW8bit
 
     return Made(AdamW8bit(model.parameters(), lr=lr, betas=size.betas, weight_decay=0.0))

@@ -51,6 +51,12 @@ def text() -> Text:
     return load_text()
 
 
+@cache
+def machine() -> Record:
+    """As the command began: a commit made while it runs is not what runs."""
+    return environment()
+
+
 def rate(step: int, size: Size) -> float:
     """Linear warm-up, then a cosine down to ``floor``: the factor of step 0, 1, ..."""
     warmup = max(1, round(size.warmup * size.steps))
@@ -115,7 +121,7 @@ def _steps(
         "trial": asdict(trial),
         "task": TASK,
         "version": __version__,
-        "environment": environment(),
+        "environment": machine(),
         "final_loss": final if finite else math.inf,
         "train_loss": train_loss,
         "validation": validation,
