@@ -83,11 +83,11 @@ def _ours(cls: Callable[..., Optimizer], **fixed: Any) -> Callable[..., Made]:
     def make(
         model: nn.Module, lr: float, size: Size, *, rank: int | float | None = None, **options: Any
     ) -> Made:
-        chosen = {"update_proj_gap": size.gap, **fixed, **options}
-        if "steps_per_iteration" in chosen or "interval" in chosen or cls is SwitchLoRAAdamW:
-            del chosen["update_proj_gap"]
-        if cls is SwitchLoRAAdamW:
-            chosen["total_steps"] = size.steps
+        own: dict[Any, dict[str, Any]] = {
+            SSTAdamW: {"steps_per_iteration": size.gap, "warmup_steps": size.gap // 10},
+            SwitchLoRAAdamW: {"total_steps": size.steps},
+        }
+        chosen = {**own.get(cls, {"update_proj_gap": size.gap}), **fixed, **options}
         groups = groups_of(model, size.rank if rank is None else rank)
         return Made(cls(groups, lr=lr, betas=size.betas, weight_decay=0.0, **chosen))
 
@@ -144,7 +144,7 @@ METHODS: dict[str, Method] = {
     "fira": Method(_ours(FiraAdamW, scale=1.0), ADAM),
     "frugal": Method(_ours(FrugalAdamW), ADAM),
     "dct": Method(_ours(DCTAdamW, update_proj_gap=1), ADAM),
-    "sst": Method(_ours(SSTAdamW, factors="active", steps_per_iteration=50), FACTORS),
+    "sst": Method(_ours(SSTAdamW, factors="active"), FACTORS),
     "switchlora": Method(_ours(SwitchLoRAAdamW), FACTORS),
     "lora": Method(_lora, FACTORS),
 }
