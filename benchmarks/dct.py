@@ -23,10 +23,10 @@ from torch import Tensor
 
 from benchmarks.common import environment, environment_line, load_corpus, print_table
 from benchmarks.matrices import galore, linear_weights
-from benchmarks.pretrain import METHODS, losses, make_groups, make_model, schedule
+from benchmarks.pretrain import LR, losses, make_groups, make_model, schedule
 from benchmarks.runs import Settings
 from benchmarks.timing import Work, interleaved, ratio
-from lowrank_optim import PROJECTORS, DCTAdamW
+from lowrank_optim import PROJECTORS, DCTAdamW, GaLoreAdamW
 from lowrank_optim.ops.cosine import cosine_rows
 from lowrank_optim.subspaces import RefreshContext
 from lowrank_optim.tensors.matrix import matrix_view
@@ -136,8 +136,8 @@ def controls(m: int) -> tuple[Tensor, Tensor]:
 def energies(steps: int) -> dict[str, dict[str, float]]:
     """Captured energy of each basis over that of the SVD, mean over layers of a kind."""
     settings, corpus = replace(Settings(), gap=200), load_corpus()
-    method, model = METHODS["GaLoreAdamW"], make_model(Settings(), corpus.vocab_size)
-    optimizer = method.make(make_groups(model, settings), method.lr)
+    model = make_model(Settings(), corpus.vocab_size)
+    optimizer = GaLoreAdamW(make_groups(model, settings), lr=LR)
     scheduler = schedule(optimizer, settings)
     batches = corpus.batches(steps + 1, settings.batch, settings.context, settings.seed)
     for window in batches:

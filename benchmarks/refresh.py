@@ -30,9 +30,10 @@ from benchmarks.common import (
     print_table,
 )
 from benchmarks.dct import energies, plot, show_energies
-from benchmarks.pretrain import METHODS, losses, make_groups, make_model, schedule
+from benchmarks.pretrain import LR, losses, make_groups, make_model, schedule
 from benchmarks.runs import Settings
 from benchmarks.timing import interleaved, ratio
+from lowrank_optim import GaLoreAdamW
 from lowrank_optim.ops import devices
 from lowrank_optim.subspaces import PROJECTORS, RefreshContext
 from lowrank_optim.tensors.matrix import matrix_view
@@ -54,9 +55,8 @@ def trained(
     title: str, settings: Settings, corpus: Corpus, steps: int, rank: int, gap: int
 ) -> Case:
     """Gradients of every projected matrix after ``steps`` and ``steps + gap`` steps of training."""
-    method = METHODS["GaLoreAdamW"]
     model = make_model(settings, corpus.vocab_size)
-    optimizer = method.make(make_groups(model, settings), method.lr)
+    optimizer = GaLoreAdamW(make_groups(model, settings), lr=LR)
     scheduler = schedule(optimizer, settings)
     kept: list[list[Tensor]] = []
     batches = corpus.batches(steps + gap + 1, settings.batch, settings.context, settings.seed)

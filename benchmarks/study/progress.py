@@ -10,23 +10,30 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
-from benchmarks.study.training import Record, Trial, kept, run
+from benchmarks.study.training import Record, Trial, Watch, kept, run, train
 
 
 class Runner:
-    """Gives the record of a trial, made if it is not kept, and shows where it is."""
+    """Gives the record of a trial, made if it is not kept, and shows where it is.
 
-    def __init__(self, out: Path, console: Console) -> None:
+    Args:
+        out: folder of kept runs; with None every run is made, and none is kept.
+        console: where the bar and a line for each run go.
+    """
+
+    def __init__(self, out: Path | None, console: Console) -> None:
         self.out, self.console = out, console
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
@@ -46,12 +53,13 @@ class Runner:
 
     def record(self, trial: Trial) -> Record:
         """What was measured."""
-        found = kept(trial, self.out)
+        found = None if self.out is None else kept(trial, self.out)
         if found is not None:
             return found
         name = f"{trial.case.name}, lr {trial.lr:g}, seed {trial.seed}"
-        task = self.bar.add_task(name, total=trial.size.steps)
-        record = run(trial, self.out, lambda step: self.bar.update(task, completed=step))
+        task = self.bar.add_task(name, total=trial.size.steps, loss="")
+        watch = self._watch(task)
+        record = train(trial, watch) if self.out is None else run(trial, self.out, watch)
         self.bar.remove_task(task)
         self.console.print(
             f"{name}: {record['final_loss']:.3f} "
@@ -59,6 +67,12 @@ class Runner:
             highlight=False,
         )
         return record
+
+    def _watch(self, task: TaskID) -> Watch:
+        def watch(step: int, loss: float) -> None:
+            self.bar.update(task, completed=step, loss=f"{loss:.3f}")
+
+        return watch
 
     def loss(self, trial: Trial) -> float:
         """The final loss."""

@@ -105,7 +105,6 @@ SETS: dict[str, Callable[[Size], list[Case]]] = {
     "rank": methods,
     "bytes": equal_bytes,
     "ablations": ablations,
-    "published": lambda size: [*methods(size), *ablations(size)[1:]],
 }
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,12 @@ from lowrank_optim import __version__, memory
 TASK = 1
 """Raise it with any change to the task or to a recipe: kept runs are of one task."""
 Record = dict[str, Any]
+Watch = Callable[[int, float], None]
+"""Called after every step, with its number and its loss."""
+
+
+def ignore(step: int, loss: float) -> None:
+    """Watches nothing."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ def state_bytes(model: nn.Module, optimizer: Optimizer) -> int:
     return memory.report(optimizer).total - memory.host_bytes(optimizer) + adapters
 
 
-def train(trial: Trial, watch: Callable[[int], None] = lambda step: None) -> Record:
+def train(trial: Trial, watch: Watch = ignore) -> Record:
     """The run, as it is kept. A loss that is not finite ends it, and counts as infinite."""
     size, shape = trial.size, trial.size.shape
     model = make_model(shape, trial.seed)
@@ -87,7 +93,7 @@ def _steps(
     model: nn.Module,
     optimizer: Optimizer,
     after: Callable[[int], None],
-    watch: Callable[[int], None],
+    watch: Watch,
 ) -> Record:
     size, shape = trial.size, trial.size.shape
     held = text().validation(size.windows, shape)
@@ -108,7 +114,7 @@ def _steps(
         train_loss.append(loss.item())
         wall.append(wall[-1] + time.perf_counter() - begun)
         spent.append(spent[-1] + time.process_time() - cpu)
-        watch(step)
+        watch(step, train_loss[-1])
         broken = not math.isfinite(train_loss[-1])
         if broken or step % size.validate_every == 0 or step == size.steps:
             validation.append((step, evaluate(model, held)))  # type: ignore[arg-type]
@@ -132,6 +138,12 @@ def _steps(
     }
 
 
+def seconds_a_step(size: Size, case: Case, steps: int = 6) -> float:
+    """Of CPU, measured on ``steps`` steps at a small rate."""
+    trial = Trial(replace(size, steps=steps, windows=1), case, 1e-4, 0)
+    return float(train(trial)["cpu_seconds"][-1]) / steps
+
+
 def kept(trial: Trial, out: Path) -> Record | None:
     """The record of the run, if it was made."""
     path = out / f"{trial.key()}.json"
@@ -141,7 +153,7 @@ def kept(trial: Trial, out: Path) -> Record | None:
     return record
 
 
-def run(trial: Trial, out: Path, watch: Callable[[int], None] = lambda step: None) -> Record:
+def run(trial: Trial, out: Path, watch: Watch = ignore) -> Record:
     """The record of the run: read if it was made, else made and written whole or not at all."""
     found = kept(trial, out)
     if found is not None:
