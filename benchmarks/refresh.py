@@ -1,8 +1,9 @@
 """Refresh of a basis over the full SVD, with the energy that the basis captures.
 
 Run as ``python -m benchmarks.refresh``. Gradients are real: the LLaMA of
-:mod:`benchmarks.pretrain`, and two layers of the shapes of LLaMA-130M, trained; the basis in use comes from one gradient, the
-refresh sees the one ``gap`` steps later. Synthetic matrices with a slowly decaying spectrum, where
+:mod:`benchmarks.pretrain`, and two layers of the shapes of LLaMA-130M, trained. The basis in use
+comes from one gradient, and the refresh sees the one ``gap`` steps later. Synthetic matrices with
+a slowly decaying spectrum, where
 no basis captures nearly all, show the other case. ``--by-layer`` shows instead what fixed bases
 capture beside these, by the kind of layer, and ``--plot`` draws it.
 """
