@@ -90,9 +90,8 @@ def study(cases: Sequence[Case], size: Size, seeds: int, runner: Runner) -> None
 def checked(size: Size, runner: Runner, console: Console) -> tuple[bool, str]:
     """Whether every fact holds, and the table of them."""
     facts = acceptance.facts(acceptance.measure(size, runner.loss))
-    rows = acceptance.table(facts)
-    print_table(console, "", acceptance.HEADER, rows)
-    header = [name.replace("\n", " ") for name in acceptance.HEADER]
+    console.print(acceptance.spoken(facts), highlight=False)
+    rows, header = acceptance.table(facts), acceptance.HEADER
     return all(fact.holds for fact in facts), markdown_table(header, rows)
 
 

@@ -149,11 +149,19 @@ def facts(measured: Measured) -> list[Fact]:
 
 
 def table(found: Sequence[Fact]) -> list[list[str]]:
-    """Lines to print."""
+    """A line for each fact."""
     return [
         [f.claim, "pass" if f.holds else "FAIL", f"{f.found:.3f}", f"{f.least:.3f}", f.detail]
         for f in found
     ]
 
 
-HEADER = ("fact", "", "margin\n(nats)", "asked\n(nats)", "figures")
+HEADER = ("fact", "holds", "margin (nats)", "asked (nats)", "figures")
+
+
+def spoken(found: Sequence[Fact]) -> str:
+    """The same for a terminal, whatever its width."""
+    return "\n".join(
+        f"{holds}  {claim}: {margin} nats, {asked} asked ({detail})"
+        for claim, holds, margin, asked, detail in table(found)
+    )
