@@ -113,7 +113,8 @@ def facts(measured: Measured) -> list[Fact]:
             "frozen matrices end far above AdamW",
             m.frozen - sane,
             10 * spread,
-            f"frozen {m.frozen:.3f} at {m.rates['frozen']:g}, AdamW {sane:.3f}, spread {spread:.3f}",
+            f"frozen {m.frozen:.3f} at {m.rates['frozen']:g}, AdamW {sane:.3f}, "
+            f"spread {spread:.3f}",
         ),
         Fact(
             "AdamW is clearly ahead of its rates a tenth and ten times the best",
