@@ -39,6 +39,9 @@ class Line:
     records: dict[int, Record] = field(default_factory=dict)
     """By seed, at the best rate."""
 
+    machines: tuple[Record, ...] = ()
+    """Of every run, those of the search too."""
+
     @property
     def best(self) -> float | None:
         """Of the rates that were tried."""
@@ -62,7 +65,9 @@ def read(case: Case, size: Size, seeds: Sequence[int], out: Path) -> Line:
     best = min(searched, key=lambda lr: searched[lr])
     found = {seed: kept(Trial(size, case, best, seed), out) for seed in seeds}
     records = {seed: record for seed, record in found.items() if record is not None}
-    return Line(case, searched, min(searched) < best < max(searched), records)
+    made = [*(r for r in tried.values() if r is not None), *records.values()]
+    inside = min(searched) < best < max(searched)
+    return Line(case, searched, inside, records, tuple(r["environment"] for r in made))
 
 
 def difference(first: Line, other: Line) -> tuple[float, float] | None:
@@ -79,7 +84,7 @@ def row(line: Line, first: Line) -> list[str]:
     rank, losses = line.case.options.get("rank"), list(line.losses.values())
     shown = "–" if rank is None else f"{rank:g}"
     if line.best is None:
-        return [line.case.name, shown, *[NOT_RUN] + [""] * (len(HEADER) - 3)]
+        return [line.case.name, shown, NOT_RUN, *[""] * (len(HEADER) - 3)]
     rate = f"{line.best:g}" + ("" if line.inside else " (at the edge)")
     if not losses:
         ended = f"{line.searched[line.best]:.3f} (the search's seed)"
@@ -126,7 +131,7 @@ def provenance(lines: Sequence[Line]) -> str:
         f"{e['cpu']}, {e['threads']} thread{'s' * (e['threads'] > 1)}, torch {e['torch']}, "
         f"commit {e['commit']}"
         for line in lines
-        for e in (record["environment"] for record in line.records.values())
+        for e in line.machines
     }
     return "; ".join(sorted(said)) or "No run was made."
 
@@ -174,13 +179,15 @@ def place(page: Path, name: str, text: str) -> None:
 
 
 def section(lines: Sequence[Line]) -> str:
-    """Table, searches and where the figures are from."""
-    return "\n\n".join(
-        [
-            markdown_table(HEADER, table(lines)),
-            markdown_table(
-                ("optimizer", f"loss at each rate, seed {SEARCH_SEED}"), searches(lines)
-            ),
-            provenance(lines),
-        ]
-    )
+    """Table, searches, what was not run, and where the figures are from."""
+    made = [line for line in lines if line.searched]
+    missing = [line.case.name for line in lines if not line.searched]
+    parts = [
+        markdown_table(HEADER, table(made)),
+        markdown_table(("optimizer", f"loss at each rate, seed {SEARCH_SEED}"), searches(made)),
+    ]
+    if missing:
+        parts.append(f"Not run yet: {'; '.join(missing)}.")
+    if len(made) < 2:
+        parts = parts[-1:] if missing else []
+    return "\n\n".join([*parts, provenance(made)])

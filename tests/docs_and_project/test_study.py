@@ -285,7 +285,10 @@ def test_differences_are_of_pairs():
     cells = report.row(two, one)
     assert cells[3:6] == ["2.900 ± 1.000", "+0.100 ± 0.000", "3"]
     assert cells[6:] == ["2", "20"]
-    assert report.row(report.Line(Case("SST", "sst")), one)[2] == report.NOT_RUN
+    missing = report.Line(Case("SST", "sst"))
+    assert report.row(missing, one)[2] == report.NOT_RUN
+    text = report.section([one, two, missing])
+    assert "Not run yet: SST." in text and "2.900 ± 1.000" in text
 
 
 @pytest.mark.parametrize(
