@@ -108,6 +108,10 @@ VALUES: dict[str, Allowed] = {
     "freeze_steps": whole(0),
     "total_steps": whole(1, none=True),
     "restart_every": whole(1, none=True),
+    "random_from": Allowed(
+        lambda x: whole(0).holds(x) or (isinstance(x, float) and 0 <= x <= 1),
+        "a step of at least 0, or a float in [0, 1] that is a part of total_steps",
+    ),
     "oversample": whole(0),
     "max_iterations": whole(1),
     "tolerance": _NOT_NEGATIVE,
@@ -233,6 +237,12 @@ def _check_pairs(group: Group) -> None:
     if group.get("projector") == "block" and group.get("error_feedback") is not None:
         raise ValueError(
             "error_feedback does not go with projector='block': a block uses all or nothing"
+        )
+    since = group.get("random_from")
+    if isinstance(since, float) and group.get("total_steps") is None:
+        raise ValueError(
+            f"random_from={since} is a part of total_steps, which is not given: give the steps of "
+            "the run as total_steps, or the first step with random bases as an int"
         )
     if group.get("warmup_init") and not group.get("relative_step", True):
         raise ValueError(

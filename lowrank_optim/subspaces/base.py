@@ -313,13 +313,17 @@ class Subspace(ABC):
         """Whether :meth:`push_` adds something of the gradient itself."""
         return term is not None
 
-    def complete(self, m: int, n: int, fresh: bool) -> bool:
+    def spans(self, count: int) -> bool:
+        """Whether a basis of full rank found after ``count`` steps spans the gradient it is of."""
+        return self.fitted
+
+    def complete(self, m: int, n: int, fresh: int | None) -> bool:
         """Whether all outside it is rounding, for a gradient ``(..., m, n)``.
 
         Args:
             m: the projected dimension.
             n: the other one.
-            fresh: whether the subspace was found from this very gradient.
+            fresh: steps before the refresh, if that was from this very gradient; else None.
         """
         return False
 
