@@ -9,6 +9,8 @@ from lowrank_optim.checkpoints.importers import (
 )
 from lowrank_optim.groups import lowrank_groups
 from lowrank_optim.methods import (
+    BAdamW,
+    BAdamW8bit,
     DCTAdamW,
     DCTAdamW8bit,
     FiraAdamW,
@@ -22,6 +24,8 @@ from lowrank_optim.methods import (
     GaLoreAdamW8bit,
     GaLoreLion,
     GaLoreSGD,
+    LisaAdamW,
+    LisaAdamW8bit,
     SSTAdamW,
     SSTAdamW8bit,
     SwitchLoRAAdamW,
@@ -34,6 +38,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PROJECTORS",
+    "BAdamW",
+    "BAdamW8bit",
     "DCTAdamW",
     "DCTAdamW8bit",
     "FiraAdamW",
@@ -47,6 +53,8 @@ __all__ = [
     "GaLoreAdamW8bit",
     "GaLoreLion",
     "GaLoreSGD",
+    "LisaAdamW",
+    "LisaAdamW8bit",
     "LowRankOptimizer",
     "Projector",
     "SSTAdamW",

@@ -59,9 +59,11 @@ from lowrank_optim.groups.keys import (
     remedy,
     without_torch_flags,
 )
+from lowrank_optim.groups.layers import layers_of, takes_turns
 from lowrank_optim.groups.linear_maps import is_linear_map
 from lowrank_optim.groups.names import uid_of
 from lowrank_optim.groups.notices import param_name as _name
+from lowrank_optim.groups.values import takes_shares
 from lowrank_optim.ops.devices import recording
 from lowrank_optim.residuals import Residual
 from lowrank_optim.rules.base import Rule
@@ -183,7 +185,7 @@ class LowRankOptimizer(PlannedOptimizer):
     def __init__(self, params: Iterable[Any], defaults: Group) -> None:
         defaults = {**canonical(defaults), "method": type(self).__name__}
         self._check(defaults)
-        check_rank(defaults["rank"], "free_rule" in defaults)
+        check_rank(defaults["rank"], takes_shares(defaults))
         if isinstance(params, Tensor):
             super().__init__(params, defaults)  # torch's own error
         groups = self._entries(params, defaults)
@@ -349,7 +351,10 @@ class LowRankOptimizer(PlannedOptimizer):
 
     def _planned(self, group: Group) -> list[ParamPlan]:
         """Items of a group as it is, whatever state there is."""
-        return placed(list(self._plan(group)))
+        items = list(self._plan(group))
+        if group.get("layers") is None:
+            return placed(items)
+        return placed(items, *layers_of(group, self.param_groups))
 
     def _before(self, group: Group) -> list[Group]:
         """The groups that come before one; all of them, if it is not yet there."""
@@ -386,6 +391,8 @@ class LowRankOptimizer(PlannedOptimizer):
         """Whether a group asks for parameter ``i`` to be projected, if it is a matrix."""
         rank, param = group["rank"], group["params"][i]
         if rank is None or param.dim() < 2:
+            return False
+        if group.get("layers") is not None and not takes_turns(group, i):
             return False
         if group["targets"] == "all":
             return True
@@ -557,6 +564,10 @@ class LowRankOptimizer(PlannedOptimizer):
             if isinstance(item.subspace, Block) and item.param in self.state:
                 undo.begin(self.state[item.param])
 
+    def _trains(self, param: Tensor) -> bool:
+        """Whether a parameter is one that training changes, now or in its turn."""
+        return param.requires_grad
+
     def _make_state(self) -> None:
         """Before the first step, the state of all that can be trained, with a gradient or not."""
         if self.state:
@@ -564,7 +575,7 @@ class LowRankOptimizer(PlannedOptimizer):
         for group in self.param_groups:
             chosen = self._strategies(group)
             for item in self._items(group):
-                if item.param.requires_grad:
+                if self._trains(item.param):
                     self._state_of(item, chosen)
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ CHOICES: dict[str, Collection[str | None]] = {
     "order": ("fifo", "random"),
     "pool_device": ("cpu", "param"),
     "decay_on": ("factors", "weight"),
+    "outside": ("always", "turns"),
     "targets": ("auto", "all", "modules"),
 }
 """Keys whose value is a name, and the names; registries grow."""
@@ -97,6 +99,14 @@ def number(test: Callable[[Any], bool], text: str, none: bool = False) -> Allowe
     return Allowed(holds, f"None or {text}" if none else text)
 
 
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
 _NOT_NEGATIVE = number(lambda x: x >= 0, "a finite number of at least 0")
 
 VALUES: dict[str, Allowed] = {
@@ -108,6 +118,7 @@ VALUES: dict[str, Allowed] = {
     "freeze_steps": whole(0),
     "total_steps": whole(1, none=True),
     "restart_every": whole(1, none=True),
+    "active_layers": whole(1, none=True),
     "random_from": Allowed(
         lambda x: whole(0).holds(x) or (isinstance(x, float) and 0 <= x <= 1),
         "a step of at least 0, or a float in [0, 1] that is a part of total_steps",
@@ -130,6 +141,17 @@ VALUES: dict[str, Allowed] = {
     "seed": Allowed(
         lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**63,
         "an int from 0 to 2**63 - 1",
+    ),
+    "layers": Allowed(
+        lambda x: x is None or (isinstance(x, str) and _compiles(x)),
+        "None or a regular expression, such as r'layers\\.\\d+\\.'",
+    ),
+    "layer_weights": Allowed(
+        lambda x: (
+            x is None
+            or (isinstance(x, list | tuple) and all(map(_NOT_NEGATIVE.holds, x)) and any(x))
+        ),
+        "None or a list of numbers of at least 0, not all of them 0",
     ),
     **{
         key: Allowed(lambda x: isinstance(x, bool), "True or False")  # bool("false") is True
@@ -184,6 +206,11 @@ def check_module(model: object) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
+def takes_shares(group: Group) -> bool:
+    """Whether the rank of a group may be a density of 0 or 1: of FRUGAL, and of whole layers."""
+    return "free_rule" in group or "active_layers" in group
+
+
 def check_rank(rank: Any, closed: bool = False) -> None:
     """Raise unless ``rank`` is a positive int or a fraction in (0, 1).
 
@@ -212,7 +239,7 @@ def check(group: Group, closed: bool = False) -> None:
     """
     _check_rule(group)
     if group.get("rank") is not None:
-        check_rank(group["rank"], closed or "free_rule" in group)
+        check_rank(group["rank"], closed or takes_shares(group))
     for key, allowed in VALUES.items():
         if key in group and not allowed.holds(group[key]):
             raise ValueError(f"{key} must be {allowed.text}, got {shown(group[key])}")
@@ -237,6 +264,11 @@ def _check_pairs(group: Group) -> None:
     if group.get("projector") == "block" and group.get("error_feedback") is not None:
         raise ValueError(
             "error_feedback does not go with projector='block': a block uses all or nothing"
+        )
+    if group.get("layer_weights") is not None and group.get("block_order", "random") != "random":
+        raise ValueError(
+            f"layer_weights has no effect with block_order={group['block_order']!r}, which draws "
+            "nothing by weight: take 'random', or leave one of them out"
         )
     since = group.get("random_from")
     if isinstance(since, float) and group.get("total_steps") is None:

@@ -14,7 +14,7 @@ from lowrank_optim import ops
 from lowrank_optim.subspaces.searches import Searching
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term, Wants
-from lowrank_optim.tensors.matrix import MatrixView, matrix_view
+from lowrank_optim.tensors.matrix import MatrixView, matrix_view, row_view
 
 State = MutableMapping[str, Tensor]
 Reduce = Callable[[Tensor], Tensor]
@@ -362,4 +362,7 @@ def make_projector(group: dict[str, Any], view: MatrixView) -> Subspace:
 def view_for(group: dict[str, Any], shape: Sequence[int]) -> MatrixView | None:
     """A parameter of ``shape`` as the group's projector sees it; None where it is no matrix."""
     side = PROJECTORS[group["projector"]].side(group["proj_type"])
-    return matrix_view(shape, side, group.get("flatten", False))
+    view = matrix_view(shape, side, group.get("flatten", False))
+    if view is None and group.get("layers") is not None:
+        return row_view(shape)  # of a layer that takes turns as a whole
+    return view
