@@ -63,14 +63,13 @@ from lowrank_optim.groups.layers import layers_of, takes_turns
 from lowrank_optim.groups.linear_maps import is_linear_map
 from lowrank_optim.groups.names import uid_of
 from lowrank_optim.groups.notices import param_name as _name
-from lowrank_optim.groups.values import takes_shares
 from lowrank_optim.ops.devices import recording
 from lowrank_optim.residuals import Residual
 from lowrank_optim.rules.base import Rule
 from lowrank_optim.sharding.parts import is_sharded, part_of
 from lowrank_optim.stores import STORES
 from lowrank_optim.subspaces.base import PROJECTORS, Shared, Subspace, make_projector, view_for
-from lowrank_optim.subspaces.block import Block
+from lowrank_optim.subspaces.block import Block, takes_blocks
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
@@ -185,7 +184,7 @@ class LowRankOptimizer(PlannedOptimizer):
     def __init__(self, params: Iterable[Any], defaults: Group) -> None:
         defaults = {**canonical(defaults), "method": type(self).__name__}
         self._check(defaults)
-        check_rank(defaults["rank"], takes_shares(defaults))
+        check_rank(defaults["rank"], "free_rule" in defaults)
         if isinstance(params, Tensor):
             super().__init__(params, defaults)  # torch's own error
         groups = self._entries(params, defaults)
@@ -289,7 +288,7 @@ class LowRankOptimizer(PlannedOptimizer):
         try:
             check_flattened(group)
             check_named(group)
-            if group["projector"] == "block":
+            if takes_blocks(group):
                 self._items(self.param_groups[-1])
         except ValueError:  # as many blocks as their order cannot take
             self.param_groups.pop()
@@ -300,10 +299,11 @@ class LowRankOptimizer(PlannedOptimizer):
     def _warn_clamped(self, group: Group) -> None:
         """What a user may not expect of a group: said once, and of the defaults once in all."""
         told = self.__dict__.setdefault("_told", set())
+        ranked = group.get("layers") is None
         texts = {
-            "clamped": notices.clamped(group),
-            "vocabulary": notices.vocabulary(group, self._wants),
-            "covered": notices.covered(group, self._is_map),
+            "clamped": notices.clamped(group) if ranked else None,
+            "vocabulary": notices.vocabulary(group, self._wants) if ranked else None,
+            "covered": notices.covered(group, self._is_map) if ranked else None,
             "unused": notices.unused(group, type(self).__name__, self._unused()),
         }
         for kind, text in texts.items():

@@ -36,18 +36,11 @@ RULES: dict[str, dict[str, Any]] = {
 }
 """Rule of each class and hyper-parameters at which its moments matter within a few steps."""
 
+ALL: dict[str, Any] = {"active_layers": 1000, "outside": "turns"}
+"""Layers that are always active, so that every tensor moves; turns have tests of their own."""
+
 METHOD_ARGS: dict[str, dict[str, Any]] = {
-    # as every tensor is to move at every step; turns have tests of their own
-    **dict.fromkeys(
-        ("LisaAdamW", "LisaAdamW8bit", "BAdamW", "BAdamW8bit"),
-        {
-            "projector": "block",
-            "rank": 1.0,
-            "on_refresh": "reset",
-            "active_layers": None,
-            "outside": "turns",
-        },
-    ),
+    **{name: {**ALL} for name in ("LisaAdamW", "LisaAdamW8bit", "BAdamW", "BAdamW8bit")},
     "DCTAdamW": {"projector": "dct"},
     "DCTAdamW8bit": {"projector": "dct"},
     # its own step size would make ``lr`` meaningless

@@ -118,7 +118,7 @@ VALUES: dict[str, Allowed] = {
     "freeze_steps": whole(0),
     "total_steps": whole(1, none=True),
     "restart_every": whole(1, none=True),
-    "active_layers": whole(1, none=True),
+    "active_layers": whole(1),
     "random_from": Allowed(
         lambda x: whole(0).holds(x) or (isinstance(x, float) and 0 <= x <= 1),
         "a step of at least 0, or a float in [0, 1] that is a part of total_steps",
@@ -206,11 +206,6 @@ def check_module(model: object) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def takes_shares(group: Group) -> bool:
-    """Whether the rank of a group may be a density of 0 or 1: of FRUGAL, and of whole layers."""
-    return "free_rule" in group or "active_layers" in group
-
-
 def check_rank(rank: Any, closed: bool = False) -> None:
     """Raise unless ``rank`` is a positive int or a fraction in (0, 1).
 
@@ -239,7 +234,7 @@ def check(group: Group, closed: bool = False) -> None:
     """
     _check_rule(group)
     if group.get("rank") is not None:
-        check_rank(group["rank"], closed or takes_shares(group))
+        check_rank(group["rank"], closed or "free_rule" in group)
     for key, allowed in VALUES.items():
         if key in group and not allowed.holds(group[key]):
             raise ValueError(f"{key} must be {allowed.text}, got {shown(group[key])}")

@@ -40,20 +40,19 @@ IDLE = "_idle_layer"
 """Mark of a parameter that lost ``requires_grad`` to its turn, and not to its user."""
 
 
-_WHOLE: Options = {"rank": 1.0, "scale": 1.0, "projector": "block", "on_refresh": "reset"}
-
-
 class _Layers(LowRankOptimizer):
-    preset: ClassVar[Options] = _WHOLE
+    preset: ClassVar[Options] = {}
     """Defaults that differ."""
     unused: ClassVar[dict[str, str]] = {
+        "rank": "active_layers says how many layers are active",
         "scale": "an active layer takes AdamW's step",
+        "projector": "layers are trained whole",
         "proj_type": "layers are trained whole",
         "stagger": "layers switch together",
     }
 
     def __init__(self, params: Iterable[Any], own: Group, options: Options) -> None:
-        common: Options = {**self.preset, **options}
+        common: Options = {"on_refresh": "reset", **self.preset, **options}
         super().__init__(params, {**own, **with_defaults(type(self), common)})
         self._check_layers()
         self._take_turns()
@@ -86,16 +85,6 @@ class _Layers(LowRankOptimizer):
     def _check(self, group: Group) -> None:
         super()._check(group)
         name = type(self).__name__
-        if group["projector"] != "block":
-            raise ValueError(
-                f"projector={group['projector']!r} has no effect in {name}, whose layers are "
-                "trained whole: leave it out, or take GaLoreAdamW or FrugalAdamW"
-            )
-        if group["on_refresh"] != "reset":
-            raise ValueError(
-                f"on_refresh must be 'reset' in {name}, got {group['on_refresh']!r}: nothing is "
-                "kept of the moments of an idle layer"
-            )
         if group["layers"] is None:
             raise ValueError(
                 f"layers must be a regular expression in {name}, got None: it says which part of "
@@ -212,8 +201,7 @@ class LisaAdamW(_Layers):
         betas: decay of the two moments (default: (0.9, 0.999)).
         eps: ε (default: 1e-8).
         weight_decay: decoupled decay λ, of what is active (default: 1e-2).
-        active_layers: how many layers are active, γ; None takes ``rank``, a share of them
-            (default: 2).
+        active_layers: how many layers are active, γ; more than there are is all (default: 2).
         layers: regular expression; a name up to its end is a layer's (default: ``layers.0.``,
             ``layer.0.``, ``h.0.``, ``blocks.0.`` and the like).
         layer_weights: how likely each layer is in a draw, in the order of their numbers; None is
@@ -223,7 +211,9 @@ class LisaAdamW(_Layers):
         outside: what is in no layer trains ``"always"``, or takes ``"turns"`` by module (default:
             "always").
         **options: see :class:`lowrank_optim.optimizer.Options`. ``update_proj_gap`` is K (default:
-            20); ``rank``, ``scale``, ``proj_type`` and ``stagger`` mean nothing here.
+            20). ``on_refresh="reset"`` starts the moments of every layer again at a turn; with
+            ``"keep"`` those of a layer that is drawn twice running go on (default: "reset").
+            ``rank``, ``scale``, ``projector``, ``proj_type`` and ``stagger`` mean nothing here.
 
     Raises:
         ValueError: a hyper-parameter is out of range, or means nothing here.
@@ -251,7 +241,7 @@ class LisaAdamW(_Layers):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        active_layers: int | None = 2,
+        active_layers: int = 2,
         layers: str = LAYERS,
         layer_weights: Sequence[float] | None = None,
         block_order: str = "random",
@@ -282,7 +272,7 @@ class LisaAdamW8bit(LisaAdamW):
         Dettmers et al. (2021), arXiv:2110.02861.
     """
 
-    preset: ClassVar[Options] = {**_WHOLE, "state_dtype": "8bit"}
+    preset: ClassVar[Options] = {"state_dtype": "8bit"}
 
 
 class BAdamW(_Layers):
@@ -303,7 +293,7 @@ class BAdamW(_Layers):
             that is drawn anew each time).
         outside: as in :class:`LisaAdamW` (default: "turns").
         **options: see :class:`lowrank_optim.optimizer.Options`. ``update_proj_gap`` is K (default:
-            100); ``rank``, ``scale``, ``proj_type`` and ``stagger`` mean nothing here.
+            100); the others are as in :class:`LisaAdamW`.
 
     Raises:
         ValueError: a hyper-parameter is out of range, or means nothing here.
@@ -331,7 +321,7 @@ class BAdamW(_Layers):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        active_layers: int | None = 1,
+        active_layers: int = 1,
         layers: str = LAYERS,
         layer_weights: Sequence[float] | None = None,
         block_order: str = "shuffled",
@@ -362,4 +352,4 @@ class BAdamW8bit(BAdamW):
         Dettmers et al. (2021), arXiv:2110.02861.
     """
 
-    preset: ClassVar[Options] = {**_WHOLE, "state_dtype": "8bit"}
+    preset: ClassVar[Options] = {"state_dtype": "8bit"}

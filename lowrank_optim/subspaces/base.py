@@ -362,7 +362,6 @@ def make_projector(group: dict[str, Any], view: MatrixView) -> Subspace:
 def view_for(group: dict[str, Any], shape: Sequence[int]) -> MatrixView | None:
     """A parameter of ``shape`` as the group's projector sees it; None where it is no matrix."""
     side = PROJECTORS[group["projector"]].side(group["proj_type"])
-    view = matrix_view(shape, side, group.get("flatten", False))
-    if view is None and group.get("layers") is not None:
+    if group.get("layers") is not None:
         return row_view(shape)  # of a layer that takes turns as a whole
-    return view
+    return matrix_view(shape, side, group.get("flatten", False))

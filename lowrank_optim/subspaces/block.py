@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -23,6 +24,11 @@ from lowrank_optim.subspaces.terms import Term, Wants
 from lowrank_optim.tensors.matrix import MatrixView
 
 BLOCK_ORDERS = ("random", "ascending", "descending", "mirror", "shuffled")
+
+
+def takes_blocks(group: Mapping[str, Any]) -> bool:
+    """Whether whole tensors of a group take turns: of a projector, or of whole layers."""
+    return group.get("projector") == "block" or group.get("layers") is not None
 
 
 @register("block")
