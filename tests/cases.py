@@ -36,7 +36,7 @@ RULES: dict[str, dict[str, Any]] = {
 }
 """Rule of each class and hyper-parameters at which its moments matter within a few steps."""
 
-ALL: dict[str, Any] = {"active_layers": 1000, "outside": "turns"}
+ALL: dict[str, Any] = {"active_layers": 1000, "outside": "turns", "on_refresh": "keep"}
 """Layers that are always active, so that every tensor moves; turns have tests of their own."""
 
 METHOD_ARGS: dict[str, dict[str, Any]] = {
