@@ -16,13 +16,13 @@ LAYERS = r"(?:^|\.)(?:layers?|h|blocks?)\.\d+\."
 ``layer.0.``."""
 
 
-def layer_of(group: Group, i: int) -> str | None:
+def layer_of(group: Group, i: int, place: int = 0) -> str | None:
     """The layer of parameter ``i`` of a group: its name up to where the pattern ends.
 
-    None where it says none. Without names every matrix is a layer.
+    None where it says none. Without names every matrix is a layer, called by the group's place.
     """
     if group.get("param_names") is None:
-        return f"parameter {id(group['params'][i])}" if group["params"][i].dim() >= 2 else None
+        return f"{place}.{i}" if group["params"][i].dim() >= 2 else None
     name = bare(param_name(group, i))
     found = re.search(group["layers"], name)
     return name[: found.end()] if found else None
@@ -49,8 +49,8 @@ def layers_of(group: Group, groups: Sequence[Group]) -> tuple[list[str], list[st
     }  # of matrices
     every: dict[str, None] = {}
     own: list[str] = []
-    for each in alike:
-        found = _of_group(each, modules)
+    for place, each in enumerate(alike):
+        found = _of_group(each, place, modules)
         turns = (x for i, x in enumerate(found) if takes_turns(each, i))
         every.update(dict.fromkeys(turns))
         own = found if each is group else own
@@ -63,10 +63,10 @@ def _module(group: Group, i: int) -> str:
     return bare(param_name(group, i)).rpartition(".")[0]
 
 
-def _of_group(group: Group, modules: set[str]) -> list[str]:
+def _of_group(group: Group, place: int, modules: set[str]) -> list[str]:
     found: list[str | None] = []
     for i in range(len(group["params"])):
-        layer, module = layer_of(group, i), _module(group, i)
+        layer, module = layer_of(group, i, place), _module(group, i)
         if layer is None and group.get("param_names") is not None and module in modules:
             layer = module
         found.append(layer or (found[-1] if found else None))

@@ -45,7 +45,7 @@ class Block(Subspace):
     ``ascending``  the next k, cyclically
     ``descending`` the same from the last tensor down, as all published pre-training ran
     ``mirror``     k/2 from the front, and as many mirrored from the back
-    ``shuffled``   each once, in an order that is drawn anew when all had a turn
+    ``shuffled``   in an order that is drawn anew when all had a turn
     ============== =======================================================================
 
     With ``layers`` a block is a layer of a model: all tensors of one have its position, and take
@@ -153,7 +153,7 @@ class Block(Subspace):
         if self.block_order == "shuffled":
             turn = switches - self.draw(switches) * max(1, math.ceil(n / max(1, k)))
             order: list[int] = torch.randperm(n, generator=generator).tolist()
-            return frozenset(order[turn * k : (turn + 1) * k])
+            return frozenset(order[(turn * k + i) % n] for i in range(k))
         if self.block_order == "random":
             return frozenset(torch.randperm(n, generator=generator)[:k].tolist())
         if self.block_order == "ascending":

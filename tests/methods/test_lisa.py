@@ -345,3 +345,21 @@ def test_a_group_in_mid_run_is_refused() -> None:
     train(model, optimizer, range(1))
     with pytest.raises(RuntimeError, match="add all groups before the first step"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3, 3))]})
+
+
+def test_without_names_matrices_take_turns_alike_in_every_process() -> None:
+    """Draws are of places, and of nothing that differs from one process to the next."""
+    found = []
+    for _ in range(2):
+        params = [nn.Parameter(torch.ones(3, 3)) for _ in range(9)]
+        kept = [params] if not found else [params, torch.empty(10**5)]
+        optimizer = LisaAdamW(kept[0], update_proj_gap=1)
+        turns = []
+        for _ in range(6):
+            turns.append([i for i, p in enumerate(params) if p.requires_grad])
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        found.append(turns)
+    assert found[0] == found[1] and len({*map(tuple, found[0])}) > 3
+    assert all(len(turn) == 2 for turn in found[0])
