@@ -110,6 +110,10 @@ SHORT = ("wide", "tall", "few", "experts")
 """Shapes of the default runs: split on either side, by less than a row, and by experts."""
 
 NAMED = {name: case_of(*chosen) for name, chosen in _NAMED.items()}
+NAMED |= {
+    "lisa": Case("LisaAdamW", {"active_layers": 1, "outside": "turns"}),
+    "badam": Case("BAdamW", {"layers": r"\.[a-z]", "active_layers": 2}),
+}
 """Each promise by name."""
 
 WITH_BLOCKS = ("some blocks", "a few more", "no block", "small")
