@@ -110,9 +110,10 @@ SHORT = ("wide", "tall", "few", "experts")
 """Shapes of the default runs: split on either side, by less than a row, and by experts."""
 
 NAMED = {name: case_of(*chosen) for name, chosen in _NAMED.items()}
+BY_MODULE: dict[str, Any] = {"layers": "^$", "outside": "turns", "block_order": "shuffled"}
 NAMED |= {
-    "lisa": Case("LisaAdamW", {"active_layers": 1, "outside": "turns"}),
-    "badam": Case("BAdamW", {"layers": r"\.[a-z]", "active_layers": 2}),
+    "lisa": Case("LisaAdamW", {**BY_MODULE, "update_proj_gap": 1, "active_layers": 5}),
+    "badam": Case("BAdamW", {**BY_MODULE, "update_proj_gap": 1, "active_layers": 4}),
 }
 """Each promise by name."""
 
