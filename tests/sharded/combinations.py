@@ -112,8 +112,8 @@ SHORT = ("wide", "tall", "few", "experts")
 NAMED = {name: case_of(*chosen) for name, chosen in _NAMED.items()}
 BY_MODULE: dict[str, Any] = {"layers": "^$", "outside": "turns", "block_order": "shuffled"}
 NAMED |= {
-    "lisa": Case("LisaAdamW", {**BY_MODULE, "update_proj_gap": 1, "active_layers": 5}),
-    "badam": Case("BAdamW", {**BY_MODULE, "update_proj_gap": 1, "active_layers": 4}),
+    "lisa": Case("LisaAdamW", {**BY_MODULE, "active_layers": 5}),
+    "badam": Case("BAdamW", {**BY_MODULE, "active_layers": 4, "on_refresh": "keep"}),
 }
 """Each promise by name."""
 
