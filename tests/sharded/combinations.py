@@ -110,10 +110,10 @@ SHORT = ("wide", "tall", "few", "experts")
 """Shapes of the default runs: split on either side, by less than a row, and by experts."""
 
 NAMED = {name: case_of(*chosen) for name, chosen in _NAMED.items()}
-BY_MODULE: dict[str, Any] = {"layers": "^$", "outside": "turns", "block_order": "shuffled"}
+BY_SHAPE: dict[str, Any] = {"layers": r"^blocks\.\d+\.[a-z]+|^[a-z]+", "active_layers": 3}
 NAMED |= {
-    "lisa": Case("LisaAdamW", {**BY_MODULE, "active_layers": 5}),
-    "badam": Case("BAdamW", {**BY_MODULE, "active_layers": 4, "on_refresh": "keep"}),
+    "lisa": Case("LisaAdamW", {**BY_SHAPE, "block_order": "ascending"}),
+    "badam": Case("BAdamW", {**BY_SHAPE, "on_refresh": "keep"}),
 }
 """Each promise by name."""
 
