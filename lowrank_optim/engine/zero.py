@@ -59,7 +59,7 @@ def check_whole(owner: Any, group: Group) -> None:
         )
     if takes_blocks(group) and group.get("rank") is not None:
         raise ValueError(
-            f"projector='block' takes turns among all tensors of a group, of which {name} shows "
+            f"{_turns(group)} among all tensors of a group, of which {name} shows "
             "each rank some: use projector='columns', or DistributedDataParallel alone"
         )
     asked = "rank" in canonical(owner.defaults) and not from_constructor(owner, group)
@@ -69,6 +69,12 @@ def check_whole(owner: Any, group: Group) -> None:
             "into every group that has none, where one process would leave them dense: set rank "
             "(None for dense) in each group, and not in the constructor"
         )
+
+
+def _turns(group: Group) -> str:
+    if group.get("layers") is not None:
+        return f"layers={group['layers']!r} take turns"
+    return "projector='block' takes turns"
 
 
 def from_constructor(owner: Any, group: Group) -> bool:
