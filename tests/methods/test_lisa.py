@@ -363,3 +363,27 @@ def test_without_names_matrices_take_turns_alike_in_every_process() -> None:
         found.append(turns)
     assert found[0] == found[1] and len({*map(tuple, found[0])}) > 3
     assert all(len(turn) == 2 for turn in found[0])
+
+
+def test_several_processes_freeze_nothing_and_take_the_same_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wrappers look at ``requires_grad`` once: a layer they took for frozen is never averaged."""
+    model, twin = Net(), Net()
+    other = make("lisa", twin)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+    optimizer = make("lisa", model)
+    assert asking(model) == {n for n, _ in model.named_parameters()}
+    for step in range(3 * GAP):
+        optimizer.zero_grad()
+        loss(model, step).backward()
+        with monkeypatch.context() as alone:
+            alone.setattr(torch.distributed, "is_initialized", lambda: False)
+            other.zero_grad()
+            loss(twin, step).backward()
+            other.step()
+        optimizer._replicas.groups = lambda *_: {}  # type: ignore[method-assign]
+        optimizer.step()
+        assert asking(model) == {n for n, _ in model.named_parameters()}
+        runs.assert_same([*model.parameters()], [*twin.parameters()])
