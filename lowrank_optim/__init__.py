@@ -10,6 +10,8 @@ from lowrank_optim.checkpoints.importers import (
 from lowrank_optim.fitting import fit
 from lowrank_optim.groups import lowrank_groups
 from lowrank_optim.methods import (
+    BAdamW,
+    BAdamW8bit,
     DCTAdamW,
     DCTAdamW8bit,
     FiraAdamW,
@@ -23,6 +25,8 @@ from lowrank_optim.methods import (
     GaLoreAdamW8bit,
     GaLoreLion,
     GaLoreSGD,
+    LisaAdamW,
+    LisaAdamW8bit,
     SSTAdamW,
     SSTAdamW8bit,
     SwitchLoRAAdamW,
@@ -35,6 +39,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PROJECTORS",
+    "BAdamW",
+    "BAdamW8bit",
     "DCTAdamW",
     "DCTAdamW8bit",
     "FiraAdamW",
@@ -48,6 +54,8 @@ __all__ = [
     "GaLoreAdamW8bit",
     "GaLoreLion",
     "GaLoreSGD",
+    "LisaAdamW",
+    "LisaAdamW8bit",
     "LowRankOptimizer",
     "Projector",
     "SSTAdamW",

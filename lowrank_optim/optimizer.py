@@ -61,6 +61,7 @@ from lowrank_optim.groups.keys import (
     remedy,
     without_torch_flags,
 )
+from lowrank_optim.groups.layers import layers_of, takes_turns
 from lowrank_optim.groups.linear_maps import is_linear_map
 from lowrank_optim.groups.names import uid_of
 from lowrank_optim.groups.notices import param_name as _name
@@ -70,7 +71,7 @@ from lowrank_optim.rules.base import Rule
 from lowrank_optim.sharding.parts import is_sharded, part_of
 from lowrank_optim.stores import STORES
 from lowrank_optim.subspaces.base import PROJECTORS, Shared, Subspace, make_projector, view_for
-from lowrank_optim.subspaces.block import Block
+from lowrank_optim.subspaces.block import Block, takes_blocks
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
@@ -296,7 +297,7 @@ class LowRankOptimizer(PlannedOptimizer):
             check_named(group)
             for i, param in enumerate(group["params"]):
                 check_overlap(param, _name(group, i))
-            if group["projector"] == "block":
+            if takes_blocks(group):
                 self._items(self.param_groups[-1])
         except ValueError:  # as many blocks as their order cannot take
             self.param_groups.pop()
@@ -307,10 +308,11 @@ class LowRankOptimizer(PlannedOptimizer):
     def _warn_clamped(self, group: Group) -> None:
         """What a user may not expect of a group: said once, and of the defaults once in all."""
         told = self.__dict__.setdefault("_told", set())
+        ranked = group.get("layers") is None
         texts = {
-            "clamped": notices.clamped(group),
-            "vocabulary": notices.vocabulary(group, self._wants),
-            "covered": notices.covered(group, self._is_map),
+            "clamped": notices.clamped(group) if ranked else None,
+            "vocabulary": notices.vocabulary(group, self._wants) if ranked else None,
+            "covered": notices.covered(group, self._is_map) if ranked else None,
             "unused": notices.unused(group, type(self).__name__, self._unused()),
         }
         for kind, text in texts.items():
@@ -358,7 +360,10 @@ class LowRankOptimizer(PlannedOptimizer):
 
     def _planned(self, group: Group) -> list[ParamPlan]:
         """Items of a group as it is, whatever state there is."""
-        return placed(list(self._plan(group)))
+        items = list(self._plan(group))
+        if group.get("layers") is None:
+            return placed(items)
+        return placed(items, *layers_of(group, self.param_groups))
 
     def _before(self, group: Group) -> list[Group]:
         """The groups that come before one; all of them, if it is not yet there."""
@@ -395,6 +400,8 @@ class LowRankOptimizer(PlannedOptimizer):
         """Whether a group asks for parameter ``i`` to be projected, if it is a matrix."""
         rank, param = group["rank"], group["params"][i]
         if rank is None or param.dim() < 2:
+            return False
+        if group.get("layers") is not None and not takes_turns(group, i):
             return False
         if group["targets"] == "all":
             return True
@@ -596,6 +603,10 @@ class LowRankOptimizer(PlannedOptimizer):
             if isinstance(item.subspace, Block) and item.param in self.state:
                 undo.begin(self.state[item.param])
 
+    def _trains(self, param: Tensor) -> bool:
+        """Whether a parameter is one that training changes, now or in its turn."""
+        return param.requires_grad
+
     def _make_state(self) -> None:
         """Before the first step, the state of all that can be trained, with a gradient or not."""
         if self.state:
@@ -603,7 +614,7 @@ class LowRankOptimizer(PlannedOptimizer):
         for group in self.param_groups:
             chosen = self._strategies(group)
             for item in self._items(group):
-                if item.param.requires_grad:
+                if self._trains(item.param):
                     self._state_of(item, chosen)
 
     @torch.no_grad()

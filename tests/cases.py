@@ -36,7 +36,14 @@ RULES: dict[str, dict[str, Any]] = {
 }
 """Rule of each class and hyper-parameters at which its moments matter within a few steps."""
 
+WHOLE_LAYERS = ("LisaAdamW", "LisaAdamW8bit", "BAdamW", "BAdamW8bit")
+"""Classes whose layers take turns, vectors with the matrices, whatever the projector."""
+
+ALL: dict[str, Any] = {"active_layers": 1000, "outside": "turns", "on_refresh": "keep"}
+"""Layers that are always active, so that every tensor moves; turns have tests of their own."""
+
 METHOD_ARGS: dict[str, dict[str, Any]] = {
+    **{name: {**ALL} for name in WHOLE_LAYERS},
     "DCTAdamW": {"projector": "dct"},
     "DCTAdamW8bit": {"projector": "dct"},
     # its own step size would make ``lr`` meaningless

@@ -200,7 +200,7 @@ def active_blocks(item: ParamPlan, chosen: Strategies, count: int) -> frozenset[
     """Positions of the blocks that hold moments after ``count`` switches, this one's own group."""
     block = item.subspace
     assert isinstance(block, Block)
-    return block.active(count, seeded(chosen.seed, block.first, count))
+    return block.active(count, seeded(chosen.seed, block.first, block.draw(count)))
 
 
 def alloc_moments(item: ParamPlan, chosen: Strategies, state: State, like: Tensor) -> None:

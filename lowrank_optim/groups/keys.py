@@ -100,6 +100,7 @@ _NOT_KEYS = (
     "two_sided",
     "shared",
     "columns",
+    "frozen",
     "density",
     "position",
     "count",

@@ -389,7 +389,7 @@ def _make_state(optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
             chosen = optimizer._strategies(group)
             for item in optimizer._items(group):
-                if item.param.requires_grad:
+                if optimizer._trains(item.param):
                     optimizer._state_of(item, chosen)
                     if item.subspace is not None and item.view is not None:
                         item.subspace.prepare(item.view, item.param)

@@ -10,10 +10,13 @@ from lowrank_optim.methods.galore import (
     GaLoreLion,
     GaLoreSGD,
 )
+from lowrank_optim.methods.lisa import BAdamW, BAdamW8bit, LisaAdamW, LisaAdamW8bit
 from lowrank_optim.methods.sst import SSTAdamW, SSTAdamW8bit
 from lowrank_optim.methods.switchlora import SwitchLoRAAdamW, SwitchLoRAAdamW8bit
 
 __all__ = [
+    "BAdamW",
+    "BAdamW8bit",
     "DCTAdamW",
     "DCTAdamW8bit",
     "FiraAdamW",
@@ -27,6 +30,8 @@ __all__ = [
     "GaLoreAdamW8bit",
     "GaLoreLion",
     "GaLoreSGD",
+    "LisaAdamW",
+    "LisaAdamW8bit",
     "SSTAdamW",
     "SSTAdamW8bit",
     "SwitchLoRAAdamW",

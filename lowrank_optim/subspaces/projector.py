@@ -145,9 +145,9 @@ class Projector(Subspace):
         """Not of both sides: their columns are those of the other basis."""
         return not self.two_sided
 
-    def complete(self, m: int, n: int, fresh: bool) -> bool:
+    def complete(self, m: int, n: int, fresh: int | None) -> bool:
         """At full rank: of the space, or of the gradient that the basis was fitted to."""
-        if self.fitted and fresh and self.rank >= min(m, n):
+        if fresh is not None and self.spans(fresh) and self.rank >= min(m, n):
             return True
         return self.rank >= m and (not self.two_sided or self.rank >= n)
 

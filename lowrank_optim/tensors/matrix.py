@@ -77,6 +77,13 @@ class MatrixView(NamedTuple):
         return min(self.directions(rank), self.full_rank)
 
 
+def row_view(shape: Sequence[int]) -> MatrixView | None:
+    """A parameter of any shape as one row, a matrix as it is; None where it is empty."""
+    size = math.prod(shape)
+    rows, cols = shape if len(shape) == 2 else (1, size)
+    return MatrixView(tuple(shape), (), rows, cols, False) if size else None
+
+
 def matrix_view(
     shape: Sequence[int], proj_type: str = "std", flatten: bool = False
 ) -> MatrixView | None:

@@ -73,6 +73,8 @@ def train(model: nn.Module, optimizer: LowRankOptimizer, pieces: int = 1, data=N
 
 def projectable(name: str) -> bool:
     optimizer = make(name)[1]
+    if name in cases.WHOLE_LAYERS:
+        return False
     return all(
         isinstance(optimizer.residual(group), Drop) and optimizer._strategies(group).gap > 1
         for group in optimizer.param_groups

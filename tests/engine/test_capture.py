@@ -23,7 +23,7 @@ from tests.compare import assert_close, assert_mostly_close
 from tests.engine.replay import captured
 
 GAP = 4
-BY_HOST = ("SwitchLoRA",)
+BY_HOST = ("SwitchLoRA", *cases.WHOLE_LAYERS)
 """Parts of the names of what follows the host's count of steps."""
 
 

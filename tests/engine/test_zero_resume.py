@@ -44,7 +44,8 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Options that add or change what is kept, beside every class at its defaults."""
 
-CASES = {**{name: (name, {}) for name in cases.method_names()}, **OWN}
+WHOLE = cases.WHOLE_LAYERS  # refused, as blocks are
+CASES = {**{x: (x, {}) for x in cases.method_names() if x not in WHOLE}, **OWN}
 SHORT = (
     "GaLoreAdamW8bit", "GaLoreAdafactor", "FiraAdamW", "FrugalAdamW", "SSTAdamW",
     "SwitchLoRAAdamW", "memory in 8 bits", "weights in bfloat16",

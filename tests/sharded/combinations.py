@@ -110,6 +110,11 @@ SHORT = ("wide", "tall", "few", "experts")
 """Shapes of the default runs: split on either side, by less than a row, and by experts."""
 
 NAMED = {name: case_of(*chosen) for name, chosen in _NAMED.items()}
+BY_SHAPE: dict[str, Any] = {"layers": r"^blocks\.\d+\.[a-z]+|^[a-z]+", "active_layers": 3}
+NAMED |= {
+    "lisa": Case("LisaAdamW", {**BY_SHAPE, "block_order": "ascending"}),
+    "badam": Case("BAdamW", {**BY_SHAPE, "on_refresh": "keep"}),
+}
 """Each promise by name."""
 
 WITH_BLOCKS = ("some blocks", "a few more", "no block", "small")
