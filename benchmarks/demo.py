@@ -1,7 +1,7 @@
 """The demo: one small model of bytes, trained once per optimizer, with one line swapped.
 
 Run as ``python -m benchmarks.demo``. The task is that of :mod:`benchmarks.study`, on which frozen
-matrices end far above trained ones, and AdamW's rate is that found there. Both runs start from the
+matrices end far above trained ones, and the rates are those found there. Both runs start from the
 same weights and see the same batches.
 """
 
@@ -26,18 +26,11 @@ from benchmarks.study.training import Record, Trial, machine, text
 
 LINES = (
     (Case("torch.optim.AdamW", "adamw"), 1e-2),
-    (
-        Case(
-            "GaLoreAdamW",
-            "galore",
-            {"rank": 10, "update_proj_gap": 10, "on_refresh": "project"},
-        ),
-        3e-2,
-    ),
+    (Case("GaLoreAdamW", "galore", {"rank": 16}), 3e-2),
 )
-"""Rank 10 holds a third of AdamW's state. Tried on another seed, where AdamW ends at 1.982: gap 50
-and 1e-2 at rank 8 2.222; gap 10 at rank 10 and 1e-2 2.217, and 3e-2 2.075; with moments that follow
-the basis 2.058."""
+"""Of GaLore this is 42 % of AdamW's state. At a third (rank 10, gap 10, 3e-2) it ended
+0.08 to 0.09 above AdamW."""
+
 HEADER = (
     "optimizer",
     "val loss\n(nats a byte)",
