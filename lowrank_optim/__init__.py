@@ -9,6 +9,8 @@ from lowrank_optim.checkpoints.importers import (
 )
 from lowrank_optim.groups import lowrank_groups
 from lowrank_optim.methods import (
+    ApolloAdamW,
+    ApolloAdamW8bit,
     DCTAdamW,
     DCTAdamW8bit,
     FiraAdamW,
@@ -34,6 +36,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PROJECTORS",
+    "ApolloAdamW",
+    "ApolloAdamW8bit",
     "DCTAdamW",
     "DCTAdamW8bit",
     "FiraAdamW",

@@ -177,8 +177,8 @@ def _checked_options(options: Mapping[str, Any]) -> Group:
     Raises:
         TypeError: one is no group key of any optimizer.
     """
-    refuse_apollo(options, "lowrank_groups", "its options")
     given, allowed = without_torch_flags(options, "lowrank_groups"), known_keys()
+    refuse_apollo(given, allowed, "lowrank_groups", "its options")
     key = unknown_key(given, allowed)
     if key is not None:
         own = allowed | {"target_modules", "overrides", "no_decay"}

@@ -39,8 +39,14 @@ ALIASES |= {  # DCT-AdamW
     "ell_norm": ("ranking", lambda norm: f"l{norm}"),
 }
 
-IGNORED = ("dim", "correct_bias", "no_deprecation_warning")
-"""Released keys with no meaning here: n-d weights are seen as matrices whatever ``dim`` says."""
+ALIASES |= {  # APOLLO
+    "proj": ("projector", lambda name: name),
+    "disable_nl": ("limiter", lambda disable: None if disable else 1.01),
+}
+
+IGNORED = ("dim", "correct_bias", "no_deprecation_warning", "scale_front")
+"""Released keys with no meaning here: n-d weights are seen as matrices whatever ``dim`` says, and
+APOLLO's limiter looks at a ratio of norms, on whichever side of it both are scaled."""
 
 PLACES = ("params", "param_names", "targets", "method")
 """Keys that say what is in a group and who made it."""
@@ -71,6 +77,7 @@ TORCH_FLAGS: dict[str, tuple[bool, str]] = {
 optimizers beside None, and why."""
 
 APOLLO = ("scale_type", "proj", "scale_front", "disable_nl")
+"""Keys by which a group of APOLLO is known. All others are GaLore's too, and mean another update."""
 
 FOREIGN: dict[str, str] = {
     "optim_bits": "it is bitsandbytes'; state_dtype='8bit' keeps moments in 8 bits",
@@ -196,27 +203,36 @@ def check_known(given: Mapping[str, Any], allowed: Collection[str], owner: str, 
     Raises:
         ValueError: what is wrong with it, and the nearest key that there is.
     """
-    refuse_apollo(given, owner, place)
+    refuse_apollo(given, allowed, owner, place)
     key = unknown_key(given, allowed)
     if key is not None:
         raise ValueError(f"{owner}: unknown group key {key!r} in {place}{remedy(key, allowed)}")
 
 
-def refuse_apollo(given: Mapping[str, Any], owner: str, place: str) -> None:
-    """Raise for a group of APOLLO, all of whose other keys look like GaLore's.
+def refuse_apollo(
+    given: Mapping[str, Any], allowed: Collection[str], owner: str, place: str
+) -> None:
+    """Raise for a group of APOLLO where nothing reads it: its other keys look like GaLore's.
 
     Raises:
         ValueError: it is one.
     """
     found = [key for key in APOLLO if key in given]
-    if found:
-        scale = f" {given['scale']}" if "scale" in given else ""
+    if not found or ("scale_type" in allowed and (owner in METHODS or "scale_type" in given)):
+        return
+    be = "is" if len(found) == 1 else "are"
+    start = f"{owner}: {', '.join(map(repr, found))} in {place} {be} APOLLO's"
+    if "scale_type" in allowed:  # of groups for any optimizer, which ours would not tell apart
         raise ValueError(
-            f"{owner}: {', '.join(map(repr, found))} in {place} "
-            f"{'is' if len(found) == 1 else 'are'} APOLLO's, whose scale{scale} "
-            "multiplies another update: train with APOLLO's own package, or drop these keys and "
-            "give rank, update_proj_gap, proj_type and scale of GaLore (published: scale=0.25)"
+            f"{start}: give scale_type='channel' or 'tensor' too, by which an optimizer that is "
+            "not ApolloAdamW refuses these groups, or drop them"
         )
+    scale = f" {given['scale']}" if "scale" in given else ""
+    raise ValueError(
+        f"{start}, whose scale{scale} multiplies another update: train with ApolloAdamW, or drop "
+        "these keys and give rank, update_proj_gap, proj_type and scale of GaLore (published: "
+        "scale=0.25)"
+    )
 
 
 def unknown_key(given: Mapping[str, Any], allowed: Collection[str]) -> str | None:

@@ -30,6 +30,7 @@ CHOICES: dict[str, Collection[str | None]] = {
     "state_dtype": STORES,
     "alpha_mode": ("release", "paper"),
     "scaling": ("column", "matrix"),
+    "scale_type": ("channel", "tensor"),
     "basis": ("dct2", "dct3"),
     "ranking": ("l2", "l1"),
     "transform": ("auto", "matmul", "fft"),

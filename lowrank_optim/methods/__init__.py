@@ -1,5 +1,6 @@
 """Methods: one file per paper, each a composition of roles."""
 
+from lowrank_optim.methods.apollo import ApolloAdamW, ApolloAdamW8bit
 from lowrank_optim.methods.dct_adamw import DCTAdamW, DCTAdamW8bit
 from lowrank_optim.methods.fira import FiraAdamW, FiraAdamW8bit
 from lowrank_optim.methods.frugal import FrugalAdamW, FrugalAdamW8bit, FrugalLion, FrugalSGD
@@ -14,6 +15,8 @@ from lowrank_optim.methods.sst import SSTAdamW, SSTAdamW8bit
 from lowrank_optim.methods.switchlora import SwitchLoRAAdamW, SwitchLoRAAdamW8bit
 
 __all__ = [
+    "ApolloAdamW",
+    "ApolloAdamW8bit",
     "DCTAdamW",
     "DCTAdamW8bit",
     "FiraAdamW",
