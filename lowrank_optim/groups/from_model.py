@@ -14,7 +14,6 @@ from lowrank_optim.groups.keys import (
     canonical,
     check_known,
     known_keys,
-    refuse_apollo,
     remedy,
     unknown_key,
     without_torch_flags,
@@ -178,7 +177,6 @@ def _checked_options(options: Mapping[str, Any]) -> Group:
         TypeError: one is no group key of any optimizer.
     """
     given, allowed = without_torch_flags(options, "lowrank_groups"), known_keys()
-    refuse_apollo(given, allowed, "lowrank_groups", "its options")
     key = unknown_key(given, allowed)
     if key is not None:
         own = allowed | {"target_modules", "overrides", "no_decay"}

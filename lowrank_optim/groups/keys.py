@@ -39,14 +39,8 @@ ALIASES |= {  # DCT-AdamW
     "ell_norm": ("ranking", lambda norm: f"l{norm}"),
 }
 
-ALIASES |= {  # APOLLO
-    "proj": ("projector", lambda name: name),
-    "disable_nl": ("limiter", lambda disable: None if disable else 1.01),
-}
-
-IGNORED = ("dim", "correct_bias", "no_deprecation_warning", "scale_front")
-"""Released keys with no meaning here: n-d weights are seen as matrices whatever ``dim`` says, and
-APOLLO's limiter looks at a ratio of norms, on whichever side of it both are scaled."""
+IGNORED = ("dim", "correct_bias", "no_deprecation_warning")
+"""Released keys with no meaning here: n-d weights are seen as matrices whatever ``dim`` says."""
 
 PLACES = ("params", "param_names", "targets", "method")
 """Keys that say what is in a group and who made it."""
@@ -77,7 +71,9 @@ TORCH_FLAGS: dict[str, tuple[bool, str]] = {
 optimizers beside None, and why."""
 
 APOLLO = ("scale_type", "proj", "scale_front", "disable_nl")
-"""Keys by which a group of APOLLO is known. All others are GaLore's too, and mean another update."""
+"""Keys by which a group of APOLLO is known: all others are GaLore's too, and mean another update.
+
+Hence they are no aliases, which groups for any optimizer would lose."""
 
 FOREIGN: dict[str, str] = {
     "optim_bits": "it is bitsandbytes'; state_dtype='8bit' keeps moments in 8 bits",
@@ -217,22 +213,15 @@ def refuse_apollo(
     Raises:
         ValueError: it is one.
     """
-    found = [key for key in APOLLO if key in given]
-    if not found or ("scale_type" in allowed and (owner in METHODS or "scale_type" in given)):
-        return
-    be = "is" if len(found) == 1 else "are"
-    start = f"{owner}: {', '.join(map(repr, found))} in {place} {be} APOLLO's"
-    if "scale_type" in allowed:  # of groups for any optimizer, which ours would not tell apart
+    found = [key for key in APOLLO if key in given and key not in allowed]
+    if found:
+        scale = f" {given['scale']}" if "scale" in given else ""
         raise ValueError(
-            f"{start}: give scale_type='channel' or 'tensor' too, by which an optimizer that is "
-            "not ApolloAdamW refuses these groups, or drop them"
+            f"{owner}: {', '.join(map(repr, found))} in {place} "
+            f"{'is' if len(found) == 1 else 'are'} APOLLO's, whose scale{scale} "
+            "multiplies another update: train with ApolloAdamW, or drop these keys and give rank, "
+            "update_proj_gap, proj_type and scale of GaLore (published: scale=0.25)"
         )
-    scale = f" {given['scale']}" if "scale" in given else ""
-    raise ValueError(
-        f"{start}, whose scale{scale} multiplies another update: train with ApolloAdamW, or drop "
-        "these keys and give rank, update_proj_gap, proj_type and scale of GaLore (published: "
-        "scale=0.25)"
-    )
 
 
 def unknown_key(given: Mapping[str, Any], allowed: Collection[str]) -> str | None:

@@ -31,6 +31,7 @@ CHOICES: dict[str, Collection[str | None]] = {
     "alpha_mode": ("release", "paper"),
     "scaling": ("column", "matrix"),
     "scale_type": ("channel", "tensor"),
+    "proj": ("random", "svd"),
     "basis": ("dct2", "dct3"),
     "ranking": ("l2", "l1"),
     "transform": ("auto", "matmul", "fft"),
@@ -62,6 +63,8 @@ FLAGS = (
     "scale_parameter",
     "relative_step",
     "warmup_init",
+    "disable_nl",
+    "scale_front",
 )
 """Keys that are True or False."""
 

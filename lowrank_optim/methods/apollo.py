@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal, Unpack
 
 from torch import Tensor
 
-from lowrank_optim.groups import Group
+from lowrank_optim.groups import Group, check
 from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
 from lowrank_optim.residuals import Residual, Scaled
 from lowrank_optim.rules import AdamW, Rule
@@ -54,10 +54,9 @@ class ApolloAdamW(LowRankOptimizer):
         limiter: largest growth γ >= 1 of ``|S|`` from one step to the next, the first and any after
             a gradient of zero excepted; None is no limit (default: 1.01).
         **options: see :class:`lowrank_optim.optimizer.Options`; each may be set per group. Here
-            ``rank=256`` and ``scale=1.0``, the square of α, as released groups have it:
-            ``scale=128`` is α = 11.3. ``projector="random"``, the default, has normal entries of
-            variance 1/r, which keep the norm of a column on average; "svd" and every other basis
-            is orthonormal, as elsewhere.
+            ``scale=1.0``, the square of α, as released groups have it: 128 is α = 11.3. By default
+            ``projector="random"``, normal entries of variance 1/r, which keep the norm of a column
+            on average; "svd" and every other basis is orthonormal, as elsewhere.
 
     Raises:
         ValueError: a hyper-parameter is out of range; the projector is a set of entries or blocks;
@@ -75,14 +74,15 @@ class ApolloAdamW(LowRankOptimizer):
         -1.0
 
     Differs from the paper: eps stands after bias correction and decay comes first, as in
-    ``torch.optim``; the correction is a factor of the step, behind the limiter; P is kept, and not
-    drawn again from its seed at every step; a gradient of zero does not lock the limiter.
+    ``torch.optim``; the correction is a factor of the step, behind the limiter, as released; P is
+    kept, as released, and not drawn again at every step; a gradient of zero locks no limiter.
 
     References:
         Zhu et al. (2025), arXiv:2412.05270, algorithm 1.
     """
 
     rule_class: ClassVar[type[Rule]] = AdamW
+    extra_keys: ClassVar[tuple[str, ...]] = ("proj", "disable_nl", "scale_front")
     preset: ClassVar[Options] = {}
     """Defaults of a subclass that differ."""
 
@@ -100,10 +100,20 @@ class ApolloAdamW(LowRankOptimizer):
     ) -> None:
         own: Group = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         own |= {"scale_type": scale_type, "limiter": limiter}
-        common: Options = {"rank": 256, "scale": 1.0, "projector": "random"}
-        super().__init__(
-            params, {**own, **with_defaults(type(self), {**common, **self.preset, **options})}
-        )
+        common: Options = {"scale": 1.0, "projector": "random"}
+        given = _ours({**own, **options})
+        chosen: Any = {k: given.pop(k) for k in [*given] if k not in own}
+        chosen = with_defaults(type(self), {**common, **self.preset, **chosen})
+        super().__init__(params, {**given, **chosen})
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group; keys of APOLLO's package are read as ours.
+
+        Raises:
+            ValueError: a value is out of range, or a released key and ours differ.
+        """
+        ours = _ours(param_group) if isinstance(param_group, dict) else param_group
+        super().add_param_group(ours)
 
     def residual(self, group: Group) -> Residual:
         """All of the gradient comes back scaled."""
@@ -128,7 +138,9 @@ class ApolloAdamW(LowRankOptimizer):
         super()._check(group)
         name = group["projector"]
         if not issubclass(PROJECTORS[name], Projector):
-            bases = ", ".join(repr(k) for k, cls in PROJECTORS.items() if issubclass(cls, Projector))
+            bases = ", ".join(
+                repr(k) for k, cls in PROJECTORS.items() if issubclass(cls, Projector)
+            )
             raise ValueError(
                 f"{type(self).__name__} measures coordinates in a basis, and projector={name!r} "
                 f"has none: take one of {bases}"
@@ -139,6 +151,25 @@ class ApolloAdamW(LowRankOptimizer):
                 f"{type(self).__name__}: one draw has nothing of the last. Take 'keep' (published) "
                 "or 'reset', or an orthonormal basis such as projector='svd'"
             )
+
+
+def _ours(given: Group) -> Group:
+    """A copy of a group in which APOLLO's names are ours.
+
+    ``scale_front`` means nothing: the limiter looks at a ratio of norms, and α is in both.
+
+    Raises:
+        ValueError: a value is out of range, or ``proj`` and ``projector`` differ.
+    """
+    check({k: v for k, v in given.items() if k in ApolloAdamW.extra_keys})
+    found = {k: v for k, v in given.items() if k not in ApolloAdamW.extra_keys}
+    if "proj" in given and found.setdefault("projector", given["proj"]) != given["proj"]:
+        raise ValueError(
+            f"projector={found['projector']!r} and its alias proj={given['proj']!r} differ"
+        )
+    if given.get("disable_nl"):
+        found["limiter"] = None
+    return found
 
 
 class ApolloAdamW8bit(ApolloAdamW):

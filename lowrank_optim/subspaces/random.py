@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -60,7 +61,7 @@ class Gaussian(Random):
 
     def find(self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext) -> Tensor:
         """Drawn ``(..., m, r)``, whatever the gradient."""
-        return self._drawn(grad, ctx) * self.rank**-0.5
+        return self._drawn(grad, ctx) / math.sqrt(self.rank)
 
     def searching(
         self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext

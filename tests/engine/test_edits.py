@@ -37,6 +37,7 @@ OTHERS: dict[str, list[Any]] = {
     "seed": [5],
     "alpha_mode": ["paper"],
     "scaling": ["matrix"],
+    "scale_type": ["tensor"],
     "limiter": [None, 2.0],
     "free_rule": ["sgd", "none"],
     "free_lr_scale": [0.1],

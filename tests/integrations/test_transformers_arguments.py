@@ -28,8 +28,8 @@ from tests.integrations.trainers import (
 )
 
 CLASSES = [
-    "GaLoreAdamW", "FiraAdamW", "FrugalAdamW", "DCTAdamW", "SSTAdamW", "SwitchLoRAAdamW",
-    "GaLoreAdafactor", "GaLoreLion", "GaLoreSGD",
+    "GaLoreAdamW", "FiraAdamW", "ApolloAdamW", "FrugalAdamW", "DCTAdamW", "SSTAdamW",
+    "SwitchLoRAAdamW", "GaLoreAdafactor", "GaLoreLion", "GaLoreSGD",
 ]  # fmt: skip
 
 # ------------------------------------------------------------------ read when it is made
@@ -244,6 +244,7 @@ def test_optim_that_says_the_same(tmp_path: Path, optim: str) -> None:
     [
         ("galore_adamw_8bit", "GaLoreAdamW", "means GaLoreAdamW8bit, and .* given GaLoreAdamW:"),
         ("galore_adamw", "FiraAdamW", "means GaLoreAdamW, and .* given FiraAdamW:"),
+        ("apollo_adamw", "GaLoreAdamW", "means ApolloAdamW, and .* given GaLoreAdamW:"),
         ("galore_adafactor_layerwise", "GaLoreAdamW", "means GaLoreAdafactor"),
         ("galore_adamw_layerwise", "GaLoreAdamW", "give trainer_optimizer in_backward='step'"),
     ],
