@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError
 
 from lowrank_optim.engine import answers
+from lowrank_optim.engine.momentum import sought
 from lowrank_optim.engine.plan import (
     ParamPlan,
     State,
@@ -160,6 +161,7 @@ def _search(
     assert view is not None and subspace is not None
     seen = None if look is None else look[1]
     fine: Tensor | None = None
+    grad = sought(item, state, grad, chosen)
     if subspace.needs_grad:
         norm, seen = look or (yield from subspace.looking(grad))
         if subspace.selects and on_accelerator(norm):

@@ -24,6 +24,7 @@ from lowrank_optim.engine.matrix_step import (
     portions,
     turn_,
 )
+from lowrank_optim.engine.momentum import join_lost_, momentum_of
 from lowrank_optim.engine.plan import (
     ParamPlan,
     State,
@@ -198,9 +199,13 @@ def _refreshed(
         coords = {k: x.clone() if chosen.maximize else x for k, x in grad.coords.items()}
     else:
         grad = chosen.residual.before(state, view.of(grad))
+        held, item.before = item.before, None
         if due:
+            if chosen.residual.lost:
+                held = momentum_of(item, state, chosen, copied=True)
             step = int(state["step"])
             yield from refreshing_(item, state, grad, step, chosen, coords, later=True)
+        join_lost_(held, state, grad, chosen)
     return grad, coords
 
 

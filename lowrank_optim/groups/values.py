@@ -119,6 +119,7 @@ VALUES: dict[str, Allowed] = {
     "proj_params_lr_scale": _NOT_NEGATIVE,
     "vector_lr_scale": _NOT_NEGATIVE,
     "s_lr_scale": _NOT_NEGATIVE,
+    "rho": number(lambda x: 0 <= x < 1, "a number in [0, 1)"),
     "limiter": number(lambda x: x >= 1, "a finite number of at least 1", none=True),
     "descent_ratio": number(lambda x: 0 < x <= 1, "a number in (0, 1]"),
     "dampening": number(lambda x: True, "a finite number"),

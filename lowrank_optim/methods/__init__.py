@@ -11,6 +11,7 @@ from lowrank_optim.methods.galore import (
     GaLoreLion,
     GaLoreSGD,
 )
+from lowrank_optim.methods.ldadam import LDAdamW, LDAdamW8bit
 from lowrank_optim.methods.sst import SSTAdamW, SSTAdamW8bit
 from lowrank_optim.methods.switchlora import SwitchLoRAAdamW, SwitchLoRAAdamW8bit
 
@@ -30,6 +31,8 @@ __all__ = [
     "GaLoreAdamW8bit",
     "GaLoreLion",
     "GaLoreSGD",
+    "LDAdamW",
+    "LDAdamW8bit",
     "SSTAdamW",
     "SSTAdamW8bit",
     "SwitchLoRAAdamW",
