@@ -38,6 +38,7 @@ OTHERS: dict[str, list[Any]] = {
     "alpha_mode": ["paper"],
     "scaling": ["matrix"],
     "scale_type": ["tensor"],
+    "rho": [0.5],
     "limiter": [None, 2.0],
     "free_rule": ["sgd", "none"],
     "free_lr_scale": [0.1],

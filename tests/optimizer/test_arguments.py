@@ -57,6 +57,7 @@ TABLE: dict[str, Row] = {
     "clip_threshold": _numbers(0.0, -1.0, text="a finite number above 0"),
     "decay_rate": _numbers(0.8, text="a finite number of at most 0"),
     "beta1": _numbers(1.0, -0.1, text=r"None or a number in \[0, 1\)", none=True),
+    "rho": _numbers(1.0, -0.1, text=r"a number in \[0, 1\)"),
     "rank": ((0, -4, 1.5, 2.0, NAN, INF, "64", True, [4], torch.tensor(4), {}, 1j),
              r"a positive int or a fraction in \(0, 1\)"),
     "update_proj_gap": _ints(1),

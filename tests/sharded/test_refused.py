@@ -29,6 +29,7 @@ SST: dict[str, Any] = {"steps_per_iteration": 3, "warmup_steps": 1}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "randk": ("FrugalAdamW", {"projector": "randk", "density": 0.3}, "randk"),
     "sst": ("SSTAdamW", {**SST, "rank": 2}, "Pass factors='active'"),
+    "ldadam": ("LDAdamW", {"rank": 2}, "Take DCTAdamW with error_feedback"),
     "fira block": ("FiraAdamW", {"projector": "block", "rank": 0.5}, "block"),
     "adafactor block": ("GaLoreAdafactor", {"projector": "block", "rank": 0.5}, "Adafactor"),
 }
