@@ -64,9 +64,9 @@ def momentum_of(
         chosen: of its group.
         copied: whether it must outlive a refresh, which writes bases and moments in place.
     """
-    step = int(state["step"])
-    if int(state["refresh_step"]) < 0 or step == 0:
+    if int(state["refresh_step"]) < 0:  # then a part of a state may be all that there is
         return None
+    step = int(state["step"])
     assert item.subspace is not None and item.view is not None
     slots = chosen.rule.slots(item.subspace.coord_shapes(item.view)["low"])
     n, slot = next((n, slot) for n, slot in enumerate(slots) if slot.signed)

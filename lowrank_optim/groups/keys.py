@@ -83,6 +83,8 @@ FOREIGN: dict[str, str] = {
     "max_unorm": "it is bitsandbytes'; clip with torch.nn.utils.clip_grad_norm_",
     "is_paged": "it is bitsandbytes'; state is not paged, attach_in_backward saves gradients",
     "use_muon": "it is Muon's; give those parameters to an optimizer of their own",
+    "enable_lowrank": "it is LDAdam's; a group that names a rank is projected, others are dense",
+    "proj_method": "it is LDAdam's; LDAdamW takes one power iteration, from an SVD at first",
     "weight_decouple": "it is pytorch_optimizer's; decay is always decoupled",
     "fixed_decay": "it is pytorch_optimizer's; decay is always multiplied by lr",
     "quant": "it is Q-GaLore's; state_dtype='8bit' keeps moments in 8 bits, projectors stay whole",

@@ -136,6 +136,7 @@ CLASSES = {
     "apollo": "ApolloAdamW",
     "frugal": "FrugalAdamW",
     "dct_adamw": "DCTAdamW",
+    "ldadam": "LDAdamW",
     "sst": "SSTAdamW",
     "switchlora": "SwitchLoRAAdamW",
 }
@@ -191,6 +192,7 @@ def test_table_of_what_each_method_can_do() -> None:
     assert said.pop("Fira").startswith("no") and said.pop("APOLLO").startswith("no")
     assert said.pop("FRUGAL") == 'with `free_rule="none"` and a projector other than `block`'
     assert said.pop("DCT-AdamW") == "with `update_proj_gap` above 1 and no error feedback"
+    assert said.pop("LDAdam") == "with `update_proj_gap` above 1 and no error feedback"
     assert said.pop("SwitchLoRA") == "as modules" and not said
     assert all(attaches(name, "step") for name in CLASSES.values())
     assert attaches("GaLoreAdamW", "project") and attaches("SSTAdamW", "project")
@@ -201,6 +203,9 @@ def test_table_of_what_each_method_can_do() -> None:
     assert attaches("DCTAdamW", "project", update_proj_gap=2)
     assert not attaches("DCTAdamW", "project")
     assert not attaches("DCTAdamW", "project", update_proj_gap=2, error_feedback="8bit")
+    assert attaches("LDAdamW", "project", update_proj_gap=2, error_feedback=None)
+    assert not attaches("LDAdamW", "project", error_feedback=None)
+    assert not attaches("LDAdamW", "project", update_proj_gap=2)
     assert attaches("SwitchLoRAAdamW", "project", modules=True)
     assert not attaches("SwitchLoRAAdamW", "project")
 

@@ -226,7 +226,9 @@ def test_groups_of_apollo_are_refused(cls: Any, keys: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("key", FOREIGN)
 def test_keys_of_other_packages_have_a_remedy(key: str) -> None:
-    message = f"'{key}' in group 0: it is (bitsandbytes|Muon|pytorch_optimizer|Q-GaLore)'s?; "
+    message = (
+        f"'{key}' in group 0: it is (bitsandbytes|Muon|pytorch_optimizer|Q-GaLore|LDAdam)'s?; "
+    )
     with pytest.raises(ValueError, match=message):
         GaLoreAdamW([group(GaLoreAdamW, **{key: True})])
     with pytest.raises(TypeError, match=rf"GaLoreAdamW\(\) got .*'{key}': it is "):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim import LDAdamW, LDAdamW8bit
+from lowrank_optim import LDAdamW, LDAdamW8bit, attach_in_backward
 from tests import cases
 from tests.cases import matrices
 from tests.compare import assert_close, relative
@@ -139,6 +139,35 @@ def test_the_gradient_is_left_alone() -> None:
         param.grad = grad.clone()
         optimizer.step()
         assert torch.equal(param.grad, grad)
+
+
+@pytest.mark.parametrize("mode", ["step", "project"])
+def test_inside_backward_it_is_the_plain_run(mode: Any) -> None:
+    """Where bases rest, coordinates are all that is kept; "step" at any gap."""
+    own: dict[str, Any] = {"rank": 4, "lr": 1e-2}
+    own |= {"update_proj_gap": 2, "error_feedback": None} if mode == "project" else {}
+    runs = []
+    for attached in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(32, 16).double()
+        optimizer = LDAdamW(model.named_parameters(), **own)
+        handle = attach_in_backward(optimizer, mode) if attached else None
+        for _ in range(6):
+            model(torch.randn(4, 32).double()).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if handle is not None:
+            handle.remove()
+        runs.append(model.weight.detach())
+    assert_close(runs[0], runs[1])
+
+
+def test_what_moves_at_every_step_keeps_no_coordinates() -> None:
+    model = nn.Linear(32, 16)
+    for own, why in (({}, "does not see"), ({"error_feedback": None}, "at every step")):
+        optimizer = LDAdamW(model.named_parameters(), rank=4, **own)
+        with pytest.raises(ValueError, match=f"{why}.*use mode='step'"):
+            attach_in_backward(optimizer, "project")
 
 
 def test_a_bad_gradient_changes_nothing() -> None:
