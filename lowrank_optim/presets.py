@@ -132,7 +132,7 @@ def apollo_pretrain(size: str, *, mini: bool = False) -> Arguments:
     (apollo-torch 1.0.3), whose text has a rank of a quarter of the hidden size.
 
     Raises:
-        ValueError: nothing was published for ``size``.
+        ValueError: nothing was published for ``size`` or ``mini``.
 
     Example:
         >>> from lowrank_optim import presets
@@ -140,7 +140,7 @@ def apollo_pretrain(size: str, *, mini: bool = False) -> Arguments:
         >>> settings["rank"], settings["scale"], settings["scale_type"]
         (1, 128.0, 'tensor')
     """
-    rank, scale = _one(_APOLLO[mini], size, "size")
+    rank, scale = _one(_one(_APOLLO, mini, "value of mini"), size, "size")
     own = {"lr": 0.01, "eps": 1e-6, "weight_decay": 0.0, "rank": rank, "update_proj_gap": 200}
     own |= {"scale": scale, "scale_type": "tensor" if mini else "channel", "limiter": 1.01}
     return {**own, **_PUBLISHED, "projector": "random"}

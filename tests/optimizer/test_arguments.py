@@ -278,6 +278,13 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Wrong]]] = {
         )
         for name in ("galore_pretrain", "fira_pretrain", "frugal_pretrain")
     },
+    "presets.apollo_pretrain": (
+        presets.apollo_pretrain,
+        {"size": [(x, ValueError, "no published size .*; there are '60m', '1b'")
+                  for x in ("2b", 60, None, ["60m"], {})],
+         "mini": [(x, ValueError, "no published value of mini .*; there are False, True")
+                  for x in ("yes", 1, None, [True])]},
+    ),
     **{
         f"presets.{name}": (
             getattr(presets, name),
@@ -295,6 +302,7 @@ FINE: dict[str, dict[str, Any]] = {
     "lowrank_groups": {"model": layer(), "rank": 2},
     "memory.estimate": {"model": layer(), "optimizer_class": methods.GaLoreAdamW},
     "nn.convert": {"model": layer(), "method": "sst", "rank": 2},
+    "presets.apollo_pretrain": {"size": "60m"},
     "presets.galore_glue": {"task": "cola"},
     "presets.frugal_glue": {"task": "cola"},
 }
