@@ -190,18 +190,18 @@ def test_a_bad_gradient_changes_nothing() -> None:
 
 def test_the_error_makes_the_difference_where_a_subspace_is_too_small() -> None:
     """A quadratic in all directions at rank 1: with the memory the loss falls, without it less."""
-    target = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    target = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
     losses = {}
     for memory in (None, "float32"):
-        param = nn.Parameter(torch.zeros(16, 16))
-        optimizer = LDAdamW([param], lr=0.05, rank=1, weight_decay=0.0, error_feedback=memory)
-        for _ in range(200):
+        param = nn.Parameter(torch.zeros(12, 12))
+        optimizer = LDAdamW([param], lr=0.1, rank=1, weight_decay=0.0, error_feedback=memory)
+        for _ in range(80):
             optimizer.zero_grad()
             loss = (param - target).square().sum()
             loss.backward()
             optimizer.step()
         losses[memory] = float(loss.detach())
-    assert losses["float32"] < 0.7 * losses[None], losses
+    assert losses["float32"] < 0.75 * losses[None], losses
 
 
 @pytest.mark.parametrize(("options", "message"), [
