@@ -248,7 +248,7 @@ def test_arguments_that_were_written_for_apollo(tmp_path: Path) -> None:
         groups = trainer(args, method=methods.ApolloAdamW).create_optimizer().param_groups
     (own,) = {(g["rank"], g["projector"], g["scale_type"], g["scale"]) for g in groups if g["rank"]}
     assert own == (1, "random", "tensor", 128)
-    with pytest.raises(ValueError, match="APOLLO's.*train with ApolloAdamW"):
+    with pytest.raises(ValueError, match=r"APOLLO's.*train with ApolloAdamW"):
         trainer(bare(tmp_path, optim_args=mini)).create_optimizer()
 
 
