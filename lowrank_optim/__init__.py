@@ -10,6 +10,8 @@ from lowrank_optim.checkpoints.importers import (
 from lowrank_optim.fitting import fit
 from lowrank_optim.groups import lowrank_groups
 from lowrank_optim.methods import (
+    ApolloAdamW,
+    ApolloAdamW8bit,
     BAdamW,
     BAdamW8bit,
     DCTAdamW,
@@ -25,6 +27,8 @@ from lowrank_optim.methods import (
     GaLoreAdamW8bit,
     GaLoreLion,
     GaLoreSGD,
+    LDAdamW,
+    LDAdamW8bit,
     LisaAdamW,
     LisaAdamW8bit,
     SSTAdamW,
@@ -39,6 +43,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PROJECTORS",
+    "ApolloAdamW",
+    "ApolloAdamW8bit",
     "BAdamW",
     "BAdamW8bit",
     "DCTAdamW",
@@ -54,6 +60,8 @@ __all__ = [
     "GaLoreAdamW8bit",
     "GaLoreLion",
     "GaLoreSGD",
+    "LDAdamW",
+    "LDAdamW8bit",
     "LisaAdamW",
     "LisaAdamW8bit",
     "LowRankOptimizer",

@@ -139,7 +139,7 @@ def with_defaults(cls: type[LowRankOptimizer], options: Options) -> Group:
         ValueError: an argument of torch asks for something that no optimizer here does.
     """
     name = cls.__name__
-    refuse_apollo(options, name, "the constructor")
+    refuse_apollo(options, cls.group_keys(), name, "the constructor")
     given = without_torch_flags(options, name)
     unknown = [key for key in given if key not in DEFAULTS]
     if unknown:

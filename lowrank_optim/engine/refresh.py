@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError
 
 from lowrank_optim.engine import answers
+from lowrank_optim.engine.momentum import sought
 from lowrank_optim.engine.offload import on_device
 from lowrank_optim.engine.plan import (
     ParamPlan,
@@ -183,6 +184,7 @@ def _search(
     assert view is not None and subspace is not None
     seen = None if look is None else look[1]
     fine: Tensor | None = None
+    grad = sought(item, state, grad, chosen)
     if subspace.needs_grad:
         norm, seen = look or (yield from subspace.looking(grad))
         if norm is None:

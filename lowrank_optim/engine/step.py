@@ -25,6 +25,7 @@ from lowrank_optim.engine.matrix_step import (
     portions,
     turn_,
 )
+from lowrank_optim.engine.momentum import join_lost_, momentum_of
 from lowrank_optim.engine.offload import Staging, load_of
 from lowrank_optim.engine.plan import (
     ParamPlan,
@@ -270,9 +271,14 @@ def _refreshed(
         if int(state["refresh_step"]) < 0:
             state["postponed"] += 1  # no gradient yet that says something
         coords = {k: x.clone() if chosen.maximize else x for k, x in grad.coords.items()}
-    elif due:
-        step = int(state["step"])
-        yield from refreshing_(item, state, grad, step, chosen, moved, later=True)
+    else:
+        held, item.before = item.before, None
+        if due:
+            if chosen.residual.lost:
+                held = momentum_of(item, state, chosen, copied=True)
+            step = int(state["step"])
+            yield from refreshing_(item, state, grad, step, chosen, moved, later=True)
+        join_lost_(held, state, grad, chosen)
     coords |= {k: own.low for k, own in moved.items() if own.low is not None}
     said = (own.finite for own in moved.values() if own.finite is not None)
     return grad, coords, next(said, None)

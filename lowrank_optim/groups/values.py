@@ -32,6 +32,8 @@ CHOICES: dict[str, Collection[str | None]] = {
     "state_device": (None, "cpu"),
     "alpha_mode": ("release", "paper"),
     "scaling": ("column", "matrix"),
+    "scale_type": ("channel", "tensor"),
+    "proj": ("random", "svd"),
     "basis": ("dct2", "dct3"),
     "ranking": ("l2", "l1"),
     "transform": ("auto", "matmul", "fft"),
@@ -64,6 +66,8 @@ FLAGS = (
     "scale_parameter",
     "relative_step",
     "warmup_init",
+    "disable_nl",
+    "scale_front",
 )
 """Keys that are True or False."""
 
@@ -131,6 +135,7 @@ VALUES: dict[str, Allowed] = {
     "proj_params_lr_scale": _NOT_NEGATIVE,
     "vector_lr_scale": _NOT_NEGATIVE,
     "s_lr_scale": _NOT_NEGATIVE,
+    "rho": number(lambda x: 0 <= x < 1, "a number in [0, 1)"),
     "limiter": number(lambda x: x >= 1, "a finite number of at least 1", none=True),
     "descent_ratio": number(lambda x: 0 < x <= 1, "a number in (0, 1]"),
     "dampening": number(lambda x: True, "a finite number"),

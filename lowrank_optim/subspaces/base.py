@@ -120,6 +120,11 @@ class Subspace(ABC):
     they go back where it did not come about."""
 
     @property
+    def blend(self) -> float:
+        """Share of the lifted first moment in what a basis is found from."""
+        return 0.0
+
+    @property
     def whole(self) -> str | None:
         """Why every rank must have all of a matrix, and what to use in its place, as a clause.
 

@@ -230,15 +230,18 @@ class Projector(Subspace):
             assert term.columns is not None
             term = Term("scaled", term.columns)
             wide, scale = (wide, 1.0) if scale == 1 else (wide * scale, 1.0)
+        basis = state["basis"]
+        if scale == 0 and term.kind == "scaled":  # nothing is lifted: a product over no directions
+            basis, wide, low = basis[..., :0], wide[..., :0, :], low[..., :0, :]
         rounds = into.rounding is not None
         if rounds or isinstance(term.gain, Tensor) or isinstance(into.decay, Tensor):
             ops.lift_add_term_(
-                into.param, into.grad, state["basis"], wide, low, term.columns, term.gain,
+                into.param, into.grad, basis, wide, low, term.columns, term.gain,
                 into.decay, into.lr, scale, into.rounding, into.finite,
             )  # fmt: skip
             return
         finite = [] if into.finite is None else [into.finite]
-        common = [into.param], [into.grad], [state["basis"]], [wide], [low]
+        common = [into.param], [into.grad], [basis], [wide], [low]
         if term.kind == "scaled":
             assert term.columns is not None
             columns = [term.columns]

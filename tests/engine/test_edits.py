@@ -48,6 +48,8 @@ OTHERS: dict[str, list[Any]] = {
     "seed": [5],
     "alpha_mode": ["paper"],
     "scaling": ["matrix"],
+    "scale_type": ["tensor"],
+    "rho": [0.5],
     "limiter": [None, 2.0],
     "free_rule": ["sgd", "none"],
     "free_lr_scale": [0.1],

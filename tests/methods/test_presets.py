@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -44,9 +45,18 @@ GLUE = {  # GaLore rank 4 and 8, FRUGAL
     "sst2": (1e-5, 2e-5, 5e-5),
     "stsb": (1e-5, 3e-5, 1e-4),
 }
+APOLLO = {  # rank, scale
+    False: {"60m": (128, 1.0), "1b": (256, 1.0), "7b": (256, 1.0)},
+    True: {"60m": (1, 128.0), "130m": (1, 192.0), "7b": (1, 128.0)},
+}
 CASES: list[tuple[str, Callable[..., dict[str, Any]], tuple[Any, ...]]] = [
     *(("GaLoreAdamW", presets.galore_pretrain, (size,)) for size in PRETRAIN["galore"]),
     *(("FiraAdamW", presets.fira_pretrain, (size,)) for size in PRETRAIN["fira"]),
+    *(
+        ("ApolloAdamW", functools.partial(presets.apollo_pretrain, mini=mini), (size,))
+        for mini, sizes in APOLLO.items()
+        for size in sizes
+    ),
     *(("FrugalAdamW", presets.frugal_pretrain, (size,)) for size in FRUGAL),
     *(("GaLoreAdamW", presets.galore_glue, (task, r)) for task in GLUE for r in (4, 8)),
     *(("FrugalAdamW", presets.frugal_glue, (task, r)) for task in GLUE for r in (8, 0)),
@@ -68,6 +78,19 @@ def test_pretraining_is_as_in_the_tables(name: str) -> None:
             assert (got["alpha_mode"], got["limiter"], got["scaling"]) == (
                 "release", 1.01, "column"
             )  # fmt: skip
+
+
+def test_apollo_is_as_published() -> None:
+    for mini, sizes in APOLLO.items():
+        for size, (rank, scale) in sizes.items():
+            got = presets.apollo_pretrain(size, mini=mini)
+            assert (got["rank"], got["scale"], got["lr"], got["eps"]) == (rank, scale, 0.01, 1e-6)
+            assert got["scale_type"] == ("tensor" if mini else "channel")
+            assert (got["update_proj_gap"], got["limiter"], got["projector"]) == (
+                200, 1.01, "random"
+            )  # fmt: skip
+    with pytest.raises(ValueError, match="no published size '130m'"):
+        presets.apollo_pretrain("130m")
 
 
 def test_frugal_is_as_in_the_scripts() -> None:

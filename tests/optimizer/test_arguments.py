@@ -58,6 +58,7 @@ TABLE: dict[str, Row] = {
     "clip_threshold": _numbers(0.0, -1.0, text="a finite number above 0"),
     "decay_rate": _numbers(0.8, text="a finite number of at most 0"),
     "beta1": _numbers(1.0, -0.1, text=r"None or a number in \[0, 1\)", none=True),
+    "rho": _numbers(1.0, -0.1, text=r"a number in \[0, 1\)"),
     "rank": ((0, -4, 1.5, 2.0, NAN, INF, "64", True, [4], torch.tensor(4), {}, 1j),
              r"a positive int or a fraction in \(0, 1\)"),
     "update_proj_gap": _ints(1),
@@ -290,6 +291,13 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Wrong]]] = {
         )
         for name in ("galore_pretrain", "fira_pretrain", "frugal_pretrain")
     },
+    "presets.apollo_pretrain": (
+        presets.apollo_pretrain,
+        {"size": [(x, ValueError, "no published size .*; there are '60m', '1b'")
+                  for x in ("2b", 60, None, ["60m"], {})],
+         "mini": [(x, ValueError, "no published value of mini .*; there are False, True")
+                  for x in ("yes", 1, None, [True])]},
+    ),
     **{
         f"presets.{name}": (
             getattr(presets, name),
@@ -307,6 +315,7 @@ FINE: dict[str, dict[str, Any]] = {
     "lowrank_groups": {"model": layer(), "rank": 2},
     "memory.estimate": {"model": layer(), "optimizer_class": methods.GaLoreAdamW},
     "nn.convert": {"model": layer(), "method": "sst", "rank": 2},
+    "presets.apollo_pretrain": {"size": "60m"},
     "presets.galore_glue": {"task": "cola"},
     "presets.frugal_glue": {"task": "cola"},
 }

@@ -61,8 +61,8 @@ def test_all_cases_are_well_posed() -> None:
 
 TURNS = [(name, SIZES[i // 3 % 3], HOWS[i % 3]) for i, name in enumerate(NAMED)]
 DEFAULT = (
-    "rsvd", "random", "columns", "block", "fira svd", "frugal rows", "dct memory", "sst",
-    "switchlora of weights",
+    "rsvd", "random", "columns", "block", "fira svd", "apollo mini", "frugal rows", "dct memory",
+    "sst", "switchlora of weights",
 )  # fmt: skip
 """What the default run has of them, by columns and in plain DTensors. ``test_mutations.py`` has
 others by rows, and by rows these: each basis, side and residual. All, everywhere, are slow."""
@@ -184,6 +184,8 @@ def test_every_two_values_meet() -> None:
             met = {(row[i], row[j]) for row in ROWS}
             missing = {(x, y) for x in FACTORS[a] for y in FACTORS[b]} - met
             none = {(x, "block") for x in ("dct memory", "fira", "fira matrix", "fira paper")}
+            sets = ("block", "columns", "rows")  # have no basis that could be measured
+            none |= {(x, y) for x in ("apollo", "apollo mini") for y in sets}
             assert missing <= none, (a, b, missing)
 
 

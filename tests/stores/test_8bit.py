@@ -331,7 +331,7 @@ CLAUSES = [
 """What does not depend on which elements share a block."""
 
 
-ALIKE = ("FiraAdamW", "FrugalAdamW", "FrugalLion", "FrugalSGD")
+ALIKE = ("ApolloAdamW", "FiraAdamW", "FrugalAdamW", "FrugalLion", "FrugalSGD")
 """Their rules and their stores are those of GaLore's classes; of a residual there are no codes."""
 
 
