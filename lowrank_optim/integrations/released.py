@@ -80,7 +80,9 @@ RELEASES: dict[str, _Release] = {
         },
     ),
     "apollo_torch": _Release(
-        "apollo-torch", "1.0", {"APOLLOAdamW": _Stand("ApolloAdamW", {"weight_decay": 0.0})}
+        "apollo-torch",
+        "1.0",
+        {"APOLLOAdamW": _Stand("ApolloAdamW", {"eps": 1e-6, "weight_decay": 0.0})},
     ),
 }
 """Packages by the name of their module."""
@@ -134,13 +136,12 @@ def as_galore_torch(**options: Any) -> ModuleType:
 
 
 def as_apollo_torch(**options: Any) -> ModuleType:
-    """Make ``import apollo_torch`` find ``ApolloAdamW``, where this version has one.
+    """Make ``import apollo_torch`` find ``ApolloAdamW``: ``optim="apollo_adamw"`` of transformers.
 
     Args:
         **options: as of :func:`as_galore_torch`.
 
     Raises:
-        NotImplementedError: this version has no APOLLO.
         RuntimeError: apollo-torch is installed, or an older transformers has looked for it.
         TypeError: an option is not one of the class.
     """
@@ -149,11 +150,6 @@ def as_apollo_torch(**options: Any) -> ModuleType:
 
 def _register(name: str, options: Group) -> ModuleType:
     release = RELEASES[name]
-    missing = [stand.method for stand in release.classes.values() if stand.method not in METHODS]
-    if missing:
-        raise NotImplementedError(
-            f"this version of lowrank_optim has no {missing[0]}, which would stand in for {name}"
-        )
     found = find_spec(name)
     if found is not None and found.loader is not _FINDER:
         raise RuntimeError(

@@ -309,15 +309,32 @@ def test_checkpoints_and_pickles_are_ours() -> None:
 
 
 @pytest.mark.usefixtures("not_installed")
-@pytest.mark.skipif("ApolloAdamW" in METHODS, reason="there is one, which the next test runs")
-def test_a_class_that_this_version_has_not() -> None:
-    with pytest.raises(NotImplementedError, match=r"no ApolloAdamW, .* for apollo_torch"):
-        as_apollo_torch()
+@pytest.mark.parametrize("optim_args", ["rank=4,update_proj_gap=2", "mini"])
+def test_apollo_trains_as_the_class_made_by_hand(tmp_path: Path, optim_args: str) -> None:
+    """To the bit: channels, and APOLLO-Mini, whose keys transformers puts into the group."""
+    keys: dict[str, Any] = {"rank": 4, "update_proj_gap": 2}
+    if optim_args == "mini":
+        keys = {"rank": 1, "scale_type": "tensor", "scale": 128.0}
+        optim_args = ",".join(f"{key}={value}" for key, value in keys.items())
+    assert importlib.metadata.version(as_apollo_torch().__name__).startswith("1.0+lowrank")
+    net, other = model(), model()
+    args = strings(tmp_path, "apollo_adamw", optim_args=optim_args)
+    run = transformers.Trainer(model=net, args=args, train_dataset=data())
+    run.train()
+    assert isinstance(run.optimizer.optimizer, METHODS["ApolloAdamW"])
 
-
-@pytest.mark.usefixtures("not_installed")
-def test_any_release_whose_class_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table is all there is to another one."""
-    monkeypatch.setitem(METHODS, "ApolloAdamW", METHODS.get("ApolloAdamW", METHODS["FiraAdamW"]))
-    assert issubclass(as_apollo_torch().APOLLOAdamW, METHODS["ApolloAdamW"])
-    assert importlib.metadata.version("apollo_torch").startswith("1.0+lowrank")
+    dense, low = split(other)
+    keys |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    groups = [{"params": dense, "rank": None}, {"params": low, **keys}]
+    fixed = {"weight_decay": 0.0, "eps": 1e-6}  # the release's, of what Trainer does not say
+    optimizer = METHODS["ApolloAdamW"](groups, lr=args.learning_rate, **fixed)
+    hand = transformers.Trainer(
+        model=other,
+        args=strings(tmp_path, "adamw_torch"),
+        train_dataset=data(),
+        optimizers=(optimizer, None),
+    )
+    hand.train()
+    for mine, theirs in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert not torch.equal(net.lm_head.weight, model().lm_head.weight)
