@@ -158,7 +158,7 @@ def test_any_two_choices_go_together_everywhere(
     check(ranks, size, named(row), to_case(row))
 
 
-@pytest.mark.parametrize("name", ["rsvd", "dct each step"])
+@pytest.mark.parametrize("name", ["rsvd", pytest.param("dct each step", marks=pytest.mark.slow)])
 def test_moments_in_bfloat16(name: str, ranks: Worlds) -> None:
     """Their rounding is drawn, so that a run is near: within a tenth of the way it went."""
     case = replace(NAMED[name], only=SHORT)
