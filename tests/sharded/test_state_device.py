@@ -53,7 +53,7 @@ def _differs(world: World, case: training.Case) -> str:
                 trained.step(step)
                 for x in resting(trained.optimizer):
                     device.host(x)
-                if step == 1:
+                if step == 0:  # buffers are asked for anew, and two steps have them all
                     saved = trained.optimizer.state_dict()
                     trained.optimizer = training.make_optimizer(own, trained.named.items())
                     trained.optimizer.load_state_dict(saved)
