@@ -69,6 +69,18 @@ def method_names() -> list[str]:
     return list(methods.__all__)
 
 
+def distinct_names() -> list[str]:
+    """Those that differ where matrices are too small for codes: one class of 8 bits for all.
+
+    Each of the others is then the class without them, under another name. Codes have tests of their
+    own, in ``tests/stores``.
+    """
+    return [name for name in method_names() if not name.endswith("8bit") or name == NARROW]
+
+
+NARROW = "GaLoreAdamW8bit"
+
+
 def projecting_names() -> list[str]:
     """Those whose subspace is a projector, so that what is known of bases must hold."""
     own = LowRankOptimizer.subspace

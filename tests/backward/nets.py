@@ -12,7 +12,7 @@ from lowrank_optim import LowRankOptimizer
 from lowrank_optim.residuals import Drop
 from tests import cases
 
-METHODS = cases.method_names()
+METHODS = cases.distinct_names()
 STEPS = 7
 
 

@@ -176,7 +176,7 @@ def test_an_unsound_lift_writes_nothing(backend: str, dtype: torch.dtype) -> Non
 
 def test_top_rows(backend: str) -> None:
     """Among equals the lowest; with nothing to choose, and with everything."""
-    for _ in range(20):
+    for _ in range(4 if INTERPRETED else 20):
         run("top_rows_", ops_cosines.top(torch.float32))
     a = ops_cosines.top(torch.float32)
     a["indices"] = [torch.arange(x.numel()).int() for x in a["scores"]]
@@ -184,7 +184,7 @@ def test_top_rows(backend: str) -> None:
     run("top_rows_", a)
     a["indices"], a["sources"] = ([x[:0] for x in a[k]] for k in ("indices", "sources"))
     run("top_rows_", a)
-    for _ in range(3):
+    for _ in range(1 if INTERPRETED else 3):
         run("top_rows_", ops_cosines.told(torch.float32))
 
 
@@ -201,7 +201,7 @@ def test_top_rows_of_what_says_nothing_stay(backend: str) -> None:
 
 def test_top_rows_that_move(backend: str) -> None:
     """In any order, of every format and width."""
-    for _ in range(3):
+    for _ in range(1 if INTERPRETED else 3):
         run("move_rows_", ops_cosines.moves())
     long = torch.arange(3000.0).view(1000, 3)
     source = torch.randperm(1000).int()

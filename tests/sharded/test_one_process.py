@@ -92,7 +92,7 @@ def torch_or(name: str, **of: Any) -> Case:
     ("name", "how"),
     [
         pytest.param("torch", "fsdp", marks=pytest.mark.slow),
-        ("svd", "tensors"),
+        pytest.param("svd", "tensors", marks=pytest.mark.slow),
         ("fira svd", "fsdp"),
         ("dct each step", "tensors"),
     ],
@@ -106,7 +106,7 @@ def test_pairs_of_ranks_are_worlds_of_their_own(name: str, how: str, ranks: Worl
         training.assert_equal_runs(training.assembled(pair), expected)
 
 
-@pytest.mark.parametrize("name", [TORCH, "svd", "fira svd"])
+@pytest.mark.parametrize("name", [TORCH, pytest.param("svd", marks=pytest.mark.slow), "fira svd"])
 def test_one_optimizer_of_two_meshes(name: str, ranks: Worlds) -> None:
     """Weights split by the rows of a square of ranks beside weights split by its columns."""
     case = torch_or(name, how="tensors", only=("wide", "tall"), mesh="crossed", steps=4)
@@ -158,7 +158,7 @@ def test_any_two_choices_go_together_everywhere(
     check(ranks, size, named(row), to_case(row))
 
 
-@pytest.mark.parametrize("name", ["rsvd", "dct each step"])
+@pytest.mark.parametrize("name", ["rsvd", pytest.param("dct each step", marks=pytest.mark.slow)])
 def test_moments_in_bfloat16(name: str, ranks: Worlds) -> None:
     """Their rounding is drawn, so that a run is near: within a tenth of the way it went."""
     case = replace(NAMED[name], only=SHORT)

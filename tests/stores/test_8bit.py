@@ -342,7 +342,10 @@ ALIKE = ("ApolloAdamW", "FiraAdamW", "FrugalAdamW", "FrugalLion", "FrugalSGD")
             clause,
             name,
             id=f"{name}-{clause.__name__}",
-            marks=pytest.mark.slow if name in ALIKE and (i + ALIKE.index(name)) % 4 else (),
+            marks=pytest.mark.slow
+            if (name in ALIKE and (i + ALIKE.index(name)) % 4)
+            or (clause.__name__ == "descends" and name != "SSTAdamW")
+            else (),
         )
         for i, clause in enumerate(CLAUSES)
         for name in cases.method_names()
