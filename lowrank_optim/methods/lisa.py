@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Unpack
 import torch.distributed as dist
 from torch import Tensor
 
+from lowrank_optim.engine import tracing
 from lowrank_optim.engine.blocks import turned_
 from lowrank_optim.engine.plan import ParamPlan, Strategies
 from lowrank_optim.groups import Group
@@ -128,7 +129,8 @@ class _Layers(LowRankOptimizer):
         Where several processes train, all do: wrappers look at ``requires_grad`` once.
         """
         groups = list(self._groups())
-        active = turned_(groups, self.state)
+        with tracing.hosted():  # which layers begin may be drawn, and a fake draw says nothing
+            active = turned_(groups, self.state)
         every = [item for items, _ in groups for item in items]
         blocks = [item for item in every if isinstance(item.subspace, Block)]
         for item in every:

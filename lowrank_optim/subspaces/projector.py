@@ -275,9 +275,10 @@ def usable(norm: Tensor) -> Tensor:
 
 def replaced(grad: Tensor, known: Tensor, ctx: RefreshContext) -> Tensor:
     """The gradient where it is ``known`` to be usable, else noise, drawn where the gradient is."""
-    generator = ctx.generator
-    if not (grad.is_cpu or grad.is_meta or isinstance(grad, FakeTensor)):
-        generator = torch.Generator(grad.device).manual_seed(generator.initial_seed())
+    host = grad.is_cpu or grad.is_meta or isinstance(grad, FakeTensor)
+    # one of its own: what a search draws is what a host's draws, which replaces nothing
+    generator = torch.Generator("cpu" if host else grad.device)
+    generator.manual_seed(ctx.generator.initial_seed())
     noise = torch.empty(grad.shape[-2:], dtype=grad.dtype, device=grad.device)
     return torch.where(known, grad, noise.normal_(generator=generator))
 

@@ -145,7 +145,7 @@ OTHERS: list[tuple[type[LowRankOptimizer], str, Any, str]] = [
         1.01,
         r"ApolloAdamW, ApolloAdamW8bit, FiraAdamW and \d+ more read 'limiter'",
     ),
-    (GaLoreLion, "eps", 1e-8, r"ApolloAdamW, ApolloAdamW8bit, DCTAdamW and \d+ more read 'eps'"),
+    (GaLoreLion, "eps", 1e-8, r"ApolloAdamW, ApolloAdamW8bit, BAdamW and \d+ more read 'eps'"),
     (GaLoreAdamW, "momentum", 0.9, "FrugalSGD, GaLoreSGD read 'momentum'"),
     (GaLoreAdamW, "sampling", "topr", "SSTAdamW, SSTAdamW8bit read 'sampling'"),
     (GaLoreAdamW, "clip_threshold", 1.0, "GaLoreAdafactor reads 'clip_threshold'"),

@@ -71,7 +71,11 @@ def test_axolotls_own_names_find_this_package(optimizer: str) -> None:
 @pytest.mark.parametrize(
     ("cfg", "args", "said"),
     [
-        ({"lowrank_optim": {"method": "Galore"}}, {}, r"must be one of DCTAdamW, .* got 'Galore'"),
+        (
+            {"lowrank_optim": {"method": "Galore"}},
+            {},
+            r"must be one of Apollo.* got 'Galore'",
+        ),
         ({"lowrank_optim": "GaLoreAdamW"}, {}, r"a section of keys, .* got 'GaLoreAdamW'"),
         ({"optimizer": "lion_8bit", "lowrank_optim": {}}, {}, r"optimizer: lion_8bit and .* both"),
         ({"lowrank_optim": {}}, {"embedding_lr": 1e-5}, r"embedding_lr makes groups .*overrides"),

@@ -440,7 +440,7 @@ def test_readme_table_is_what_is_estimated(rows):
 
 def test_readme_recommends_what_fits(rows):
     """The lines under the table are a configuration of the table, in a column where it fits."""
-    (snippet,) = re.findall(r"```python\n(.*?)```", SECTION, re.S)
+    (snippet,) = re.findall(r"```python\n(.*?)```", SECTION.split("\n### ")[0], re.S)
     calls = {
         node.func.id: {k.arg: ast.literal_eval(k.value) for k in node.keywords}
         for node in ast.walk(ast.parse(snippet))

@@ -273,7 +273,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Wrong]]] = {
         {
             "model": [(x, TypeError, r"model must be a torch\.nn\.Module, got")
                       for x in (None, [weight()])],
-            "method": [(x, ValueError, "method must be one of 'sst', 'switchlora', got")
+            "method": [(x, ValueError, "method must be one of 'sst', 'switchlora', 'lost', .*got")
                        for x in ("lora", None, 3, ["sst"])],
             "rank": [(x, ValueError, "a positive int or a fraction") for x in (0, True, "64", 2.0)],
             "target_modules": [(7, TypeError, "a pattern or a list of them, got 7")],
@@ -297,6 +297,11 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Wrong]]] = {
                   for x in ("2b", 60, None, ["60m"], {})],
          "mini": [(x, ValueError, "no published value of mini .*; there are False, True")
                   for x in ("yes", 1, None, [True])]},
+    ),
+    "presets.sltrain_pretrain": (
+        presets.sltrain_pretrain,
+        {"size": [(x, ValueError, "no published size .*; there are '60m', '130m'")
+                  for x in ("2b", 60, None, ["60m"], {})]},
     ),
     **{
         f"presets.{name}": (
