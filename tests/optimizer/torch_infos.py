@@ -55,13 +55,26 @@ def inputs(name: str, device: Any) -> dict[str, dict[str, Any]]:
         # rounding, whose signs are coins, each as large a step as a true one.
         base = {"projector": "svd", "free_rule": "sgd", **base}
         options["blocks"] = {"projector": "block", "rank": 0.5}
+    if "LDAdam" in name:
+        # Likewise: further directions of a power iteration would be of rounding.
+        base["rank"] = 1
     if name in cases.projecting_names():
         kinds = {"columns", "svd", "random"} & PROJECTORS.keys()
         options |= {kind: {"projector": kind} for kind in sorted(kinds)}
-    if torch.device(device).type == "cuda" and cls.by_host is None:
+    if torch.device(device).type == "cuda" and _captures(cls, base, device):
         options["capturable"] = {"capturable": True}
     chosen = {desc: {**base, **o} for desc, o in options.items()}
     return {d: {k: v for k, v in o.items() if k not in cls.unused} for d, o in chosen.items()}
+
+
+def _captures(cls: Any, base: dict[str, Any], device: Any) -> bool:
+    """Whether a graph can hold a step of a class, which says so when it is made."""
+    known = {k: v for k, v in base.items() if k not in cls.unused}
+    try:
+        cls([torch.nn.Parameter(torch.ones(4, 6, device=device))], **known, capturable=True)
+    except ValueError:
+        return False
+    return True
 
 
 def errors(name: str, device: Any, dtype: torch.dtype) -> list[Any]:
