@@ -22,9 +22,8 @@ from lowrank_optim.memory.measuring import free
 TITLE = "A step of a whole model"
 GAP = 200
 STEPS: dict[str, tuple[str, dict[str, Any]]] = {
-    "GaLoreAdamW": ("GaLoreAdamW", {}),
     "GaLoreAdamW8bit": ("GaLoreAdamW8bit", {}),
-    "GaLoreAdamW8bit, columns": ("GaLoreAdamW8bit", {"projector": "columns"}),
+    "GaLoreAdamW8bit columns": ("GaLoreAdamW8bit", {"projector": "columns"}),
     "FiraAdamW": ("FiraAdamW", {}),
     "FrugalAdamW columns": ("FrugalAdamW", {"projector": "columns"}),
     "DCTAdamW gap 1": ("DCTAdamW", {"update_proj_gap": 1}),
