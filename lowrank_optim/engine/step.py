@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import compress
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -97,18 +98,33 @@ def step_items(
     undo: Undo,
 ) -> None:
     """One step of parameters of a group: alike matrices together, as many as a cache takes."""
+    for chunk in chunks(items, chosen):
+        states = [state_of(item) for item in chunk]
+        step_bucket(Bucket(chunk, states, chosen, lr, weight_decay, undo))
+
+
+def chunks(
+    items: Sequence[ParamPlan],
+    chosen: Strategies,
+    key: Callable[[ParamPlan], Any] = attrgetter("key"),
+) -> Iterator[list[ParamPlan]]:
+    """What is stepped together, in turn: each that comes alone, then alike matrices.
+
+    Args:
+        items: parameters of a group.
+        chosen: what their group chose.
+        key: equal of matrices that can be stepped together.
+    """
     buckets: dict[Any, list[ParamPlan]] = {}
     for item in items:
         if item.subspace is not None and not isinstance(item.subspace, Block):
-            buckets.setdefault(item.key, []).append(item)
-            continue
-        step_bucket(Bucket([item], [state_of(item)], chosen, lr, weight_decay, undo))
+            buckets.setdefault(key(item), []).append(item)
+        else:
+            yield [item]
     for alike in buckets.values():
         size = chunk_size(alike[0], chosen)
         for i in range(0, len(alike), size):
-            chunk = alike[i : i + size]
-            states = [state_of(item) for item in chunk]
-            step_bucket(Bucket(chunk, states, chosen, lr, weight_decay, undo))
+            yield alike[i : i + size]
 
 
 def chunk_size(item: ParamPlan, chosen: Strategies) -> int:

@@ -1,0 +1,319 @@
+"""What a step and a refresh need in passing, found by taking them without memory.
+
+The optimizer steps as on an accelerator: on tensors of the meta device, under ``FakeTensorMode``,
+with each storage followed from its birth to its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+
+from lowrank_optim.backward import attach_in_backward
+from lowrank_optim.backward.handle import InBackward
+from lowrank_optim.engine import tracing
+from lowrank_optim.engine.plan import ParamPlan
+from lowrank_optim.engine.refresh import phase
+from lowrank_optim.engine.step import chunks
+from lowrank_optim.groups import Group
+from lowrank_optim.memory.alive import Alive
+from lowrank_optim.optimizer import LowRankOptimizer
+from lowrank_optim.subspaces.block import Block
+from lowrank_optim.subspaces.spectral import Spectral
+from lowrank_optim.tensors.projected_grad import ProjectedGrad
+
+Due = Literal["first", "none", "all"] | frozenset[int]
+"""Bases that a step finds: the first of all, none, all again, or those of some parameters."""
+
+
+class Rehearsal:
+    """An optimizer that steps without memory.
+
+    Args:
+        params: the parameters of the model, each once.
+        make: makes the optimizer over what stands for each of them.
+        mode: of :func:`lowrank_optim.attach_in_backward`, if there is one.
+        attached: its other arguments.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        make: Callable[[Mapping[int, nn.Parameter]], Optimizer],
+        mode: Literal["project", "step"] | None = None,
+        attached: Sequence[tuple[str, Any]] = (),
+    ) -> None:
+        self._mode, self._fakes = mode, FakeTensorMode(allow_non_fake_inputs=True)
+        with self._within():
+            self.params = [_stand_in(p) for p in params]
+            self.optimizer = make({id(p): own for p, own in zip(params, self.params, strict=True)})
+            _as_on_an_accelerator(self.optimizer)
+            self._handle: InBackward | None = None
+            if mode is not None and isinstance(self.optimizer, LowRankOptimizer):
+                self._handle = attach_in_backward(self.optimizer, mode, **dict(attached))
+        self._number: dict[Tensor, int] = {p: i for i, p in enumerate(self.params)}
+        self._trained: list[Tensor] = [p for p in self.params if p.requires_grad]
+        self._known: dict[Hashable, Any] = {}
+
+    @classmethod
+    def of(
+        cls, params: Sequence[Tensor], make: Callable[[Mapping[int, nn.Parameter]], Optimizer],
+        mode: Literal["project", "step"] | None, attached: Sequence[tuple[str, Any]],
+    ) -> Rehearsal | None:  # fmt: skip
+        """A rehearsal; None of an optimizer that is not of this package and needs memory."""
+        found = cls(params, make, mode, attached)
+        if isinstance(found.optimizer, LowRankOptimizer):
+            return found
+        try:
+            found.step("first") if mode is None else found.arrivals("first")
+        except Exception:  # whatever another's step may raise of tensors without values
+            return None
+        return found
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether there are bases to be found, or blocks that take turns."""
+        if not isinstance(self.optimizer, LowRankOptimizer):
+            return False
+        return any(i.subspace is not None for _, items in self._groups() for i in items)
+
+    @contextmanager
+    def _within(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(self._fakes)
+            stack.enter_context(tracing.hosted())
+            yield
+
+    # ---------------------------------------------------------------- whole steps
+
+    def step(self, due: Due) -> int:
+        """Most bytes alive within ``optimizer.step()`` beyond weights, state and gradients.
+
+        Of matrices that are stepped alike only some have a gradient, so that a large model costs
+        what its different matrices do: see :func:`_told_apart`.
+        """
+        if ("step", due) not in self._known:
+            with self._within():
+                for p in self._prepared(due):
+                    p.grad = torch.empty_like(p)
+                    if self._mode == "project":
+                        self._hook(p)
+                self._known["step", due] = self._measured(self.optimizer.step)
+        return int(self._known["step", due])
+
+    def _prepared(self, due: Due) -> list[Tensor]:
+        """Counters such that just the bases ``due`` are; and who needs a gradient."""
+        self.optimizer.zero_grad()
+        if due == "first":
+            self.optimizer.state.clear()
+        elif not self.optimizer.state:
+            self.step("first")
+            self.optimizer.zero_grad()
+        if not isinstance(self.optimizer, LowRankOptimizer):
+            return self._trained
+        found: list[Tensor] = []
+        for group, items in self._groups():
+            flags = {item.param: self._is_due(item, due) for item in items}
+            _set_counters(self.optimizer, group, items, flags)
+            chosen = self.optimizer._strategies(group)
+            told = _told_apart(items, chosen, flags, apart=self._mode == "project")
+            found += [item.param for chunk in told for item in chunk]
+        return found
+
+    def _groups(self) -> Iterator[tuple[Group, list[ParamPlan]]]:
+        assert isinstance(self.optimizer, LowRankOptimizer)
+        for group in self.optimizer.param_groups:
+            items = [i for i in self.optimizer._items(group) if i.param.requires_grad]
+            yield group, items
+
+    def _is_due(self, item: ParamPlan, due: Due) -> bool:
+        if isinstance(due, frozenset):
+            return self._number[item.param] in due
+        return due != "none"
+
+    def turns(self) -> list[frozenset[int]]:
+        """Parameters whose bases are due at once: one set for each kind of step within a gap."""
+        by_phase: dict[int, set[int]] = {}
+        steps: dict[Hashable, frozenset[int]] = {}
+        chosen_of = {}
+        for group, items in self._groups():
+            assert isinstance(self.optimizer, LowRankOptimizer)
+            chosen = chosen_of[id(group)] = self.optimizer._strategies(group)
+            for item in items:
+                if item.subspace is not None and not isinstance(item.subspace, Block):
+                    by_phase.setdefault(phase(item, chosen), set()).add(self._number[item.param])
+        for own in by_phase.values():
+            due = frozenset(own)
+            kind = tuple(
+                _form(chunk, flags)
+                for group, items in self._groups()
+                for flags in [{item.param: self._is_due(item, due) for item in items}]
+                for chunk in _told_apart(
+                    items, chosen_of[id(group)], flags, apart=self._mode == "project"
+                )
+            )
+            steps.setdefault(kind, due)
+        return list(steps.values())
+
+    # ---------------------------------------------------------------- inside backward
+
+    def arrivals(self, due: Due, passes: int = 1) -> list[int]:
+        """The same of what happens as the gradient of each parameter arrives, in the last pass.
+
+        Beyond that gradient too. Parameters that are handled alike share one figure.
+        """
+        if (due, passes) in self._known:
+            return list(self._known[due, passes])
+        known: dict[Hashable, int] = {}
+        found = [0] * len(self.params)
+        with self._within():
+            self._prepared(due)
+            for p, kind in reversed(self._kinds()):  # about as backward comes by them
+                if kind not in known:
+                    for _ in range(passes):
+                        known[kind] = self._arrival(p)
+                found[self._number[p]] = known[kind]
+            self._finish()
+        self._known[due, passes] = found
+        return list(found)
+
+    def _kinds(self) -> list[tuple[Tensor, Hashable]]:
+        if not isinstance(self.optimizer, LowRankOptimizer):
+            return [(p, (p.shape, p.stride(), p.dtype)) for p in self._trained]
+        if self._mode == "step":
+            self.optimizer._make_state()
+        return [
+            (item.param, (n, _kind(item), *sorted(self.optimizer.state.get(item.param, ()))))
+            for n, (_, items) in enumerate(self._groups())
+            for item in items
+        ]
+
+    def _arrival(self, param: Tensor) -> int:
+        if param.grad is None:
+            param.grad = torch.empty_like(param)
+            return self._measured(lambda: self._hook(param))
+        more = torch.empty_like(param)
+
+        def again() -> None:
+            assert param.grad is not None
+            with torch.no_grad():
+                param.grad += more
+            self._hook(param)
+
+        return self._measured(again, more)
+
+    def _hook(self, param: Tensor) -> None:
+        if self._handle is not None:
+            self._handle._hook(param)
+        elif self._mode == "step":
+            self.optimizer.step()
+            param.grad = None
+
+    def _finish(self) -> None:
+        """What a step after backward does, so that another backward may come."""
+        if self._handle is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    # ---------------------------------------------------------------- counting
+
+    def _measured(self, work: Callable[[], Any], *more: Tensor) -> int:
+        """Most bytes beyond what was there before, or is there after: state is made once."""
+        alive = Alive("meta")
+        alive.hold([*self._held(), *more])
+        before = alive.now
+        with alive:
+            work()
+        return alive.most - max(before, alive.now)
+
+    def _held(self) -> Iterator[Tensor]:
+        yield from self.params
+        for p in self.params:
+            if isinstance(p.grad, ProjectedGrad):
+                yield from (*p.grad.coords.values(), *p.grad.fresh.values())
+            elif p.grad is not None:
+                yield p.grad
+        for state in self.optimizer.state.values():
+            yield from (x for x in state.values() if isinstance(x, Tensor) and x.is_meta)
+        if isinstance(self.optimizer, LowRankOptimizer):
+            yield from self.optimizer._shared.tensors()
+
+
+def _stand_in(param: Tensor) -> nn.Parameter:
+    like = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device="meta")
+    return nn.Parameter(like, requires_grad=param.requires_grad)
+
+
+def _as_on_an_accelerator(optimizer: Optimizer) -> None:
+    """Torch's own optimizers take all parameters at once there, where nobody chose."""
+    for group in optimizer.param_groups:
+        if group.get("foreach", ...) is None and not group.get("fused"):
+            group["foreach"] = True
+
+
+def _set_counters(
+    optimizer: LowRankOptimizer,
+    group: Group,
+    items: Sequence[ParamPlan],
+    due: Mapping[Tensor, bool],
+) -> None:
+    """A step at which these bases are due, and no other that need not be at every step."""
+    chosen = optimizer._strategies(group)
+    for item in items:
+        state = optimizer.state.get(item.param)
+        if not state or item.subspace is None:
+            continue
+        if isinstance(item.subspace, Block):
+            state["clock"].fill_(chosen.gap if due[item.param] else max(1, chosen.gap // 2))
+            continue
+        if isinstance(item.subspace, Spectral) and item.view is not None:  # a round begins
+            while due[item.param] and not item.subspace.factors_anew(state, item.view):
+                state["host.iteration"] += 1
+        turn = chosen.gap + phase(item, chosen)
+        late = 0 if due[item.param] else 1
+        state["step"].fill_(turn + late)
+        state["refresh_step"].fill_(turn + late - 1)
+
+
+def _kind(item: ParamPlan) -> Hashable:
+    """What items of a group that are stepped alike have in common."""
+    p = item.param
+    return item.kind, type(item.subspace), p.shape, p.stride(), p.dtype
+
+
+def _form(chunk: Sequence[ParamPlan], due: Mapping[Tensor, bool]) -> Hashable:
+    """What chunks of a group that need the same memory have in common."""
+    if isinstance(chunk[0].subspace, Block):
+        return id(chunk[0])
+    return _kind(chunk[0]), len(chunk), sum(due[item.param] for item in chunk)
+
+
+def _told_apart(
+    items: Sequence[ParamPlan], chosen: Any, due: Mapping[Tensor, bool], *, apart: bool
+) -> list[list[ParamPlan]]:
+    """The chunks of a step that can need memory of their own, in turn.
+
+    What a chunk needs depends on its form, and on the copies that chunks before it have left for
+    others to take (:class:`lowrank_optim.engine.undo.Undo`). A second chunk of one form leaves as
+    much as it finds, so that a third that follows it needs what the second did. A dense parameter
+    neither leaves nor takes any.
+    """
+    key = (lambda i: (i.key[:3], due[i.param])) if apart else (lambda i: i.key)
+    found: list[tuple[Hashable, list[ParamPlan]]] = []
+    dense: set[Hashable] = set()
+    for chunk in chunks(items, chosen, key):
+        form = _form(chunk, due)
+        if chunk[0].subspace is None:
+            if form in dense:
+                continue
+            dense.add(form)
+        elif [other for other, _ in found[-2:]] == [form, form]:
+            continue
+        found.append((form, chunk))
+    return [chunk for _, chunk in found]
