@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from lowrank_optim.memory.activations import Arrival, Flight
@@ -111,17 +111,13 @@ def _beside_others(gradients: Gradients, kept: int, i: int) -> int:
 def _refreshing(gradients: Gradients, rehearsal: Rehearsal, at_first: int) -> tuple[int, int]:
     """The worst step that finds bases: what it needs in passing, and all beside weights and state.
 
-    Bases of a part of the matrices need no more than those of all: steps are tried from that of
-    most gradients on, as long as one may still be worse.
+    The first, which finds all of them, or later the one before which most bytes of gradients are
+    whole, and where all are, the one that finds the bases of most bytes.
     """
-    transients = rehearsal.step("first")
-    worst = at_first + transients
-    turns = rehearsal.turns()
-    bound = rehearsal.step("all")
-    size: Callable[[frozenset[int]], int] = gradients.kept
-    for due in sorted(turns, key=size, reverse=True):
-        if size(due) + bound <= worst:
-            break
-        own = rehearsal.step(due)
-        transients, worst = max(transients, own), max(worst, size(due) + own)
-    return transients, worst
+
+    def size(due: frozenset[int]) -> tuple[int, int]:
+        return gradients.kept(due), sum(gradients.sizes[i] for i in due)
+
+    first, due = rehearsal.step("first"), max(rehearsal.turns(), key=size)
+    later = rehearsal.step(due)
+    return max((at_first + first, first), (gradients.kept(due) + later, later))[::-1]

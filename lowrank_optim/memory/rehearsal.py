@@ -138,28 +138,16 @@ class Rehearsal:
         return due != "none"
 
     def turns(self) -> list[frozenset[int]]:
-        """Parameters whose bases are due at once: one set for each kind of step within a gap."""
+        """Parameters whose bases are due at once, of every step within a gap that has some."""
         by_phase: dict[int, set[int]] = {}
-        steps: dict[Hashable, frozenset[int]] = {}
-        chosen_of = {}
         for group, items in self._groups():
             assert isinstance(self.optimizer, LowRankOptimizer)
-            chosen = chosen_of[id(group)] = self.optimizer._strategies(group)
+            chosen = self.optimizer._strategies(group)
             for item in items:
-                if item.subspace is not None and not isinstance(item.subspace, Block):
-                    by_phase.setdefault(phase(item, chosen), set()).add(self._number[item.param])
-        for own in by_phase.values():
-            due = frozenset(own)
-            kind = tuple(
-                _form(chunk, flags)
-                for group, items in self._groups()
-                for flags in [{item.param: self._is_due(item, due) for item in items}]
-                for chunk in _told_apart(
-                    items, chosen_of[id(group)], flags, apart=self._mode == "project"
-                )
-            )
-            steps.setdefault(kind, due)
-        return list(steps.values())
+                if item.subspace is not None:
+                    turn = 0 if isinstance(item.subspace, Block) else phase(item, chosen)
+                    by_phase.setdefault(turn, set()).add(self._number[item.param])
+        return [frozenset(own) for own in by_phase.values()]
 
     # ---------------------------------------------------------------- inside backward
 
@@ -300,9 +288,9 @@ def _told_apart(
     """The chunks of a step that can need memory of their own, in turn.
 
     What a chunk needs depends on its form, and on the copies that chunks before it have left for
-    others to take (:class:`lowrank_optim.engine.undo.Undo`). A second chunk of one form leaves as
-    much as it finds, so that a third that follows it needs what the second did. A dense parameter
-    neither leaves nor takes any.
+    others to take (:class:`lowrank_optim.engine.undo.Undo`). A chunk makes its copies before
+    anything else, so that another of its form that follows needs what it did, and leaves as much as
+    it finds. A dense parameter neither leaves nor takes any.
     """
     key = (lambda i: (i.key[:3], due[i.param])) if apart else (lambda i: i.key)
     found: list[tuple[Hashable, list[ParamPlan]]] = []
@@ -313,7 +301,7 @@ def _told_apart(
             if form in dense:
                 continue
             dense.add(form)
-        elif [other for other, _ in found[-2:]] == [form, form]:
+        elif found and found[-1][0] == form:
             continue
         found.append((form, chunk))
     return [chunk for _, chunk in found]
