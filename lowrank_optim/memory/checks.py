@@ -19,7 +19,6 @@ def check(
     in_backward: Any,
     accumulation_steps: Any,
     tokens: Any,
-    checkpointing: Any,
     dtype: Any,
 ) -> None:
     """The arguments of :func:`estimate`, but for the class of the optimizer.
@@ -44,10 +43,18 @@ def check(
     pair = isinstance(tokens, tuple | list) and len(tokens) == 2 and all(map(_positive, tokens))
     if tokens is not None and not (_positive(tokens) or pair):
         raise ValueError(f"tokens must be None, a positive int or a pair of them, got {tokens!r}")
-    if not isinstance(checkpointing, bool):
-        raise ValueError(f"checkpointing must be True or False, got {checkpointing!r}")
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise unless an argument is True or False.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def check_sharded(model: Any, in_backward: Any, tokens: Any) -> None:

@@ -75,9 +75,14 @@ def test_figures_by_hand() -> None:
         (None, 1): whole, ("step", 1): 4 * matrix, ("step", 2): whole + 4 * matrix,
         ("project", 2): coords + 4 * matrix,
     }  # fmt: skip
-    assert [x["peak"] for x in row["peaks"]] == [held + x for x in live.values()]
+    for peak, x in zip(row["peaks"], live.values(), strict=True):
+        assert peak["beside"]["backward"] >= x  # taking coordinates needs something in passing
+        assert peak["beside"]["backward"] == x or peak["in_backward"] == "project"
+        assert peak["peak"] == held + peak["beside"][peak["peak_at"]]
+        assert peak["beside"][peak["peak_at"]] == max(peak["beside"].values())
 
 
+@pytest.mark.slow
 def test_every_figure_is_an_estimate() -> None:
     """All usual rows and columns, and other micro-batches and coordinates."""
     model, budget = small(), 3e-5
@@ -101,7 +106,13 @@ def test_every_figure_is_an_estimate() -> None:
     assert modes == [("step", "auto"), ("project", "float32"), ("project", "bfloat16")]
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(x, marks=() if x in ("AdamW", "GaLoreLion") else pytest.mark.slow)
+        for x in CLASSES
+    ],
+)
 def test_every_class_has_a_row(name: str) -> None:
     """With a quarter as its rank where it takes one, and its name as the row's."""
     (row,) = figures(*SMALL[:2], "--optimizer", name, "--in-backward", "step")["rows"]
@@ -175,9 +186,11 @@ def test_activations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (peak["peak"], peak["activations"]) == (found.peak, found.activations)
     printed = " ".join(run(*own, *more).stdout.split())
     assert "2 x 64 tokens, checkpointed" in printed and "▪ activations" in printed
-    assert "Not counted is what a step" in printed
+    assert "Not counted is what the allocator wastes" in printed
     (without,) = figures(*own)["rows"][0]["peaks"]
-    assert without["activations"] is None and without["peak"] == found.peak - found.activations
+    assert without["activations"] is None and (
+        without["beside"]["backward"] == found.beside["backward"] - found.activations
+    )
 
 
 def test_a_configuration_of_transformers(tmp_path: Path) -> None:
