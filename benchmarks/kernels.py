@@ -86,7 +86,11 @@ def of_buckets(elements: int) -> dict[str, tuple[Any, ...]]:
     lows, directions = (torch.rand(1, elements) for _ in range(2))
     norms = [lows], [directions], [lows + 1], [torch.zeros(())], [torch.empty(1, elements)]
     steps = [ages], [torch.empty(elements)], [torch.empty(elements)], 0.9, 0.999, 1e-8
-    return {"row_steps_": steps, "residual_factors_": (*norms, 1e-8, 0.25, 1e-6, 1.01, [])}
+    return {
+        "count_": ([ages.clone()], []),
+        "row_steps_": steps,
+        "residual_factors_": (*norms, 1e-8, 0.25, 1e-6, 1.01, []),
+    }
 
 
 def moved(op: str, arguments: Sequence[Any]) -> int:

@@ -152,10 +152,14 @@ MAPS = ("signed_map", "unsigned_map", "entries")
 """Tables of 1 KiB that stay in the first cache: what is looked up there crosses no memory."""
 
 
+SEARCHES = ("residual_factors_kernel", "cosine_place_kernel", "top_rows_kernel")
+"""What loops over an argument, or looks up in it."""
+
+
 def elements(variant: Variant) -> int | None:
     """Elements of the matrix or list that a program works on; None where it loops or searches."""
     c = variant.constants
-    if variant.kernel.__name__ in ("residual_factors_kernel", "cosine_place_kernel"):
+    if variant.kernel.__name__ in SEARCHES:
         return None
     if "BLOCK" in c and "MANY" in c:
         return int(c["BLOCK"])
@@ -197,10 +201,10 @@ def widest(ptx: str) -> int:
 ROWS = (
     "adamw/one", "adamw rows/one", "lion/one", "moment/one", "adamw 8bit/one", "lion 8bit/one",
     "moment 8bit/one", "quantize/one", "dequantize/one", "stochastic_round/one", "decay/one",
-    "row_steps/one", "residual_factors/one", "column_norms/rows", "coordinate sign/rows",
-    "lift_scaled bf16/rows", "lift_sign bf16/rows", "lift_scaled fp32/rows", "lift_sign fp32/rows",
-    "cosine_place/one", "cosine_fold folded/rows", "cosine_add half/rows", "cosine_score l2/folded",
-    "cosine_pick/folded",
+    "count/one", "row_steps/one", "residual_factors/one", "column_norms/rows",
+    "coordinate sign/rows", "lift_scaled bf16/rows", "lift_sign bf16/rows", "lift_scaled fp32/rows",
+    "lift_sign fp32/rows", "cosine_place/one", "cosine_fold folded/rows", "cosine_add half/rows",
+    "cosine_score l2/folded", "cosine_pick/folded", "top_rows 4096/one", "move_rows 256/one",
 )  # fmt: skip
 """One variant of each kernel; the notes have the resources of all."""
 PLAIN = "sm_89"

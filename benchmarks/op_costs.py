@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 import lowrank_optim
 from lowrank_optim.ops.cosine import TILE_ELEMENTS as COSINE_TILE
 from lowrank_optim.ops.schema import PLAN
+from lowrank_optim.ops.stacked import is_words
 from lowrank_optim.ops.tiles import FLAT, tile_elements
 
 PACKAGE = lowrank_optim.__name__
@@ -75,7 +76,7 @@ EACH = {
 }  # fmt: skip
 """Flops an element of the first argument; searches and exponentials are not flops."""
 OUTPUTS = {
-    "quantize_blockwise_": ("codes", "scales"), "top_rows_": ("sources",),
+    "quantize_blockwise_": ("codes", "scales"), "top_rows_": ("sources", "finite", "usable"),
     "row_steps_": ("eps_rows", "scale_rows"),
 }  # fmt: skip
 """What is written and not read, besides ``outs``."""
@@ -133,16 +134,14 @@ def _cosine_floor(name: str, given: Arguments) -> Floor:
 
 # ---------------------------------------------------------------- launches
 
-EXACT = frozenset({"column_norms", "coordinate_add_"})
+EXACT = frozenset({"column_norms", "coordinate_add_", "top_rows_"})
 """Code that is compiled for shapes and strides: a list of these is one launch for each."""
 LIFTS = frozenset({"lift_add_scaled_", "lift_add_sign_"})
 """Products: one launch a matrix."""
-COMPOSED = {"top_rows_": 12, "coordinate_adamw_": 17}
-"""Kernels of what plain torch serves: sorts, searches, gathers, and what is around them.
+COMPOSED = {"coordinate_adamw_": 17}
+"""Kernels of what plain torch serves, for one matrix of one tile and ``free="sign"``.
 
-``top_rows_`` is for all matrices of one shape (a copy of scores that do not lie side by side is not
-counted), ``coordinate_adamw_`` for one, of one tile and
-``free="sign"``: no accelerator asks for it.
+No accelerator asks for it.
 """
 
 
@@ -154,12 +153,13 @@ def package_kernels(name: str, given: Arguments) -> list[Kernel]:
     first: list[Tensor] = next(iter(given.values()))
     full = [i for i, x in enumerate(first) if x.numel()]
     if name in COMPOSED:  # each of its kernels passes over what it works on
-        groups = len(full) if name == "coordinate_adamw_" else len(_alike(given, full, exact=True))
         count = COMPOSED[name]
-        return [Kernel(name, count * groups, count * least.bytes, least.flops)]
+        return [Kernel(name, count * len(full), count * least.bytes, least.flops)]
     if name in LIFTS:
         unit = MATRIX if given["bases"] and given["bases"][0].dtype == torch.bfloat16 else SCALAR
         return [Kernel(name, len(full), least.bytes, least.flops, unit)]
+    if name == "move_rows_":
+        return [Kernel(name, len({_moved_as(first[i]) for i in full}), least.bytes)]
     if name == "decay_":
         return _decay(given, full, least)
     count, gathered = 0, []
@@ -186,6 +186,11 @@ def _alike(given: Arguments, at: Sequence[int], *, exact: bool) -> list[list[int
             key += [(x[i].shape, x[i].stride()) for x in lists]
         found.setdefault(tuple(key), []).append(i)
     return [*found.values()]
+
+
+def _moved_as(x: Tensor) -> tuple[int, bool]:
+    """What rows ``(r, k)`` that move in one launch share: how many, and words or bytes."""
+    return x.shape[0], is_words(x, x.shape[1])
 
 
 def _decay(given: Arguments, full: Sequence[int], least: Floor) -> list[Kernel]:

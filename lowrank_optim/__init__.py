@@ -7,6 +7,7 @@ from lowrank_optim.checkpoints.importers import (
     import_bitsandbytes,
     import_galore_torch,
 )
+from lowrank_optim.fitting import fit
 from lowrank_optim.groups import lowrank_groups
 from lowrank_optim.methods import (
     DCTAdamW,
@@ -55,6 +56,7 @@ __all__ = [
     "SwitchLoRAAdamW8bit",
     "attach_in_backward",
     "export_bitsandbytes",
+    "fit",
     "import_bitsandbytes",
     "import_galore_torch",
     "lowrank_groups",

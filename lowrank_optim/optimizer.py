@@ -19,6 +19,7 @@ from lowrank_optim.checkpoints.load import filled_in, load_state_dict, with_plac
 from lowrank_optim.engine import answers, tracing, zero
 from lowrank_optim.engine.blocks import advance, catch_up, placed
 from lowrank_optim.engine.compiled import Traced
+from lowrank_optim.engine.offload import Staging, settle_
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state, unit_of
 from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.engine.preflight import (
@@ -90,7 +91,10 @@ class Options(TypedDict, total=False):
     on_refresh: str
     """What moments do at a refresh: keep, reset, project (default: "keep")."""
     state_dtype: str
-    """How moments are stored: float32, bfloat16, 8bit (default: "float32")."""
+    """How moments are stored: float32, bfloat16, 8bit, 4bit (default: "float32")."""
+    state_device: str | None
+    """Where moments lie between steps: "cpu" is pinned host memory, None is beside the parameter
+    (default: None)."""
     stochastic_rounding: bool
     """Round updates of bfloat16 weights without bias (default: False)."""
     stagger: bool
@@ -114,6 +118,7 @@ DEFAULTS: Options = {
     "projector": "rsvd",
     "on_refresh": "keep",
     "state_dtype": "float32",
+    "state_device": None,
     "stochastic_rounding": False,
     "stagger": True,
     "maximize": False,
@@ -156,8 +161,6 @@ class LowRankOptimizer(PlannedOptimizer):
     """Group keys that it reads beside the arguments of its constructor."""
     unused: ClassVar[Mapping[str, str]] = {}
     """Arguments of every optimizer that mean nothing to this one, and why."""
-    by_host: ClassVar[str | None] = None
-    """Why its coordinates follow the host's count of steps, as a clause; None if they do not."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -191,6 +194,7 @@ class LowRankOptimizer(PlannedOptimizer):
         self._matrices: dict[int, int] = {}
         self._shared = Shared()
         self._replicas = Replicas()
+        self._staging = Staging()
         super().__init__(groups, defaults)
         self._traced = Traced(self)
 
@@ -207,7 +211,7 @@ class LowRankOptimizer(PlannedOptimizer):
         check(group)
         if group.get("capturable"):
             chosen = self._strategies(group)
-            check_capturable(chosen, group, type(self).__name__, self.by_host)
+            check_capturable(chosen, group, type(self).__name__, self.by_host(group))
 
     def _allowed(self, group: Group) -> set[str]:
         """Keys that a group may have: those that something reads."""
@@ -221,6 +225,10 @@ class LowRankOptimizer(PlannedOptimizer):
     def subspace(self, group: Group, view: MatrixView) -> Subspace:
         """The coordinates that ``group`` asks for, of one of its matrices."""
         return make_projector(group, view)
+
+    def by_host(self, group: Group) -> str | None:
+        """Why every step of a group needs the host, as a clause; None if it does not."""
+        return None
 
     def gap(self, group: Group) -> int:
         """Steps between refreshes in ``group``."""
@@ -240,6 +248,7 @@ class LowRankOptimizer(PlannedOptimizer):
         self._matrices = {id(g): n for g, n in zip(self.param_groups, given, strict=False)}
         self._shared = Shared()
         self._replicas = Replicas()
+        self._staging = Staging()
         self._traced = Traced(self, self.__dict__.get("_traced"))
         for group in self.param_groups:
             for key, value in self.defaults.items():
@@ -329,8 +338,12 @@ class LowRankOptimizer(PlannedOptimizer):
             check_replaced(items, was, self.state)
             check_edits(items, was, self.state, chosen, before, now)
             for item in items:
+                state = self.state.get(item.param, {})
                 if before.get("capturable") != now["capturable"]:
-                    follow_(self.state.get(item.param, {}), item.param, chosen)
+                    follow_(state, item.param, chosen)
+                edited = before.get("state_device") != now["state_device"]
+                if edited and (before or chosen.offload):  # or others have put it there, unpinned
+                    settle_(state, item, chosen)
             plan = self._plans[id(group)] = Plan(key, now, items)
         return plan.items
 
@@ -405,6 +418,7 @@ class LowRankOptimizer(PlannedOptimizer):
             rounding=group["stochastic_rounding"],
             maximize=group["maximize"],
             capturable=bool(group.get("capturable")),
+            offload=group.get("state_device") == "cpu",
             lr_scale=group.get("proj_params_lr_scale", 1.0),
         )
 
@@ -448,7 +462,7 @@ class LowRankOptimizer(PlannedOptimizer):
         if not self.state:
             self._introduce(any(ready for *_, ready in work))
         self._make_state()
-        undo = Undo()
+        undo = Undo(self._staging.wait)
         try:
             with (
                 undo
@@ -459,6 +473,7 @@ class LowRankOptimizer(PlannedOptimizer):
                     here = [item for item in ready if not item.sharded]
                     self._advance(items, here, chosen, undo)
                     self._step_items(here, group, chosen, undo)
+                self._staging.wait()  # whoever reads the state next finds it there
         except BaseException as error:
             for _, items, _ in work:
                 for item in items:
@@ -479,7 +494,7 @@ class LowRankOptimizer(PlannedOptimizer):
             alike = self._replicas.groups(lambda: [i for _, items, _ in work for i in items])
         if not alike and not any([i.sharded for _, items, _ in work for i in items]):
             return
-        sharded, replicas = ShardedStep(), []
+        sharded, replicas = ShardedStep(self._staging), []
         for group, (chosen, items, ready) in zip(self.param_groups, work, strict=True):
             own = [i for i in items if i.sharded]
             own = [i for i in own if i.param.requires_grad or i.param.grad is not None]
@@ -570,6 +585,7 @@ class LowRankOptimizer(PlannedOptimizer):
                         )
                     if param.grad is not None:
                         self._step_alone(item, group)
+                        self._staging.wait()
                     return
         raise ValueError("the parameter is in none of the optimizer's groups")
 
@@ -580,7 +596,7 @@ class LowRankOptimizer(PlannedOptimizer):
         begins: bool | None = None,
         alike: Mapping[int, Any] | None = None,
     ) -> None:
-        """One parameter with a gradient.
+        """One parameter with a gradient; what rests of its state may be on its way back then.
 
         Args:
             item: the parameter.
@@ -590,7 +606,7 @@ class LowRankOptimizer(PlannedOptimizer):
         """
         chosen = self._strategies(group)
         check_gradients([item], type(self).__name__)
-        with tracing.hosted(), Undo() as undo:
+        with tracing.hosted(), Undo(self._staging.wait) as undo:
             if isinstance(item.subspace, Block):
                 self._state_of(item, chosen)
                 items = self._items(group)
@@ -607,8 +623,8 @@ class LowRankOptimizer(PlannedOptimizer):
             work: groups, and which of theirs.
             begun: ids of groups whose blocks have begun this step; those that do now are added.
         """
-        with tracing.hosted(), Undo() as undo:
-            sharded = ShardedStep()
+        with tracing.hosted(), Undo(self._staging.wait) as undo:
+            sharded = ShardedStep(self._staging)
             for group, own in work:
                 chosen = self._strategies(group)
                 check_gradients(own, type(self).__name__)
@@ -642,7 +658,8 @@ class LowRankOptimizer(PlannedOptimizer):
         self, items: list[ParamPlan], group: Group, chosen: Strategies, undo: Undo
     ) -> None:
         state_of = partial(self._state_of, chosen=chosen)
-        step_items(items, state_of, chosen, group["lr"], group["weight_decay"], undo)
+        hyper = group["lr"], group["weight_decay"]
+        step_items(items, state_of, chosen, *hyper, undo, self._staging)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in ``torch.optim``; within a compiled graph too, where gradients are let go of."""
@@ -660,7 +677,8 @@ class LowRankOptimizer(PlannedOptimizer):
         return with_places(self, state_dict) if filled_in(self) else state_dict
 
     def _settle(self) -> None:
-        """Ask accelerators what has not been asked: whether refreshes came about."""
+        """Let what is under way arrive, and ask accelerators whether refreshes came about."""
+        self._staging.wait()
         for state in self.state.values():
             answers.settle_(state)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.allocations import allocations
-from benchmarks.gpu.models import build, config, free
+from benchmarks.gpu.models import build, config
 from benchmarks.gpu.report import Section
 from benchmarks.gpu.settings import Settings, Size
 from benchmarks.timing import peer
@@ -16,9 +16,9 @@ from lowrank_optim import LowRankOptimizer, attach_in_backward
 from lowrank_optim.cli.display import gib
 from lowrank_optim.cli.rows import usual
 from lowrank_optim.memory import estimate
+from lowrank_optim.memory.measuring import STEPS, free, on_gpu, train
 
 TITLE = "Memory"
-STEPS = 3
 MODES = (None, "step", "project")
 Case = tuple[str, Any, dict[str, Any], Any]
 """Name, class or layout, its options, mode of ``attach_in_backward``."""
@@ -88,29 +88,16 @@ def peak(device: torch.device, work: Callable[[], object]) -> int:
     """Bytes of tensors alive at once beyond those at the start."""
     if device.type != "cuda":
         return allocations(work).peak
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    work()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    return on_gpu(device)(work).allocated
 
 
 def trained(settings: Settings, size: Size, case: Case) -> None:
     """Some steps of one micro-batch."""
     _, cls, options, mode = case
-    if isinstance(cls, str):
-        cls = peer("bitsandbytes.optim", "AdamW8bit")
-    model = build(settings, shape_of(size), settings.device)
-    low = issubclass(cls, LowRankOptimizer)
-    optimizer = cls(model.named_parameters() if low else model.parameters(), lr=1e-4, **options)
-    if mode is not None:
-        attach_in_backward(optimizer, mode)
-    ids = torch.randint(settings.vocab, (1, settings.tokens), device=settings.device)
-    for _ in range(STEPS):
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(
+        build(settings, shape_of(size), settings.device), cls, shape=(1, settings.tokens),
+        in_backward=mode, checkpointing=True, steps=STEPS, **options,
+    )  # fmt: skip
 
 
 def estimated(settings: Settings, size: Size, case: Case) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import torch
@@ -24,10 +23,3 @@ def build(settings: Settings, shape: tuple[int, int, int, int], device: torch.de
         model = AutoModelForCausalLM.from_config(config(settings, shape), dtype=settings.dtype)
     model.gradient_checkpointing_enable()
     return model.train()
-
-
-def free(device: torch.device) -> None:
-    """Give back what nothing holds any more."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -23,6 +23,8 @@ FUSED, FLOOR = "torch AdamW fused", "GEMM floor"
 STEPS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "GaLoreAdamW": ("GaLoreAdamW", NEVER, {}),
     "GaLoreAdamW8bit": ("GaLoreAdamW8bit", NEVER, {}),
+    "GaLoreAdamW, moments on host": ("GaLoreAdamW", NEVER, {"state_device": "cpu"}),
+    "GaLoreAdamW8bit, moments on host": ("GaLoreAdamW8bit", NEVER, {"state_device": "cpu"}),
     "FiraAdamW": ("FiraAdamW", NEVER, {}),
     "FrugalAdamW svd": ("FrugalAdamW", NEVER, {"projector": "svd"}),
     "FrugalAdamW columns": ("FrugalAdamW", NEVER, {"projector": "columns"}),

@@ -5,21 +5,18 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from benchmarks.common import Corpus, load_corpus, stdlib_files
 from benchmarks.gpu.memory import peak
-from benchmarks.gpu.models import build, config, free
+from benchmarks.gpu.models import build, config
 from benchmarks.gpu.report import Section
 from benchmarks.gpu.settings import Settings
 from lowrank_optim import GaLoreAdamW8bit, attach_in_backward
 from lowrank_optim.cli.display import gib
 from lowrank_optim.memory import estimate
+from lowrank_optim.memory.measuring import capped, free
 
 TITLE = "A 7B model under 24 GiB"
 ENDS = 5
@@ -77,20 +74,6 @@ def text(settings: Settings) -> Corpus:
     """The standard library, or some files of it."""
     files = stdlib_files()[: settings.corpus_files]
     return load_corpus(files, vocab_size=min(1024, settings.vocab))
-
-
-@contextmanager
-def capped(device: torch.device, cap: int) -> Iterator[None]:
-    """Let torch's allocator have ``cap`` bytes of a GPU, and not more."""
-    if device.type != "cuda":
-        yield
-        return
-    whole = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, cap / whole), device)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def train(settings: Settings, corpus: Corpus, mode: Any) -> Training:

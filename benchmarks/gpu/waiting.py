@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Collection
 
 EIGH = "subspaces/randomized.py eigh"
-SVD = "subspaces/svd.py left_singular_vectors"
+SVD = "subspaces/svd.py _driven"
 FACTORISATIONS = {
     EIGH: "torch has no eigh that keeps its status on the device",
     SVD: "torch has no svd that keeps its status there",
 }
-"""Once a matrix, or once a side of it."""
-RESTART = {"subspaces/lora.py balance_": "torch has no svd that keeps its status there"}
+"""Once for all equal matrices of a step, or once a side of them."""
+RESTART = {"subspaces/lora.py balanced": "torch has no svd that keeps its status there"}
 """Of SwitchLoRA with ``restart_every``."""
-SPECTRAL = {"subspaces/factors.py", "subspaces/spectral.py"}
-"""Of SST at the beginning of an iteration: triplets are sorted out by their values."""
+SPECTRAL = {"subspaces/factors.py _driven"}
+"""Of SST at the beginning of a round: torch has no svd that keeps its status there."""
 PROJECTORS = {"svd": {SVD}, "rsvd": {EIGH, SVD}}
 """Of others a refresh waits for nothing."""
 

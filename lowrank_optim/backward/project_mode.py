@@ -124,10 +124,9 @@ class ProjectMode(InBackward):
             state = self.optimizer._state_of(plan, strategies)
             return None if basis_due(plan, state, strategies) else (plan, state, strategies)
         state = self.optimizer.state.get(param) or first_state()
+        due = basis_due(plan, state, strategies)  # an accelerator has then said if there is one
         first = int(state["refresh_step"]) < 0 and self.first_basis == "micro"
-        if not first and basis_due(plan, state, strategies):
-            return None
-        return plan, state, strategies
+        return None if due and not first else (plan, state, strategies)
 
     def _forms(self, param: Tensor) -> Sequence[Form]:
         basis = self._basis(param)

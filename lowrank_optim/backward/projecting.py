@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
+from lowrank_optim.engine import answers
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, mixed
 from lowrank_optim.engine.refresh import refresh_
 from lowrank_optim.engine.step import CHUNK_BYTES
@@ -182,13 +183,22 @@ def first_projected(
     step = int(state["step"])
     counters = {k: float(state[k]) for k in ("refresh_step", "postponed")}
 
+    def find_(fresh: State, more: Tensor) -> None:
+        found = {**{k: torch.tensor(x) for k, x in counters.items()}, **basis}
+        refresh_(plan, found, view.of(more), step, strategies, later=True)
+        fresh.update(found)
+
     def take(projected_grad: ProjectedGrad, more: Tensor) -> Coords:
+        fresh = projected_grad.fresh
+        if on_accelerator(more):  # which selects zeros where a gradient says nothing
+            answers.settle_(fresh)  # of a gradient before this one, whose backward is over
+            if float(fresh.get("refresh_step", -1.0)) < 0:
+                find_(fresh, more)
+            return coords_of(plan, fresh, more)
         norm = float(torch.linalg.vector_norm(ops.matrix_norm(view.of(more))))
-        if not projected_grad.fresh and norm != 0 and math.isfinite(norm):
-            found = {**{k: torch.tensor(x) for k, x in counters.items()}, **basis}
-            refresh_(plan, found, view.of(more), step, strategies, later=True)
-            projected_grad.fresh.update(found)
-        coords = coords_of(plan, projected_grad.fresh or basis, more)
+        if not fresh and norm != 0 and math.isfinite(norm):
+            find_(fresh, more)
+        coords = coords_of(plan, fresh or basis, more)
         return coords if math.isfinite(norm) else {k: x.fill_(norm) for k, x in coords.items()}
 
     return _begin(plan, grad, take, state, strategies, coords_dtype, salt)

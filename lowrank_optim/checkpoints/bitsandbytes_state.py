@@ -15,7 +15,8 @@ from lowrank_optim.groups import Group
 from lowrank_optim.ops import quant
 from lowrank_optim.ops.quant import Quantized
 from lowrank_optim.rules import AdamW, Lion, Slot
-from lowrank_optim.stores import scale_key
+from lowrank_optim.stores import Block8Store, Store, encoded, scale_key
+from lowrank_optim.stores.base import State
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 """Where a state dict hides what FSDP must not gather; the optimizer's own state has it flat."""
@@ -66,6 +67,7 @@ def dense(
     entry: Mapping[str, Any],
     rule: type[AdamW] | type[Lion],
     expected: Mapping[str, Tensor],
+    store: Store,
 ) -> Entries:
     """The state of one dense parameter under our keys, in the formats of ``expected``.
 
@@ -78,7 +80,7 @@ def dense(
     slots = rule().slots(())
     found = moments(name, entry, slots)
     for slot in slots:
-        out |= stored(slot.name, found[slot.name], slot.signed, expected, False)
+        out |= stored(slot.name, found[slot.name], slot, expected, False, store)
     return out
 
 
@@ -127,41 +129,42 @@ def same_blocks(shape: Sequence[int]) -> bool:
 
 
 def stored(
-    key: str, value: Tensor | Flat, signed: bool, expected: Mapping[str, Tensor], flip: bool
+    key: str,
+    value: Tensor | Flat,
+    slot: Slot,
+    expected: Mapping[str, Tensor],
+    flip: bool,
+    store: Store,
 ) -> Entries:
     """A moment under our key, as the store behind ``expected`` keeps it.
 
     Args:
         key: of our state.
         value: theirs.
-        signed: whether it may be negative.
+        slot: what it holds.
         expected: the state that the optimizer would make, for keys and formats.
         flip: their matrix is the transpose of ours.
+        store: of the optimizer.
     """
-    in_8bit = scale_key(key) in expected
-    if in_8bit and isinstance(value, Flat) and not flip and same_blocks(value.codes.shape):
+    in_codes = scale_key(key) in expected
+    same = in_codes and isinstance(store, Block8Store) and not flip
+    if same and isinstance(value, Flat) and same_blocks(value.codes.shape):
         return {key: _copy(value.codes), scale_key(key): _copy(value.scales)}
     values = value.values() if isinstance(value, Flat) else value
     values = _copy(values.mT if flip else values)
-    if not in_8bit:
-        return {key: values}
-    new = Quantized(
-        torch.empty_like(values, dtype=torch.uint8),
-        values.new_empty(quant.layout(values.shape).scales, dtype=torch.float32),
-        signed,
-    )
-    ops.quantize_([values.float()], [new])
-    return {key: new.codes, scale_key(key): new.scales}
+    return encoded(store, key, slot, values.float()) if in_codes else {key: values}
 
 
-def written(n: int, state: Mapping[str, Tensor], slot: Slot) -> Entries:
+def written(n: int, state: State, slot: Slot, param: Tensor, store: Store) -> Entries:
     """Our moment of a dense parameter under their keys.
 
     What is in 8 bits here is so there, and the rest is float32: bitsandbytes goes by the dtype.
     """
     kept, scales = state[slot.name], state.get(scale_key(slot.name))
-    if scales is None:
-        return {f"state{n}": _copy(kept.float())}
+    if scales is None or not isinstance(store, Block8Store):
+        values = store.read(state, slot.name, slot, param.shape, param, dense=True)
+        assert isinstance(values, Tensor)
+        return {f"state{n}": _copy(values.float())}
     if not same_blocks(kept.shape):
         values = ops.dequantize([Quantized(kept, scales, slot.signed)])[0].reshape(-1)
         flat = Quantized(

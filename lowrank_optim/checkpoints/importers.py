@@ -16,7 +16,8 @@ from lowrank_optim.checkpoints.load import StateDict, check_fit
 from lowrank_optim.engine.plan import ParamPlan, init_state
 from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.groups import Group, canonical
-from lowrank_optim.rules import AdamW, Lion
+from lowrank_optim.rules import AdamW, Lion, Slot
+from lowrank_optim.stores import Store
 
 FACTORS = {"exp_avg_sq_row": "exp_avg_sq_col", "exp_avg_sq_col": "exp_avg_sq_row"}
 """Adafactor's means along rows and columns change places where the matrix is seen transposed."""
@@ -73,7 +74,7 @@ def import_galore_torch(
     filled: list[Group] = []
     saved: dict[int, Entries] = {}
     for mine, group in zip(optimizer.param_groups, groups, strict=True):
-        items = optimizer._items(mine)
+        items, store = optimizer._items(mine), optimizer._strategies(mine).store
         entries = {i: entries_of[i] for i in group["params"] if i in entries_of}
         named = {i: item.name for i, item in zip(group["params"], items, strict=True)}
         group |= {"method": "galore_torch"}
@@ -82,7 +83,8 @@ def import_galore_torch(
         for i, item in zip(group["params"], items, strict=True):
             if i in entries:
                 expected = _expected(optimizer, mine, item)
-                state[i] = saved[item.index] = _converted(item, entries[i], group, expected)
+                converted = _converted(item, entries[i], group, expected, store)
+                state[i] = saved[item.index] = converted
     check_fit(optimizer, filled, saved)
     return {"state": state, "param_groups": groups}
 
@@ -132,6 +134,7 @@ def import_bitsandbytes(
         if rule is Lion:
             group.pop("eps", None)
         filled.append({**mine, **group, "method": "bitsandbytes"})
+        store = optimizer._strategies(mine).store
         for i, item in zip(group["params"], optimizer._items(mine), strict=True):
             if not entries_of.get(i):
                 continue
@@ -141,7 +144,9 @@ def import_bitsandbytes(
                     "in a group with rank=None, or read galore-torch's with import_galore_torch"
                 )
             expected = _expected(optimizer, mine, item)
-            state[i] = saved[item.index] = bnb.dense(item.name, entries_of[i], rule, expected)
+            state[i] = saved[item.index] = bnb.dense(
+                item.name, entries_of[i], rule, expected, store
+            )
     check_fit(optimizer, filled, saved)
     return {"state": state, "param_groups": groups}
 
@@ -175,7 +180,7 @@ def export_bitsandbytes(optimizer: PlannedOptimizer) -> StateDict:
     for group in optimizer.param_groups:
         if group["maximize"]:
             raise ValueError("bitsandbytes has no maximize")
-        items = optimizer._items(group)
+        items, store = optimizer._items(group), optimizer._strategies(group).store
         for item in items:
             if item.subspace is not None:
                 raise ValueError(f"{item.name} is projected, and bitsandbytes' states are dense")
@@ -184,7 +189,7 @@ def export_bitsandbytes(optimizer: PlannedOptimizer) -> StateDict:
                 continue  # bitsandbytes, too, makes the state at the first gradient
             entry = state[item.index] = {"step": int(own["step"])}
             for n, slot in enumerate(rule().slots(item.param.shape), 1):
-                entry |= bnb.written(n, own, slot)
+                entry |= bnb.written(n, own, slot, item.param, store)
         keys: Group = {k: group[k] for k in ("betas", "weight_decay", "initial_lr") if k in group}
         keys |= {"lr": float(group["lr"]), "eps": group.get("eps", 0.0)}
         keys |= {} if rule is Lion else bnb.ADEMAMIX
@@ -262,7 +267,7 @@ def _projector_keys(entries: Mapping[str, Entries]) -> Group:
 
 
 def _converted(
-    item: ParamPlan, entry: Entries, group: Group, expected: Mapping[str, Tensor]
+    item: ParamPlan, entry: Entries, group: Group, expected: Mapping[str, Tensor], store: Store
 ) -> Entries:
     """The state of one parameter under our names, in our orientation and formats."""
     out: Entries = {"step": torch.tensor(float(entry["step"]))}
@@ -276,7 +281,7 @@ def _converted(
     projector = entry.get("projector")
     if projector is None or item.view is None:
         for key, value in kept.items():
-            out |= bnb.stored(key, value, "sq" not in key, expected, False)
+            out |= bnb.stored(key, value, _slot(key), expected, False, store)
         return out
     flip = item.view.flip
     bases = projector.ortho_matrix
@@ -292,8 +297,13 @@ def _converted(
     for key, value in kept.items():
         turned = flip and (isinstance(value, bnb.Flat) or value.dim() == 2)
         own = f"low.{FACTORS.get(key, key) if flip else key}"
-        out |= bnb.stored(own, value, "sq" not in key, expected, turned)
+        out |= bnb.stored(own, value, _slot(key), expected, turned, store)
     return out
+
+
+def _slot(key: str) -> Slot:
+    """A moment of theirs."""
+    return Slot(key, signed="sq" not in key)
 
 
 def _last_lr(entry: Entries, group: Group) -> float:

@@ -21,11 +21,14 @@ from lowrank_optim.engine.plan import (
     alloc_moments,
     check_state,
     on_host,
+    resting_keys,
 )
 from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.engine.sharded.forms import forms_of, whole_meta_state
 from lowrank_optim.engine.sharded.local import LocalState, here, kept_as
 from lowrank_optim.groups import Group, canonical
+from lowrank_optim.ops.devices import pinned
+from lowrank_optim.ops.quant4 import scale_count
 from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.stores import scale_key
 from lowrank_optim.subspaces.block import Block
@@ -60,7 +63,9 @@ def load_state_dict(
                 **_without_params(g),
                 "method": "another optimizer",
                 **_named_as_here(canonical(s), g),
-                "capturable": g["capturable"],  # of the run that loads, as its device is
+                # of the run that loads, as its device is
+                "capturable": g["capturable"],
+                "state_device": g["state_device"],
             }
             for s, g in zip(incoming["param_groups"], optimizer.param_groups, strict=False)
         ]
@@ -80,11 +85,13 @@ def load_state_dict(
             group["method"] = type(optimizer).__name__
         for n, (item, chosen) in enumerate(_every(optimizer)):
             if n in saved:
+                resting = resting_keys(item, chosen)
+                stays = {k: k in resting or on_host(k, chosen.capturable) for k in dtypes[n]}
                 optimizer.state[item.param] = kept_as(
                     item,
                     chosen,
                     {
-                        k: _placed(k, saved[n][k], item.param, dt, chosen.capturable)
+                        k: _placed(saved[n][k], item.param, dt, stays[k])
                         for k, dt in dtypes[n].items()
                     },
                 )
@@ -247,9 +254,16 @@ def _unfilled(x: Tensor, param: Tensor) -> bool:
     return own.is_floating_point() and bool(own.numel()) and bool(own.isnan().all())
 
 
-def _placed(key: str, value: Any, param: Tensor, dtype: torch.dtype, capturable: bool) -> Tensor:
-    """A contiguous copy of one saved entry, on the device it belongs to."""
-    device = torch.device("cpu") if on_host(key, capturable) else param.device
+def _placed(value: Any, param: Tensor, dtype: torch.dtype, stays: bool) -> Tensor:
+    """A contiguous copy of one saved entry, on the device it belongs to.
+
+    Args:
+        value: the entry.
+        param: its parameter.
+        dtype: that it is to have.
+        stays: whether it belongs to the host.
+    """
+    device = torch.device("cpu") if stays else param.device
     tensor: Tensor = torch.as_tensor(value).detach()
     if is_sharded(tensor):
         if is_sharded(param):
@@ -257,7 +271,7 @@ def _placed(key: str, value: Any, param: Tensor, dtype: torch.dtype, capturable:
         tensor = tensor.full_tensor()  # type: ignore[attr-defined]
     placed = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     # what a device copies from and to: unpinned, the host would wait for each copy
-    return placed.pin_memory() if placed.dim() and on_host(key) and param.is_cuda else placed
+    return pinned(placed, param.device) if placed.dim() and stays else placed
 
 
 def check_fit(
@@ -375,7 +389,7 @@ def _same_shapes(
     """Raise if the saved entries are not those of the optimizer, or have other shapes."""
     for key in sorted(expected.keys() & found.keys()):
         theirs, ours = _format(key, found), _format(key, expected)
-        if theirs != ours and "8bit" in theirs + ours:
+        if theirs != ours and "bit" in theirs + ours:
             raise _misfit(optimizer, item.name, f"format of {key}", theirs, ours, loaded)
     if expected.keys() != found.keys():
         raise _misfit(optimizer, item.name, "state", sorted(found), sorted(expected), loaded)
@@ -390,10 +404,11 @@ def _same_shapes(
 
 def _format(key: str, entries: Mapping[str, Tensor]) -> str:
     """Name of the store that wrote an entry: codes have scales beside them."""
-    if scale_key(key) in entries:
-        return "8bit"
-    dtype = entries[key].dtype
-    return "8bit without scales" if dtype == torch.uint8 else str(dtype).removeprefix("torch.")
+    x, scales = entries[key], entries.get(scale_key(key))
+    if scales is not None:
+        in_4bit = scales.shape == (*x.shape[:-1], scale_count(2 * x.shape[-1]))
+        return "4bit" if in_4bit else "8bit"
+    return "codes without scales" if x.dtype == torch.uint8 else str(x.dtype).removeprefix("torch.")
 
 
 def _misfit(

@@ -19,7 +19,7 @@ from lowrank_optim.groups.names import bare
 from lowrank_optim.ops import quant
 from lowrank_optim.ops.quant import Quantized
 from lowrank_optim.sharding.parts import as_if_sharded, is_sharded
-from lowrank_optim.stores import Block8Store, scale_key
+from lowrank_optim.stores import Block4Store, Block8Store, scale_key
 from lowrank_optim.subspaces.block import Block
 
 
@@ -133,7 +133,7 @@ def in_blocks(optimizer: PlannedOptimizer, state_dict: dict[str, Any]) -> dict[s
         state_dict: of ``get_optimizer_state_dict``, by name and not flattened.
 
     Raises:
-        ValueError: the state is flattened, or the optimizer has no names.
+        ValueError: the state is flattened, the optimizer has no names, or ``"4bit"`` moments.
 
     Example:
         >>> import torch
@@ -155,6 +155,11 @@ def in_blocks(optimizer: PlannedOptimizer, state_dict: dict[str, Any]) -> dict[s
     names = {bare(str(name)): name for name in state}
     for group in optimizer.param_groups:
         chosen = optimizer._strategies(group)
+        if isinstance(chosen.store, Block4Store):
+            raise ValueError(
+                "in_blocks: moments of state_dtype='4bit' are not kept by several ranks, so that "
+                "no sharded optimizer could load them. Take state_dtype='8bit' for both"
+            )
         for item in optimizer._items(group):
             name = names.get(bare(item.name))
             if name is None and item.param in optimizer.state:

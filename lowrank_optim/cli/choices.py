@@ -1,4 +1,4 @@
-"""What options of ``lowrank-optim memory`` stand for: numbers, and rows of the table."""
+"""What options of the commands stand for: numbers, arguments, and rows of the table."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def chosen(
             if name not in rows:
                 raise Refused(f"--only {name!r} is no row: they are {', '.join(rows)}")
         return [row for name, row in rows.items() if not only or name in only]
-    options = _options(pairs)
+    options = options_of(pairs)
     given = [f"--option {key}={options[key]}" for key in ("rank", "density") if key in options]
     if rank is not None and given:
         raise Refused(f"--rank {rank} and {given[0]} both say how much is projected: give one")
@@ -79,7 +79,7 @@ def chosen(
     return found
 
 
-def _options(pairs: Sequence[str]) -> dict[str, Any]:
+def options_of(pairs: Sequence[str]) -> dict[str, Any]:
     """``key=value`` as arguments: numbers, booleans, None, tuples; else text.
 
     Raises:

@@ -100,7 +100,7 @@ def segments(e: Estimate) -> dict[str, int]:
         "weights": e.weights,
         "gradient": gradient,
         "basis": e.basis,
-        "moments": e.moments + e.other - e.host,
+        "moments": e.moments + e.other - e.host + e.staging,
         **({} if e.activations is None else {"activations": rest - gradient}),
         "in passing": passing if e.activations is not None else passing + rest - gradient,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from lowrank_optim.cli.errors import OneLine
+from lowrank_optim.cli.fit import fit
 from lowrank_optim.cli.memory import memory
 from lowrank_optim.ops.__main__ import main as say_backends
 
@@ -21,4 +22,5 @@ def ops() -> None:
     say_backends()
 
 
+main.add_command(fit)
 main.add_command(memory)

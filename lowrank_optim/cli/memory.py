@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from lowrank_optim.cli import measure as really
 from lowrank_optim.cli.choices import chosen, number, share
 from lowrank_optim.cli.display import HEADER, bars, cells, gib, reading
 from lowrank_optim.cli.errors import Refused
@@ -101,6 +102,9 @@ PARAGRAPH = "\n\n".join(["Known models: " + ", ".join(MODELS), "Optimizers: " + 
     multiple=True,
     help="Of the coordinates that project keeps, a column each.  [default: auto]",
 )
+@click.option(
+    "--measure", "measuring", is_flag=True, help="Train for some steps on a GPU: peaks as they are."
+)
 @click.option("--json", "as_text", is_flag=True, help="Print figures in bytes, and nothing else.")
 @click.option(
     "--plot", "picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw the bars."
@@ -119,14 +123,18 @@ def memory(
     modes: tuple[str, ...],
     accumulation_steps: int | None,
     coords: tuple[str, ...],
+    measuring: bool,
     as_text: bool,
     picture: Path | None,
 ) -> None:
     """Say what training a model needs with each optimizer, and what fits a card.
 
     A peak is weights, state and what lives of the gradients at the worst moment, in GiB. Nothing is
-    allocated, and nothing is downloaded.
+    allocated but with --measure, and nothing is downloaded.
     """
+    budget = round(budget_gib * GIB)
+    if measuring:
+        really.check(tokens, budget)
     if picture is not None and find_spec("matplotlib") is None:
         raise Refused("--plot needs matplotlib: pip install matplotlib")
     if tokens is None and (micro_batch is not None or checkpointing):
@@ -143,12 +151,14 @@ def memory(
         batch,
         checkpointing,
     )
-    budget = round(budget_gib * GIB)
     about = _about(model, module, rank, batch, checkpointing)
+    found: really.Measured = {}
+    if measuring and batch is not None:
+        found = really.measured(rows, really.Run(model, dtype, batch, checkpointing, budget))
     if as_text:
-        click.echo(json.dumps(figures(rows, about, budget), indent=1))
+        click.echo(json.dumps(figures(rows, about, budget, found), indent=1))
     else:
-        _print(rows, about, budget)
+        _print(rows, about, budget, found)
     if picture is not None:
         plot(rows, _title(about), budget, picture)
 
@@ -196,7 +206,9 @@ def _about(
     }
 
 
-def figures(rows: Sequence[Row], about: dict[str, Any], budget: float) -> dict[str, Any]:
+def figures(
+    rows: Sequence[Row], about: dict[str, Any], budget: float, measured: really.Measured
+) -> dict[str, Any]:
     """Every figure in bytes."""
     found = []
     for row in rows:
@@ -213,6 +225,8 @@ def figures(rows: Sequence[Row], about: dict[str, Any], budget: float) -> dict[s
                 own |= {"activations": e.activations, "peak_at": e.peak_at}
                 own |= {"step_transients": e.step_transients}
                 own |= {"refresh_transients": e.refresh_transients, "beside": dict(e.beside)}
+            if (row.name, column) in measured:
+                own |= {"measured": measured[row.name, column].figures()}
             peaks.append(own)
         of_all = {key: value for key, value in asdict(row.state).items() if key not in PER_COLUMN}
         called = {"optimizer": row.chosen.called, "options": dict(row.chosen.options)}
@@ -230,7 +244,9 @@ def _title(about: dict[str, Any]) -> str:
     return text
 
 
-def _print(rows: Sequence[Row], about: dict[str, Any], budget: float) -> None:
+def _print(
+    rows: Sequence[Row], about: dict[str, Any], budget: float, measured: really.Measured
+) -> None:
     """The table, bars and what they say."""
     state = rows[0].state
     title = (
@@ -245,3 +261,5 @@ def _print(rows: Sequence[Row], about: dict[str, Any], budget: float) -> None:
     print_table(console, title, header, [cells(row, budget) for row in rows])
     console.print(bars(rows, budget, width=min(console.width, WIDTH)))
     console.print("\n" + reading(rows, budget) + "\n", highlight=False)
+    if measured:
+        print_table(console, really.title(budget), really.HEADER, really.lines(rows, measured))

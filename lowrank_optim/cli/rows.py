@@ -17,6 +17,7 @@ from lowrank_optim.memory.checks import class_of
 from lowrank_optim.memory.estimating import Training, estimated
 
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+HOSTED = "moments on host"
 QUARTER = 0.25
 """The rank where none is given: of the smaller side of each matrix."""
 
@@ -118,6 +119,8 @@ def usual(rank: int | float, dtype: torch.dtype) -> list[Chosen]:
         Chosen("GaLore fp32", methods.GaLoreAdamW, own),
         Chosen("GaLore bf16", methods.GaLoreAdamW, {**own, "state_dtype": "bfloat16"}),
         Chosen("GaLore 8-bit", methods.GaLoreAdamW8bit, own),
+        Chosen(f"GaLore 8-bit ({HOSTED})", methods.GaLoreAdamW8bit, {**own, "state_device": "cpu"}),
+        Chosen("GaLore 4-bit", methods.GaLoreAdamW, {**own, "state_dtype": "4bit"}),
         Chosen("FRUGAL 8-bit", methods.FrugalAdamW8bit, {**own, "projector": "columns"}),
         Chosen("DCT fp32", methods.DCTAdamW, own),
         Chosen("DCT 8-bit", methods.DCTAdamW8bit, own),

@@ -10,7 +10,7 @@ for the answer, if it must. Where the basis is due anyway nobody asks.
 from __future__ import annotations
 
 import logging
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,8 @@ class Answer:
     """A copy of ``good`` on its way to the host."""
     arrived: Any
     """The event after which it is there; None where there is no queue."""
+    before: Mapping[str, float]
+    """What numbers of the host were that refreshes advanced."""
 
     def read(self) -> int:
         """How many did not come about; waits until the device is there."""
@@ -72,7 +74,9 @@ def put_back(state: State, answer: Answer | None) -> None:
             _open[key] = answer
 
 
-def expecting_(state: State, name: str, ok: Tensor, last: int, soon: bool) -> Searching[None]:
+def expecting_(
+    state: State, name: str, ok: Tensor, last: int, soon: bool, before: Mapping[str, float]
+) -> Searching[None]:
     """Note that the device knows whether a refresh came about.
 
     Args:
@@ -81,14 +85,15 @@ def expecting_(state: State, name: str, ok: Tensor, last: int, soon: bool) -> Se
         ok: 0-d bool on the device.
         last: ``refresh_step`` before it.
         soon: whether the next step asks, so that the answer is to be on its way.
+        before: numbers of the host in the state, as they were before it.
     """
     if fake_mode() is not None:
         return  # of a healthy run, in which all come about
-    before = of(state)
-    good = yield Ask(_counted, (ok,)) if before is None else Ask(torch.add, (before.good, ok))
-    count, last = (1, last) if before is None else (before.count + 1, before.last)
+    older = of(state)
+    good = yield Ask(_counted, (ok,)) if older is None else Ask(torch.add, (older.good, ok))
+    count, last = (1, last) if older is None else (older.count + 1, older.last)
     told, arrived = _on_its_way(good) if soon else (None, None)
-    _open[state["refresh_step"]] = Answer(name, good, count, last, told, arrived)
+    _open[state["refresh_step"]] = Answer(name, good, count, last, told, arrived, before)
 
 
 def _counted(ok: Tensor) -> Tensor:
@@ -120,6 +125,8 @@ def settle_(state: State) -> None:
     state["postponed"] += failed
     if answer.count == 1:
         state["refresh_step"].fill_(answer.last)
+        for key, count in answer.before.items():
+            state[key].fill_(count)
     logger.info(
         "refresh of %s postponed %d time(s): its gradient was zero or not finite, or could not be "
         "factored",

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lowrank_optim.engine.matrix_step import MatrixStep, inputs_of
-from lowrank_optim.engine.plan import Strategies
+from lowrank_optim import ops
+from lowrank_optim.engine.matrix_step import MatrixStep, finite_of, inputs_of
+from lowrank_optim.engine.plan import State, Strategies
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops import Noise
 from lowrank_optim.ops.devices import on_accelerator
-from lowrank_optim.ops.stacked import stacked
-from lowrank_optim.subspaces.target import Target
+from lowrank_optim.ops.stacked import cast_all, stacked, zeros_like_all
+from lowrank_optim.subspaces.base import Subspace
+from lowrank_optim.subspaces.target import Target, decayed_
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import shares_memory
 
@@ -56,11 +58,14 @@ def prepared(
     plain = plain and all(isinstance(size, float) for size in sizes)
     updates = [{k: x for k, (x, _) in w.directions.items()} for w in work]
     rates = [1.0] * len(work)
+    steps: Sequence[Tensor | None] = [None] * len(work)
     if plain:
         for n, (w, size) in enumerate(zip(work, sizes, strict=True)):
             ((_, correction),) = w.directions.values()
             assert isinstance(size, float) and isinstance(correction, float)
             rates[n] = size * correction
+    elif _apart(work[0], sizes, terms, chosen):
+        steps = _steps(work, sizes)
     else:
         updates = _times(work, sizes)
         for n, (w, size, term) in enumerate(zip(work, sizes, terms, strict=True)):
@@ -85,7 +90,7 @@ def prepared(
         # where nothing of it is applied the weights stand in: its coordinates alone may exist, or
         # it may be wider than the weights, as with error feedback
         grad = w.grad if subspace.applies_grad(terms[n]) else param
-        into = Target(param, grad, lows[n], rates[n], decays[n], noise, w.finite)
+        into = Target(param, grad, lows[n], rates[n], decays[n], noise, w.finite, steps[n])
         ready.append(Push(into, updates[n], terms[n]))
     return ready
 
@@ -105,14 +110,15 @@ def _step_size(w: MatrixStep, chosen: Strategies, lr: float | Tensor) -> float |
     view, subspace = w.item.view, w.item.subspace
     assert view is not None and subspace is not None
     param = view.of(w.item.param)
-    step = math.nan if chosen.capturable else float(w.state["step"])
+    step = w.state["step"] if chosen.capturable else float(w.state["step"])
     size = chosen.rule.step_size(lr, step, param, w.rms)
     if isinstance(size, Tensor) and size.numel() == 1 and not on_accelerator(param):
         size = float(size)
-    if chosen.capturable:
-        return size
-    factor = subspace.lr_factor(int(step) - 1 - max(0, int(w.state["refresh_step"])))
-    return size if factor == 1 else size * factor  # never in place: it may be the group's tensor
+    last = w.state["refresh_step"]
+    since = step - 1 - (last.clamp(min=0) if chosen.capturable else max(0, int(last)))
+    factor = subspace.lr_factor(since)
+    plain = not isinstance(factor, Tensor) and factor == 1
+    return size if plain else size * factor  # never in place: it may be the group's tensor
 
 
 def _each(
@@ -144,18 +150,128 @@ def _times(work: Sequence[MatrixStep], sizes: Sequence[float | Tensor]) -> list[
     return updates
 
 
+def _apart(
+    w: MatrixStep, sizes: Sequence[float | Tensor], terms: Sequence[Term | None], chosen: Strategies
+) -> bool:
+    """Whether updates and terms are made without their factor, which is on the device.
+
+    Their kernels take numbers of the host.
+    """
+    subspace, param = w.item.subspace, w.item.param
+    if subspace is None or not (subspace.takes_wide and on_accelerator(param)):
+        return False
+    if len(w.directions) > 1 or any(term is None for term in terms):
+        return False
+    single = all(not isinstance(size, Tensor) or size.numel() == 1 for size in sizes)
+    whole = 0 < param.numel() <= ops.tile_elements(param)
+    return single and whole and (chosen.capturable or isinstance(sizes[0], Tensor))
+
+
+def _steps(work: Sequence[MatrixStep], sizes: Sequence[float | Tensor]) -> list[Tensor]:
+    """Each step size times its correction; one tensor where they have it in common."""
+    corrections = [w.directions["low"][1] for w in work]
+    first = corrections[0]
+    if all(size is sizes[0] for size in sizes):
+        if isinstance(first, Tensor):
+            return list((stacked(corrections) * sizes[0]).unbind(0))  # type: ignore[arg-type]
+        if len({*corrections}) == 1:
+            return [sizes[0] * first] * len(work)  # type: ignore[list-item]
+    return [size * c for size, c in zip(sizes, corrections, strict=True)]  # type: ignore[misc]
+
+
 def push(work: Sequence[MatrixStep], ready: Sequence[Push], chosen: Strategies, undo: Undo) -> None:
     """Write the weights of alike matrices, and what follows them."""
     subspace = work[0].item.subspace
     assert subspace is not None
     intos = [own.into for own in ready]
     updates, terms = [own.update for own in ready], [own.term for own in ready]
-    for n in subspace.push_all_(intos, [w.state for w in work], updates, terms):
-        w, param = work[n], intos[n].param
-        view = w.item.view
-        assert view is not None
-        if not shares_memory(param, w.item.param):
-            stored = param.mT if view.flip else param  # strides that allow no matrix view
-            w.item.param.copy_(stored.reshape(view.shape))
-        chosen.residual.keep_(w.state, w.grad, intos[n].finite)
-        undo.done(w.state)
+    written: list[MatrixStep] = []
+    try:
+        for n in _pushed_(subspace, intos, [w.state for w in work], updates, terms):
+            w, param = work[n], intos[n].param
+            view = w.item.view
+            assert view is not None
+            if not shares_memory(param, w.item.param):
+                stored = param.mT if view.flip else param  # strides that allow no matrix view
+                w.item.param.copy_(stored.reshape(view.shape))
+            written.append(w)
+    finally:  # if another could not be written too
+        if written:
+            states, grads = [w.state for w in written], [w.grad for w in written]
+            chosen.residual.keep_all_(states, grads, finite_of(written))
+        for w in written:
+            undo.done(w.state)
+
+
+def _pushed_(
+    subspace: Subspace,
+    intos: Sequence[Target],
+    states: Sequence[State],
+    updates: Sequence[dict[str, Tensor]],
+    terms: Sequence[Term | None],
+) -> Iterator[int]:
+    """What subspaces write, each matrix by number when it has been written.
+
+    On an accelerator weights that are rounded stochastically, or whose step size is on the device,
+    go as many at a time as a tile holds.
+    """
+    param = intos[0].param
+    size, most = param.numel(), ops.tile_elements(param)
+    together = intos[0].rounding is not None and on_accelerator(param) and 0 < size <= most
+    if not (intos[0].step is not None or (together and subspace.takes_wide)):
+        yield from subspace.push_all_(intos, states, updates, terms)
+        return
+    for start in range(0, len(intos), most // size):
+        at = slice(start, start + most // size)
+        _push_wide_(subspace, intos[at], states[at], updates[at], terms[at])
+        yield from range(start, min(start + most // size, len(intos)))
+
+
+def _push_wide_(
+    subspace: Subspace,
+    intos: Sequence[Target],
+    states: Sequence[State],
+    updates: Sequence[dict[str, Tensor]],
+    terms: Sequence[Term | None],
+) -> None:
+    """Weights in the format of arithmetic, written as any others, and rounded at once.
+
+    What has its factor on the device is added to zeros, multiplied, and added to the weights.
+    """
+    params = [into.param for into in intos]
+    dtype = torch.promote_types(params[0].dtype, torch.float32)
+    wide = cast_all(params, dtype)
+    written, decays = wide, [into.decay for into in intos]
+    if intos[0].step is not None:
+        written, decays = zeros_like_all(params, dtype), [1.0] * len(intos)
+    grads = written
+    if intos[0].grad is not intos[0].param:
+        grads = cast_all([into.grad for into in intos], dtype)
+    each = zip(intos, written, grads, decays, strict=True)
+    own = [
+        into._replace(param=w, grad=g, decay=d, rounding=None, step=None) for into, w, g, d in each
+    ]
+    deque(subspace.push_all_(own, states, updates, terms), maxlen=0)
+    if written is not wide:
+        plain = [into._replace(param=w, rounding=None) for into, w in zip(intos, wide, strict=True)]
+        for w, left in zip(wide, decayed_(plain), strict=True):
+            if isinstance(left, Tensor) or left != 1:
+                w.mul_(left)
+        _multiply_(written, [into.step for into in intos if into.step is not None])
+        torch._foreach_add_(wide, written)
+    rounding = [into.rounding for into in intos if into.rounding is not None]
+    if rounding:
+        ops.put_all_(params, wide, rounding)
+    elif params[0].dtype != dtype:
+        torch._foreach_copy_(params, wide)
+
+
+def _multiply_(xs: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
+    """Matrices that lie one after the other, each by its factor ``()``."""
+    first = xs[0]
+    whole = stacked([x.mT for x in xs] if not first.is_contiguous() else xs)
+    if all(own is factors[0] for own in factors):
+        factor = factors[0].reshape(())
+    else:
+        factor = stacked([own.reshape(()) for own in factors]).view(-1, *[1] * first.dim())
+    whole.mul_(factor.to(first.device, first.dtype, non_blocking=True))

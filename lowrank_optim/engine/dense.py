@@ -14,7 +14,6 @@ from lowrank_optim.engine.bucket import Bucket, warn_skipped
 from lowrank_optim.engine.plan import (
     read_slots,
     rounds,
-    slot_keys,
     weight_noise,
     write_slots_,
 )
@@ -81,14 +80,14 @@ def dense_phases(
             return
     state["step"] += 1
     rounding = weight_noise(item, state, chosen)
-    step = math.nan if chosen.capturable else float(state["step"]) - since
-    steps: Steps = state["step"].reshape(1) if chosen.capturable else [step]
+    step = state["step"] if chosen.capturable else float(state["step"]) - since
+    steps: Steps = step.reshape(1) if isinstance(step, Tensor) else [step]
     size = rule.step_size(lr, step, param, rms)
     decay: float | Tensor = 1 - size * weight_decay
     if finite:
         decay = Target(param, grad, None, 0.0, decay, None, finite[0]).guarded_decay()
     size = size if factor == 1 else size * factor
-    (held,) = read_slots([item], [state], slot_keys("", param.shape, chosen), chosen)
+    (held,) = read_slots([item], [state], "", param.shape, chosen)
     moments = [x for _, _, x in held]
     rows = param.shape[0] if param.dim() else 1
     if rule.elementwise and rows:
@@ -102,7 +101,9 @@ def dense_phases(
             [g], [own], steps, finite=finite, split=split
         )
         noise = rounding.narrow(0, start) if rounding is not None and start else rounding
-        ops.add_(p, direction * (size * correction), decay, -1.0, noise)
+        # a rate that is a tensor would widen what has no dimension
+        update = (direction * (size * correction)).to(direction.dtype)
+        ops.add_(p, update, decay, -1.0, noise)
     write_slots_([item], [state], [held], chosen, finite)
 
 

@@ -63,14 +63,19 @@ def mark(work: Sequence[MatrixStep]) -> None:
 
 
 def begun(
-    item: ParamPlan, state: State, grad: Tensor, coords: dict[str, Tensor], chosen: Strategies
+    item: ParamPlan,
+    state: State,
+    grad: Tensor,
+    coords: dict[str, Tensor],
+    chosen: Strategies,
+    finite: Tensor | None = None,
 ) -> MatrixStep:
     """A matrix whose coordinates are known, before its step is counted."""
     time = math.nan
     if not chosen.capturable:
         last = max(int(state["refresh_step"]), 0)
         time = float(int(state["step"]) + 1 - (last if chosen.on_refresh == "reset" else 0))
-    return MatrixStep(item, state, grad, coords, time)
+    return MatrixStep(item, state, grad, coords, time, finite)
 
 
 def turn_(works: Sequence[MatrixStep], chosen: Strategies) -> None:

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops import Noise
+from lowrank_optim.ops.devices import apart, pinned
+from lowrank_optim.ops.noise import signed, splitmix, splitmix_
 from lowrank_optim.ops.quant import Moment
 from lowrank_optim.residuals import Residual
 from lowrank_optim.rules.base import Rule, Slot
-from lowrank_optim.sharding.parts import Part, noise_at, noise_of
-from lowrank_optim.stores import Store, Whole
+from lowrank_optim.sharding.parts import Part, local, noise_at, noise_of
+from lowrank_optim.stores import Store, Whole, scale_key
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.tensors.matrix import MatrixView
@@ -74,7 +76,7 @@ class ParamPlan:
         """Whether it lies on several ranks, a part on each."""
         return self.part is not None and self.part.mesh is not None
 
-    def noise(self, seed: int) -> Noise:
+    def noise(self, seed: int | Tensor) -> Noise:
         """Of the stochastic rounding of what is here of the weights, by its place in the whole."""
         part = self.part
         if part is None or part.mesh is None:
@@ -109,6 +111,9 @@ class Strategies:
     """Whether every row of a coordinate counts its own steps, from when it came in."""
     capturable: bool = False
     """Whether steps are counted on the device, so that a CUDA graph can hold one."""
+    offload: bool = False
+    """Whether what :func:`resting_keys` names lies in host memory, where that is not the device's.
+    False while a bucket is stepped: what it needs is on the device then."""
 
     def __post_init__(self) -> None:
         """Raise where rows cannot have steps of their own.
@@ -139,7 +144,7 @@ def init_state(
     if isinstance(item.subspace, Block):
         assert item.view is not None
         state.update(item.subspace.init(item.view, like))
-        state.update(chosen.residual.init(item.view, like))
+        state.update(_remembered(item.view, chosen, like))
         if active is None:
             active = item.subspace.position in active_blocks(item, chosen, 0)
         if active:
@@ -149,7 +154,9 @@ def init_state(
         state["refresh_step"] = torch.full((), -1.0, device=device)
         state["postponed"] = torch.zeros((), dtype=torch.float32)
         state.update(item.subspace.init(item.view, like))
-        state.update(chosen.residual.init(item.view, like))
+        if device is not None:  # of a layer of factors, which came with its first refresh
+            state["refresh_step"] = state["refresh_step"].to(device)
+        state.update(_remembered(item.view, chosen, like))
     for coord, shape in _coords(item).items():
         if chosen.aged and coord:
             state[age_key(coord)] = like.new_zeros(shape[:-1], dtype=torch.float32)
@@ -219,8 +226,54 @@ def _alloc(
             whole = Whole(item.subspace.coord_shapes(part.view)[coord])
             padded = item.view._replace(n=item.view.n + part.padding)
             shape = item.subspace.coord_shapes(padded)[coord]
+    made: State = {}
     for slot in chosen.rule.slots(shape):
-        chosen.store.alloc(state, slot_key(coord, slot.name), slot, shape, like, whole)
+        key = slot_key(coord, slot.name)
+        chosen.store.alloc(made, key, slot, shape, _beside(like, chosen), whole)
+    state.update({k: _at_rest(x, like, chosen) for k, x in made.items()})
+
+
+def _remembered(view: MatrixView, chosen: Strategies, like: Tensor) -> State:
+    """What a residual remembers of one matrix."""
+    if not chosen.residual.memory:
+        return chosen.residual.init(view, like)
+    made = chosen.residual.init(view, _beside(like, chosen))
+    return {k: _at_rest(x, like, chosen) for k, x in made.items()}
+
+
+def _rests(like: Tensor, chosen: Strategies) -> bool:
+    return chosen.offload and apart(like)
+
+
+def _beside(like: Tensor, chosen: Strategies) -> Tensor:
+    """A tensor of the same dtype, on the device where what rests is to be."""
+    moves = _rests(like, chosen) and not like.is_meta
+    return torch.empty(0, dtype=like.dtype) if moves else like
+
+
+def _at_rest(x: Tensor, like: Tensor, chosen: Strategies) -> Tensor:
+    return pinned(x, like.device) if _rests(like, chosen) and x.is_cpu else x
+
+
+def resting_keys(item: ParamPlan, chosen: Strategies) -> list[str]:
+    """State keys of what lies in host memory between steps, if ``chosen`` asks for it.
+
+    Moments, with their scales, and the memory of error feedback: what only a step reads, and all of
+    it. Bases stay on the device, as backward projects with them.
+    """
+    return moving_keys(item, chosen) if _rests(local(item.param), chosen) else []
+
+
+def moving_keys(item: ParamPlan, chosen: Strategies) -> list[str]:
+    """Those that ``state_device`` is about, wherever they lie."""
+    keys = [
+        slot_key(coord, slot.name)
+        for coord, shape in _coords(item).items()
+        for slot in chosen.rule.slots(shape)
+    ]
+    remembers = item.subspace is not None and item.view is not None
+    memory = chosen.residual.memory if remembers else ()
+    return [*(k for key in keys for k in (key, scale_key(key))), *memory]
 
 
 def unit_of(view: MatrixView, subspace: Subspace, chosen: Strategies) -> int:
@@ -250,11 +303,26 @@ def mixed(*numbers: int) -> int:
     """One seed for a tuple of counters (splitmix64 of each in turn)."""
     seed = 0
     for number in numbers:
-        seed = (seed + number + 0x9E3779B97F4A7C15) % 2**64
-        seed = ((seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-        seed = ((seed ^ (seed >> 27)) * 0x94D049BB133111EB) % 2**64
-        seed ^= seed >> 31
+        seed = splitmix(seed, number)
     return seed % 2**63
+
+
+def seeds_of(
+    items: Sequence[ParamPlan], states: Sequence[State], chosen: Strategies, *salt: int
+) -> Sequence[int | Tensor]:
+    """``mixed(seed, uid, step, *salt)`` of each; ``()`` on the device if it counts the steps."""
+    if not chosen.capturable:
+        pairs = zip(items, states, strict=True)
+        return [mixed(chosen.seed, i.uid, int(state["step"]), *salt) for i, state in pairs]
+    steps = [state["step"] for state in states]
+    starts = [splitmix(splitmix(0, chosen.seed), item.uid) for item in items]
+    # one fill each: a table of the host would have to be kept for as long as a graph that reads it
+    device = steps[0].device
+    fills = [torch.full((), signed(x), dtype=torch.int64, device=device) for x in starts]
+    seeds = splitmix_(torch.stack(fills), torch.stack(steps).to(torch.int64))
+    for number in salt:
+        seeds = splitmix_(seeds, number)
+    return (seeds & (2**63 - 1)).unbind()
 
 
 def seeded(*numbers: int) -> torch.Generator:
@@ -275,11 +343,15 @@ def slot_keys(coord: str, shape: Sequence[int], chosen: Strategies) -> Keys:
 
 
 def read_slots(
-    items: Sequence[ParamPlan], states: Sequence[State], keys: Keys, chosen: Strategies
+    items: Sequence[ParamPlan],
+    states: Sequence[State],
+    coord: str,
+    shape: Sequence[int],
+    chosen: Strategies,
 ) -> list[ReadMoments]:
     """The moments of one coordinate of alike matrices, each in the form that the rule takes."""
-    likes = [item.param for item in items]
-    every = [chosen.store.read_all(states, key, slot, likes) for key, slot in keys]
+    likes, keys = [item.param for item in items], slot_keys(coord, shape, chosen)
+    every = [chosen.store.read_all(states, key, slot, shape, likes) for key, slot in keys]
     return [
         [(key, slot, x) for (key, slot), x in zip(keys, own, strict=True)]
         for own in zip(*every, strict=True)
@@ -295,20 +367,18 @@ def write_slots_(
 ) -> None:
     """Write back the moments that were copied to be read; the others are in place already."""
     for n, (key, slot, _) in enumerate(held[0] if held else ()):
-        at, xs, noises = [], [], []
-        for i, (item, state, own) in enumerate(zip(items, states, held, strict=True)):
-            x = own[n][2]
-            if isinstance(x, Tensor) and x is not state[key]:
-                seed = mixed(chosen.seed, item.uid, int(state["step"]), 1, n)
-                at.append(i)
-                xs.append(x)
-                noises.append(moment_noise(state, key, seed))
+        every = [own[n][2] for own in held]
+        at = [i for i, x in enumerate(every) if isinstance(x, Tensor) and x is not states[i][key]]
         if at:
+            own = [states[i] for i in at]
+            seeds = seeds_of([items[i] for i in at], own, chosen, 1, n)
+            noises = [moment_noise(x, key, seed) for x, seed in zip(own, seeds, strict=True)]
+            xs = [every[i] for i in at]
             fine = [finite[i] for i in at] if finite else []
-            chosen.store.write_all_([states[i] for i in at], key, slot, xs, noises, fine)
+            chosen.store.write_all_(own, key, slot, xs, noises, fine)  # type: ignore[arg-type]
 
 
-def moment_noise(state: State, key: str, seed: int) -> Noise:
+def moment_noise(state: State, key: str, seed: int | Tensor) -> Noise:
     """Of the stochastic rounding of a moment, a part of which may be all that is here."""
     kept = getattr(state, "outer", state)
     return noise_of(kept[key], seed)
@@ -319,8 +389,19 @@ def rounds(item: ParamPlan, chosen: Strategies) -> bool:
     return chosen.rounding and item.param.dtype == torch.bfloat16
 
 
+def weight_noises(
+    items: Sequence[ParamPlan], states: Sequence[State], chosen: Strategies
+) -> Sequence[Noise | None]:
+    """Of the stochastic rounding of weights as they are stored; None to round to nearest."""
+    at = [n for n, item in enumerate(items) if rounds(item, chosen)]
+    if not at:
+        return [None] * len(items)
+    seeds = seeds_of([items[n] for n in at], [states[n] for n in at], chosen, 3)
+    known = dict(zip(at, seeds, strict=True))
+    return [item.noise(known[n]) if n in known else None for n, item in enumerate(items)]
+
+
 def weight_noise(item: ParamPlan, state: State, chosen: Strategies) -> Noise | None:
-    """Of the stochastic rounding of a weight as it is stored; None to round to nearest."""
-    if not rounds(item, chosen):
-        return None
-    return item.noise(mixed(chosen.seed, item.uid, int(state["step"]), 3))
+    """:func:`weight_noises` of one."""
+    (noise,) = weight_noises([item], [state], chosen)
+    return noise

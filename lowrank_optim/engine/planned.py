@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
+from lowrank_optim.engine.offload import Staging
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.groups.values import Group
 from lowrank_optim.rules.base import Rule
@@ -19,6 +20,8 @@ class PlannedOptimizer(Optimizer):
     """The direction that its groups mean."""
     _shared: Shared
     """What all of its matrices have in common."""
+    _staging: Staging
+    """What buckets pass through whose state rests in host memory."""
     _traced: Any
     """What a compiler reads of it."""
 

@@ -135,7 +135,7 @@ def check_partitioned(group: Group, matrices: int, chosen: Strategies, method: s
     elif not chosen.rule.elementwise:
         why = f"{type(chosen.rule).__name__} needs whole tensors"
     elif not isinstance(chosen.store, FloatStore):
-        why = "blocks of 8-bit moments would go across parameters"
+        why = "blocks of moments in 8 or 4 bits would go across parameters"
     if why:
         shapes = ", ".join(str(tuple(p.shape)) for p in params[:3])
         raise ValueError(

@@ -26,21 +26,21 @@ def check_capturable(chosen: Strategies, group: Group, method: str, by_host: str
         chosen: what a group with ``capturable=True`` chose.
         group: that group.
         method: the optimizer's name.
-        by_host: why its subspaces follow the host's count, as a clause (default: they do not).
+        by_host: why every step needs the host, as a clause; None if it does not.
 
     Raises:
         ValueError: with the reason, and what to use in its place.
     """
     why = by_host or chosen.rule.host_steps
-    if chosen.rounding:
-        why = why or "stochastic_rounding draws by the host's count: pass stochastic_rounding=False"
-    if chosen.store.rounds:
+    if chosen.offload:
         why = why or (
-            f"state_dtype={group['state_dtype']!r} rounds by the host's count: pass 'float32' or "
-            "'8bit'"
+            "state_device='cpu' copies moments to and from host memory in every step: pass None"
         )
     if group["projector"] == "block":
-        why = why or "projector='block' takes turns by the host's count: pass 'columns'"
+        why = why or (
+            "projector='block' gives the memory of moments back when blocks switch, and a graph "
+            "would go on writing to it: pass 'columns'"
+        )
     if why:
         raise ValueError(f"{method}: capturable=True is not possible: {why}")
 
@@ -64,7 +64,7 @@ def check_recorded(groups: Iterable[Group], has_state: bool, method: str) -> Non
                 f"{method}: lr is a tensor on {lr.device}, which a graph would read once: make it "
                 "on the device of the parameters"
             )
-        if not isinstance(lr, Tensor):
+        if lr is not None and not isinstance(lr, Tensor):  # None: Adafactor's own
             warnings.warn(
                 f"the learning rate of {method} is a number, and every replay of this graph will "
                 f"use {lr}: pass lr=torch.tensor({lr}, device=...) and change it in place, as "

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError
 
 from lowrank_optim.engine import answers
+from lowrank_optim.engine.offload import on_device
 from lowrank_optim.engine.plan import (
     ParamPlan,
     State,
@@ -23,7 +24,6 @@ from lowrank_optim.engine.plan import (
     slot_key,
 )
 from lowrank_optim.groups.names import turn_of
-from lowrank_optim.ops import quant
 from lowrank_optim.ops.devices import on_accelerator, recording
 from lowrank_optim.ops.moving import move_rows_all_
 from lowrank_optim.ops.rows import take_rows
@@ -66,6 +66,8 @@ def _due_anyway(item: ParamPlan, chosen: Strategies, answer: answers.Answer) -> 
 
     A search that starts from the basis in use has to know whether there is one.
     """
+    if item.subspace is not None and item.subspace.counters:
+        return False  # they tell a round from another
     starts = item.subspace is None or not item.subspace.indexed
     return chosen.gap == 1 and (answer.last >= 0 or not starts)
 
@@ -86,7 +88,7 @@ def refresh_(
     grad: Tensor,
     step: int,
     chosen: Strategies,
-    found: dict[str, Tensor] | None = None,
+    found: dict[str, BasisChange] | None = None,
     sources: dict[str, Tensor] | None = None,
     look: tuple[Tensor, Any] | None = None,
     later: bool = False,
@@ -101,33 +103,37 @@ def refreshing_(
     grad: Tensor,
     step: int,
     chosen: Strategies,
-    found: dict[str, Tensor] | None = None,
+    found: dict[str, BasisChange] | None = None,
     sources: dict[str, Tensor] | None = None,
     look: tuple[Tensor, Any] | None = None,
     later: bool = False,
 ) -> Searching[bool]:
     """Refresh one basis and carry its moments over; False if it had to be postponed.
 
-    Coordinates that the search came by are put in ``found``; where rows of moments come from, in
-    ``sources`` if it is given, and then whoever reads them next is to move them. ``look`` is what
-    the subspace saw, where it has looked already.
+    How coordinates moved is put in ``found``; where rows of moments come from, in ``sources`` if it
+    is given, and then whoever reads them next is to move them. ``look`` is what the subspace saw,
+    where it has looked already.
 
     A gradient that is zero or not finite says nothing about a basis, and one that no factorisation
     can take must not end a run: the refresh is counted as postponed and stays due. With ``later``
     an accelerator is asked for neither now (:mod:`lowrank_optim.engine.answers`), and True says
     that the refresh was queued.
     """
+    before = _counters(item, state)
     moved, ok = yield from _search(item, state, grad, step, chosen, look)
-    if moved is None or (ok is not None and not later and not _came_about(item, state, step, ok)):
+    if moved is None:
+        return False
+    if ok is not None and not later and not _came_about(item, state, step, ok, before):
         return False
     last = int(state["refresh_step"])
     yield from _following_(item, state, moved, step, chosen, sources, ok if later else None)
     if ok is not None and later:
         assert item.subspace is not None
-        soon = chosen.gap > 1 or not item.subspace.indexed
-        yield from answers.expecting_(state, item.name, ok, last, soon)
+        # other ranks are told at once
+        soon = chosen.gap > 1 or not item.subspace.indexed or item.part is not None
+        yield from answers.expecting_(state, item.name, ok, last, soon, before)
     if found is not None:
-        found.update({k: m.low for k, m in moved.items() if m.low is not None})
+        found.update(moved)
     return True
 
 
@@ -140,8 +146,15 @@ def find_(
     look: tuple[Tensor, Any] | None = None,
 ) -> dict[str, BasisChange] | None:
     """Find new coordinates; None, and counted, if that had to be postponed."""
+    before = _counters(item, state)
     moved, ok = alone(_search(item, state, grad, step, chosen, look))
-    return moved if ok is None or _came_about(item, state, step, ok) else None
+    return moved if ok is None or _came_about(item, state, step, ok, before) else None
+
+
+def _counters(item: ParamPlan, state: State) -> dict[str, float]:
+    """What goes back if a refresh does not come about."""
+    assert item.subspace is not None
+    return {key: float(state[key]) for key in item.subspace.counters}
 
 
 def _search(
@@ -162,7 +175,9 @@ def _search(
     fine: Tensor | None = None
     if subspace.needs_grad:
         norm, seen = look or (yield from subspace.looking(grad))
-        if subspace.selects and on_accelerator(norm):
+        if norm is None:
+            pass  # the search itself finds out, and says so
+        elif subspace.selects and on_accelerator(norm):
             fine = yield Ask(usable, (norm,))
         elif not _is_informative(item, state, float(norm), step):
             return None, None
@@ -179,8 +194,8 @@ def _search(
     except LinAlgError as error:
         postpone_(item, state, step, str(error))
         return None, None
-    ok = None if fine is None else next(iter(moved.values())).ok
-    if fine is not None and ok is None:
+    ok = next((own.ok for own in moved.values()), None)
+    if ok is None and (fine is not None or (subspace.needs_grad and norm is None)):
         raise TypeError(
             f"{type(subspace).__name__}.refresh_ of {item.name} does not say whether anything "
             "moved, on an accelerator whose host has not looked at the gradient: return "
@@ -190,10 +205,14 @@ def _search(
     return moved, ok
 
 
-def _came_about(item: ParamPlan, state: State, step: int, ok: Tensor) -> bool:
+def _came_about(
+    item: ParamPlan, state: State, step: int, ok: Tensor, before: dict[str, float]
+) -> bool:
     """Ask an accelerator at once whether it found a basis: what follows tells other ranks."""
     if bool(ok):
         return True
+    for key, count in before.items():
+        state[key].fill_(count)
     postpone_(item, state, step, "its gradient is zero or not finite, or could not be factored")
     return False
 
@@ -225,6 +244,24 @@ def _following_(
     Where ``ok``, a 0-d bool on an accelerator, is False, no coordinate has moved, and nothing
     follows; moments that were to start again do.
     """
+    last = int(state["refresh_step"])
+    turns = last >= 0 and chosen.on_refresh != "keep"
+    if turns or any(own.fresh for own in moved.values()):
+        with on_device(item, state, chosen):
+            yield from _moments_follow_(item, state, moved, step, chosen, sources, ok)
+    state["refresh_step"].fill_(step)
+
+
+def _moments_follow_(
+    item: ParamPlan,
+    state: State,
+    moved: dict[str, BasisChange],
+    step: int,
+    chosen: Strategies,
+    sources: dict[str, Tensor] | None,
+    ok: Tensor | None,
+) -> Searching[None]:
+    """All that :func:`_following_` does but for the counter."""
     view, subspace = item.view, item.subspace
     assert view is not None and subspace is not None
     last = int(state["refresh_step"])
@@ -246,7 +283,6 @@ def _following_(
     for coord, own in moved.items():
         if own.fresh:
             _restart_(state, coord, subspace.coord_shapes(view)[coord], own.fresh, chosen)
-    state["refresh_step"].fill_(step)
 
 
 def postpone_(item: ParamPlan, state: State, step: int, why: str) -> None:
@@ -286,7 +322,7 @@ def _transport(
         return
     moments = []
     for key, slot, bias in zip(keys, slots, chosen.rule.biases(time), strict=False):
-        x = chosen.store.read(state, key, slot, item.param, dense=True)
+        x = chosen.store.read(state, key, slot, shape, item.param, dense=True)
         assert isinstance(x, Tensor)
         moments.append((slot, x, bias))
     if chosen.on_refresh == "reset":
@@ -349,10 +385,8 @@ def _restart_(
 ) -> None:
     """Zero moments and ages of some rows where they are kept: no other row is read or written."""
     for slot in chosen.rule.slots(shape):
-        kept = state[slot_key(coord, slot.name)]
-        zero = quant.zero_code(slot.signed) if kept.dtype == torch.uint8 else 0
         for own in rows:
-            kept[..., own, :].fill_(zero)
+            chosen.store.restart_rows_(state, slot_key(coord, slot.name), slot, own)
     for own in rows if chosen.aged else ():
         state[age_key(coord)][..., own].zero_()
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import compress
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from lowrank_optim.engine.matrix_step import (
     portions,
     turn_,
 )
+from lowrank_optim.engine.offload import Staging, load_of
 from lowrank_optim.engine.plan import (
     ParamPlan,
     State,
@@ -32,7 +34,7 @@ from lowrank_optim.engine.plan import (
     age_key,
     read_slots,
     slot_keys,
-    weight_noise,
+    weight_noises,
     write_slots_,
 )
 from lowrank_optim.engine.refresh import basis_due, refreshing_
@@ -42,9 +44,12 @@ from lowrank_optim.ops.quant import Moment, Quantized
 from lowrank_optim.residuals import Drop
 from lowrank_optim.rules.base import Asking, Slot, Split, compute_dtype, finished
 from lowrank_optim.stores import scale_key
+from lowrank_optim.subspaces.base import BasisChange
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.subspaces.searches import Searching, together
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
+
+_Plan = TypeVar("_Plan", bound=ParamPlan)
 
 CHUNK_BYTES = {False: 1 << 22, True: 1 << 26}
 """Low-rank gradients alive at once: within a CPU's cache, or enough to fill an accelerator."""
@@ -63,15 +68,13 @@ class Phases:
         pairs = list(zip(items, states, strict=True))
         work = [w for part in portions(pairs) for w in _project(part, chosen, undo)]
         count_([w.state["step"] for w in work])
-        _measure(work)
-        if on_accelerator(work[0].grad):
-            mark(work)
-        else:
+        _measure([w for w in work if w.finite is None])  # a search for a basis may have said
+        if not on_accelerator(work[0].grad):
             work = [w for w in work if _is_finite(w)]
         finished(adapt(work, chosen, undo))
         for alike in portions([(w.item, w) for w in work]):
             own = [w for _, w in alike]
-            rounding = [weight_noise(w.item, w.state, chosen) for w in own]
+            rounding = weight_noises([w.item for w in own], [w.state for w in own], chosen)
             push(own, prepared(own, chosen, lr, weight_decay, undo, rounding), chosen, undo)
 
 
@@ -80,13 +83,32 @@ WAYS: tuple[BucketStep, ...] = (IdleBlock(), Dense(), Phases())
 
 
 def step_bucket(bucket: Bucket) -> None:
-    """One step of a bucket; its ``undo`` knows what to put back if that raises."""
+    """One step of a bucket, all of it on its device; ``undo`` puts back what it knows of."""
     way = next(way for way in (*FUSED, *WAYS) if way.can_step(bucket))
     for state in bucket.states:
         bucket.undo.begin(state)
     way.step_(bucket)
     for state in bucket.states:
         bucket.undo.done(state)
+
+
+def step_buckets(buckets: Sequence[Bucket], staging: Staging) -> None:
+    """One step of buckets in turn: what the next needs of host memory comes while one is stepped.
+
+    Args:
+        buckets: of one group.
+        staging: what they pass through where their state rests on the host.
+    """
+    if not buckets:
+        return
+    chosen, undo = buckets[0].chosen, buckets[0].undo
+    if not chosen.offload:
+        for bucket in buckets:
+            step_bucket(bucket)
+        return
+    there = replace(chosen, offload=False)
+    loads = [load_of(bucket.items, bucket.states, chosen) for bucket in buckets]
+    staging.each(loads, lambda n: step_bucket(buckets[n]._replace(chosen=there)), undo)
 
 
 def step_items(
@@ -96,35 +118,39 @@ def step_items(
     lr: float | Tensor,
     weight_decay: float,
     undo: Undo,
+    staging: Staging,
 ) -> None:
     """One step of parameters of a group: alike matrices together, as many as a cache takes."""
-    for chunk in chunks(items, chosen):
-        states = [state_of(item) for item in chunk]
-        step_bucket(Bucket(chunk, states, chosen, lr, weight_decay, undo))
+    buckets = [
+        Bucket(own, [state_of(item) for item in own], chosen, lr, weight_decay, undo)
+        for own in bucketed(items, chosen)
+    ]
+    step_buckets(buckets, staging)
 
 
-def chunks(
-    items: Sequence[ParamPlan],
+def bucketed(
+    items: Sequence[_Plan],
     chosen: Strategies,
-    key: Callable[[ParamPlan], Any] = attrgetter("key"),
-) -> Iterator[list[ParamPlan]]:
-    """What is stepped together, in turn: each that comes alone, then alike matrices.
+    key: Callable[[_Plan], Any] = attrgetter("key"),
+) -> list[Sequence[_Plan]]:
+    """Which parameters of a group are stepped together, in what order.
 
     Args:
         items: parameters of a group.
         chosen: what their group chose.
-        key: equal of matrices that can be stepped together.
+        key: equal of matrices that can be stepped together (default: that of their plan).
     """
-    buckets: dict[Any, list[ParamPlan]] = {}
+    found: list[Sequence[_Plan]] = []
+    alike: dict[Any, list[_Plan]] = {}
     for item in items:
         if item.subspace is not None and not isinstance(item.subspace, Block):
-            buckets.setdefault(key(item), []).append(item)
+            alike.setdefault(key(item), []).append(item)
         else:
-            yield [item]
-    for alike in buckets.values():
-        size = chunk_size(alike[0], chosen)
-        for i in range(0, len(alike), size):
-            yield alike[i : i + size]
+            found.append([item])
+    for own in alike.values():
+        size = chunk_size(own[0], chosen)
+        found += [own[i : i + size] for i in range(0, len(own), size)]
+    return found
 
 
 def chunk_size(item: ParamPlan, chosen: Strategies) -> int:
@@ -147,6 +173,8 @@ def count_(steps: list[Tensor]) -> None:
 
 def _measure(work: Sequence[MatrixStep]) -> None:
     """Norms of all coordinates, one call for each; of gradients that they do not see whole."""
+    if not work:
+        return
     if work[0].item.subspace is not None and not work[0].item.subspace.sees_all:
         norms = [ops.total_norms([w.grad for w in work])]
     else:
@@ -157,6 +185,8 @@ def _measure(work: Sequence[MatrixStep]) -> None:
         totals = torch.stack([torch.stack(list(own)) for own in norms]).sum(0)
         for w, total in zip(work, totals.unbind(0), strict=True):
             w.norm = total
+    if on_accelerator(work[0].grad):
+        mark(work)
 
 
 def _is_finite(w: MatrixStep) -> bool:
@@ -175,8 +205,9 @@ def _project(
         for item, state in pairs
     ]
     _keep(list(compress(pairs, due)), undo)
-    found = together([_refreshed(*pair, own, chosen) for pair, own in zip(pairs, due, strict=True)])
-    at = [n for n, (_, coords) in enumerate(found) if not coords]
+    work = zip(pairs, _gradients(pairs, chosen), due, strict=True)
+    found = together([_refreshed(*pair, grad, own, chosen) for pair, grad, own in work])
+    at = [n for n, (_, coords, _) in enumerate(found) if not coords]
     if at:
         (item, _), *_ = pairs
         assert item.subspace is not None
@@ -184,8 +215,8 @@ def _project(
         for n, low in zip(at, lows, strict=True):
             found[n][1].update(low)
     works = [
-        begun(item, state, grad, coords, chosen)
-        for (item, state), (grad, coords) in zip(pairs, found, strict=True)
+        begun(item, state, grad, coords, chosen, finite)
+        for (item, state), (grad, coords, finite) in zip(pairs, found, strict=True)
     ]
     turn_(works, chosen)
     return works
@@ -200,24 +231,43 @@ def _keep(pairs: Sequence[tuple[ParamPlan, State]], undo: Undo) -> None:
     undo.keep_all([state for _, state in pairs], keys)
 
 
+def _gradients(
+    pairs: Sequence[tuple[ParamPlan, State]], chosen: Strategies
+) -> list[Tensor | ProjectedGrad]:
+    """Of each, with what is added to it; what was projected inside backward as it is."""
+    grads: list[Tensor | ProjectedGrad] = []
+    for item, _ in pairs:
+        assert item.view is not None and item.param.grad is not None
+        own = item.param.grad
+        grads.append(own if isinstance(own, ProjectedGrad) else item.view.of(own))
+    at = [n for n, grad in enumerate(grads) if not isinstance(grad, ProjectedGrad)]
+    if at:
+        states, whole = [pairs[n][1] for n in at], [grads[n] for n in at]
+        for n, grad in zip(at, chosen.residual.before_all(states, whole), strict=True):
+            grads[n] = grad
+    return grads
+
+
 def _refreshed(
-    item: ParamPlan, state: State, due: bool, chosen: Strategies
-) -> Searching[tuple[Tensor, dict[str, Tensor]]]:
-    """The gradient, with what is added to it, and the coordinates that are known already."""
-    view, grad = item.view, item.param.grad
-    assert view is not None and grad is not None
+    item: ParamPlan, state: State, grad: Tensor | ProjectedGrad, due: bool, chosen: Strategies
+) -> Searching[tuple[Tensor, dict[str, Tensor], Tensor | None]]:
+    """The gradient, and the coordinates that are known already.
+
+    With them whether it is finite, if a search has said so on its device.
+    """
     coords: dict[str, Tensor] = {}
+    moved: dict[str, BasisChange] = {}
     if isinstance(grad, ProjectedGrad):  # taken inside backward, in a basis that is not due
         state.update(grad.fresh)
         if int(state["refresh_step"]) < 0:
             state["postponed"] += 1  # no gradient yet that says something
         coords = {k: x.clone() if chosen.maximize else x for k, x in grad.coords.items()}
-    else:
-        grad = chosen.residual.before(state, view.of(grad))
-        if due:
-            step = int(state["step"])
-            yield from refreshing_(item, state, grad, step, chosen, coords, later=True)
-    return grad, coords
+    elif due:
+        step = int(state["step"])
+        yield from refreshing_(item, state, grad, step, chosen, moved, later=True)
+    coords |= {k: own.low for k, own in moved.items() if own.low is not None}
+    said = (own.finite for own in moved.values() if own.finite is not None)
+    return grad, coords, next(said, None)
 
 
 def adapt(
@@ -253,7 +303,7 @@ def _adapt(
         overwritten += [scale_key(key) for key in overwritten] + [age_key(coord)]
         undo.keep_all([w.state for w in work], overwritten)
     items, states = [w.item for w in work], [w.state for w in work]
-    held = read_slots(items, states, keys, chosen)
+    held = read_slots(items, states, coord, grads[0].shape, chosen)
     finite = finite_of(work)
     times = _times_on_device(work, chosen) if chosen.capturable else [w.time for w in work]
     # in the weights' dtype if it goes into their GEMM as it is, else in that of arithmetic
@@ -289,11 +339,5 @@ def _columns(x: Moment, slot: Slot, grad: Tensor) -> Moment:
 def _older_(work: Sequence[MatrixStep], coord: str) -> list[Tensor]:
     """The age of each row, this step included."""
     ages = [w.state[age_key(coord)] for w in work]
-    finite = finite_of(work)
-    if not finite:
-        torch._foreach_add_(ages, 1)
-        return ages
-    every, fine = torch.stack(ages), torch.stack(finite)
-    every.add_(fine.view(-1, *[1] * ages[0].dim()))
-    torch._foreach_copy_(ages, list(every.unbind(0)))
+    ops.count_(ages, finite_of(work))
     return ages

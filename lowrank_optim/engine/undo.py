@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from lowrank_optim.engine import answers
+from lowrank_optim.engine.plan import on_host
 from lowrank_optim.ops.devices import on_accelerator, recording
+from lowrank_optim.ops.stacked import as_words, is_words
 
 State = MutableMapping[str, Tensor]
 COUNTERS = ("step", "refresh_step", "postponed", "clock")
@@ -23,7 +25,13 @@ class Undo:
     from then on its new state is the right one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before: Callable[[], object] = lambda: None) -> None:
+        """Begin with nothing.
+
+        Args:
+            before: called before anything is put back (default: nothing is done).
+        """
+        self._before = before
         self._kept: dict[
             int, tuple[State, State, list[float | Tensor], answers.Answer | None, State]
         ] = {}
@@ -60,9 +68,13 @@ class Undo:
                     entry = state[key].detach()
                     spare = self._spare.get((entry.shape, entry.dtype, entry.device))
                     own[key] = spare.pop() if spare else torch.empty_like(entry)
-                    copies, entries = lists.setdefault(entry.dtype, ([], []))
-                    copies.append(own[key])
-                    entries.append(entry)
+                    pair = own[key], entry
+                    words = on_accelerator(entry) and not on_host(key) and all(map(is_words, pair))
+                    if words:  # one kernel for all formats
+                        pair = as_words(own[key]), as_words(entry)
+                    copies, entries = lists.setdefault(pair[0].dtype, ([], []))
+                    copies.append(pair[0])
+                    entries.append(pair[1])
         for copies, entries in lists.values():
             torch._foreach_copy_(copies, entries)
 
@@ -71,6 +83,10 @@ class Undo:
         if id(state) in self._kept:
             self.taken += 1
             self._forget(id(state))
+
+    def holds(self, state: State) -> bool:
+        """Whether a state would be put back."""
+        return id(state) in self._kept
 
     def _forget(self, number: int) -> None:
         copies = self._kept.pop(number)[-1]
@@ -85,6 +101,7 @@ class Undo:
             for number in list(self._kept):
                 self._forget(number)
             return
+        self._before()
         kept, self._kept = self._kept, {}
         for state, entries, counters, answer, copies in kept.values():
             state.clear()

@@ -78,7 +78,7 @@ FOREIGN: dict[str, str] = {
     "percentile_clipping": "it is bitsandbytes'; clip with torch.nn.utils.clip_grad_norm_",
     "block_wise": "it is bitsandbytes'; moments in 8 bits are always block-wise",
     "max_unorm": "it is bitsandbytes'; clip with torch.nn.utils.clip_grad_norm_",
-    "is_paged": "it is bitsandbytes'; state is not paged, attach_in_backward saves gradients",
+    "is_paged": "it is bitsandbytes'; state_device='cpu' keeps moments in host memory",
     "use_muon": "it is Muon's; give those parameters to an optimizer of their own",
     "weight_decouple": "it is pytorch_optimizer's; decay is always decoupled",
     "fixed_decay": "it is pytorch_optimizer's; decay is always multiplied by lr",

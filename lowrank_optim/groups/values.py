@@ -28,6 +28,7 @@ CHOICES: dict[str, Collection[str | None]] = {
     "block_order": BLOCK_ORDERS,
     "free_rule": FREE_RULES,
     "state_dtype": STORES,
+    "state_device": (None, "cpu"),
     "alpha_mode": ("release", "paper"),
     "scaling": ("column", "matrix"),
     "basis": ("dct2", "dct3"),

@@ -147,7 +147,7 @@ def _as_on_a_gpu(model: nn.Module) -> None:
         inner.set_experts_implementation("grouped")
 
 
-def _checkpoint(model: Any) -> None:
+def checkpoint_layers(model: Any) -> None:
     """Every layer of a model of ``transformers``, whichever name its version has for it."""
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
@@ -196,7 +196,7 @@ def in_flight(
         model = without_memory(model)
         _as_on_a_gpu(model)
         if checkpointing:
-            _checkpoint(innermost(model))
+            checkpoint_layers(innermost(model))
         batch = batch_of(model, shape)
         alive, parts, done = Alive(), dict[Tensor, list[Tensor]](), 0
         arrivals: list[Arrival] = []

@@ -18,7 +18,7 @@ from lowrank_optim.memory.gradients import Gradients
 from lowrank_optim.memory.inputs import model_of
 from lowrank_optim.memory.moments import worst_moments
 from lowrank_optim.memory.rehearsal import Rehearsal
-from lowrank_optim.memory.reporting import host_bytes, report, storage_bytes
+from lowrank_optim.memory.reporting import host_bytes, report, staging_bytes, storage_bytes
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.parts import is_sharded, local
 
@@ -206,6 +206,7 @@ def estimated(
         other=held.other,
         in_backward=training.in_backward,
         host=host_bytes(optimizer),
+        staging=staging_bytes(optimizer, alone=training.in_backward == "step"),
         activations=None if flight is None else max(0, flight.most - gradients.live),
         step_transients=worst.step,
         refresh_transients=worst.refresh,

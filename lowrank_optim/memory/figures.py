@@ -28,11 +28,14 @@ class Estimate:
     basis: int
     moments: int
     other: int
-    """Counters, indices, the maps of quantised formats, and what is kept on the host."""
+    """Counters, indices, the maps of quantised formats, SwitchLoRA's pools."""
     in_backward: Literal["project", "step"] | None = None
     """What happens to gradients inside backward; decides :attr:`live_gradients`."""
     host: int = 0
-    """The part of ``other`` in host memory, such as SwitchLoRA's pools: not in the peak."""
+    """The part of the state in host memory: moments with ``state_device="cpu"``, SwitchLoRA's
+    pools. It is not in the peak."""
+    staging: int = 0
+    """Two buffers on the device, through which moments in host memory pass in a step."""
     activations: int | None = None
     """What forward and backward need beside the live gradients; None where nobody asked."""
     step_transients: int | None = None
@@ -52,8 +55,8 @@ class Estimate:
 
     @property
     def held(self) -> int:
-        """Weights and state, on the device: what is there all the time."""
-        return self.weights + self.state - self.host
+        """Weights, state and staging buffers, on the device: what is there all the time."""
+        return self.weights + self.state - self.host + self.staging
 
     @property
     def peak(self) -> int:
@@ -82,6 +85,9 @@ class Estimate:
             ("moments", self.moments, ""),
             ("other state", self.other, ""),
         ]
+        if self.staging:
+            rows += [("on the host", self.host, "  (of these, not in the peak)")]
+            rows += [("staging", self.staging, "  (two buffers that they pass through)")]
         if self.activations is not None:
             rows.append(("activations", self.activations, ""))
         if self.step_transients is not None:

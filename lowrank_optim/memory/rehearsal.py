@@ -20,7 +20,7 @@ from lowrank_optim.backward.handle import InBackward
 from lowrank_optim.engine import tracing
 from lowrank_optim.engine.plan import ParamPlan
 from lowrank_optim.engine.refresh import phase
-from lowrank_optim.engine.step import chunks
+from lowrank_optim.engine.step import bucketed
 from lowrank_optim.groups import Group
 from lowrank_optim.memory.alive import Alive
 from lowrank_optim.optimizer import LowRankOptimizer
@@ -231,6 +231,7 @@ class Rehearsal:
             yield from (x for x in state.values() if isinstance(x, Tensor) and x.is_meta)
         if isinstance(self.optimizer, LowRankOptimizer):
             yield from self.optimizer._shared.tensors()
+            yield from self.optimizer._staging.tensors()
 
 
 def _stand_in(param: Tensor) -> nn.Parameter:
@@ -284,7 +285,7 @@ def _form(chunk: Sequence[ParamPlan], due: Mapping[Tensor, bool]) -> Hashable:
 
 def _told_apart(
     items: Sequence[ParamPlan], chosen: Any, due: Mapping[Tensor, bool], *, apart: bool
-) -> list[list[ParamPlan]]:
+) -> list[Sequence[ParamPlan]]:
     """The chunks of a step that can need memory of their own, in turn.
 
     What a chunk needs depends on its form, and on the copies that chunks before it have left for
@@ -293,9 +294,9 @@ def _told_apart(
     it finds. A dense parameter neither leaves nor takes any.
     """
     key = (lambda i: (i.key[:3], due[i.param])) if apart else (lambda i: i.key)
-    found: list[tuple[Hashable, list[ParamPlan]]] = []
+    found: list[tuple[Hashable, Sequence[ParamPlan]]] = []
     dense: set[Hashable] = set()
-    for chunk in chunks(items, chosen, key):
+    for chunk in bucketed(items, chosen, key):
         form = _form(chunk, due)
         if chunk[0].subspace is None:
             if form in dense:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
-from lowrank_optim.engine.plan import on_host
+from lowrank_optim.engine.offload import load_of
+from lowrank_optim.engine.plan import ParamPlan, Strategies, on_host, resting_keys
+from lowrank_optim.engine.sharded.step import bucketed_shards
+from lowrank_optim.engine.step import bucketed
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.parts import local
 
@@ -28,25 +31,49 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-class Report(NamedTuple):
-    """Bytes an optimizer holds, by storage."""
-
+class _Sizes(NamedTuple):
     basis: int
     moments: int
     other: int
-    """Counters, indices, the maps of quantised formats, and what is kept on the host."""
+    """Counters, indices, the maps of quantised formats, SwitchLoRA's pools."""
+
+
+class Report(_Sizes):
+    """Bytes an optimizer holds, by storage: a tuple of three, and two figures about them.
+
+    Args:
+        basis: of bases and factors.
+        moments: of moments, and what goes with them.
+        other: of counters, indices, pools.
+        host: the part of these that lies in host memory by choice: ``state_device="cpu"``, pools.
+        staging: buffers of the device, beside the state, through which the former pass in a step.
+    """
+
+    host: int
+    staging: int
+
+    def __new__(
+        cls, basis: int, moments: int, other: int, host: int = 0, staging: int = 0
+    ) -> Report:
+        """Made of five."""
+        self = super().__new__(cls, basis, moments, other)
+        self.host, self.staging = host, staging
+        return self
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All of the state."""
         return self.basis + self.moments + self.other
 
     def __str__(self) -> str:
         """One line."""
-        return (
+        text = (
             f"optimizer state {self.total:,} bytes: basis {self.basis:,}, moments "
             f"{self.moments:,}, other {self.other:,}"
         )
+        if self.host:
+            text += f"; {self.host:,} of it in host memory"
+        return text + (f"; staging {self.staging:,}" if self.staging else "")
 
 
 def _kind(key: str, value: Tensor, param: Tensor) -> str:
@@ -76,12 +103,53 @@ def report(optimizer: Optimizer) -> Report:
         for key, value in state.items():
             if isinstance(value, Tensor):
                 kinds[_kind(key, value, param)].append(local(value))
+    staging = 0
     if isinstance(optimizer, LowRankOptimizer):
         kinds["basis"] += optimizer._shared.tensors()
-    return Report(**{kind: storage_bytes(tensors) for kind, tensors in kinds.items()})
+        staging = optimizer._staging.nbytes
+    sizes = {kind: storage_bytes(tensors) for kind, tensors in kinds.items()}
+    return Report(**sizes, host=host_bytes(optimizer), staging=staging)
+
+
+def _resting(optimizer: Optimizer) -> Iterator[tuple[Strategies, list[ParamPlan]]]:
+    """Groups whose moments lie in host memory."""
+    if isinstance(optimizer, LowRankOptimizer):
+        for group in optimizer.param_groups:
+            chosen = optimizer._strategies(group)
+            if chosen.offload:
+                yield chosen, [x for x in optimizer._items(group) if x.param.requires_grad]
 
 
 def host_bytes(optimizer: Optimizer) -> int:
-    """The part of the state that stays in host memory by design, such as SwitchLoRA's pools."""
-    states = optimizer.state.values()
-    return storage_bytes(v for s in states for k, v in s.items() if k.startswith("host."))
+    """The part of the state that lies in host memory by choice, such as SwitchLoRA's pools."""
+    resting: dict[Tensor, list[str]] = {}
+    for chosen, items in _resting(optimizer):
+        resting |= {item.param: resting_keys(item, chosen) for item in items}
+    found = [
+        local(value)
+        for param, state in optimizer.state.items()
+        for key, value in state.items()
+        if key.startswith("host.") or key in resting.get(param, ())
+    ]
+    return storage_bytes(found)
+
+
+def staging_bytes(optimizer: Optimizer, alone: bool = False) -> int:
+    """What the buffers will take once an optimizer has stepped: two of the largest load.
+
+    Args:
+        optimizer: with its state.
+        alone: whether parameters are stepped one by one, inside backward.
+    """
+    largest = 0
+    for chosen, items in _resting(optimizer):
+        single = [x for x in items if x.alone and alone]
+        rest = [x for x in items if not (x.alone and alone)]
+        spread = [x for x in rest if x.sharded and x.alone]
+        units: list[Sequence[ParamPlan]] = [[x] for x in single]
+        units += bucketed([x for x in rest if not (x.sharded and x.alone)], chosen)
+        units += bucketed_shards(spread, chosen)
+        for own in units:
+            load = load_of(own, [optimizer.state[x.param] for x in own], chosen)
+            largest = max(largest, load.nbytes)
+    return 2 * largest

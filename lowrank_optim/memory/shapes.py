@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from lowrank_optim.groups.linear_maps import EMBEDDING
 from lowrank_optim.memory.models import Config
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
@@ -125,15 +126,28 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return dict(FAMILIES[config["model_type"]].shapes(config))
 
 
+def _holder(name: str, shape: tuple[int, ...]) -> nn.Module:
+    """What holds a parameter: of the type that says what its weight is, without parameters."""
+    with torch.device("meta"):
+        holder: nn.Module = nn.Module()
+        if EMBEDDING.search(name):
+            holder = nn.Embedding(shape[0], shape[1])
+        elif name.endswith(".weight") and len(shape) == 4:
+            holder = nn.Conv2d(shape[1], shape[0], shape[2:], bias=False)
+    for own in list(holder._parameters):
+        del holder._parameters[own]
+    return holder
+
+
 def on_meta(config: Config, dtype: torch.dtype) -> nn.Module:
     """Modules that hold these parameters on the meta device, and that cannot run."""
     root = nn.Module()
     for name, shape in parameter_shapes(config).items():
         *path, last = name.split(".")
         module = root
-        for part in path:
+        for n, part in enumerate(path, start=1):
             if part not in dict(module.named_children()):
-                module.add_module(part, nn.Module())
+                module.add_module(part, _holder(name, shape) if n == len(path) else nn.Module())
             module = module.get_submodule(part)
         param = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
         module.register_parameter(last, param)

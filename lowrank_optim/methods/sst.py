@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Unpack
 
 from torch import Tensor
 
+from lowrank_optim.engine import answers
 from lowrank_optim.engine.bucket import Bucket
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state
 from lowrank_optim.engine.refresh import phase, refresh_, refresh_due
@@ -30,9 +31,10 @@ from lowrank_optim.engine.sharded.layers import (
 )
 from lowrank_optim.engine.sharded.refusals import check_layer
 from lowrank_optim.engine.sharded.replicas import refresh_layers
-from lowrank_optim.engine.step import chunk_size, step_bucket
+from lowrank_optim.engine.step import chunk_size, step_buckets
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group
+from lowrank_optim.ops.devices import recording
 from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
 from lowrank_optim.residuals import Drop, Residual
 from lowrank_optim.rules import AdamW, Rule
@@ -148,8 +150,6 @@ class SSTAdamW(LowRankOptimizer):
         "projector": "the factors are those of the weight",
     }
 
-    by_host: ClassVar[str | None] = "the warm-up after each iteration follows the host's count"
-
     def __init__(
         self,
         params: Iterable[Any],
@@ -186,6 +186,12 @@ class SSTAdamW(LowRankOptimizer):
     def residual(self, group: Group) -> Residual:
         """All of the gradient that the factors do not see is dropped."""
         return Drop()
+
+    def by_host(self, group: Group) -> str | None:
+        """Signs of vectors that the host holds."""
+        if group["offload_inactive"] and group["negative"] == "flip":
+            return "offload_inactive=True with negative='flip' turns vectors around on the host"
+        return None
 
     def gap(self, group: Group) -> int:
         """An iteration."""
@@ -280,7 +286,10 @@ class SSTAdamW(LowRankOptimizer):
             )
 
     def _is_due(self, item: Layer, chosen: Strategies) -> bool:
+        if chosen.capturable and recording():
+            return False
         state = self._kept(item, chosen)
+        answers.settle_(state)
         step, last = int(state["step"]), int(state["refresh_step"])
         return refresh_due(step, last, chosen.gap, phase(item, chosen))
 
@@ -303,7 +312,7 @@ class SSTAdamW(LowRankOptimizer):
                 ]
                 plans = [x.whole(state) for x, state in zip(chunk, states, strict=True)]
                 hyper = group["lr"], group["weight_decay"]
-                step_bucket(Bucket(plans, states, chosen, *hyper, undo))
+                step_buckets([Bucket(plans, states, chosen, *hyper, undo)], self._staging)
                 for x, own in zip(chunk, wholes, strict=True):
                     for key, factor in x.named().items():
                         if key in own and key != "basis_order":

@@ -29,7 +29,7 @@ from lowrank_optim.engine.sharded.layers import (
     spans,
 )
 from lowrank_optim.engine.sharded.refusals import check_layer
-from lowrank_optim.engine.step import chunk_size, step_bucket
+from lowrank_optim.engine.step import bucketed, step_buckets
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group
 from lowrank_optim.groups.names import uid_of
@@ -54,6 +54,13 @@ class FactorItem(ParamPlan):
     base: Tensor
     """W0, frozen."""
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Of what a step reads: A, W0 and where they lie."""
+        mesh = getattr(self.param, "device_mesh", None)
+        own = self.param.dtype, self.base.dtype, self.param.device, self.view, self.subspace
+        return *own, mesh
+
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class FrozenItem(ParamPlan):
@@ -61,7 +68,7 @@ class FrozenItem(ParamPlan):
 
     base: Tensor
 
-    def noise(self, seed: int) -> Noise:
+    def noise(self, seed: int | Tensor) -> Noise:
         """By the place of each entry in all of W0."""
         return noise_of(self.base, seed)
 
@@ -147,8 +154,6 @@ class SwitchLoRAAdamW(LowRankOptimizer):
         "on_refresh": "a switched vector starts its moments again",
     }
 
-    by_host: ClassVar[str | None] = "every step may switch vectors, which the host decides"
-
     def __init__(
         self,
         params: Iterable[Any],
@@ -192,6 +197,10 @@ class SwitchLoRAAdamW(LowRankOptimizer):
     def projected_factor(self, group: Group) -> float:
         """Factors take the learning rate as it is."""
         return 1.0
+
+    def by_host(self, group: Group) -> str:
+        """The schedule, and which vectors are frozen."""
+        return "every step may switch vectors, which the host decides"
 
     def residual(self, group: Group) -> Residual:
         """Only A and B are trained."""
@@ -267,29 +276,21 @@ class SwitchLoRAAdamW(LowRankOptimizer):
         super()._step_items(rest, group, chosen, undo)
         if own and not int(self._state_of(own[0], chosen)["step"]) and makes_state():
             return  # or the factors that were loaded would be drawn anew
-        buckets: dict[Any, list[FactorItem]] = {}
-        for item in own:
-            key = item.param.dtype, item.base.dtype, item.param.device, item.view, item.subspace
-            mesh = getattr(item.param, "device_mesh", None)
-            buckets.setdefault((*key, mesh), []).append(item)
         lr, weight_decay = group["lr"], group["weight_decay"]
-        for alike in buckets.values():
-            size = chunk_size(alike[0], chosen)
-            for i in range(0, len(alike), size):
-                chunk = alike[i : i + size]
-                factors = _factors(chunk)
-                wholes, states = zip(
-                    *[
-                        self._as_weight(x, own, chosen)
-                        for x, own in zip(chunk, factors, strict=True)
-                    ],
-                    strict=True,
-                )
-                step_bucket(Bucket(wholes, states, chosen, lr, weight_decay, undo))
-                for x, (a, b, *_) in zip(chunk, factors, strict=True):
-                    if is_sharded(x.param):
-                        keep_(x.param, a)
-                        keep_(x.b, b)
+        here: list[Bucket] = []
+        for chunk in bucketed(own, chosen):
+            factors = _factors(chunk)
+            pairs = [self._as_weight(x, own, chosen) for x, own in zip(chunk, factors, strict=True)]
+            plans, states = zip(*pairs, strict=True)
+            bucket = Bucket(plans, states, chosen, lr, weight_decay, undo)
+            if not is_sharded(chunk[0].param):
+                here.append(bucket)
+                continue
+            step_buckets([bucket], self._staging)
+            for x, (a, b, *_) in zip(chunk, factors, strict=True):
+                keep_(x.param, a)
+                keep_(x.b, b)
+        step_buckets(here, self._staging)
 
     def _as_weight(
         self, item: FactorItem, own: Sequence[Tensor], chosen: Strategies

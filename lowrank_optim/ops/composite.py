@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.ops.noise import Noise
+from lowrank_optim.ops.reference.storage import stochastic_round_
 from lowrank_optim.ops.tiles import tile_rows
 
 
@@ -194,6 +195,8 @@ def put_all_(outs: Sequence[Tensor], xs: Sequence[Tensor], rounding: Sequence[No
         torch._foreach_copy_(list(outs), list(xs))
     elif all(x.is_contiguous() and x.numel() for x in outs):
         _round_into_(xs, outs, rounding)
+    elif all(x.dim() > 1 and x.mT.is_contiguous() and x.numel() for x in outs):
+        _round_into_([x.mT for x in xs], [x.mT for x in outs], [own.mT for own in rounding])
     else:
         for out, x, noise in zip(outs, xs, rounding, strict=True):
             put_(out, x, noise)
@@ -215,7 +218,7 @@ def stochastic_round(x: Tensor, noise: Noise) -> Tensor:
 
 def _round_into_(xs: Sequence[Tensor], outs: Sequence[Tensor], noises: Sequence[Noise]) -> None:
     pieces: tuple[list[Tensor], list[Tensor]] = [], []
-    seeds: list[int] = []
+    seeds: list[int | Tensor] = []
     places: list[tuple[int, int, int, int]] = []
     for x, out, noise in zip(xs, outs, noises, strict=True):
         own = noise.layout(x.shape)
@@ -223,7 +226,11 @@ def _round_into_(xs: Sequence[Tensor], outs: Sequence[Tensor], noises: Sequence[
             found += t.view(len(own), -1).unbind()
         seeds += [noise.seed & 0x7FFFFFFF] * len(own)
         places += own
-    torch.ops.lowrank_optim.stochastic_round_(*pieces, seeds, *map(list, zip(*places, strict=True)))
+    columns = [*map(list, zip(*places, strict=True))]
+    if any(isinstance(seed, Tensor) for seed in seeds):  # kernels take numbers of the host
+        stochastic_round_(*pieces, seeds, *columns)
+    else:
+        torch.ops.lowrank_optim.stochastic_round_(*pieces, seeds, *columns)
 
 
 def add_(
@@ -234,4 +241,6 @@ def add_(
     rounding: Noise | None,
 ) -> None:
     """``W <- decay W + alpha N`` elementwise, rounded once; ``update`` in at least float32."""
-    put_(param, param.to(update.dtype).mul(decay).add_(update, alpha=alpha), rounding)
+    # a factor that is a tensor would widen what has no dimension
+    new = param.to(update.dtype).mul(decay).to(update.dtype)
+    put_(param, new.add_(update, alpha=alpha), rounding)

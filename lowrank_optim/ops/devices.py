@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 HOSTS = frozenset({"cpu"})
 """Device types whose tensors a host reads at once: no queue has to run dry before."""
 
+HOST_MEMORY = frozenset({"cpu"})
+"""Those whose memory is the host's: nothing of theirs could lie elsewhere."""
 
 QUEUED = frozenset({"cuda", "xpu"})
 """Those that copy to and from pinned memory while their host goes on."""
@@ -16,6 +19,17 @@ QUEUED = frozenset({"cuda", "xpu"})
 def on_accelerator(tensor: Tensor) -> bool:
     """Whether branching on a value of this tensor would stall its device."""
     return tensor.device.type not in HOSTS
+
+
+def apart(tensor: Tensor) -> bool:
+    """Whether host memory is other memory than that of this tensor's device."""
+    return tensor.device.type not in HOST_MEMORY
+
+
+def pinned(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host in memory which a device copies from, and to, while the host goes on."""
+    real = queued(device) and not isinstance(x, FakeTensor)
+    return x.pin_memory() if real and not x.is_pinned() else x
 
 
 def recording() -> bool:
@@ -38,6 +52,6 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
     A copy from other memory makes it wait until the device has done all that it was asked before.
     """
     waits = device.type != "cpu" and not queued(device)
-    if x.is_cpu and queued(device):
-        x = x.pin_memory()
+    if x.is_cpu:
+        x = pinned(x, device)
     return x.to(device, non_blocking=not waits)

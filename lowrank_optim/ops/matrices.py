@@ -245,14 +245,35 @@ cosine_scores = _ops.cosine_scores
 
 
 def top_rows_(
-    scores: Sequence[Tensor], indices: Sequence[Tensor], sources: Sequence[Tensor]
+    scores: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    finite: Sequence[Tensor] = (),
+    usable: Sequence[Tensor] = (),
 ) -> None:
     """The indices of the r largest scores, ascending; among equals the lowest.
 
     Args:
-        scores: ``(m,)``, not negative, finite.
+        scores: ``(m,)``, not negative, and finite unless ``finite`` is given.
         indices: ``(r,)`` int32: the old ones, ascending, and then the new.
         sources: ``(r,)`` int32, written: where each new one stood among the old, -1 for nowhere.
+        finite: 0-d bools, written: whether the sum of the scores is. Where no host has looked.
+        usable: likewise, whether it is finite and not 0. Else the old indices stay.
     """
     if scores:
-        _ops.top_rows_(scores, indices, sources)
+        _ops.top_rows_(scores, indices, sources, finite, usable)
+
+
+def move_rows_(xs: Sequence[Tensor], sources: Sequence[Tensor], fills: Sequence[int]) -> None:
+    """Rows of each by old index, in place: one launch for all on an accelerator.
+
+    Args:
+        xs: ``(r, k)``, of any dtypes, contiguous.
+        sources: ``(r,)`` int32 of each: the old row that feeds each new one, -1 for none.
+        fills: what such a row is filled with: 0, or a code of one byte.
+    """
+    if xs:
+        _ops.move_rows_(xs, sources, fills)
+
+
+count_ = _ops.count_

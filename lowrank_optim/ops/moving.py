@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops import matrices as ops
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.ops.rows import take_rows
-from lowrank_optim.ops.stacked import stacked
-
-MOVED_ELEMENTS = 1 << 24
-"""Elements of moments that are moved at once on an accelerator."""
 
 
 def move_rows_(x: Tensor, source: Tensor, fill: int = 0) -> None:
@@ -36,22 +31,18 @@ def move_rows_(x: Tensor, source: Tensor, fill: int = 0) -> None:
 def move_rows_all_(
     lists: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], fills: Sequence[int]
 ) -> None:
-    """:func:`move_rows_` of several lists ``(..., r, k)`` by the same ``sources (r,)``.
+    """:func:`move_rows_` of several lists ``(..., r, k)`` by the same ``sources (r,)``, at once.
 
-    What has one form is copied into one tensor, as much at a time as fills the device.
+    What does not lie in one piece is moved by itself.
     """
-    source = stacked(sources)
-    at, gone = source.clamp(min=0).long(), source < 0
-    alike: dict[tuple[Any, ...], list[Tensor]] = {}
+    whole: list[tuple[Tensor, Tensor, int]] = []
     for xs, fill in zip(lists, fills, strict=True):
-        alike.setdefault((xs[0].shape, xs[0].dtype, fill), []).extend(xs)
-    for (shape, _, fill), xs in alike.items():
-        where = len(sources), *[1] * (len(shape) - 2), -1, 1
-        # whole lists, so that sources can be repeated
-        count = len(sources) * max(1, MOVED_ELEMENTS // max(1, len(sources) * math.prod(shape)))
-        for start in range(0, len(xs), count):
-            own = xs[start : start + count]
-            old = torch.stack(own).view(len(own) // len(sources), len(sources), *shape)
-            new = old.gather(-2, at.view(where).expand(old.shape))
-            new.masked_fill_(gone.view(where), fill)
-            torch._foreach_copy_(own, list(new.flatten(0, 1).unbind(0)))
+        for x, source in zip(xs, sources, strict=True):
+            if not x.is_contiguous():
+                move_rows_(x, source, fill)
+                continue
+            each = x.flatten(0, -3).unbind(0) if x.dim() > 2 else [x]
+            whole += [(own, source, fill) for own in each]
+    if whole:
+        own, where, what = zip(*whole, strict=True)
+        ops.move_rows_(list(own), list(where), list(what))

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from torch import Tensor
+
 MASK = 0xFFFFFFFF
 
 
@@ -17,13 +19,14 @@ class Noise(NamedTuple):
     and two of them draw different noise.
     """
 
-    seed: int
+    seed: int | Tensor
+    """A tensor ``()`` of int64 where the device alone knows it."""
     start: int
     strides: tuple[int, ...]
     """One a dimension."""
 
     @classmethod
-    def over(cls, seed: int, shape: Sequence[int], corner: Sequence[int] = ()) -> Noise:
+    def over(cls, seed: int | Tensor, shape: Sequence[int], corner: Sequence[int] = ()) -> Noise:
         """Of a tensor of ``shape``, or of what of it begins at ``corner``.
 
         Args:
@@ -93,3 +96,45 @@ def check_places(
             raise ValueError(f"stochastic_round_: {len(own)} {name}s for {count} tensors")
     if any(width < 1 for width in widths):
         raise ValueError(f"stochastic_round_: a row has at least one entry, got widths {widths}")
+
+
+def hash32(x: Tensor) -> Tensor:
+    """A 32-bit hash (lowbias32) of integers below 2^32, in int64 arithmetic."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & MASK
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & MASK
+    x = x ^ (x >> 16)
+    return x
+
+
+GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+"""Constants of splitmix64."""
+
+
+def splitmix(seed: int, number: int) -> int:
+    """64 bits of a seed and one more number."""
+    seed = (seed + number + GOLDEN) % 2**64
+    seed = ((seed ^ (seed >> 30)) * FIRST) % 2**64
+    seed = ((seed ^ (seed >> 27)) * SECOND) % 2**64
+    return seed ^ (seed >> 31)
+
+
+def splitmix_(seeds: Tensor, number: int | Tensor) -> Tensor:
+    """:func:`splitmix` of int64 on their device, whose products and sums wrap."""
+    seeds = seeds + number + signed(GOLDEN)
+    for shift, factor in ((30, FIRST), (27, SECOND)):
+        seeds = (seeds ^ _shifted(seeds, shift)) * signed(factor)
+    mixed: Tensor = seeds ^ _shifted(seeds, 31)
+    return mixed
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """To the right, with zeros from the left."""
+    shifted: Tensor = (x >> by) & (2 ** (64 - by) - 1)
+    return shifted
+
+
+def signed(x: int) -> int:
+    """The int64 with the bits of ``x < 2^64``."""
+    return x - 2**64 if x >= 2**63 else x

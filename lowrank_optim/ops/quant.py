@@ -18,17 +18,20 @@ MIN_SIZE = 4096
 
 
 @functools.cache
-def _values(signed: bool) -> list[float]:
-    """Ascending; with data whatever mode asks first, as they are kept for the whole process."""
+def values_of(signed: bool, decades: int) -> list[float]:
+    """Of a dynamic exponent map, ascending: 256 of seven decades, 16 of three with a sign.
+
+    With data whatever mode asks first, as they are kept for the whole process.
+    """
     with unset_fake_temporarily():
         values = [0.0, 1.0]
-        for decade in range(7):
+        for decade in range(decades):
             parts = 2**decade if signed else 2 ** (decade + 1)
             edges = torch.linspace(0.1, 1, parts + 1, dtype=torch.float32)
             means = (edges[:-1] + edges[1:]) / 2.0
-            values += ((10 ** (decade - 6)) * means).tolist()
+            values += ((10 ** (decade + 1 - decades)) * means).tolist()
             if signed:
-                values += (-(10 ** (decade - 6)) * means).tolist()
+                values += (-(10 ** (decade + 1 - decades)) * means).tolist()
         return sorted(values)
 
 
@@ -43,7 +46,7 @@ def dynamic_map(signed: bool, device: torch.device) -> Tensor:
     References:
         Dettmers (2015), arXiv:1511.04561; Dettmers et al. (2021), arXiv:2110.02861.
     """
-    return torch.tensor(_values(signed), dtype=torch.float32, device=device)
+    return torch.tensor(values_of(signed, 7), dtype=torch.float32, device=device)
 
 
 class Layout(NamedTuple):

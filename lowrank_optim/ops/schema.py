@@ -44,6 +44,7 @@ SCHEMAS = {
     "int[] widths, int[] row_strides, int[] column_strides) -> ()",
     "column_norms": "(Tensor[] xs) -> Tensor[]",
     "decay_": "(Tensor(a!)[] params, float decay, Tensor[] factors, Tensor[] finite) -> ()",
+    "count_": "(Tensor(a!)[] counts, Tensor[] finite) -> ()",
     "row_steps_": "(Tensor[] ages, Tensor(a!)[] eps_rows, Tensor(b!)[] scale_rows, float beta1, "
     "float beta2, float eps) -> ()",
     "residual_factors_": "(Tensor[] lows, Tensor[] directions, Tensor[] grads, Tensor(a!)[] norms, "
@@ -58,7 +59,9 @@ SCHEMAS = {
     "coordinate_adamw_": f"({_APPLY}, Tensor[] indices, Tensor(b!)[] exp_avgs, "
     "Tensor(c!)[] exp_avg_sqs, float beta1, float beta2, float[] eps, float[] steps, "
     "float[] free_steps, float decay, str free) -> ()",
-    "top_rows_": "(Tensor[] scores, Tensor(a!)[] indices, Tensor(b!)[] sources) -> ()",
+    "top_rows_": "(Tensor[] scores, Tensor(a!)[] indices, Tensor(b!)[] sources, "
+    "Tensor(c!)[] finite, Tensor(d!)[] usable) -> ()",
+    "move_rows_": "(Tensor(a!)[] xs, Tensor[] sources, int[] fills) -> ()",
     "cosine_scores": "(Tensor[] grads, Tensor[] plan, str basis, str ranking) -> Tensor[]",
     "cosine_project_": "(Tensor[] grads, Tensor[] indices, Tensor(a!)[] outs, Tensor[] plan, "
     "str basis) -> ()",
@@ -73,7 +76,7 @@ PLAN = "plan"
 """What all matrices of a call share: not one a matrix."""
 
 
-ROLES = {"codes": torch.uint8, "scales": torch.float32, "finite": torch.bool}
+ROLES = {"codes": torch.uint8, "scales": torch.float32, "finite": torch.bool, "usable": torch.bool}
 """Dtype of the arguments whose names start so."""
 
 

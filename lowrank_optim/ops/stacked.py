@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,3 +27,44 @@ def stacked(xs: Sequence[Tensor]) -> Tensor:
         if not (own and placed):
             return torch.stack(list(xs))
     return first.as_strided((len(xs), *first.shape), (size, *first.stride()))
+
+
+def cast_all(xs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Alike matrices ``(..., m, n)`` in another format, stored as they are; in one copy."""
+    first = xs[0]
+    if first.dtype == dtype:
+        return [*xs]
+    wide = _as_they_lie(xs, torch.empty, dtype)
+    torch._foreach_copy_(wide, [*xs])
+    return wide
+
+
+def zeros_like_all(xs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Zeros for each of alike matrices ``(..., m, n)``, stored as they are, one after the other."""
+    return _as_they_lie(xs, torch.zeros, dtype)
+
+
+def _as_they_lie(
+    xs: Sequence[Tensor], make: Callable[..., Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    first = xs[0]
+    turned = first.stride(-2) == 1 and first.stride(-1) != 1
+    shape = first.mT.shape if turned else first.shape
+    own = make((len(xs), *shape), dtype=dtype, device=first.device).unbind(0)
+    return [x.mT for x in own] if turned else list(own)
+
+
+def is_words(x: Tensor, length: int | None = None) -> bool:
+    """Whether the memory of ``x`` is whole integers of four bytes.
+
+    Args:
+        x: any tensor.
+        length: of its rows, each of which is to be whole (default: one row of all elements).
+    """
+    size, count = x.element_size(), x.numel() if length is None else length
+    return x.is_contiguous() and count * size % 4 == 0 and x.storage_offset() * size % 4 == 0
+
+
+def as_words(x: Tensor) -> Tensor:
+    """All of ``x`` as they are, one row of integers of four bytes."""
+    return x.view(-1).view(torch.int32)

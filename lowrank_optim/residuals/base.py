@@ -50,6 +50,8 @@ class Residual(Protocol):
 
     stepped: ClassVar[Sequence[str]]
     """State keys that :meth:`after` overwrites."""
+    memory: ClassVar[Sequence[str]]
+    """State keys as large as the gradient, or that go with such: ``state_device`` moves them."""
     wants: ClassVar[Wants]
     """What of the rest it uses. For "memory" :meth:`before` makes a matrix of the size of G, which
     lives as long as the step."""
@@ -64,6 +66,10 @@ class Residual(Protocol):
 
     def before(self, state: State, grad: Tensor) -> Tensor:
         """The matrix ``(..., m, n)`` to project."""
+        ...
+
+    def before_all(self, states: Sequence[State], grads: Sequence[Tensor]) -> list[Tensor]:
+        """:meth:`before` of alike matrices, whose kernels may be asked for together."""
         ...
 
     def measure(self, seen: ResidualInputs) -> Measured | None:
@@ -95,9 +101,34 @@ class Residual(Protocol):
         """Remember what is left of ``grad``, as ``before`` gave it: the weights are written."""
         ...
 
+    def keep_all_(
+        self, states: Sequence[State], grads: Sequence[Tensor], finite: Sequence[Tensor]
+    ) -> None:
+        """:meth:`keep_` of alike matrices; of all or none ``finite`` is known on the device."""
+        ...
+
 
 class OneByOne:
     """What residuals have in common that ask nothing of a bucket."""
+
+    def before(self, state: State, grad: Tensor) -> Tensor:
+        """Of one matrix."""
+        raise NotImplementedError
+
+    def before_all(self, states: Sequence[State], grads: Sequence[Tensor]) -> list[Tensor]:
+        """One after the other."""
+        return [self.before(state, grad) for state, grad in zip(states, grads, strict=True)]
+
+    def keep_(self, state: State, grad: Tensor, finite: Tensor | None) -> None:
+        """Of one matrix."""
+        raise NotImplementedError
+
+    def keep_all_(
+        self, states: Sequence[State], grads: Sequence[Tensor], finite: Sequence[Tensor]
+    ) -> None:
+        """One after the other."""
+        for n, (state, grad) in enumerate(zip(states, grads, strict=True)):
+            self.keep_(state, grad, finite[n] if finite else None)
 
     def after(
         self, state: State, seen: ResidualInputs, measured: Measured | None = None
@@ -121,6 +152,7 @@ class Forgetful(OneByOne):
     """What residuals have in common that remember nothing of a gradient."""
 
     stepped: ClassVar[Sequence[str]] = ()
+    memory: ClassVar[Sequence[str]] = ()
     wants: ClassVar[Wants] = "term"
 
     def before(self, state: State, grad: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.ops.devices import on_accelerator
-from lowrank_optim.ops.stacked import stacked
-from lowrank_optim.residuals.base import Measured, ResidualInputs
+from lowrank_optim.ops.quant4 import packed, unpacked
+from lowrank_optim.ops.stacked import cast_all, stacked
+from lowrank_optim.residuals.base import Measured, OneByOne, ResidualInputs
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.base import State
 from lowrank_optim.subspaces.target import Target
@@ -56,19 +57,13 @@ class Levels(NamedTuple):
         step = (most - least) / (2**bits - 1)
         scaled = (x - least.unsqueeze(-1)) / torch.where(step > 0, step, 1).unsqueeze(-1)
         codes = scaled.round_().clamp_(0, 2**bits - 1).to(torch.uint8)
-        if bits == 4:
-            if codes.shape[-1] % 2:
-                codes = torch.nn.functional.pad(codes, (0, 1))
-            codes = codes[..., ::2] | codes[..., 1::2] << 4
-        self.codes.copy_(codes)
+        self.codes.copy_(packed(codes) if bits == 4 else codes)
         self.low.copy_(least)
         self.step.copy_(step)
 
     def read(self, bits: int, k: int) -> Tensor:
         """The values ``(..., k)`` in float32."""
-        codes = self.codes
-        if bits == 4:
-            codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)[..., :k]
+        codes = unpacked(self.codes, k) if bits == 4 else self.codes
         return codes.float().mul_(self.step.unsqueeze(-1)).add_(self.low.unsqueeze(-1))
 
     def tiles(self, rows: int) -> Iterator[tuple[slice, Levels]]:
@@ -79,7 +74,7 @@ class Levels(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ErrorFeedback:
+class ErrorFeedback(OneByOne):
     r"""A memory E of the size of the weights.
 
     .. math:: A = G + E, \qquad E \leftarrow A - P P^T A
@@ -96,6 +91,7 @@ class ErrorFeedback:
     """
 
     stepped: ClassVar[Sequence[str]] = ()
+    memory: ClassVar[Sequence[str]] = ("error", "error_low", "error_step")
     wants: ClassVar[Wants] = "memory"
 
     kept: str = "float32"
@@ -129,6 +125,16 @@ class ErrorFeedback:
         for at in self._tiles(grad):
             out[..., at, :] = self._error(state, at, grad.shape[-2]).add(grad.mT[..., at, :])
         return out.mT
+
+    def before_all(self, states: Sequence[State], grads: Sequence[Tensor]) -> list[Tensor]:
+        """On an accelerator gradients are turned, widened and added to, all at once."""
+        if self.kept in BITS or not on_accelerator(grads[0]):
+            return super().before_all(states, grads)
+        dtype = compute_dtype(grads[0].dtype)
+        errors = cast_all([state["error"] for state in states], dtype)
+        outs = [*torch.stack([grad.mT for grad in grads]).to(dtype).unbind(0)]
+        torch._foreach_add_(outs, errors)
+        return [out.mT for out in outs]
 
     def measure(self, seen: ResidualInputs) -> Measured | None:
         """Each column alone."""
@@ -164,6 +170,19 @@ class ErrorFeedback:
         """``E <- A - P R``."""
         for at in self._tiles(grad):
             self._keep_(state, at, grad.mT[..., at, :], finite)
+
+    def keep_all_(
+        self, states: Sequence[State], grads: Sequence[Tensor], finite: Sequence[Tensor]
+    ) -> None:
+        """On an accelerator in one pass: ``E <- 0 E + 1 (A - P R)``, where that is finite."""
+        if self.kept in BITS or not finite:
+            super().keep_all_(states, grads, finite)
+            return
+        kept, rest = [state["error"] for state in states], [grad.mT for grad in grads]
+        errors = cast_all(kept, rest[0].dtype)
+        ops.moment_(rest, errors, rest, 0.0, 1.0, finite)
+        if errors[0].dtype != kept[0].dtype:
+            torch._foreach_copy_(kept, errors)
 
     def _tiles(self, grad: Tensor) -> Iterator[slice]:
         rows = max(1, TILE_ELEMENTS[on_accelerator(grad)] * grad.shape[-1] // max(1, grad.numel()))

@@ -76,9 +76,9 @@ class Adafactor(Rule):
     warmup_init: bool = False
 
     @property
-    def host_steps(self) -> str:
-        """The weight of a new square."""
-        return "the decay of Adafactor's means is a number that every step changes"
+    def host_steps(self) -> None:
+        """The weight of a new square is computed where the steps are."""
+        return None
 
     @property
     def by_row(self) -> bool:
@@ -113,9 +113,8 @@ class Adafactor(Rule):
         ages: Sequence[Tensor] = (),
     ) -> Directions:
         """The clipped direction, averaged if ``beta1`` is set, and a correction of 1."""
-        assert not isinstance(steps, Tensor)
-        each = zip(grads, slots, steps, _each(finite, len(grads)), strict=True)
-        directions = [finished(self._phases_(g, own, t, dtype, ok, None)) for g, own, t, ok in each]
+        each = zip(grads, slots, self._fresh(steps, grads), _each(finite, len(grads)), strict=True)
+        directions = [finished(self._phases_(g, own, x, dtype, ok, None)) for g, own, x, ok in each]
         return directions, [1.0] * len(directions)
 
     def phases_(
@@ -129,29 +128,34 @@ class Adafactor(Rule):
         split: Split | None = None,
     ) -> Asking[Directions]:
         """The same of what is here: means are asked for, and then the norm of the direction."""
-        assert not isinstance(steps, Tensor)
         if split is None:
             return self.directions_(grads, slots, steps, dtype, finite, ages)
-        each = zip(grads, slots, steps, _each(finite, len(grads)), strict=True)
-        work = [self._phases_(g, own, t, dtype, ok, split) for g, own, t, ok in each]
+        each = zip(grads, slots, self._fresh(steps, grads), _each(finite, len(grads)), strict=True)
+        work = [self._phases_(g, own, x, dtype, ok, split) for g, own, x, ok in each]
         directions = yield from together(work)
         return directions, [1.0] * len(directions)
+
+    def _fresh(self, steps: Steps, grads: Sequence[Tensor]) -> Sequence[float | Tensor]:
+        """Weights of new squares, ``1 - beta2(t)``."""
+        if isinstance(steps, Tensor):
+            weights = steps.double() ** self.decay_rate
+            return weights.to(compute_dtype(grads[0].dtype)).unbind()
+        return [step**self.decay_rate for step in steps]
 
     def _phases_(
         self,
         g: Tensor,
         own: Slots,
-        t: float,
+        fresh: float | Tensor,
         dtype: torch.dtype | None,
         ok: Sequence[Tensor],
         split: Split | None,
     ) -> Asking[Tensor]:
-        """The direction of one gradient."""
+        """The direction of one gradient, whose square has the weight ``fresh``."""
         dense = [x for x in own if isinstance(x, Tensor)]  # the squares, which come first
         squares = dense[: 2 if g.dim() >= 2 else 1]
         kept = [x.clone() for x in squares] if ok else []
         g = g.to(compute_dtype(g.dtype))
-        fresh = t**self.decay_rate  # weight of the new square: 1 - beta2(t)
         square = g.square().add_(self.eps[0])
         if g.dim() < 2:
             root = squares[0].lerp_(square, fresh).rsqrt()
@@ -187,17 +191,29 @@ class Adafactor(Rule):
         return 1.0, 1.0, 1.0
 
     def step_size(
-        self, lr: float | Tensor | None, step: float, param: Tensor, rms: Tensor | None = None
+        self,
+        lr: float | Tensor | None,
+        step: float | Tensor,
+        param: Tensor,
+        rms: Tensor | None = None,
     ) -> float | Tensor:
         """``lr``, or ``min(1e-2, 1/sqrt(t))``; times the weights' RMS if ``scale_parameter``."""
         if self.relative_step:
-            relative = min(1e-6 * step if self.warmup_init else 1e-2, step**-0.5)
-            lr = relative if lr is None else 0.0  # a loader's first step must move nothing
+            # a loader's first step must move nothing
+            lr = self._relative(step, param) if lr is None else 0.0
         assert lr is not None
         if not self.scale_parameter:
             return lr
         rms = matrix_rms(param) if rms is None else rms
         return lr * rms.clamp(min=self.eps[1])
+
+    def _relative(self, step: float | Tensor, param: Tensor) -> float | Tensor:
+        if not isinstance(step, Tensor):
+            return min(1e-6 * step if self.warmup_init else 1e-2, float(step**-0.5))
+        time = step.double()
+        most = time * 1e-6 if self.warmup_init else torch.full_like(time, 1e-2)
+        size: Tensor = torch.minimum(most, time.pow(-0.5)).to(compute_dtype(param.dtype))
+        return size
 
 
 def _each(finite: Sequence[Tensor], count: int) -> list[Sequence[Tensor]]:
@@ -205,7 +221,7 @@ def _each(finite: Sequence[Tensor], count: int) -> list[Sequence[Tensor]]:
 
 
 def _update_(
-    row: Tensor, col: Tensor, square: Tensor, fresh: float, split: Split | None
+    row: Tensor, col: Tensor, square: Tensor, fresh: float | Tensor, split: Split | None
 ) -> Asking[Tensor]:
     """Take a square into the means of rows and columns; the mean of the rows ``(..., 1)``."""
     rows, columns = square.shape[-2:] if split is None else split.shape[-2:]

@@ -188,13 +188,17 @@ class Rule:
         raise NotImplementedError
 
     def step_size(
-        self, lr: float | Tensor | None, step: float, param: Tensor, rms: Tensor | None = None
+        self,
+        lr: float | Tensor | None,
+        step: float | Tensor,
+        param: Tensor,
+        rms: Tensor | None = None,
     ) -> float | Tensor:
         """The learning rate of one parameter; Adafactor's depends on the step and the weights.
 
         Args:
             lr: of the group.
-            step: of the parameter.
+            step: of the parameter; ``()`` on the device where no host may know.
             param: what is here of it.
             rms: root mean square of the whole, where others have parts of it (default: of what is
                 here), as :func:`matrix_rms` has it.

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lowrank_optim.ops.devices import sent
 from lowrank_optim.sharding.grid import Block, Grid, length
 
 ALIGN = 8
@@ -64,6 +65,7 @@ def broadcast(
     source: int,
     group: dist.ProcessGroup,
     device: torch.device,
+    host: int = 0,
 ) -> list[Tensor]:
     """What rank ``source`` of the group has, on every rank: one broadcast.
 
@@ -73,14 +75,28 @@ def broadcast(
         source: rank of the sender in the group.
         group: the ranks.
         device: where the tensors are.
+        host: how many of them, the first ones, are in the host's memory, and arrive there: who
+            receives them waits for the device, once.
     """
     buffer = torch.empty(sum(f.nbytes for f in forms), dtype=torch.uint8, device=device)
-    parts = _unpacked(buffer, forms)
+    parts, head = _unpacked(buffer, forms), sum(f.nbytes for f in forms[:host])
     if tensors is not None:
-        for part, x in zip(parts, tensors, strict=True):
+        if head:
+            packed = torch.zeros(head, dtype=torch.uint8)
+            for part, x in zip(_unpacked(packed, forms[:host]), tensors, strict=False):
+                part.copy_(x)
+            buffer[:head].copy_(sent(packed, device), non_blocking=True)
+        for part, x in zip(parts[host:], tensors[host:], strict=True):
             part.copy_(x)
     dist.broadcast(buffer, group=group, group_src=source)
-    return parts
+    if not head:
+        return parts
+    first = (
+        list(tensors[:host])
+        if tensors is not None
+        else _unpacked(buffer[:head].cpu(), forms[:host])
+    )
+    return [*first, *parts[host:]]
 
 
 def gather(
@@ -129,14 +145,14 @@ def exchange(
         group: the ranks.
         device: where the tensors are.
     """
-    sent = [sum(form(x).nbytes for x in xs) for xs in outgoing]
+    goes = [sum(form(x).nbytes for x in xs) for xs in outgoing]
     got = [sum(f.nbytes for f in forms) for forms in incoming]
-    buffer = torch.empty(sum(sent), dtype=torch.uint8, device=device)
-    for piece, xs in zip(torch.split(buffer, sent), outgoing, strict=True):
+    buffer = torch.empty(sum(goes), dtype=torch.uint8, device=device)
+    for piece, xs in zip(torch.split(buffer, goes), outgoing, strict=True):
         for part, x in zip(_unpacked(piece, [form(x) for x in xs]), xs, strict=True):
             part.copy_(x)
     arrived = torch.empty(sum(got), dtype=torch.uint8, device=device)
-    dist.all_to_all_single(arrived, buffer, got, sent, group=group)
+    dist.all_to_all_single(arrived, buffer, got, goes, group=group)
     return [
         _unpacked(p, forms) for p, forms in zip(torch.split(arrived, got), incoming, strict=True)
     ]

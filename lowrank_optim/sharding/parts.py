@@ -188,14 +188,16 @@ class Axis(NamedTuple):
     cut: Cut
 
 
-def noise_of(x: Tensor, seed: int) -> Noise:
+def noise_of(x: Tensor, seed: int | Tensor) -> Noise:
     """Seed and positions, in the whole tensor, of what is here of it."""
     if not is_sharded(x):
         return Noise.over(seed, x.shape)
     return noise_at(seed, x.shape, x.device_mesh, x.placements)  # type: ignore[attr-defined]
 
 
-def noise_at(seed: int, shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> Noise:
+def noise_at(
+    seed: int | Tensor, shape: Sequence[int], mesh: Any, placements: Sequence[Any]
+) -> Noise:
     """The same of a DTensor of ``shape`` that lies so on a mesh."""
     return Noise.over(seed, shape, corner(shape, mesh, placements))
 

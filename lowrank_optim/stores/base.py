@@ -59,17 +59,37 @@ class Store(Protocol):
         ...
 
     def read(
-        self, state: State, key: str, slot: Slot, like: Tensor, *, dense: bool = False
+        self,
+        state: State,
+        key: str,
+        slot: Slot,
+        shape: Sequence[int],
+        like: Tensor,
+        *,
+        dense: bool = False,
     ) -> Moment:
         """The slot in the dtype of arithmetic; the stored tensor itself where that is its dtype.
 
         What is kept in 8 bits is returned as it is, to be updated in place, if the slot's rule
         takes it so (``fused``) and ``dense`` does not ask for a tensor.
+
+        Args:
+            state: of the parameter.
+            key: of the slot.
+            slot: what it holds.
+            shape: of its gradient.
+            like: a tensor of the dtype that decides that of arithmetic.
+            dense: whether codes are to be decoded (default: False).
         """
         ...
 
     def read_all(
-        self, states: Sequence[State], key: str, slot: Slot, likes: Sequence[Tensor]
+        self,
+        states: Sequence[State],
+        key: str,
+        slot: Slot,
+        shape: Sequence[int],
+        likes: Sequence[Tensor],
     ) -> list[Moment]:
         """:meth:`read` of alike matrices, whose kernels may be asked for together."""
         ...
@@ -99,6 +119,10 @@ class Store(Protocol):
 
     def move_rows_(self, state: State, key: str, slot: Slot, source: Tensor) -> bool:
         """Move rows to the places ``source`` gives them, without a rounding; False if it cannot."""
+        ...
+
+    def restart_rows_(self, state: State, key: str, slot: Slot, rows: slice) -> None:
+        """Zero some rows ``(..., r, k)`` where they are kept: no other is read or written."""
         ...
 
     def write_(
@@ -131,11 +155,16 @@ class OneByOne:
         return None
 
     def read_all(
-        self: Store, states: Sequence[State], key: str, slot: Slot, likes: Sequence[Tensor]
+        self: Store,
+        states: Sequence[State],
+        key: str,
+        slot: Slot,
+        shape: Sequence[int],
+        likes: Sequence[Tensor],
     ) -> list[Moment]:
         """One after the other."""
         pairs = zip(states, likes, strict=True)
-        return [self.read(state, key, slot, like) for state, like in pairs]
+        return [self.read(state, key, slot, shape, like) for state, like in pairs]
 
     def write_all_(
         self: Store,
@@ -154,6 +183,14 @@ class OneByOne:
 def scale_key(key: str) -> str:
     """State key of the scales of the slot under ``key``."""
     return f"{key}_scale"
+
+
+def encoded(store: Store, key: str, slot: Slot, x: Tensor) -> dict[str, Tensor]:
+    """A moment as a store keeps it, under its keys; what is rounded by chance is so by seed 0."""
+    state: dict[str, Tensor] = {}
+    store.alloc(state, key, slot._replace(averaged=None), x.shape, x)
+    store.write_(state, key, slot, x, Noise.over(0, x.shape))
+    return state
 
 
 STORES: dict[str, Store] = {}

@@ -88,13 +88,25 @@ class Block8Store(OneByOne):
             move_rows_(x, source, fill)
         return rows is not None
 
+    def restart_rows_(self, state: State, key: str, slot: Slot, rows: slice) -> None:
+        """Codes of 0: others may share the scale."""
+        code = quant.zero_code(slot.signed) if scale_key(key) in state else 0
+        state[key][..., rows, :].fill_(code)
+
     def read(
-        self, state: State, key: str, slot: Slot, like: Tensor, *, dense: bool = False
+        self,
+        state: State,
+        key: str,
+        slot: Slot,
+        shape: Sequence[int],
+        like: Tensor,
+        *,
+        dense: bool = False,
     ) -> Moment:
         """The codes and scales themselves, or a decoded copy."""
         scales = state.get(scale_key(key))
         if scales is None:
-            return self.small.read(state, key, slot, like)
+            return self.small.read(state, key, slot, shape, like)
         kept = Quantized(state[key], scales, slot.signed)
         if slot.fused and not dense:
             return kept

@@ -65,15 +65,31 @@ class FloatStore:
         move_rows_(state[key], source)
         return True
 
+    def restart_rows_(self, state: State, key: str, slot: Slot, rows: slice) -> None:
+        """As they are stored."""
+        state[key][..., rows, :].zero_()
+
     def read(
-        self, state: State, key: str, slot: Slot, like: Tensor, *, dense: bool = False
+        self,
+        state: State,
+        key: str,
+        slot: Slot,
+        shape: Sequence[int],
+        like: Tensor,
+        *,
+        dense: bool = False,
     ) -> Tensor:
         """Upcast where the format is narrow."""
         kept, wide = state[key], compute_dtype(like.dtype)
         return kept if kept.dtype == wide else kept.to(wide)
 
     def read_all(
-        self, states: Sequence[State], key: str, slot: Slot, likes: Sequence[Tensor]
+        self,
+        states: Sequence[State],
+        key: str,
+        slot: Slot,
+        shape: Sequence[int],
+        likes: Sequence[Tensor],
     ) -> list[Moment]:
         """As of each, upcast at once."""
         kept, wide = [state[key] for state in states], compute_dtype(likes[0].dtype)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from lowrank_optim.ops import queues
+from lowrank_optim.ops.queues import Queue
 from lowrank_optim.subspaces.switching import runs
 from lowrank_optim.tensors.matrix import shares_memory
 
@@ -41,7 +41,7 @@ class Ahead:
 
     def __init__(self) -> None:
         self._staged: dict[int, Staged] = {}
-        self._stream: torch.cuda.Stream | None = None
+        self._queue: Queue | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
         """All that is held on the device."""
@@ -54,20 +54,18 @@ class Ahead:
             return
         shape = *pool.shape[:-2], len(entries), pool.shape[-1]
         rows = held.rows if held is not None and held.rows.shape == shape else like.new_empty(shape)
-        if rows.is_cuda:
-            self._stream = self._stream or torch.cuda.Stream(rows.device)  # type: ignore[no-untyped-call]
-            self._stream.wait_stream(torch.cuda.current_stream(rows.device))
-            rows.record_stream(self._stream)
-        with torch.cuda.stream(self._stream) if rows.is_cuda else nullcontext():
-            for at, entry in runs(range(len(entries)), entries):
-                rows[..., at, :].copy_(pool[..., entry, :], non_blocking=True)
+        self._queue = self._queue or queues.beside(rows.device)
+        self._queue.wait(queues.current(rows.device).record())
+        self._queue.keep(rows)
+        for at, entry in runs(range(len(entries)), entries):
+            self._queue.copy_(rows[..., at, :], pool[..., entry, :])
         self._staged[side] = Staged(pool, pool._version, entries, rows)
 
     def take(self, side: int, pool: Tensor, entries: Sequence[int]) -> Tensor | None:
         """``entries`` of a pool ``(..., count, size)``, or None if others are staged."""
         rows = self._find(side, pool, entries)
-        if rows is not None and rows.is_cuda and self._stream is not None:
-            torch.cuda.current_stream(rows.device).wait_stream(self._stream)
+        if rows is not None and self._queue is not None:
+            queues.current(rows.device).wait(self._queue.record())
         return rows
 
     def _find(self, side: int, pool: Tensor, entries: Sequence[int]) -> Tensor | None:

@@ -43,7 +43,11 @@ class BasisChange(NamedTuple):
     low: Tensor | None = None
     """The new coordinates of the gradient, where the search for them came by."""
     ok: Tensor | None = None
-    """0-d bool on the device, where :attr:`RefreshContext.fine` is: False if nothing moved."""
+    """0-d bool on the device, where the host cannot know: False if nothing moved. Asked for where
+    :attr:`RefreshContext.fine` is."""
+    finite: Tensor | None = None
+    """0-d bool on the device, where the search found out: whether all coordinates of this gradient,
+    in any basis that it chooses from, and their squares are finite."""
 
 
 class Shared:
@@ -106,8 +110,14 @@ class Subspace(ABC):
     """Whether :meth:`changed` knows how coordinates moved."""
     selects: ClassVar[bool] = False
     """Whether :meth:`refresh_` minds :attr:`RefreshContext.fine`; if not, the host looks before."""
+    takes_wide: ClassVar[bool] = False
+    """Whether :meth:`push_all_` writes copies of the weights in float32 as it would the weights."""
     of_weight: ClassVar[bool] = False
     """Whether its coordinates are of factors of W: a refresh looks at W and not at the gradient."""
+
+    counters: ClassVar[tuple[str, ...]] = ()
+    """Numbers of the host in the state that a refresh advances, whatever the device says of it:
+    they go back where it did not come about."""
 
     @property
     def whole(self) -> str | None:
@@ -202,8 +212,11 @@ class Subspace(ABC):
         """A number that is 0 or not finite where ``grad`` tells nothing, and what else was seen."""
         return torch.linalg.vector_norm(ops.matrix_norm(grad)), None
 
-    def looking(self, grad: Tensor) -> Searching[tuple[Tensor, Any]]:
-        """:meth:`look`, asking for what several matrices can share a call for."""
+    def looking(self, grad: Tensor) -> Searching[tuple[Tensor | None, Any]]:
+        """:meth:`look`, asking for what several matrices can share a call for.
+
+        None where :meth:`refreshing_` finds out by itself, on an accelerator, and says so.
+        """
         yield from ()
         return self.look(grad)
 
@@ -284,8 +297,11 @@ class Subspace(ABC):
         """
         return None
 
-    def lr_factor(self, since: int) -> float:
-        """Factor of the learning rate, ``since`` steps after the last refresh."""
+    def lr_factor(self, since: float | Tensor) -> float | Tensor:
+        """Factor of the learning rate, ``since`` steps after the last refresh.
+
+        A number, or ``()`` on the device where no host may know; the factor is then there too.
+        """
         return 1.0
 
     @property

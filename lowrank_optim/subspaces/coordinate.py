@@ -45,6 +45,7 @@ class Coordinates(Subspace):
 
     needs_grad: ClassVar[bool] = False
     sees_all: ClassVar[bool] = False
+    takes_wide: ClassVar[bool] = True
 
     def reproducible(self, count: int) -> bool:
         """Indices are drawn, and no number is computed."""

@@ -122,11 +122,13 @@ class DCT(FixedBasis):
         if not self.fast(n, grads[0]):
             return super()._spectra(grads)
         if self.fused(n, grads[0]):
-            return [Spectrum(*found) for found in self.look_at([*grads])]
+            plan = self.plan(n, grads[0])
+            scores = ops.cosine_scores([*grads], plan, self.basis, self.ranking)
+            return [Spectrum(own) for own in scores]
         keep, found = len(grads) * grads[0].numel() <= SPECTRUM_ELEMENTS, []
         for grad in grads:
-            scores, parts = self._scores(grad)
-            found.append(Spectrum(scores.sum(), scores, None, parts if keep else ()))
+            own, parts = self._scores(grad)
+            found.append(Spectrum(own, None, parts if keep else ()))
         return found
 
     def _scores(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:

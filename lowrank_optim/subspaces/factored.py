@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.ops.devices import sent
+from lowrank_optim.ops.devices import on_accelerator, sent
 from lowrank_optim.subspaces.base import Reduce, RefreshContext, State
-from lowrank_optim.subspaces.lora import balance_
+from lowrank_optim.subspaces.lora import balance_, balanced
+from lowrank_optim.subspaces.searches import Ask, Searching
 from lowrank_optim.subspaces.switched import SIDES, Switched
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
@@ -51,21 +52,25 @@ class SwitchedFactors(Switched):
     def _start_factors_(self, state: State) -> None:
         """They were made with the module, and have a gradient already."""
 
-    def balance_(self, state: State) -> None:
+    def balancing_(self, state: State) -> Searching[None]:
         """The gradients were taken at the old factors, and turn with them."""
         grads = {side: state[f"grad_{side}"].to(state[f"basis_{side}"].dtype) for side in SIDES}
         turned = {side: torch.empty_like(x) for side, x in grads.items()}
         factors = [state[f"basis_{side}"] for side in SIDES]
 
-        def work() -> None:
-            turns = balance_(*factors)
+        def turn_(turns: Sequence[Tensor]) -> None:
             for side, turn in zip(SIDES, turns, strict=True):
                 turned[side].copy_(turn @ grads[side])
 
-        if self.agree is None:
-            work()
+        if self.agree is not None:
+            self.agree(lambda: turn_(balance_(*factors)), [*factors, *turned.values()])
+        elif on_accelerator(factors[0]):
+            *new, turn_a, turn_b = yield Ask(balanced, tuple(factors))
+            for x, own in zip(factors, new, strict=True):
+                x.copy_(own)
+            turn_([turn_a, turn_b])
         else:
-            self.agree(work, [*factors, *turned.values()])
+            turn_(balance_(*factors))
         state.update({f"grad_{side}": x for side, x in turned.items()})
 
     def _exchange_(

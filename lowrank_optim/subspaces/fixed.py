@@ -13,7 +13,7 @@ from torch import Tensor
 from lowrank_optim import ops
 from lowrank_optim.ops.cosine import column_tiles, together
 from lowrank_optim.ops.devices import on_accelerator
-from lowrank_optim.ops.stacked import empty_like_all, stacked
+from lowrank_optim.ops.stacked import cast_all, empty_like_all, stacked
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.base import BasisChange, RefreshContext, Shared, State
 from lowrank_optim.subspaces.coordinate import source_of
@@ -31,8 +31,6 @@ SPECTRUM_ELEMENTS = 1 << 24
 class Spectrum(NamedTuple):
     """What is known of the coefficients of a gradient."""
 
-    size: Tensor
-    """0 or not finite where the gradient is."""
     scores: Tensor
     """``(m,)``."""
     whole: Tensor | None = None
@@ -141,7 +139,7 @@ class FixedBasis(Projector):
             stay = torch.arange(self.rank, dtype=source.dtype, device=source.device)
             source = torch.where(moves, source, stay)
         low = self._low(grad, parts, index) if parts else None
-        return _rotation(index, old, grad.dtype), source, low
+        return _rotation(source, grad.dtype), source, low
 
     def _low(self, grad: Tensor, parts: Sequence[Tensor], index: Tensor) -> Tensor:
         """Coordinates ``(r, n)`` of what was transformed."""
@@ -150,45 +148,49 @@ class FixedBasis(Projector):
             low[:, columns] = self._take(grad, part, index.long()).mT
         return low
 
-    def looking(self, grad: Tensor) -> Searching[tuple[Tensor, Any]]:
+    def looking(self, grad: Tensor) -> Searching[tuple[Tensor | None, Any]]:
         """An accelerator looks at the coefficients of several gradients at once."""
         if not self._shares(grad):
             return self.look(grad)
         spectrum = yield Ask(_spectra, (grad,), (self,), listed=True)
-        return spectrum.size, spectrum
+        return None, spectrum
 
     def _shares(self, grad: Tensor) -> bool:
         """Whether a refresh chooses for several matrices at once."""
         own = type(self).refresh_ is not FixedBasis.refresh_
+        own |= not self.selects
         return not own and grad.dim() == 2 and grad.numel() > 0 and on_accelerator(grad)
 
     def refreshing_(
         self, state: State, grad: Tensor, ctx: RefreshContext
     ) -> Searching[dict[str, BasisChange]]:
-        """On an accelerator one choice for all matrices."""
-        fine = ctx.fine
-        if fine is None or not self._shares(grad):
+        """On an accelerator one choice for all matrices, which says whether a gradient is fine."""
+        if not self._shares(grad):
             return self.refresh_(state, grad, ctx)
         rotations: list[Callable[[], Tensor]] = []
-        sources, low, spectrum = [], None, ctx.seen
+        sources, told, low, spectrum = [], [], None, ctx.seen
         keys = ("basis_index", "basis_index_right")[: 1 + self.two_sided]
         for key, x in zip(keys, (grad, grad.mT), strict=False):
             if spectrum is None:
                 spectrum = yield Ask(_spectra, (x,), (self,), listed=True)
             elif isinstance(spectrum, Tensor):
-                spectrum = Spectrum(spectrum, spectrum)
+                spectrum = Spectrum(spectrum)
             index = state[key]
-            asked = index, spectrum.scores, fine
-            old, new, source = yield Ask(_choose_all_, asked, listed=True)
-            rotations.append(_rotation(index, old, grad.dtype))
+            source, *flags = yield Ask(_choose_all_, (index, spectrum.scores), listed=True)
+            rotations.append(_rotation(source, grad.dtype))
             sources.append(source)
+            told.append(flags)
             if spectrum.whole is not None:
-                low = yield Ask(_rows_at, (spectrum.whole, new))
+                low = yield Ask(_rows_at, (spectrum.whole, index))
             elif spectrum.parts:
                 low = self._low(grad, spectrum.parts, index)
             spectrum = None
         right = [*rotations[1:], None][0], [*sources[1:], None][0]
-        return {"low": BasisChange(rotations[0], right[0], sources[0], right[1], low=low, ok=fine)}
+        (finite, ok), *_ = told
+        # sums of absolute values say nothing of squares, nor float32 of what float16 holds
+        sure = self.ranking == "l2" and grad.dtype != torch.float16
+        moved = BasisChange(rotations[0], right[0], sources[0], right[1], low=low, ok=ok)
+        return {"low": moved._replace(finite=finite if sure else None)}
 
     def scores(self, grad: Tensor) -> Tensor | None:
         """Sums over columns, but for two sides or idle experts."""
@@ -251,7 +253,7 @@ class FixedBasis(Projector):
         for start in range(0, len(grads), together(grad)):
             own, scores = grads[start : start + together(grad)], None
             for columns in tiles:
-                parts = _widened([x[:, columns] for x in own], rows.dtype)
+                parts = cast_all([x[:, columns] for x in own], rows.dtype)
                 whole = rows.new_empty(len(own), *parts[0].shape)
                 for x, part in zip(parts, whole.unbind(0), strict=True):
                     torch.mm(rows, x, out=part)
@@ -260,7 +262,7 @@ class FixedBasis(Projector):
                 scores = sums if scores is None else scores.add_(sums)
             assert scores is not None
             wholes = whole.unbind(0) if keep else [None] * len(own)
-            lists = scores.sum(1).unbind(0), scores.unbind(0), wholes
+            lists = scores.unbind(0), wholes
             found += [Spectrum(*each) for each in zip(*lists, strict=True)]
         return found
 
@@ -320,9 +322,14 @@ class FixedBasis(Projector):
         yield from super().push_all_(intos, self._dense(states, param, param.dtype), updates, terms)
 
 
-def _rotation(new: Tensor, old: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """``P_new^T P_old`` of two sets of indices."""
-    return lambda: (new.unsqueeze(-1) == old.unsqueeze(-2)).to(compute_dtype(dtype))
+def _rotation(source: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """``P_new^T P_old`` of two sets of indices, by where each of the new stood."""
+
+    def rotation() -> Tensor:
+        old = torch.arange(source.shape[-1], dtype=source.dtype, device=source.device)
+        return (source.unsqueeze(-1) == old).to(compute_dtype(dtype))
+
+    return rotation
 
 
 def _spectra(grads: list[Tensor], subspace: FixedBasis) -> list[Spectrum]:
@@ -330,32 +337,19 @@ def _spectra(grads: list[Tensor], subspace: FixedBasis) -> list[Spectrum]:
 
 
 def _choose_all_(
-    indices: list[Tensor], scores: list[Tensor], fine: list[Tensor]
+    indices: list[Tensor], scores: list[Tensor]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Write the new indices, where the gradient is fine; the old, the new, and their sources."""
-    old = torch.stack(indices)
-    new, source = old.clone(), torch.empty_like(old)
-    ops.top_rows_(scores, [*new.unbind(0)], [*source.unbind(0)])
-    moves = stacked(fine).unsqueeze(-1)
-    stay = torch.arange(old.shape[-1], dtype=old.dtype, device=old.device)
-    new, source = torch.where(moves, new, old), torch.where(moves, source, stay)
-    torch._foreach_copy_(indices, [*new.unbind(0)])
-    return list(zip(old.unbind(0), new.unbind(0), source.unbind(0), strict=True))
+    """Write new indices where a gradient says something; where each stood, and what is known.
+
+    That is whether the gradient is finite, and whether it said something.
+    """
+    sources = empty_like_all(indices, indices[0].shape, indices[0].dtype)
+    finite, usable = (empty_like_all(scores, (), torch.bool) for _ in range(2))
+    ops.top_rows_(scores, indices, sources, finite, usable)
+    return list(zip(sources, finite, usable, strict=True))
 
 
 def _rows_at(x: Tensor, index: Tensor) -> Tensor:
     """Rows ``index (..., r)`` of ``x (..., m, n)``."""
     at = index.long().unsqueeze(-1)
     return x.gather(-2, at.expand(*at.shape[:-1], x.shape[-1]))
-
-
-def _widened(xs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Matrices in a wider format, their strides as they are; cast at once."""
-    if xs[0].dtype == dtype:
-        return xs
-    turned = xs[0].stride(0) == 1
-    m, n = xs[0].shape
-    wide = empty_like_all(xs, (n, m) if turned else (m, n), dtype)
-    wide = [x.mT for x in wide] if turned else wide
-    torch._foreach_copy_(wide, xs)
-    return wide

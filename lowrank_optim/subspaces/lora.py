@@ -41,13 +41,20 @@ def balance_(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     References:
         Scalable Parameter and Memory Efficient Pretraining (2025), arXiv:2505.22922.
     """
+    new_a, new_b, *turns = balanced(a, b)
+    b.copy_(new_b)
+    a.copy_(new_a)
+    return turns[0], turns[1]
+
+
+def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """New A, new B transposed, and what turns gradients: :func:`balance_`, of several at once."""
     qa, ra = torch.linalg.qr(a.mT)
     qb, rb = torch.linalg.qr(b.mT)
     u, s, vh = torch.linalg.svd(rb @ ra.mT)
     root = s.sqrt().unsqueeze(-2)
-    b.copy_((qb @ (u * root)).mT)
-    a.copy_((qa @ (vh.mT * root)).mT)
+    new_a, new_b = (qa @ (vh.mT * root)).mT, (qb @ (u * root)).mT
     # new B = B M and new A = M^-1 A with M = Ra^T V S^-1/2; a direction that B A lacks has no part
     tiny = torch.finfo(s.dtype).eps * s[..., :1] * s.shape[-1]
     inverse = torch.where(s > tiny, s.rsqrt(), 0.0).unsqueeze(-1)
-    return inverse * (vh @ ra), inverse * (u.mT @ rb)
+    return new_a, new_b, inverse * (vh @ ra), inverse * (u.mT @ rb)

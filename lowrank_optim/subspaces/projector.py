@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lowrank_optim import ops
-from lowrank_optim.ops.stacked import empty_like_all
+from lowrank_optim.ops.devices import on_accelerator
+from lowrank_optim.ops.stacked import cast_all, empty_like_all
 from lowrank_optim.subspaces.base import BasisChange, Reduce, RefreshContext, State, Subspace
 from lowrank_optim.subspaces.searches import Ask, Searching, alone
 from lowrank_optim.subspaces.target import Target, decayed_
@@ -36,6 +37,7 @@ class Projector(Subspace):
     """
 
     selects: ClassVar[bool] = True
+    takes_wide: ClassVar[bool] = True
     takes_any: ClassVar[bool] = False
     """Whether :meth:`find` returns a basis, of whatever directions, for a gradient of zeros, NaN
     or Inf too, and waits for no device; if not, an accelerator replaces such a gradient by noise,
@@ -192,6 +194,12 @@ class Projector(Subspace):
     ) -> Iterator[int]:
         """As of each; what decays the weights is one kernel."""
         plain = [n for n, term in enumerate(terms) if term is None]
+        bases, lows = [state["basis"] for state in states], [own["low"] for own in updates]
+        dtype = intos[0].param.dtype
+        if on_accelerator(intos[0].param):  # a product has one format
+            bases = cast_all(bases, dtype)
+            lows = cast_all(lows, dtype) if len(plain) == len(intos) else lows
+        terms = _with_columns(intos, terms)
         decays = dict(zip(plain, decayed_([intos[n] for n in plain]), strict=True))
         for n, (into, state, update, term) in enumerate(
             zip(intos, states, updates, terms, strict=True)
@@ -200,11 +208,11 @@ class Projector(Subspace):
                 right = state["basis_right"] if self.two_sided else None
                 alpha = -into.lr * self.scale
                 ops.lift_add_(
-                    into.param, state["basis"], update["low"], right, decays[n], alpha,
+                    into.param, bases[n], lows[n], right, decays[n], alpha,
                     into.rounding,
                 )  # fmt: skip
             else:
-                self._push_term_(into, state, update, term)
+                self._push_term_(into, {**state, "basis": bases[n]}, update, term)
             yield n
 
     def _push_term_(
@@ -219,9 +227,8 @@ class Projector(Subspace):
         if term.kind not in KINDS:
             raise unknown_kind(term.kind, KINDS)
         if term.kind == "raw":  # of the whole projection, whatever the scale
-            wider = torch.promote_types(low.dtype, torch.float32)
-            ones = torch.ones_like(low[..., :1, :], dtype=wider)
-            term = Term("scaled", ones * term.gain)
+            assert term.columns is not None
+            term = Term("scaled", term.columns)
             wide, scale = (wide, 1.0) if scale == 1 else (wide * scale, 1.0)
         rounds = into.rounding is not None
         if rounds or isinstance(term.gain, Tensor) or isinstance(into.decay, Tensor):
@@ -238,6 +245,24 @@ class Projector(Subspace):
             ops.lift_add_scaled_(*common, columns, into.decay, into.lr, scale, finite)
         else:  # "sign"
             ops.lift_add_sign_(*common, into.decay, into.lr, scale, term.gain, finite)
+
+
+def _with_columns(intos: Sequence[Target], terms: Sequence[Term | None]) -> list[Term | None]:
+    """Raw terms by a factor for each column, as kernels take them; one for all that are alike."""
+    known: dict[Any, Tensor] = {}
+    found: list[Term | None] = []
+    for into, term in zip(intos, terms, strict=True):
+        if term is not None and term.kind == "raw":
+            assert into.low is not None
+            gain, (*batch, _, n) = term.gain, into.param.shape
+            key = (id(gain) if isinstance(gain, Tensor) else gain, into.param.shape, into.low.dtype)
+            if key not in known:
+                wider = torch.promote_types(into.low.dtype, torch.float32)
+                ones = torch.ones(*batch, 1, n, dtype=wider, device=into.param.device)
+                known[key] = ones * gain
+            term = term._replace(columns=known[key])
+        found.append(term)
+    return found
 
 
 def usable(norm: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from lowrank_optim.subspaces.base import RefreshContext, register
 from lowrank_optim.subspaces.projector import Projector, replaced, usable
 from lowrank_optim.subspaces.random import gaussian, orthogonal
 from lowrank_optim.subspaces.searches import Ask, Searching, alone
-from lowrank_optim.subspaces.svd import left_singular_vectors
+from lowrank_optim.subspaces.svd import exact, left_singular_vectors, widened
 
 
 @register("rsvd")
@@ -69,8 +69,7 @@ class RandomizedSVD(Projector):
                 basis = start.new_full((), torch.nan)
             if bool(basis.isfinite().all()):
                 return basis
-        full = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        return left_singular_vectors(full)[..., : self.rank]
+        return left_singular_vectors(widened(grad))[..., : self.rank]
 
     @property
     def _width(self) -> int:
@@ -116,9 +115,9 @@ class RandomizedSVD(Projector):
         norm = ops.matrix_norm(grad)
         known, cold = usable(norm), previous is None
         if self._width >= min(grad.shape[-2:]):
-            full = grad.to(torch.promote_types(grad.dtype, torch.float32))
             # a driver must not be given what is not finite
-            return left_singular_vectors(replaced(full, known, ctx))[..., : self.rank]
+            full = yield from exact(replaced(widened(grad), known, ctx))
+            return full[..., : self.rank]
         start = self._start(grad, previous, ctx)
         if cold:
             start = yield Ask(orthogonal, (start,))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 from torch.linalg import LinAlgError
 
@@ -13,19 +14,28 @@ from lowrank_optim.ops.stacked import stacked
 
 _T = TypeVar("_T")
 
+SHARED_BYTES = 1 << 28
+"""What is copied into one tensor at most, so that whole matrices can share a call."""
+
 
 class Ask(NamedTuple):
     """A call that a search needs the result of."""
 
     call: Callable[..., Any]
-    """Of tensors with any leading dimensions, which it does not write to; a function of a module,
-    so that two are equal."""
+    """Of tensors with any leading dimensions, which it does not write to, to a tensor or a tuple
+    of them; a function of a module, so that two are equal."""
     xs: tuple[Tensor, ...]
     options: tuple[Any, ...] = ()
     """What follows the tensors, the same for all that share a call."""
     listed: bool = False
     """Whether the call takes a list of each tensor, which it may write to, and returns a list of
     results: what is too large to be copied into one tensor."""
+
+    @property
+    def most(self) -> int:
+        """How many may be copied into one tensor."""
+        size = max((x.numel() * x.element_size() for x in self.xs), default=0)
+        return max(1, SHARED_BYTES // max(1, size))
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -84,8 +94,14 @@ def _answered(asks: Sequence[Ask]) -> list[Any]:
             return list(first.call(*lists, *first.options))
         if len(asks) == 1:
             return [first.call(*first.xs, *first.options)]
+        if len(asks) > first.most:
+            parts = (asks[i : i + first.most] for i in range(0, len(asks), first.most))
+            return [found for part in parts for found in _answered(part)]
         stacks = [stacked(own) for own in zip(*(ask.xs for ask in asks), strict=True)]
-        return list(first.call(*stacks, *first.options).unbind(0))
+        found = first.call(*stacks, *first.options)
+        if isinstance(found, torch.Tensor):
+            return list(found.unbind(0))
+        return list(zip(*(x.unbind(0) for x in found), strict=True))
     except LinAlgError as error:
         if len(asks) == 1:
             return [error]

@@ -9,11 +9,21 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError
 
 from lowrank_optim import ops
+from lowrank_optim.ops.devices import on_accelerator, queued
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.base import BasisChange, Reduce, RefreshContext, State, Subspace
-from lowrank_optim.subspaces.factors import order_of, sample, stepped, triplets, unit
+from lowrank_optim.subspaces.factors import (
+    order_of,
+    sample,
+    stepped,
+    triplets,
+    triplets_of,
+    unit,
+)
+from lowrank_optim.subspaces.searches import Searching, alone
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term, Wants
 from lowrank_optim.tensors.matrix import MatrixView
@@ -79,6 +89,7 @@ class Spectral(Subspace):
     """State keys of the factors where all are on the device."""
     needs_grad: ClassVar[bool] = False
     of_weight: ClassVar[bool] = True
+    counters: ClassVar[tuple[str, ...]] = ("host.iteration",)
 
     # ---------------------------------------------------------------- state
 
@@ -122,7 +133,7 @@ class Spectral(Subspace):
             device = torch.device("cpu") if self._offloads(param) else param.device
             for key, size in zip(self.rest_keys, sides.values(), strict=True):
                 shape = *view.batch, k - self.rank, size
-                pinned = self._offloads(param) and param.is_cuda
+                pinned = self._offloads(param) and queued(param.device)
                 state[key] = torch.zeros(shape, dtype=narrow, device=device, pin_memory=pinned)
             order = torch.arange(k, dtype=torch.int32, device=param.device)
             state["basis_order"] = order.repeat(*view.batch, 1) if view.batch else order
@@ -148,8 +159,10 @@ class Spectral(Subspace):
             "v": (*view.batch, self.rank, view.n),
         }
 
-    def lr_factor(self, since: int) -> float:
+    def lr_factor(self, since: float | Tensor) -> float | Tensor:
         """Linear over ``warmup_steps`` from the first step of an iteration: 1/20, 2/20, ..., 1."""
+        if isinstance(since, Tensor):
+            return ((since.double() + 1) / max(1, self.warmup_steps)).clamp(max=1.0)
         return min(1.0, (since + 1) / max(1, self.warmup_steps))
 
     def spectrum(self, state: State) -> Tensor:
@@ -178,60 +191,97 @@ class Spectral(Subspace):
 
     def refresh_(self, state: State, grad: Tensor, ctx: RefreshContext) -> dict[str, BasisChange]:
         """Begin an iteration: factor W if a round begins, then choose the vectors to train."""
+        return alone(self._begin_(state, ctx))
+
+    def refreshing_(
+        self, state: State, grad: Tensor, ctx: RefreshContext
+    ) -> Searching[dict[str, BasisChange]]:
+        """On an accelerator all matrices are factored at once: its host waits once."""
+        if on_accelerator(state["basis_u"]) and type(self).refresh_ is Spectral.refresh_:
+            return (yield from self._begin_(state, ctx))
+        return self.refresh_(state, grad, ctx)
+
+    def _begin_(self, state: State, ctx: RefreshContext) -> Searching[dict[str, BasisChange]]:
         iteration, view = int(state["host.iteration"]), ctx.view
         noise = torch.empty(view.full_rank, dtype=torch.float64)
         noise.exponential_(generator=ctx.generator)
         if self.factors_anew(state, view):
-            self._factor_(state, ctx, iteration, noise)
-            moved = self._all_new(state)
+            fine = yield from self._factor_(state, ctx, iteration, noise)
+            moved = self._all_new(state, fine)
         else:
             moved = self._redraw_(state, iteration, noise)
         state["host.iteration"] += 1
         return moved
+
+    def weight(self, state: State, ctx: RefreshContext) -> Tensor:
+        """W ``(..., m, n)``."""
+        assert ctx.param is not None
+        return ctx.param.detach()
 
     def factors_anew(self, state: State, view: MatrixView) -> bool:
         """Whether a round begins."""
         length = self.iterations_per_round or math.ceil(view.full_rank / self.rank)
         return not self.exact or int(state["host.iteration"]) % length == 0
 
-    def _factor_(self, state: State, ctx: RefreshContext, iteration: int, noise: Tensor) -> None:
-        """Factor W, one matrix after the other, each with the same random numbers."""
-        assert ctx.param is not None
-        w = ctx.param.detach()
-        seen = iteration > 0 and self.exact
-        matrices = w.reshape(-1, *w.shape[-2:])
-        old = [self.in_order(state, side) for side in "uv"] if seen else None
-        values = state["basis_s"].reshape(len(matrices), -1)
-        ranks = torch.sort(values, descending=True, stable=True).indices
-        found = []
-        for i, matrix in enumerate(matrices):
-            fork = torch.Generator()
-            fork.set_state(ctx.generator.get_state())
-            pair = None
-            if old is not None:
-                pu, pv = (x.reshape(-1, *x.shape[-2:])[i][ranks[i]] for x in old)
-                pair = pu, pv
-            u, s, v = triplets(matrix.to(state["basis_u"].dtype), pair, fork)
+    def _factor_(
+        self, state: State, ctx: RefreshContext, iteration: int, noise: Tensor
+    ) -> Searching[Tensor | None]:
+        """Factor W, and draw from each matrix with the same random numbers.
+
+        Returns:
+            Whether W could be factored, of an accelerator; where it could not, nothing changed.
+        """
+        w = self.weight(state, ctx).to(state["basis_u"].dtype)
+        old = self._last(state) if iteration > 0 and self.exact else ()
+        fine: Tensor | None = None
+        if on_accelerator(w):
+            *whole, fine = yield from triplets_of(w, old)
+            found = list(zip(*(x.reshape(-1, *x.shape[w.dim() - 2 :]) for x in whole), strict=True))
+            if self.offload_inactive and not bool(fine):  # what is on the host cannot be selected
+                raise LinAlgError("the matrix is not finite")
+        else:
+            matrices = w.reshape(-1, *w.shape[-2:])
+            olds = zip(*(x.reshape(-1, *x.shape[-2:]) for x in old), strict=True)
+            pairs = [*olds] or [()] * len(matrices)
+            found = [triplets(*own) for own in zip(matrices, pairs, strict=True)]
+        for i, (u, s, v) in enumerate(found):  # all or, if one cannot be factored, none
             chosen = sample(self.sampling, s, self.rank, iteration, noise).to(u.device)
-            found.append((u, s, v, chosen))
-        for i, (u, s, v, chosen) in enumerate(found):  # all or, if one cannot be factored, none
-            self._keep_(state, i, u, s, v, chosen)
+            self._keep_(state, i, u, s, v, chosen, fine)
+        return fine
 
-    def _keep_(self, state: State, i: int, u: Tensor, s: Tensor, v: Tensor, chosen: Tensor) -> None:
-        def own(key: str, dims: int) -> Tensor:
+    def _last(self, state: State) -> tuple[Tensor, Tensor]:
+        """All u and v of the last factorisation, the largest singular values first."""
+        by_size = torch.sort(state["basis_s"], descending=True, stable=True).indices.unsqueeze(-1)
+        u, v = (self.in_order(state, side) for side in "uv")
+        return u.gather(-2, by_size.expand(u.shape)), v.gather(-2, by_size.expand(v.shape))
+
+    def _keep_(
+        self,
+        state: State,
+        i: int,
+        u: Tensor,
+        s: Tensor,
+        v: Tensor,
+        chosen: Tensor,
+        fine: Tensor | None,
+    ) -> None:
+        def keep_(key: str, dims: int, new: Tensor) -> None:
             x = state[key]
-            return x[i] if x.dim() > dims else x
+            x = x[i] if x.dim() > dims else x
+            select = fine is not None and key not in away
+            x.copy_(torch.where(fine, new.to(x.dtype), x) if select else new)  # type: ignore[arg-type]
 
-        own("basis_u", 2).copy_(u[chosen])
-        own("basis_v", 2).copy_(v[chosen])
+        away = self.rest_keys if self.offload_inactive else ()
+        keep_("basis_u", 2, u[chosen])
+        keep_("basis_v", 2, v[chosen])
         if not self.exact:
-            own("basis_s", 1).copy_(s[chosen])
+            keep_("basis_s", 1, s[chosen])
             return
         order = order_of(chosen, s.numel())
         for key, x in zip(self.rest_keys, (u, v), strict=True):
-            own(key, 2).copy_(x[order[self.rank :]])
-        own("basis_s", 1).copy_(s)
-        own("basis_order", 1).copy_(order)
+            keep_(key, 2, x[order[self.rank :]])
+        keep_("basis_s", 1, s)
+        keep_("basis_order", 1, order)
 
     def _redraw_(self, state: State, iteration: int, noise: Tensor) -> dict[str, BasisChange]:
         """Other vectors of the same factors: those that stay keep their bits."""
@@ -257,17 +307,23 @@ class Spectral(Subspace):
         kept = BasisChange(source=torch.where(source < self.rank, source, -1))
         return {"u": kept, "s": BasisChange(), "v": kept}
 
-    def _all_new(self, state: State) -> dict[str, BasisChange]:
-        none = torch.full_like(self.spectrum(state), -1, dtype=torch.long)
-        values = torch.full_like(state["basis_s"], -1, dtype=torch.long)
+    def _all_new(self, state: State, fine: Tensor | None = None) -> dict[str, BasisChange]:
+        """Nothing is left of the old vectors, but for where ``fine`` is False."""
+
+        def none(like: Tensor) -> Tensor:
+            new = torch.full_like(like, -1, dtype=torch.long)
+            stay = torch.arange(like.shape[-1], device=like.device)
+            return new if fine is None else torch.where(fine, new, stay)
+
+        vectors = none(state["basis_u"][..., 0])
         return {
-            "u": BasisChange(source=none),
-            "s": BasisChange(source_right=values),
-            "v": BasisChange(source=none),
+            "u": BasisChange(source=vectors, ok=fine),
+            "s": BasisChange(source_right=none(state["basis_s"]), ok=fine),
+            "v": BasisChange(source=vectors, ok=fine),
         }
 
     def changed(self, before: State, after: State) -> dict[str, BasisChange] | None:
-        """Nothing is left of the old vectors where W has been factored."""
+        """Where W has been factored anew."""
         return None if self.exact else self._all_new(after)
 
     def in_order(self, state: State, side: str) -> Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lowrank_optim.subspaces.base import BasisChange, Reduce, RefreshContext, State
+from lowrank_optim.subspaces.base import Reduce, RefreshContext, State
 from lowrank_optim.subspaces.spectral import Spectral
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
@@ -45,13 +45,10 @@ class SpectralModule(Spectral):
             "refresh_step": torch.zeros((), dtype=torch.float32),
         }
 
-    def refresh_(self, state: State, grad: Tensor, ctx: RefreshContext) -> dict[str, BasisChange]:
-        """As of the weight, which exists while a round begins."""
-        product = None
-        if self.factors_anew(state, ctx.view):
-            values = state["basis_s"].unsqueeze(-1)
-            product = self.in_order(state, "u").mT @ (values * self.in_order(state, "v"))
-        return super().refresh_(state, grad, replace(ctx, param=product))
+    def weight(self, state: State, ctx: RefreshContext) -> Tensor:
+        """It exists while a round begins."""
+        values = state["basis_s"].unsqueeze(-1)
+        return self.in_order(state, "u").mT @ (values * self.in_order(state, "v"))
 
     def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
         """The module's gradients, copied: they may be turned by ``maximize``."""

@@ -12,6 +12,7 @@ from torch.linalg import LinAlgError
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.subspaces.base import RefreshContext, register
 from lowrank_optim.subspaces.projector import Projector
+from lowrank_optim.subspaces.searches import Ask, Searching
 
 
 @register("svd")
@@ -23,8 +24,33 @@ class SVD(Projector):
 
     def find(self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext) -> Tensor:
         """``U[:, :r]`` of ``G = U S V^T``; the factorisation never runs below float32."""
-        grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        return left_singular_vectors(grad)[..., : self.rank]
+        return left_singular_vectors(widened(grad))[..., : self.rank]
+
+    def searching(
+        self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext
+    ) -> Searching[Tensor]:
+        """The same, of all equal matrices in one call: the host waits for its status once."""
+        found = yield from exact(widened(grad))
+        return found[..., : self.rank]
+
+
+def exact(x: Tensor) -> Searching[Tensor]:
+    """:func:`left_singular_vectors`; one that does not converge leaves the call to the others."""
+    try:
+        u: Tensor = yield Ask(_driven, (x,))
+    except LinAlgError:
+        return left_singular_vectors(x)
+    return u
+
+
+def _driven(x: Tensor) -> Tensor:
+    u: Tensor = torch.linalg.svd(x, full_matrices=False).U
+    return u
+
+
+def widened(grad: Tensor) -> Tensor:
+    """In at least float32."""
+    return grad.to(torch.promote_types(grad.dtype, torch.float32))
 
 
 def left_singular_vectors(x: Tensor) -> Tensor:
@@ -40,7 +66,7 @@ def left_singular_vectors(x: Tensor) -> Tensor:
     """
     for attempt in (x, x.double()):
         try:
-            u: Tensor = torch.linalg.svd(attempt, full_matrices=False).U
+            u = _driven(attempt)
         except LinAlgError:
             continue
         if on_accelerator(u) or bool(u.isfinite().all()):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.ops.devices import sent
+from lowrank_optim.ops.devices import on_accelerator, queued, sent
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces import ahead, switching
 from lowrank_optim.subspaces.base import (
@@ -22,7 +22,8 @@ from lowrank_optim.subspaces.base import (
     State,
     Subspace,
 )
-from lowrank_optim.subspaces.lora import balance_, published_stds
+from lowrank_optim.subspaces.lora import balance_, balanced, published_stds
+from lowrank_optim.subspaces.searches import Ask, Searching, alone
 from lowrank_optim.subspaces.switching import Schedule, ring, runs, thawing, where
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term, Wants
@@ -112,7 +113,17 @@ class Switched(Subspace):
 
     def balance_(self, state: State) -> None:
         """``B A`` stays."""
-        balance_(state["basis_A"], state["basis_B"])
+        alone(self.balancing_(state))
+
+    def balancing_(self, state: State) -> Searching[None]:
+        """:meth:`balance_`; an accelerator does all matrices at once, as its host waits."""
+        a, b = state["basis_A"], state["basis_B"]
+        if not on_accelerator(a):
+            balance_(a, b)
+            return
+        new_a, new_b, *_ = yield Ask(balanced, (a, b))
+        a.copy_(new_a)
+        b.copy_(new_b)
 
     def of_columns(self, start: int, stop: int, n: int) -> Self:
         """The candidates are as many as of all columns, and drawn with them."""
@@ -181,7 +192,7 @@ class Switched(Subspace):
                 (*shape[:-2], k, shape[-1]),
                 dtype=dtype,
                 device=device,
-                pin_memory=host and param.is_cuda,
+                pin_memory=host and queued(param.device),
             )
             state[f"{'host.' if host else ''}pool_{side}"] = pool
         state["host.held"] = switching.start_held(self.rank, k)
@@ -234,6 +245,17 @@ class Switched(Subspace):
 
     def refresh_(self, state: State, grad: Tensor, ctx: RefreshContext) -> dict[str, BasisChange]:
         """Every step: thaw, restart if due, switch. Cheap where nothing moves."""
+        return alone(self._move_(state, ctx))
+
+    def refreshing_(
+        self, state: State, grad: Tensor, ctx: RefreshContext
+    ) -> Searching[dict[str, BasisChange]]:
+        """The same; on an accelerator matrices that restart together are factored in one call."""
+        if on_accelerator(state["basis_A"]) and type(self).refresh_ is Switched.refresh_:
+            return (yield from self._move_(state, ctx))
+        return self.refresh_(state, grad, ctx)
+
+    def _move_(self, state: State, ctx: RefreshContext) -> Searching[dict[str, BasisChange]]:
         if int(state["refresh_step"]) < 0:
             self._start_(state, ctx)
         before: list[list[int]] = state["host.frozen"].tolist()
@@ -241,7 +263,7 @@ class Switched(Subspace):
         frozen = [[max(0, n - 1) for n in own] for own in before]
         if self.balanced(ctx.count):
             if not ctx.seen:
-                self.balance_(state)
+                yield from self.balancing_(state)
             fresh = [set(range(self.rank)) for _ in SIDES]
             frozen = [[0] * self.rank for _ in SIDES]
         for side, slots in enumerate(self._choose_(state, frozen, ctx)):

@@ -28,6 +28,9 @@ class Target(NamedTuple):
     """Of the stochastic rounding into bfloat16; None rounds to nearest."""
     finite: Tensor | None = None
     """0-d bool on the device; where False the weights must stay as they are."""
+    step: Tensor | None = None
+    """Factor, on the device, of all that is added: an update and its term. The engine applies it to
+    what :attr:`Subspace.takes_wide` subspaces add to zeros."""
     across: Tensor | None = None
     """Sums over all columns, by :meth:`Subspace.across`, where W has only some of them."""
 

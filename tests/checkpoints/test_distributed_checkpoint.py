@@ -212,7 +212,7 @@ def test_the_format_of_moments_is_the_checkpoints(saved: str, flat: bool) -> Non
     resumed = FORMATS[other]([{"params": [*twin.parameters()], "rank": None}])
     state = get_optimizer_state_dict(model, optimizer, options=options)
     if flat and saved == "8bit":
-        message = "does not fit parameter 0 .* exp_avg is 8bit without scales there and 8bit here"
+        message = "does not fit parameter 0 .* exp_avg is codes without scales there and 8bit here"
         with pytest.raises(ValueError, match=message):
             set_optimizer_state_dict(twin, resumed, state, options=options)
         return

@@ -241,6 +241,25 @@ def _saved(state_dict: dict[str, Any]) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_in_4_bits_what_goes_out_is_in_float32(rule: str) -> None:
+    """And comes back as the codes that it was, as it is kept anew to the bit."""
+    params = parameters()
+    source = ours(rule, params, "4bit")
+    runs.train(params, source, range(SAVED))
+    exported = export_bitsandbytes(source)
+    target = ours(rule, runs.copies(params), "4bit")
+    target.load_state_dict(import_bitsandbytes(exported, target))
+    assert all(x["state1"].dtype == torch.float32 for x in exported["state"].values())
+    held = runs.entries(source)
+    assert any(x.dtype == torch.uint8 for entry in held for x in entry.values())
+    runs.assert_same_state(runs.entries(target), held)
+    theirs = ours(rule, params, "8bit")
+    theirs.load_state_dict(import_bitsandbytes(exported, theirs))
+    again = ours(rule, runs.copies(params), "4bit")
+    again.load_state_dict(import_bitsandbytes(export_bitsandbytes(theirs), again))
+
+
 @pytest.mark.parametrize("state_dtype", ["8bit", "float32"])
 @pytest.mark.parametrize("rule", RULES)
 def test_out_and_in_again(rule: str, state_dtype: str) -> None:

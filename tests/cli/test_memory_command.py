@@ -39,6 +39,14 @@ def nothing() -> nn.Module:
     return nn.Tanh()
 
 
+def frozen() -> nn.Module:
+    return small().requires_grad_(False)
+
+
+def empty() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.Embedding(0, 4))
+
+
 def text() -> str:
     return "a model"
 
@@ -90,7 +98,7 @@ def test_every_figure_is_an_estimate() -> None:
     asked += ("--coords-dtype", "float32", "--coords-dtype", "bfloat16")
     for more in ((), asked):
         said = figures(*SMALL, "--budget-gib", str(budget), *more)
-        assert said["budget"] == round(budget * GIB) and len(said["rows"]) == 8
+        assert said["budget"] == round(budget * GIB) and len(said["rows"]) == 9
         for row in said["rows"]:
             for peak in row["peaks"]:
                 keys = ("in_backward", "accumulation_steps", "coords_dtype")
@@ -239,6 +247,11 @@ BAD = {
     "row": ([*SMALL, "--only", "GaLore 4-bit"], "'GaLore 4-bit' is no row: they are AdamW fp32,"),
     "row and class": ([*OPTIMIZER, "--only", "GaLore fp32"], "give one"),
     "no parameters": (["--model", f"{HERE}:nothing"], "Tanh has no parameters"),
+    "frozen": (
+        ["--model", f"{HERE}:frozen"],
+        "Sequential has no parameter to train: requires_grad",
+    ),
+    "empty": (["--model", f"{HERE}:empty"], "has a parameter without elements: 1.weight, (0, 4)"),
     "no module": (["--model", f"{HERE}:text"], "must return an nn.Module or a configuration"),
     "no function": (["--model", f"{HERE}:other"], "has no attribute 'other'"),
     "no such module": (["--model", "no_such:function"], "No module named 'no_such'"),
@@ -284,6 +297,11 @@ def refused(done: Result, said: str) -> None:
         ('{"model_type": "bert", "vocab_size": 9}', "does not say hidden_size, num_hidden_layers"),
         ('{"model_type": "gpt2", "vocab_size": 9}', "does not say n_embd, n_layer, n_head"),
         (json.dumps({**TINY, "hidden_size": "wide"}), "refused"),
+        (json.dumps({**TINY, "hidden_size": -32}), "negative dimension -32"),
+        (
+            json.dumps({**TINY, "vocab_size": 0}),
+            "without elements: model.embed_tokens.weight, (0, 32)",
+        ),
         (json.dumps({**TINY, "num_attention_heads": 5}), "not a multiple of the number of"),
     ],
 )

@@ -159,12 +159,15 @@ class _Cuda(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        wanted = torch.device(kwargs.get("device") or "cpu")
-        if wanted.type == "cuda":
+        given = [x for x in args if isinstance(x, torch.device)]  # as of Tensor.to
+        wanted = torch.device(kwargs.get("device") or (given or ["cpu"])[0])
+        if wanted.type == "cuda" and given:
+            args = tuple("cpu" if isinstance(x, torch.device) else x for x in args)
+        elif wanted.type == "cuda":
             kwargs["device"] = "cpu"
         tensors = [x for x in _flat((args, [*kwargs.values()])) if isinstance(x, Tensor)]
         devices = {x.device for x in tensors if x.dim()} | ({wanted} - {torch.device("cpu")})
-        if len(devices) > 1:
+        if len(devices) > 1 and func is not Tensor.to:  # which moves
             raise RuntimeError(f"{func} of tensors on {devices}, as torch says it")
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
@@ -208,7 +211,10 @@ def serving(path: Path) -> Iterator[Host]:
 
     def kept(self: arrays.Arrays, values: array[Any]) -> int:
         host.tables.append(values)
-        return keep(self, values)
+        address = keep(self, values)
+        # here it lives on; where it does not, its memory may be another's before the launch
+        assert any(x is values for x in self.kept), "a table that nobody keeps for the call"
+        return address
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "device", Device)

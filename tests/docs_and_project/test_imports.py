@@ -38,6 +38,7 @@ LAYERS: tuple[set[str], ...] = (
     {"optimizer"},
     {"methods", "backward", "nn", "presets"},
     {"memory", "distributed"},
+    {"fitting"},
     {"integrations", ""},
     {"cli"},
     {"__main__"},

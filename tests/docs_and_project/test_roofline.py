@@ -195,13 +195,14 @@ def example(op: str, m: int, n: int, r: int) -> dict[str, Any]:
     elements = op not in ("column_norms", "top_rows_", "decay_") and not op.startswith(
         ("lift", "coordinate", "cosine")
     )
+    of_xs = {"column_norms": (m, n), "move_rows_": (r, n)}
     one = (1, n) if op == "residual_factors_" else (n,)
     shapes: dict[str, Any] = {
         "params": (m, n), "grads": one if elements else (m, n), "bases": (m, r), "updates": (r, n),
         "lows": one if elements else (r, n), "columns": (1, n), "directions": (1, n), "norms": (),
-        "ages": (r,), "eps_rows": (r,), "scale_rows": (r,),
+        "ages": (r,), "counts": (r,), "eps_rows": (r,), "scale_rows": (r,),
         "exp_avgs": (n,) if elements else (r, n), "exp_avg_sqs": (n,) if elements else (r, n),
-        "xs": (m, n) if op == "column_norms" else (n,), "moments": (n,), "scores": (m,),
+        "xs": of_xs.get(op, (n,)), "moments": (n,), "scores": (m,),
         "outs": (r, n) if op == "cosine_project_" else one,
     }  # fmt: skip
     given: dict[str, Any] = {}
@@ -213,7 +214,7 @@ def example(op: str, m: int, n: int, r: int) -> dict[str, Any]:
             given[name] = [torch.empty(n // 256)]
         elif name in ("indices", "sources"):
             given[name] = [torch.empty(r, dtype=torch.int32)]
-        elif name in ("row_eps", "row_scale", "finite", "plan", "factors"):
+        elif name in ("row_eps", "row_scale", "finite", "usable", "plan", "factors"):
             given[name] = []
         elif name in ("table", "signed_map", "unsigned_map"):
             given[name] = torch.empty(256)

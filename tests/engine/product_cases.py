@@ -31,6 +31,7 @@ from lowrank_optim.tensors.matrix import PROJ_TYPES, MatrixView
 from lowrank_optim.transports import TRANSPORTS
 from tests import cases
 from tests.compare import assert_close, assert_mostly_close
+from tests.oracles import four_bits
 from tests.oracles.product import product
 
 RULES: dict[str, type[Rule]] = {"adamw": AdamW, "lion": Lion, "sgd": SGD, "adafactor": Adafactor}
@@ -98,7 +99,7 @@ def crossed(subspace: str, residual: str) -> Iterator[tuple[str, str, str]]:
     s, r = [*SUBSPACES].index(subspace), [*RESIDUALS].index(residual)
     for i, rule in enumerate(RULES):
         on_refresh = [*TRANSPORTS][(s + r + i) % len(TRANSPORTS)]
-        yield rule, [*STORES][(s + 2 * (r + i)) % len(STORES)], on_refresh
+        yield rule, [*STORES][(s + r + 3 * i) % len(STORES)], on_refresh
 
 
 def drawn(subspace: str, residual: str, times: int = 0) -> Iterator[dict[str, Any]]:
@@ -225,12 +226,11 @@ def kept(case: dict[str, Any], index: int, batch: bool) -> Any:
                 continue
             x = torch.stack([slots[name] for slots in experts]).float()
             x = x if batch else x[0]
+            seed = mixed(0, index, s, 2, n) if moved else mixed(0, index, s + 1, 1, n)
             if case["store"] == "bfloat16":
-                seed = mixed(0, index, s, 2, n) if moved else mixed(0, index, s + 1, 1, n)
-                out = torch.empty_like(x, dtype=torch.bfloat16)
-                reference.stochastic_round_(
-                    [x], [out], [seed & 0x7FFFFFFF], [0], [x.numel()], [0], [1]
-                )
+                out = drawn_bfloat16(x, seed)
+            elif case["store"] == "4bit":
+                out = through_4_bits(x, name == "m", seed)
             else:
                 out = through_8_bits(x, signed=name == "m")
             for slots, own in zip(experts, out if batch else [out], strict=True):
@@ -263,6 +263,24 @@ def remembered(
         return got
 
     return remember
+
+
+def drawn_bfloat16(x: Tensor, seed: int) -> Tensor:
+    out = torch.empty_like(x, dtype=torch.bfloat16)
+    reference.stochastic_round_([x], [out], [seed & 0x7FFFFFFF], [0], [x.numel()], [0], [1])
+    return out
+
+
+def through_4_bits(x: Tensor, signed: bool, seed: int) -> Tensor:
+    """Of one column nothing is in 4 bits."""
+    if x.shape[-1] == 1:
+        return x
+    return four_bits.kept(
+        x.double(),
+        four_bits.SIGNED if signed else four_bits.SQUARES,
+        # whole numbers are what bfloat16 has from 128 on
+        lambda level: drawn_bfloat16((level + 128).float(), seed).double() - 128,
+    ).float()
 
 
 def through_8_bits(x: Tensor, signed: bool) -> Tensor:

@@ -28,7 +28,8 @@ OTHERS: dict[str, list[Any]] = {
     "proj_type": ["left", "right", "reverse_std", "full"],
     "projector": ["rsvd", "random", "dct", "hadamard", "columns", "rows", "randk", "block"],
     "on_refresh": ["keep", "reset", "project"],
-    "state_dtype": ["float32", "bfloat16", "8bit"],
+    "state_dtype": ["float32", "bfloat16", "8bit", "4bit"],
+    "state_device": ["cpu"],
     "stochastic_rounding": [True],
     "stagger": [True],
     "flatten": [True],
@@ -191,7 +192,9 @@ def test_what_the_state_cannot_follow_is_refused(
         optimizer.step()
 
 
-@pytest.mark.parametrize("formats", [("8bit", "float32"), ("float32", "8bit")])
+@pytest.mark.parametrize(
+    "formats", [("8bit", "float32"), ("float32", "8bit"), ("8bit", "4bit"), ("4bit", "8bit")]
+)
 def test_codes_are_not_read_as_moments(formats: tuple[str, str]) -> None:
     """Of moments that are large enough for 8 bits."""
     weight = nn.Parameter(torch.zeros(64, 512))

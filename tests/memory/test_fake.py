@@ -12,8 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from lowrank_optim import GaLoreAdamW, attach_in_backward, memory, methods
-from lowrank_optim.ops import quant
+from lowrank_optim.ops import quant, quant4
 from tests import cases
+from tests.compare import assert_close
+from tests.oracles import four_bits
 
 SHAPES = [(12, 40), (7,), (3, 8, 24), (24, 24)]
 DTYPES = (torch.float32, torch.bfloat16)
@@ -23,6 +25,7 @@ VARIANTS: list[tuple[str, str, dict[str, Any]]] = [
         for name in cases.method_names()
         if "8bit" not in name
     ],
+    *[(name, "svd", {"state_dtype": "4bit"}) for name in ("GaLoreAdamW", "DCTAdamW")],
     *[(name, "svd", {"state_dtype": "bfloat16"}) for name in ("GaLoreLion", "FiraAdamW")],
     ("DCTAdamW", "dct", {"error_feedback": "4bit"}),
     ("SSTAdamW", "svd", {"factors": "active", "negative": "flip"}),
@@ -120,9 +123,21 @@ def test_inside_backward(mode: Any) -> None:
 
 def test_tables_are_those_of_real_steps_though_a_fake_one_came_first() -> None:
     """The map of 8-bit codes was made of fake numbers, kept, and used by every step after it."""
+    cpu = torch.device("cpu")
+    for kept in (quant4.four_bit_map, quant4._pairs, quant4._values, quant.values_of):
+        kept.cache_clear()
+    with FakeTensorMode():
+        weight = nn.Parameter(torch.randn(64, 128))
+        optimizer = GaLoreAdamW([{"params": [weight], "rank": None}], state_dtype="4bit")
+        for _ in range(2):
+            weight.grad = torch.randn_like(weight)
+            optimizer.step()
+    for signed, own in ((True, four_bits.SIGNED), (False, four_bits.SQUARES)):
+        assert_close(quant4.four_bit_map(signed, cpu), own.float())
+        assert_close(quant4._pairs(signed, cpu)[18], own[[2, 1]].float())
     tables = {signed: quant.dynamic_map(signed, torch.device("cpu")) for signed in (True, False)}
     quant.dynamic_map.cache_clear()
-    quant._values.cache_clear()
+    quant.values_of.cache_clear()
     with FakeTensorMode():
         weight = nn.Parameter(torch.randn(64, 128))
         weight.grad = torch.randn_like(weight)

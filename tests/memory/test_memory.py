@@ -67,6 +67,7 @@ def check(model, optimizer_class, groups=None, **options):
     params = model.named_parameters() if groups is None else groups(model)
     held = report(stepped(optimizer_class(params, **options), model))
     assert (found.basis, found.moments, found.other) == held
+    assert (found.host, held.staging) == (held.host, 0)
     assert found.state == held.total > 0
     return found
 
@@ -369,6 +370,8 @@ def test_llama_7b(rows):
         "GaLore fp32": [12.55, 1.75, 15.77],
         "GaLore bf16": [12.55, 1.75, 8.76],
         "GaLore 8-bit": [12.55, 1.75, 5.31],
+        "GaLore 8-bit (moments on host)": [12.55, 1.75, 5.31],
+        "GaLore 4-bit": [12.55, 1.75, 3.61],
         "FRUGAL 8-bit": [12.55, 0.0, 3.13],
         # of bases there are indices, and one for all matrices of a width
         "DCT fp32": [12.55, 0.0, 14.02],
@@ -387,16 +390,21 @@ def test_what_fits_24_gib(rows):
         kind: [n for n, row in rows.items() if (e := row.peaks[kind]) and e.fits(budget)]
         for kind in USUAL
     }
-    stepped = ["GaLore bf16", "GaLore 8-bit", "FRUGAL 8-bit", "DCT 8-bit"]
-    assert fit == {LIVE: [], STEP: stepped, ACCUMULATED: [], PROJECT: ["GaLore 8-bit"]}
+    galore = ["GaLore 8-bit", "GaLore 8-bit (moments on host)", "GaLore 4-bit"]
+    stepped = ["GaLore bf16", *galore, "FRUGAL 8-bit", "DCT 8-bit"]
+    assert fit == {LIVE: [], STEP: stepped, ACCUMULATED: [], PROJECT: galore}
     text = reading(list(rows.values()), budget)
     assert "With all gradients live, nothing fits in 24 GiB" in text
-    assert "GaLore bf16, GaLore 8-bit, FRUGAL 8-bit and DCT 8-bit fit;" in text
+    assert f"{', '.join(stepped[:-1])} and DCT 8-bit fit;" in text
     assert "all live until the last micro-batch, and nothing fits." in text
-    assert "a refresh waits for, and only GaLore 8-bit fits" in text
-    assert "2.14 GiB" in text
+    assert f"a refresh waits for, and {', '.join(galore[:-1])} and GaLore 4-bit fit" in text
+    assert "5.37 GiB" in text
+    without = [row for name, row in rows.items() if "host" not in name]
+    assert "a refresh waits for, and GaLore 8-bit and GaLore 4-bit fit" in reading(without, budget)
+    assert "4.00 GiB" in reading(without, budget)
     assert "GaLore bf16 and GaLore 8-bit fit;" in reading(list(rows.values())[:5], budget)
-    assert "GaLore bf16 and GaLore 8-bit fit (" in reading(list(rows.values()), 27 * GIB)
+    wider = reading(without, 26 * GIB)
+    assert "GaLore bf16, GaLore 8-bit and GaLore 4-bit fit (" in wider
     assert "nothing fits (" in reading(list(rows.values()), 8 * GIB)
 
 
@@ -410,7 +418,7 @@ def test_readme_table_is_what_is_estimated(rows):
     assert "`lowrank-optim memory --model llama-7b --rank 1024 --budget-gib 24`" in SECTION
     lines = [line.strip("|").split("|") for line in SECTION.splitlines() if line.startswith("|")]
     _, _, *body = [[cell.strip() for cell in line] for line in lines]
-    assert [name for name, *_ in body] == list(rows)[:5]
+    assert [name for name, *_ in body] == list(rows)[:6]
     for name, *figures in body:
         row = rows[name]
         sizes = [gib(x) if x else "–" for x in (row.state.basis, row.state.moments)]

@@ -139,9 +139,9 @@ def test_some_matrices_say_what_all_need(
     found = [some.step(due) for due in dues]
     path = "lowrank_optim.memory.rehearsal._told_apart"
     with monkeypatch.context() as patch:
-        from lowrank_optim.engine.step import chunks
+        from lowrank_optim.engine.step import bucketed
 
-        patch.setattr(path, lambda items, chosen, due, apart: list(chunks(items, chosen)))
+        patch.setattr(path, lambda items, chosen, due, apart: bucketed(items, chosen))
         every = rehearsed(cls, SHAPES, **options)
         assert [every.step(due) for due in dues] == found
     assert len(set(found)) > 1

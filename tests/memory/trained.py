@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from lowrank_optim import attach_in_backward
 from lowrank_optim.engine import tracing
-from lowrank_optim.memory.activations import _as_on_a_gpu, _checkpoint
+from lowrank_optim.memory.activations import _as_on_a_gpu, checkpoint_layers
 from lowrank_optim.memory.inputs import batch_of, loss_of, model_of
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
@@ -59,7 +59,7 @@ def tracked(
         model = model_of(config, dtype).train()
         _as_on_a_gpu(model)
         if checkpointing:
-            _checkpoint(model)
+            checkpoint_layers(model)
         batch = batch_of(model, tokens)
         optimizer = optimizer_class(model.named_parameters(), **options)
         if mode is not None:

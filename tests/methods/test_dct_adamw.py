@@ -153,8 +153,9 @@ def test_an_index_corrects_the_bias_of_its_own_age() -> None:
 
 
 def test_moments_follow_their_index_as_stored() -> None:
-    """8-bit rows that stay are the same codes and scales in a new place: nothing is rounded."""
-    for dtype, width in [("float32", 300), ("bfloat16", 300), ("8bit", 300), ("8bit", 512)]:
+    """Codes and scales of rows that stay are the same in a new place: nothing is rounded."""
+    widths = {"float32": [300], "bfloat16": [300], "8bit": [300, 512], "4bit": [300, 301]}
+    for dtype, width in ((dtype, width) for dtype, own in widths.items() for width in own):
         weight = torch.nn.Parameter(torch.zeros(40, width))
         group = {"params": [weight], "rank": 16, "proj_type": "left"}
         optimizer = DCTAdamW([group], state_dtype=dtype, betas=(1 - 2**-40, 1 - 2**-40))
@@ -180,7 +181,7 @@ def test_moments_follow_their_index_as_stored() -> None:
                 for row, come in zip(state[name].reshape(16, -1), source.tolist(), strict=True):
                     if come >= 0:
                         assert torch.equal(row, old[come])
-            read = chosen.store.read(state, key, slot, item.param, dense=True)
+            read = chosen.store.read(state, key, slot, (16, width), item.param, dense=True)
             assert isinstance(read, Tensor)
             assert not bool(read[source < 0].any())
 

@@ -267,7 +267,9 @@ def example(op: str) -> Arguments:
     if op == "coordinate_adamw_":
         return coordinate_steps(torch.float32)
     if op == "top_rows_":
-        return ops_cosines.top(torch.float32)
+        return ops_cosines.told(torch.float32)
+    if op == "move_rows_":
+        return ops_cosines.moves()
     if op in ops_cosines.COSINES:
         return ops_cosines.arguments(op, torch.float32)
     return storage(op, torch.float32)
@@ -284,6 +286,8 @@ def expected(op: str, a: Arguments) -> Expected:
         return ops_factors.expected(op, a)
     if op == "top_rows_":
         return ops_cosines.expected_top(a)
+    if op == "move_rows_":
+        return ops_cosines.expected_moves(a)
     if op in ops_cosines.COSINES:
         return ops_cosines.expected(op, a)
     if op in ELEMENTWISE + BITS8:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -117,13 +118,69 @@ def top(dtype: torch.dtype) -> Arguments:
     """Scores with ties, and old indices."""
     scores = [torch.randint(0, 4, (m,)).to(dtype) for m in (1, 9, 64, 100)]
     old = [torch.randperm(m)[: (m + 1) // 3].sort().values.int() for m in (1, 9, 64, 100)]
-    return {"scores": scores, "indices": old, "sources": [torch.full_like(x, 77) for x in old]}
+    sources = [torch.full_like(x, 77) for x in old]
+    return {"scores": scores, "indices": old, "sources": sources, "finite": [], "usable": []}
+
+
+def told(dtype: torch.dtype) -> Arguments:
+    """Of several lengths with scores that say nothing: none at all, too many, and no numbers."""
+    a: Arguments = {"finite": [], "usable": []}
+    for m in (9, 64, 100):
+        own = torch.randint(1, 9, (m,)).to(dtype)
+        bad = [own.clone() for _ in range(3)]
+        bad[0][m // 2], bad[1][1] = torch.inf, torch.nan
+        bad[2][:4] = torch.finfo(dtype).max / 2
+        a.setdefault("scores", []).extend([own, torch.zeros_like(own), *bad])
+    for x in a["scores"]:
+        old = torch.randperm(x.numel())[: x.numel() // 3].sort().values.int()
+        a.setdefault("indices", []).append(old)
+        a.setdefault("sources", []).append(torch.full_like(old, 77))
+        a["finite"].append(torch.tensor(float(x[0]) > 100))  # what is written is not what was there
+        a["usable"].append(torch.tensor(False))
+    return {name: a[name] for name in names("top_rows_")}
+
+
+def moves() -> Arguments:
+    """Rows of every form that a state keeps; places that are taken, exchanged, or nowhere."""
+    a: Arguments = {"xs": [], "sources": [], "fills": []}
+    forms: list[tuple[int, torch.dtype, int]] = [
+        (1, torch.float32, 0), (33, torch.float32, 0), (300, torch.float64, 0), (7, torch.uint8, 0),
+        (256, torch.uint8, 127), (7, torch.bfloat16, 0), (8, torch.bfloat16, 0),
+        (0, torch.int32, 0),
+    ]  # fmt: skip
+    for r in (1, 5, 12):
+        for width, dtype, fill in forms[1:] + forms[:1]:
+            source = torch.randperm(r).int()
+            source[torch.rand(r) < 0.3] = -1
+            if width > 40:  # as of sets of indices
+                source = torch.cat([source[source < 0], source[source >= 0].sort().values])
+            a["xs"].append(torch.randint(0, 256, (r, width)).to(dtype))
+            a["sources"].append(source)
+            a["fills"].append(fill)
+    return a
+
+
+def expected_moves(a: Arguments) -> Expected:
+    """Row by row."""
+    found: Expected = {"xs": []}
+    for x, source, fill in zip(a["xs"], a["sources"], a["fills"], strict=True):
+        nowhere = torch.full_like(x[:1], fill)
+        rows = [x[k : k + 1] if k >= 0 else nowhere for k in source.tolist()]
+        found["xs"].append((torch.cat(rows).double(), None))
+    return found
 
 
 def expected_top(a: Arguments) -> Expected:
     """By sorting pairs."""
-    found: Expected = {"indices": [], "sources": []}
+    found: Expected = {"indices": [], "sources": [], "finite": [], "usable": []}
     for score, old in zip(a["scores"], a["indices"], strict=True):
+        total = float(score.sum())  # in the format of the scores: it may overflow
+        for name, said in (("finite", total < math.inf), ("usable", 0 < total < math.inf)):
+            found[name] += [(torch.tensor(float(said)).double(), None)] * bool(a["finite"])
+        if a["finite"] and not 0 < total < math.inf:
+            found["indices"].append((old.double(), None))
+            found["sources"].append((torch.arange(old.numel()).double().to(old.device), None))
+            continue
         order = sorted(range(score.numel()), key=lambda k: (-float(score[k]), k))
         new = sorted(order[: old.numel()])
         place = {k: i for i, k in enumerate(old.tolist())}

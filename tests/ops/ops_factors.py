@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tests.ops.ops_cases import BETA1, BETA2, DECAY, Arguments, Expected, names, strided
 
-OPS = ("decay_", "row_steps_", "residual_factors_")
+OPS = ("decay_", "count_", "row_steps_", "residual_factors_")
 SHAPES = [(), (1,), (17, 33), (3, 700), (2, 9, 14), (0, 5)]
 COLUMNS = [(1, 1), (1, 33), (1, 2500), (3, 1, 14)]
 TINY, LIMITER = 1e-8, 1.01
@@ -32,6 +32,7 @@ def arguments(
         "decay": DECAY,
         "factors": [torch.tensor(0.5 + i / 8, dtype=wide) for i in range(len(SHAPES) * factors)],
         "ages": ages,
+        "counts": ages,
         "eps_rows": [torch.full_like(x, torch.nan, dtype=wide) for x in ages],
         "scale_rows": [torch.full_like(x, torch.nan, dtype=wide) for x in ages],
         "beta1": BETA1,
@@ -63,6 +64,10 @@ def expected(op: str, a: Arguments) -> Expected:
         weights = zip(a["params"], factors, finite, strict=True)
         new = [w.double() * (DECAY * float(f) if ok else 1.0) for w, f, ok in weights]
         return {"params": [(x, None) for x in new]}
+    if op == "count_":
+        more = [int(ok) for ok in a["finite"] or [True] * len(a["counts"])]
+        counts = zip(a["counts"], more, strict=True)
+        return {"counts": [(x.double() + one, None) for x, one in counts]}
     if op == "row_steps_":
         steps: Expected = {"eps_rows": [], "scale_rows": []}
         for age in a["ages"]:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank_optim import DCTAdamW, GaLoreAdamW, LowRankOptimizer
+from lowrank_optim import DCTAdamW, GaLoreAdamW, LowRankOptimizer, attach_in_backward
+from lowrank_optim.memory import report
 from lowrank_optim.ops import cosine, dispatch, fuses_cosine
 from lowrank_optim.ops.schema import SCHEMAS
 from tests.compare import assert_close
@@ -205,3 +206,40 @@ def test_a_refresh_never_waits_either(projector: str) -> None:
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("mode", [None, "project", "step"])
+@pytest.mark.parametrize("state_dtype", ["float32", "8bit"])
+def test_moments_in_host_memory(state_dtype: str, mode: Any) -> None:
+    """Pinned between steps, the same bits as those on the device, and of it two buffers alone."""
+    made = []
+    for where in (None, "cpu"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*(torch.nn.Linear(512, 512, bias=False) for _ in range(6)))
+        model = model.to(DEVICE)
+        optimizer = GaLoreAdamW(
+            model.named_parameters(), lr=1e-2, rank=64, update_proj_gap=3, on_refresh="project",
+            state_dtype=state_dtype, state_device=where,
+        )  # fmt: skip
+        if mode is not None:
+            attach_in_backward(optimizer, mode)
+        for number in range(8):
+            generator = torch.Generator(DEVICE).manual_seed(number)
+            x = torch.randn(64, 512, device=DEVICE, generator=generator)
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        made.append((model, optimizer))
+    states = [[*optimizer.state.values()] for _, optimizer in made]
+    for plain, hosted in zip(*states, strict=True):
+        assert plain.keys() == hosted.keys()
+        for key, x in hosted.items():
+            assert torch.equal(x.to(plain[key].device), plain[key]), key
+            if key.startswith("low.exp_avg"):
+                assert x.is_cpu and x.is_pinned(), key
+            else:
+                assert x.device == plain[key].device, key
+    for a, b in zip(*(model.parameters() for model, _ in made), strict=True):
+        assert torch.equal(a, b)
+    held = report(made[1][1])
+    assert held.host == held.moments and held.staging > 0

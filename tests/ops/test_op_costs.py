@@ -70,8 +70,8 @@ def cases(op: str) -> list[ops_cases.Arguments]:
             for widths in ((7, 7, 7), (7, 9, 7)):
                 own: dict[str, Any] = {"basis": basis, "widths": widths, "moved": False}
                 found.append(ops_cosines.arguments(op, torch.float32, **own))
-    elif op == "top_rows_":  # but for a set of none, of which less is asked
-        found = [{k: x[1:] for k, x in found[0].items()}]
+    elif op == "top_rows_":  # with flags and without
+        found.append(ops_cosines.top(torch.float32))
     elif op == "decay_":
         for how in ("columns", "slice"):
             for factors in (True, False):
@@ -97,9 +97,9 @@ def test_the_table_is_what_the_launchers_do(op: str, launched: Counter) -> None:
 
 def test_a_kernel_more_is_seen(launched: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
     """Broken on purpose: one more of what plain torch does."""
-    monkeypatch.setitem(COMPOSED, "top_rows_", COMPOSED["top_rows_"] + 1)
+    monkeypatch.setitem(COMPOSED, "coordinate_adamw_", COMPOSED["coordinate_adamw_"] + 1)
     with pytest.raises(AssertionError):
-        test_the_table_is_what_the_launchers_do("top_rows_", launched)
+        test_the_table_is_what_the_launchers_do("coordinate_adamw_", launched)
 
 
 def test_gathers_of_other_strides_are_counted() -> None:

@@ -183,6 +183,36 @@ def test_top_rows(backend: str) -> None:
     run("top_rows_", a)
     a["indices"], a["sources"] = ([x[:0] for x in a[k]] for k in ("indices", "sources"))
     run("top_rows_", a)
+    for _ in range(3):
+        run("top_rows_", ops_cosines.told(torch.float32))
+
+
+def test_top_rows_of_what_says_nothing_stay(backend: str) -> None:
+    """Indices keep their bits, beside others that are chosen; flags say which, and why."""
+    a = ops_cosines.told(torch.float32)
+    before = [x.clone() for x in a["indices"]]
+    cases.call("top_rows_", a)
+    for n, (x, old) in enumerate(zip(a["indices"], before, strict=True)):
+        fine, zero = n % 5 == 0, n % 5 == 1
+        assert (bool(a["finite"][n]), bool(a["usable"][n])) == (fine or zero, fine)
+        assert fine or torch.equal(x, old)
+
+
+def test_top_rows_that_move(backend: str) -> None:
+    """In any order, of every format and width."""
+    for _ in range(3):
+        run("move_rows_", ops_cosines.moves())
+    long = torch.arange(3000.0).view(1000, 3)
+    source = torch.randperm(1000).int()
+    given = {"xs": [long.clone()], "sources": [source], "fills": [0]}
+    run("move_rows_", given)
+    assert torch.equal(given["xs"][0], long[source.long()])
+
+
+def test_flags_decide_what_is_counted(backend: str) -> None:
+    """One more, of nothing but what is finite."""
+    run("count_", ops_factors.arguments("count_", torch.float32))
+    run("count_", ops_factors.arguments("count_", torch.float32, unsound=2))
 
 
 @needs_native
@@ -270,6 +300,9 @@ def test_float64(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
         run(op, cases.coordinate_steps(torch.float64))
     elif op == "top_rows_":
         run(op, ops_cosines.top(torch.float64))
+        run(op, ops_cosines.told(torch.float64))
+    elif op == "move_rows_":
+        run(op, ops_cosines.moves())
     elif op in ops_cosines.COSINES:
         run(op, ops_cosines.arguments(op, torch.float64))
     elif op in ops_factors.OPS:

@@ -40,7 +40,8 @@ BYTES = {
     "adamw": 24, "adamw rows": 32, "lion": 16, "moment": 16, "stochastic_round": 6,
     "adamw 8bit": 12 + 16 / 256, "adamw 8bit rows": 20 + 16 / 256,
     "lion 8bit": 10 + 8 / 256, "moment 8bit": 10 + 8 / 256,
-    "quantize": 5 + 4 / 256, "dequantize": 5 + 4 / 256, "decay": 2 * 2, "row_steps": 12,
+    "quantize": 5 + 4 / 256, "dequantize": 5 + 4 / 256, "decay": 2 * 2, "count": 8,
+    "row_steps": 12,
     "lift_sign bf16": 3 * 2, "lift_sign fp32": 3 * 4,
     "lift_scaled bf16": 3 * 2 + 4 / 128, "lift_scaled fp32": 3 * 4 + 4 / 64,
 }  # fmt: skip

@@ -16,7 +16,15 @@ pytest.importorskip("triton")
 
 from lowrank_optim.ops import cosine as reference
 from lowrank_optim.ops import triton as ops
-from lowrank_optim.ops.triton import coordinate, cosine, direction, factors, launch, norms
+from lowrank_optim.ops.triton import (
+    coordinate,
+    cosine,
+    direction,
+    factors,
+    launch,
+    norms,
+    rows,
+)
 from tests.ops import ops_cases, ops_cosines, ops_factors
 from tests.ops.checks import check, run
 from tests.ops.interpreted import INTERPRETED
@@ -28,6 +36,9 @@ KERNELS = {
     "column_norms": 1,
     "coordinate_add_": 1,
     "decay_": 1,
+    "count_": 1,
+    "top_rows_": 1,
+    "move_rows_": 1,
     "row_steps_": 1,
     "residual_factors_": 1,
     "cosine_scores": 2,
@@ -47,7 +58,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         seen[kernel.__name__] += 1
         launch.launch(kernel, *args, **meta)
 
-    for module in (coordinate, cosine, direction, factors, norms):
+    for module in (coordinate, cosine, direction, factors, norms, rows):
         monkeypatch.setattr(module, "launch", counted)
     monkeypatch.setenv("LOWRANK_OPTIM_BACKEND", "triton")
     return seen
@@ -58,6 +69,13 @@ def alike(op: str) -> ops_cases.Arguments:
     if op in ops_cosines.COSINES:
         unsound = 1 if op == "cosine_lift_add_" else None
         found = ops_cosines.arguments(op, torch.float32, widths=(33,) * COUNT, unsound=unsound)
+    elif op == "top_rows_":
+        found = ops_cosines.told(torch.float32)
+        found = {k: x[:COUNT] for k, x in found.items()}
+    elif op == "move_rows_":  # of float32, and codes whose rows are whole words
+        found = ops_cosines.moves()
+        at = [n for n, x in enumerate(found["xs"]) if x.shape in ((12, 1), (12, 33), (12, 256))]
+        found = {k: [x[n] for n in at] for k, x in found.items()}
     elif op in ops_factors.OPS:
         found = ops_factors.arguments(op, torch.float32)
         found = {k: [x[2]] * COUNT if isinstance(x, list) and x else x for k, x in found.items()}

@@ -381,11 +381,11 @@ def raising_replicas(world: World, fails: bool) -> Any:
         x = torch.randn(6, 12, generator=generator, dtype=torch.float64)
         ddp(x).square().mean().backward()
         if step == DUE and fails:
-            before, real = held(), refresh.refresh_
+            before, real = held(), refresh.refreshing_
             if world.rank == 1:
-                refresh.refresh_ = out_of_memory  # type: ignore[assignment]
+                refresh.refreshing_ = out_of_memory  # type: ignore[assignment]
             out.append(error_of(optimizer))
-            refresh.refresh_ = real
+            refresh.refreshing_ = real
             out.append(same(held(), before))
         optimizer.step()
     return [*out, held()]

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lowrank_optim
 from lowrank_optim import optimizer as optimizer_module
+from tests.engine.watch import Watch
 from tests.sharded.ranks import Ranks, World
 
 Worlds = Callable[[int], Ranks]
@@ -253,3 +254,30 @@ def compiled(world: World) -> Any:
 def test_a_compiled_step_of_replicas(ranks: Worlds) -> None:
     first, second = ranks(2).run("compiled", compiled).checked()
     assert alike(first, second)
+
+
+def looks(world: World, cls: str, options: dict[str, Any]) -> list[dict[str, int]]:
+    """What steps of six equal layers make a host wait for, by place, after the first."""
+    model = network(layers=6)
+    wrapped = DistributedDataParallel(model)
+    optimizer = getattr(lowrank_optim, cls)(model.parameters(), **options)
+    found = []
+    for step in range(4):
+        optimizer.zero_grad()
+        backward(wrapped, step, world.rank)
+        with Watch(optimizer) as seen:
+            optimizer.step()
+        found.append(dict(seen.where))
+    return found[1:]
+
+
+@pytest.mark.parametrize("name", ["GaLoreAdamW", "SSTAdamW"])
+def test_what_a_refresh_with_others_waits_for(ranks: Worlds, name: str) -> None:
+    """One factorisation and one answer for all that a rank owns; one message from each owner."""
+    own = {"steps_per_iteration": 2, "iterations_per_round": 1} if name == "SSTAdamW" else {}
+    options = {"lr": 1e-2, "rank": 3, "stagger": False} | (
+        own or {"projector": "svd", "update_proj_gap": 2}
+    )
+    for first, refresh, second in ranks(2).run("looks", looks, cls=name, options=options).checked():
+        assert first == second == {}
+        assert sum(refresh.values()) == 2, refresh  # it was 21, and 27 of SST

@@ -10,9 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state, on_host
+from lowrank_optim.engine.plan import (
+    ParamPlan,
+    State,
+    Strategies,
+    init_state,
+    on_host,
+    resting_keys,
+)
 from lowrank_optim.engine.sharded.forms import forms_of
 from lowrank_optim.engine.tracing import fake_mode, real_entries
+from lowrank_optim.ops.devices import pinned
 from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.tensors.matrix import MatrixView
@@ -34,6 +42,7 @@ class LocalState(MutableMapping[str, Tensor]):
         self._forms = forms_of(item, chosen)
         self._slots = {slot.name: slot for slot in chosen.rule.slots(item.part.shape)}
         self._lead = tuple(local(item.param).shape[:-1])
+        self._resting = frozenset(resting_keys(item, chosen))
 
     def __getitem__(self, key: str) -> Tensor:
         """The part that is here."""
@@ -71,9 +80,8 @@ class LocalState(MutableMapping[str, Tensor]):
                 x = x.redistribute(placements=places)  # type: ignore[attr-defined]
             if not local(x).is_contiguous():
                 x = as_dtensor(local(x).contiguous(), self._part.mesh, places, x.shape)
-            if on_host(key):  # a mesh of devices may have taken it there
-                own = local(x).cpu()
-                own = own if self._part.mesh.device_type == "cpu" else _pinned(own)
+            if on_host(key) or key in self._resting:  # a mesh of devices may have taken it there
+                own = pinned(local(x).cpu(), torch.device(self._part.mesh.device_type))
                 x = as_dtensor(own, self._part.mesh, places, x.shape)
         self.outer[key] = x
 
@@ -96,9 +104,10 @@ class LocalState(MutableMapping[str, Tensor]):
             return x
         form, dense = self._forms.get(key), self._part.side == "entries"
         if form is not None:
-            pinned = x.is_cpu and x.is_pinned()
+            copied_from = x.is_cpu and x.is_pinned()
             x = x.view(*self._lead, form.shape[-1]) if dense else form.blocked(x)
-            x = _pinned(x) if pinned else x  # what has been filled up is a copy
+            if copied_from and not x.is_pinned():  # what has been filled up is a copy
+                x = x.pin_memory()
             return (
                 x
                 if self.is_plain(key)
@@ -145,11 +154,6 @@ def without(placements: Sequence[Any], dim: int) -> tuple[Any, ...]:
         return Shard(kept) if factor == 1 else _StridedShard(kept, split_factor=factor)
 
     return tuple(moved(place) for place in placements)
-
-
-def _pinned(x: Tensor) -> Tensor:
-    """Which a device copies from, and to, while the host goes on."""
-    return x if x.is_pinned() else x.pin_memory()
 
 
 def kept_as(item: ParamPlan, chosen: Strategies, entries: dict[str, Tensor]) -> dict[str, Tensor]:

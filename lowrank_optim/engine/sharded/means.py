@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from lowrank_optim.engine.bucket import Bucket
 from lowrank_optim.engine.dense import dense_phases
+from lowrank_optim.engine.offload import Staging, load_of
+from lowrank_optim.engine.offload import together as resting
 from lowrank_optim.engine.plan import ParamPlan, Strategies
 from lowrank_optim.engine.step import CHUNK_BYTES
 from lowrank_optim.ops.devices import on_accelerator
@@ -17,7 +20,7 @@ from lowrank_optim.rules.adafactor import measured
 from lowrank_optim.rules.base import Over, Split, Sum, compute_dtype, together
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.groups import group_over
-from lowrank_optim.sharding.parts import region
+from lowrank_optim.sharding.parts import local, region
 from lowrank_optim.subspaces.block import Block
 
 
@@ -102,7 +105,7 @@ Dense = tuple[ParamPlan, Bucket, Split, Tensor | None]
 """A dense parameter, what is here of it, how it lies, and the root mean square of its weights."""
 
 
-def step_dense(work: Sequence[Dense]) -> None:
+def step_dense(work: Sequence[Dense], staging: Staging) -> None:
     """Step dense parameters, as many at a time as share their messages."""
     by_mesh: dict[Any, list[Dense]] = {}
     for own in work:
@@ -111,25 +114,33 @@ def step_dense(work: Sequence[Dense]) -> None:
     for alike in by_mesh.values():
         part = alike[0][0].part
         assert part is not None
-        for portion in _portions(alike, part.ranks):
+        for places in portions_of([item for item, *_ in alike], part.ranks):
+            portion = [alike[n] for n in places]
             buckets = [bucket for _, bucket, _, _ in portion]
             for bucket in buckets:
                 bucket.undo.begin(bucket.states[0])
-            phases = [dense_phases(bucket, split, rms) for _, bucket, split, rms in portion]
-            for asked in together(phases):
-                add_up(asked, part.mesh)
-            for bucket in buckets:
-                bucket.undo.done(bucket.states[0])
+            loads = [load_of([item], b.states, b.chosen) for item, b, _, _ in portion]
+            step = partial(_step_portion, portion, part.mesh)
+            staging.each([resting(loads)], step, buckets[0].undo)
 
 
-def _portions(work: Sequence[Dense], ranks: int) -> Iterator[list[Dense]]:
-    """So many that their directions are as large as a bucket's; the same on every rank."""
-    portion: list[Dense] = []
+def _step_portion(portion: Sequence[Dense], mesh: Any, number: int) -> None:
+    """One portion, which is the only one of its call."""
+    phases = [dense_phases(bucket, split, rms) for _, bucket, split, rms in portion]
+    for asked in together(phases):
+        add_up(asked, mesh)
+    for _, bucket, _, _ in portion:
+        bucket.undo.done(bucket.states[0])
+
+
+def portions_of(items: Sequence[ParamPlan], ranks: int) -> Iterator[list[int]]:
+    """Places of so many that their directions are as large as a bucket's, the same on all ranks."""
+    portion: list[int] = []
     size = 0
-    for own in work:
-        size += 4 * own[0].param.numel() // ranks
-        portion.append(own)
-        if size >= CHUNK_BYTES[on_accelerator(own[1].items[0].param)]:
+    for n, item in enumerate(items):
+        size += 4 * item.param.numel() // ranks
+        portion.append(n)
+        if size >= CHUNK_BYTES[on_accelerator(local(item.param))]:
             yield portion
             portion, size = [], 0
     if portion:

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lowrank_optim.engine.refresh import refresh_
+from lowrank_optim.engine import answers
+from lowrank_optim.engine.offload import on_device
+from lowrank_optim.engine.plan import on_host
+from lowrank_optim.engine.refresh import refresh_, refreshing_
 from lowrank_optim.engine.sharded import failures
 from lowrank_optim.engine.sharded.due import Due, owners, rounds_of
 from lowrank_optim.engine.sharded.failures import Failure
 from lowrank_optim.engine.sharded.owner import by_owner
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.collectives import form
+from lowrank_optim.subspaces.searches import Searching, together
 
 
 def refresh_together(due: Sequence[Due]) -> None:
@@ -80,11 +84,17 @@ def refresh_replicas(due: Sequence[Due]) -> None:
         if not own:
             continue
         failure = _refresh_own(own) if owner == rank else None
-        entries = [d.state[key] for d in own for key in _copied(d)]
+        here: list[Tensor] = []
+        there: list[Tensor] = []
+        for d in own:
+            for key in _copied(d):
+                (here if on_host(key, d.chosen.capturable) else there).append(d.state[key])
+        entries = [*here, *there]
         end = failures.flag(failures.FOUND if failure is None else failures.RAISED)
         tensors = [end, *entries] if owner == rank else None
         forms = [failures.FLAG, *(form(x) for x in entries)]
-        end, *got = collectives.broadcast(tensors, forms, owner, group, device)
+        # what the host has to know comes at once
+        end, *got = collectives.broadcast(tensors, forms, owner, group, device, 1 + len(here))
         if int(end.item()) == failures.RAISED:
             failures.raise_together(owner, failure, own[0].part)
         if owner != rank:
@@ -93,12 +103,21 @@ def refresh_replicas(due: Sequence[Due]) -> None:
 
 
 def _refresh_own(own: Sequence[Due]) -> Failure | None:
-    """Refresh what this rank owns; what it could not, and why."""
+    """Refresh what this rank owns, equal matrices at once; what it could not, and why."""
+    try:
+        failed = [x for x in together([*map(_refreshing, own)]) if x is not None]
+    except Exception as error:  # memory, say, of a call that they share
+        return Failure(f"{own[0].item.name} or one like it", error)
     for d in own:
-        try:
-            refresh_(d.twin, d.state, _whole_gradient(d), d.step, d.chosen)
-        except Exception as error:
-            return Failure(d.item.name, error)
+        answers.settle_(d.state)  # others are told: the first waits for the device
+    return next(iter(failed), None)
+
+
+def _refreshing(d: Due) -> Searching[Failure | None]:
+    try:
+        yield from refreshing_(d.twin, d.state, _whole_gradient(d), d.step, d.chosen, later=True)
+    except Exception as error:
+        return Failure(d.item.name, error)
     return None
 
 
@@ -107,7 +126,9 @@ def _whole_gradient(d: Due) -> Tensor:
     if not d.subspace.needs_grad:
         return d.twin.param
     assert d.twin.view is not None and d.twin.param.grad is not None
-    return d.chosen.residual.before(d.state, d.twin.view.of(d.twin.param.grad))
+    residual = d.chosen.residual
+    with on_device(d.item, d.state, d.chosen, residual.memory):
+        return residual.before(d.state, d.twin.view.of(d.twin.param.grad))
 
 
 def _copied(d: Due) -> list[str]:

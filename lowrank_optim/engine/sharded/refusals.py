@@ -9,7 +9,7 @@ from torch import Tensor
 from lowrank_optim.engine.plan import ParamPlan, Strategies, rounds
 from lowrank_optim.ops import quant
 from lowrank_optim.sharding.parts import lies_in_intervals
-from lowrank_optim.stores import Block8Store, FloatStore
+from lowrank_optim.stores import STORES, Block8Store, FloatStore
 from lowrank_optim.subspaces.base import PROJECTORS, Subspace
 from lowrank_optim.subspaces.block import Block
 
@@ -18,6 +18,12 @@ def _name(kind: type[Subspace]) -> str:
     """As a group calls it, or else the class."""
     names = [name for name, known in PROJECTORS.items() if known is kind]
     return f"projector={names[0]!r}" if names else kind.__name__
+
+
+def _format(chosen: Strategies) -> str:
+    """As a group calls it, or else the class."""
+    names = [name for name, known in STORES.items() if known is chosen.store]
+    return f"state_dtype={names[0]!r}" if names else type(chosen.store).__name__
 
 
 def _inner(item: ParamPlan) -> bool:
@@ -107,8 +113,8 @@ def check_supported(item: ParamPlan, chosen: Strategies, method: str) -> None:
         )
     elif not isinstance(chosen.store, FloatStore | Block8Store):
         why = (
-            f"{type(chosen.store).__name__} is not known to be split. Take state_dtype='8bit', "
-            "'bfloat16' or 'float32'"
+            f"{_format(chosen)} is not known to be split. Take state_dtype='8bit', 'bfloat16' or "
+            "'float32', or train under DistributedDataParallel"
         )
     elif part.side == "batch" and _crosses_matrices(item, chosen):
         why = (

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
-from lowrank_optim.engine.refresh import basis_due, refresh_
+from lowrank_optim.engine.refresh import basis_due, refreshing_
 from lowrank_optim.engine.sharded.due import Due
 from lowrank_optim.engine.sharded.refresh import refresh_replicas
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.sharding.parts import replica
 from lowrank_optim.subspaces.block import Block
+from lowrank_optim.subspaces.searches import together
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
 
@@ -131,13 +132,17 @@ def refresh_layers(
 ) -> None:
     """Refresh layers of factors: alone, or by one of the ranks that have them."""
     by_group: dict[int, list[Due]] = {}
+    here = []
     for item, state in layers:
         group = replicas.group_of(item.param)
         if group is None:
-            refresh_(item, state, item.param, int(state["step"]), chosen)
+            here.append(
+                refreshing_(item, state, item.param, int(state["step"]), chosen, later=True)
+            )
             continue
         item.part = item.part or replica(item.view, group, item.param.shape)
         by_group.setdefault(id(group), []).append(Due(item, item, state, None, chosen))
+    together(here)
     for due in by_group.values():
         refresh_replicas(due)
 

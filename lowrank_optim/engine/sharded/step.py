@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from lowrank_optim.engine.matrix_step import (
     portions,
     turn_,
 )
+from lowrank_optim.engine.offload import Staging, load_of, on_device
 from lowrank_optim.engine.plan import (
     ParamPlan,
     State,
@@ -39,12 +40,13 @@ from lowrank_optim.engine.sharded.means import (
     add_up,
     coord_splits,
     dense_split,
+    portions_of,
     step_dense,
     weight_rms,
     weight_squares,
 )
 from lowrank_optim.engine.sharded.refresh import refresh_together
-from lowrank_optim.engine.step import adapt, chunk_size, step_bucket
+from lowrank_optim.engine.step import adapt, chunk_size, step_buckets
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops import Noise
 from lowrank_optim.ops.devices import on_accelerator
@@ -79,9 +81,7 @@ class Work:
     @property
     def key(self) -> tuple[Any, ...]:
         """Alike matrices can be stepped together."""
-        part = self.item.part
-        assert part is not None
-        return id(self.chosen), *self.twin.key, *part.layout
+        return id(self.chosen), *_layout(self.item, self.twin)
 
 
 class ShardedStep:
@@ -90,7 +90,8 @@ class ShardedStep:
     The order of what ranks send each other depends on nothing that ranks do not share.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, staging: Staging) -> None:
+        self._staging = staging
         self._work: list[Work] = []
 
     def add(
@@ -166,10 +167,10 @@ class ShardedStep:
         for w in skipped:
             w.state["step"] += 1
             warn_skipped(w.item)
-        for bucket in alone:
-            step_bucket(bucket)
-        step_dense(dense)
-        _step_chunks(chunks, undo)
+        for alike in _by_choice(alone):
+            step_buckets(alike, self._staging)
+        step_dense(dense, self._staging)
+        _step_chunks(chunks, undo, self._staging)
 
 
 def chunks_of(works: Sequence[Work]) -> list[list[Work]]:
@@ -179,17 +180,42 @@ def chunks_of(works: Sequence[Work]) -> list[list[Work]]:
         buckets.setdefault(w.key, []).append(w)
     chunks = []
     for alike in buckets.values():
-        size = _together(alike[0])
+        size = _together(alike[0].item, alike[0].chosen)
         chunks += [alike[i : i + size] for i in range(0, len(alike), size)]
     return chunks
 
 
-def _together(w: Work) -> int:
+def bucketed_shards(items: Sequence[ParamPlan], chosen: Strategies) -> list[list[ParamPlan]]:
+    """Which parameters of a group are stepped together, where all of them have a gradient."""
+    buckets: dict[Any, list[ParamPlan]] = {}
+    found, summed = list[list[ParamPlan]](), dict[Any, list[ParamPlan]]()
+    for item in items:
+        assert item.part is not None
+        if item.subspace is not None and not isinstance(item.subspace, Block):
+            buckets.setdefault(_layout(item, item), []).append(item)
+        elif chosen.rule.elementwise or dense_split(item) is None:
+            found.append([item])
+        else:
+            summed.setdefault((item.part.mesh, item.part.dims), []).append(item)
+    for alike in summed.values():
+        assert alike[0].part is not None
+        found += [[alike[n] for n in own] for own in portions_of(alike, alike[0].part.ranks)]
+    for alike in buckets.values():
+        size = _together(alike[0], chosen)
+        found += [alike[i : i + size] for i in range(0, len(alike), size)]
+    return found
+
+
+def _layout(item: ParamPlan, twin: ParamPlan) -> tuple[Any, ...]:
+    assert item.part is not None
+    return *twin.key, *item.part.layout
+
+
+def _together(item: ParamPlan, chosen: Strategies) -> int:
     """How many alike matrices to step at once: as many on ranks that have less of each."""
-    part = w.item.part
-    assert part is not None
-    whole = chunk_size(w.item, w.chosen)
-    return whole if part.side == "whole" else whole * part.ranks
+    assert item.part is not None
+    whole = chunk_size(item, chosen)
+    return whole if item.part.side == "whole" else whole * item.part.ranks
 
 
 def is_usable(w: Work) -> bool:
@@ -257,18 +283,40 @@ def fetch(works: Sequence[Work]) -> None:
     if part.grid is not None:
         grads = collectives.to_columns(grads, part.grid, part.rank, part.group)
     for w, grad in zip(missing, grads, strict=True):
-        w.grad = w.chosen.residual.before(w.state, grad)
+        residual = w.chosen.residual
+        with on_device(w.item, w.state, w.chosen, residual.memory):
+            w.grad = residual.before(w.state, grad)
 
 
-def _step_chunks(chunks: Sequence[list[Work]], undo: Undo) -> None:
+def _by_choice(buckets: Sequence[Bucket]) -> list[list[Bucket]]:
+    """Buckets of one group after the other."""
+    found: dict[int, list[Bucket]] = {}
+    for bucket in buckets:
+        found.setdefault(id(bucket.chosen), []).append(bucket)
+    return list(found.values())
+
+
+def _step_chunks(chunks: Sequence[list[Work]], undo: Undo, staging: Staging) -> None:
     """The other phases; what a residual asks of all columns is asked once, for all matrices."""
     waiting = []
-    for chunk in chunks:
+
+    def step(n: int) -> None:
+        chunk, chosen = chunks[n], chunks[n][0].chosen
+        if chosen.offload:  # what rests is here now
+            there = replace(chosen, offload=False)
+            for w in chunk:
+                w.chosen = there
         steps = _adapt(chunk, undo)
         if any(s.measured is not None for s in steps):
-            waiting.append((chunk, steps))
+            waiting.append((chunk, steps))  # all that it still needs stays on the device
         else:
             _finish(chunk, steps, undo)
+
+    loads = [
+        load_of([w.item for w in chunk], [w.state for w in chunk], chunk[0].chosen)
+        for chunk in chunks
+    ]
+    staging.each(loads, step, undo)
     _sum_measured([pair for chunk, steps in waiting for pair in zip(chunk, steps, strict=True)])
     for chunk, steps in waiting:
         _finish(chunk, steps, undo)

@@ -30,7 +30,9 @@ from lowrank_optim.ops.native.storage import (
     stochastic_round_,
 )
 from lowrank_optim.ops.reference import (  # of few numbers, or no kernel on the CPU
+    count_,
     decay_,
+    move_rows_,
     residual_factors_,
     row_steps_,
 )
@@ -46,6 +48,7 @@ __all__ = [
     "cosine_lift_add_",
     "cosine_project_",
     "cosine_scores",
+    "count_",
     "decay_",
     "dequantize_blockwise_",
     "isa",
@@ -55,6 +58,7 @@ __all__ = [
     "lion_direction_8bit_",
     "moment_",
     "moment_8bit_",
+    "move_rows_",
     "quantize_blockwise_",
     "residual_factors_",
     "row_steps_",

@@ -208,13 +208,17 @@ def cosine_adamw_(
 
 
 def top_rows_(
-    scores: Sequence[Tensor], indices: Sequence[Tensor], sources: Sequence[Tensor]
+    scores: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    finite: Sequence[Tensor] = (),
+    usable: Sequence[Tensor] = (),
 ) -> None:
     """The largest by their bits, which are in order for numbers that are not negative."""
     if not scores:
         return
     if scores[0].device.type != "cpu":
-        reference_top_rows_(scores, indices, sources)
+        reference_top_rows_(scores, indices, sources, finite, usable)
         return
     same(len(scores), indices=indices, sources=sources)
     exactly(scores, torch.float32, "scores")
@@ -230,4 +234,11 @@ def top_rows_(
     args.scores, args.index = arrays.pointers(scores), arrays.pointers(indices)
     args.source = arrays.pointers(sources)
     args.rows, args.picked = arrays.int64([x.numel() for x in scores]), arrays.int64(picked)
+    if finite or usable:  # csrc has none: of a CPU the host has looked
+        same(len(scores), finite=finite, usable=usable)
+        for name, told in (("finite", finite), ("usable", usable)):
+            exactly(told, torch.bool, name)
+            arrays.pointers(told)
+        reference_top_rows_(scores, indices, sources, finite, usable)
+        return
     run("top_rows", scores[0].device, args)

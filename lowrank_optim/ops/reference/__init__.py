@@ -10,6 +10,7 @@ from lowrank_optim.ops.cosine import (
     cosine_scores,
 )
 from lowrank_optim.ops.reference.factors import (
+    count_,
     decay_,
     limited_,
     residual_factors_,
@@ -22,6 +23,7 @@ from lowrank_optim.ops.reference.matrices import (
     coordinate_add_,
     lift_add_scaled_,
     lift_add_sign_,
+    move_rows_,
     top_rows_,
 )
 from lowrank_optim.ops.reference.moments import (
@@ -49,6 +51,7 @@ __all__ = [
     "cosine_lift_add_",
     "cosine_project_",
     "cosine_scores",
+    "count_",
     "decay_",
     "dequantize_blockwise_",
     "keep_positive_",
@@ -59,6 +62,7 @@ __all__ = [
     "lion_direction_8bit_",
     "moment_",
     "moment_8bit_",
+    "move_rows_",
     "quantize_blockwise_",
     "residual_factors_",
     "row_steps_",

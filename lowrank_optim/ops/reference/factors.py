@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,21 @@ def decay_(params: Tensors, decay: float, factors: Tensors, finite: Tensors) -> 
     for w, f, ok in zip(params, ones, or_none(finite, len(params)), strict=True):
         new = w * decay if f is None else w * (f * decay)
         w.copy_(new if ok is None else torch.where(ok, new, w))
+
+
+def count_(counts: Tensors, finite: Tensors) -> None:
+    """One more of each entry, where finite."""
+    alike: dict[Any, list[int]] = {}
+    for n, x in enumerate(counts):
+        alike.setdefault((x.shape, x.dtype) if finite else None, []).append(n)
+    for at in alike.values():
+        own = [counts[n] for n in at]
+        if not finite:
+            torch._foreach_add_(own, 1)
+            continue
+        every = torch.stack(own)
+        every.add_(torch.stack([finite[n] for n in at]).view(-1, *[1] * own[0].dim()))
+        torch._foreach_copy_(own, list(every.unbind(0)))
 
 
 def row_steps_(

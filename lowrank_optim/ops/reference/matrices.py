@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -145,7 +146,31 @@ def coordinate_adamw_(
         w.scatter_(-2, at, rows.to(w.dtype))
 
 
-def top_rows_(scores: Tensors, indices: Tensors, sources: Tensors) -> None:
+MOVED_ELEMENTS = 1 << 24
+"""Elements that are moved at once."""
+
+
+def move_rows_(xs: Tensors, sources: Tensors, fills: Sequence[int]) -> None:
+    """Rows of each ``(r, k)`` from where they stood; ``fill`` where that is nowhere.
+
+    What has one form is copied into one tensor, as much at a time as fills the device.
+    """
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for n, (x, fill) in enumerate(zip(xs, fills, strict=True)):
+        alike.setdefault((x.shape, x.dtype, x.device, fill), []).append(n)
+    for (shape, *_, fill), at in alike.items():
+        count = max(1, MOVED_ELEMENTS // max(1, math.prod(shape)))
+        for start in range(0, len(at), count):
+            some = at[start : start + count]
+            own, source = [xs[n] for n in some], stacked([sources[n] for n in some]).unsqueeze(-1)
+            old = torch.stack(own)
+            new = old.gather(1, source.clamp(min=0).long().expand(old.shape))
+            torch._foreach_copy_(own, list(new.masked_fill_(source < 0, fill).unbind(0)))
+
+
+def top_rows_(
+    scores: Tensors, indices: Tensors, sources: Tensors, finite: Tensors, usable: Tensors
+) -> None:
     """The indices of the largest scores in place of ``indices``, and where each stood."""
     alike: dict[tuple[Any, ...], list[int]] = {}
     for n, (score, index, _) in enumerate(zip(scores, indices, sources, strict=True)):
@@ -153,11 +178,26 @@ def top_rows_(scores: Tensors, indices: Tensors, sources: Tensors) -> None:
     for at in alike.values():
         own, places = [indices[n] for n in at], [sources[n] for n in at]
         old, count = stacked(own), own[0].shape[0]
+        given = stacked([scores[n] for n in at])
         # sorted stably: among equals the lowest index, on every device
-        best = torch.sort(stacked([scores[n] for n in at]), descending=True, stable=True).indices
+        best = torch.sort(given, descending=True, stable=True).indices
         new = best[:, :count].sort().values.to(old.dtype)
+        moves = _told_(given, [finite[n] for n in at], [usable[n] for n in at]) if finite else None
         if count:
             place = torch.searchsorted(old, new).clamp_(max=count - 1)
-            stood = torch.where(old.gather(1, place) == new, place, -1)
-            torch._foreach_copy_(places, list(stood.to(old.dtype).unbind(0)))
+            stood = torch.where(old.gather(1, place) == new, place, -1).to(old.dtype)
+            if moves is not None:
+                stay = torch.arange(count, dtype=old.dtype, device=old.device)
+                stood, new = torch.where(moves, stood, stay), torch.where(moves, new, old)
+            torch._foreach_copy_(places, list(stood.unbind(0)))
         torch._foreach_copy_(own, list(new.unbind(0)))
+
+
+def _told_(scores: Tensor, finite: Tensors, usable: Tensors) -> Tensor:
+    """Write whether sums of ``scores (k, m)`` are finite, and not 0 either: ``(k, 1)``."""
+    total = scores.sum(1)
+    fine = total < math.inf
+    moves = fine & (total > 0)
+    torch._foreach_copy_(list(finite), list(fine.unbind(0)))
+    torch._foreach_copy_(list(usable), list(moves.unbind(0)))
+    return moves.unsqueeze(1)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops.noise import check_places
+from lowrank_optim.ops.noise import check_places, hash32
 from lowrank_optim.ops.reference.arguments import Tensors
 from lowrank_optim.ops.tiles import TILE_ELEMENTS, spans
 
@@ -112,16 +112,6 @@ def dequantize_blockwise_(
             out[span].copy_(codec.decode(flat[span], s[piece], table, n, b))
 
 
-def _lowbias32(x: Tensor) -> Tensor:
-    """A 32-bit integer hash, in int64 arithmetic."""
-    mask = 0xFFFFFFFF
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & mask
-    x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & mask
-    return x ^ (x >> 16)
-
-
 def _positions(
     i: int,
     count: int,
@@ -141,7 +131,7 @@ def _positions(
 def stochastic_round_(
     xs: Tensors,
     outs: Tensors,
-    seeds: Sequence[int],
+    seeds: Sequence[int | Tensor],
     offsets: Sequence[int],
     widths: Sequence[int],
     row_strides: Sequence[int],
@@ -161,7 +151,7 @@ def stochastic_round_(
         for i in range(0, x.numel(), TILE_ELEMENTS):
             piece = flat[i : i + TILE_ELEMENTS].contiguous()
             position = _positions(i, piece.numel(), *place, device=x.device)
-            noise = _lowbias32(position ^ (seed & 0xFFFFFFFF)) & 0xFFFF
+            noise = hash32(position ^ (seed & 0xFFFFFFFF)) & 0xFFFF
             bits = ((piece.view(torch.int32).to(torch.int64) & 0xFFFFFFFF) + noise) & 0xFFFF0000
             rounded = bits.to(torch.int32).view(torch.float32)
             flat_out[i : i + TILE_ELEMENTS] = torch.where(piece.isfinite(), rounded, piece)

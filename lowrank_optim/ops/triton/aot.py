@@ -28,6 +28,7 @@ from lowrank_optim.ops.triton import (
     norms,
     quantize,
     rounding,
+    rows,
 )
 from lowrank_optim.ops.triton import cosine_kernels as kernels
 from lowrank_optim.ops.triton.launch import ELEMENTS, WARPS
@@ -70,7 +71,8 @@ _POINTERS = {
     "signed_map": "*fp32", "unsigned_map": "*fp32", "w": "*bf16", "g": "*bf16", "p": "*bf16",
     "n_": "*fp32", "r_": "*fp32", "c": "*fp32", "index": "*i32", "turn": "*i64",
     "places": "*i32", "low": "*fp32", "direction": "*fp32", "norm": "*fp32", "factor": "*fp32",
-    "age": "*fp32",
+    "age": "*fp32", "score": "*fp32", "source": "*i32", "usable": "*u8",
+    "new": "*i32",
 }  # fmt: skip
 _NUMBERS = {"decay", "lr", "scale", "gain", "weight", "weight1", "weight2", "beta2"}
 _NUMBERS |= {"tiny", "share", "noise", "limiter"}
@@ -125,6 +127,7 @@ def _lists() -> Iterator[Variant]:
         yield _variant(
             f"decay/{how}", factors.decay_kernel, **mode, **flat, FACTORS=True, SOUND=True
         )
+        yield _variant(f"count/{how}", factors.count_kernel, **mode, **flat, SOUND=True)
         yield _variant(
             f"row_steps/{how}", factors.row_steps_kernel, **mode, **flat,
             pointers=dict.fromkeys(("log1", "log2", "eps"), "i64"),
@@ -209,9 +212,23 @@ def _cosines() -> Iterator[Variant]:
         )  # fmt: skip
 
 
+def _rows() -> Iterator[Variant]:
+    for how, mode in (("one", _ONE), ("many", _MANY)):
+        for size, count in ((4096, 8), (8192, 16)):
+            yield _variant(
+                f"top_rows {size}/{how}", rows.top_rows_kernel, count, TOLD=True, PROBES=11,
+                BLOCK=size, PICKED=rows.PICKED, **mode,
+            )  # fmt: skip
+        for r, columns in ((256, rows.COLUMNS), (4096, rows.MOVED // 4096)):
+            yield _variant(
+                f"move_rows {r}/{how}", rows.move_rows_kernel, 8, BR=r, BC=columns,
+                pointers={"x": "*i32"}, **mode,
+            )  # fmt: skip
+
+
 def variants() -> list[Variant]:
     """Every kernel, in the forms that a launcher asks for."""
-    return [*_lists(), *_matrices(), *_cosines()]
+    return [*_lists(), *_matrices(), *_cosines(), *_rows()]
 
 
 def build(variant: Variant, target: GPUTarget) -> Any:

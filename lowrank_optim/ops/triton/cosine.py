@@ -16,7 +16,6 @@ from lowrank_optim.ops.cosine import (
     move_rows_,
     together,
 )
-from lowrank_optim.ops.reference import top_rows_  # noqa: F401  (not a kernel)
 from lowrank_optim.ops.triton.cosine_kernels import (
     cosine_add_kernel,
     cosine_fold_kernel,

@@ -64,6 +64,34 @@ def decay_(
         )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["count"])
+def count_kernel(
+    table, tensors, x, finite, count,
+    MANY: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
+    SOUND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One more of each entry."""
+    t, part = locate(table, tensors, MANY, DEPTH)
+    if SOUND:  # noqa: SIM102 (one is decided at compile time)
+        if tl.load(pointer(table, tensors, t, 2, finite, MANY, False)) == 0:
+            return
+    x = pointer(table, tensors, t, 1, x, MANY, ALIGNED) + part * BLOCK
+    lane = tl.arange(0, BLOCK)
+    mask = lane < length(table, tensors, t, 3, count, MANY, ALIGNED) - part * BLOCK
+    tl.store(x + lane, tl.load(x + lane, mask, 0) + 1, mask)
+
+
+def count_(counts: Sequence[Tensor], finite: Sequence[Tensor]) -> None:
+    """One more of each entry, where finite."""
+    lists = [counts, flags(finite)]
+    for at in groups(lists):
+        sizes = [counts[i].numel() for i in at]
+        launch(
+            count_kernel, select(lists, at), [sizes], [triton.cdiv(n, ELEMENTS) for n in sizes],
+            SOUND=len(finite) > 0, BLOCK=ELEMENTS,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["count", "log1", "log2", "eps"])
 def row_steps_kernel(
     table, tensors, age, row_eps, row_scale, count, log1, log2, eps,

@@ -1,0 +1,187 @@
+"""The best plan under a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lowrank_optim.fitting.asked import check_asked, named_optimizers
+from lowrank_optim.fitting.concessions import concessions
+from lowrank_optim.fitting.costs import Costs, Matrix, Mode, matrices_of
+from lowrank_optim.fitting.paths import captured, greedy
+from lowrank_optim.fitting.plan import Plan
+from lowrank_optim.fitting.searching import Search, ways
+from lowrank_optim.fitting.spectra import Calibrate, spectra
+from lowrank_optim.groups.names import bare
+from lowrank_optim.memory.inputs import model_of
+
+
+def fit(
+    model: Any,
+    budget_gib: float,
+    *,
+    tokens: int | tuple[int, int] | None = None,
+    checkpointing: bool = False,
+    accumulation_steps: int = 1,
+    optimizers: Sequence[Any] | None = None,
+    in_backward: Sequence[Mode] | None = None,
+    state_dtypes: Sequence[str] | None = None,
+    calibrate: Calibrate | None = None,
+    energy: Literal["relative", "absolute"] | None = None,
+    multiple: int = 8,
+    least: int | None = None,
+    target_modules: str | Sequence[str] = "all-linear",
+    coords_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Plan:
+    r"""The best plan to train ``model`` within a budget: method, mode, store, and every rank.
+
+    A way to train is an optimizer, a mode of :func:`lowrank_optim.attach_in_backward` and a format
+    of moments. Ways are tried in the order of what they give up: all modes but ``"step"``, format
+    by format; then ``"step"``; then the next optimizer. The first that has room for ranks of a
+    quarter of each smaller side is taken; where none has, the one with room for the largest share.
+    Its ranks are then as large as fits, up to half of the sides. Every figure is one of
+    :func:`lowrank_optim.memory.estimate`, and so is the last, that of the plan itself.
+
+    With ``calibrate`` the same bytes go where they capture most of the gradients. Of matrix i with
+    singular values :math:`\sigma_{ij}` ranks maximise
+
+    .. math::
+        \sum_i E_i(r_i), \qquad E_i(r) = \sum_{j \le r} \sigma_{ij}^2
+
+    which steps in the order of energy per byte do (:mod:`lowrank_optim.fitting.paths`).
+
+    Args:
+        model: an ``nn.Module`` on any device, the meta device included, or a ``transformers``
+            configuration.
+        budget_gib: of the device, in GiB.
+        tokens: as of :func:`lowrank_optim.memory.estimate`: activations count too.
+        checkpointing: likewise.
+        accumulation_steps: micro-batches of a step (default: 1).
+        optimizers: classes, names of them, or pairs of either and a dict of arguments, best first
+            (default: GaLoreAdamW, FrugalAdamW, DCTAdamW). FrugalAdamW is by columns where its
+            projector is not given.
+        in_backward: modes, least intrusive first (default: None, ``"project"``, and ``"step"``,
+            which is for one micro-batch).
+        state_dtypes: formats of moments, best first (default: every one there is).
+        calibrate: a function of the model that yields losses, or an iterable of micro-batches
+            (dicts of the model's arguments, with labels) or of losses. A few suffice. The model
+            must have values; one gradient lives at a time (default: no calibration, uniform
+            shares).
+        energy: ``"absolute"``, as above, or ``"relative"``: each :math:`E_i` as a share of the
+            energy of its matrix, whatever the norm of its gradients (default: "absolute", which
+            trained better where both were tried).
+        multiple: what ranks are multiples of (default: 8).
+        least: the smallest rank, a multiple of that; matrices whose smaller side is no larger stay
+            dense (default: ``multiple``).
+        target_modules: as of :func:`lowrank_optim.lowrank_groups`.
+        coords_dtype: as of :func:`lowrank_optim.attach_in_backward`.
+        dtype: of the weights of a model made from a configuration (default: bfloat16).
+        **options: further arguments of every optimizer.
+
+    Returns:
+        A :class:`Plan`, which constructs and attaches.
+
+    Raises:
+        NotImplementedError: the model has DTensors: plan before it is sharded.
+        TypeError: an argument is of a wrong type, or an option is not known.
+        ValueError: nothing fits (the message has the smallest budget that would), an argument is
+            out of range or has no effect, or no way is possible.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim import fit
+        >>> model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Linear(256, 256))
+        >>> plan = fit(model, budget_gib=0.0018)
+        >>> print(plan)  # doctest: +ELLIPSIS
+        GaLoreAdamW(state_dtype=...
+        >>> optimizer = plan.optimizer(model, lr=1e-2)
+        >>> handle = plan.attach(optimizer)
+    """
+    asked = check_asked(
+        model=model,
+        budget_gib=budget_gib,
+        tokens=tokens,
+        checkpointing=checkpointing,
+        accumulation_steps=accumulation_steps,
+        in_backward=in_backward,
+        state_dtypes=state_dtypes,
+        calibrated=calibrate is not None,
+        energy=energy,
+        multiple=multiple,
+        least=least,
+        coords_dtype=coords_dtype,
+        dtype=dtype,
+        options=options,
+    )
+    named = named_optimizers(optimizers, options)
+    if not isinstance(model, nn.Module):
+        with torch.device("meta"):
+            model = model_of(model, dtype or torch.bfloat16)
+    matrices = matrices_of(model, asked.least, target_modules)
+    if not matrices:
+        raise ValueError(
+            f"no matrix has room for a rank: all smaller sides are at most {asked.least}; give a "
+            "smaller least and multiple"
+        )
+    costs = Costs(
+        model,
+        matrices,
+        asked.least,
+        accumulation_steps=accumulation_steps,
+        coords_dtype=coords_dtype,
+        tokens=tokens,
+        checkpointing=checkpointing,
+    )
+    search = Search(costs, asked, ways(named, asked))
+    way = search.way()
+    path, spectrum = search.even, None
+    if calibrate is not None:
+        found = spectra(model, {m.name: m.view for m in matrices}, calibrate)
+        spectrum = [_scaled(found[m.name], asked.energy) for m in matrices]
+        slopes = costs.slopes(way)
+        half = path.ranks(len(path.steps))
+        spend = sum(s * (r - asked.least) for s, r in zip(slopes, half, strict=True))
+        path = greedy(spectrum, slopes, multiple, asked.least, spend)
+    ranks, estimate = search.fill(way, path)
+    return Plan(
+        optimizer_class=way.optimizer,
+        arguments=way.arguments,
+        in_backward=way.in_backward,
+        accumulation_steps=accumulation_steps,
+        ranks={bare(m.name): r for m, r in zip(matrices, ranks, strict=True)},
+        estimate=estimate,
+        budget=asked.budget,
+        coords_dtype=coords_dtype,
+        gave_up=tuple(concessions(search, way, ranks, spectrum)),
+        dense=_sizes(model, matrices, trained=True),
+        frozen=_sizes(model, matrices, trained=False),
+        energy=None if spectrum is None else _share(spectrum, ranks),
+    )
+
+
+def _scaled(values: Sequence[float], energy: str) -> list[float]:
+    """Squared singular values, as shares of their sum where energy is relative."""
+    total = sum(values)
+    return [v / total for v in values] if energy == "relative" and total > 0 else list(values)
+
+
+def _share(spectrum: Sequence[Sequence[float]], ranks: Sequence[int]) -> float | None:
+    total = sum(map(sum, spectrum))
+    return captured(spectrum, ranks) / total if total > 0 else None
+
+
+def _sizes(model: nn.Module, matrices: Sequence[Matrix], trained: bool) -> dict[str, int]:
+    """Bytes of what gets no rank: trained ones of two dimensions and more, or all frozen ones."""
+    ranked = {m.name for m in matrices}
+    return {
+        bare(name): param.nbytes
+        for name, param in model.named_parameters()
+        if param.requires_grad is trained
+        and name not in ranked
+        and (param.dim() >= 2 or not trained)
+    }

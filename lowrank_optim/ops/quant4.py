@@ -1,0 +1,188 @@
+"""Block-wise 4-bit quantisation, rounded without bias."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lowrank_optim.ops.composite import put_all_
+from lowrank_optim.ops.noise import Noise
+from lowrank_optim.ops.quant import values_of
+from lowrank_optim.ops.stacked import empty_like_all, stacked
+from lowrank_optim.ops.tiles import tile_elements
+
+BLOCK = 128
+"""Elements that share a scale; none of another row does."""
+DECADES = 3
+"""Of the signed map, which has as many values below 0 as above it, 0 and 1."""
+LEVELS = 16
+LEAST = LEVELS * torch.finfo(torch.float32).tiny
+"""A scale of what is not 0: its smallest square is a normal number, on devices that flush too."""
+MOST = torch.finfo(torch.float32).max
+UNIT = 128.0
+"""bfloat16 has the whole numbers, and nothing between them, from here to twice as far."""
+
+
+@functools.cache
+def _values(signed: bool) -> list[float]:
+    return values_of(True, DECADES) if signed else [(n + 1) / LEVELS for n in range(LEVELS)]
+
+
+@functools.cache
+def four_bit_map(signed: bool, device: torch.device) -> Tensor:
+    r"""The 16 values of a code, ascending, on ``device``.
+
+    Signed: the dynamic exponent map with a sign, at most two bits of exponent and the rest of
+    fraction, :math:`0, \pm 0.0055, \pm 0.0325, \dots, \pm 0.8875, 1`. Unsigned: the linear map
+    without zero, :math:`1/16, 2/16, \dots, 1`.
+
+    References:
+        Li et al. (2023), arXiv:2309.01507.
+    """
+    return torch.tensor(_values(signed), dtype=torch.float32, device=device)
+
+
+@functools.cache
+def _pairs(signed: bool, device: torch.device) -> Tensor:
+    """The two values of each byte ``(256, 2)``, the first in the low half."""
+    values = _values(signed)
+    pairs = [[values[byte % LEVELS], values[byte // LEVELS]] for byte in range(256)]
+    return torch.tensor(pairs, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def zero_byte(signed: bool) -> int:
+    """Two codes of 0; of squares, which have none, two of the least: a scale of 0 makes it 0."""
+    code = _values(True).index(0.0) if signed else 0
+    return code + LEVELS * code
+
+
+def packed_width(cols: int) -> int:
+    """Bytes of a row."""
+    return -(-cols // 2)
+
+
+def scale_count(cols: int) -> int:
+    """Blocks of a row: the last may be short."""
+    return -(-cols // BLOCK)
+
+
+def packed(codes: Tensor) -> Tensor:
+    """Codes of 4 bits ``(..., k)`` in uint8 as ``(..., ceil(k / 2))`` bytes."""
+    if codes.shape[-1] % 2:
+        codes = pad(codes, (0, 1))
+    return codes[..., ::2] | codes[..., 1::2] << 4
+
+
+def unpacked(codes: Tensor, cols: int) -> Tensor:
+    """The ``cols`` codes of each row of bytes; the inverse of :func:`packed`."""
+    return torch.stack([codes & 15, codes >> 4], -1).flatten(-2)[..., :cols]
+
+
+class Packed(NamedTuple):
+    """A moment in 4 bits: ``(..., ceil(k / 2))`` bytes and ``(..., ceil(k / 128))`` scales."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def matrix(self) -> Packed:
+        """Its rows in one dimension."""
+        return Packed(*(x.view(-1, x.shape[-1]) for x in self))
+
+    def tile(self, rows: slice) -> Packed:
+        """Some of the rows of a matrix."""
+        return Packed(self.codes[rows], self.scales[rows])
+
+
+def _tiles(like: Tensor, count: int) -> Iterator[tuple[slice, slice]]:
+    """Which of ``count`` matrices at once, and which rows of them: temporaries are of a tile."""
+    most, (rows, cols) = tile_elements(like), like.shape
+    many = max(1, most // max(1, rows * cols))
+    height = max(1, rows if many > 1 else most // max(1, cols))
+    for start in range(0, count, many):
+        for row in range(0, rows, height):
+            yield slice(start, start + many), slice(row, row + height)
+
+
+def quantize4_(
+    xs: Sequence[Tensor],
+    into: Sequence[Packed],
+    signed: bool,
+    noises: Sequence[Noise],
+    finite: Sequence[Tensor] = (),
+) -> None:
+    """Write alike tensors ``(..., k)`` in 4 bits.
+
+    Args:
+        xs: contiguous float32.
+        into: where they are kept.
+        signed: which map; without a sign they are squares, and none is negative.
+        noises: whose seeds decide, with the place of an entry in each of ``xs``, which of the two
+            nearest codes it takes.
+        finite: 0-d bools on the device; where False what is kept does not change.
+    """
+    cols = xs[0].shape[-1]
+    views, kept = [x.reshape(-1, cols) for x in xs], [x.matrix() for x in into]
+    seeds = [Noise.over(noise.seed, view.shape) for noise, view in zip(noises, views, strict=True)]
+    for at, rows in _tiles(views[0], len(xs)):
+        own = [x.tile(rows) for x in kept[at]]
+        new = _encoded(
+            stacked([x[rows] for x in views[at]]),
+            signed,
+            [noise.narrow(0, rows.start) for noise in seeds[at]],
+        )
+        for out, x in zip(zip(*own, strict=True), new, strict=True):
+            if finite:
+                x = torch.where(stacked(finite[at]).view(-1, 1, 1), x, stacked(out))
+            torch._foreach_copy_(list(out), list(x.unbind(0)))
+
+
+def _encoded(x: Tensor, signed: bool, noises: Sequence[Noise]) -> Packed:
+    """``(B, rows, k)`` in 4 bits."""
+    cols, width = x.shape[-1], scale_count(x.shape[-1])
+    blocks = pad(x, (0, -cols % BLOCK)) if cols % BLOCK else x
+    blocks = blocks.view(*x.shape[:-1], width, BLOCK)
+    least, most = blocks.aminmax(dim=-1)
+    scales = torch.where(-least > most, least, most) if signed else most
+    bounded = scales.abs().clamp_(LEAST, MOST).copysign_(scales)
+    scales = torch.where(scales == 0, 0.0, bounded)
+    units = blocks / torch.where(scales == 0, 1.0, scales).unsqueeze(-1)
+    units = units.flatten(-2)[..., :cols].contiguous()
+    level = _signed_level(units) if signed else units.mul_(LEVELS).sub_(1)
+    # between two whole numbers of bfloat16, to one of which a kernel takes it by place and seed
+    level = level.clamp_(0, LEVELS - 1).add_(UNIT)
+    rounded = torch.empty_like(level, dtype=torch.bfloat16)
+    put_all_(list(rounded.unbind(0)), list(level.unbind(0)), noises)
+    return Packed(packed(rounded.sub_(UNIT).to(torch.uint8)), scales)
+
+
+def _signed_level(units: Tensor) -> Tensor:
+    """Where values of -1 to 1 lie among the codes: a whole number at the value of each."""
+    table = four_bit_map(True, units.device)
+    below = torch.bucketize(units, table, out_int32=True, right=True).sub_(1).clamp_(0, LEVELS - 2)
+    return units.sub_(table[below]).mul_((1 / table.diff())[below]).add_(below)
+
+
+def dequantize4(moments: Sequence[Packed], signed: bool, cols: int) -> list[Tensor]:
+    """The values of alike moments ``(..., cols)`` in float32."""
+    codes, kept = [x.codes for x in moments], [x.matrix() for x in moments]
+    outs = empty_like_all(codes, (*codes[0].shape[:-1], cols), torch.float32)
+    every = stacked(outs).view(len(outs), -1, cols)
+    for at, rows in _tiles(every[0], len(outs)):
+        parts = zip(*(x.tile(rows) for x in kept[at]), strict=True)
+        every[at, rows].copy_(_decoded(Packed(*map(stacked, parts)), signed, cols))
+    return outs
+
+
+def _decoded(x: Packed, signed: bool, cols: int) -> Tensor:
+    """``(B, rows, cols)``: the value of each code times the scale of its block."""
+    width = x.scales.shape[-1] * (BLOCK // 2)
+    codes = x.codes if x.codes.shape[-1] == width else pad(x.codes, (0, width - x.codes.shape[-1]))
+    values = _pairs(signed, codes.device)[codes.int()]
+    blocks = values.view(*x.scales.shape, BLOCK)
+    return blocks.mul_(x.scales.unsqueeze(-1)).flatten(-2)[..., :cols]

@@ -1,0 +1,108 @@
+"""`lowrank-optim fit`: the plan of `lowrank_optim.fit`, and bad input in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from torch import Tensor, nn
+
+from lowrank_optim import GaLoreAdamW, fit
+from lowrank_optim.cli.main import main
+from lowrank_optim.fitting import Plan
+
+HERE = "tests.cli.test_fit_command"
+SMALL = ["--model", f"{HERE}:small", "--budget-gib", "0.0001"]
+
+
+def small() -> nn.Module:
+    """Three matrices, a vector."""
+    return nn.Sequential(nn.Linear(32, 64, bias=False), nn.Linear(64, 64), nn.Linear(64, 32))
+
+
+def losses(model: nn.Module) -> Iterator[Tensor]:
+    for n in range(2):
+        x = torch.randn(8, 32, generator=torch.Generator().manual_seed(n))
+        yield model(x).square().mean()
+
+
+def fails(model: nn.Module) -> Tensor:
+    raise KeyError("no\nsuch thing")
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["fit", *arguments], env={"COLUMNS": "160"})
+
+
+def test_json_is_the_plan(tmp_path) -> None:
+    """Printed, saved and read again: what fit() returns."""
+    done = run(
+        *SMALL, "--json", "--save", str(tmp_path / "plan.json"), "--optimizer", "GaLoreAdamW",
+        "--in-backward", "none", "--in-backward", "project", "--accumulation-steps", "4",
+        "--option", "update_proj_gap=7", "--multiple", "4", "--least", "8",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    expected = fit(
+        small(), 0.0001, optimizers=[GaLoreAdamW], in_backward=[None, "project"],
+        accumulation_steps=4, update_proj_gap=7, multiple=4, least=8,
+    )  # fmt: skip
+    assert Plan.from_json(done.stdout, small()) == expected
+    assert Plan.from_json((tmp_path / "plan.json").read_text()) == expected
+
+
+def test_calibrate_runs_the_model(monkeypatch) -> None:
+    """Values are those of the function, not of the meta device; ranks differ by need."""
+    torch.manual_seed(0)
+    done = run(*SMALL, "--json", "--calibrate", f"{HERE}:losses", "--energy", "absolute")
+    assert done.exit_code == 0, done.output
+    torch.manual_seed(0)
+    expected = fit(small(), 0.0001, calibrate=losses, energy="absolute")
+    assert Plan.from_json(done.stdout) == expected
+    assert 0 < expected.energy <= 1
+
+
+def test_the_table(tmp_path) -> None:
+    """What to construct, the ranks, what is dense and what was given up; activations count."""
+    config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48}
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = run(
+        "--model", str(tmp_path), "--budget-gib", "0.0005", "--tokens", "8", "--checkpointing",
+        "--optimizer", "GaLoreAdamW", "--in-backward", "project",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    text = " ".join(done.output.split())
+    assert "in 0.0005 GiB GaLoreAdamW(" in text and "without activations" not in text
+    assert "model.layers.0.self_attn.q_proj.weight 7 16" in text
+    assert "Dense: model.embed_tokens.weight (4.00 KiB), lm_head.weight (4.00 KiB)" in text
+    assert "Given up for memory: Whole gradients" in text
+
+
+REFUSED = [
+    ("nothing fits 1e-05 GiB", [*SMALL[:2], "--budget-gib", "0.00001"]),
+    ("Missing option '--budget-gib'", SMALL[:2]),
+    ("must be a positive number", [*SMALL[:2], "--budget-gib", "nan"]),
+    ("--checkpointing has no effect", [*SMALL, "--checkpointing"]),
+    ("--micro-batch has no effect", [*SMALL, "--micro-batch", "2"]),
+    ("energy='absolute' has no effect", [*SMALL, "--energy", "absolute"]),
+    ("has no values", ["--model", "GPT-2", "--budget-gib", "1", "--calibrate", f"{HERE}:losses"]),
+    ("--calibrate must be module.path:function", [*SMALL, "--calibrate", "losses"]),
+    ("AttributeError", [*SMALL, "--calibrate", f"{HERE}:none"]),
+    ("KeyError", [*SMALL, "--calibrate", f"{HERE}:fails"]),
+    ("no class of them; did you mean GaLoreAdamW?", [*SMALL, "--optimizer", "GaloreAdamW"]),
+    ("unexpected keyword argument 'scael'", [*SMALL, "--option", "scael=1"]),
+    ("frees no gradient", [*SMALL, "--in-backward", "step", "--accumulation-steps", "2"]),
+    ("fit finds ranks", [*SMALL, "--option", "rank=4"]),
+    ("--dtype has no effect on a model of your own", [*SMALL, "--dtype", "float32"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda c: c[0][:24])
+def test_what_is_refused(case) -> None:
+    text, arguments = case
+    done = run(*arguments)
+    assert done.exit_code == 2 and len(done.output.strip().splitlines()) == 1, done.output
+    assert text in done.output

@@ -1,0 +1,366 @@
+"""Plans against what real optimizers hold, brute force over budgets, and gradients by SVD."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from benchmarks.common import llama
+from lowrank_optim import DCTAdamW, FiraAdamW, GaLoreAdamW, fit, lowrank_groups
+from lowrank_optim.cli.models import load
+from lowrank_optim.fitting.costs import gib
+from lowrank_optim.fitting.spectra import spectra
+from lowrank_optim.memory import GIB, estimate, report
+from lowrank_optim.memory.models import MODELS
+from lowrank_optim.memory.shapes import on_meta
+from lowrank_optim.stores import STORES
+from lowrank_optim.tensors.matrix import matrix_view
+
+CONFIG = llama(64, 96, 1, 4, 2, vocab_size=128, context=64)
+TINY = ["GaLoreAdamW"]
+"""Of one method, whose order of what is given up is short."""
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(CONFIG, dtype=torch.float32)
+
+
+def batches(count: int = 2) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(128, (count, 2, 16), generator=generator)
+    return [{"input_ids": ids, "labels": ids} for ids in drawn]
+
+
+def peak(model, share, **own) -> float:
+    """GiB of a share of every side."""
+    groups = own.pop("groups", lambda m: lowrank_groups(m, rank=share))
+    return estimate(model, own.pop("optimizer", GaLoreAdamW), groups=groups, **own).peak / GIB
+
+
+def some(model) -> float:
+    """GiB for GaLore with float32 moments at some rank between the least and a half."""
+    return peak(model, 24)
+
+
+def trained(plan, model, steps=5):
+    optimizer = plan.optimizer(model, lr=1e-3)
+    plan.attach(optimizer)
+    for _ in range(steps):
+        for batch in batches(plan.accumulation_steps):
+            (model(**batch).loss / plan.accumulation_steps).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+WAYS = {
+    "plain": ({"state_dtypes": ["float32"], "in_backward": [None]}, {}),
+    "project": ({"in_backward": ["project"], "accumulation_steps": 2}, {}),
+    "step": ({"in_backward": ["step"], "state_dtypes": ["8bit"]}, {}),
+    "bfloat16": ({"state_dtypes": ["bfloat16"]}, {}),
+    "dct": ({"optimizers": [(DCTAdamW, {"transform": "matmul"})]}, {}),
+    "fira": ({"optimizers": [(FiraAdamW, {"projector": "svd"})]}, {}),
+    "frugal": ({"optimizers": ["FrugalAdamW"]}, {}),
+    "calibrated": ({"calibrate": batches, "state_dtypes": ["float32"]}, {}),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_state_is_the_estimate_to_the_byte(name, model):
+    """Plan, construct, attach, train: what is held is what was planned, within the budget."""
+    own, _ = WAYS[name]
+    own = {**own}
+    if "calibrate" in own:
+        own["calibrate"] = batches()
+    own.setdefault("optimizers", TINY)
+    budget = some(model)
+    plan = fit(model, budget, **own)
+    assert plan.estimate.peak <= budget * GIB and plan.estimate.fits(budget * GIB)
+    assert all(rank % 8 == 0 for rank in plan.ranks.values())
+    optimizer = trained(plan, model)
+    assert report(optimizer).total == plan.estimate.state
+    found = {
+        name: group["rank"]
+        for group in optimizer.param_groups
+        if group["rank"] is not None
+        for name in group["param_names"]
+    }
+    assert found == dict(plan.ranks)
+
+
+def test_ranks_are_the_largest_that_fit(model):
+    """One more multiple of one share does not fit; and the plan's estimate is memory's own."""
+    most = 0
+    for n in range(6):
+        budget = peak(model, 32) * (0.8 + n / 24)
+        plan = fit(model, budget, optimizers=TINY, in_backward=[None], state_dtypes=["float32"])
+        (rank,) = {r for name, r in plan.ranks.items() if "q_proj" in name}
+        more = peak(model, rank + 8, groups=lambda m, r=rank: shares(m, (r + 8) / 64))
+        assert rank == 32 or more > budget
+        assert rank >= most
+        most = rank
+    assert most == 32
+
+
+def shares(model, share):
+    """Groups of a share of each smaller side, in multiples of 8, at least 8."""
+    ranks = {
+        name: {"rank": max(8, int(share * min(p.shape)) // 8 * 8)}
+        for name, p in model.named_parameters()
+        if "layers" in name and p.dim() == 2
+    }
+    return lowrank_groups(model, overrides={name: keys for name, keys in ranks.items()})
+
+
+def test_order_of_what_is_given_up(model):
+    """As the documentation has it: a quarter decides, then the first of the order."""
+    quarter = lambda **own: peak(model, 0.25, groups=lambda m: shares(m, 0.25), **own)  # noqa: E731
+    choices = [
+        (mode, store)
+        for modes in ((None, "project"), ("step",))
+        for store in STORES
+        for mode in modes
+    ]
+    costs = {c: quarter(in_backward=c[0], state_dtype=c[1]) for c in choices}
+    for budget in sorted({*costs.values()}):
+        plan = fit(model, budget, optimizers=TINY)
+        expected = next(c for c in choices if costs[c] <= budget)
+        assert (plan.in_backward, plan.arguments["state_dtype"]) == expected
+        assert min(plan.ranks["model.layers.0.self_attn.q_proj.weight"], 16) == 16
+        told = " ".join(plan.gave_up)
+        assert ("Moments in float32" in told) == (expected[1] != "float32")
+        assert ("Whole gradients" in told) == (expected[0] == "project")
+        assert ("clipping by the global norm" in told) == (expected[0] == "step")
+        if expected[1] != "float32":
+            needed = gib(costs[expected[0], "float32"] * GIB)
+            assert f"take {needed} GiB" in told
+
+
+def test_where_no_way_has_room_for_a_quarter_the_largest_share_is_taken(model):
+    """Below the least of all quarters."""
+    least = min(
+        peak(model, 0.25, groups=lambda m: shares(m, 0.25), in_backward="step", state_dtype=s)
+        for s in STORES
+    )
+    plan = fit(model, least * 0.9999, optimizers=TINY, in_backward=["step"])
+    found = []
+    for store in STORES:
+        fixed = {"optimizers": TINY, "in_backward": ["step"], "state_dtypes": [store]}
+        try:
+            found.append(sum(fit(model, least * 0.9999, **fixed).ranks.values()))
+        except ValueError:
+            assert store == "float32"
+    assert len(found) == len(STORES) - 1 and sum(plan.ranks.values()) == max(found)
+    assert any("quarter of the smaller sides" in text for text in plan.gave_up)
+
+
+@pytest.mark.parametrize(
+    "own", [{}, {"tokens": 16, "in_backward": ["project"], "optimizers": TINY}], ids=["", "tokens"]
+)
+def test_nothing_fits_and_the_smallest_budget_that_would(own, model):
+    """A budget of the value in the message fits, and one 1 % smaller does not."""
+    with pytest.raises(ValueError, match="nothing fits") as error:
+        fit(model, 1e-5, **own)
+    least = float(re.search(r"the least is ([\d.]+) GiB", str(error.value))[1])
+    plan = fit(model, least, **own)
+    assert plan.estimate.peak <= least * GIB
+    with pytest.raises(ValueError, match="nothing fits"):
+        fit(model, least * 0.99, **own)
+
+
+def test_activations_are_those_of_the_plan(model):
+    """Of coordinates too: the plan's estimate is memory's own, and one more share does not fit."""
+    own = {"tokens": (2, 32), "in_backward": "project", "accumulation_steps": 2}
+    low, high = (peak(model, r, **own) for r in (8, 32))
+    budget = low + 0.7 * (high - low)
+    plan = fit(
+        model, budget, optimizers=TINY, state_dtypes=["float32"], tokens=own["tokens"],
+        in_backward=["project"], accumulation_steps=2,
+    )  # fmt: skip
+    again = estimate(model, GaLoreAdamW, groups=plan.groups, **own)
+    assert again == plan.estimate and again.activations > 0 and again.fits(budget * GIB)
+    rank = plan.ranks["model.layers.0.self_attn.q_proj.weight"]
+    assert 8 < rank < 32
+    next_ = min((rank + 8) / 64, (plan.ranks["model.layers.0.self_attn.k_proj.weight"] + 8) / 32)
+    assert peak(model, 0, groups=lambda m: shares(m, next_), **own) > budget
+
+
+def test_more_memory_is_never_less(model):
+    """In one way to train: no rank and no energy falls. Over all: below a quarter, and in order."""
+    fixed = {"optimizers": TINY, "in_backward": ["project"], "state_dtypes": ["float32"]}
+    floor = peak(model, 8, groups=lambda m: lowrank_groups(m, rank=8), in_backward="project")
+    for calibrate in (None, batches()):
+        before = None
+        for n in range(5):
+            plan = fit(model, floor * (1 + n / 25), calibrate=calibrate, **fixed)
+            if before is not None:
+                assert all(plan.ranks[k] >= r for k, r in before.ranks.items())
+                assert calibrate is None or plan.energy >= before.energy
+            before = plan
+    order, last = [None, "project", "step"], (0, 99)
+    low = peak(model, 8, in_backward="step") * 0.99
+    for n in range(7):
+        try:
+            plan = fit(model, low * (1 + n / 6), optimizers=TINY, state_dtypes=["float32"])
+        except ValueError:
+            assert last == (0, 99)
+            continue
+        sides = {n: min(p.shape) for n, p in model.named_parameters() if n in plan.ranks}
+        share = min(rank / sides[n] for n, rank in plan.ranks.items())
+        now = min(share, 0.25), order.index(plan.in_backward)
+        assert now[0] >= last[0] and (last[0] < 0.25 or now[1] <= last[1])
+        last = now
+
+
+def test_calibration_captures_more_at_no_more_bytes(model):
+    """Than one share for all, at its bytes, but for less than the step that did not fit."""
+    own = {"optimizers": TINY, "in_backward": [None], "state_dtypes": ["float32"]}
+    even = fit(model, some(model), **own)
+    budget = even.estimate.peak / GIB
+    views = {n: matrix_view(dict(model.named_parameters())[n].shape) for n in even.ranks}
+    found = spectra(model, views, batches())
+    for energy in ("relative", "absolute"):
+        plan = fit(model, budget, calibrate=batches(), energy=energy, **own)
+        weights = {n: sum(e) if energy == "relative" else 1.0 for n, e in found.items()}
+
+        def take(ranks, weights=weights):
+            return sum(sum(found[n][:r]) / weights[n] for n, r in ranks.items())
+
+        total = sum(sum(e) / weights[n] for n, e in found.items())
+        step = max(sum(e[8:16]) / weights[n] for n, e in found.items())
+        assert plan.estimate.peak <= even.estimate.peak
+        assert take(plan.ranks) > take(even.ranks) - step
+        assert plan.energy == pytest.approx(take(plan.ranks) / total)
+        assert len({*plan.ranks.values()}) > 1
+    assert fit(model, budget, calibrate=batches(), **own) == plan  # absolute is the default
+
+
+def test_spectra_are_squared_singular_values_added_over_micro_batches(model):
+    """Against svdvals of each gradient; gradients that were there are put back, modes too."""
+    names = [n for n, p in model.named_parameters() if "layers" in n and p.dim() == 2]
+    params = dict(model.named_parameters())
+    expected = {n: torch.zeros(min(params[n].shape)).double() for n in names}
+    for batch in batches():
+        model.zero_grad()
+        model(**batch).loss.backward()
+        for n in names:
+            expected[n] += torch.linalg.svdvals(params[n].grad.double()) ** 2
+    kept = params[names[0]].grad
+    model.eval()
+    found = spectra(model, {n: matrix_view(params[n].shape) for n in names}, batches())
+    assert params[names[0]].grad is kept and not model.training
+    for n in names:
+        torch.testing.assert_close(
+            torch.tensor(found[n]).double(), expected[n], rtol=1e-4, atol=1e-6 * expected[n].max()
+        )
+
+
+def test_forms_of_calibrate(model):
+    """A function that yields losses, one that returns a loss, micro-batches: the same plan."""
+    own = {"optimizers": TINY, "in_backward": [None], "state_dtypes": ["float32"]}
+    plans = [
+        fit(model, some(model), calibrate=given, **own)
+        for given in (
+            batches(1),
+            lambda m: (m(**b).loss for b in batches(1)),
+            lambda m: m(**batches(1)[0]).loss,
+            (m for m in [model(**batches(1)[0]).loss]),
+        )
+    ]
+    assert all(plan == plans[0] for plan in plans)
+
+
+def test_what_gets_no_rank_is_listed(model):
+    """Embedding and head are dense, a small matrix too; what is frozen is named."""
+    model.model.layers[0].mlp.up_proj.requires_grad_(False)
+    model.small = nn.Linear(8, 64)
+    plan = fit(model, 1.0)
+    assert plan.dense == {
+        "model.embed_tokens.weight": 128 * 64 * 4,
+        "lm_head.weight": 128 * 64 * 4,
+        "small.weight": 8 * 64 * 4,
+    }
+    assert plan.frozen == {"model.layers.0.mlp.up_proj.weight": 96 * 64 * 4}
+    assert "model.layers.0.mlp.up_proj.weight" not in plan.ranks
+    for name in (*plan.dense, *plan.frozen):
+        assert name in str(plan)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ViT-B/16", *(pytest.param(x, marks=pytest.mark.slow) for x in ("Qwen3-0.6B", "GPT-2"))],
+)
+def test_configurations_without_transformers_get_the_same_ranks(name):
+    """Modules that hold shapes alone stand for those of transformers."""
+    config = MODELS[name].config
+    shapes, real = on_meta(config, torch.bfloat16), load(name, torch.bfloat16, runs=True)
+    found = [fit(m, 40.0, optimizers=TINY) for m in (shapes, real)]
+    assert found[0] == found[1]
+
+
+def test_a_configuration_is_its_model(model):
+    assert fit(CONFIG, some(model), dtype=torch.float32) == fit(model, some(model))
+
+
+REFUSED = [
+    (TypeError, "must be an nn.Module", {"model": 3}),
+    (ValueError, "budget_gib must be a positive number", {"budget_gib": float("nan")}),
+    (ValueError, "budget_gib must be a positive number", {"budget_gib": -1}),
+    (ValueError, "checkpointing has no effect", {"checkpointing": True}),
+    (ValueError, "energy='absolute' has no effect", {"energy": "absolute"}),
+    (ValueError, "energy must be", {"energy": "most", "calibrate": batches()}),
+    (ValueError, "dtype has no effect", {"dtype": torch.bfloat16}),
+    (ValueError, "rank=4: fit finds ranks", {"rank": 4}),
+    (ValueError, "state_dtype='8bit': give the formats", {"state_dtype": "8bit"}),
+    (ValueError, "state_dtypes must be a list", {"state_dtypes": "8bit"}),
+    (ValueError, "state_dtypes must be a list .*'3bit'", {"state_dtypes": ["3bit"]}),
+    (ValueError, "in_backward must be a list", {"in_backward": ["both"]}),
+    (ValueError, "twice", {"state_dtypes": ["8bit", "8bit"]}),
+    (ValueError, "frees no gradient", {"in_backward": ["step"], "accumulation_steps": 2}),
+    (ValueError, "no way to train", {"in_backward": ["project"], "optimizers": ["FiraAdamW"]}),
+    (ValueError, "coords_dtype=.* has no", {"coords_dtype": "float32", "in_backward": [None]}),
+    (ValueError, "least must be a multiple", {"least": 12}),
+    (ValueError, "multiple must be a positive int", {"multiple": 0}),
+    (ValueError, "no matrix has room", {"least": 64}),
+    (ValueError, "optimizers must be in", {"optimizers": ["AdamW"]}),
+    (TypeError, "classes of lowrank_optim", {"optimizers": [torch.optim.AdamW]}),
+    (ValueError, "and for all", {"optimizers": [("GaLoreAdamW", {"scale": 1.0})], "scale": 1.0}),
+    (TypeError, "unexpected keyword", {"scael": 1.0}),
+    (ValueError, "matches no", {"target_modules": "nowhere"}),
+    (TypeError, "calibrate must yield", {"calibrate": [3]}),
+    (ValueError, "gave no micro-batch", {"calibrate": []}),
+    (ValueError, "not its configuration", {"model": CONFIG, "calibrate": batches()}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda c: f"{c[1][:24]}-{next(iter(c[2]))}")
+def test_what_is_refused(case, model):
+    error, text, own = case
+    own = {"model": model, "budget_gib": 1.0, **own}
+    with pytest.raises(error, match=text):
+        fit(own.pop("model"), own.pop("budget_gib"), **own)
+
+
+def test_calibrate_refuses_what_says_nothing(model):
+    """No values, or gradients that are not finite; hooks and gradients are as before."""
+    bad = batches(1)[0]
+    weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(ValueError, match=r"gradient of .* is not finite"):
+        fit(model, 1.0, calibrate=lambda m: m(**bad).loss * float("nan"))
+    assert weight.grad is None and not weight._post_accumulate_grad_hooks
+    with pytest.raises(ValueError, match="on the meta device"):
+        fit(AutoModelForCausalLM.from_config(CONFIG).to("meta"), 1.0, calibrate=batches())
+
+
+def test_a_matrix_without_a_gradient_keeps_the_least_rank_and_is_named(model):
+    model.idle = nn.Linear(64, 64, bias=False)
+    plan = fit(model, peak(model, 24), optimizers=TINY, calibrate=batches())
+    assert plan.ranks["idle.weight"] == 8
+    assert any("idle.weight" in text for text in plan.gave_up)

@@ -1,0 +1,146 @@
+"""Where Triton's launches go: to the device of the tensors, whichever is the current one.
+
+Tensors of the CPU say that they are on one of two CUDA devices, and the launcher that Triton
+compiles for is a stub: it notes the current device, whose current stream Triton takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+import triton
+
+from lowrank_optim.ops import triton as ops
+from lowrank_optim.ops.triton import launch
+from tests.cuda_on_host.host import OnDevice, _Cuda
+from tests.ops import ops_cases, ops_cosines, ops_factors
+from tests.ops.interpreted import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are functions of Python here")
+
+
+class Devices:
+    """The current device, and what was launched."""
+
+    def __init__(self) -> None:
+        self.current = 0
+        self.launches: list[tuple[str, int, set[Any]]] = []
+        self.pinned: list[int] = []
+
+    def mark(self, x: Tensor, device: int) -> Tensor:
+        """``x``, on ``device`` from now on."""
+        found = x.as_subclass(OnDevice)
+        found.index = device
+        return found
+
+    def place(self, x: Any, device: int) -> Any:
+        """Copies of all tensors of a list or a dict, on ``device``."""
+        if isinstance(x, dict):
+            return {name: self.place(y, device) for name, y in x.items()}
+        if isinstance(x, list):
+            return [self.place(y, device) for y in x]
+        return self.mark(x.clone(), device) if isinstance(x, Tensor) else x
+
+
+@pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[Devices]:
+    own = Devices()
+
+    class Device:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            self.before, own.current = own.current, self.device.index
+
+        def __exit__(self, *_: Any) -> None:
+            own.current = self.before
+
+    def run(self: Any, *args: Any, **_: Any) -> None:
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        own.launches.append((self.fn.__name__, own.current, {x.device for x in tensors}))
+
+    def pinned(self: Tensor) -> Tensor:
+        own.pinned.append(self.numel())
+        return self
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
+    monkeypatch.setattr(Tensor, "pin_memory", pinned)
+    yield own
+
+
+def arguments(op: str) -> dict[str, Any]:
+    """Of a call with two matrices or more."""
+    if op in ops_cosines.COSINES:
+        return ops_cosines.arguments(op, torch.float32, widths=(33, 33), unsound=None)
+    if op in ops_factors.OPS:
+        return ops_factors.arguments(op, torch.float32)
+    return ops_cases.example(op)
+
+
+OPS = [
+    *ops_cases.ELEMENTWISE, *ops_cases.BITS8, "quantize_blockwise_", "dequantize_blockwise_",
+    "stochastic_round_", *ops_cases.APPLIES, "column_norms", *ops_factors.OPS,
+    *ops_cosines.COSINES,
+]  # fmt: skip
+
+
+def check(devices: Devices, op: str) -> None:
+    a = arguments(op)
+    for device in (1, 0, 1):
+        devices.launches.clear()
+        with _Cuda(devices):  # type: ignore[arg-type]
+            getattr(ops, op)(*devices.place(a, device).values())
+        assert devices.launches, op
+        for kernel, current, places in devices.launches:
+            assert current == device, f"{kernel} of tensors on cuda:{device} went to cuda:{current}"
+            assert places == {torch.device("cuda", device)}, kernel
+        assert devices.current == 0  # as it was before
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_each_op_is_launched_on_the_device_of_its_tensors(devices: Devices, op: str) -> None:
+    """Its table of pointers too, which comes from pinned memory."""
+    check(devices, op)
+
+
+@pytest.mark.parametrize("op", ["adamw_direction_", "lift_add_scaled_", "cosine_scores"])
+def test_a_launch_on_the_current_device_is_seen(
+    devices: Devices, op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the test above sees where nobody changes the device."""
+    for module in (launch, ops.lift, ops.cosine):
+        monkeypatch.setattr(module, "guard", lambda x: nullcontext())
+    with pytest.raises(AssertionError, match="on cuda:1 went to cuda:0"):
+        check(devices, op)
+
+
+def test_tables_of_pointers_come_from_pinned_memory(devices: Devices) -> None:
+    """A copy from other memory would make the host wait; and it is not waited for."""
+    check(devices, "adamw_direction_")
+    assert len(devices.pinned) == len(devices.launches) * 3 > 0
+
+
+@pytest.mark.parametrize("op", ["moment_", "stochastic_round_", "column_norms"])
+def test_a_list_over_two_devices_is_launched_on_both(devices: Devices, op: str) -> None:
+    """No table has addresses of another device."""
+    a = arguments(op)
+    lists = {name: isinstance(x, list) and x and isinstance(x[0], Tensor) for name, x in a.items()}
+    both = {
+        name: [devices.mark(y.clone(), n % 2) for n, y in enumerate(x)] if lists[name] else x
+        for name, x in a.items()
+    }
+    with _Cuda(devices):  # type: ignore[arg-type]
+        getattr(ops, op)(*both.values())
+    assert {current for _, current, _ in devices.launches} == {0, 1}
+    for kernel, current, places in devices.launches:
+        assert places == {torch.device("cuda", current)}, kernel
