@@ -23,6 +23,7 @@ from lowrank_optim.engine.refresh import phase
 from lowrank_optim.engine.step import bucketed
 from lowrank_optim.groups import Group
 from lowrank_optim.memory.alive import Alive
+from lowrank_optim.ops.tiles import sizes_alone
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.subspaces.spectral import Spectral
@@ -88,6 +89,7 @@ class Rehearsal:
         with ExitStack() as stack:
             stack.enter_context(self._fakes)
             stack.enter_context(tracing.hosted())
+            stack.enter_context(sizes_alone())
             yield
 
     # ---------------------------------------------------------------- whole steps
@@ -120,11 +122,32 @@ class Rehearsal:
         found: list[Tensor] = []
         for group, items in self._groups():
             flags = {item.param: self._is_due(item, due) for item in items}
-            _set_counters(self.optimizer, group, items, flags)
             chosen = self.optimizer._strategies(group)
             told = _told_apart(items, chosen, flags, apart=self._mode == "project")
-            found += [item.param for chunk in told for item in chunk]
+            own = [item for chunk in told for item in chunk]
+            self._make_state(own + list({_kind(item): item for item in items}.values()), chosen)
+            if due != "first":
+                _set_counters(self.optimizer, group, items, flags)
+            found += [item.param for item in own]
         return found
+
+    def _make_state(self, items: Sequence[ParamPlan], chosen: Any) -> None:
+        """State of those that need some: as of one alike that was stepped, or as it begins."""
+        assert isinstance(self.optimizer, LowRankOptimizer)
+        known: dict[Hashable, Mapping[str, Any]] = {}
+        for item in items:
+            kind = id(item) if isinstance(item.subspace, Block) else _kind(item)
+            if item.param in self.optimizer.state:
+                known[kind] = self.optimizer.state[item.param]
+        for item in items:
+            if item.param in self.optimizer.state:
+                continue
+            alike = known.get(_kind(item))
+            if alike is None:
+                self.optimizer._state_of(item, chosen)
+            else:
+                own = ((k, x.clone() if isinstance(x, Tensor) else x) for k, x in alike.items())
+                self.optimizer.state[item.param] = dict(own)
 
     def _groups(self) -> Iterator[tuple[Group, list[ParamPlan]]]:
         assert isinstance(self.optimizer, LowRankOptimizer)
@@ -174,13 +197,17 @@ class Rehearsal:
     def _kinds(self) -> list[tuple[Tensor, Hashable]]:
         if not isinstance(self.optimizer, LowRankOptimizer):
             return [(p, (p.shape, p.stride(), p.dtype)) for p in self._trained]
-        if self._mode == "step":
-            self.optimizer._make_state()
         return [
-            (item.param, (n, _kind(item), *sorted(self.optimizer.state.get(item.param, ()))))
+            (item.param, (n, _kind(item), self._active(item)))
             for n, (_, items) in enumerate(self._groups())
             for item in items
         ]
+
+    def _active(self, item: ParamPlan) -> Hashable:
+        """Whether a block holds moments now, told by what it has."""
+        if not isinstance(item.subspace, Block):
+            return ()
+        return tuple(sorted(self.optimizer.state.get(item.param, ())))
 
     def _arrival(self, param: Tensor) -> int:
         if param.grad is None:

@@ -11,6 +11,7 @@ from torch.linalg import LinAlgError
 
 from lowrank_optim import ops
 from lowrank_optim.ops.devices import on_accelerator
+from lowrank_optim.ops.tiles import tiles
 from lowrank_optim.subspaces.base import RefreshContext, register
 from lowrank_optim.subspaces.projector import Projector, replaced, usable
 from lowrank_optim.subspaces.random import gaussian, orthogonal
@@ -234,8 +235,7 @@ def mixed_matmul(a: Tensor, b: Tensor) -> Tensor:
     out = a.new_zeros(*batch, a.shape[-2], n)
     by_column = n >= k  # cut the longer side of b
     width = max(1, min(TILE_ELEMENTS // min(k, n), -(-max(k, n) // 8)))
-    for i in range(0, max(k, n), width):
-        tile = slice(i, i + width)
+    for tile in tiles(max(k, n), width):
         if by_column:
             out[..., tile] = a @ b[..., tile].to(a.dtype)
         else:
