@@ -36,9 +36,10 @@ _SIZES_ALONE = ContextVar("sizes_alone", default=False)
 
 @contextmanager
 def sizes_alone() -> Iterator[None]:
-    """Loops over alike tiles take the first and the last: of tensors without values.
+    """Loops over alike tiles take the first two and the last: of tensors without values.
 
-    What is asked for is how much memory they need at once, and the others need no more.
+    What is asked for is how much memory they need at once. The others need no more: what a tile
+    leaves is there while the next one is worked on, and only the last may be smaller.
     """
     before = _SIZES_ALONE.set(True)
     try:
@@ -50,9 +51,9 @@ def sizes_alone() -> Iterator[None]:
 def tiles(length: int, width: int) -> Iterable[slice]:
     """``range(length)`` in pieces of ``width``, the last one of what is left."""
     starts: Sequence[int] = range(0, length, width)
-    if _SIZES_ALONE.get() and len(starts) > 2:
-        starts = starts[0], starts[-1]
-    return [slice(i, i + width) for i in starts]
+    if _SIZES_ALONE.get() and len(starts) > 3:
+        starts = starts[0], starts[1], starts[-1]
+    return [slice(i, min(i + width, length)) for i in starts]
 
 
 def tile_elements(x: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -13,8 +14,10 @@ from transformers import GPT2Config, LlamaConfig, MixtralConfig
 
 from lowrank_optim import FiraAdamW, FrugalAdamW, GaLoreAdamW, GaLoreAdamW8bit, methods
 from lowrank_optim.memory import Estimate, estimate
+from lowrank_optim.memory.alive import Alive
 from lowrank_optim.memory.rehearsal import Rehearsal
-from lowrank_optim.ops import devices
+from lowrank_optim.ops import devices, tiles
+from lowrank_optim.subspaces import randomized
 from tests import cases
 from tests.memory.trained import tracked
 
@@ -173,3 +176,22 @@ def test_what_is_not_known_is_said() -> None:
     found = estimate(nn.Linear(8, 8), Looks)
     assert (found.step_transients, found.peak_at) == (None, "backward")
     assert "without activations or what a step needs" in str(found)
+
+
+@pytest.mark.parametrize("shape", [(96, 4096), (4096, 96), (96, 100)])
+def test_some_tiles_need_what_all_do(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+) -> None:
+    """A rehearsal takes the first two and the last of alike tiles; real steps take all of them."""
+    monkeypatch.setattr(randomized, "TILE_ELEMENTS", 1 << 12)
+    a = torch.randn(8, shape[0])
+    b = torch.randn(shape).bfloat16()
+    counted, outs = [], []
+    for mode in (nullcontext, tiles.sizes_alone):
+        alive = Alive()
+        with mode(), alive:
+            outs.append(randomized.mixed_matmul(a, b))
+        counted.append(alive.most)
+    assert counted[0] == counted[1]
+    torch.testing.assert_close(outs[0], a @ b.float())
+    assert not torch.equal(*outs)
