@@ -7,7 +7,7 @@ DIST := dist
 
 demo: .venv/.bench  ## what LLaMA-7B needs, then AdamW against GaLore on real text
 	$(BIN)/python -m lowrank_optim memory --model llama-7b --rank 1024 --budget-gib 24
-	$(BIN)/python -m benchmarks.pretrain
+	$(BIN)/python -m benchmarks.demo
 
 test: .venv/.dev  ## the test suite
 	$(BIN)/python -m pytest -n auto --dist worksteal

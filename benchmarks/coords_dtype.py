@@ -1,6 +1,7 @@
 """What coordinates in bfloat16 cost: error of accumulated gradients, and loss of training runs.
 
-Run as ``python -m benchmarks.coords_dtype``. A small LLaMA in bfloat16 on the demo's text, GaLore,
+Run as ``python -m benchmarks.coords_dtype``. The LLaMA of
+:mod:`benchmarks.pretrain`, narrower, in bfloat16, GaLore,
 ``attach_in_backward(mode="project")``; a step is so many micro-batches of one window.
 
 Errors are of coordinates summed over the micro-batches of one step, in the bases of a run of some

@@ -1,7 +1,7 @@
 """The cosine basis: what a step costs beside GaLore's, and what it captures of real gradients.
 
 Run as ``python -m benchmarks.dct``. P4: two gradients take turns, so that the index set changes at
-every step. Energies are those of the demo model's gradients after some steps of training, by the
+every step. Energies are those of the small LLaMA's gradients after some steps of training, by the
 kind of layer, over the best possible ones (SVD) of the same rank; two fixed bases that are no
 projectors stand beside them as controls. ``--plot`` draws them.
 """
@@ -23,10 +23,10 @@ from torch import Tensor
 
 from benchmarks.common import environment, environment_line, load_corpus, print_table
 from benchmarks.matrices import galore, linear_weights
-from benchmarks.pretrain import METHODS, losses, make_groups, make_model, schedule
+from benchmarks.pretrain import LR, losses, make_groups, make_model, schedule
 from benchmarks.runs import Settings
 from benchmarks.timing import Work, interleaved, ratio
-from lowrank_optim import PROJECTORS, DCTAdamW
+from lowrank_optim import PROJECTORS, DCTAdamW, GaLoreAdamW
 from lowrank_optim.ops.cosine import cosine_rows
 from lowrank_optim.subspaces import RefreshContext
 from lowrank_optim.tensors.matrix import matrix_view
@@ -136,8 +136,8 @@ def controls(m: int) -> tuple[Tensor, Tensor]:
 def energies(steps: int) -> dict[str, dict[str, float]]:
     """Captured energy of each basis over that of the SVD, mean over layers of a kind."""
     settings, corpus = replace(Settings(), gap=200), load_corpus()
-    method, model = METHODS["GaLoreAdamW"], make_model(Settings(), corpus.vocab_size)
-    optimizer = method.make(make_groups(model, settings), method.lr)
+    model = make_model(Settings(), corpus.vocab_size)
+    optimizer = GaLoreAdamW(make_groups(model, settings), lr=LR)
     scheduler = schedule(optimizer, settings)
     batches = corpus.batches(steps + 1, settings.batch, settings.context, settings.seed)
     for window in batches:
@@ -191,7 +191,7 @@ def show_energies(console: Console, found: dict[str, dict[str, float]], steps: i
     """One table."""
     columns = (*BASES, OF_ALL)
     rows = [(k, *(f"{v[p]:.3f}" for p in columns)) for k, v in found.items()]
-    title = f"Energy over the SVD's at rank m / 8, demo after {steps} steps"
+    title = f"Energy over the SVD's at rank m / 8, after {steps} steps"
     print_table(console, title, ("layer", *columns), rows)
 
 
@@ -199,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the tables, write the file."""
     parser = argparse.ArgumentParser(description="Time and captured energy of the cosine basis.")
     parser.add_argument("--layers", type=int, default=2, help="of LLaMA-130M (default: 2)")
-    parser.add_argument("--steps", type=int, default=50, help="of the demo before its gradients")
+    parser.add_argument("--steps", type=int, default=50, help="of training before its gradients")
     parser.add_argument("--dtype", default="float32", help="of the steps: float32,bfloat16")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, help="default: torch's choice")

@@ -1,4 +1,4 @@
-"""Plain LoRA: a frozen dense weight and two trained factors, the baseline of the demo."""
+"""Plain LoRA: a frozen dense weight and two trained factors, the baseline of comparisons."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Refresh of a basis over the full SVD, with the energy that the basis captures.
 
-Run as ``python -m benchmarks.refresh``. Gradients are real: the demo model, and two layers of the
-shapes of LLaMA-130M, trained on the demo's text; the basis in use comes from one gradient, the
-refresh sees the one ``gap`` steps later. Synthetic matrices with a slowly decaying spectrum, where
+Run as ``python -m benchmarks.refresh``. Gradients are real: the LLaMA of
+:mod:`benchmarks.pretrain`, and two layers of the shapes of LLaMA-130M, trained. The basis in use
+comes from one gradient, and the refresh sees the one ``gap`` steps later. Synthetic matrices with
+a slowly decaying spectrum, where
 no basis captures nearly all, show the other case. ``--by-layer`` shows instead what fixed bases
 capture beside these, by the kind of layer, and ``--plot`` draws it.
 """
@@ -30,9 +31,10 @@ from benchmarks.common import (
     print_table,
 )
 from benchmarks.dct import energies, plot, show_energies
-from benchmarks.pretrain import METHODS, losses, make_groups, make_model, schedule
+from benchmarks.pretrain import LR, losses, make_groups, make_model, schedule
 from benchmarks.runs import Settings
 from benchmarks.timing import interleaved, ratio
+from lowrank_optim import GaLoreAdamW
 from lowrank_optim.ops import devices
 from lowrank_optim.subspaces import PROJECTORS, RefreshContext
 from lowrank_optim.tensors.matrix import matrix_view
@@ -54,9 +56,8 @@ def trained(
     title: str, settings: Settings, corpus: Corpus, steps: int, rank: int, gap: int
 ) -> Case:
     """Gradients of every projected matrix after ``steps`` and ``steps + gap`` steps of training."""
-    method = METHODS["GaLoreAdamW"]
     model = make_model(settings, corpus.vocab_size)
-    optimizer = method.make(make_groups(model, settings), method.lr)
+    optimizer = GaLoreAdamW(make_groups(model, settings), lr=LR)
     scheduler = schedule(optimizer, settings)
     kept: list[list[Tensor]] = []
     batches = corpus.batches(steps + gap + 1, settings.batch, settings.context, settings.seed)
@@ -211,7 +212,7 @@ def show(console: Console, found: dict[str, Any]) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Refresh of a basis over the full SVD.")
-    parser.add_argument("--steps", type=int, default=100, help="of the demo before the old basis")
+    parser.add_argument("--steps", type=int, default=100, help="of training before the old basis")
     parser.add_argument("--wide-steps", type=int, default=60, help="the same, LLaMA-130M shapes")
     parser.add_argument("--gap", type=int, default=50)
     parser.add_argument("--rank", type=int, default=256, help="on the shapes of LLaMA-130M")
@@ -225,12 +226,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def cases(args: argparse.Namespace, corpus: Corpus) -> Iterator[Case]:
-    """The demo as it is; two layers as wide as LLaMA-130M; and synthetic matrices as wide."""
-    demo = replace(Settings(), gap=args.gap)
-    yield trained("demo", demo, corpus, args.steps, demo.rank, args.gap)
+    """The small LLaMA; two layers as wide as LLaMA-130M; and synthetic matrices as wide."""
+    small = replace(Settings(), gap=args.gap)
+    yield trained("small LLaMA", small, corpus, args.steps, small.rank, args.gap)
     hidden, mlp, _, heads = LLAMA_SHAPES["llama-130m"]
-    wide = replace(demo, hidden=hidden, mlp=mlp, layers=2, heads=heads, rank=args.rank)
-    title = "demo's text, two layers of LLaMA-130M"
+    wide = replace(small, hidden=hidden, mlp=mlp, layers=2, heads=heads, rank=args.rank)
+    title = "two layers of LLaMA-130M"
     yield trained(title, wide, corpus, args.wide_steps, args.rank, args.gap)
     yield synthetic(args.rank)
 

@@ -1,9 +1,8 @@
-"""What a run of the demo depends on, and what it measured."""
+"""What a run of :mod:`benchmarks.pretrain` depends on."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -28,29 +27,3 @@ class Settings:
     validate_every: int = 28
     validation_windows: int = 64
     seed: int = 0
-
-
-@dataclass
-class Run:
-    """What one training run measured."""
-
-    method: str
-    seed: int
-    lr: float
-    parameters: int
-    train_loss: list[float] = field(default_factory=list)
-    validation: list[tuple[int, float]] = field(default_factory=list)
-    """Steps taken, and nats per held-out token."""
-    bits_per_byte: float = math.nan
-    state: dict[str, int] = field(default_factory=dict)
-    """Bytes by storage: basis, moments, other; total, on the device and with adapters if any."""
-    optimizer_ms: float = math.nan
-    """Median of one ``optimizer.step()``."""
-    model_ms: float = math.nan
-    """Median of one forward and backward pass."""
-    seconds: float = math.nan
-
-    @property
-    def final_loss(self) -> float:
-        """Validation loss after the last step."""
-        return self.validation[-1][1]

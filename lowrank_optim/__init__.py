@@ -10,6 +10,10 @@ from lowrank_optim.checkpoints.importers import (
 from lowrank_optim.fitting import fit
 from lowrank_optim.groups import lowrank_groups
 from lowrank_optim.methods import (
+    ApolloAdamW,
+    ApolloAdamW8bit,
+    BAdamW,
+    BAdamW8bit,
     DCTAdamW,
     DCTAdamW8bit,
     FiraAdamW,
@@ -23,6 +27,10 @@ from lowrank_optim.methods import (
     GaLoreAdamW8bit,
     GaLoreLion,
     GaLoreSGD,
+    LDAdamW,
+    LDAdamW8bit,
+    LisaAdamW,
+    LisaAdamW8bit,
     SSTAdamW,
     SSTAdamW8bit,
     SwitchLoRAAdamW,
@@ -35,6 +43,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PROJECTORS",
+    "ApolloAdamW",
+    "ApolloAdamW8bit",
+    "BAdamW",
+    "BAdamW8bit",
     "DCTAdamW",
     "DCTAdamW8bit",
     "FiraAdamW",
@@ -48,6 +60,10 @@ __all__ = [
     "GaLoreAdamW8bit",
     "GaLoreLion",
     "GaLoreSGD",
+    "LDAdamW",
+    "LDAdamW8bit",
+    "LisaAdamW",
+    "LisaAdamW8bit",
     "LowRankOptimizer",
     "Projector",
     "SSTAdamW",

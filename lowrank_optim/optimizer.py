@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cache, partial
@@ -29,6 +30,7 @@ from lowrank_optim.engine.preflight import (
     check_gradients,
     check_moved,
     check_named,
+    check_overlap,
     check_owned,
     check_partitioned,
     check_replaced,
@@ -59,6 +61,7 @@ from lowrank_optim.groups.keys import (
     remedy,
     without_torch_flags,
 )
+from lowrank_optim.groups.layers import layers_of, takes_turns
 from lowrank_optim.groups.linear_maps import is_linear_map
 from lowrank_optim.groups.names import uid_of
 from lowrank_optim.groups.notices import param_name as _name
@@ -68,7 +71,7 @@ from lowrank_optim.rules.base import Rule
 from lowrank_optim.sharding.parts import is_sharded, part_of
 from lowrank_optim.stores import STORES
 from lowrank_optim.subspaces.base import PROJECTORS, Shared, Subspace, make_projector, view_for
-from lowrank_optim.subspaces.block import Block
+from lowrank_optim.subspaces.block import Block, takes_blocks
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
@@ -136,7 +139,7 @@ def with_defaults(cls: type[LowRankOptimizer], options: Options) -> Group:
         ValueError: an argument of torch asks for something that no optimizer here does.
     """
     name = cls.__name__
-    refuse_apollo(options, name, "the constructor")
+    refuse_apollo(options, cls.group_keys(), name, "the constructor")
     given = without_torch_flags(options, name)
     unknown = [key for key in given if key not in DEFAULTS]
     if unknown:
@@ -161,6 +164,8 @@ class LowRankOptimizer(PlannedOptimizer):
     """Group keys that it reads beside the arguments of its constructor."""
     unused: ClassVar[Mapping[str, str]] = {}
     """Arguments of every optimizer that mean nothing to this one, and why."""
+    _discarding: Callable[[], None] | None = None
+    """Called before gradients are zeroed: a batch is over, or will not be stepped."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -195,6 +200,8 @@ class LowRankOptimizer(PlannedOptimizer):
         self._shared = Shared()
         self._replicas = Replicas()
         self._staging = Staging()
+        self._taken: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        """Who took a step that raised, by place: the gradient that it was, and its version."""
         super().__init__(groups, defaults)
         self._traced = Traced(self)
 
@@ -249,6 +256,7 @@ class LowRankOptimizer(PlannedOptimizer):
         self._shared = Shared()
         self._replicas = Replicas()
         self._staging = Staging()
+        self._taken = {}
         self._traced = Traced(self, self.__dict__.get("_traced"))
         for group in self.param_groups:
             for key, value in self.defaults.items():
@@ -287,7 +295,9 @@ class LowRankOptimizer(PlannedOptimizer):
         try:
             check_flattened(group)
             check_named(group)
-            if group["projector"] == "block":
+            for i, param in enumerate(group["params"]):
+                check_overlap(param, _name(group, i))
+            if takes_blocks(group):
                 self._items(self.param_groups[-1])
         except ValueError:  # as many blocks as their order cannot take
             self.param_groups.pop()
@@ -298,10 +308,11 @@ class LowRankOptimizer(PlannedOptimizer):
     def _warn_clamped(self, group: Group) -> None:
         """What a user may not expect of a group: said once, and of the defaults once in all."""
         told = self.__dict__.setdefault("_told", set())
+        ranked = group.get("layers") is None
         texts = {
-            "clamped": notices.clamped(group),
-            "vocabulary": notices.vocabulary(group, self._wants),
-            "covered": notices.covered(group, self._is_map),
+            "clamped": notices.clamped(group) if ranked else None,
+            "vocabulary": notices.vocabulary(group, self._wants) if ranked else None,
+            "covered": notices.covered(group, self._is_map) if ranked else None,
             "unused": notices.unused(group, type(self).__name__, self._unused()),
         }
         for kind, text in texts.items():
@@ -349,7 +360,10 @@ class LowRankOptimizer(PlannedOptimizer):
 
     def _planned(self, group: Group) -> list[ParamPlan]:
         """Items of a group as it is, whatever state there is."""
-        return placed(list(self._plan(group)))
+        items = list(self._plan(group))
+        if group.get("layers") is None:
+            return placed(items)
+        return placed(items, *layers_of(group, self.param_groups))
 
     def _before(self, group: Group) -> list[Group]:
         """The groups that come before one; all of them, if it is not yet there."""
@@ -386,6 +400,8 @@ class LowRankOptimizer(PlannedOptimizer):
         """Whether a group asks for parameter ``i`` to be projected, if it is a matrix."""
         rank, param = group["rank"], group["params"][i]
         if rank is None or param.dim() < 2:
+            return False
+        if group.get("layers") is not None and not takes_turns(group, i):
             return False
         if group["targets"] == "all":
             return True
@@ -451,6 +467,7 @@ class LowRankOptimizer(PlannedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._forget_taken()
         with tracing.hosted():
             self._step_groups([self._checked(group) for group in self.param_groups])
         return loss
@@ -478,12 +495,40 @@ class LowRankOptimizer(PlannedOptimizer):
             for _, items, _ in work:
                 for item in items:
                     item.tried = -1  # the refreshes of this step are undone
+            self._remember(undo.taken, work)
             count = sum(i.alone or i.subspace is not None for *_, ready in work for i in ready)
             error.add_note(
-                f"{undo.taken} of {count} parameters had taken this step of "
-                f"{type(self).__name__}{this_rank()}; the others are as they were"
+                f"{len(undo.taken)} of {count} parameters had taken this step of "
+                f"{type(self).__name__}{this_rank()}; the others are as they were. step() again "
+                "steps these alone, zero_grad() leaves them out"
             )
+            if undo.partly:
+                error.add_note(
+                    f"but {', '.join(undo.partly)} may have been stepped in part: what is large, "
+                    "or on an accelerator, is not copied before. Go on from a checkpoint where "
+                    "that matters"
+                )
             raise
+        self._taken = {}
+
+    def _remember(
+        self, taken: Sequence[int], work: list[tuple[Strategies, list[ParamPlan], list[ParamPlan]]]
+    ) -> None:
+        """Note who took a step that raised, by the gradient: with it nobody takes it twice."""
+        ready = {i.index: i.param.grad for *_, own in work for i in own if not i.sharded}
+        for place in taken:
+            grad = ready.get(place)
+            if grad is not None:
+                self._taken[place] = weakref.ref(grad), grad._version
+
+    def _forget_taken(self) -> None:
+        """Unless this is the step that raised, with the gradients of then, all take it."""
+        params: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
+        for place, (ref, version) in self._taken.items():
+            grad = params[place].grad if place < len(params) else None
+            if grad is None or ref() is not grad or grad._version != version:
+                self._taken = {}
+                return
 
     def _with_other_ranks(
         self, work: list[tuple[Strategies, list[ParamPlan], list[ParamPlan]]], undo: Undo
@@ -534,6 +579,7 @@ class LowRankOptimizer(PlannedOptimizer):
         items = self._items(group)
         chosen = self._strategies(group)
         ready = [item for item in items if item.param.grad is not None]
+        ready = [item for item in ready if item.index not in self._taken]
         if len(ready) < len(items):  # at any step: its state may have been loaded
             check_owned([item.param for item in items if item.param.grad is None])
         check_gradients(ready, type(self).__name__)
@@ -550,12 +596,16 @@ class LowRankOptimizer(PlannedOptimizer):
         for item in ready:
             self._state_of(item, chosen)
         self._begin_blocks(items, undo)
-        advance(items, self.state, chosen)
+        advance(items, self.state, chosen, self._taken)
 
     def _begin_blocks(self, items: list[ParamPlan], undo: Undo) -> None:
         for item in items:
             if isinstance(item.subspace, Block) and item.param in self.state:
                 undo.begin(self.state[item.param])
+
+    def _trains(self, param: Tensor) -> bool:
+        """Whether a parameter is one that training changes, now or in its turn."""
+        return param.requires_grad
 
     def _make_state(self) -> None:
         """Before the first step, the state of all that can be trained, with a gradient or not."""
@@ -564,7 +614,7 @@ class LowRankOptimizer(PlannedOptimizer):
         for group in self.param_groups:
             chosen = self._strategies(group)
             for item in self._items(group):
-                if item.param.requires_grad:
+                if self._trains(item.param):
                     self._state_of(item, chosen)
 
     @torch.no_grad()
@@ -666,6 +716,9 @@ class LowRankOptimizer(PlannedOptimizer):
         if torch.compiler.is_dynamo_compiling() and set_to_none:
             self._traced.free_gradients()
         else:
+            self._taken = {}
+            if self._discarding is not None:
+                self._discarding()
             super().zero_grad(set_to_none)
 
     # ---------------------------------------------------------------- state

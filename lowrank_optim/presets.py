@@ -21,7 +21,12 @@ _FIRA = {"60m": (128, 200, 0.25, 0.01), "130m": (256, 200, 0.25, 0.01)}
 _FIRA |= {"350m": (256, 200, 0.25, 0.01), "1b": (512, 200, 0.0625, 0.01)}
 _FIRA |= {"7b": (64, 500, 0.0625, 0.005)}
 
+_APOLLO = {False: {"60m": (128, 1.0), "1b": (256, 1.0), "7b": (256, 1.0)}}
+_APOLLO |= {True: {"60m": (1, 128.0), "130m": (1, 192.0), "7b": (1, 128.0)}}
+
 _FRUGAL = ("60m", "130m", "350m", "1b", "7b")
+
+_SLTRAIN = {"60m": (128, 32.0), "130m": (256, 16.0), "350m": (256, 16.0), "1b": (512, 8.0)}
 
 _GALORE_GLUE = {
     4: {"cola": 3e-5, "mrpc": 3e-5} | dict.fromkeys(("mnli", "sst2", "qnli", "qqp"), 1e-5)
@@ -116,6 +121,33 @@ def fira_pretrain(size: str) -> Arguments:
     return {**own, **_PUBLISHED}
 
 
+def apollo_pretrain(size: str, *, mini: bool = False) -> Arguments:
+    """Arguments of ``ApolloAdamW`` for LLaMA on C4; sizes are 60m, 1b and 7b, of Mini 130m too.
+
+    Sequences, batches, warm-up and schedule as GaLore's.
+
+    Args:
+        size: of the model; Mini's are 60m, 130m and 7b.
+        mini: whether of APOLLO-Mini, rank 1 and one factor for a matrix (default: False).
+
+    Source: Zhu et al. (2025), arXiv:2412.05270, and the settings of the release's scripts
+    (apollo-torch 1.0.3), whose text has a rank of a quarter of the hidden size.
+
+    Raises:
+        ValueError: nothing was published for ``size`` or ``mini``.
+
+    Example:
+        >>> from lowrank_optim import presets
+        >>> settings = presets.apollo_pretrain("7b", mini=True)
+        >>> settings["rank"], settings["scale"], settings["scale_type"]
+        (1, 128.0, 'tensor')
+    """
+    rank, scale = _one(_one(_APOLLO, mini, "value of mini"), size, "size")
+    own = {"lr": 0.01, "eps": 1e-6, "weight_decay": 0.0, "rank": rank, "update_proj_gap": 200}
+    own |= {"scale": scale, "scale_type": "tensor" if mini else "channel", "limiter": 1.01}
+    return {**own, **_PUBLISHED, "projector": "random"}
+
+
 def frugal_pretrain(size: str) -> Arguments:
     """Arguments of ``FrugalAdamW`` for LLaMA on C4; sizes are 60m, 130m, 350m, 1b and 7b.
 
@@ -170,3 +202,23 @@ def frugal_glue(task: str, rank: int = 8) -> Arguments:
     found |= {"density": _one({8: 8 / 768, 0: 0.0}, rank, "rank"), "projector": "columns"}
     found |= {"update_proj_gap": 500, "free_rule": "sign", "free_lr_scale": 0.1}
     return found | {"on_refresh": "reset", "proj_params_lr_scale": 1.0}
+
+
+def sltrain_pretrain(size: str) -> Arguments:
+    """Arguments of ``convert(model, "sltrain")`` for LLaMA on C4; sizes are 60m, 130m, 350m and 1b.
+
+    The matrices of attention and MLP are replaced. The optimizer is AdamW with ``lr=3e-3`` and
+    ``weight_decay=0.0``; 11, 22, 65 and 140 thousand steps.
+
+    Source: Han et al. (2024), arXiv:2406.02214, and the release's scripts.
+
+    Raises:
+        ValueError: nothing was published for ``size``.
+
+    Example:
+        >>> from lowrank_optim import presets
+        >>> presets.sltrain_pretrain("60m")
+        {'rank': 128, 'density': 0.03, 'scale': 32.0}
+    """
+    rank, scale = _one(_SLTRAIN, size, "size")
+    return {"rank": rank, "density": 0.03, "scale": scale}

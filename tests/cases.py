@@ -36,7 +36,14 @@ RULES: dict[str, dict[str, Any]] = {
 }
 """Rule of each class and hyper-parameters at which its moments matter within a few steps."""
 
+WHOLE_LAYERS = ("LisaAdamW", "LisaAdamW8bit", "BAdamW", "BAdamW8bit")
+"""Classes whose layers take turns, vectors with the matrices, whatever the projector."""
+
+ALL: dict[str, Any] = {"active_layers": 1000, "outside": "turns", "on_refresh": "keep"}
+"""Layers that are always active, so that every tensor moves; turns have tests of their own."""
+
 METHOD_ARGS: dict[str, dict[str, Any]] = {
+    **{name: {**ALL} for name in WHOLE_LAYERS},
     "DCTAdamW": {"projector": "dct"},
     "DCTAdamW8bit": {"projector": "dct"},
     # its own step size would make ``lr`` meaningless
@@ -60,6 +67,18 @@ DECAYS_FACTORS = ("SSTAdamW", "SSTAdamW8bit")
 def method_names() -> list[str]:
     """Every optimizer class that ``lowrank_optim.methods`` exports."""
     return list(methods.__all__)
+
+
+def distinct_names() -> list[str]:
+    """Those that differ where matrices are too small for codes: one class of 8 bits for all.
+
+    Each of the others is then the class without them, under another name. Codes have tests of their
+    own, in ``tests/stores``.
+    """
+    return [name for name in method_names() if not name.endswith("8bit") or name == NARROW]
+
+
+NARROW = "GaLoreAdamW8bit"
 
 
 def projecting_names() -> list[str]:

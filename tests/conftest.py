@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -21,6 +22,10 @@ pytest.register_assert_rewrite(
 
 torch.set_num_threads(1)  # the suite runs in parallel processes; results do not depend on cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so do the processes that tests start
+
+# this package is compiled by the first process, and read by those that it starts and by later runs
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 settings.register_profile(
     "lowrank_optim", deadline=None, max_examples=20, derandomize=True, database=None

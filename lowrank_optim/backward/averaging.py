@@ -276,6 +276,12 @@ class Averaging:
 
     # ---------------------------------------------------------------- before a step
 
+    def discard(self) -> None:
+        """Begin again, unless messages of a backward that raised are under way."""
+        if self._round is None:
+            self._running, self._averages_now, self._task = False, False, -1
+            self._here, self._backwards = {}, 0
+
     def check_averaged(self) -> None:
         """Raise if a step would use gradients of this rank alone.
 

@@ -96,6 +96,7 @@ class InBackward:
             optimizer.register_step_post_hook(self._after_step),
         ]
         setattr(optimizer, _ATTACHED, self)
+        optimizer._discarding = self._discard
         self._hook_all()
 
     def remove(self) -> None:
@@ -108,6 +109,7 @@ class InBackward:
             self._ranks = None
         if getattr(self.optimizer, _ATTACHED, None) is self:
             setattr(self.optimizer, _ATTACHED, None)
+            self.optimizer._discarding = None
 
     @property
     def whole_shards(self) -> tuple[str, ...]:
@@ -208,6 +210,11 @@ class InBackward:
 
     def _settle(self) -> None:
         """What is left to do between the last backward and the step."""
+
+    def _discard(self) -> None:
+        """``zero_grad()``: what backwards have left since the last step is not to be applied."""
+        if self._ranks is not None:
+            self._ranks.discard()
 
     def _arrived(self, param: Tensor) -> None:
         """A gradient is complete for this backward, on this rank."""

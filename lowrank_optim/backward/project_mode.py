@@ -164,11 +164,12 @@ class ProjectMode(InBackward):
         for plan, state, strategies in whole:
             grad = plan.param.grad
             assert plan.view is not None and grad is not None
+            based = int(state["refresh_step"]) >= 0
             if basis_due(plan, state, strategies):
                 step = int(state["step"])
                 refresh_(plan, state, plan.view.of(grad), step, strategies, later=True)
             plan.param.grad = projected(
-                plan, state, grad, strategies, self.coords_dtype, self._salt
+                plan, state, grad, strategies, self.coords_dtype, self._salt, based
             )
         plain = [plan.param for _, plan in items_of(self.optimizer) if not plan.sharded]
         if shards:

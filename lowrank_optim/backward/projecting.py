@@ -122,16 +122,23 @@ def kept_dtype(dtype: torch.dtype, coords_dtype: str) -> torch.dtype:
     return compute_dtype(dtype)
 
 
-def coords_of(plan: ParamPlan, state: State, grad: Tensor) -> Coords:
-    """Coordinates as the subspace finds them, not finite where the gradient is not."""
+def coords_of(plan: ParamPlan, state: State, grad: Tensor, based: bool = True) -> Coords:
+    """Coordinates as the subspace finds them, not finite where the gradient is not.
+
+    Args:
+        plan: of the parameter.
+        state: likewise.
+        grad: its gradient.
+        based: whether there was a basis before this step: coordinates of none are zeros.
+    """
     assert plan.view is not None and plan.subspace is not None
-    return matrix_coords(plan.subspace, state, plan.view.of(grad))
+    return matrix_coords(plan.subspace, state, plan.view.of(grad), based)
 
 
-def matrix_coords(subspace: Subspace, state: State, grad: Tensor) -> Coords:
+def matrix_coords(subspace: Subspace, state: State, grad: Tensor, based: bool = True) -> Coords:
     """The same of a gradient in the canonical view, or of some of its columns."""
     coords = subspace.coords(state, grad, reduce=identity)
-    if not subspace.sees_all:
+    if not (subspace.sees_all and based):
         nothing = torch.linalg.vector_norm(ops.matrix_norm(grad)) * 0  # or NaN
         coords = {name: x.add_(nothing) for name, x in coords.items()}
     return coords
@@ -153,14 +160,16 @@ def projected(
     strategies: Strategies,
     coords_dtype: str,
     salt: Sequence[int] = (),
+    based: bool = True,
 ) -> ProjectedGrad:
     """The gradient in the basis in use, to which more gradients can be added.
 
-    ``salt`` tells roundings of this rank from those of others.
+    ``salt`` tells roundings of this rank from those of others; ``based`` is as of
+    :func:`coords_of`.
     """
 
     def take(_: ProjectedGrad, more: Tensor) -> Coords:
-        return coords_of(plan, state, more)
+        return coords_of(plan, state, more, based)
 
     return _begin(plan, grad, take, state, strategies, coords_dtype, salt)
 

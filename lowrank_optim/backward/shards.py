@@ -146,6 +146,11 @@ class Together:
         """Nothing waits: a backward that raised leaves no end of itself behind."""
         self._waiting, self._queued = [], False
 
+    def close(self) -> None:
+        """No gradient comes any more: let go of who steps, which holds this in turn."""
+        self.forget()
+        self._step = lambda _: None
+
     def _end(self) -> None:
         self._last.add(self._waiting[-1])
         self.take()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -16,6 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from lowrank_optim.backward.clipping import clip_each_
 from lowrank_optim.backward.handle import InBackward
 from lowrank_optim.backward.parallel import MESSAGE
+from lowrank_optim.backward.runs import Runs
 from lowrank_optim.backward.shards import Together, like_shard
 from lowrank_optim.backward.stepped_grad import SteppedGrad
 from lowrank_optim.engine.plan import ParamPlan
@@ -24,6 +26,8 @@ from lowrank_optim.groups import Group, notices
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.parts import is_sharded
 from lowrank_optim.subspaces.block import Block
+
+logger = logging.getLogger(__name__)
 
 
 class StepMode(InBackward):
@@ -42,6 +46,9 @@ class StepMode(InBackward):
         self.accumulation_steps, self.keep_norms = accumulation_steps, keep_norms
         self._arrivals: dict[Tensor, int] = {}
         self._begun_groups: set[int] = set()
+        self._stepped: set[Tensor] = set()
+        """Parameters that have taken this step."""
+        self._runs = Runs()
         self._together = Together(partial(self._step_shards, keep_norms=keep_norms))
         self._in_time = False
         """Whether a gradient has arrived as often as it should."""
@@ -57,6 +64,8 @@ class StepMode(InBackward):
 
     @torch.no_grad()
     def _arrived(self, param: Tensor) -> None:
+        if self._runs.begin():
+            self._forget_failed(param)
         arrivals = self._arrivals[param] = self._arrivals.get(param, 0) + 1
         if arrivals < self.accumulation_steps:
             return
@@ -65,7 +74,8 @@ class StepMode(InBackward):
                 f"a gradient arrived {arrivals} times before optimizer.step(), and its parameter "
                 f"was stepped at accumulation_steps={self.accumulation_steps}: pass the number of "
                 "backwards before a step, under FSDP2 of those that reduce gradients; a parameter "
-                "that two checkpointed segments share needs use_reentrant=False"
+                "that two checkpointed segments share needs use_reentrant=False; zero_grad() "
+                "leaves out a batch"
             )
         self._in_time = True
         if is_sharded(param):
@@ -73,6 +83,40 @@ class StepMode(InBackward):
                 self._together.arrived(param)
         elif self._ranks is None:
             self._averaged(param)
+
+    def _forget_failed(self, param: Tensor) -> None:
+        """The backward before this one raised, and ``zero_grad()`` was another's, as a module's.
+
+        Raises:
+            RuntimeError: nobody's: gradients of that backward are still there.
+        """
+        for other, arrivals in self._arrivals.items():
+            left = other.grad is not None and not isinstance(other.grad, SteppedGrad)
+            if arrivals and left and other is not param:
+                raise RuntimeError(
+                    f"a backward raised before its end, and left a gradient of part of a batch in "
+                    f"{self._find(other)[1].name}: call zero_grad() and begin the batch again, or "
+                    "step() to apply what is there"
+                )
+        self._discard()
+
+    def _discard(self) -> None:
+        """A batch is left out; of parameters that have taken its step, say so."""
+        super()._discard()
+        if self._stepped:
+            logger.warning(
+                "a batch was left out after %d of %d parameters had taken its step inside "
+                "backward: they are one step ahead of the others, and are not put back",
+                len(self._stepped),
+                len(self._hooks),
+            )
+        self._forget_norms()
+        self._begin_again()
+
+    def _begin_again(self) -> None:
+        self._arrivals, self._begun_groups, self._stepped = {}, set(), set()
+        self._runs.forget()
+        self._together.forget()
 
     def _averaged(self, param: Tensor) -> None:
         self._arrivals[param] = self.accumulation_steps  # a last backward may have missed it
@@ -104,7 +148,13 @@ class StepMode(InBackward):
         begins = isinstance(plan.subspace, Block) and id(group) not in self._begun_groups
         self._begun_groups |= {id(group)} if begins else set()
         alike = {} if self._ranks is None else self.optimizer._replicas.known
-        self.optimizer._step_alone(plan, group, begins, alike)
+        try:
+            self.optimizer._step_alone(plan, group, begins, alike)
+        except BaseException:  # its gradient is still to be applied, or zeroed
+            self._arrivals[param] = min(self._arrivals.get(param, 0), self.accumulation_steps - 1)
+            self._begun_groups -= {id(group)} if begins else set()
+            raise
+        self._stepped.add(param)
         param.grad = SteppedGrad(param, norm) if keep_norm and norm is not None else None
 
     def _step_shards(self, params: Sequence[Tensor], keep_norms: bool = False) -> None:
@@ -118,6 +168,7 @@ class StepMode(InBackward):
         if self.max_norm is not None:
             clip_each_([self._find(param)[1] for param in params], self.max_norm)
         self.optimizer._step_shards(list(by_group.values()), self._begun_groups)
+        self._stepped.update(params)
         for param, grad in zip(params, left, strict=True):
             param.grad = grad
 
@@ -136,8 +187,8 @@ class StepMode(InBackward):
         if any(count >= self.accumulation_steps for count in counts):
             raise RuntimeError(
                 "a gradient of a DTensor is there after its step inside backward: a backward "
-                "raised before its end, or somebody wrote it. remove() the handle and "
-                "attach_in_backward again, on every rank"
+                "raised before its end, or somebody wrote it. Call zero_grad() on every rank, "
+                "which leaves this batch out, or remove() the handle and attach_in_backward again"
             )
         if late and not self._in_time:
             warnings.warn(
@@ -192,7 +243,7 @@ class StepMode(InBackward):
                     clip_grad_norm_([param], self.max_norm)
 
     def _after_step(self, *_: Any) -> None:
-        self._arrivals, self._begun_groups = {}, set()
+        self._begin_again()
         super()._after_step()
 
     def remove(self) -> None:
@@ -200,3 +251,4 @@ class StepMode(InBackward):
         self._forget_norms()
         vars(self.optimizer).pop("_step_supports_amp_scaling", None)
         super().remove()
+        self._together.close()

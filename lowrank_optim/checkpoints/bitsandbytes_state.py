@@ -17,6 +17,7 @@ from lowrank_optim.ops.quant import Quantized
 from lowrank_optim.rules import AdamW, Lion, Slot
 from lowrank_optim.stores import Block8Store, Store, encoded, scale_key
 from lowrank_optim.stores.base import State
+from lowrank_optim.tensors.values import check_counter, readable
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 """Where a state dict hides what FSDP must not gather; the optimizer's own state has it flat."""
@@ -38,8 +39,15 @@ class Flat(NamedTuple):
 
 
 def unwrapped(entry: Mapping[str, Any]) -> Entries:
-    """The state of one parameter as bitsandbytes' optimizer has it."""
-    return {k: v for k, v in entry.items() if k != WRAPPED} | dict(entry.get(WRAPPED, {}))
+    """The state of one parameter as bitsandbytes' optimizer has it.
+
+    Raises:
+        ValueError: what it hides is no state.
+    """
+    inner = entry.get(WRAPPED, {})
+    if not isinstance(inner, Mapping):
+        raise ValueError(f"{WRAPPED} of a state must be a dict, got {type(inner).__name__}")
+    return {k: v for k, v in entry.items() if k != WRAPPED} | dict(inner)
 
 
 def without_defaults(group: Mapping[str, Any]) -> Group:
@@ -62,6 +70,22 @@ def rule_of(optimizer: PlannedOptimizer) -> type[AdamW] | type[Lion]:
     )
 
 
+def steps_of(name: str, entry: Mapping[str, Any]) -> float:
+    """How many steps a saved state of another package has taken.
+
+    Raises:
+        ValueError: it does not say so.
+    """
+    if "step" not in entry:
+        raise ValueError(f"the state of {name} has no step: it holds {sorted(entry) or 'nothing'}")
+    given = readable(f"step of {name}", entry["step"])
+    if given.numel() != 1:
+        raise ValueError(f"step of {name} must be one number, got shape {tuple(given.shape)}")
+    count = given.reshape(())
+    check_counter({f"step of {name}": count}, f"step of {name}")
+    return float(count)
+
+
 def dense(
     name: str,
     entry: Mapping[str, Any],
@@ -74,9 +98,7 @@ def dense(
     Raises:
         ValueError: it is not a state of that rule.
     """
-    if not isinstance(entry.get("step"), int | Tensor):
-        raise ValueError(f"the state of {name} has no step")
-    out: Entries = {"step": torch.tensor(float(entry["step"]))}
+    out: Entries = {"step": torch.tensor(steps_of(name, entry))}
     slots = rule().slots(())
     found = moments(name, entry, slots)
     for slot in slots:

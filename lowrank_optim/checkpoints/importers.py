@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Mapping, Sequence
-from typing import IO, Any
+from collections.abc import Mapping
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
 
 from lowrank_optim.checkpoints import bitsandbytes_state as bnb
-from lowrank_optim.checkpoints.form import Entries
+from lowrank_optim.checkpoints.form import Entries, check_form
 from lowrank_optim.checkpoints.load import StateDict, check_fit
 from lowrank_optim.engine.plan import ParamPlan, init_state
 from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.groups import Group, canonical
+from lowrank_optim.groups.values import whole
 from lowrank_optim.rules import AdamW, Lion, Slot
 from lowrank_optim.stores import Store
+from lowrank_optim.tensors.values import readable
 
 FACTORS = {"exp_avg_sq_row": "exp_avg_sq_col", "exp_avg_sq_col": "exp_avg_sq_row"}
 """Adafactor's means along rows and columns change places where the matrix is seen transposed."""
@@ -78,13 +80,15 @@ def import_galore_torch(
         entries = {i: entries_of[i] for i in group["params"] if i in entries_of}
         named = {i: item.name for i, item in zip(group["params"], items, strict=True)}
         group |= {"method": "galore_torch"}
-        group |= _projector_keys({named[i]: entry for i, entry in entries.items()})
+        projectors = {i: _projector(named[i], entry) for i, entry in entries.items()}
+        group |= _projector_keys({named[i]: own for i, own in projectors.items()})
         filled.append({**mine, **group})
         for i, item in zip(group["params"], items, strict=True):
             if i in entries:
                 expected = _expected(optimizer, mine, item)
-                converted = _converted(item, entries[i], group, expected, store)
-                state[i] = saved[item.index] = converted
+                state[i] = saved[item.index] = _converted(
+                    item, entries[i], projectors[i], group, expected, store
+                )
     check_fit(optimizer, filled, saved)
     return {"state": state, "param_groups": groups}
 
@@ -207,14 +211,10 @@ def _opened(
     """
     theirs = checkpoint if isinstance(checkpoint, Mapping) else _read(checkpoint)
     theirs = theirs.get("optimizer", theirs)
-    if not {"state", "param_groups"} <= theirs.keys():
-        raise ValueError(f"not an optimizer checkpoint: it holds {sorted(map(str, theirs))}")
-    for n, group in enumerate(theirs["param_groups"]):
-        if not isinstance(group.get("params"), Sequence):
-            raise ValueError(f"group {n} of the checkpoint has no params")
-    for i, entry in theirs["state"].items():
-        if not isinstance(entry, Mapping):
-            raise ValueError(f"the state of {i} is {type(entry).__name__}, not a dict")
+    if not isinstance(theirs, Mapping) or not {"state", "param_groups"} <= theirs.keys():
+        held = sorted(map(str, theirs)) if isinstance(theirs, Mapping) else type(theirs).__name__
+        raise ValueError(f"not an optimizer checkpoint: it holds {held}")
+    check_form(theirs)
     groups = [canonical(bnb.without_defaults(group)) for group in theirs["param_groups"]]
     if [len(g["params"]) for g in groups] != [len(g["params"]) for g in optimizer.param_groups]:
         raise ValueError(
@@ -246,7 +246,38 @@ def _read(file: str | os.PathLike[str] | IO[bytes]) -> Mapping[str, Any]:
     return theirs
 
 
-def _projector_keys(entries: Mapping[str, Entries]) -> Group:
+def _projector(name: str, entry: Mapping[str, Any]) -> ProjectorRecord | None:
+    """A saved projector, whatever its class.
+
+    Raises:
+        ValueError: it lacks what a step of galore-torch reads of it.
+    """
+    projector = entry.get("projector")
+    if projector is None:
+        return None
+    missing = [key for key in ProjectorRecord.__annotations__ if not hasattr(projector, key)]
+    if missing:
+        raise ValueError(
+            f"projector of {name} must be a GaLoreProjector, got {type(projector).__name__} "
+            f"without {', '.join(missing)}"
+        )
+    gap, bases = projector.update_proj_gap, projector.ortho_matrix
+    if not whole(1).holds(gap):
+        raise ValueError(f"update_proj_gap of {name} must be a positive int, got {gap!r}")
+    bases = bases if isinstance(bases, list | tuple) else [bases]
+    count = 2 if projector.proj_type == "full" else 1
+    if len(bases) != count or not all(isinstance(x, Tensor) and x.dim() == 2 for x in bases):
+        kinds = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in bases]
+        raise ValueError(
+            f"the projector of {name} has no basis: of proj_type={projector.proj_type!r} "
+            f"ortho_matrix must be {'two matrices' if count > 1 else 'a matrix'}, got {kinds}"
+        )
+    for basis in bases:
+        readable(f"ortho_matrix of {name}", basis)
+    return cast(ProjectorRecord, projector)
+
+
+def _projector_keys(projectors: Mapping[str, ProjectorRecord | None]) -> Group:
     """Group keys as the projectors have them: galore-torch ignores later edits of its groups.
 
     Raises:
@@ -254,8 +285,7 @@ def _projector_keys(entries: Mapping[str, Entries]) -> Group:
     """
     keys: Group = {}
     first: dict[str, str] = {}
-    for name, entry in entries.items():
-        projector = entry.get("projector")
+    for name, projector in projectors.items():
         for key in ("rank", "update_proj_gap", "scale", "proj_type") if projector else ():
             value = getattr(projector, key)
             if keys.setdefault(key, value) != value:
@@ -267,28 +297,35 @@ def _projector_keys(entries: Mapping[str, Entries]) -> Group:
 
 
 def _converted(
-    item: ParamPlan, entry: Entries, group: Group, expected: Mapping[str, Tensor], store: Store
+    item: ParamPlan,
+    entry: Entries,
+    projector: ProjectorRecord | None,
+    group: Group,
+    expected: Mapping[str, Tensor],
+    store: Store,
 ) -> Entries:
     """The state of one parameter under our names, in our orientation and formats."""
-    out: Entries = {"step": torch.tensor(float(entry["step"]))}
-    moments = {k: v for k, v in entry.items() if isinstance(v, Tensor) and k.startswith("exp_avg")}
+    steps = bnb.steps_of(item.name, entry)
+    out: Entries = {"step": torch.tensor(steps)}
+    moments = {
+        k: readable(f"{k} of {item.name}", v)
+        for k, v in entry.items()
+        if k.startswith("exp_avg") and v is not None
+    }
     if "clip_threshold" in group and "exp_avg" in moments:
-        lr = _last_lr(entry, group)
+        lr = _last_lr(item.name, steps, entry, group)
         moments["exp_avg"] = moments["exp_avg"] / lr if lr else 0 * moments["exp_avg"]
     kept: Mapping[str, Tensor | bnb.Flat] = moments
     if "state1" in entry:
         kept = bnb.moments(item.name, entry, AdamW().slots(item.param.shape))
-    projector = entry.get("projector")
     if projector is None or item.view is None:
         for key, value in kept.items():
             out |= bnb.stored(key, value, _slot(key), expected, False, store)
         return out
     flip = item.view.flip
     bases = projector.ortho_matrix
-    bases = bases if isinstance(bases, list) else [bases]
-    if not all(isinstance(basis, Tensor) for basis in bases):
-        raise ValueError(f"the projector of {item.name} has no basis")
-    step, gap = int(entry["step"]), projector.update_proj_gap
+    bases = bases if isinstance(bases, list | tuple) else [bases]
+    step, gap = int(steps), projector.update_proj_gap
     out["refresh_step"] = torch.tensor(float((step - 1) // gap * gap))
     out["postponed"] = torch.zeros(())
     out["basis"] = _copy(bases[0].mT if flip else bases[0])
@@ -306,11 +343,26 @@ def _slot(key: str) -> Slot:
     return Slot(key, signed="sq" not in key)
 
 
-def _last_lr(entry: Entries, group: Group) -> float:
-    """The learning rate that galore-torch's Adafactor multiplied its last direction by."""
-    lr, step = group["lr"], entry["step"]
-    if group["relative_step"]:
+def _last_lr(name: str, step: float, entry: Entries, group: Group) -> float:
+    """The learning rate that galore-torch's Adafactor multiplied its last direction by.
+
+    Raises:
+        ValueError: something that it depends on is missing.
+    """
+    if not step:
+        return 0.0
+    needed = ["lr", "relative_step", "warmup_init", "scale_parameter", "eps"]
+    lacking = [key for key in needed if key not in group]
+    if group.get("scale_parameter") and "RMS" not in entry:
+        lacking.append("RMS")
+    lr = None if lacking else group["lr"]
+    if not lacking and group["relative_step"]:
         lr = min(1e-6 * step if group["warmup_init"] else 1e-2, step**-0.5)
+    if lr is None:
+        raise ValueError(
+            f"exp_avg of {name} holds a learning rate of galore-torch's Adafactor, which is not "
+            f"known without {', '.join(lacking or ['lr'])} of its group and state"
+        )
     return float(lr * max(group["eps"][1], float(entry["RMS"])) if group["scale_parameter"] else lr)
 
 

@@ -50,7 +50,7 @@ def load_state_dict(
     and one that runs before the user's post-hooks puts it back as it was saved.
 
     Raises:
-        ValueError: the checkpoint does not fit; the optimizer is left as it was.
+        ValueError: the checkpoint does not fit. The optimizer is left as it was, as by any failure.
     """
     saved: dict[int, Entries] = {}  # by position of the parameter
     dtypes: dict[int, dict[str, torch.dtype]] = {}
@@ -102,10 +102,15 @@ def load_state_dict(
         optimizer.register_load_state_dict_pre_hook(take),
         optimizer.register_load_state_dict_post_hook(put, prepend=True),
     ]
+    before = dict(vars(optimizer))
     try:
         if not isinstance(state_dict, Mapping):
             check_form(state_dict)
         torch_load(state_dict)
+    except BaseException:
+        vars(optimizer).clear()  # torch and we have replaced what is here, and written into none
+        vars(optimizer).update(before)
+        raise
     finally:
         for handle in handles:
             handle.remove()

@@ -64,12 +64,17 @@ Measured = dict[tuple[str, Column], Found]
 """By the name of the row, and the column."""
 
 
-def check(tokens: int | None, budget: int) -> None:
+def check(tokens: int | None, budget: int, device: str | None = None) -> None:
     """Raise for what cannot be measured, before anything is; say where the card is the limit.
 
     Raises:
-        Refused: there is no GPU, or nothing to train on.
+        Refused: there is no GPU, nothing to train on, or estimates are asked for of another device.
     """
+    if device == "cpu":
+        raise Refused(
+            "--measure trains on a GPU, and --device cpu asks for the estimates of another: "
+            "leave it out"
+        )
     if not torch.cuda.is_available():
         raise Refused(NO_GPU)
     if tokens is None:

@@ -103,6 +103,11 @@ PARAGRAPH = "\n\n".join(["Known models: " + ", ".join(MODELS), "Optimizers: " + 
     help="Of the coordinates that project keeps, a column each.  [default: auto]",
 )
 @click.option(
+    "--device",
+    type=click.Choice(["cuda", "cpu"]),
+    help="That trains: a DCT basis is kept as it is fastest there.  [default: cuda]",
+)
+@click.option(
     "--measure", "measuring", is_flag=True, help="Train for some steps on a GPU: peaks as they are."
 )
 @click.option("--json", "as_text", is_flag=True, help="Print figures in bytes, and nothing else.")
@@ -123,6 +128,7 @@ def memory(
     modes: tuple[str, ...],
     accumulation_steps: int | None,
     coords: tuple[str, ...],
+    device: str | None,
     measuring: bool,
     as_text: bool,
     picture: Path | None,
@@ -134,7 +140,7 @@ def memory(
     """
     budget = round(budget_gib * GIB)
     if measuring:
-        really.check(tokens, budget)
+        really.check(tokens, budget, device)
     if picture is not None and find_spec("matplotlib") is None:
         raise Refused("--plot needs matplotlib: pip install matplotlib")
     if tokens is None and (micro_batch is not None or checkpointing):
@@ -150,8 +156,9 @@ def memory(
         columns(modes, accumulation_steps, coords),
         batch,
         checkpointing,
+        device or "cuda",
     )
-    about = _about(model, module, rank, batch, checkpointing)
+    about = _about(model, module, rank, batch, checkpointing) | {"device": device or "cuda"}
     found: really.Measured = {}
     if measuring and batch is not None:
         found = really.measured(rows, really.Run(model, dtype, batch, checkpointing, budget))
@@ -169,6 +176,7 @@ def _measured(
     asked: Sequence[Column],
     batch: tuple[int, int] | None,
     checkpointing: bool,
+    device: str,
 ) -> list[Row]:
     """The rows; what an optimizer warns of is said, once.
 
@@ -178,7 +186,7 @@ def _measured(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a training run that this is not
-            rows = measure(module, choices, asked, batch, checkpointing)
+            rows = measure(module, choices, asked, batch, checkpointing, device)
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
         raise Refused(str(error) or type(error).__name__) from error
     for note in dict.fromkeys(note for row in rows for note in row.notes):

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lowrank_optim import methods
 from lowrank_optim.memory import LAYOUTS, Estimate
 from lowrank_optim.memory.checks import class_of
-from lowrank_optim.memory.estimating import Training, estimated
+from lowrank_optim.memory.estimating import Training, device_of, estimated
 
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 HOSTED = "moments on host"
@@ -90,7 +90,7 @@ class Row:
 
     chosen: Chosen
     state: Estimate
-    """With all gradients live, and no activations: the state is that of every column."""
+    """With all gradients live, no activations and no steps: the state is that of every column."""
     peaks: Mapping[Column, Estimate | None]
     """None where the method needs whole gradients."""
     notes: tuple[str, ...] = ()
@@ -138,12 +138,14 @@ def measure(
     asked: Sequence[Column],
     tokens: tuple[int, int] | None = None,
     checkpointing: bool = False,
+    device: str | None = None,
 ) -> list[Row]:
     """The rows of ``module``: every figure is one of :func:`lowrank_optim.memory.estimate`.
 
     What does not depend on the optimizer, or on the column, is found once.
     """
     known: dict[Any, Any] = {}
+    place = device_of(module, device)
 
     def one(choice: Chosen, training: Training) -> Estimate:
         cls = class_of(choice.optimizer)
@@ -153,7 +155,7 @@ def measure(
     for choice in chosen:
         with warnings.catch_warnings(record=True) as raised:
             warnings.simplefilter("always")
-            state = one(choice, Training())  # or says what is wrong
+            state = one(choice, Training(transients=False, device=place))  # or says what is wrong
         peaks: dict[Column, Estimate | None] = {}
         for column in asked:
             training = Training(
@@ -162,6 +164,7 @@ def measure(
                 coords_dtype=column.coords_dtype,
                 tokens=tokens,
                 checkpointing=checkpointing,
+                device=place,
             )
             try:
                 peaks[column] = one(choice, training)

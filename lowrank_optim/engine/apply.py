@@ -49,6 +49,10 @@ def prepared(
         rounding: seed and positions of the weights as they are stored; None rounds to nearest.
     """
     undo.keep_all([w.state for w in work], chosen.residual.stepped)
+    for w in work:
+        undo.keep_weights(w.state, w.item.param)
+        if w.item.subspace is not None and not on_accelerator(w.item.param):
+            undo.keep(w.state, w.item.subspace.pushed(w.state))
     terms = _terms(work, chosen)
     sizes = [_step_size(w, chosen, lr) for w in work]
     decays = _each(sizes, lambda size: 1 - size * weight_decay)
@@ -185,6 +189,7 @@ def push(work: Sequence[MatrixStep], ready: Sequence[Push], chosen: Strategies, 
     assert subspace is not None
     intos = [own.into for own in ready]
     updates, terms = [own.update for own in ready], [own.term for own in ready]
+    undo.loosen([w.state for w in work], [w.item.param for w in work], [w.item.name for w in work])
     written: list[MatrixStep] = []
     try:
         for n in _pushed_(subspace, intos, [w.state for w in work], updates, terms):

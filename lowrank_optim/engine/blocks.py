@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from lowrank_optim.engine.plan import (
     alloc_moments,
     weight_noise,
 )
+from lowrank_optim.groups.names import uid_of
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.residuals import ResidualInputs
 from lowrank_optim.stores import scale_key
@@ -28,8 +30,15 @@ from lowrank_optim.tensors.matrix import shares_memory
 States = Mapping[Tensor, State]
 
 
-def placed(items: list[ParamPlan]) -> list[ParamPlan]:
+def placed(
+    items: list[ParamPlan], layers: Sequence[str] = (), every: Sequence[str] = ()
+) -> list[ParamPlan]:
     """A group's items, its blocks told which of how many they are; frozen ones count.
+
+    Args:
+        items: of the group.
+        layers: the layer of each, where blocks are layers (default: every tensor is one).
+        every: the layers of all groups, which take turns together.
 
     Random sets are of positions in the order of ``uid``, so that the order of the group, where its
     parameters have names, changes nothing; the other orders are of positions in the group.
@@ -38,32 +47,106 @@ def placed(items: list[ParamPlan]) -> list[ParamPlan]:
         ValueError: the order needs an even number of active blocks, and theirs is odd.
     """
     blocks = [item for item in items if isinstance(item.subspace, Block)]
+    if layers and blocks:
+        return _placed_layers(items, layers, every)
     if any(isinstance(b.subspace, Block) and b.subspace.block_order == "random" for b in blocks):
         blocks.sort(key=lambda item: item.uid)
     for position, item in enumerate(blocks):
         assert isinstance(item.subspace, Block)
         count, first = len(blocks), blocks[0].uid
         item.subspace = replace(item.subspace, position=position, count=count, first=first)
-        if item.subspace.block_order == "mirror" and item.subspace.size % 2:
-            raise ValueError(
-                "block_order='mirror' needs an even number of active blocks, got "
-                f"{item.subspace.size} of {len(blocks)}"
-            )
+        _check_turns(item.subspace)
     return items
 
 
-def advance(items: Sequence[ParamPlan], states: States, chosen: Strategies) -> None:
+def _placed_layers(
+    items: list[ParamPlan], layers: Sequence[str], every: Sequence[str]
+) -> list[ParamPlan]:
+    """All tensors of a layer at one place, the same in each group."""
+    first = uid_of(" ".join(sorted(every)))
+    place = {layer: n for n, layer in enumerate(every)}
+    for item, layer in zip(items, layers, strict=True):
+        block = item.subspace
+        if isinstance(block, Block):
+            position = place[layer]
+            item.subspace = replace(block, position=position, count=len(every), first=first)
+            _check_turns(item.subspace)
+    return items
+
+
+def _check_turns(block: Block) -> None:
+    if block.block_order == "mirror" and block.size % 2:
+        raise ValueError(
+            "block_order='mirror' needs an even number of active blocks, got "
+            f"{block.size} of {block.count}: take another density, or another order"
+        )
+    weights = block.layer_weights
+    if weights is None:
+        return
+    if len(weights) != block.count:
+        raise ValueError(
+            f"layer_weights must have a number for each of the {block.count} blocks, got "
+            f"{len(weights)}"
+        )
+    if sum(w > 0 for w in weights) < block.size:
+        raise ValueError(
+            f"layer_weights has {sum(w > 0 for w in weights)} numbers above 0, and {block.size} "
+            "blocks are to be active at a time: raise weights, or lower active_layers"
+        )
+
+
+def turned_(groups: Sequence[tuple[Sequence[ParamPlan], Strategies]], states: States) -> list[bool]:
+    """End a step of all groups: one clock for all, and nothing kept of a turn that is over.
+
+    Returns:
+        Of each block, in order, whether it is active in the next step.
+    """
+    kept = [(item, chosen) for items, chosen in groups for item in items]
+    blocks = [(item, chosen) for item, chosen in kept if isinstance(item.subspace, Block)]
+    now = max((int(states[i.param]["clock"]) for i, _ in blocks if states.get(i.param)), default=0)
+    found, sets = [], dict[tuple[Any, ...], frozenset[int]]()
+    for item, chosen in blocks:
+        block = item.subspace
+        assert isinstance(block, Block)
+        key = (chosen.gap, chosen.seed, replace(block, position=0, rank=0))
+        if key not in sets:
+            sets[key] = active_blocks(item, chosen, now // chosen.gap)
+        active = block.position in sets[key]
+        state = states.get(item.param)
+        if state:
+            state["clock"].fill_(now)
+            if not active:
+                _switch_(item, state, chosen, frozenset(), restart=False)
+        found.append(active)
+    return found
+
+
+def advance(
+    items: Sequence[ParamPlan],
+    states: States,
+    chosen: Strategies,
+    taken: Collection[int] = (),
+) -> None:
     """Begin a step of a group: its clock ticks, and every ``gap`` ticks its blocks switch.
 
     The clock is the latest of its blocks', so that one without a gradient changes nothing for the
     others, and it needs no place outside the state. Those without a gradient switch too: no
     moments are kept for a turn that is over.
+
+    Args:
+        items: of the group.
+        states: the optimizer's.
+        chosen: what the group chose.
+        taken: places of parameters that took this step before it raised: the clock has ticked.
     """
     blocks = [i for i in items if isinstance(i.subspace, Block) and states.get(i.param)]
-    now = 1 + _latest(blocks, states)
+    begun = any(item.index in taken for item in blocks)
+    now = _latest(blocks, states) + (not begun)
     switches, phase = divmod(now - 1, chosen.gap)
     active = active_blocks(blocks[0], chosen, switches)
     for item in blocks:
+        if item.index in taken:
+            continue
         state = states[item.param]
         _switch_(item, state, chosen, active, restart=phase == 0)
         if item.param.grad is not None:
@@ -134,7 +217,10 @@ class IdleBlock:
 
     def step_(self, bucket: Bucket) -> None:
         """The term of the residual, on all of the tensor."""
-        (item,), (state,), chosen, lr, weight_decay, _ = bucket
+        (item,), (state,), chosen, lr, weight_decay, undo = bucket
+        if isinstance(item.subspace, Block) and item.subspace.frozen:
+            return
+        undo.keep_weights(state, item.param)
         _step_idle(item, state, chosen, lr, weight_decay)
 
 

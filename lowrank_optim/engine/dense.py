@@ -17,9 +17,11 @@ from lowrank_optim.engine.plan import (
     weight_noise,
     write_slots_,
 )
+from lowrank_optim.engine.undo import SMALL
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.ops.quant import Moment, Quantized
 from lowrank_optim.rules.base import Asking, Split, Steps, compute_dtype, finished
+from lowrank_optim.stores import scale_key
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.subspaces.target import Target
 
@@ -47,7 +49,7 @@ def dense_phases(
         split: how it lies on the ranks (default: here is all of it).
         rms: root mean square of the whole, where its step size depends on it.
     """
-    (item,), (state,), chosen, lr, weight_decay, _ = bucket
+    (item,), (state,), chosen, lr, weight_decay, undo = bucket
     # how many steps it had taken before its moments began
     since = 0 if item.subspace is None else int(state["refresh_step"])
     finite: Sequence[Tensor] = ()
@@ -63,6 +65,10 @@ def dense_phases(
         return
     keys = [slot.name for slot in rule.slots(param.shape)]
     same = all(x.dtype == param.dtype for x in (grad, *(state[k] for k in keys)))
+    undo.loosen([state], [param], [item.name])
+    if item.param.numel() <= SMALL and not on_accelerator(param):
+        undo.keep_all([state], [*keys, *map(scale_key, keys)])
+        undo.keep_weights(state, param)
     nearest = not chosen.store.rounds and not rounds(item, chosen)  # as torch rounds
     if same and nearest and factor == 1 and not finite:
         slots = [state[k] for k in keys]

@@ -31,6 +31,9 @@ class MatrixStep:
     """Of its coordinates, on its device: not finite where the gradient is not."""
     finite: Tensor | None = None
     """Whether it is, where no host may wait for the answer."""
+    based: bool = True
+    """Whether there was a basis before this step: else its coordinates may be those of none, zeros
+    whatever the gradient."""
     directions: dict[str, tuple[Tensor, float | Tensor]] = field(default_factory=dict)
     """Of each coordinate, with the factor that corrects its bias."""
     whole: tuple[int, int] | None = None

@@ -65,6 +65,8 @@ class ParamPlan:
     """What an optimizer keeps of it on this rank: its state, seen from here."""
     tried: int = -1
     """The step whose refresh was taken care of before it, with other ranks."""
+    before: Any = None
+    """Its first moment before a refresh with other ranks, where a residual asks for it."""
     made: tuple[torch.Size, torch.dtype, torch.device] = field(init=False)
     """Shape, dtype and device that the parameter had then: its state is made for them."""
 
@@ -200,7 +202,7 @@ def active_blocks(item: ParamPlan, chosen: Strategies, count: int) -> frozenset[
     """Positions of the blocks that hold moments after ``count`` switches, this one's own group."""
     block = item.subspace
     assert isinstance(block, Block)
-    return block.active(count, seeded(chosen.seed, block.first, count))
+    return block.active(count, seeded(chosen.seed, block.first, block.draw(count)))
 
 
 def alloc_moments(item: ParamPlan, chosen: Strategies, state: State, like: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lowrank_optim.engine.offload import Staging
@@ -39,6 +40,10 @@ class PlannedOptimizer(Optimizer):
 
     def _state_of(self, item: ParamPlan, chosen: Strategies) -> State:
         """The state of a parameter, made if there is none."""
+        raise NotImplementedError
+
+    def _trains(self, param: Tensor) -> bool:
+        """Whether training changes a parameter, now or in its turn."""
         raise NotImplementedError
 
     def _check(self, group: Group) -> None:

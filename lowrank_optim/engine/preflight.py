@@ -12,7 +12,10 @@ from torch import Tensor
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.sharded.forms import kept_meta_state
 from lowrank_optim.groups import Group
+from lowrank_optim.sharding.parts import local
 from lowrank_optim.stores import FloatStore
+from lowrank_optim.subspaces.base import Subspace
+from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.projected_grad import projection
 
 EDITABLE = frozenset({
@@ -166,6 +169,52 @@ def check_named(group: Group) -> None:
         )
 
 
+def check_factor_rank(
+    group: Group, name: str, factor: Tensor, kind: type[Subspace], view: MatrixView
+) -> None:
+    """Raise if the rank of a group of layers is not that of their factors.
+
+    Raises:
+        ValueError: it was edited after ``convert``.
+    """
+    rank, own = group["rank"], factor.shape[0]
+    if rank is None or min(kind.directions(rank, view), kind.limit(view)) != own:
+        raise ValueError(
+            f"rank={rank} of a group of layers, but {name} has {own} vectors: the rank is that of "
+            f"nn.convert, which made them. Set it back to {own}, or convert the model again"
+        )
+
+
+def check_overlap(param: Tensor, name: str) -> None:
+    """Raise if entries of a parameter share memory: a step would move each several times.
+
+    Raises:
+        ValueError: as of ``expand``.
+    """
+    own = local(param)
+    if own.layout == torch.strided and own.numel() > 1 and _overlaps(own.shape, own.stride()):
+        raise ValueError(
+            f"entries of {name} share memory: it is {tuple(own.shape)} with strides "
+            f"{own.stride()}, as expand() or as_strided() makes them, and one place cannot be "
+            "stepped as several. Pass nn.Parameter(x.clone()), or train what was expanded"
+        )
+
+
+def _overlaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether two entries have one place."""
+    dims = sorted((stride, n) for stride, n in zip(strides, shape, strict=True) if n > 1)
+    reach, apart = 0, True
+    for stride, n in dims:
+        apart &= stride > reach  # longer than all that is within it
+        reach += stride * (n - 1)
+    if apart or (dims and dims[0][0] == 0):
+        return not apart
+    places = torch.zeros((), dtype=torch.int64)
+    for stride, n in dims:
+        places = places.unsqueeze(-1) + stride * torch.arange(n)
+    return len(set(places.flatten().tolist())) < places.numel()
+
+
 def check_owned(params: Sequence[Tensor]) -> None:
     """Raise for parameters that ``fully_shard`` has replaced in their model.
 
@@ -203,9 +252,13 @@ def check_gradients(items: Sequence[ParamPlan], method: str) -> None:
                 "backward() again"
             )
         if grad.dtype != param.dtype or grad.device != param.device:
+            wide = getattr(param, "grad_dtype", param.dtype)
+            remedy = "compute it again, or convert it"
+            if wide is None or wide != param.dtype:
+                remedy = f"set grad_dtype of the parameter to {param.dtype} before backward()"
             raise RuntimeError(
                 f"the gradient of {item.name} is in {grad.dtype} on {grad.device}, its parameter "
-                f"in {param.dtype} on {param.device}: compute it again, or convert it"
+                f"in {param.dtype} on {param.device}: {remedy}"
             )
 
 

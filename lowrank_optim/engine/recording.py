@@ -17,6 +17,7 @@ from lowrank_optim.engine.plan import RECORDED, ParamPlan, State, Strategies
 from lowrank_optim.groups import notices
 from lowrank_optim.groups.values import Group
 from lowrank_optim.ops.devices import on_accelerator
+from lowrank_optim.subspaces.block import takes_blocks
 
 
 def check_capturable(chosen: Strategies, group: Group, method: str, by_host: str | None) -> None:
@@ -36,10 +37,10 @@ def check_capturable(chosen: Strategies, group: Group, method: str, by_host: str
         why = why or (
             "state_device='cpu' copies moments to and from host memory in every step: pass None"
         )
-    if group["projector"] == "block":
+    if takes_blocks(group):
         why = why or (
-            "projector='block' gives the memory of moments back when blocks switch, and a graph "
-            "would go on writing to it: pass 'columns'"
+            "what takes turns gives the memory of moments back when blocks switch, and a graph "
+            "would go on writing to it: pass projector='columns'"
         )
     if why:
         raise ValueError(f"{method}: capturable=True is not possible: {why}")

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError
 
 from lowrank_optim.engine import answers
+from lowrank_optim.engine.momentum import sought
 from lowrank_optim.engine.offload import on_device
 from lowrank_optim.engine.plan import (
     ParamPlan,
@@ -31,6 +32,7 @@ from lowrank_optim.rules.base import Slot
 from lowrank_optim.subspaces.base import BasisChange, RefreshContext
 from lowrank_optim.subspaces.projector import usable
 from lowrank_optim.subspaces.searches import Ask, Searching, alone
+from lowrank_optim.tensors.values import COUNTER_MAX
 from lowrank_optim.transports import TRANSPORTS
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,13 @@ def refresh_due(step: int, last: int, gap: int, offset: int) -> bool:
     return last < 0 or (step - offset) // gap > (last - offset) // gap
 
 
+LAST_STEP = (
+    "%s has taken %d steps, the most that its float32 counter can tell apart: no refresh comes "
+    "after this, and a checkpoint of later ones does not load. Save now, and begin a new run from "
+    "the weights"
+)
+
+
 def basis_due(item: ParamPlan, state: State, chosen: Strategies) -> bool:
     """Whether the next step of a matrix refreshes its basis, if its gradient allows.
 
@@ -53,6 +62,8 @@ def basis_due(item: ParamPlan, state: State, chosen: Strategies) -> bool:
     if chosen.capturable and recording():
         return False
     step = int(state["step"])
+    if step == COUNTER_MAX:
+        logger.warning(LAST_STEP, item.name, step)
     if item.tried == step:
         return False
     answer = answers.of(state)
@@ -173,6 +184,7 @@ def _search(
     assert view is not None and subspace is not None
     seen = None if look is None else look[1]
     fine: Tensor | None = None
+    grad = sought(item, state, grad, chosen)
     if subspace.needs_grad:
         norm, seen = look or (yield from subspace.looking(grad))
         if norm is None:

@@ -26,6 +26,7 @@ from lowrank_optim.engine.matrix_step import (
     portions,
     turn_,
 )
+from lowrank_optim.engine.momentum import join_lost_, momentum_of
 from lowrank_optim.engine.offload import Staging, load_of
 from lowrank_optim.engine.plan import (
     ParamPlan,
@@ -85,8 +86,8 @@ WAYS: tuple[BucketStep, ...] = (IdleBlock(), Dense(), Phases())
 def step_bucket(bucket: Bucket) -> None:
     """One step of a bucket, all of it on its device; ``undo`` puts back what it knows of."""
     way = next(way for way in (*FUSED, *WAYS) if way.can_step(bucket))
-    for state in bucket.states:
-        bucket.undo.begin(state)
+    for item, state in zip(bucket.items, bucket.states, strict=True):
+        bucket.undo.begin(state, item.index)
     way.step_(bucket)
     for state in bucket.states:
         bucket.undo.done(state)
@@ -185,6 +186,10 @@ def _measure(work: Sequence[MatrixStep]) -> None:
         totals = torch.stack([torch.stack(list(own)) for own in norms]).sum(0)
         for w, total in zip(work, totals.unbind(0), strict=True):
             w.norm = total
+    first = [w for w in work if not w.based]
+    if first:
+        for w, norm in zip(first, ops.total_norms([w.grad for w in first]), strict=True):
+            w.norm = norm
     if on_accelerator(work[0].grad):
         mark(work)
 
@@ -204,6 +209,10 @@ def _project(
         not isinstance(item.param.grad, ProjectedGrad) and basis_due(item, state, chosen)
         for item, state in pairs
     ]
+    based = [
+        not (own or item.tried >= 0) or _has_basis(item, state)
+        for (item, state), own in zip(pairs, due, strict=True)
+    ]
     _keep(list(compress(pairs, due)), undo)
     work = zip(pairs, _gradients(pairs, chosen), due, strict=True)
     found = together([_refreshed(*pair, grad, own, chosen) for pair, grad, own in work])
@@ -218,8 +227,17 @@ def _project(
         begun(item, state, grad, coords, chosen, finite)
         for (item, state), (grad, coords, finite) in zip(pairs, found, strict=True)
     ]
+    for w, known in zip(works, based, strict=True):
+        w.based = known
     turn_(works, chosen)
     return works
+
+
+def _has_basis(item: ParamPlan, state: State) -> bool:
+    """Whether coordinates are those of some basis, and not zeros."""
+    assert item.subspace is not None
+    drawn = isinstance(item.param.grad, ProjectedGrad) or not item.subspace.needs_grad
+    return drawn or int(state["refresh_step"]) >= 0
 
 
 def _keep(pairs: Sequence[tuple[ParamPlan, State]], undo: Undo) -> None:
@@ -227,6 +245,8 @@ def _keep(pairs: Sequence[tuple[ParamPlan, State]], undo: Undo) -> None:
     keys: dict[str, None] = {}
     for item, state in pairs:
         assert item.subspace is not None
+        if item.subspace.moves_weights:
+            undo.keep_weights(state, item.param)
         keys.update(dict.fromkeys(item.subspace.refreshed(state)))
     undo.keep_all([state for _, state in pairs], keys)
 
@@ -262,9 +282,14 @@ def _refreshed(
         if int(state["refresh_step"]) < 0:
             state["postponed"] += 1  # no gradient yet that says something
         coords = {k: x.clone() if chosen.maximize else x for k, x in grad.coords.items()}
-    elif due:
-        step = int(state["step"])
-        yield from refreshing_(item, state, grad, step, chosen, moved, later=True)
+    else:
+        held, item.before = item.before, None
+        if due:
+            if chosen.residual.lost:
+                held = momentum_of(item, state, chosen, copied=True)
+            step = int(state["step"])
+            yield from refreshing_(item, state, grad, step, chosen, moved, later=True)
+        join_lost_(held, state, grad, chosen)
     coords |= {k: own.low for k, own in moved.items() if own.low is not None}
     said = (own.finite for own in moved.values() if own.finite is not None)
     return grad, coords, next(said, None)
@@ -298,11 +323,14 @@ def _adapt(
     grads = [w.coords[coord] for w in work]
     keys = slot_keys(coord, grads[0].shape, chosen)
     # on an accelerator a copy is one more pass, and between adapt and apply only memory can fail
-    if not on_accelerator(grads[0]):
-        overwritten = [key for key, _ in keys]
-        overwritten += [scale_key(key) for key in overwritten] + [age_key(coord)]
-        undo.keep_all([w.state for w in work], overwritten)
     items, states = [w.item for w in work], [w.state for w in work]
+    overwritten = [key for key, _ in keys]
+    overwritten += [scale_key(key) for key in overwritten] + [age_key(coord)]
+    if not on_accelerator(grads[0]):
+        undo.keep_all(states, overwritten)
+    else:
+        params, names = [item.param for item in items], [item.name for item in items]
+        undo.loosen(states, params, names, overwritten)
     held = read_slots(items, states, coord, grads[0].shape, chosen)
     finite = finite_of(work)
     times = _times_on_device(work, chosen) if chosen.capturable else [w.time for w in work]

@@ -100,7 +100,7 @@ def summary_of(optimizer: PlannedOptimizer) -> Summary:
         (group, item)
         for group in optimizer.param_groups
         for item in optimizer._items(group)
-        if item.param.requires_grad
+        if optimizer._trains(item.param)
     ]
     low = [item for _, item in found if _is_low(item)]
     matrices = [item for _, item in found if _is_low(item) or _could_be(item)]

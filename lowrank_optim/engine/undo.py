@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -12,10 +13,32 @@ from lowrank_optim.engine import answers
 from lowrank_optim.engine.plan import on_host
 from lowrank_optim.ops.devices import on_accelerator, recording
 from lowrank_optim.ops.stacked import as_words, is_words
+from lowrank_optim.tensors.matrix import shares_memory
 
 State = MutableMapping[str, Tensor]
 COUNTERS = ("step", "refresh_step", "postponed", "clock")
 """Entries that every step may change: kept as numbers, which on the host cost less than a copy."""
+
+
+SMALL = 1 << 16
+"""Entries of a parameter up to which a copy of it costs next to nothing beside its step."""
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What is put back of one parameter."""
+
+    state: State
+    entries: State
+    """Its tensors by their key, before the step."""
+    counters: list[float | Tensor]
+    answer: answers.Answer | None
+    copies: State
+    weights: list[tuple[Tensor, Tensor]]
+    """Parameters, and copies of them."""
+    place: int = -1
+    loose: str = ""
+    """Name of a parameter that may be stepped in part by now: it is too large to be copied."""
 
 
 class Undo:
@@ -32,25 +55,34 @@ class Undo:
             before: called before anything is put back (default: nothing is done).
         """
         self._before = before
-        self._kept: dict[
-            int, tuple[State, State, list[float | Tensor], answers.Answer | None, State]
-        ] = {}
+        self._kept: dict[int, _Kept] = {}
         self._spare: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
         """Memory of copies that are not needed any more: to get it anew costs more than a copy."""
-        self.taken = 0
-        """Parameters that have taken the whole step."""
+        self.taken: list[int] = []
+        """Places of the parameters that have taken the whole step."""
+        self.partly: list[str] = []
+        """Names of those that a step which raised may have left stepped in part."""
         self._idle = recording()
         """Where a graph is captured nothing runs: there is nothing to put back."""
 
-    def begin(self, state: State) -> None:
-        """Remember which tensors a state has, and its counters."""
-        if id(state) not in self._kept and not self._idle:
+    def begin(self, state: State, place: int = -1) -> None:
+        """Remember which tensors a state has, and its counters.
+
+        Args:
+            state: of a parameter.
+            place: its index among all parameters (default: another call says that).
+        """
+        if self._idle:
+            return
+        if id(state) not in self._kept:
             counters = [
                 state[key].clone() if on_accelerator(state[key]) else float(state[key])
                 for key in COUNTERS
                 if key in state
             ]
-            self._kept[id(state)] = state, dict(state), counters, answers.of(state), {}
+            self._kept[id(state)] = _Kept(state, dict(state), counters, answers.of(state), {}, [])
+        if place >= 0:
+            self._kept[id(state)].place = place
 
     def keep(self, state: State, keys: Iterable[str]) -> None:
         """Copy entries that are about to be overwritten, unless that was done; no counters."""
@@ -60,28 +92,58 @@ class Undo:
         """:meth:`keep` of several, whose copies are made at once."""
         if self._idle:
             return
-        lists: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-        for key in keys:
+        lists: dict[torch.dtype, list[tuple[State, str, Tensor, tuple[Tensor, Tensor]]]] = {}
+        for key in dict.fromkeys(keys):
             for state in states:
-                own = self._kept[id(state)][-1]
+                own = self._kept[id(state)].copies
                 if key not in own and key in state and key not in COUNTERS:
                     entry = state[key].detach()
                     spare = self._spare.get((entry.shape, entry.dtype, entry.device))
-                    own[key] = spare.pop() if spare else torch.empty_like(entry)
-                    pair = own[key], entry
+                    copy = spare.pop() if spare else torch.empty_like(entry)
+                    pair = copy, entry
                     words = on_accelerator(entry) and not on_host(key) and all(map(is_words, pair))
                     if words:  # one kernel for all formats
-                        pair = as_words(own[key]), as_words(entry)
-                    copies, entries = lists.setdefault(pair[0].dtype, ([], []))
-                    copies.append(pair[0])
-                    entries.append(pair[1])
-        for copies, entries in lists.values():
-            torch._foreach_copy_(copies, entries)
+                        pair = as_words(copy), as_words(entry)
+                    lists.setdefault(pair[0].dtype, []).append((own, key, copy, pair))
+        for found in lists.values():
+            torch._foreach_copy_([x for *_, (x, _) in found], [x for *_, (_, x) in found])
+            for own, key, copy, _ in found:  # from here on it is what is put back
+                own[key] = copy
+
+    def keep_weights(self, state: State, param: Tensor) -> None:
+        """Copy a parameter that several operations write, if it is small and on the host."""
+        own = self._kept.get(id(state))
+        small = 0 < param.numel() <= SMALL and not on_accelerator(param)
+        if small and own is not None and not any(x is param for x, _ in own.weights):
+            own.weights.append((param, param.detach().clone()))
+
+    def loosen(
+        self,
+        states: Sequence[State],
+        params: Sequence[Tensor],
+        names: Sequence[str],
+        keys: Sequence[str] | None = None,
+    ) -> None:
+        """From here on parameters that were not copied may be stepped in part.
+
+        Args:
+            states: of the parameters.
+            params: whose weights, or moments, are written from here on.
+            names: of each.
+            keys: entries that are written; those that stand in for others, which rest on the host,
+                are no loss (default: the weights are).
+        """
+        for state, param, name in zip(states, params, names, strict=True):
+            own = self._kept.get(id(state))
+            if own is None or not (param.numel() > SMALL or on_accelerator(param)):
+                continue
+            if keys is None or any(_written_over(state, own.entries, key) for key in keys):
+                own.loose = name
 
     def done(self, state: State) -> None:
         """The weights have been written, or the step is over."""
         if id(state) in self._kept:
-            self.taken += 1
+            self.taken.append(self._kept[id(state)].place)
             self._forget(id(state))
 
     def holds(self, state: State) -> bool:
@@ -89,7 +151,7 @@ class Undo:
         return id(state) in self._kept
 
     def _forget(self, number: int) -> None:
-        copies = self._kept.pop(number)[-1]
+        copies = self._kept.pop(number).copies
         for copy in copies.values():
             self._spare.setdefault((copy.shape, copy.dtype, copy.device), []).append(copy)
 
@@ -103,12 +165,21 @@ class Undo:
             return
         self._before()
         kept, self._kept = self._kept, {}
-        for state, entries, counters, answer, copies in kept.values():
+        self.partly = [own.loose for own in kept.values() if own.loose]
+        for own in kept.values():
+            state = own.state
             state.clear()
-            state.update(entries)
-            answers.put_back(state, answer)
+            state.update(own.entries)
+            answers.put_back(state, own.answer)
             present = [k for k in COUNTERS if k in state]
-            for key, value in zip(present, counters, strict=True):
+            for key, value in zip(present, own.counters, strict=True):
                 state[key].fill_(value)  # a number, or a tensor of no dimension
-            for key, copy in copies.items():
+            for key, copy in own.copies.items():
                 state[key].detach().copy_(copy)
+            for param, copy in own.weights:
+                param.detach().copy_(copy)
+
+
+def _written_over(state: State, before: State, key: str) -> bool:
+    """Whether an entry is still in the memory of what was there before."""
+    return key in state and key in before and shares_memory(state[key], before[key])

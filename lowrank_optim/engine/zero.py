@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.groups import Group, canonical
+from lowrank_optim.subspaces.block import takes_blocks
 
 MODULE = "torch.distributed.optim.zero_redundancy_optimizer"
 CALLERS = ("_init_local_optimizer", "add_param_group")
@@ -56,9 +57,9 @@ def check_whole(owner: Any, group: Group) -> None:
             "of all of them, so that a parameter would get the name of another: delete "
             "'param_names' from the groups, and set rank (None for dense) in each of them"
         )
-    if group.get("projector") == "block" and group.get("rank") is not None:
+    if takes_blocks(group) and group.get("rank") is not None:
         raise ValueError(
-            f"projector='block' takes turns among all tensors of a group, of which {name} shows "
+            f"{_turns(group)} among all tensors of a group, of which {name} shows "
             "each rank some: use projector='columns', or DistributedDataParallel alone"
         )
     asked = "rank" in canonical(owner.defaults) and not from_constructor(owner, group)
@@ -68,6 +69,12 @@ def check_whole(owner: Any, group: Group) -> None:
             "into every group that has none, where one process would leave them dense: set rank "
             "(None for dense) in each group, and not in the constructor"
         )
+
+
+def _turns(group: Group) -> str:
+    if group.get("layers") is not None:
+        return f"layers={group['layers']!r} take turns"
+    return "projector='block' takes turns"
 
 
 def from_constructor(owner: Any, group: Group) -> bool:

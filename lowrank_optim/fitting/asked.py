@@ -15,6 +15,7 @@ from lowrank_optim.groups.values import number, whole
 from lowrank_optim.memory import GIB
 from lowrank_optim.methods import DCTAdamW, FrugalAdamW, GaLoreAdamW
 from lowrank_optim.optimizer import LowRankOptimizer
+from lowrank_optim.rules.base import Slot
 from lowrank_optim.sharding.parts import is_sharded
 from lowrank_optim.stores import STORES
 
@@ -102,7 +103,7 @@ def check_asked(
     if coords_dtype != "auto" and "project" not in modes:
         raise ValueError(f"coords_dtype={coords_dtype!r} has no effect without 'project'")
     _check_options(options)
-    stores = _chosen("state_dtypes", state_dtypes, tuple(STORES))
+    stores = _chosen("state_dtypes", state_dtypes, sorted(STORES, key=_bytes_of, reverse=True))
     budget = float(budget_gib) * GIB
     return Asked(budget, modes, stores, energy or "absolute", multiple, least, accumulation_steps)
 
@@ -180,6 +181,14 @@ def _modes(given: Any, accumulation_steps: int) -> tuple[Mode, ...]:
             "before the last micro-batch: take it out, or take one micro-batch"
         )
     return modes
+
+
+def _bytes_of(store: str) -> int:
+    """What a format takes of a large moment: the widest gives up least."""
+    state: dict[str, torch.Tensor] = {}
+    like = torch.empty(0, device="meta")
+    STORES[store].alloc(state, "m", Slot("m", signed=True), (1024, 1024), like)
+    return sum(x.nbytes for x in state.values())
 
 
 def _chosen(name: str, given: Any, allowed: Sequence[Any]) -> tuple[Any, ...]:

@@ -14,7 +14,6 @@ from lowrank_optim.groups.keys import (
     canonical,
     check_known,
     known_keys,
-    refuse_apollo,
     remedy,
     unknown_key,
     without_torch_flags,
@@ -177,7 +176,6 @@ def _checked_options(options: Mapping[str, Any]) -> Group:
     Raises:
         TypeError: one is no group key of any optimizer.
     """
-    refuse_apollo(options, "lowrank_groups", "its options")
     given, allowed = without_torch_flags(options, "lowrank_groups"), known_keys()
     key = unknown_key(given, allowed)
     if key is not None:

@@ -71,6 +71,9 @@ TORCH_FLAGS: dict[str, tuple[bool, str]] = {
 optimizers beside None, and why."""
 
 APOLLO = ("scale_type", "proj", "scale_front", "disable_nl")
+"""Keys by which a group of APOLLO is known: all others are GaLore's too, and mean another update.
+
+Hence they are no aliases, which groups for any optimizer would lose."""
 
 FOREIGN: dict[str, str] = {
     "optim_bits": "it is bitsandbytes'; state_dtype='8bit' keeps moments in 8 bits",
@@ -80,6 +83,8 @@ FOREIGN: dict[str, str] = {
     "max_unorm": "it is bitsandbytes'; clip with torch.nn.utils.clip_grad_norm_",
     "is_paged": "it is bitsandbytes'; state_device='cpu' keeps moments in host memory",
     "use_muon": "it is Muon's; give those parameters to an optimizer of their own",
+    "enable_lowrank": "it is LDAdam's; a group that names a rank is projected, others are dense",
+    "proj_method": "it is LDAdam's; LDAdamW takes one power iteration, from an SVD at first",
     "weight_decouple": "it is pytorch_optimizer's; decay is always decoupled",
     "fixed_decay": "it is pytorch_optimizer's; decay is always multiplied by lr",
     "quant": "it is Q-GaLore's; state_dtype='8bit' keeps moments in 8 bits, projectors stay whole",
@@ -100,6 +105,7 @@ _NOT_KEYS = (
     "two_sided",
     "shared",
     "columns",
+    "frozen",
     "density",
     "position",
     "count",
@@ -196,26 +202,28 @@ def check_known(given: Mapping[str, Any], allowed: Collection[str], owner: str, 
     Raises:
         ValueError: what is wrong with it, and the nearest key that there is.
     """
-    refuse_apollo(given, owner, place)
+    refuse_apollo(given, allowed, owner, place)
     key = unknown_key(given, allowed)
     if key is not None:
         raise ValueError(f"{owner}: unknown group key {key!r} in {place}{remedy(key, allowed)}")
 
 
-def refuse_apollo(given: Mapping[str, Any], owner: str, place: str) -> None:
-    """Raise for a group of APOLLO, all of whose other keys look like GaLore's.
+def refuse_apollo(
+    given: Mapping[str, Any], allowed: Collection[str], owner: str, place: str
+) -> None:
+    """Raise for a group of APOLLO where nothing reads it: its other keys look like GaLore's.
 
     Raises:
         ValueError: it is one.
     """
-    found = [key for key in APOLLO if key in given]
+    found = [key for key in APOLLO if key in given and key not in allowed]
     if found:
         scale = f" {given['scale']}" if "scale" in given else ""
         raise ValueError(
             f"{owner}: {', '.join(map(repr, found))} in {place} "
             f"{'is' if len(found) == 1 else 'are'} APOLLO's, whose scale{scale} "
-            "multiplies another update: train with APOLLO's own package, or drop these keys and "
-            "give rank, update_proj_gap, proj_type and scale of GaLore (published: scale=0.25)"
+            "multiplies another update: train with ApolloAdamW, or drop these keys and give rank, "
+            "update_proj_gap, proj_type and scale of GaLore (published: scale=0.25)"
         )
 
 

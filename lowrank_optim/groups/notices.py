@@ -100,7 +100,9 @@ def unused(group: Group, owner: str, keys: Mapping[str, tuple[Any, str]]) -> str
         owner: name of the optimizer class.
         keys: the keys, the default of each, and why it means nothing.
     """
-    given = [f"{k}={group[k]!r} ({why})" for k, (own, why) in keys.items() if group[k] != own]
+    given = [
+        f"{k}={group[k]!r} ({why})" for k, (own, why) in keys.items() if group[k] not in (own, None)
+    ]
     return f"{owner} does not use {', '.join(given)}: leave it out" if given else None
 
 

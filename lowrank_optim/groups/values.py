@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
@@ -31,6 +32,8 @@ CHOICES: dict[str, Collection[str | None]] = {
     "state_device": (None, "cpu"),
     "alpha_mode": ("release", "paper"),
     "scaling": ("column", "matrix"),
+    "scale_type": ("channel", "tensor"),
+    "proj": ("random", "svd"),
     "basis": ("dct2", "dct3"),
     "ranking": ("l2", "l1"),
     "transform": ("auto", "matmul", "fft"),
@@ -43,6 +46,7 @@ CHOICES: dict[str, Collection[str | None]] = {
     "order": ("fifo", "random"),
     "pool_device": ("cpu", "param"),
     "decay_on": ("factors", "weight"),
+    "outside": ("always", "turns"),
     "targets": ("auto", "all", "modules"),
 }
 """Keys whose value is a name, and the names; registries grow."""
@@ -62,6 +66,8 @@ FLAGS = (
     "scale_parameter",
     "relative_step",
     "warmup_init",
+    "disable_nl",
+    "scale_front",
 )
 """Keys that are True or False."""
 
@@ -97,6 +103,14 @@ def number(test: Callable[[Any], bool], text: str, none: bool = False) -> Allowe
     return Allowed(holds, f"None or {text}" if none else text)
 
 
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
 _NOT_NEGATIVE = number(lambda x: x >= 0, "a finite number of at least 0")
 
 VALUES: dict[str, Allowed] = {
@@ -108,6 +122,11 @@ VALUES: dict[str, Allowed] = {
     "freeze_steps": whole(0),
     "total_steps": whole(1, none=True),
     "restart_every": whole(1, none=True),
+    "active_layers": whole(1),
+    "random_from": Allowed(
+        lambda x: whole(0).holds(x) or (isinstance(x, float) and 0 <= x <= 1),
+        "a step of at least 0, or a float in [0, 1] that is a part of total_steps",
+    ),
     "oversample": whole(0),
     "max_iterations": whole(1),
     "tolerance": _NOT_NEGATIVE,
@@ -116,6 +135,7 @@ VALUES: dict[str, Allowed] = {
     "proj_params_lr_scale": _NOT_NEGATIVE,
     "vector_lr_scale": _NOT_NEGATIVE,
     "s_lr_scale": _NOT_NEGATIVE,
+    "rho": number(lambda x: 0 <= x < 1, "a number in [0, 1)"),
     "limiter": number(lambda x: x >= 1, "a finite number of at least 1", none=True),
     "descent_ratio": number(lambda x: 0 < x <= 1, "a number in (0, 1]"),
     "dampening": number(lambda x: True, "a finite number"),
@@ -126,6 +146,17 @@ VALUES: dict[str, Allowed] = {
     "seed": Allowed(
         lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**63,
         "an int from 0 to 2**63 - 1",
+    ),
+    "layers": Allowed(
+        lambda x: x is None or (isinstance(x, str) and _compiles(x)),
+        "None or a regular expression, such as r'layers\\.\\d+\\.'",
+    ),
+    "layer_weights": Allowed(
+        lambda x: (
+            x is None
+            or (isinstance(x, list | tuple) and all(map(_NOT_NEGATIVE.holds, x)) and any(x))
+        ),
+        "None or a list of numbers of at least 0, not all of them 0",
     ),
     **{
         key: Allowed(lambda x: isinstance(x, bool), "True or False")  # bool("false") is True
@@ -233,6 +264,17 @@ def _check_pairs(group: Group) -> None:
     if group.get("projector") == "block" and group.get("error_feedback") is not None:
         raise ValueError(
             "error_feedback does not go with projector='block': a block uses all or nothing"
+        )
+    if group.get("layer_weights") is not None and group.get("block_order", "random") != "random":
+        raise ValueError(
+            f"layer_weights has no effect with block_order={group['block_order']!r}, which draws "
+            "nothing by weight: take 'random', or leave one of them out"
+        )
+    since = group.get("random_from")
+    if isinstance(since, float) and group.get("total_steps") is None:
+        raise ValueError(
+            f"random_from={since} is a part of total_steps, which is not given: give the steps of "
+            "the run as total_steps, or the first step with random bases as an int"
         )
     if group.get("warmup_init") and not group.get("relative_step", True):
         raise ValueError(

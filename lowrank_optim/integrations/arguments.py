@@ -21,10 +21,11 @@ FIELDS = {
 }
 """Keys of an optimizer, and the fields that are their values."""
 
-GALORE = {
+NAMES = {
     "galore_adamw": "GaLoreAdamW",
     "galore_adamw_8bit": "GaLoreAdamW8bit",
     "galore_adafactor": "GaLoreAdafactor",
+    "apollo_adamw": "ApolloAdamW",
 }
 """Names that ``optim`` has for classes of this package."""
 
@@ -170,7 +171,7 @@ def check_optim(args: Any, method: type[LowRankOptimizer], in_backward: str | No
         ValueError: it does, or asks for layer-wise steps that ``in_backward`` does not.
     """
     asked = _optim(args)
-    name = GALORE.get(asked.removesuffix("_layerwise"))
+    name = NAMES.get(asked.removesuffix("_layerwise"))
     if name is None:
         return
     if name != method.__name__:
@@ -188,7 +189,7 @@ def check_optim(args: Any, method: type[LowRankOptimizer], in_backward: str | No
 def unused_optim(args: Any) -> str | None:
     """What ``args.optim`` asks for, if it is something that nobody does."""
     asked = _optim(args)
-    known = asked.removesuffix("_layerwise") in GALORE
+    known = asked.removesuffix("_layerwise") in NAMES
     return None if known or asked in PLAIN else asked
 
 

@@ -78,6 +78,20 @@ def check_sharded(model: Any, in_backward: Any, tokens: Any) -> None:
         )
 
 
+def check_device(device: Any) -> None:
+    """Raise unless torch knows a device of this name.
+
+    Raises:
+        ValueError: it does not.
+    """
+    try:
+        torch.device("meta" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device must be None or one of torch's, such as 'cuda' or 'cpu', got {device!r}"
+        ) from error
+
+
 def _positive(value: Any) -> bool:
     return whole(1).holds(value)
 

@@ -12,13 +12,14 @@ from torch.optim import Optimizer
 
 from lowrank_optim.backward.projecting import check_choices, check_projecting
 from lowrank_optim.memory.activations import Flight, Left, in_flight
-from lowrank_optim.memory.checks import check, check_flag, check_sharded, class_of
+from lowrank_optim.memory.checks import check, check_device, check_flag, check_sharded, class_of
 from lowrank_optim.memory.figures import Estimate
 from lowrank_optim.memory.gradients import Gradients
 from lowrank_optim.memory.inputs import model_of
 from lowrank_optim.memory.moments import worst_moments
 from lowrank_optim.memory.rehearsal import Rehearsal
 from lowrank_optim.memory.reporting import host_bytes, report, staging_bytes, storage_bytes
+from lowrank_optim.ops.devices import standing_for
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.parts import is_sharded, local
 
@@ -34,6 +35,8 @@ class Training:
     tokens: int | tuple[int, int] | None = None
     checkpointing: bool = False
     transients: bool = True
+    device: str = "meta"
+    """The type of the one that it is trained on; ``"meta"`` is an accelerator."""
 
     @property
     def forward_and_backward(self) -> tuple[Any, ...]:
@@ -61,6 +64,7 @@ def estimate(
     checkpointing: bool = False,
     transients: bool = True,
     dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device | None = None,
     **options: Any,
 ) -> Estimate:
     """What training ``model`` with an optimizer will hold, without allocating any of it.
@@ -89,8 +93,7 @@ def estimate(
             more than one, a gradient is in flight beside those that are there.
         first_basis: as of :func:`lowrank_optim.attach_in_backward`; with ``"boundary"`` the worst
             step is the first.
-        coords_dtype: likewise. Where the format that coordinates come in depends on the device (a
-            ``dct`` basis with ``transform="auto"``), it is that of an accelerator.
+        coords_dtype: likewise.
         tokens: count activations too: those of a micro-batch of one sequence of so many tokens, or
             ``(sequences, length)``. Forward and backward of a copy run without memory, and every
             storage is followed: bfloat16 weights mean bfloat16 activations, as without autocast.
@@ -104,6 +107,10 @@ def estimate(
             workspace of their own, which is not counted. False leaves it out, which is quick
             (default: True).
         dtype: of the weights of a model made from a configuration (default: bfloat16).
+        device: where training is to run, such as ``"cuda"`` or ``"cpu"``. A ``dct`` basis with
+            ``transform="auto"`` keeps a matrix of cosines where that is faster than transforms,
+            which depends on it (default: the device of the model's parameters; an accelerator for
+            those on the meta device and for a configuration).
         **options: arguments of the optimizer.
 
     Raises:
@@ -131,9 +138,14 @@ def estimate(
     for name, flag in ("checkpointing", checkpointing), ("transients", transients):
         check_flag(name, flag)
     check_sharded(model, in_backward, tokens)
+    check_device(device)
     check_choices(first_basis, coords_dtype)
     if isinstance(tokens, list):
         tokens = tuple(tokens)
+    module = model
+    if not isinstance(model, nn.Module):
+        with torch.device("meta"):
+            module = model_of(model, dtype)
     training = Training(
         in_backward,
         accumulation_steps,
@@ -142,11 +154,8 @@ def estimate(
         tokens,
         checkpointing,
         transients,
+        device_of(module, device),
     )
-    module = model
-    if not isinstance(model, nn.Module):
-        with torch.device("meta"):
-            module = model_of(model, dtype)
     return estimated(module, class_of(optimizer_class), training, groups, options, {})
 
 
@@ -168,19 +177,35 @@ def estimated(
         options: of the optimizer.
         known: what was found of this module before, and is not found again.
     """
+    with standing_for(training.device):
+        return _estimated(module, optimizer_class, training, groups, options, known)
+
+
+def _estimated(
+    module: nn.Module,
+    optimizer_class: type[Optimizer],
+    training: Training,
+    groups: Callable[[nn.Module], Iterable[Any]] | None,
+    options: Mapping[str, Any],
+    known: dict[Any, Any],
+) -> Estimate:
     params = list(module.parameters())
-    twins = {id(p): _meta_twin(p) for p in params}
     entries = list(module.named_parameters() if groups is None else groups(module))
 
     def made(places: Mapping[int, nn.Parameter]) -> Optimizer:
         return optimizer_class([_over(entry, places) for entry in entries], **options)
 
-    optimizer = made(twins)
+    chosen = optimizer_class, repr(options)
+    if chosen not in known:
+        twins = {id(p): _meta_twin(p) for p in params}
+        optimizer = made(twins)
+        _make_state(optimizer)
+        known[chosen] = twins, optimizer
+    twins, optimizer = known[chosen]
     if training.in_backward == "project":
         if not isinstance(optimizer, LowRankOptimizer):
             raise ValueError(f"in_backward='project' is not for {type(optimizer).__name__}")
         check_projecting(optimizer)
-    _make_state(optimizer)
     held = report(optimizer)
     gradients = Gradients.of(optimizer, list(twins.values()), training)
     flight: Flight | None = None
@@ -190,7 +215,7 @@ def estimated(
         known[flying] = flight
     rehearsal: Rehearsal | None = None
     if training.transients and not any(map(is_sharded, params)):
-        stepping = optimizer_class, repr(options), training.attached
+        stepping = *chosen, training.attached
         if stepping not in known:
             known[stepping] = Rehearsal.of(params, made, *training.attached)
         rehearsal = known[stepping]
@@ -212,6 +237,13 @@ def estimated(
         refresh_transients=worst.refresh,
         beside=worst.beside,
     )
+
+
+def device_of(module: nn.Module, device: str | torch.device | None) -> str:
+    """The type of the device that training is to run on."""
+    if device is None:
+        device = next((p.device for p in module.parameters()), torch.device("meta"))
+    return torch.device(device).type
 
 
 def _flight(module: nn.Module, training: Training, gradients: Gradients) -> Flight:
@@ -251,7 +283,7 @@ def _make_state(optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
             chosen = optimizer._strategies(group)
             for item in optimizer._items(group):
-                if item.param.requires_grad:
+                if optimizer._trains(item.param):
                     optimizer._state_of(item, chosen)
                     if item.subspace is not None and item.view is not None:
                         item.subspace.prepare(item.view, item.param)

@@ -59,13 +59,13 @@ def _inside(
     gradients: Gradients, flight: Flight | None, rehearsal: Rehearsal, backward: int
 ) -> Worst:
     """Steps inside backward: each of one parameter, beside the activations alive then."""
-    passing = rehearsal.arrivals("none")
     again = gradients.one_by_one
+    firsts = rehearsal.arrivals("first")  # before others: it makes the state that they need
+    passing = rehearsal.arrivals("none")
     beside = {"backward": backward, "step": _arriving(gradients, flight, passing, again=again)}
     refresh = [0]
     if rehearsal.refreshes:
-        firsts, others = rehearsal.arrivals("first"), rehearsal.arrivals("all")
-        refresh = [max(own) for own in zip(firsts, others, strict=True)]
+        refresh = [max(own) for own in zip(firsts, rehearsal.arrivals("all"), strict=True)]
         beside["refresh"] = _arriving(gradients, flight, refresh, again=again)
     return Worst(beside, max(passing, default=0), max(refresh))
 

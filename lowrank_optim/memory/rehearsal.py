@@ -1,7 +1,7 @@
 """What a step and a refresh need in passing, found by taking them without memory.
 
-The optimizer steps as on an accelerator: on tensors of the meta device, under ``FakeTensorMode``,
-with each storage followed from its birth to its end.
+The optimizer steps as on an accelerator: on tensors of the meta device, with each storage followed
+from its birth to its end.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from lowrank_optim.backward import attach_in_backward
@@ -50,7 +49,7 @@ class Rehearsal:
         mode: Literal["project", "step"] | None = None,
         attached: Sequence[tuple[str, Any]] = (),
     ) -> None:
-        self._mode, self._fakes = mode, FakeTensorMode(allow_non_fake_inputs=True)
+        self._mode = mode
         with self._within():
             self.params = [_stand_in(p) for p in params]
             self.optimizer = make({id(p): own for p, own in zip(params, self.params, strict=True)})
@@ -87,8 +86,7 @@ class Rehearsal:
     @contextmanager
     def _within(self) -> Iterator[None]:
         with ExitStack() as stack:
-            stack.enter_context(self._fakes)
-            stack.enter_context(tracing.hosted())
+            stack.enter_context(tracing.on_meta())
             stack.enter_context(sizes_alone())
             yield
 
@@ -102,12 +100,25 @@ class Rehearsal:
         """
         if ("step", due) not in self._known:
             with self._within():
-                for p in self._prepared(due):
-                    p.grad = torch.empty_like(p)
-                    if self._mode == "project":
-                        self._hook(p)
+                self._with_gradients(self._prepared(due), due)
                 self._known["step", due] = self._measured(self.optimizer.step)
         return int(self._known["step", due])
+
+    def _with_gradients(self, params: Sequence[Tensor], due: Due) -> None:
+        """Let them have gradients as backward leaves them; of matrices alike it is asked once."""
+        alike: dict[Hashable, Tensor] = {}
+        kinds = dict(self._kinds()) if self._mode == "project" else {}
+        for p in params:
+            kind = (kinds.get(p), isinstance(due, frozenset) and self._number[p] in due)
+            known = alike.get(kind)
+            if isinstance(known, ProjectedGrad):
+                p.grad = own = known.copied()
+                own.fresh = {k: x.clone() for k, x in known.fresh.items()}
+                continue
+            p.grad = torch.empty_like(p)
+            if self._mode == "project":
+                self._hook(p)
+                alike[kind] = p.grad
 
     def _prepared(self, due: Due) -> list[Tensor]:
         """Counters such that just the bases ``due`` are; and who needs a gradient."""
@@ -239,13 +250,17 @@ class Rehearsal:
     # ---------------------------------------------------------------- counting
 
     def _measured(self, work: Callable[[], Any], *more: Tensor) -> int:
-        """Most bytes beyond what was there before, or is there after: state is made once."""
+        """Most bytes beyond what was there before, or is there after: state is made once.
+
+        A gradient that goes counts as there after, as it is counted apart.
+        """
         alive = Alive("meta")
         alive.hold([*self._held(), *more])
-        before = alive.now
+        before, grads = alive.now, [p for p in self.params if p.grad is not None]
         with alive:
             work()
-        return alive.most - max(before, alive.now)
+        gone = sum(p.nbytes for p in grads if p.grad is None)
+        return alive.most - max(before, alive.now + gone)
 
     def _held(self) -> Iterator[Tensor]:
         yield from self.params

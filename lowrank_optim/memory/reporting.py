@@ -117,7 +117,7 @@ def _resting(optimizer: Optimizer) -> Iterator[tuple[Strategies, list[ParamPlan]
         for group in optimizer.param_groups:
             chosen = optimizer._strategies(group)
             if chosen.offload:
-                yield chosen, [x for x in optimizer._items(group) if x.param.requires_grad]
+                yield chosen, [x for x in optimizer._items(group) if optimizer._trains(x.param)]
 
 
 def host_bytes(optimizer: Optimizer) -> int:

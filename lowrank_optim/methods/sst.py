@@ -21,6 +21,7 @@ from torch import Tensor
 from lowrank_optim.engine import answers
 from lowrank_optim.engine.bucket import Bucket
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state
+from lowrank_optim.engine.preflight import check_factor_rank
 from lowrank_optim.engine.refresh import phase, refresh_, refresh_due
 from lowrank_optim.engine.sharded.layers import (
     DueLayer,
@@ -222,6 +223,7 @@ class SSTAdamW(LowRankOptimizer):
             uid, at = group["indices"][n * size], index + n * size
             view = matrix_view(shape, group["proj_type"])
             assert view is not None
+            check_factor_rank(group, names[0], members[0], SpectralModule, view)
             subspace = SpectralModule.from_group(group, view)
             kind = kinds.setdefault((view, subspace), len(kinds))
             yield Layer(

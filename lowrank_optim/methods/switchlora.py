@@ -21,6 +21,7 @@ from torch import Tensor
 from lowrank_optim.checkpoints.load import makes_state
 from lowrank_optim.engine.bucket import Bucket
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state
+from lowrank_optim.engine.preflight import check_factor_rank
 from lowrank_optim.engine.sharded.layers import (
     by_first_rank,
     gathered_layers,
@@ -239,6 +240,7 @@ class SwitchLoRAAdamW(LowRankOptimizer):
                 b, base = params[i + 1 : i + 3]
                 view = matrix_view(base.shape, group["proj_type"])
                 assert view is not None
+                check_factor_rank(group, item.name, item.param, SwitchedFactors, view)
                 sub = SwitchedFactors.from_group(group, view).sharing(self._shared)
                 uid = uid if names is None else uid_of(names[i + 2])
                 place = item.name, item.index, uid

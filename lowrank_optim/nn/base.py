@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar, NamedTuple, Self, TypeVar
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,11 @@ from torch import Tensor, nn
 from lowrank_optim.engine.plan import State
 from lowrank_optim.groups import Group
 from lowrank_optim.optimizer import LowRankOptimizer
+from lowrank_optim.sharding.parts import is_sharded
 from lowrank_optim.tensors.matrix import MatrixView
+from lowrank_optim.tensors.values import as_dtype, check_index, readable
+
+logger = logging.getLogger(__name__)
 
 
 def is_conv1d(layer: nn.Module) -> bool:
@@ -24,18 +29,11 @@ def convertible(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear or is_conv1d(layer)
 
 
-class Factored(nn.Module):
-    """A linear layer whose weight is a function of factors.
+class Reparameterized(nn.Module):
+    """A linear layer whose weight is a function of other parameters."""
 
-    A subclass says how factors and optimizer state of the dense form become parameters
-    (:meth:`from_state`) and back (:meth:`to_state`); conversion in both directions, at any time,
-    follows from these.
-    """
-
-    form: ClassVar[str]
-    """Value of the group key ``form`` by which the matching optimizer knows these layers."""
     options: ClassVar[Group] = {}
-    """Group keys that the layer needs at its making, and their defaults."""
+    """What the layer is told at its making, beside the rank, and the defaults."""
     bias: nn.Parameter | None
 
     def __init__(self, layer: nn.Module) -> None:
@@ -50,27 +48,20 @@ class Factored(nn.Module):
         self.register_parameter("bias", getattr(layer, "bias", None))
         self.train(layer.training)
 
-    @classmethod
-    def initial(cls, group: Group, view: MatrixView, weight: Tensor, uid: int) -> State:
-        """State of the dense form, as its first step would make it."""
-        raise NotImplementedError
-
-    @classmethod
-    def from_state(cls, layer: nn.Module, group: Group, view: MatrixView, state: State) -> Self:
-        """Take the factors out of ``state``; what is left is the optimizer's."""
-        raise NotImplementedError
-
-    def to_state(self) -> State:
-        """The factors, under the keys of the dense form's state."""
-        raise NotImplementedError
-
     def members(self) -> dict[str, nn.Parameter]:
-        """The parameters that the optimizer steps together, the one that holds its state first."""
+        """The parameters of the weight that an optimizer is given."""
         raise NotImplementedError
 
     def product(self) -> Tensor:
-        """The weight ``(out, in)``, in the dtype of the factors."""
+        """The weight ``(out, in)``, in the dtype of the factors or a wider one."""
         raise NotImplementedError
+
+    def check_merge(self) -> None:
+        """Raise if no plain layer does what this one does.
+
+        Raises:
+            ValueError: it is so.
+        """
 
     @property
     def weight(self) -> Tensor:
@@ -81,6 +72,7 @@ class Factored(nn.Module):
 
     def merged(self) -> nn.Module:
         """The original kind of layer with the weight that the factors multiply to."""
+        self.check_merge()
         weight = self.weight
         size = (
             (self.out_features, self.in_features)
@@ -98,6 +90,32 @@ class Factored(nn.Module):
         """As of ``nn.Linear``."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.bias is not None}"
+
+
+class Factored(Reparameterized):
+    """A layer that an optimizer of dense weights has a form of, with the same run.
+
+    A subclass says how factors and optimizer state of the dense form become parameters
+    (:meth:`from_state`) and back (:meth:`to_state`); conversion in both directions, at any time,
+    follows from these. The first of its members holds the state of all.
+    """
+
+    form: ClassVar[str]
+    """Value of the group key ``form`` by which the matching optimizer knows these layers."""
+
+    @classmethod
+    def initial(cls, group: Group, view: MatrixView, weight: Tensor, uid: int) -> State:
+        """State of the dense form, as its first step would make it."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_state(cls, layer: nn.Module, group: Group, view: MatrixView, state: State) -> Self:
+        """Take the factors out of ``state``; what is left is the optimizer's."""
+        raise NotImplementedError
+
+    def to_state(self) -> State:
+        """The factors, under the keys of the dense form's state."""
+        raise NotImplementedError
 
 
 FORMS: dict[str, type[Factored]] = {}
@@ -136,3 +154,32 @@ def parent_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that holds ``name``, and its name there."""
     path, _, last = name.rpartition(".")
     return model.get_submodule(path), last
+
+
+def check_saved_index(
+    state_dict: Mapping[str, Any], key: str, current: Tensor, size: int, order: str
+) -> None:
+    """Raise unless what is saved under ``key``, if anything is, are indices of ``size`` places.
+
+    Raises:
+        ValueError: as of :func:`lowrank_optim.tensors.values.check_index`.
+    """
+    if key not in state_dict:
+        return
+    given = state_dict[key]
+    if isinstance(given, Tensor) and is_sharded(given):  # as every rank loads
+        given = given.full_tensor()  # type: ignore[attr-defined]
+    index = as_dtype(key, readable(key, given), current.dtype)
+    if index.shape == current.shape:  # torch reports another
+        check_index({key: index}, key, size, order)
+
+
+def layer_of(model: nn.Module, name: str, param: Tensor) -> str | None:
+    """Name of the one layer whose weight ``param`` is, if it can be replaced."""
+    users = [n for n, p in model.named_parameters(remove_duplicate=False) if p is param]
+    place = name.rpartition(".")[0]
+    layer = model.get_submodule(place) if users == [f"{place}.weight"] else None
+    if layer is None or place == "" or not convertible(layer):
+        logger.info("%s stays a dense weight", name)
+        return None
+    return place

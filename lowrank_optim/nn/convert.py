@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -14,11 +13,9 @@ from lowrank_optim.engine.refresh import phase, refresh_, refresh_due
 from lowrank_optim.groups import Group, lowrank_groups
 from lowrank_optim.groups.names import uid_of
 from lowrank_optim.groups.values import check_module
-from lowrank_optim.nn.base import CONVERTERS, FORMS, Factored, convertible, parent_of
+from lowrank_optim.nn.base import CONVERTERS, FORMS, Factored, Reparameterized, layer_of, parent_of
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.tensors.matrix import MatrixView, matrix_view
-
-logger = logging.getLogger(__name__)
 
 MEMBERS = ("params", "param_names", "indices", "shapes", "form", "targets")
 """Group keys that say what is in a group, not how it is stepped."""
@@ -38,11 +35,13 @@ def convert(
         model: its ``nn.Linear`` and GPT-2 ``Conv1D`` layers are replaced where they are targeted;
             a weight that several layers share stays as it is, and is logged.
         method: "sst" for :class:`SpectralLinear` and ``SSTAdamW``, "switchlora" for
-            :class:`SwitchLoRALinear` and ``SwitchLoRAAdamW``, or another registered form.
+            :class:`SwitchLoRALinear` and ``SwitchLoRAAdamW``, "sltrain" and "lost" for
+            :class:`SLTrainLinear` and :class:`LOSTLinear` and any optimizer, or another registered
+            form.
         rank: as in :func:`lowrank_optim.lowrank_groups`.
         target_modules: likewise.
-        **options: group keys. Those that decide how a layer starts (``seed``, ``sampling``, ...)
-            must be given here, not to the optimizer.
+        **options: group keys. Those that decide how a layer starts (``seed``, ``sampling``,
+            ``density``, ...) must be given here, not to the optimizer.
 
     Returns:
         Parameter groups for the matching optimizer. A run on them follows the dense form with
@@ -77,7 +76,7 @@ def convert(
         for name, param in zip(group["param_names"], group["params"], strict=True):
             uid = uid_of(name)
             place, view = (
-                _layer_of(model, name, param),
+                layer_of(model, name, param),
                 matrix_view(param.shape, group["proj_type"]),
             )
             if place is None or view is None:
@@ -94,8 +93,14 @@ def merge(model: nn.Module) -> nn.Module:
 
     Exact up to the rounding of one product into the weight's dtype. An optimizer of the factors
     does not know the new weights: in the middle of a run use :func:`to_weights`.
+
+    Raises:
+        ValueError: a layer is no linear map, such as one of "lost" with an activation.
     """
     check_module(model)
+    for layer in model.modules():
+        if isinstance(layer, Reparameterized):
+            layer.check_merge()
     for name, layer in list(model.named_modules()):
         merged = getattr(layer, "merged", None)
         if callable(merged):
@@ -128,7 +133,7 @@ def to_modules(model: nn.Module, optimizer: LowRankOptimizer, method: str) -> Lo
         chosen = optimizer._strategies(group)
         for item in optimizer._items(group):
             name = names.get(id(item.param), item.name)
-            place = _layer_of(model, name, item.param) if item.subspace is not None else None
+            place = layer_of(model, name, item.param) if item.subspace is not None else None
             if place is None or item.view is None:
                 (dense if item.subspace is None else low).add(name, item.param, item.uid)
                 states[id(item.param)] = dict(optimizer.state.get(item.param, {}))
@@ -231,17 +236,6 @@ def _groups(
         )
         if members.params
     ]
-
-
-def _layer_of(model: nn.Module, name: str, param: Tensor) -> str | None:
-    """Name of the one layer whose weight ``param`` is, if it can be replaced."""
-    users = [n for n, p in model.named_parameters(remove_duplicate=False) if p is param]
-    place = name.rpartition(".")[0]
-    layer = model.get_submodule(place) if users == [f"{place}.weight"] else None
-    if layer is None or place == "" or not convertible(layer):
-        logger.info("%s stays a dense weight", name)
-        return None
-    return place
 
 
 def _replace(

@@ -10,12 +10,10 @@ from torch.autograd.function import once_differentiable
 
 from lowrank_optim.engine.plan import State, seeded
 from lowrank_optim.groups import Group
-from lowrank_optim.nn.base import Factored, register_form
-from lowrank_optim.sharding.parts import is_sharded
+from lowrank_optim.nn.base import Factored, check_saved_index, register_form
 from lowrank_optim.subspaces.base import RefreshContext
 from lowrank_optim.subspaces.spectral import Spectral
 from lowrank_optim.tensors.matrix import MatrixView
-from lowrank_optim.tensors.values import as_dtype, check_index, readable
 
 
 class _Product(torch.autograd.Function):
@@ -160,17 +158,11 @@ class SpectralLinear(Factored):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As of any module, unless ``order``, which indexes singular values, is no permutation."""
-        key, errors = f"{prefix}order", args[-1]
+        size = self.order.numel()
         try:
-            if key in state_dict:
-                given = state_dict[key]
-                if isinstance(given, Tensor) and is_sharded(given):  # as every rank loads
-                    given = given.full_tensor()  # type: ignore[attr-defined]
-                order = as_dtype(key, readable(key, given), self.order.dtype)
-                if order.shape == self.order.shape:  # torch reports another
-                    check_index({key: order}, key, self.order.numel(), "distinct")
+            check_saved_index(state_dict, f"{prefix}order", self.order, size, "distinct")
         except ValueError as error:
-            errors.append(f"{error}, in any order")
+            args[-1].append(f"{error}, in any order")
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -19,6 +23,24 @@ QUEUED = frozenset({"cuda", "xpu"})
 def on_accelerator(tensor: Tensor) -> bool:
     """Whether branching on a value of this tensor would stall its device."""
     return tensor.device.type not in HOSTS
+
+
+_STANDS_FOR: ContextVar[str] = ContextVar("_STANDS_FOR", default="meta")
+
+
+@contextmanager
+def standing_for(device_type: str) -> Iterator[None]:
+    """Within, tensors without memory stand for those of a device, where a choice depends on it."""
+    token = _STANDS_FOR.set(device_type)
+    try:
+        yield
+    finally:
+        _STANDS_FOR.reset(token)
+
+
+def kind_of(like: Tensor) -> str:
+    """The type of a tensor's device, or of the one that a tensor on the meta device stands for."""
+    return _STANDS_FOR.get() if like.is_meta else like.device.type
 
 
 def apart(tensor: Tensor) -> bool:

@@ -49,6 +49,15 @@ def _choose(forced: str | None, device_type: str, wide: bool) -> ModuleType:
     return reference
 
 
+def serving(dtype: torch.dtype, device_type: str) -> ModuleType:
+    """The module that serves ops on tensors of a dtype, on a type of device.
+
+    Raises:
+        RuntimeError: a backend was forced that cannot run there; there is no silent fall-back.
+    """
+    return _choose(os.environ.get(VARIABLE), device_type, dtype == torch.float64)
+
+
 def backend(like: torch.Tensor, in_8bit: bool = False) -> ModuleType:
     """The module whose functions serve ops on tensors like this one.
 
@@ -59,10 +68,10 @@ def backend(like: torch.Tensor, in_8bit: bool = False) -> ModuleType:
     Raises:
         RuntimeError: a backend was forced that cannot run here; there is no silent fall-back.
     """
-    wide = like.dtype == torch.float64
-    forced, device_type = os.environ.get(VARIABLE), like.device.type
-    chosen = _choose(forced, device_type, wide)
-    if in_8bit and chosen is reference and not (forced or wide) and device_type in ORDER:
+    device_type = like.device.type
+    chosen = serving(like.dtype, device_type)
+    asked = os.environ.get(VARIABLE) or like.dtype == torch.float64
+    if in_8bit and chosen is reference and not asked and device_type in ORDER:
         _warn_slow(device_type)
     return chosen
 

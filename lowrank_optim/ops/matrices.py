@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lowrank_optim.ops import native, triton
 from lowrank_optim.ops import schema as _schema  # noqa: F401  (defines the ops)
-from lowrank_optim.ops.dispatch import backend
+from lowrank_optim.ops.devices import kind_of
+from lowrank_optim.ops.dispatch import serving
 from lowrank_optim.ops.moments import Rows
 
 _ops = torch.ops.lowrank_optim
@@ -179,10 +180,11 @@ def fuses_cosine(like: Tensor, n: int) -> bool:
 
     Native ones have an FFT of their own, on the CPU; Triton's are what is around torch's.
     """
-    serving = backend(like)
-    if serving is native:
-        return like.is_cpu and native.takes_length(n)
-    return serving is triton
+    kind = kind_of(like)
+    served = serving(like.dtype, kind)
+    if served is native:
+        return kind == "cpu" and native.takes_length(n)
+    return served is triton
 
 
 def decay_(

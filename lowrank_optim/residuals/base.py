@@ -56,6 +56,11 @@ class Residual(Protocol):
     """What of the rest it uses. For "memory" :meth:`before` makes a matrix of the size of G, which
     lives as long as the step."""
 
+    @property
+    def lost(self) -> float:
+        """Factor of what a refresh loses of the lifted first moment, which joins its memory."""
+        ...
+
     def init(self, view: MatrixView, like: Tensor) -> State:
         """What it remembers of one matrix, zeros."""
         ...
@@ -154,6 +159,11 @@ class Forgetful(OneByOne):
     stepped: ClassVar[Sequence[str]] = ()
     memory: ClassVar[Sequence[str]] = ()
     wants: ClassVar[Wants] = "term"
+
+    @property
+    def lost(self) -> float:
+        """Nothing joins what is not there."""
+        return 0.0
 
     def before(self, state: State, grad: Tensor) -> Tensor:
         """The gradient as it is."""

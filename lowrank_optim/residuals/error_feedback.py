@@ -88,6 +88,8 @@ class ErrorFeedback(OneByOne):
         kept: "float32", "bfloat16", "8bit" or "4bit" (levels between the least and the largest
             entry of each row of m).
         maximize: whether coordinates are those of -A.
+        lost: factor of what a refresh loses of the lifted first moment, which joins E: LDAdam's
+            generalised error feedback has :math:`\beta_1 / (1 - \beta_1)`.
     """
 
     stepped: ClassVar[Sequence[str]] = ()
@@ -96,6 +98,7 @@ class ErrorFeedback(OneByOne):
 
     kept: str = "float32"
     maximize: bool = False
+    lost: float = 0.0
 
     def init(self, view: MatrixView, like: Tensor) -> State:
         """No error."""

@@ -34,7 +34,8 @@ class Free(Forgetful):
     ) -> Term | None:
         """``gain f(G - P R)``; nothing where that is rounding, of which a sign makes full steps."""
         # a step that is recorded in a graph finds no basis
-        fresh = not recording() and bool(state["refresh_step"] == state["step"] - 1)
+        found = not recording() and bool(state["refresh_step"] == state["step"] - 1)
+        fresh = int(state["refresh_step"]) if found else None
         m, n = seen.whole or seen.grad.shape[-2:]
         if seen.subspace.complete(m, n, fresh):
             return None

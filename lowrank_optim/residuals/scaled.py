@@ -1,4 +1,4 @@
-"""Fira: what the subspace does not see, scaled as the rule scaled what it does see."""
+"""Fira, APOLLO: the rest of the gradient, scaled as the rule scaled what the subspace sees."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class Scaled(Forgetful):
             of the matrix: two-sided ones).
         limiter: γ, the growth of ``|S|`` that a step may bring; None limits nothing.
         paper: b = 1, and the update is ``a (P N + S)``; else as released, b = a and ``a P N + S``.
+        gain: factor of S behind the limiter. APOLLO is ``gain * S`` alone: a = b = 0.
     """
 
     stepped: ClassVar[Sequence[str]] = ("residual_norm",)
@@ -44,6 +45,7 @@ class Scaled(Forgetful):
     columns: bool = True
     limiter: float | None = 1.01
     paper: bool = False
+    gain: float = 1.0
 
     def init(self, view: MatrixView, like: Tensor) -> State:
         """``|S|`` of the step before: a scalar per matrix, in the dtype of arithmetic.
@@ -92,6 +94,8 @@ class Scaled(Forgetful):
             # a P N + a S with S = f (G - P R), as a P (N - (1 - a) f R) + a f (G - a P R)
             self._add_(seen, every, scale - 1)
             every = every * scale
+        if self.gain != 1:
+            every = every * self.gain
         shape = (len(seen), *seen[0].grad.shape[:-2], 1, seen[0].grad.shape[-1])
         columns = every.expand(shape).contiguous()
         return [Term("scaled", own) for own in columns.unbind(0)]

@@ -14,6 +14,7 @@ from lowrank_optim.subspaces.coordinate import Columns, Rows
 from lowrank_optim.subspaces.dct import DCT
 from lowrank_optim.subspaces.entries import RandK
 from lowrank_optim.subspaces.fixed import FixedBasis
+from lowrank_optim.subspaces.golore import GoLore
 from lowrank_optim.subspaces.hadamard import Hadamard
 from lowrank_optim.subspaces.projector import Projector
 from lowrank_optim.subspaces.random import Random
@@ -29,6 +30,7 @@ __all__ = [
     "Block",
     "Columns",
     "FixedBasis",
+    "GoLore",
     "Hadamard",
     "Projector",
     "RandK",

@@ -14,7 +14,7 @@ from lowrank_optim import ops
 from lowrank_optim.subspaces.searches import Searching
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term, Wants
-from lowrank_optim.tensors.matrix import MatrixView, matrix_view
+from lowrank_optim.tensors.matrix import MatrixView, matrix_view, row_view
 
 State = MutableMapping[str, Tensor]
 Reduce = Callable[[Tensor], Tensor]
@@ -120,6 +120,11 @@ class Subspace(ABC):
     they go back where it did not come about."""
 
     @property
+    def blend(self) -> float:
+        """Share of the lifted first moment in what a basis is found from."""
+        return 0.0
+
+    @property
     def whole(self) -> str | None:
         """Why every rank must have all of a matrix, and what to use in its place, as a clause.
 
@@ -147,10 +152,17 @@ class Subspace(ABC):
     def balance_(self, state: State) -> None:  # noqa: B027
         """What a refresh does to the entries of :meth:`balanced`."""
 
+    moves_weights: ClassVar[bool] = False
+    """Whether a refresh writes into the weights too."""
+
     @property
     def meaning(self) -> tuple[Any, ...]:
         """What coordinates refer to: state kept under one subspace is that of another if equal."""
         return type(self).__name__, self.rank
+
+    def pushed(self, state: State) -> Iterable[str]:
+        """State keys that :meth:`push_` overwrites, beside the weights."""
+        return ()
 
     def refreshed(self, state: State) -> Iterable[str]:
         """State keys that :meth:`refresh_`, or moments that follow it, may overwrite."""
@@ -313,13 +325,17 @@ class Subspace(ABC):
         """Whether :meth:`push_` adds something of the gradient itself."""
         return term is not None
 
-    def complete(self, m: int, n: int, fresh: bool) -> bool:
+    def spans(self, count: int) -> bool:
+        """Whether a basis of full rank found after ``count`` steps spans the gradient it is of."""
+        return self.fitted
+
+    def complete(self, m: int, n: int, fresh: int | None) -> bool:
         """Whether all outside it is rounding, for a gradient ``(..., m, n)``.
 
         Args:
             m: the projected dimension.
             n: the other one.
-            fresh: whether the subspace was found from this very gradient.
+            fresh: steps before the refresh, if that was from this very gradient; else None.
         """
         return False
 
@@ -358,4 +374,6 @@ def make_projector(group: dict[str, Any], view: MatrixView) -> Subspace:
 def view_for(group: dict[str, Any], shape: Sequence[int]) -> MatrixView | None:
     """A parameter of ``shape`` as the group's projector sees it; None where it is no matrix."""
     side = PROJECTORS[group["projector"]].side(group["proj_type"])
+    if group.get("layers") is not None:
+        return row_view(shape)  # of a layer that takes turns as a whole
     return matrix_view(shape, side, group.get("flatten", False))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -21,7 +23,12 @@ from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term, Wants
 from lowrank_optim.tensors.matrix import MatrixView
 
-BLOCK_ORDERS = ("random", "ascending", "descending", "mirror")
+BLOCK_ORDERS = ("random", "ascending", "descending", "mirror", "shuffled")
+
+
+def takes_blocks(group: Mapping[str, Any]) -> bool:
+    """Whether whole tensors of a group take turns: of a projector, or of whole layers."""
+    return group.get("projector") == "block" or group.get("layers") is not None
 
 
 @register("block")
@@ -38,13 +45,23 @@ class Block(Subspace):
     ``ascending``  the next k, cyclically
     ``descending`` the same from the last tensor down, as all published pre-training ran
     ``mirror``     k/2 from the front, and as many mirrored from the back
+    ``shuffled``   in an order that is drawn anew when all had a turn
     ============== =======================================================================
+
+    With ``layers`` a block is a layer of a model: all tensors of one have its position, and take
+    turns together.
 
     Args:
         rank: not used.
         scale: not used: a block is a dense parameter.
         density: share of the tensors that are active.
         block_order: in which order they take turns.
+        layers: regular expression; parameters whose names it finds the same text in are a layer.
+            None: every tensor is a block.
+        active_layers: k, in place of a share; None takes the share.
+        layer_weights: of ``random``, how likely each block is in a draw without replacement; None
+            is all alike.
+        frozen: whether an idle one stays as it is: no decay, no residual, no step counted.
         position: of this one among the blocks of its group; of ``random``, in the order of their
             ``uid``.
         count: N.
@@ -62,6 +79,10 @@ class Block(Subspace):
 
     density: float = 0.25
     block_order: str = "random"
+    layers: str | None = None
+    active_layers: int | None = None
+    layer_weights: tuple[float, ...] | None = None
+    frozen: bool = False
     position: int = 0
     count: int = 1
     first: int = 0
@@ -90,7 +111,15 @@ class Block(Subspace):
     def from_group(cls, group: dict[str, Any], view: MatrixView) -> Self:
         """The rank of a group is the density of its blocks."""
         order = group.get("block_order", "random")
-        return cls(rank=view.m, density=float(group["rank"]), block_order=order)
+        weights = group.get("layer_weights")
+        return cls(
+            rank=view.m,
+            density=float(group["rank"]),
+            block_order=order,
+            layers=group.get("layers"),
+            active_layers=group.get("active_layers"),
+            layer_weights=None if weights is None else tuple(map(float, weights)),
+        )
 
     @property
     def meaning(self) -> tuple[Any, ...]:
@@ -100,16 +129,31 @@ class Block(Subspace):
     @property
     def size(self) -> int:
         """How many are active at a time."""
-        return round(self.density * self.count)
+        if self.active_layers is not None:
+            return min(self.active_layers, self.count)
+        return max(round(self.density * self.count), int(self.density > 0))
+
+    def draw(self, switches: int) -> int:
+        """Which draw the blocks after a number of switches are of."""
+        if self.block_order != "shuffled":
+            return switches
+        return switches // max(1, math.ceil(self.count / max(1, self.size)))
 
     def active(self, switches: int, generator: torch.Generator) -> frozenset[int]:
         """Positions of the active blocks after a number of switches.
 
         Args:
             switches: how often the blocks have switched.
-            generator: of the order ``random``.
+            generator: of what is drawn, seeded by :meth:`draw`.
         """
         n, k = self.count, self.size
+        if self.block_order == "random" and self.layer_weights is not None and k:
+            weights = torch.tensor(self.layer_weights, dtype=torch.float64)
+            return frozenset(torch.multinomial(weights, k, generator=generator).tolist())
+        if self.block_order == "shuffled":
+            turn = switches - self.draw(switches) * max(1, math.ceil(n / max(1, k)))
+            order: list[int] = torch.randperm(n, generator=generator).tolist()
+            return frozenset(order[(turn * k + i) % n] for i in range(k))
         if self.block_order == "random":
             return frozenset(torch.randperm(n, generator=generator)[:k].tolist())
         if self.block_order == "ascending":

@@ -58,8 +58,8 @@ class Coordinates(Subspace):
 
     @classmethod
     def directions(cls, rank: int | float, view: MatrixView) -> int:
-        """``floor(density m)``, or as many as the rank."""
-        return int(rank * view.m) if isinstance(rank, float) else rank
+        """``floor(density m)`` and at least one, or as many as the rank."""
+        return view.share(rank, view.m) if isinstance(rank, float) else rank
 
     def init(self, view: MatrixView, param: Tensor) -> State:
         """The indices, and no basis."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.ops.cosine import CosineTransform, column_tiles, cosine_rows
+from lowrank_optim.ops.devices import kind_of
 from lowrank_optim.ops.stacked import empty_like_all, stacked
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.base import State, register
@@ -67,11 +68,12 @@ class DCT(FixedBasis):
         """Whether vectors of length ``n`` are transformed, not multiplied."""
         if self.transform != "auto":
             return self.transform == "fft"
-        if like.is_cpu and like.dtype in FUSED_COST and ops.fuses_cosine(like, n):
+        kind = kind_of(like)
+        if kind == "cpu" and like.dtype in FUSED_COST and ops.fuses_cosine(like, n):
             most, share = FUSED_COST[like.dtype]
             cost = min(most, n / share)
         else:
-            cost = FFT_COST.get((like.device.type, like.dtype), FFT_COST_ACCELERATOR)
+            cost = FFT_COST.get((kind, like.dtype), FFT_COST_ACCELERATOR)
             cost *= SLOW_LENGTH if _largest_prime(n) > 13 else 1
         # a refresh takes a transform, or a product with all columns
         return (2 + 1 / self.update_proj_gap) * cost < 2 * self.rank + n / self.update_proj_gap

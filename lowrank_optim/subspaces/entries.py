@@ -91,8 +91,10 @@ class RandK(Subspace):
 
     @classmethod
     def directions(cls, rank: int | float, view: MatrixView) -> int:
-        """``floor(density m n)``, or the size of a coordinate of that rank."""
-        return int(rank * view.m * view.n) if isinstance(rank, float) else rank * max(view[2:4])
+        """``floor(density m n)`` and at least one, or the size of a coordinate of that rank."""
+        if isinstance(rank, float):
+            return view.share(rank, view.m * view.n)
+        return rank * max(view[2:4])
 
     def init(self, view: MatrixView, param: Tensor) -> State:
         """The key."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ class SwitchedFactors(Switched):
         agree: runs a function on one rank, and gives all ranks the tensors that it wrote; None
             where the factors are on this rank alone.
     """
+
+    moves_weights: ClassVar[bool] = True
 
     outputs: tuple[int, int] | None = None
     inputs: tuple[int, int] | None = None

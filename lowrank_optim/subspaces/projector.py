@@ -145,9 +145,9 @@ class Projector(Subspace):
         """Not of both sides: their columns are those of the other basis."""
         return not self.two_sided
 
-    def complete(self, m: int, n: int, fresh: bool) -> bool:
+    def complete(self, m: int, n: int, fresh: int | None) -> bool:
         """At full rank: of the space, or of the gradient that the basis was fitted to."""
-        if self.fitted and fresh and self.rank >= min(m, n):
+        if fresh is not None and self.spans(fresh) and self.rank >= min(m, n):
             return True
         return self.rank >= m and (not self.two_sided or self.rank >= n)
 
@@ -230,15 +230,18 @@ class Projector(Subspace):
             assert term.columns is not None
             term = Term("scaled", term.columns)
             wide, scale = (wide, 1.0) if scale == 1 else (wide * scale, 1.0)
+        basis = state["basis"]
+        if scale == 0 and term.kind == "scaled":  # nothing is lifted: a product over no directions
+            basis, wide, low = basis[..., :0], wide[..., :0, :], low[..., :0, :]
         rounds = into.rounding is not None
         if rounds or isinstance(term.gain, Tensor) or isinstance(into.decay, Tensor):
             ops.lift_add_term_(
-                into.param, into.grad, state["basis"], wide, low, term.columns, term.gain,
+                into.param, into.grad, basis, wide, low, term.columns, term.gain,
                 into.decay, into.lr, scale, into.rounding, into.finite,
             )  # fmt: skip
             return
         finite = [] if into.finite is None else [into.finite]
-        common = [into.param], [into.grad], [state["basis"]], [wide], [low]
+        common = [into.param], [into.grad], [basis], [wide], [low]
         if term.kind == "scaled":
             assert term.columns is not None
             columns = [term.columns]
@@ -272,9 +275,10 @@ def usable(norm: Tensor) -> Tensor:
 
 def replaced(grad: Tensor, known: Tensor, ctx: RefreshContext) -> Tensor:
     """The gradient where it is ``known`` to be usable, else noise, drawn where the gradient is."""
-    generator = ctx.generator
-    if not grad.is_cpu and not isinstance(grad, FakeTensor):
-        generator = torch.Generator(grad.device).manual_seed(generator.initial_seed())
+    host = grad.is_cpu or grad.is_meta or isinstance(grad, FakeTensor)
+    # one of its own: what a search draws is what a host's draws, which replaces nothing
+    generator = torch.Generator("cpu" if host else grad.device)
+    generator.manual_seed(ctx.generator.initial_seed())
     noise = torch.empty(grad.shape[-2:], dtype=grad.dtype, device=grad.device)
     return torch.where(known, grad, noise.normal_(generator=generator))
 

@@ -1,7 +1,8 @@
-"""A basis that ignores the gradient: uniform on the Stiefel manifold."""
+"""Bases that ignore the gradient: uniform on the Stiefel manifold, or of normal entries."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,3 +48,24 @@ class Random(Projector):
 
     def _drawn(self, grad: Tensor, ctx: RefreshContext) -> Tensor:
         return gaussian(grad, (*grad.shape[:-1], self.rank), ctx)
+
+
+@dataclass(frozen=True)
+class Gaussian(Random):
+    """Normal entries of variance 1/r: they keep the norm of each column, on average.
+
+    It is no orthonormal basis, and so none that a gradient is split by: ``P R`` is not the share of
+    it that P sees. Hence it has no name as a projector, and a method that measures its coordinates
+    alone takes it with ``scale=0``.
+    """
+
+    def find(self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext) -> Tensor:
+        """Drawn ``(..., m, r)``, whatever the gradient."""
+        return self._drawn(grad, ctx) / math.sqrt(self.rank)
+
+    def searching(
+        self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext
+    ) -> Searching[Tensor]:
+        """The same: there is nothing to share."""
+        yield from ()
+        return self.find(grad, previous, ctx)

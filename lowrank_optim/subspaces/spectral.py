@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -237,7 +237,7 @@ class Spectral(Subspace):
         if on_accelerator(w):
             *whole, fine = yield from triplets_of(w, old)
             found = list(zip(*(x.reshape(-1, *x.shape[w.dim() - 2 :]) for x in whole), strict=True))
-            if self.offload_inactive and not bool(fine):  # what is on the host cannot be selected
+            if self._offloads(w) and not bool(fine):  # what is on the host cannot be selected
                 raise LinAlgError("the matrix is not finite")
         else:
             matrices = w.reshape(-1, *w.shape[-2:])
@@ -381,6 +381,11 @@ class Spectral(Subspace):
         if sign is not None:
             new_s, new_u = new_s.abs(), new_u * self._of_active(state, sign)
         return Change(new_u, new_v, new_s.clamp(min=0), sign, turned, before, after, gained)
+
+    def pushed(self, state: State) -> Iterable[str]:
+        """The factors in use; of those that are not, u where it may turn around."""
+        turned = self.rest_keys[:1] if self.exact and self.negative == "flip" else ()
+        return ["basis_u", "basis_v", "basis_s", *turned]
 
     def keep_(self, state: State, change: Change) -> None:
         """Write what :meth:`advanced` found."""

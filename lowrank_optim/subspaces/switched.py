@@ -138,6 +138,10 @@ class Switched(Subspace):
         """Factors of the weight stored this way round, with this s in front of them."""
         return *super().meaning, self.scale, self.flip
 
+    def pushed(self, state: State) -> Iterable[str]:
+        """Both factors."""
+        return [f"basis_{side}" for side in SIDES]
+
     def refreshed(self, state: State) -> Iterable[str]:
         """All but the pools: what a switch writes there nobody reads while the vector is in use."""
         return [key for key in super().refreshed(state) if "pool_" not in key]

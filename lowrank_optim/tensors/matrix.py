@@ -58,6 +58,11 @@ class MatrixView(NamedTuple):
         merged = noise._replace(strides=(*strides[: first + 1], strides[-1]))
         return merged.mT if self.flip else merged
 
+    @staticmethod
+    def share(part: int | float, size: int) -> int:
+        """``floor(part size)`` of things counted, and one where that is none of a part above 0."""
+        return max(int(part * size), int(part > 0))
+
     @property
     def full_rank(self) -> int:
         """``min(m, n)``, the largest rank a gradient can have."""
@@ -70,6 +75,13 @@ class MatrixView(NamedTuple):
     def resolve_rank(self, rank: int | float) -> int:
         """The directions that a basis of this view really gets."""
         return min(self.directions(rank), self.full_rank)
+
+
+def row_view(shape: Sequence[int]) -> MatrixView | None:
+    """A parameter of any shape as one row, a matrix as it is; None where it is empty."""
+    size = math.prod(shape)
+    rows, cols = shape if len(shape) == 2 else (1, size)
+    return MatrixView(tuple(shape), (), rows, cols, False) if size else None
 
 
 def matrix_view(

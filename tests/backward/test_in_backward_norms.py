@@ -17,7 +17,7 @@ from lowrank_optim.backward.stepped_grad import SteppedGrad
 from tests import cases
 from tests.compare import assert_close
 
-METHODS = cases.method_names()
+METHODS = cases.distinct_names()
 
 
 class Net(nn.Module):

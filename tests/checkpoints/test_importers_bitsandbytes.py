@@ -323,9 +323,15 @@ def entry(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 BROKEN: dict[str, tuple[Edit, str]] = {
     "no optimizer": (lambda d: d.clear(), "not an optimizer checkpoint"),
-    "a group less": (lambda d: d["param_groups"].pop(), "groups of .* parameters, the optimizer"),
-    "a group without params": (lambda d: d["param_groups"][0].pop("params"), "has no params"),
-    "state of no parameter": (lambda d: d["state"].update({0: 3}), "state of 0 is int"),
+    "a group less": (lambda d: d["param_groups"].pop(), "state of parameter 7, which is in none"),
+    "a group without params": (
+        lambda d: d["param_groups"][0].pop("params"),
+        "has no list of params",
+    ),
+    "state of no parameter": (
+        lambda d: d["state"].update({0: 3}),
+        "state of parameter 0 must be a dict of names, got int",
+    ),
     "one moment": (lambda d: entry(d).pop("state2"), r"parameter 0 has \['state1'\], not the 2"),
     "no step": (lambda d: d["state"][0].pop("step"), "parameter 0 has no step"),
     "no scales": (lambda d: entry(d).pop("absmax1"), "state1 of parameter 0 has no absmax1"),

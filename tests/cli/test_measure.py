@@ -18,6 +18,7 @@ from lowrank_optim import GaLoreAdamW8bit
 from lowrank_optim.cli import measure
 from lowrank_optim.cli.main import main
 from lowrank_optim.cli.measure import Found, Job
+from lowrank_optim.engine.undo import SMALL
 from lowrank_optim.memory import GIB, LAYOUTS, estimate, measuring
 from lowrank_optim.memory.measuring import Peak
 
@@ -52,6 +53,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A card of 16 GiB, as far as torch says."""
     card = SimpleNamespace(name="Card", total_memory=16 * GIB)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("lowrank_optim.ops.devices._capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
 
 
@@ -67,6 +69,17 @@ def test_without_a_gpu_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
+def test_of_a_cpu_it_is_one_line() -> None:
+    """The estimates would be of another basis than what is measured."""
+    done = run("--model", "llama-60m", "--tokens", "64", "--device", "cpu")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == (
+        "Error: --measure trains on a GPU, and --device cpu asks for the estimates of another: "
+        "leave it out\n"
+    )
+
+
+@pytest.mark.usefixtures("gpu")
 def test_without_tokens_it_is_one_line() -> None:
     done = run("--model", "llama-60m")
     assert (done.exit_code, done.stdout) == (2, "")
@@ -79,14 +92,17 @@ def test_without_tokens_it_is_one_line() -> None:
     ("mode", "steps"), [(None, 1), ("step", 1), ("project", 2)], ids=["none", "step", "project"]
 )
 def test_real_steps_hold_what_is_estimated(mode: Any, steps: int, told: Job) -> None:
-    """On a CPU, where the counters are the profiler's: within the temporaries of a step."""
+    """On a CPU, where the counters are the profiler's: within the temporaries of a step.
+
+    A host copies small weights before it writes them, one at a time.
+    """
     found = measure.one({**told, "in_backward": mode, "accumulation_steps": steps}, CPU, meter)
     assert not found.error and found.peak is not None, found.error
     expected = estimate(
         transformers.AutoConfig.for_model(**CONFIG), GaLoreAdamW8bit, rank=16, in_backward=mode,
         accumulation_steps=steps, tokens=(1, 32), checkpointing=True, dtype=torch.float32,
     )  # fmt: skip
-    assert 0.97 < found.peak.allocated / expected.peak < 1.25
+    assert 0.97 < found.peak.allocated / expected.peak < 1.25 + 4 * SMALL / expected.peak
 
 
 def test_the_steps_are_those_that_are_asked_for(told: Job, monkeypatch: pytest.MonkeyPatch) -> None:

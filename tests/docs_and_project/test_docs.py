@@ -133,8 +133,10 @@ def test_figures_of_what_fits_are_those_of_readme() -> None:
 CLASSES = {
     "galore": "GaLoreAdamW",
     "fira": "FiraAdamW",
+    "apollo": "ApolloAdamW",
     "frugal": "FrugalAdamW",
     "dct_adamw": "DCTAdamW",
+    "ldadam": "LDAdamW",
     "sst": "SSTAdamW",
     "switchlora": "SwitchLoRAAdamW",
 }
@@ -187,19 +189,23 @@ def test_table_of_what_each_method_can_do() -> None:
     text = (DOCS / "choosing.md").read_text(encoding="utf-8").split("## What each can do")[1]
     said = dict(re.findall(r"^\| ([\w-]+) \| yes \| (.*?) \|", text.split("\n## ")[0], re.M))
     assert said.pop("GaLore") == said.pop("SST") == "yes"
-    assert said.pop("Fira").startswith("no")
+    assert said.pop("Fira").startswith("no") and said.pop("APOLLO").startswith("no")
     assert said.pop("FRUGAL") == 'with `free_rule="none"` and a projector other than `block`'
     assert said.pop("DCT-AdamW") == "with `update_proj_gap` above 1 and no error feedback"
+    assert said.pop("LDAdam") == "with `update_proj_gap` above 1 and no error feedback"
     assert said.pop("SwitchLoRA") == "as modules" and not said
     assert all(attaches(name, "step") for name in CLASSES.values())
     assert attaches("GaLoreAdamW", "project") and attaches("SSTAdamW", "project")
-    assert not attaches("FiraAdamW", "project")
+    assert not attaches("FiraAdamW", "project") and not attaches("ApolloAdamW", "project")
     assert attaches("FrugalAdamW", "project", **directions)
     assert not attaches("FrugalAdamW", "project", **{**directions, "projector": "block"})
     assert not attaches("FrugalAdamW", "project", **{**directions, "free_rule": "sign"})
     assert attaches("DCTAdamW", "project", update_proj_gap=2)
     assert not attaches("DCTAdamW", "project")
     assert not attaches("DCTAdamW", "project", update_proj_gap=2, error_feedback="8bit")
+    assert attaches("LDAdamW", "project", update_proj_gap=2, error_feedback=None)
+    assert not attaches("LDAdamW", "project", error_feedback=None)
+    assert not attaches("LDAdamW", "project", update_proj_gap=2)
     assert attaches("SwitchLoRAAdamW", "project", modules=True)
     assert not attaches("SwitchLoRAAdamW", "project")
 

@@ -10,14 +10,13 @@ from lowrank_optim import LowRankOptimizer
 def everything(optimizer: LowRankOptimizer) -> dict[str, Tensor]:
     """A copy of every parameter, gradient and entry of the state, pools' unread rows aside."""
     found: dict[str, Tensor] = {}
-    for group in optimizer.param_groups:
-        for i, param in enumerate(group["params"]):
-            found[f"{i}"] = param
-            if param.grad is not None and not param.grad.is_sparse:
-                found[f"{i}.grad"] = param.grad
-            for key, value in optimizer.state.get(param, {}).items():
-                if "pool_" not in key:  # what is there of a vector in use nobody reads
-                    found[f"{i}.{key}"] = value
+    for i, param in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        found[f"{i}"] = param
+        if param.grad is not None and not param.grad.is_sparse:
+            found[f"{i}.grad"] = param.grad
+        for key, value in optimizer.state.get(param, {}).items():
+            if "pool_" not in key:  # what is there of a vector in use nobody reads
+                found[f"{i}.{key}"] = value
     return {key: value.detach().clone() for key, value in found.items()}
 
 

@@ -16,14 +16,14 @@ from lowrank_optim.engine import step as engine_step
 from lowrank_optim.engine.plan import RECORDED, init_state, seeds_of
 from lowrank_optim.engine.recording import check_recorded
 from lowrank_optim.nn import convert
-from lowrank_optim.ops import devices
+from lowrank_optim.ops import devices, quant
 from lowrank_optim.rules.adamw import AdamW
 from tests import cases, runs
 from tests.compare import assert_close, assert_mostly_close
 from tests.engine.replay import captured
 
 GAP = 4
-BY_HOST = ("SwitchLoRA",)
+BY_HOST = ("SwitchLoRA", *cases.WHOLE_LAYERS)
 """Parts of the names of what follows the host's count of steps."""
 
 
@@ -174,6 +174,15 @@ def test_rounding_at_random(name: str, options: dict[str, Any]) -> None:
     """Of weights and of moments: a replay draws what its step draws, from a seed on the device."""
     rounding = {"stochastic_rounding": True, "state_dtype": "bfloat16"}
     check_replays(name, torch.bfloat16, rounded=0.05, **options, **rounding)
+
+
+@pytest.mark.parametrize("name", ["GaLoreAdamW", "DCTAdamW", "SSTAdamW"])
+def test_moments_in_4_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of two codes a replay takes is drawn as its step draws it."""
+    monkeypatch.setattr(quant, "MIN_SIZE", 1)
+    optimizer = check_replays(name, torch.float32, rounded=0.05, state_dtype="4bit")
+    states = optimizer.state.values()
+    assert any(x.dtype == torch.uint8 for state in states for x in state.values())
 
 
 def test_seeds_of_a_device_are_those_of_a_host() -> None:

@@ -21,7 +21,7 @@ from lowrank_optim.nn import convert
 from tests import cases, runs
 from tests.pairwise import paired
 
-NAMES = cases.method_names()
+NAMES = cases.distinct_names()
 GAP = 2
 STEPS = 7
 Loop = Callable[[], list[Tensor]]

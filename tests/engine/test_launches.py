@@ -96,6 +96,11 @@ ROWS = [
 IDS = ["-".join([row.name, *(f"{k}={v}" for k, v in row.options.items())]) for row in ROWS]
 
 
+def row_of(name: str, **options: Any) -> Row:
+    """The row of a class with these options, and no others."""
+    return next(row for row in ROWS if (row.name, row.options) == (name, options))
+
+
 def bucket(
     row: Row, count: int, dtype: torch.dtype, *, together: bool = True, shape: Any = (48, 160)
 ) -> tuple[list[LowRankOptimizer], list[Tensor]]:
@@ -152,9 +157,9 @@ def test_launches_do_not_grow_with_a_bucket(row: Row) -> None:
 @pytest.mark.parametrize(
     ("where", "name", "row"),
     [
-        (Projector, "push_all_", ROWS[0]),
-        (Subspace, "coords_of", ROWS[5]),
-        (Scaled, "after_all", ROWS[6]),
+        (Projector, "push_all_", row_of("GaLoreAdamW")),
+        (Subspace, "coords_of", row_of("GaLoreAdamW", projector="columns")),
+        (Scaled, "after_all", row_of("FiraAdamW")),
     ],
     ids=["push", "coords", "after"],
 )

@@ -110,7 +110,7 @@ def test_dense_groups_step_as_their_matrices(name: str) -> None:
     ("name", "why"),
     [
         ("GaLoreAdafactor", "Adafactor needs whole tensors"),
-        ("GaLoreAdamW8bit", "blocks of 8-bit moments would go across parameters"),
+        ("GaLoreAdamW8bit", "blocks of moments in 8 or 4 bits would go across parameters"),
     ],
 )
 def test_dense_groups_that_depend_on_shapes_are_refused(name: str, why: str) -> None:

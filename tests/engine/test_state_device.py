@@ -97,6 +97,8 @@ def test_numbers_are_those_of_moments_on_the_device(
 ) -> None:
     """To the bit, however the queues of a device take turns; tensors of the host stay the same."""
     options = {"state_dtype": state_dtype, "on_refresh": on_refresh}
+    if name.startswith("LDAdam"):  # it has no other
+        options["on_refresh"] = "project"
     expected = plain(make, lazy, name=name, **options)
     with Device(lazy=lazy) as device:
         found = make(name, **options, **HOST)
@@ -104,7 +106,7 @@ def test_numbers_are_those_of_moments_on_the_device(
         first = moments(found[1])
         train(device, found, STEPS[2:])
         blocks = {id(x) for x in moments(found[1])} != {id(x) for x in first}
-        assert not blocks or name.startswith("Frugal")
+        assert not blocks or name.startswith(("Frugal", *cases.WHOLE_LAYERS))
     assert not device.races and not device.stalls
     assert device.copies >= 2 * len(STEPS) * len(first) or blocks
     same(found, expected)

@@ -122,6 +122,10 @@ def test_what_factors_of_a_weight_wait_for() -> None:
 def test_no_composition_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every subspace with every kind of residual; all else is drawn."""
     monkeypatch.setattr(quant, "MIN_SIZE", 0)
+    for store in STORES:  # tables of a format are sent to a device once a process
+        params = [cases.parameter((5, 7), torch.float32)]
+        optimizer = cases.build("GaLoreAdamW", params, state_dtype=store)
+        cases.run(optimizer, params, [cases.gradients((5, 7), 1, torch.float32)])
     kinds: dict[str, list[str]] = {}
     for name, spec in product_cases.RESIDUALS.items():
         kinds.setdefault(spec["kind"], []).append(name)

@@ -28,8 +28,8 @@ from tests.integrations.trainers import (
 )
 
 CLASSES = [
-    "GaLoreAdamW", "FiraAdamW", "FrugalAdamW", "DCTAdamW", "SSTAdamW", "SwitchLoRAAdamW",
-    "GaLoreAdafactor", "GaLoreLion", "GaLoreSGD",
+    "GaLoreAdamW", "FiraAdamW", "ApolloAdamW", "FrugalAdamW", "DCTAdamW", "SSTAdamW",
+    "SwitchLoRAAdamW", "GaLoreAdafactor", "GaLoreLion", "GaLoreSGD",
 ]  # fmt: skip
 
 # ------------------------------------------------------------------ read when it is made
@@ -239,11 +239,25 @@ def test_optim_that_says_the_same(tmp_path: Path, optim: str) -> None:
         trainer(bare(tmp_path, optim=optim)).create_optimizer()
 
 
+def test_arguments_that_were_written_for_apollo(tmp_path: Path) -> None:
+    """As of ``optim="apollo_adamw"``; GaLoreAdamW would train with a scale of 128."""
+    mini = "rank=1, proj=random, scale_type=tensor, scale=128, update_proj_gap=50"
+    args = bare(tmp_path, optim="apollo_adamw", optim_args=mini)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        groups = trainer(args, method=methods.ApolloAdamW).create_optimizer().param_groups
+    (own,) = {(g["rank"], g["projector"], g["scale_type"], g["scale"]) for g in groups if g["rank"]}
+    assert own == (1, "random", "tensor", 128)
+    with pytest.raises(ValueError, match=r"APOLLO's.*train with ApolloAdamW"):
+        trainer(bare(tmp_path, optim_args=mini)).create_optimizer()
+
+
 @pytest.mark.parametrize(
     ("optim", "method", "said"),
     [
         ("galore_adamw_8bit", "GaLoreAdamW", "means GaLoreAdamW8bit, and .* given GaLoreAdamW:"),
         ("galore_adamw", "FiraAdamW", "means GaLoreAdamW, and .* given FiraAdamW:"),
+        ("apollo_adamw", "GaLoreAdamW", "means ApolloAdamW, and .* given GaLoreAdamW:"),
         ("galore_adafactor_layerwise", "GaLoreAdamW", "means GaLoreAdafactor"),
         ("galore_adamw_layerwise", "GaLoreAdamW", "give trainer_optimizer in_backward='step'"),
     ],

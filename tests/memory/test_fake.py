@@ -47,7 +47,7 @@ def states(
 ) -> list[dict[str, torch.Tensor]]:
     """State of every parameter after four steps."""
     params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
-    on_refresh = {} if name.startswith(("SST", "Switch")) else {"on_refresh": "reset"}
+    on_refresh = {} if name.startswith(("SST", "Switch", "LDAdam")) else {"on_refresh": "reset"}
     optimizer = cases.build(name, params, **{"projector": projector, **on_refresh, **options})
     for _ in range(4):
         for p in params:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import lowrank_optim
 from benchmarks.common import LLAMA_SHAPES, llama, llama_config
 from lowrank_optim import (
+    DCTAdamW,
     FiraAdamW,
     GaLoreAdafactor,
     GaLoreAdamW,
@@ -90,6 +91,30 @@ CLASSES = {
 def test_state_is_exact(name, proj_type, dtype):
     optimizer_class, options = CLASSES[name]
     check(Model().to(dtype), optimizer_class, rank=8, proj_type=proj_type, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "rank"), [((1024, 1024), 128), ((1000, 3), 2), ((77, 150), 16)])
+def test_cosines_are_those_of_the_device(shape, rank, dtype):
+    """A model on a CPU was estimated as on an accelerator: a matrix of 4 MiB in place of 48 KiB."""
+    model = nn.Sequential(nn.Linear(*reversed(shape), bias=False)).to(dtype)
+    here = check(model, DCTAdamW, rank=rank)
+    with torch.device("meta"):
+        away = nn.Sequential(nn.Linear(*reversed(shape), bias=False, dtype=dtype))
+    accelerated = estimate(away, DCTAdamW, rank=rank)
+    assert accelerated == estimate(model, DCTAdamW, rank=rank, device="cuda")
+    assert here == estimate(away, DCTAdamW, rank=rank, device="cpu", transients=False)
+    assert accelerated.basis == 4 * (rank + min(shape) ** 2)  # every rank here is worth products
+    modes = [
+        estimate(x, DCTAdamW, rank=rank, update_proj_gap=5, in_backward="project", device="cpu")
+        for x in (model, away)
+    ]
+    assert modes[0] == modes[1]
+
+
+def test_device_must_be_one():
+    with pytest.raises(ValueError, match=r"device must be None or one of torch's.*'gpu'"):
+        estimate(Model(), GaLoreAdamW, device="gpu")
 
 
 def test_state_is_exact_with_groups():
@@ -418,7 +443,7 @@ def test_readme_table_is_what_is_estimated(rows):
     assert "`lowrank-optim memory --model llama-7b --rank 1024 --budget-gib 24`" in SECTION
     lines = [line.strip("|").split("|") for line in SECTION.splitlines() if line.startswith("|")]
     _, _, *body = [[cell.strip() for cell in line] for line in lines]
-    assert [name for name, *_ in body] == list(rows)[:6]
+    assert [name for name, *_ in body] == list(rows)[:7]
     for name, *figures in body:
         row = rows[name]
         sizes = [gib(x) if x else "–" for x in (row.state.basis, row.state.moments)]
@@ -431,7 +456,7 @@ def test_readme_table_is_what_is_estimated(rows):
 @pytest.mark.slow
 def test_readme_recommends_what_fits(rows):
     """The lines under the table are a configuration of the table, in a column where it fits."""
-    (snippet,) = re.findall(r"```python\n(.*?)```", SECTION, re.S)
+    (snippet,) = re.findall(r"```python\n(.*?)```", SECTION.split("\n### ")[0], re.S)
     calls = {
         node.func.id: {k.arg: ast.literal_eval(k.value) for k in node.keywords}
         for node in ast.walk(ast.parse(snippet))

@@ -250,7 +250,8 @@ def test_full_rank_adds_no_noise(projector: str, proj_type: str) -> None:
     seed=st.integers(0, 1000),
 )
 def test_counts(density: float, shape: tuple[int, int], projector: str, seed: int) -> None:
-    """floor(density n) columns, floor(density m) rows, floor(density m n) entries; unique."""
+    """floor(density n) columns, floor(density m) rows, floor(density m n) entries, each at least
+    one; unique."""
     if density == 0.0:
         density = 1.0
     (m, n), param = shape, nn.Parameter(torch.zeros(shape))
@@ -259,8 +260,8 @@ def test_counts(density: float, shape: tuple[int, int], projector: str, seed: in
     param.grad = torch.ones(shape)
     optimizer.step()
     part = selected(optimizer, param)
-    want = {"columns": m * int(density * n), "rows": n * int(density * m)}
-    assert len(part) == want.get(projector, int(density * m * n))
+    want = {"columns": m * max(1, int(density * n)), "rows": n * max(1, int(density * m))}
+    assert len(part) == want.get(projector, max(1, int(density * m * n)))
     assert part.unique().numel() == len(part)
     assert not len(part) or (int(part.min()) >= 0 and int(part.max()) < m * n)
     assert optimizer.state[param]["low.exp_avg"].numel() == len(part)

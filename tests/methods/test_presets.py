@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from lowrank_optim import methods, presets
 from lowrank_optim.groups import canonical
+from lowrank_optim.nn import SLTrainLinear, convert
 from lowrank_optim.optimizer import DEFAULTS
 
 PRETRAIN = {  # rank, gap, scale, lr
@@ -43,9 +45,18 @@ GLUE = {  # GaLore rank 4 and 8, FRUGAL
     "sst2": (1e-5, 2e-5, 5e-5),
     "stsb": (1e-5, 3e-5, 1e-4),
 }
+APOLLO = {  # rank, scale
+    False: {"60m": (128, 1.0), "1b": (256, 1.0), "7b": (256, 1.0)},
+    True: {"60m": (1, 128.0), "130m": (1, 192.0), "7b": (1, 128.0)},
+}
 CASES: list[tuple[str, Callable[..., dict[str, Any]], tuple[Any, ...]]] = [
     *(("GaLoreAdamW", presets.galore_pretrain, (size,)) for size in PRETRAIN["galore"]),
     *(("FiraAdamW", presets.fira_pretrain, (size,)) for size in PRETRAIN["fira"]),
+    *(
+        ("ApolloAdamW", functools.partial(presets.apollo_pretrain, mini=mini), (size,))
+        for mini, sizes in APOLLO.items()
+        for size in sizes
+    ),
     *(("FrugalAdamW", presets.frugal_pretrain, (size,)) for size in FRUGAL),
     *(("GaLoreAdamW", presets.galore_glue, (task, r)) for task in GLUE for r in (4, 8)),
     *(("FrugalAdamW", presets.frugal_glue, (task, r)) for task in GLUE for r in (8, 0)),
@@ -67,6 +78,19 @@ def test_pretraining_is_as_in_the_tables(name: str) -> None:
             assert (got["alpha_mode"], got["limiter"], got["scaling"]) == (
                 "release", 1.01, "column"
             )  # fmt: skip
+
+
+def test_apollo_is_as_published() -> None:
+    for mini, sizes in APOLLO.items():
+        for size, (rank, scale) in sizes.items():
+            got = presets.apollo_pretrain(size, mini=mini)
+            assert (got["rank"], got["scale"], got["lr"], got["eps"]) == (rank, scale, 0.01, 1e-6)
+            assert got["scale_type"] == ("tensor" if mini else "channel")
+            assert (got["update_proj_gap"], got["limiter"], got["projector"]) == (
+                200, 1.01, "random"
+            )  # fmt: skip
+    with pytest.raises(ValueError, match="no published size '130m'"):
+        presets.apollo_pretrain("130m")
 
 
 def test_frugal_is_as_in_the_scripts() -> None:
@@ -109,6 +133,24 @@ def test_a_preset_makes_its_optimizer(
     small.grad = torch.randn(6, 8)
     optimizer.step()
     assert float(small.detach().norm()) > 0
+
+
+def test_sltrain_is_as_in_the_scripts() -> None:
+    for size, rank, alpha in (
+        ("60m", 128, 32),
+        ("130m", 256, 16),
+        ("350m", 256, 16),
+        ("1b", 512, 8),
+    ):
+        got = presets.sltrain_pretrain(size)
+        assert got == {"rank": rank, "density": 0.03, "scale": alpha}
+    model = torch.nn.Sequential(torch.nn.Linear(192, 160))
+    convert(model, "sltrain", **presets.sltrain_pretrain("60m"))
+    layer = model[0]
+    assert isinstance(layer, SLTrainLinear)
+    assert (layer.s, len(layer.a), len(layer.values)) == (32 / 128, 128, int(0.03 * 192 * 160))
+    with pytest.raises(ValueError, match="no published size '7b'"):
+        presets.sltrain_pretrain("7b")
 
 
 @pytest.mark.parametrize("preset", [p for _, p, _ in CASES[:: len(PRETRAIN["fira"])]])

@@ -24,9 +24,12 @@ FILES = ("test_triton.py", "test_triton_cosine.py", "test_triton_lists.py", "tes
 """In one process: Triton and torch are imported once."""
 SHARED = (
     "guarded or no_ or denormal or flags or top_rows or factors_of or unsound_lift and float32"
-    " or (matrices or matrix or columns_of or directions or cosines) and rows and float32"
+    " or (matrices or matrix or columns_of or directions or cosine_adamw_) and rows and float32"
 )
-"""Of what all backends have in common, in the default run."""
+"""Of what all backends have in common, in the default run: of the cosine ops the one of rows.
+
+``test_triton_cosine.py`` has the three of matrices, in more lengths.
+"""
 DEFAULT = f"not test_ops or ({SHARED}) and not opcheck"
 WHOLE = "not forced_backend"
 """Of ``test_ops.py`` every op in every format and layout. Of what a forced backend refuses, one

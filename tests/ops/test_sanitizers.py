@@ -27,5 +27,7 @@ def test_conformance_under_sanitizers(tmp_path: Path) -> None:
         "tests/ops/test_native.py",
         "tests/engine/test_dct_fused.py",
         "tests/ops/test_ops_bounds.py",
+        "tests/ops/test_native_fuzz.py",
     ]
-    pass_under_sanitizers(compiler, tests, {"LOWRANK_OPTIM_LIBRARY": str(tmp_path)})
+    env = {"LOWRANK_OPTIM_LIBRARY": str(tmp_path), "LOWRANK_OPTIM_FUZZ": "200"}
+    pass_under_sanitizers(compiler, tests, env)

@@ -104,6 +104,8 @@ def test_what_is_written_must_be_contiguous_on_every_backend(backend: str, op: s
     written += ["xs"] if op == "stochastic_round_" else []
     assert written
     for name in written:
+        if not any(x.dim() for x in a[name]):  # flags have no strides
+            continue
         loose = [cases.strided(x, "slice") for x in a[name]]
         with pytest.raises(ValueError, match=f"{op}: {name} must be contiguous, got strides"):
             cases.call(op, {**a, name: loose})

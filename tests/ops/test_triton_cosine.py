@@ -176,7 +176,7 @@ class TestTransforms:
         lift(w, index, low, basis)
         return found
 
-    @pytest.mark.parametrize(("m", "width"), [(12, 150), (35, 1)])
+    @pytest.mark.parametrize(("m", "width"), [(12, 20), (35, 1)])
     def test_tiles_of_columns(
         self, basis: str, m: int, width: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -197,7 +197,7 @@ class TestTransforms:
             results = []
             for span in (2**31 - 1, 0):
                 monkeypatch.setattr(matrices, "_SPAN", span)
-                results.append(self.three(basis, m, 40))
+                results.append(self.three(basis, m, 9))
             assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
     def test_a_lost_number_stays_in_its_column(self, basis: str) -> None:
@@ -278,7 +278,9 @@ class TestSteps:
         keys |= {"slot_bias_correction": options.get("own_age", True)}
         keys |= {"error_feedback": "float32" if "memory" in options else None}
         hyper: dict[str, Any] = {"lr": 0.05, "betas": (0.8, 0.95), "weight_decay": 0.1}
-        shapes = ((9, 14), (15, 7), (8, 8))[: 2 if INTERPRETED else 3]
+        shapes: tuple[tuple[int, int], ...] = ((9, 14), (15, 7), (8, 8))
+        if INTERPRETED:  # one side a case: either meets both orders
+            shapes = shapes[len(options) % 2 :][:1]
         for shape in shapes:
             start, grads = cases.parameter(shape).detach().float(), cases.gradients(shape, 4)
             weight = torch.nn.Parameter(start.to(DEVICE, copy=True))

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from lowrank_optim import LowRankOptimizer, lowrank_groups, memory, methods, presets
+from lowrank_optim.groups import keys
 from lowrank_optim.groups.keys import known_keys
 from lowrank_optim.groups.values import CHOICES, FLAGS
 from lowrank_optim.nn import convert, merge
@@ -57,6 +58,7 @@ TABLE: dict[str, Row] = {
     "clip_threshold": _numbers(0.0, -1.0, text="a finite number above 0"),
     "decay_rate": _numbers(0.8, text="a finite number of at most 0"),
     "beta1": _numbers(1.0, -0.1, text=r"None or a number in \[0, 1\)", none=True),
+    "rho": _numbers(1.0, -0.1, text=r"a number in \[0, 1\)"),
     "rank": ((0, -4, 1.5, 2.0, NAN, INF, "64", True, [4], torch.tensor(4), {}, 1j),
              r"a positive int or a fraction in \(0, 1\)"),
     "update_proj_gap": _ints(1),
@@ -78,6 +80,10 @@ TABLE: dict[str, Row] = {
     "descent_ratio": _numbers(0.0, 1.5, text=r"a number in \(0, 1\]"),
     "freeze_steps": _ints(0),
     "restart_every": _ints(1, "None or a positive int", none=True),
+    "random_from": ((-1, 1.5, -0.5, True, NAN, "0.5", None, [0]), "a step of at least 0"),
+    "active_layers": _ints(1),
+    "layers": ((0, True, "(", ["layers"], NAN), "None or a regular expression"),
+    "layer_weights": ((3, "ab", [], [0.0], [-1.0], [NAN], True), "None or a list of numbers"),
     "oversample": _ints(0),
     "max_iterations": _ints(1),
     "tolerance": _numbers(-1),
@@ -89,6 +95,12 @@ TABLE: dict[str, Row] = {
     },
 }  # fmt: skip
 """Group keys. A numpy scalar is the number of Python that it holds."""
+
+
+@pytest.fixture(autouse=True)
+def package_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classes that other tests made in this process are registered too."""
+    monkeypatch.setattr(keys, "METHODS", CLASSES)
 
 
 def weight() -> nn.Parameter:
@@ -242,6 +254,8 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Wrong]]] = {
                             for x in ("all", True, 1)],
             "accumulation_steps": [(x, ValueError, "accumulation_steps must be a positive int, got")
                                    for x in (0, 1.5, "2", True, None)],
+            "device": [(x, ValueError, "device must be None or one of torch's.*got")
+                       for x in ("gpu", 1.5, [])],
             "tokens": [(x, ValueError, "tokens must be None, a positive int or a pair of them, got")
                        for x in (0, -1, "512", (1, 2, 3), (0, 4), 1.5, True)],
             "checkpointing": [(x, ValueError, "checkpointing must be True or False, got")
@@ -259,7 +273,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Wrong]]] = {
         {
             "model": [(x, TypeError, r"model must be a torch\.nn\.Module, got")
                       for x in (None, [weight()])],
-            "method": [(x, ValueError, "method must be one of 'sst', 'switchlora', got")
+            "method": [(x, ValueError, "method must be one of 'sst', 'switchlora', 'lost', .*got")
                        for x in ("lora", None, 3, ["sst"])],
             "rank": [(x, ValueError, "a positive int or a fraction") for x in (0, True, "64", 2.0)],
             "target_modules": [(7, TypeError, "a pattern or a list of them, got 7")],
@@ -277,6 +291,18 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Wrong]]] = {
         )
         for name in ("galore_pretrain", "fira_pretrain", "frugal_pretrain")
     },
+    "presets.apollo_pretrain": (
+        presets.apollo_pretrain,
+        {"size": [(x, ValueError, "no published size .*; there are '60m', '1b'")
+                  for x in ("2b", 60, None, ["60m"], {})],
+         "mini": [(x, ValueError, "no published value of mini .*; there are False, True")
+                  for x in ("yes", 1, None, [True])]},
+    ),
+    "presets.sltrain_pretrain": (
+        presets.sltrain_pretrain,
+        {"size": [(x, ValueError, "no published size .*; there are '60m', '130m'")
+                  for x in ("2b", 60, None, ["60m"], {})]},
+    ),
     **{
         f"presets.{name}": (
             getattr(presets, name),
@@ -294,6 +320,7 @@ FINE: dict[str, dict[str, Any]] = {
     "lowrank_groups": {"model": layer(), "rank": 2},
     "memory.estimate": {"model": layer(), "optimizer_class": methods.GaLoreAdamW},
     "nn.convert": {"model": layer(), "method": "sst", "rank": 2},
+    "presets.apollo_pretrain": {"size": "60m"},
     "presets.galore_glue": {"task": "cola"},
     "presets.frugal_glue": {"task": "cola"},
 }

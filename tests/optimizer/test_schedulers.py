@@ -85,7 +85,7 @@ def rates(optimizer: Optimizer, make: Callable[[Optimizer], Any], step: Callable
 
 SCHEDULED = [
     (name, scheduler)
-    for name in cases.method_names()
+    for name in cases.distinct_names()
     for scheduler in SCHEDULERS
     # what a scheduler writes into a group does not depend on who reads it
     if name == "GaLoreAdamW" or scheduler in ("LambdaLR", "OneCycleLR")

@@ -19,6 +19,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "fira": ("FiraAdamW", {}),
     "fira matrix": ("FiraAdamW", {"scaling": "matrix"}),
     "fira paper": ("FiraAdamW", {"alpha_mode": "paper", "limiter": None}),
+    "apollo": ("ApolloAdamW", {}),
+    "apollo mini": ("ApolloAdamW", {"scale_type": "tensor", "rank": 1, "scale": 128.0}),
     "frugal sign": ("FrugalAdamW", {"free_rule": "sign"}),
     "frugal sgd": ("FrugalAdamW", {"free_rule": "sgd", "free_lr_scale": 0.5}),
     "frugal lion": ("FrugalLion", {}),
@@ -57,6 +59,9 @@ _NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "fira rsvd": ("fira matrix", {"on_refresh": "reset"}),
     "fira paper": ("fira paper", {"projector": "random", "seed": 2}),
     "fira columns": ("fira", {"projector": "columns"}),
+    "apollo": ("apollo", {}),
+    "apollo mini": ("apollo mini", {"maximize": True}),
+    "apollo svd": ("apollo", {"projector": "svd", "on_refresh": "project"}),
     "frugal block": ("frugal sign", {}),
     "frugal block in turn": ("frugal sgd", {"block_order": "ascending"}),
     "frugal columns": ("frugal sign", {"projector": "columns"}),
@@ -110,6 +115,11 @@ SHORT = ("wide", "tall", "few", "experts")
 """Shapes of the default runs: split on either side, by less than a row, and by experts."""
 
 NAMED = {name: case_of(*chosen) for name, chosen in _NAMED.items()}
+BY_SHAPE: dict[str, Any] = {"layers": r"^blocks\.\d+\.[a-z]+|^[a-z]+", "active_layers": 3}
+NAMED |= {
+    "lisa": Case("LisaAdamW", {**BY_SHAPE, "block_order": "ascending"}),
+    "badam": Case("BAdamW", {**BY_SHAPE, "on_refresh": "keep"}),
+}
 """Each promise by name."""
 
 WITH_BLOCKS = ("some blocks", "a few more", "no block", "small")
@@ -129,6 +139,7 @@ _EIGHT: dict[str, Case] = {
     "galore lion": Case("GaLoreLion", {"state_dtype": "8bit", "projector": "random"}),
     "galore sgd": Case("GaLoreSGD", {"state_dtype": "8bit", "momentum": 0.9}),
     "fira": Case("FiraAdamW8bit", {"projector": "random"}),
+    "apollo": Case("ApolloAdamW8bit"),
     "frugal rows": Case("FrugalAdamW8bit", {"projector": "rows", "density": 0.5}),
     "frugal columns": Case(
         "FrugalLion", {"state_dtype": "8bit", "projector": "columns", "density": 0.5}
@@ -226,6 +237,8 @@ def is_defined(row: Row) -> bool:
         return False
     if chosen["method"].startswith("fira") and chosen["projector"] == "block":
         return False  # refused of what is sharded
+    if chosen["method"].startswith("apollo") and chosen["projector"] == "random":
+        return chosen["on_refresh"] != "project"  # refused: one draw has nothing of the last
     return goes_with(chosen["method"], chosen["projector"])
 
 

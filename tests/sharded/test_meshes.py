@@ -78,7 +78,7 @@ def check(ranks: Worlds, name: str, case: Case) -> None:
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        ("rsvd", "copies"),
+        pytest.param("rsvd", "copies", marks=pytest.mark.slow),  # as what is found once for all
         ("fira svd", "parallel"),
         ("sst", "parallel"),
         ("switchlora of weights", "copies"),
@@ -227,7 +227,7 @@ def alone(world: World, case: Case, how: str) -> Any:
 FOUND = ("svd", "random", "dct", "svd full", "dct memory", "frugal momentum")
 
 
-@pytest.mark.parametrize("name", FOUND[:3])
+@pytest.mark.parametrize("name", ["svd", "dct"])
 def test_a_basis_is_found_once_for_all_copies(name: str, ranks: Worlds) -> None:
     """Copies are alike to the bit, as ``assembled`` asks, though only the first can find it."""
     case = on_square(name, "copies", only=("wide", "tall"), steps=6)

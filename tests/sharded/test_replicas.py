@@ -65,6 +65,45 @@ def alike(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def following(world: World, cls: str, memory: str | None) -> Any:
+    """Weights under DDP where each rank would find other bases, and of one process on the mean."""
+    from lowrank_optim.subspaces.power import PowerIteration
+
+    model, one = network(), network()
+    ddp = DistributedDataParallel(model)
+    make = getattr(lowrank_optim, cls)
+    options = {"lr": 1e-2, "rank": 3, "error_feedback": memory}
+    optimizer = make(model.named_parameters(), **options)
+    single = make(one.named_parameters(), **options)
+    find = PowerIteration.find
+    for step in range(5):
+        optimizer.zero_grad()
+        single.zero_grad()
+        backward(ddp, step, world.rank)
+        for rank in range(world.size):
+            backward(one, step, rank)
+        for p in one.parameters():
+            p.grad /= world.size
+        single.step()
+        factor = 1 + 2.0**-40 * world.rank
+        PowerIteration.find = lambda *args, f=factor: find(*args) * f  # type: ignore
+        try:
+            optimizer.step()
+        finally:
+            PowerIteration.find = find  # type: ignore[method-assign]
+    return weights(model), weights(one)
+
+
+@pytest.mark.parametrize("memory", ["float32", None])
+def test_a_basis_that_follows_moments_is_that_of_all(memory: str | None, ranks: Worlds) -> None:
+    """LDAdam: what the momentum lost is known to ranks that did not find the basis, too."""
+    values = ranks(2).run("following", following, cls="LDAdamW", memory=memory).checked()
+    (mine, one), (theirs, _) = values
+    assert alike(mine, theirs)
+    for a, b in zip(mine, one, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
 def beside(world: World, layers: int) -> Any:
     """A model of all ranks, and a weight of each rank's own that has a gradient on one only."""
     back = other_bits(world)

@@ -49,11 +49,11 @@ def _differs(world: World, case: training.Case) -> str:
     for own in (case, hosted(case)):
         with Device() as device:
             trained = training.Trained(own, world)
-            for step in range(4):
+            for step in range(3):  # bases are found in the last too
                 trained.step(step)
                 for x in resting(trained.optimizer):
                     device.host(x)
-                if step == 1:
+                if step == 0:  # buffers are asked for anew, and two steps have them all
                     saved = trained.optimizer.state_dict()
                     trained.optimizer = training.make_optimizer(own, trained.named.items())
                     trained.optimizer.load_state_dict(saved)
@@ -88,7 +88,8 @@ CASES = {
     "adafactor": training.Case("GaLoreAdafactor", {"beta1": 0.9, "on_refresh": "project"}),
 }
 SHORTEST = SHORT[:2]
-FIRST = ("bases", "memory", "switchlora", "adafactor")
+FIRST = ("memory", "switchlora", "adafactor")
+"""Of bases that are found Adafactor has them; in 8 bits GaLore has, and as a replica."""
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def _layers_differ(world: World, name: str) -> str:
             trained = test_layers.Layers(test_layers.Chosen(name), world)
             for group in trained.optimizer.param_groups:
                 group["state_device"] = where
-            for step in range(4):
+            for step in range(3):
                 trained.step(step)
                 for x in resting(trained.optimizer):
                     device.host(x)

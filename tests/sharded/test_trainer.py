@@ -75,7 +75,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["galore", pytest.param("frugal", marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_accelerate.py has what shards, clips, saves and reads, for the Trainer too
+@pytest.mark.parametrize("name", CASES)
 def test_it_trains_as_one_process_and_resumes(name: str, ranks: Worlds, tmp_path: Path) -> None:
     method, options, kind = CASES[name]
     one = run(method, options, str(tmp_path / "one"), 1)

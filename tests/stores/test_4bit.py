@@ -345,7 +345,11 @@ def test_a_nan_gradient_leaves_codes_and_scales(
             clause,
             name,
             id=f"{name}-{clause.__name__}",
-            marks=pytest.mark.slow if (i + j) % 4 or name in ALIKE[1:] else (),
+            marks=pytest.mark.slow
+            if (i + j) % 4
+            or name in ALIKE[1:]
+            or (clause.__name__ == "descends" and name != "GaLoreSGD")
+            else (),
         )
         for i, clause in enumerate(CLAUSES)
         for j, name in enumerate(cases.method_names())
@@ -388,12 +392,8 @@ def test_inside_backward_in_4_bits(mode: Any) -> None:
 
 
 def test_what_is_refused() -> None:
-    """With the remedy: a captured graph, shards' checkpoints, pieces that stand for matrices."""
+    """With the remedy: a format that is not known, pieces that stand for matrices."""
     weight = nn.Parameter(torch.zeros(64, 512))
-    with pytest.raises(
-        ValueError, match=r"'4bit' rounds by the host's count: pass 'float32' or '8b"
-    ):
-        GaLoreAdamW([weight], rank=16, state_dtype="4bit", capturable=True)
     with pytest.raises(ValueError, match=r"state_dtype must be one of .*'4bit'.*got '2bit'"):
         GaLoreAdamW([weight], rank=16, state_dtype="2bit")
     layer = nn.Linear(512, 64, bias=False)

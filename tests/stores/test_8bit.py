@@ -331,7 +331,7 @@ CLAUSES = [
 """What does not depend on which elements share a block."""
 
 
-ALIKE = ("FiraAdamW", "FrugalAdamW", "FrugalLion", "FrugalSGD")
+ALIKE = ("ApolloAdamW", "FiraAdamW", "FrugalAdamW", "FrugalLion", "FrugalSGD")
 """Their rules and their stores are those of GaLore's classes; of a residual there are no codes."""
 
 
@@ -342,7 +342,10 @@ ALIKE = ("FiraAdamW", "FrugalAdamW", "FrugalLion", "FrugalSGD")
             clause,
             name,
             id=f"{name}-{clause.__name__}",
-            marks=pytest.mark.slow if name in ALIKE and (i + ALIKE.index(name)) % 4 else (),
+            marks=pytest.mark.slow
+            if (name in ALIKE and (i + ALIKE.index(name)) % 4)
+            or (clause.__name__ == "descends" and name != "SSTAdamW")
+            else (),
         )
         for i, clause in enumerate(CLAUSES)
         for name in cases.method_names()

@@ -294,7 +294,7 @@ def test_an_accelerator_sees_several_gradients_at_once(
             whole = q @ grad.double()
             scores = whole.abs().sum(1) if ranking == "l1" else whole.square().sum(1)
             assert_close(seen.scores, scores)
-            assert_close(size, scores.sum())
+            assert size is None  # the search says whether a gradient can be used
             assert (seen.whole is None) == (transform == "fft" or tile == 12 * 7)
             if seen.whole is not None:
                 assert_close(seen.whole, whole)

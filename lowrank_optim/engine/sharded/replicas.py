@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lowrank_optim.engine.momentum import momentum_of
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.refresh import basis_due, refreshing_
 from lowrank_optim.engine.sharded.due import Due
@@ -155,7 +156,7 @@ def refresh_alike(
     """Refresh what is due of replicas before they step: a step then finds nothing due."""
     by_group: dict[int, list[Due]] = {}
     for item, state, chosen in work:
-        item.tried = -1  # a step that failed was undone
+        item.tried, item.before = -1, None  # a step that failed was undone
         if id(item.param) not in groups:
             continue
         subspace, step = item.subspace, int(state.get("step", 0))
@@ -169,6 +170,8 @@ def refresh_alike(
         item.part = item.part or replica(item.view, group, item.param.shape)
         undo.begin(state)
         undo.keep(state, subspace.refreshed(state))
+        if chosen.residual.lost:
+            item.before = momentum_of(item, state, chosen, copied=True)
         by_group.setdefault(id(group), []).append(Due(item, item, state, None, chosen))
     for due in by_group.values():
         refresh_replicas(due)

@@ -1,0 +1,1 @@
+"""What the methods learn: a task that is checked first, and the runs on it."""

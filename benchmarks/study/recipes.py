@@ -1,0 +1,150 @@
+"""The methods of the study, each as data: how it is made of a model, and where its rate is sought.
+
+One rate serves all parameters of a run, so ``scale`` is 1 where a paper has less. Every optimizer
+gets the same groups: what is not a matrix of attention or MLP is dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from benchmarks.lora import LoRALinear, convert
+from benchmarks.study.sizes import Size
+from lowrank_optim import (
+    DCTAdamW,
+    FiraAdamW,
+    FrugalAdamW,
+    GaLoreAdamW,
+    GaLoreAdamW8bit,
+    SSTAdamW,
+    SwitchLoRAAdamW,
+    lowrank_groups,
+)
+
+Groups = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Made:
+    """An optimizer, and what is done after each step, with its number."""
+
+    optimizer: Optimizer
+    after: Callable[[int], None] = lambda step: None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of a table: a method with its options."""
+
+    name: str
+    method: str
+    """A key of :data:`METHODS`."""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How an optimizer is made."""
+
+    make: Callable[..., Made]
+    """``make(model, lr, size, **options)``."""
+    grid: tuple[float, ...]
+    """Rates at which the search begins. It goes on while the best is at an end."""
+
+
+def groups_of(model: nn.Module, rank: int | float, **keys: Any) -> Groups:
+    """Matrices with a rank, and the rest dense."""
+    return list(lowrank_groups(model, rank=rank, **keys))
+
+
+def _torch(cls: Callable[..., Optimizer], **fixed: Any) -> Callable[..., Made]:
+    def make(model: nn.Module, lr: float, size: Size, **options: Any) -> Made:
+        betas = {} if cls is torch.optim.SGD else {"betas": size.betas, "weight_decay": 0.0}
+        return Made(cls(model.parameters(), lr=lr, **betas, **fixed, **options))
+
+    return make
+
+
+def _frozen(model: nn.Module, lr: float, size: Size) -> Made:
+    """AdamW of embedding and norms, with every matrix at a rate of 0."""
+    groups = groups_of(model, size.rank)
+    for group in groups:
+        group["lr"] = 0.0 if "rank" in group else lr
+    return Made(torch.optim.AdamW(groups, lr=lr, betas=size.betas, weight_decay=0.0))
+
+
+def _ours(cls: Callable[..., Optimizer], **fixed: Any) -> Callable[..., Made]:
+    def make(
+        model: nn.Module, lr: float, size: Size, *, rank: int | float | None = None, **options: Any
+    ) -> Made:
+        own: dict[Any, dict[str, Any]] = {
+            SSTAdamW: {"steps_per_iteration": size.gap, "warmup_steps": size.gap // 10},
+            SwitchLoRAAdamW: {"total_steps": size.steps},
+        }
+        chosen = {**own.get(cls, {"update_proj_gap": size.gap}), **fixed, **options}
+        groups = groups_of(model, size.rank if rank is None else rank)
+        return Made(cls(groups, lr=lr, betas=size.betas, weight_decay=0.0, **chosen))
+
+    return make
+
+
+def _lora(
+    model: nn.Module, lr: float, size: Size, *, rank: int | None = None, restarts: int = 0
+) -> Made:
+    """W frozen and factors of it trained; ``restarts`` merges of them into W, as ReLoRA has."""
+    convert(model, size.rank if rank is None else rank)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=lr, betas=size.betas, weight_decay=0.0)
+    if not restarts:
+        return Made(optimizer)
+    every = size.steps // (restarts + 1)
+
+    def after(step: int) -> None:
+        if step % every == 0 and step < every * (restarts + 1):
+            restart(model, optimizer)
+
+    return Made(optimizer, after)
+
+
+@torch.no_grad()
+def restart(model: nn.Module, optimizer: Optimizer) -> None:
+    """Factors are added to W, drawn again, and their moments forgotten."""
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.weight.copy_(module.merged())
+            module.lora_B.zero_()
+            nn.init.kaiming_uniform_(module.lora_A, a=5**0.5)
+            for factor in (module.lora_A, module.lora_B):
+                optimizer.state.pop(factor, None)
+
+
+def _adamw8bit(model: nn.Module, lr: float, size: Size) -> Made:
+    """AdamW of bitsandbytes, every tensor of at least 4,096 entries in 8 bits."""
+    from bitsandbytes.optim import AdamW8bit
+
+    return Made(AdamW8bit(model.parameters(), lr=lr, betas=size.betas, weight_decay=0.0))
+
+
+ADAM = (1e-3, 3e-3, 1e-2)
+FACTORS = (3e-3, 1e-2, 3e-2)
+
+METHODS: dict[str, Method] = {
+    "adamw": Method(_torch(torch.optim.AdamW), ADAM),
+    "sgd": Method(_torch(torch.optim.SGD, momentum=0.9), (0.1, 0.3, 1.0)),
+    "frozen": Method(_frozen, ADAM),
+    "adamw8bit": Method(_adamw8bit, ADAM),
+    "galore": Method(_ours(GaLoreAdamW, scale=1.0), ADAM),
+    "galore8bit": Method(_ours(GaLoreAdamW8bit, scale=1.0), ADAM),
+    "fira": Method(_ours(FiraAdamW, scale=1.0), ADAM),
+    "frugal": Method(_ours(FrugalAdamW), ADAM),
+    "dct": Method(_ours(DCTAdamW, update_proj_gap=1), ADAM),
+    "sst": Method(_ours(SSTAdamW, factors="active"), FACTORS),
+    "switchlora": Method(_ours(SwitchLoRAAdamW), FACTORS),
+    "lora": Method(_lora, FACTORS),
+}

@@ -1,0 +1,164 @@
+"""What is compared: named sets of cases, and relations that papers report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from benchmarks.bytes_task import make_model
+from benchmarks.study.recipes import METHODS, Case
+from benchmarks.study.sizes import Size
+from benchmarks.study.training import state_bytes
+
+ADAMW = Case("AdamW", "adamw")
+
+
+def methods(size: Size) -> list[Case]:
+    """Every method at one rank; of FRUGAL's blocks the density is the share of it."""
+    share = size.rank / size.shape.hidden
+    return [
+        ADAMW,
+        Case("AdamW 8-bit (bitsandbytes)", "adamw8bit"),
+        Case("GaLore", "galore", {"rank": size.rank}),
+        Case("GaLore 8-bit", "galore8bit", {"rank": size.rank}),
+        Case("Fira", "fira", {"rank": size.rank}),
+        Case("FRUGAL, block", "frugal", {"rank": share, "projector": "block"}),
+        Case("FRUGAL, columns", "frugal", {"rank": size.rank, "projector": "columns"}),
+        Case("FRUGAL, svd", "frugal", {"rank": size.rank, "projector": "svd"}),
+        Case("DCT-AdamW", "dct", {"rank": size.rank}),
+        Case("SST", "sst", {"rank": size.rank}),
+        Case("SwitchLoRA", "switchlora", {"rank": size.rank}),
+        Case("LoRA", "lora", {"rank": size.rank}),
+        Case("LoRA with restarts, as ReLoRA", "lora", {"rank": size.rank, "restarts": 2}),
+    ]
+
+
+def held_bytes(case: Case, size: Size) -> int:
+    """State after one step on gradients of noise."""
+    model = make_model(size.shape, 0)
+    made = METHODS[case.method].make(model, 1e-3, size, **case.options)
+    for param in model.parameters():
+        if param.requires_grad:
+            param.grad = torch.randn_like(param)
+    made.optimizer.step()
+    return state_bytes(model, made.optimizer)
+
+
+def with_rank(case: Case, rank: int | float) -> Case:
+    """The case with another rank, or density."""
+    return replace(case, options={**case.options, "rank": rank})
+
+
+def at_most(case: Case, size: Size, budget: int) -> Case | None:
+    """The case with the largest rank whose state is within ``budget``; None if there is none."""
+    hidden = size.shape.hidden
+    step = 1 / hidden if isinstance(case.options["rank"], float) else 1
+    fits, passes = 0, hidden
+    while passes - fits > 1:
+        middle = (fits + passes) // 2
+        inside = held_bytes(with_rank(case, middle * step), size) <= budget
+        fits, passes = (middle, passes) if inside else (fits, middle)
+    return with_rank(case, fits * step) if fits else None
+
+
+def equal_bytes(size: Size) -> list[Case]:
+    """Every method that has a rank, at the bytes of GaLore at the size's rank, after AdamW."""
+    every = methods(size)
+    budget = held_bytes(next(case for case in every if case.name == "GaLore"), size)
+    found = [at_most(case, size, budget) for case in every if "rank" in case.options]
+    return [ADAMW, *(case for case in found if case is not None)]
+
+
+def ablations(size: Size) -> list[Case]:
+    """What people argue about, one change at a time."""
+    base: dict[str, Any] = {"rank": size.rank}
+
+    def galore(name: str, **options: Any) -> Case:
+        return Case(f"GaLore, {name}", "galore", {**base, **options})
+
+    names = ("svd", "rsvd", "dct", "hadamard", "random", "columns")
+    return [
+        ADAMW,
+        Case("GaLore", "galore", base),
+        *(galore(name, projector=name) for name in names),
+        *(galore(f"gap {gap}", update_proj_gap=gap) for gap in (size.gap // 5, size.steps)),
+        *(galore(f"rank {r}", rank=r) for r in (size.rank // 4, size.rank * 2)),
+        *(galore(f"scale {scale:g}", scale=scale) for scale in (0.25, 4.0)),
+        *(galore(f"moments {how}", on_refresh=how) for how in ("keep", "reset", "project")),
+        galore("refreshed at once", stagger=False),
+        Case("GaLore 8-bit", "galore8bit", base),
+        Case("DCT-AdamW", "dct", base),
+        Case("DCT-AdamW, error feedback", "dct", {**base, "error_feedback": "float32"}),
+        Case("Fira", "fira", base),
+        Case("Fira without limiter", "fira", {**base, "limiter": None}),
+        *(
+            Case(f"FRUGAL, columns, free {rule}", "frugal", {**base, "projector": "columns", **own})
+            for rule, own in (("sign", {}), ("none", {"free_rule": "none"}))
+        ),
+    ]
+
+
+SETS: dict[str, Callable[[Size], list[Case]]] = {
+    "rank": methods,
+    "bytes": equal_bytes,
+    "ablations": ablations,
+}
+
+
+@dataclass(frozen=True)
+class Relation:
+    """That one case of ``set_name`` ends below another, or beside it."""
+
+    claim: str
+    source: str
+    set_name: str
+    better: str
+    worse: str
+    near: bool = False
+    """The two are to be apart by at most a tenth of what GaLore is behind AdamW."""
+
+
+RELATIONS = (
+    Relation(
+        "a higher rank ends lower",
+        "GaLore (arXiv:2403.03507)",
+        "ablations",
+        "GaLore, rank {double}",
+        "GaLore, rank {quarter}",
+    ),
+    Relation("Fira ends below GaLore", "Fira (arXiv:2410.01623)", "rank", "Fira", "GaLore"),
+    Relation(
+        "blocks end below svd at equal memory",
+        "FRUGAL (arXiv:2411.07837)",
+        "bytes",
+        "FRUGAL, block",
+        "FRUGAL, svd",
+    ),
+    Relation(
+        "DCT is near SVD",
+        "DCT-AdamW (arXiv:2505.17967)",
+        "ablations",
+        "GaLore, dct",
+        "GaLore, svd",
+        near=True,
+    ),
+    Relation("SST ends below LoRA", "SST (arXiv:2405.15481)", "rank", "SST", "LoRA"),
+    Relation(
+        "SST ends below ReLoRA",
+        "SST (arXiv:2405.15481)",
+        "rank",
+        "SST",
+        "LoRA with restarts, as ReLoRA",
+    ),
+    Relation(
+        "SwitchLoRA is near full rank",
+        "SwitchLoRA (arXiv:2406.06564)",
+        "rank",
+        "SwitchLoRA",
+        "AdamW",
+        near=True,
+    ),
+)

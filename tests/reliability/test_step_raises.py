@@ -1,0 +1,263 @@
+"""A step runs out of memory before any of its operations: it can be taken again, or left out.
+
+Each operation of torch and of the package fails in its turn, as the dispatcher meets them. Taken
+again, the step ends bit for bit where it would have ended at once, whoever had taken it before.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lowrank_optim import LowRankOptimizer, methods
+from lowrank_optim.engine import step as engine_step
+from lowrank_optim.engine.undo import Undo
+from lowrank_optim.nn import convert
+from tests import cases
+from tests.engine.races import Device
+from tests.engine.snapshots import everything, same
+from tests.reliability.injection import OutOfMemory
+
+SHAPES = [(6, 11), (9, 5), (6, 11), (5,), ()]
+"""Two alike, that are stepped as one bucket, one seen transposed, and dense ones."""
+GAP = 3
+
+EVERY = [*cases.pairs(), ("SSTAdamW", None), ("SwitchLoRAAdamW", None)]
+CHEAP = 12
+"""Operations that fail of a step, of some hundreds: others in every case."""
+
+
+def prepared(name: str, projector: str | None, steps: int, **options: Any) -> LowRankOptimizer:
+    """Some steps, and the gradients of the next."""
+    params = [nn.Parameter(cases.parameter(s, torch.float32, seed=7).detach()) for s in SHAPES]
+    own = {} if projector is None else {"projector": projector}
+    rank = cases.rank_for(projector, 3)
+    groups = [{"params": params[:3], "rank": rank}, {"params": params[3:], "rank": None}]
+    optimizer = cases.build(name, groups, **{**own, "weight_decay": 0.1, **options})
+    for row in range(steps + 1):
+        set_grads(optimizer, row)
+        if row < steps:
+            optimizer.step()
+    return optimizer
+
+
+def params_of(optimizer: LowRankOptimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def set_grads(optimizer: LowRankOptimizer, row: int) -> None:
+    for n, param in enumerate(params_of(optimizer)):
+        param.grad = cases.gradients(param.shape, 1, torch.float32, seed=10 * row + n)[0]
+
+
+def copied(optimizer: LowRankOptimizer) -> LowRankOptimizer:
+    new = copy.deepcopy(optimizer)
+    for a, b in zip(params_of(optimizer), params_of(new), strict=True):
+        assert a.grad is not None
+        b.grad = a.grad.clone()
+    return new
+
+
+def operations(base: LowRankOptimizer) -> list[str]:
+    new, counting = copied(base), OutOfMemory()
+    with counting:
+        new.step()
+    return counting.names
+
+
+def check(base: LowRankOptimizer, first: int, every: int) -> None:
+    """Every so many operations in turn, from the first of them on."""
+    copied(base).step()  # what is made once a process
+    expected, counting = copied(base), OutOfMemory()
+    with counting:
+        expected.step()
+    count, wanted = len(counting.names), everything(expected)
+    assert count > 10
+    for at in range(first % every, count, every):
+        optimizer = copied(base)
+        with pytest.raises(torch.OutOfMemoryError) as caught, OutOfMemory(at):
+            optimizer.step()
+        optimizer.step()
+        assert not same(everything(optimizer), wanted), (at, counting.names[at])
+        assert not optimizer._taken
+        notes = getattr(caught.value, "__notes__", [])  # none before anything has begun
+        assert all("step() again steps these alone" in note for note in notes)
+
+
+def options_of(name: str, projector: str | None) -> dict[str, Any]:
+    if projector is None:
+        own = {"interval": 4, "freeze_steps": 1} if "Switch" in name else {}
+        return own
+    return {"on_refresh": "project"}
+
+
+@pytest.mark.parametrize(("name", "projector"), cases.params(EVERY))
+def test_operations_here_and_there(name: str, projector: str | None) -> None:
+    """A step with a refresh."""
+    base = prepared(name, projector, GAP, **options_of(name, projector))
+    count = len(operations(base))
+    check(base, sum(map(ord, f"{name}{projector}")), max(1, count // CHEAP))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [0, 1, GAP], ids=["first", "plain", "refresh"])
+@pytest.mark.parametrize("extra", [{}, {"state_dtype": "8bit"}, {"on_refresh": "reset"}], ids=str)
+@pytest.mark.parametrize(("name", "projector"), EVERY)
+def test_every_operation(
+    name: str, projector: str | None, extra: dict[str, Any], steps: int
+) -> None:
+    own = options_of(name, projector)
+    if projector is None and "on_refresh" in extra:
+        pytest.skip("it has no on_refresh")
+    check(prepared(name, projector, steps, **{**own, **extra}), 0, 1)
+
+
+@pytest.mark.parametrize("form", ["sst", "switchlora"])
+def test_layers_of_factors(form: Any) -> None:
+    """Their state is put together from module and optimizer for each step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 6))
+    own = {"steps_per_iteration": GAP, "warmup_steps": 1} if form == "sst" else {}
+    make = methods.SSTAdamW if form == "sst" else methods.SwitchLoRAAdamW
+    optimizer = make(convert(model, form, rank=3), lr=1e-2, **own)
+    for _ in range(2):
+        model(torch.ones(2, 9)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model(torch.ones(2, 9)).square().sum().backward()
+    before, state = everything(optimizer), copy.deepcopy(optimizer.state_dict())
+    counting = OutOfMemory()
+    with counting:
+        optimizer.step()
+    wanted = everything(optimizer)
+
+    def reset() -> None:
+        optimizer.load_state_dict(state)
+        for n, param in enumerate(params_of(optimizer)):
+            param.data.copy_(before[f"{n}"])
+
+    for at in range(len(form), len(counting.names), max(1, len(counting.names) // CHEAP)):
+        reset()
+        with pytest.raises(torch.OutOfMemoryError), OutOfMemory(at):
+            optimizer.step()
+        optimizer.step()
+        assert not same(everything(optimizer), wanted), (at, counting.names[at])
+
+
+def test_a_batch_is_left_out_after_a_step_that_raised() -> None:
+    """zero_grad(), of the optimizer or by hand: the next batch is stepped by all parameters."""
+    base = prepared("GaLoreAdamW", "svd", GAP)
+    at = max(n for n, name in enumerate(operations(base)) if "addmm_" in name)
+    for by_hand in (False, True):
+        optimizer = copied(base)
+        with pytest.raises(torch.OutOfMemoryError), OutOfMemory(at):
+            optimizer.step()
+        stepped = {n for n, own in optimizer.state.items() if own["step"] == GAP + 1}
+        assert 0 < len(stepped) < len(SHAPES) and len(optimizer._taken) == len(stepped)
+        if by_hand:
+            for param in params_of(optimizer):
+                param.grad = None
+        else:
+            optimizer.zero_grad()
+        set_grads(optimizer, 9)
+        optimizer.step()
+        counts = [float(optimizer.state[p]["step"]) for p in params_of(optimizer)]
+        assert counts == [GAP + 1 + (p in stepped) for p in params_of(optimizer)]
+
+
+def test_gradients_that_were_changed_are_a_new_batch() -> None:
+    """In place too: whoever took the step takes another."""
+    optimizer = copied(prepared("GaLoreAdamW", "svd", 1))
+    last = len(operations(optimizer)) - 2
+    with pytest.raises(torch.OutOfMemoryError), OutOfMemory(last):
+        optimizer.step()
+    assert optimizer._taken
+    for param in params_of(optimizer):
+        param.grad.mul_(0.5)
+    optimizer.step()
+    steps = [float(optimizer.state[p]["step"]) for p in params_of(optimizer)]
+    assert max(steps) == 3 and min(steps) == 2
+
+
+def test_what_is_too_large_to_be_copied_is_named() -> None:
+    """A dense embedding and a matrix: torch steps the one in several operations."""
+    params = [nn.Parameter(torch.ones(300, 300)), nn.Parameter(torch.ones(8, 8))]
+    groups = [{"params": [("embed", params[0])], "rank": None}, {"params": [("w", params[1])]}]
+    optimizer = cases.build("GaLoreAdamW", groups)
+    for param in params:
+        param.grad = torch.ones(param.shape)
+    base = copied(optimizer)
+    operations(base)  # what is made once a process
+    names = operations(base)
+    partly = []
+    for at in range(len(names)):
+        new = copied(base)
+        with pytest.raises(torch.OutOfMemoryError) as caught, OutOfMemory(at):
+            new.step()
+        notes = getattr(caught.value, "__notes__", [])
+        assert all("w may" not in note for note in notes)
+        if any("embed may have been stepped in part" in note for note in notes):
+            partly.append(at)
+            continue
+        embed = params_of(new)[0]
+        stepped = float(new.state.get(embed, {}).get("step", 0)) == 1
+        assert stepped or embed.eq(1).all()
+    assert 3 < len(partly) < len(names) // 2
+
+
+@pytest.mark.parametrize("accelerated", [False, True], ids=["cpu", "accelerator"])
+def test_a_copy_counts_once_it_is_made(accelerated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several formats, which an accelerator copies as words; until then nothing is put back."""
+    if accelerated:
+        cases.branching(monkeypatch, lambda _: True)
+    start = {
+        "low.exp_avg": torch.randn(3, 4),
+        "low.exp_avg_sq": torch.rand(3, 4).bfloat16(),
+        "low.codes": torch.randint(1, 255, (3, 4), dtype=torch.uint8),
+        "odd": torch.randint(1, 255, (3,), dtype=torch.uint8),
+        "host.order": torch.arange(1, 4),
+    }
+
+    def keeps(at: int) -> list[str]:
+        state = {key: x.clone() for key, x in start.items()}
+        counting = OutOfMemory(at)
+        with pytest.raises(torch.OutOfMemoryError), Undo() as undo:
+            undo.begin(state)
+            with counting:
+                undo.keep_all([state], state)
+            for x in state.values():
+                x.zero_()
+            raise torch.OutOfMemoryError
+        assert all(torch.equal(state[key], x) for key, x in start.items()), counting.names[at]
+        return counting.names
+
+    names = keeps(-1)
+    assert len({str(x.dtype) for x in start.values()}) <= len(names)
+    for at in range(len(names)):
+        keeps(at)
+
+
+@pytest.mark.parametrize("state_device", [None, "cpu"])
+def test_moments_that_rest_on_the_host_are_not_stepped_in_part(
+    state_device: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An accelerator does not copy its moments before it writes them: the note names them."""
+    base = prepared("GaLoreAdamW", "svd", GAP, state_device=state_device)
+
+    def fails(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    with Device(lazy=True):
+        optimizer = copied(base)
+        before = everything(optimizer)
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError) as caught:
+            patch.setattr(engine_step, "prepared", fails)
+            optimizer.step()
+        notes = " ".join(caught.value.__notes__)
+        assert ("stepped in part" in notes) == (state_device is None)
+        if state_device is not None:
+            assert not same(everything(optimizer), before)
