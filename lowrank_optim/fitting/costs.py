@@ -131,7 +131,7 @@ class Costs:
 
     def fits(self, way: Way, ranks: Sequence[int], budget: float) -> bool:
         """Whether the peak is within ``budget`` bytes; the model runs only where it may be."""
-        return self._plain(way, ranks).peak <= budget and self.peak(way, ranks) <= budget
+        return self._plain(way, ranks).peak <= budget and self.exact(way, ranks).fits(budget)
 
     def exact(self, way: Way, ranks: Sequence[int]) -> Estimate:
         """The estimate of these very ranks, with activations and what steps need in passing."""
