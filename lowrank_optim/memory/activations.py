@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -171,6 +171,7 @@ def in_flight(
     checkpointing: bool,
     passes: int,
     left: Callable[[int, bool], Left | None],
+    trained: Collection[int],
 ) -> Flight:
     """Bytes of activations and gradients alive at once, at most and as each gradient arrives.
 
@@ -185,6 +186,8 @@ def in_flight(
         passes: micro-batches that add up.
         left: what is left of the gradient of parameter i, in the last pass or before; None if it
             stays.
+        trained: numbers of the parameters that ask for gradients, as the optimizer left it: layers
+            that wait for their turn do not.
 
     Raises:
         NotImplementedError: the model cannot run without memory.
@@ -210,7 +213,8 @@ def in_flight(
                 param.grad = None
 
         numbers: dict[Tensor, int] = {p: i for i, p in enumerate(model.parameters())}
-        for param in numbers:
+        for param, number in numbers.items():
+            param.requires_grad_(number in trained)
             if param.requires_grad:
                 param.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
         with alive:

@@ -210,7 +210,8 @@ def _estimated(
     gradients = Gradients.of(optimizer, list(twins.values()), training)
     flight: Flight | None = None
     if training.tokens is not None:
-        flying = training.forward_and_backward, tuple(map(gradients.staying, gradients.sizes))
+        staying = tuple((i, gradients.staying(i)) for i in gradients.sizes)
+        flying = training.forward_and_backward, staying
         flight = known.get(flying) or _flight(module, training, gradients)
         known[flying] = flight
     rehearsal: Rehearsal | None = None
@@ -259,6 +260,7 @@ def _flight(module: nn.Module, training: Training, gradients: Gradients) -> Flig
         checkpointing=training.checkpointing,
         passes=min(training.accumulation_steps, 2),
         left=left,
+        trained=gradients.sizes,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.utils import clip_grad_norm_
@@ -26,6 +27,16 @@ class Tracker(MemTracker):
         if ProjectedGrad in types:  # as of DTensor: the operations that it makes come here
             return NotImplemented
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _track_module_params_and_buffers(self, module: nn.Module, **own: Any) -> Any:
+        idle = [p for p in module.parameters() if not p.requires_grad]
+        for p in idle:  # its turn may come, and a hook is for what requires a gradient
+            p.requires_grad_(True)
+        try:
+            return super()._track_module_params_and_buffers(module, **own)
+        finally:
+            for p in idle:
+                p.requires_grad_(False)
 
     def now(self) -> int:
         return self.get_tracker_snapshot("current")[CPU]["Total"]
