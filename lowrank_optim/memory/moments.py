@@ -60,12 +60,14 @@ def _inside(
 ) -> Worst:
     """Steps inside backward: each of one parameter, beside the activations alive then."""
     again = gradients.one_by_one
-    firsts = rehearsal.arrivals("first")  # before others: it makes the state that they need
-    passing = rehearsal.arrivals("none")
+    order = () if flight is None else [a.number for a in flight.arrivals if a.again == again]
+    firsts = rehearsal.arrivals("first", order=order)  # and the state that others need
+    passing = rehearsal.arrivals("none", order=order)
     beside = {"backward": backward, "step": _arriving(gradients, flight, passing, again=again)}
     refresh = [0]
     if rehearsal.refreshes:
-        refresh = [max(own) for own in zip(firsts, rehearsal.arrivals("all"), strict=True)]
+        others = rehearsal.arrivals("all", order=order)
+        refresh = [max(own) for own in zip(firsts, others, strict=True)]
         beside["refresh"] = _arriving(gradients, flight, refresh, again=again)
     return Worst(beside, max(passing, default=0), max(refresh))
 

