@@ -81,6 +81,7 @@ EVERY = [
 ]
 DEFAULT = {
     ("gpt2", "FiraAdamW", None),
+    ("llama", "BAdamW", None),
     ("llama", "LisaAdamW", "step"),
     ("mixtral", "FrugalAdamW", "step"),
 }
@@ -136,12 +137,13 @@ def test_a_refresh_needs_more_than_a_step() -> None:
 
 def test_staging_is_counted_once() -> None:
     """What a first step with moments on the host needs in passing is what later ones do."""
-    model = nn.Sequential(nn.Embedding(1000, 64), nn.Linear(64, 32)).to("meta")
+    model = nn.Sequential(nn.Embedding(20000, 64), nn.Linear(64, 32)).to("meta")
     own = {"rank": 4, "in_backward": "step"}
     here = estimate(model, GaLoreAdamW, **own)
     there = estimate(model, GaLoreAdamW, state_device="cpu", **own)
     assert there.staging > 0
-    assert there.step_transients == there.refresh_transients == here.step_transients > 0
+    assert there.refresh_transients == here.refresh_transients > 0
+    assert there.step_transients == here.step_transients
     assert there.beside == here.beside
 
 
