@@ -13,7 +13,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,10 @@ OWN: dict[str, list[dict[str, Any]]] = {
     "SwitchLoRAAdamW": [{"interval": 4, "freeze_steps": 2}, {"restart_every": 3}],
     "GaLoreAdafactor": [{"beta1": None, "scale_parameter": True}],
 }
+
+
+INSIDE = ("GaLoreAdamW", "DCTAdamW", "GaLoreLion", "FiraAdamW", "FrugalAdamW", "SSTAdamW")
+MODULES = {"SSTAdamW": "sst", "SwitchLoRAAdamW": "switchlora"}
 
 
 def runs() -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -77,15 +81,29 @@ def everything(optimizer: LowRankOptimizer) -> Iterator[Tensor]:
                 yield value.reshape(-1)
 
 
-def trained(name: str, projector: str, options: dict[str, Any], dtype: torch.dtype) -> str:
-    """A run that is saved and loaded in the middle."""
+def weights(optimizer: LowRankOptimizer) -> Iterator[Tensor]:
+    """Parameters alone."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            yield p.reshape(-1)
+
+
+def trained(
+    name: str,
+    projector: str,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    device: str = "cpu",
+    gradients: Callable[..., list[Tensor]] = cases.gradients,
+) -> LowRankOptimizer:
+    """The optimizer after a run that is saved and loaded in the middle."""
     made = []
     for _ in range(2):
-        params = [cases.parameter(shape, dtype) for shape in SHAPES]
+        params = [nn.Parameter(cases.parameter(shape, dtype).to(device)) for shape in SHAPES]
         rank = 0.5 if projector == "block" else 4
         made.append(cases.build(name, params, **{"projector": projector, "rank": rank, **options}))
     first, second = made
-    grads = [cases.gradients(shape, STEPS, dtype, seed=i) for i, shape in enumerate(SHAPES)]
+    grads = [gradients(shape, STEPS, dtype, seed=i) for i, shape in enumerate(SHAPES)]
     for optimizer, steps in ((first, range(STEPS // 2)), (second, range(STEPS // 2, STEPS))):
         params = optimizer.param_groups[0]["params"]
         if optimizer is second:
@@ -97,35 +115,40 @@ def trained(name: str, projector: str, options: dict[str, Any], dtype: torch.dty
                 mine.data.copy_(theirs.data)
         for step in steps:
             for p, own in zip(params, grads, strict=True):
-                p.grad = own[step].clone()
+                p.grad = own[step].clone().to(device)
             optimizer.step()
-    return digest(everything(second))
+    return second
 
 
-def inside_backward(name: str, mode: Any) -> str:
+def network() -> nn.Module:
+    """Two linear layers."""
+    return nn.Sequential(nn.Linear(24, 64), nn.Tanh(), nn.Linear(64, 24))
+
+
+def inside_backward(name: str, mode: Any, device: str = "cpu") -> LowRankOptimizer:
     """A small network, micro-batches and all."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(24, 64), nn.Tanh(), nn.Linear(64, 24))
+    net = network().to(device)
     optimizer = cases.build(name, net.named_parameters())
     attach_in_backward(optimizer, mode, accumulation_steps=2)
     for _ in range(STEPS):
         for _ in range(2):
-            net(torch.randn(5, 24)).square().mean().backward()
+            net(torch.randn(5, 24).to(device)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return digest(everything(optimizer))
+    return optimizer
 
 
-def in_modules(name: str, kind: str) -> str:
+def in_modules(name: str, kind: str, device: str = "cpu") -> LowRankOptimizer:
     """A network whose linear layers are factors."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(24, 64), nn.Tanh(), nn.Linear(64, 24))
-    optimizer = getattr(methods, name)(convert(net, kind, rank=4), lr=1e-2)
+    net = network().to(device)
+    optimizer: LowRankOptimizer = getattr(methods, name)(convert(net, kind, rank=4), lr=1e-2)
     for _ in range(STEPS):
-        net(torch.randn(5, 24)).square().mean().backward()
+        net(torch.randn(5, 24).to(device)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return digest(p.reshape(-1) for p in net.parameters())
+    return optimizer
 
 
 def digests() -> dict[str, str]:
@@ -136,17 +159,17 @@ def digests() -> dict[str, str]:
         for dtype in (torch.float32, torch.bfloat16):
             key = f"{name} {projector} {options} {dtype}"
             try:
-                found[key] = trained(name, projector, options, dtype)
+                found[key] = digest(everything(trained(name, projector, options, dtype)))
             except (ValueError, RuntimeError) as error:
                 found[key] = str(error)
-    for name in ("GaLoreAdamW", "DCTAdamW", "GaLoreLion", "FiraAdamW", "FrugalAdamW", "SSTAdamW"):
+    for name in INSIDE:
         for mode in ("project", "step"):
             try:
-                found[f"{name} {mode}"] = inside_backward(name, mode)
+                found[f"{name} {mode}"] = digest(everything(inside_backward(name, mode)))
             except ValueError as error:
                 found[f"{name} {mode}"] = str(error)
-    found["sst modules"] = in_modules("SSTAdamW", "sst")
-    found["switchlora modules"] = in_modules("SwitchLoRAAdamW", "switchlora")
+    for name, kind in MODULES.items():
+        found[f"{kind} modules"] = digest(weights(in_modules(name, kind)))
     return found
 
 

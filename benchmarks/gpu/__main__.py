@@ -15,9 +15,11 @@ import torch
 
 from benchmarks.common import ROOT
 from benchmarks.gpu.report import Section, dump, load, machine, run_section, write
-from benchmarks.gpu.settings import Settings, full, tiny
+from benchmarks.gpu.settings import Settings, full, quick, tiny
 
-SECTIONS = ("build", "checks", "no_sync", "times", "memory", "train7b")
+SECTIONS = (
+    "build", "checks", "no_sync", "times", "whole", "memory", "train7b", "train7b_step",
+)  # fmt: skip
 NO_GPU = (
     "There is no GPU here that torch can use (torch.cuda.is_available() is False), and all that "
     "this command shows needs one: nothing was run."
@@ -30,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run and report; 1 if a section failed, or if there is no GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--device", default="cuda", help="where to run (default: cuda)")
+    parser.add_argument("--quick", action="store_true", help="fewer layers: minutes of a card")
     parser.add_argument("--tiny", action="store_true", help="sizes that show that the code runs")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="(default: runs/gpu)")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
@@ -40,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print(NO_GPU, file=sys.stderr)
         return 1
-    settings = tiny(device) if args.tiny else full(device)
+    settings = (tiny if args.tiny else quick if args.quick else full)(device)
     if args.section:
         dump(one(args.section, settings), args.out)
         return 0
@@ -66,7 +69,8 @@ def apart(name: str, args: argparse.Namespace) -> Section:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "section.json"
         command = [sys.executable, "-m", "benchmarks.gpu", "--section", name, "--out", str(path)]
-        command += ["--device", args.device, *(["--tiny"] if args.tiny else [])]
+        command += ["--device", args.device]
+        command += [f"--{x}" for x in ("tiny", "quick") if getattr(args, x)]
         return ended(name, command, path, args.hours * 3600)
 
 

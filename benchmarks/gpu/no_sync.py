@@ -55,6 +55,10 @@ def run(section: Section, settings: Settings) -> None:
     ]
     cases += [("GaLoreAdamW", {"projector": p}) for p in PROJECTORS]
     cases += [("FrugalAdamW", {"projector": p}) for p in PROJECTORS if p != "block"]
+    if settings.device.type == "cuda":
+        section.data["what waits"] = seen = told(settings.device)
+        for what in (x for x, found in seen.items() if not found):
+            section.failed(f"torch does not tell that the host waits for {what}.")
     rows = []
     for name, options in cases:
         label = " ".join([name, *options.values()])
@@ -73,6 +77,30 @@ def run(section: Section, settings: Settings) -> None:
         section.data[label] = found
         rows.append((label, *("; ".join(found[k]) or NONE for k in ("step", "refresh"))))
     section.add("Where the host waits", ("", "a step", "a refresh"), rows)
+
+
+def told(device: torch.device) -> dict[str, bool]:
+    """Whether torch says of what surely waits that it does: this section must not be blind."""
+    x = torch.randn(64, 64, device=device)
+    square = x @ x.mT
+    known = {
+        "a value": lambda: float(x[0, 0]),
+        "a copy": lambda: x.cpu(),
+        "nonzero": lambda: x.nonzero(),
+        "eigh": lambda: torch.linalg.eigh(square),
+        "svd": lambda: torch.linalg.svd(x),
+    }
+    found = {}
+    for what, work in known.items():
+        work()
+        try:
+            with watched(device, "error"):
+                work()
+        except RuntimeError as error:
+            found[what] = WAITS in str(error)
+        else:
+            found[what] = False
+    return found
 
 
 def waits(name: str, options: dict[str, Any], gap: int, settings: Settings) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,6 +21,8 @@ class Size:
     layers: int
     """How many of its layers are timed and measured: what a card of 24 GiB holds of them."""
     rank: int
+    exact: bool = True
+    """Whether what factorises whole matrices is timed: it takes a card many minutes at 7B."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Settings:
     corpus_files: int | None = None
     """How many files of the standard library are read (default: all)."""
     build: tuple[str, ...] = (sys.executable, "-m", "pip", "install", "--no-deps", "-e", str(ROOT))
-    tests: tuple[str, ...] = ("-m", "gpu", "tests")
+    tests: tuple[str, ...] = ("-m", "gpu", "-n", "8", "--dist", "worksteal", "tests")
 
     @property
     def trained(self) -> Size:
@@ -57,6 +59,15 @@ class Settings:
 def full(device: torch.device) -> Settings:
     """The figures that are published."""
     return Settings(device)
+
+
+def quick(device: torch.device) -> Settings:
+    """The same model under the cap, and fewer layers and rounds beside it: minutes of a card."""
+    few = [
+        replace(x, layers=n, exact=False)
+        for x, n in zip(Settings(device).sizes, (2, 1), strict=True)
+    ]
+    return Settings(device, sizes=tuple(few), rounds=5)
 
 
 def tiny(device: torch.device) -> Settings:

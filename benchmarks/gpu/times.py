@@ -26,15 +26,19 @@ STEPS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "GaLoreAdamW, moments on host": ("GaLoreAdamW", NEVER, {"state_device": "cpu"}),
     "GaLoreAdamW8bit, moments on host": ("GaLoreAdamW8bit", NEVER, {"state_device": "cpu"}),
     "FiraAdamW": ("FiraAdamW", NEVER, {}),
-    "FrugalAdamW svd": ("FrugalAdamW", NEVER, {"projector": "svd"}),
+    "FrugalAdamW rsvd": ("FrugalAdamW", NEVER, {"projector": "rsvd"}),
     "FrugalAdamW columns": ("FrugalAdamW", NEVER, {"projector": "columns"}),
     "DCTAdamW gap 1": ("DCTAdamW", 1, {}),
     "SSTAdamW active": ("SSTAdamW", NEVER, {}),
     "SwitchLoRAAdamW": ("SwitchLoRAAdamW", NEVER, {}),
 }
 """Ours: a class, its gap and its options."""
+CAPTURED = ("GaLoreAdamW", "GaLoreAdamW8bit", "FiraAdamW", "FrugalAdamW columns")
+"""Those of them that are timed once more as a CUDA graph, which a host replays in one call."""
 REFRESHES = ("svd", "rsvd", "random", "dct", "columns")
 """Projectors of GaLoreAdamW whose refresh is timed."""
+EXACT = {"svd"}
+"""Those that factorise whole matrices, as low-rank peers do."""
 assert set(REFRESHES) <= set(PROJECTORS)
 
 
@@ -43,8 +47,14 @@ def run(section: Section, settings: Settings) -> None:
     makers, missing = variants.peers()
     section.notes += missing
     for size in settings.sizes:
-        steps(section, settings, size, makers)
-        refreshes(section, settings, size, makers)
+        timed = {k: v for k, v in makers.items() if size.exact or not variants.is_low_rank(k)}
+        steps(section, settings, size, timed)
+        refreshes(section, settings, size, timed)
+    if quick := [x.name for x in settings.sizes if not x.exact]:
+        section.notes.append(
+            f"Of {', '.join(quick)} nothing that factorises whole matrices is timed: neither svd "
+            "nor other low-rank packages."
+        )
 
 
 def steps(
@@ -60,11 +70,33 @@ def steps(
     for label, (name, gap, options) in STEPS.items():
         make = partial(variants.ours, name, params, size.rank, gap, **options)
         tried(section, works, params, label, make)
+    for label in CAPTURED if settings.device.type == "cuda" else ():
+        name, gap, options = STEPS[label]
+        make = partial(variants.ours, name, params, size.rank, gap, capturable=True, **options)
+        tried(section, works, params, f"{label}, captured", partial(Captured, make))
     for label, other in makers.items():
         make = partial(other, params, size.rank, NEVER)
         tried(section, works, params, label, make, theirs=True)
     title = f"One step, {size.layers} layers of {size.name}, rank {size.rank}"
     measure(section, settings, title, works, FUSED, settings.rounds)
+
+
+class Captured:
+    """An optimizer whose step is a CUDA graph."""
+
+    def __init__(self, make: Callable[[], Optimizer]) -> None:
+        optimizer = make()
+        for _ in range(2):  # finds bases, then compiles and loads what a step without one needs
+            optimizer.step()
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            optimizer.step()
+        self.optimizer = optimizer
+
+    def step(self) -> None:
+        """Replay it."""
+        self.graph.replay()
 
 
 def refreshes(
@@ -77,7 +109,7 @@ def refreshes(
     plain = "no refresh"
     own = partial(variants.ours, "GaLoreAdamW", params, size.rank)
     tried(section, works, params, plain, partial(own, NEVER))
-    for projector in REFRESHES:
+    for projector in (x for x in REFRESHES if size.exact or x not in EXACT):
         make = partial(own, 1, projector=projector)
         tried(section, works, params, f"GaLoreAdamW {projector}", make)
     for label, other in makers.items():
@@ -94,7 +126,7 @@ def tried(
     works: dict[str, Work],
     params: Sequence[Tensor],
     label: str,
-    make: Callable[[], Optimizer],
+    make: Callable[[], Optimizer | Captured],
     *,
     theirs: bool = False,
 ) -> None:

@@ -58,8 +58,9 @@ def prepared(
     decays = _each(sizes, lambda size: 1 - size * weight_decay)
     if chosen.lr_scale != 1:
         sizes = _each(sizes, lambda size: size * chosen.lr_scale)
-    plain = len(work[0].directions) == 1 and not chosen.capturable
-    plain = plain and all(isinstance(size, float) for size in sizes)
+    plain = all(len(w.directions) == 1 for w in work)
+    corrections = [c for w in work for _, c in w.directions.values()]
+    plain = plain and all(isinstance(x, float) for x in (*sizes, *corrections))
     updates = [{k: x for k, (x, _) in w.directions.items()} for w in work]
     rates = [1.0] * len(work)
     steps: Sequence[Tensor | None] = [None] * len(work)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from lowrank_optim.engine.bucket import Bucket, warn_skipped
 from lowrank_optim.engine.plan import (
     read_slots,
     rounds,
+    rows_of,
+    slot_keys,
     weight_noise,
     write_slots_,
 )
@@ -93,14 +95,7 @@ def dense_phases(
     if finite:
         decay = Target(param, grad, None, 0.0, decay, None, finite[0]).guarded_decay()
     size = size if factor == 1 else size * factor
-    (held,) = read_slots([item], [state], "", param.shape, chosen)
-    moments = [x for _, _, x in held]
-    rows = param.shape[0] if param.dim() else 1
-    if rule.elementwise and rows:
-        rows = max(1, ops.tile_elements(param) * rows // max(1, param.numel()))
-    whole: Iterable[Tile] = [(0, param, grad, moments)]
-    tiles = _tiles(rows, param, grad, moments) if rule.elementwise else whole
-    for start, p, g, own in tiles:
+    for start, p, g, own in _tiles(bucket, finite):
         g = g.to(compute_dtype(param.dtype))
         g = g.neg() if chosen.maximize else g
         (direction,), (correction,) = yield from rule.phases_(
@@ -110,21 +105,46 @@ def dense_phases(
         # a rate that is a tensor would widen what has no dimension
         update = (direction * (size * correction)).to(direction.dtype)
         ops.add_(p, update, decay, -1.0, noise)
-    write_slots_([item], [state], [held], chosen, finite)
 
 
 Tile = tuple[int, Tensor, Tensor, Sequence[Moment]]
 """A first row; a parameter, its gradient and its moments, or matching pieces of them."""
 
 
-def _tiles(rows: int, param: Tensor, grad: Tensor, moments: Sequence[Moment]) -> Iterator[Tile]:
-    """Matching pieces of at least ``rows`` rows and whole blocks, so that temporaries stay small.
+def _tiles(bucket: Bucket, finite: Sequence[Tensor]) -> Iterator[Tile]:
+    """What is stepped at once, so that temporaries stay small; its moments are then written back.
+
+    Moments that a store copies to be read are read, and written, a tile at a time: no whole one is
+    ever there in the format of arithmetic.
+    """
+    (item,), (state,), chosen, *_ = bucket
+    param, grad, rows = item.param, item.param.grad, None
+    assert grad is not None
+    if chosen.rule.elementwise and param.dim() and len(param):
+        rows = max(1, ops.tile_elements(param) * len(param) // max(1, param.numel()))
+    if rows is not None and rows < len(param) and param.dim() > 1 and chosen.store.rounds:
+        slots = slot_keys("", param.shape, chosen)
+        for start in range(0, len(param), rows):
+            span = slice(start, start + rows)
+            p, g = param[span], grad[span]
+            (held,) = read_slots([item], [rows_of(state, slots, span)], "", p.shape, chosen)
+            yield start, p, g, [x for _, _, x in held]
+            write_slots_([item], [state], [held], chosen, finite, span)
+        return
+    (held,) = read_slots([item], [state], "", param.shape, chosen)
+    moments = [x for _, _, x in held]
+    if rows is None:
+        yield 0, param, grad, moments
+    else:
+        yield from _cut(rows, param, grad, moments)
+    write_slots_([item], [state], [held], chosen, finite)
+
+
+def _cut(rows: int, param: Tensor, grad: Tensor, moments: Sequence[Moment]) -> Iterator[Tile]:
+    """Matching pieces of at least ``rows`` rows and whole blocks.
 
     Moments in 8 bits are cut as they are: none of them exists in float32.
     """
-    if param.dim() == 0:
-        yield 0, param, grad, moments
-        return
     period = math.lcm(*(x.period for x in moments if isinstance(x, Quantized)))
     rows = -(-rows // period) * period
     pieces = [x.split(rows) if isinstance(x, Quantized) else torch.split(x, rows) for x in moments]

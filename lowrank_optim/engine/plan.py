@@ -366,18 +366,37 @@ def write_slots_(
     held: Sequence[ReadMoments],
     chosen: Strategies,
     finite: Sequence[Tensor] = (),
+    rows: slice | None = None,
 ) -> None:
-    """Write back the moments that were copied to be read; the others are in place already."""
+    """Write back the moments that were copied to be read; the others are in place already.
+
+    Args:
+        items: alike matrices.
+        states: of each.
+        held: what was read of each, and updated.
+        chosen: what their group chose.
+        finite: of each, 0-d bools on the device; where False what is stored does not change.
+        rows: of the first dimension, that were read (default: all).
+    """
+    into = states if rows is None else [rows_of(state, held[0], rows) for state in states]
     for n, (key, slot, _) in enumerate(held[0] if held else ()):
         every = [own[n][2] for own in held]
-        at = [i for i, x in enumerate(every) if isinstance(x, Tensor) and x is not states[i][key]]
+        at = [i for i, x in enumerate(every) if isinstance(x, Tensor) and x is not into[i][key]]
         if at:
             own = [states[i] for i in at]
             seeds = seeds_of([items[i] for i in at], own, chosen, 1, n)
             noises = [moment_noise(x, key, seed) for x, seed in zip(own, seeds, strict=True)]
-            xs = [every[i] for i in at]
+            if rows is not None:
+                noises = [noise.narrow(0, rows.start) for noise in noises]
+            xs, places = [every[i] for i in at], [into[i] for i in at]
             fine = [finite[i] for i in at] if finite else []
-            chosen.store.write_all_(own, key, slot, xs, noises, fine)  # type: ignore[arg-type]
+            chosen.store.write_all_(places, key, slot, xs, noises, fine)  # type: ignore[arg-type]
+
+
+def rows_of(state: State, keys: Sequence[tuple[Any, ...]], rows: slice) -> State:
+    """Some rows of the first dimension of slots, as they are stored, with their scales."""
+    names = [name for key, *_ in keys for name in (key, scale_key(key)) if name in state]
+    return {name: state[name][rows] for name in names}
 
 
 def moment_noise(state: State, key: str, seed: int | Tensor) -> Noise:

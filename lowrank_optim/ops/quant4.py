@@ -122,13 +122,17 @@ def quantize4_(
         xs: contiguous float32.
         into: where they are kept.
         signed: which map; without a sign they are squares, and none is negative.
-        noises: whose seeds decide, with the place of an entry in each of ``xs``, which of the two
-            nearest codes it takes.
+        noises: over the bytes that are kept; with the place of an entry in the whole their seeds
+            decide which of the two nearest codes it takes.
         finite: 0-d bools on the device; where False what is kept does not change.
     """
     cols = xs[0].shape[-1]
     views, kept = [x.reshape(-1, cols) for x in xs], [x.matrix() for x in into]
-    seeds = [Noise.over(noise.seed, view.shape) for noise, view in zip(noises, views, strict=True)]
+    seeds = [
+        # a tile of rows begins in the bytes that are kept at those of the rows before it
+        Noise.over(noise.seed, view.shape).narrow(0, noise.start // packed_width(cols))
+        for noise, view in zip(noises, views, strict=True)
+    ]
     for at, rows in _tiles(views[0], len(xs)):
         own = [x.tile(rows) for x in kept[at]]
         new = _encoded(

@@ -52,6 +52,12 @@ def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     qa, ra = torch.linalg.qr(a.mT)
     qb, rb = torch.linalg.qr(b.mT)
     u, s, vh = torch.linalg.svd(rb @ ra.mT)
+    # drivers differ in signs, and what later comes in the place of a direction does not share them:
+    # the largest entry of each column of B is positive
+    columns = qb @ u
+    peak = columns.gather(-2, columns.abs().argmax(-2, keepdim=True))
+    signs = torch.where(peak < 0, -1.0, 1.0).to(u.dtype)
+    u, vh = u * signs, signs.mT * vh
     root = s.sqrt().unsqueeze(-2)
     new_a, new_b = (qa @ (vh.mT * root)).mT, (qb @ (u * root)).mT
     # new B = B M and new A = M^-1 A with M = Ra^T V S^-1/2; a direction that B A lacks has no part

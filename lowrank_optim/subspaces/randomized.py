@@ -11,7 +11,7 @@ from torch.linalg import LinAlgError
 
 from lowrank_optim import ops
 from lowrank_optim.ops.devices import on_accelerator
-from lowrank_optim.ops.tiles import tiles
+from lowrank_optim.ops.tiles import ACCELERATOR_TILE_ELEMENTS, tiles
 from lowrank_optim.subspaces.base import RefreshContext, register
 from lowrank_optim.subspaces.projector import Projector, replaced, usable
 from lowrank_optim.subspaces.random import gaussian, orthogonal
@@ -121,7 +121,7 @@ class RandomizedSVD(Projector):
             return full[..., : self.rank]
         start = self._start(grad, previous, ctx)
         if cold:
-            start = yield Ask(orthogonal, (start,))
+            start = yield Ask(orthonormal_start, (start,))
         q, norm = start, torch.where(known, norm, 1)
         for left in range(min(self.max_iterations, ITERATIONS[cold]) - 1, -1, -1):
             sketch = mixed_matmul((q / norm).mT, grad)
@@ -134,6 +134,8 @@ class RandomizedSVD(Projector):
 
 ITERATIONS = {False: 2, True: 4}
 """Power iterations on an accelerator: from the basis in use, and from a Gaussian start."""
+NEAR = 0.5
+"""Below it in norm, what a Gram matrix differs from the identity by leaves Cholesky a factor."""
 SHIFTS = 4
 """Shifts by which a matrix is made definite, each ten times the one before."""
 
@@ -151,7 +153,24 @@ def last_basis(y: Tensor, q: Tensor, rank: int) -> Tensor:
     sound = torch.linalg.matrix_norm(gram) < torch.inf  # NaN is not
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     vectors = eigh(torch.where(sound[..., None, None], gram, eye))[1]
-    return orthogonal(unit_columns(z @ vectors.flip(-1))[..., :rank])
+    x = unit_columns(z @ vectors.flip(-1))[..., :rank]
+    gram = x.mT @ x
+    # a look right after that of the driver, when nothing else is queued
+    if bool((_error(gram) < NEAR).all()):
+        x = whiten(x, gram)
+        return whiten(x, x.mT @ x)
+    return orthogonal(x)
+
+
+def orthonormal_start(x: Tensor) -> Tensor:
+    """Orthonormal columns of normal numbers ``x (..., m, k)``.
+
+    By Cholesky where they are far from square, and so well conditioned.
+    """
+    if x.shape[-2] < 2 * x.shape[-1]:
+        return orthogonal(x)
+    x = whiten(x, x.mT @ x)
+    return whiten(x, x.mT @ x)
 
 
 def eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,17 +220,21 @@ def orthonormal(x: Tensor) -> Tensor:
     where a factor does not exist, as beyond the rank of a gradient.
     """
     x = unit_columns(x)
-    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     for _ in range(3):
         gram = x.mT @ x
         factor, failed = torch.linalg.cholesky_ex(gram)
         if bool(failed.any()):
             break
         x = torch.linalg.solve_triangular(factor.mT, x, upper=True, left=False)
-        if bool((torch.linalg.matrix_norm(gram - eye) < 0.5).all()):
+        if bool((_error(gram) < NEAR).all()):
             return x
-    q: Tensor = torch.linalg.qr(x).Q
-    return q
+    return orthogonal(x)
+
+
+def _error(gram: Tensor) -> Tensor:
+    """How far a Gram matrix is from the identity, in norm."""
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.matrix_norm(gram - eye)
 
 
 def unit_columns(x: Tensor) -> Tensor:
@@ -234,7 +257,8 @@ def mixed_matmul(a: Tensor, b: Tensor) -> Tensor:
     *batch, k, n = b.shape
     out = a.new_zeros(*batch, a.shape[-2], n)
     by_column = n >= k  # cut the longer side of b
-    width = max(1, min(TILE_ELEMENTS // min(k, n), -(-max(k, n) // 8)))
+    most = ACCELERATOR_TILE_ELEMENTS if on_accelerator(b) else TILE_ELEMENTS
+    width = max(1, min(most // min(k, n), -(-max(k, n) // 8)))
     for tile in tiles(max(k, n), width):
         if by_column:
             out[..., tile] = a @ b[..., tile].to(a.dtype)

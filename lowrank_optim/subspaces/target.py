@@ -53,7 +53,7 @@ def decayed_(intos: Sequence[Target]) -> list[float | Tensor]:
     here = [
         n
         for n, into in enumerate(intos)
-        if into.finite is not None and into.rounding is None and _is_one(into.decay)
+        if into.finite is not None and into.rounding is None and _decays_alike(into.decay)
     ]
     by_decay: dict[Any, list[int]] = {}
     for n in here:
@@ -77,6 +77,6 @@ def decayed_(intos: Sequence[Target]) -> list[float | Tensor]:
     return left
 
 
-def _is_one(decay: float | Tensor) -> bool:
-    """Whether it is one factor for all of a matrix, and not one for each expert."""
-    return not isinstance(decay, Tensor) or decay.numel() == 1
+def _decays_alike(decay: float | Tensor) -> bool:
+    """Whether it is one factor for all of a matrix, and not one for each expert, nor none."""
+    return decay.numel() == 1 if isinstance(decay, Tensor) else decay != 1

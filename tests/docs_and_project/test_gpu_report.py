@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import timing
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import checks, memory, no_sync, report, times, train7b, variants, waiting
+from benchmarks.gpu import checks, memory, no_sync, report, times, train7b, variants, waiting, whole
 from benchmarks.gpu.report import Section
 from benchmarks.gpu.settings import full, tiny
 from benchmarks.matrices import weights
@@ -53,8 +53,8 @@ def test_a_failure_ends_no_later_section(bad: str | None, tmp_path: Path, monkey
     status = command.main(["--device", "cpu", "--tiny", "--out", str(tmp_path)])
     assert ran == list(command.SECTIONS) and status == (1 if bad else 0)
     page = (tmp_path / "report.md").read_text()
-    assert ("1 of 6 sections failed: Checks." in page) == bool(bad)
-    assert ("All 6 sections passed." in page) != bool(bad)
+    assert ("1 of 8 sections failed: Checks." in page) == bool(bad)
+    assert ("All 8 sections passed." in page) != bool(bad)
     assert "python -m benchmarks.gpu --device cpu --tiny" in page
 
 
@@ -81,8 +81,8 @@ def test_the_command_on_a_cpu(tmp_path: Path) -> None:
     )  # fmt: skip
     page = (tmp_path / "report.md").read_text()
     assert done.returncode == 0, page
-    whole = json.loads((tmp_path / "report.json").read_text())
-    data = {s["name"]: s["data"] for s in whole["sections"]}
+    everything = json.loads((tmp_path / "report.json").read_text())
+    data = {s["name"]: s["data"] for s in everything["sections"]}
     assert list(data) == list(command.SECTIONS)
     assert data["build"]["build"] == ["built"] and data["checks"]["counts"]["passed"] == 1
     assert {name.split()[0] for name in data["no_sync"]} == set(methods.__all__)
@@ -100,7 +100,9 @@ def test_the_command_on_a_cpu(tmp_path: Path) -> None:
             *rows
         }
     assert all(x["measured"] > 0 and x["estimated"] > 0 for x in data["memory"].values())
-    assert {len(x["losses"]) for x in data["train7b"].values()} == {20}
+    assert [len(x["losses"]) for x in data["train7b"].values()] == [20]
+    assert data["train7b"].keys() == {"project"} and data["train7b_step"].keys() == {"step"}
+    assert data["whole"].keys() >= {*whole.STEPS, times.FUSED}
     for title in ("Build: passed", "Tests: passed", "A 7B model under 24 GiB: passed"):
         assert f"## {title}" in page
 
@@ -381,15 +383,19 @@ def test_a_run_is_judged() -> None:
 
 
 def test_the_allocator_gets_the_cap_and_no_more(monkeypatch: Any) -> None:
+    """torch takes a device for it by its index, and refuses one that has none."""
     given = []
     card = SimpleNamespace(total_memory=80 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(
-        torch.cuda, "set_per_process_memory_fraction", lambda x, device: given.append(x)
+        torch.cuda, "set_per_process_memory_fraction", lambda x, device: given.append((x, device))
     )
-    with train7b.capped(CUDA, 24 << 30):
-        assert given == [0.3]
-    assert given == [0.3, 1.0]
+    for device, index in ((CUDA, 3), (torch.device("cuda", 1), 1)):
+        with train7b.capped(device, 24 << 30):
+            assert given == [(0.3, index)]
+        assert given == [(0.3, index), (1.0, index)]
+        given.clear()
 
 
 def test_the_real_sizes_are_those_that_are_promised() -> None:

@@ -132,6 +132,20 @@ def test_replays_are_eager_steps(name: str) -> None:
     check_replays(name, torch.float64)
 
 
+@pytest.mark.parametrize("name", names())
+def test_a_rate_may_stay_a_number(name: str) -> None:
+    """As torch has it: the graph keeps it, and nothing of a step need be on the device."""
+    mine: list[Tensor] = [*runs.parameters(torch.float64).values()]
+    theirs: list[Tensor] = [*runs.copies(mine)]
+    capturable, eager = build(name, mine, capturable=True), build(name, theirs)
+    for step in range(3):
+        give(mine, theirs, step)
+        capturable.step()
+        eager.step()
+        for p, q in zip(mine, theirs, strict=True):
+            assert_close(p, q, torch.float64)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -206,6 +207,29 @@ def test_a_refresh_never_waits_either(projector: str) -> None:
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("mode", [None, "project", "step"])
+def test_what_is_dropped_frees_its_memory(mode: Any) -> None:
+    """A notebook makes one optimizer after another: none may hold what those before it held."""
+
+    def train() -> None:
+        model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(4))).to(DEVICE)
+        optimizer = GaLoreAdamW(model.named_parameters(), rank=8, update_proj_gap=2)
+        if mode is not None:
+            attach_in_backward(optimizer, mode, max_norm=1.0)
+        for _ in range(4):
+            model(torch.randn(8, 512, device=DEVICE)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for _ in range(2):  # loads kernels, and makes the workspaces of libraries
+        train()
+        gc.collect()
+    before = torch.cuda.memory_allocated()
+    train()
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before
 
 
 @pytest.mark.parametrize("mode", [None, "project", "step"])

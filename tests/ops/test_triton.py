@@ -425,7 +425,11 @@ class TestEightBit:
             g, m = g.double(), m.double()
             new = m + (1 - BETA2) * (g - m) if lion else BETA1 * m + BETA2 * g
             out = (m + (1 - BETA1) * (g - m)).sign() if lion else new
-            assert_mostly_close(outs[i], out, torch.float32, max_error_rate=1e-3 * lion)
+            if lion:
+                assert_mostly_close(outs[i], out, torch.float32, max_error_rate=1e-3)
+            else:  # terms that nearly cancel leave the rounding of either
+                size = BETA1 * m.abs() + BETA2 * g.abs()
+                assert_close((outs[i] - out) / size, torch.zeros_like(out), torch.float32)
             assert_quantized(new, m.abs() + g.abs(), codes[i], scales[i], signed)
 
 

@@ -75,13 +75,13 @@ def each(info: Info, device: str) -> Iterator[dict[str, Any]]:
 
 
 class Problem:
-    """torch's own: ``|W x + b|^2`` of (10, 5)."""
+    """torch's own: ``|W x + b|^2`` of (10, 5), of one x or of several."""
 
-    def __init__(self, device: str, contiguous: bool = True) -> None:
+    def __init__(self, device: str, contiguous: bool = True, inputs: int = 1) -> None:
         x = torch.randn(10, 5, 2, device=device)
         self.weight = nn.Parameter(x[..., 0].contiguous() if contiguous else x[..., 0])
         self.bias = nn.Parameter(torch.randn(10, 2, device=device)[..., 0])
-        self.x = torch.randn(5, device=device)
+        self.x = torch.randn(5, inputs, device=device)
         self.params = [self.weight, self.bias]
 
     def copy(self) -> Problem:
@@ -91,7 +91,7 @@ class Problem:
         return other
 
     def loss(self) -> Tensor:
-        return (self.weight.mv(self.x) + self.bias).square().sum()
+        return (self.weight @ self.x + self.bias[:, None]).square().sum()
 
     def backward(self) -> Tensor:
         for p in self.params:
@@ -160,7 +160,9 @@ def test_param_group_with_lrscheduler_goes_right_direction(info: Info, device: s
 @body
 def test_tensor_lr(info: Info, device: str) -> None:
     for kwargs in each(info, device):
-        problem = Problem(device)
+        # of one input gradients have one direction, and others of a basis are of rounding, which
+        # a tensor in the place of a number has otherwise
+        problem = Problem(device, inputs=7)
         twin = problem.copy()
         lr = 2.0**-9  # the same number in float32
         one = info.optim_cls(problem.params, **{**kwargs, "lr": lr})

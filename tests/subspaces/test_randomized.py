@@ -8,7 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowrank_optim.subspaces import SVD, RandomizedSVD, RefreshContext
+from lowrank_optim.ops import devices
+from lowrank_optim.subspaces import SVD, RandomizedSVD, RefreshContext, randomized
 from lowrank_optim.subspaces.randomized import mixed_matmul, orthonormal
 from lowrank_optim.tensors.matrix import matrix_view
 from tests.compare import assert_close
@@ -174,6 +175,27 @@ def test_the_exact_factorisation_steps_in(monkeypatch) -> None:
     monkeypatch.setattr("lowrank_optim.subspaces.randomized.eigh", fail)
     basis = RandomizedSVD(8).find(grad, None, context(grad))
     assert_close(basis, SVD(8).find(grad, None, context(grad)))
+
+
+@pytest.mark.parametrize("rank_of_grad", [64, 9, 1])
+def test_on_an_accelerator_bases_are_orthonormal(
+    rank_of_grad: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Cholesky's factor, and by Householder's beyond the rank of a gradient; cold and warm."""
+    factored = []
+    monkeypatch.setattr(devices, "HOSTS", frozenset())
+    monkeypatch.setattr(
+        randomized, "orthogonal", lambda x: factored.append(1) or torch.linalg.qr(x).Q
+    )
+    values = 0.9 ** torch.arange(64.0) * (torch.arange(64) < rank_of_grad)
+    grad = with_spectrum(values, 90)
+    exact = SVD(16).find(grad, None, context(grad))
+    basis = None
+    for _ in range(2):
+        basis = RandomizedSVD(16).find(grad, basis, context(grad))
+        assert_orthonormal(basis)
+        assert float(energy(basis, grad)) > 0.998 * float(energy(exact, grad))
+    assert len(factored) == (0 if rank_of_grad == 64 else 2)
 
 
 def test_same_seed_same_bits() -> None:

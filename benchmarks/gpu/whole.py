@@ -1,0 +1,87 @@
+"""A step of all matrices of the largest model, each optimizer alone on the device."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from benchmarks.gpu import variants
+from benchmarks.gpu.report import Section
+from benchmarks.gpu.settings import Settings
+from benchmarks.gpu.times import FUSED
+from benchmarks.matrices import linear_shapes, weights
+from benchmarks.timing import device_clock, host_clock
+from lowrank_optim.cli.display import gib
+from lowrank_optim.memory.measuring import free
+
+TITLE = "A step of a whole model"
+GAP = 200
+STEPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "GaLoreAdamW": ("GaLoreAdamW", {}),
+    "GaLoreAdamW8bit": ("GaLoreAdamW8bit", {}),
+    "GaLoreAdamW8bit, columns": ("GaLoreAdamW8bit", {"projector": "columns"}),
+    "FiraAdamW": ("FiraAdamW", {}),
+    "FrugalAdamW columns": ("FrugalAdamW", {"projector": "columns"}),
+    "DCTAdamW gap 1": ("DCTAdamW", {"update_proj_gap": 1}),
+}
+"""As they are used: a basis is found every 200 steps, each matrix at a step of its own."""
+PEERS = ("bitsandbytes AdamW8bit",)
+
+
+def run(section: Section, settings: Settings) -> None:
+    """A table; what does not fit the device is in it, too."""
+    size = settings.trained
+    shape = linear_shapes(*size.shape[:2]) * size.shape[2]
+    params = weights(shape, settings.dtype, settings.device)
+    makers, _ = variants.peers()
+    makes: dict[str, Callable[[], Optimizer]] = {
+        FUSED: partial(torch.optim.AdamW, params, lr=variants.LR, fused=True)
+    }
+    for label, (name, options) in STEPS.items():
+        chosen = {"update_proj_gap": GAP, "stagger": True, **options}
+        gap = chosen.pop("update_proj_gap")
+        makes[label] = partial(variants.ours, name, params, size.rank, gap, **chosen)
+    for label in PEERS:
+        if label in makers:
+            makes[label] = partial(makers[label], params, size.rank, GAP)
+    rows, base = [], None
+    for label, make in makes.items():
+        try:
+            found = measured(settings, make)
+        except torch.OutOfMemoryError:
+            rows.append((label, *["out of memory"] * 5))
+            continue
+        except Exception as error:
+            section.failed(f"{label} raised {type(error).__name__}.", error)
+            continue
+        finally:
+            free(settings.device)
+        base = found["ms"] if base is None else base
+        section.data[label] = found
+        figures = (found["first"], found["ms"], found["ms"] / base, found["host_ms"])
+        rows.append((label, *(f"{x:.2f}" for x in figures), gib(int(found["state"]))))
+    title = f"One step of {len(params)} matrices of {size.name}, rank {size.rank}"
+    header = ("", "first step ms", "ms", f"over {FUSED}", "host ms", "state GiB")
+    section.add(title, header, rows)
+
+
+def measured(settings: Settings, make: Callable[[], Optimizer]) -> dict[str, float]:
+    """Milliseconds of the first step, which finds all bases, and medians of steps after it."""
+    device, host = device_clock(settings.device), host_clock(settings.device)
+    optimizer = make()
+    first = device(optimizer.step)
+    optimizer.step()
+    took = [device(optimizer.step) for _ in range(settings.rounds)]
+    called = [host(optimizer.step) for _ in range(settings.rounds)]
+    tensors = [x for own in optimizer.state.values() for x in own.values() if torch.is_tensor(x)]
+    return {
+        "first": first,
+        "ms": statistics.median(took),
+        "host_ms": statistics.median(called),
+        "state": sum(x.nbytes for x in tensors),
+    }
