@@ -234,7 +234,8 @@ def orthonormal(x: Tensor) -> Tensor:
 def _error(gram: Tensor) -> Tensor:
     """How far a Gram matrix is from the identity, in norm."""
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.matrix_norm(gram - eye)
+    found: Tensor = torch.linalg.matrix_norm(gram - eye)
+    return found
 
 
 def unit_columns(x: Tensor) -> Tensor:
