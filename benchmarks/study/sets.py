@@ -118,7 +118,7 @@ class Relation:
     better: str
     worse: str
     near: bool = False
-    """The two are to be apart by at most a tenth of what GaLore is behind AdamW."""
+    """The two are to be apart by at most a tenth of what LoRA is behind AdamW."""
 
 
 RELATIONS = (

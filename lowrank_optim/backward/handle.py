@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
@@ -21,6 +22,11 @@ from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.collectives import Form, form
 
 _ATTACHED = "_in_backward"
+GONE = (
+    "the optimizer that attach_in_backward was given is gone: nothing steps these parameters, and "
+    "their gradients stay in p.grad. Keep a reference to the optimizer, or remove() the handle "
+    "before it goes"
+)
 LATE = (
     "attach_in_backward was called without a process_group before there were other processes, and "
     "averages nothing with them: dist.group.WORLD is None until init_process_group, so call that "
@@ -30,11 +36,41 @@ LATE = (
 
 def attached_to(param: Tensor) -> Iterator[InBackward]:
     """What takes the gradient of a parameter inside backward, for whichever optimizer."""
-    hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
-    for hook in list(hooks.values()):
-        owner = getattr(hook, "__self__", None)
-        if isinstance(owner, InBackward):
+    for hook in list(_hooks_of(param).values()):
+        owner = hook.owner() if isinstance(hook, _Hook) else None
+        if owner is not None:
             yield owner
+
+
+def _hooks_of(param: Tensor) -> dict[int, Any]:
+    found: dict[int, Any] = getattr(param, "_post_accumulate_grad_hooks", None) or {}
+    return found
+
+
+def _forget_gone(param: Tensor) -> None:
+    """Remove what is left of optimizers that are gone."""
+    for number, hook in list(_hooks_of(param).items()):
+        if isinstance(hook, _Hook) and hook.owner() is None:
+            del _hooks_of(param)[number]
+
+
+class _Hook:
+    """What a parameter calls when its gradient is complete.
+
+    torch keeps it where no garbage collector sees it: if it held what it is of, which holds the
+    optimizer and so the parameter, the memory of all of them would never be free again.
+    """
+
+    def __init__(self, owner: InBackward) -> None:
+        self.owner = weakref.ref(owner)
+
+    def __call__(self, param: Tensor) -> None:
+        owner = self.owner()
+        if owner is not None:
+            owner._hook(param)
+            return
+        _forget_gone(param)
+        warnings.warn(GONE, stacklevel=notices.users_level())
 
 
 class InBackward:
@@ -70,6 +106,7 @@ class InBackward:
         self._plans = Plans(optimizer)
         self._check()
         for _, plan in items_of(optimizer):
+            _forget_gone(plan.param)
             if list(attached_to(plan.param)):
                 raise RuntimeError(
                     f"another optimizer takes the gradient of {plan.name} inside backward: "
@@ -150,8 +187,9 @@ class InBackward:
         new = [p for p in params if p.requires_grad and p not in self._hooks]
         if new:
             self.check_new()
+        hook = _Hook(self)
         for param in new:
-            self._hooks[param] = param.register_post_accumulate_grad_hook(self._hook)
+            self._hooks[param] = param.register_post_accumulate_grad_hook(hook)
 
     def _find(self, param: Tensor) -> tuple[Group, ParamPlan]:
         found = self._plans.find(param)

@@ -303,7 +303,24 @@ def test_differences_are_of_pairs():
 def test_verdicts(fira, said):
     relation = next(r for r in RELATIONS if r.better == "Fira")
     lines = [line("GaLore", [2.0, 3.0, 4.0]), line("Fira", fira)]
-    assert report.verdict(relation, lines, MICRO)[-1] == said
+    assert report.verdict(relation, lines, MICRO, None)[-1] == said
+
+
+@pytest.mark.parametrize(
+    "switched, said",
+    [
+        ([2.01, 3.0, 4.01], "reproduced"),
+        ([2.10, 3.11, 4.1], "not reproduced"),
+        ([2.01, 3.07, 4.02], "not told apart"),
+        ([2.01], "not tested yet"),
+    ],
+)
+def test_near_is_a_tenth_of_what_lora_is_behind(switched, said):
+    """Within it with both errors, beyond it with both, or neither can be said."""
+    relation = next(r for r in RELATIONS if r.better == "SwitchLoRA")
+    lines = [line("AdamW", [2.0, 3.0, 4.0]), line("SwitchLoRA", switched)]
+    assert report.verdict(relation, lines, MICRO, (0.5, 0.01))[-1] == said
+    assert report.verdict(relation, lines, MICRO, None)[-1] == "not tested yet"
 
 
 def test_a_table_is_put_between_its_markers_and_nowhere_else(tmp_path):
