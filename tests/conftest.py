@@ -70,3 +70,10 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
     yield of
     for world in worlds.values():
         world.close()
+
+
+@pytest.fixture(params=["held", pytest.param("stepped", marks=pytest.mark.slow)])
+def held_or_stepped(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Estimates of what is held; and of what steps need in passing too, which takes five times."""
+    if request.param == "held":
+        monkeypatch.setattr("lowrank_optim.memory.rehearsal.Rehearsal.of", lambda *_: None)

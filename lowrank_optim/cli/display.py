@@ -10,13 +10,15 @@ from lowrank_optim.cli.rows import ACCUMULATED, LIVE, PROJECT, STEP, USUAL, Colu
 from lowrank_optim.memory import GIB, Estimate
 
 HEADER = ("moments in", "basis", "moments")
-PARTS = {"weights": "█", "gradient": "▓", "basis": "▒", "moments": "░", "activations": "▪"}
+PARTS = {"weights": "█", "gradient": "▓", "basis": "▒", "moments": "░"}
+PARTS |= {"activations": "▪", "in passing": "▫"}
 COLOURS = {
     "weights": "#4c72b0",
     "gradient": "#c44e52",
     "basis": "#55a868",
     "moments": "#dd8452",
     "activations": "#8172b3",
+    "in passing": "#937860",
 }
 
 
@@ -26,12 +28,12 @@ def gib(size: float) -> str:
 
 
 def verdict(e: Estimate | None, budget: float) -> Text:
-    """A peak, and that it fits, or what it passes the budget by."""
+    """A peak, that it fits, or what it passes the budget by, and at which moment it is."""
     if e is None:
         return Text("–")
-    if e.fits(budget):
-        return Text(f"{gib(e.peak)} fits", "green")
-    return Text(f"{gib(e.peak)} +{gib(e.peak - budget)}", "red")
+    fits = e.fits(budget)
+    told = f"{gib(e.peak)} fits" if fits else f"{gib(e.peak)} +{gib(e.peak - budget)}"
+    return Text.assemble((told, "green" if fits else "red"), (f"\nat {e.peak_at}", "dim"))
 
 
 def cells(row: Row, budget: float) -> list[str | Text]:
@@ -78,24 +80,29 @@ def reading(rows: Sequence[Row], budget: float) -> str:
     spare = budget - min(e.peak for e in fits)
     return (
         f"{text}. {_not_counted(rows)}: what the least of "
-        f'mode="project" leaves, {gib(spare)} GiB here, is for them.'
+        f'mode="project" leaves, {gib(spare)} GiB here, is for that.'
     )
 
 
 def _not_counted(rows: Sequence[Row]) -> str:
     known = any(e is not None and e.activations is not None for e in rows[0].peaks.values())
-    others = "Not counted is what" if known else "Activations are not counted, nor what"
-    return f"{others} a step, a refresh of the bases and the allocator need in passing"
+    others = "Not counted is" if known else "Activations are not counted, nor is"
+    return f"{others} what the allocator wastes"
 
 
 def segments(e: Estimate) -> dict[str, int]:
-    """What a bar is made of; counters, a few KiB, count as moments."""
+    """What a bar is made of, at the moment of the peak; counters, a few KiB, count as moments."""
+    at = e.peak_at
+    passing = {"step": e.step_transients, "refresh": e.refresh_transients}.get(at) or 0
+    rest = e.beside[at] - passing
+    gradient = min(rest, e.live_gradients)
     return {
         "weights": e.weights,
-        "gradient": e.live_gradients,
+        "gradient": gradient,
         "basis": e.basis,
         "moments": e.moments + e.other - e.host + e.staging,
-        **({} if e.activations is None else {"activations": e.activations}),
+        **({} if e.activations is None else {"activations": rest - gradient}),
+        "in passing": passing if e.activations is not None else passing + rest - gradient,
     }
 
 

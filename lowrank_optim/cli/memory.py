@@ -41,6 +41,10 @@ WIDTH = 100
 """Columns of bars and table, where the terminal does not say how many it has."""
 
 
+PER_COLUMN = {"live_gradients", "in_backward", "activations", "beside"}
+PER_COLUMN |= {"step_transients", "refresh_transients"}
+"""Figures that each column has of its own."""
+
 COUNT = click.IntRange(min=1)
 PARAGRAPH = "\n\n".join(["Known models: " + ", ".join(MODELS), "Optimizers: " + ", ".join(CLASSES)])
 
@@ -226,15 +230,13 @@ def figures(
             }
             if e is not None:
                 own |= {"fits": e.fits(budget), "live_gradients": e.live_gradients}
-                own |= {"activations": e.activations}
+                own |= {"activations": e.activations, "peak_at": e.peak_at}
+                own |= {"step_transients": e.step_transients}
+                own |= {"refresh_transients": e.refresh_transients, "beside": dict(e.beside)}
             if (row.name, column) in measured:
                 own |= {"measured": measured[row.name, column].figures()}
             peaks.append(own)
-        of_all = {
-            key: value
-            for key, value in asdict(row.state).items()
-            if key not in ("live_gradients", "in_backward", "activations")
-        }
+        of_all = {key: value for key, value in asdict(row.state).items() if key not in PER_COLUMN}
         called = {"optimizer": row.chosen.called, "options": dict(row.chosen.options)}
         found.append({"name": row.name, **called, **of_all, "peaks": peaks})
     return {**about, "budget": budget, "rows": found}

@@ -12,7 +12,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lowrank_optim import methods
-from lowrank_optim.memory import LAYOUTS, Estimate, estimate
+from lowrank_optim.memory import LAYOUTS, Estimate
+from lowrank_optim.memory.checks import class_of
+from lowrank_optim.memory.estimating import Training, device_of, estimated
 
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 HOSTED = "moments on host"
@@ -88,7 +90,7 @@ class Row:
 
     chosen: Chosen
     state: Estimate
-    """With all gradients live, and no activations: the state is that of every column."""
+    """With all gradients live, no activations and no steps: the state is that of every column."""
     peaks: Mapping[Column, Estimate | None]
     """None where the method needs whole gradients."""
     notes: tuple[str, ...] = ()
@@ -140,41 +142,32 @@ def measure(
 ) -> list[Row]:
     """The rows of ``module``: every figure is one of :func:`lowrank_optim.memory.estimate`.
 
-    But for coordinates, forward and backward know nothing of the optimizer, so that activations are
-    found once for each column of those.
+    What does not depend on the optimizer, or on the column, is found once.
     """
-    counted: dict[Any, int] = {}
+    known: dict[Any, Any] = {}
+    place = device_of(module, device)
 
-    def one(choice: Chosen, column: Column) -> Estimate:
-        coords = (choice.called, repr(choice.options)) if column.in_backward == "project" else None
-        key = (column, coords)
-        known = key in counted
-        found = estimate(
-            module,
-            choice.optimizer,
-            in_backward=column.in_backward,
-            accumulation_steps=column.accumulation_steps,
-            coords_dtype=column.coords_dtype,
-            tokens=None if known else tokens,
-            checkpointing=checkpointing and not known,
-            device=device,
-            **choice.options,
-        )
-        if tokens is None:
-            return found
-        return replace(found, activations=counted.setdefault(key, found.activations or 0))
+    def one(choice: Chosen, training: Training) -> Estimate:
+        cls = class_of(choice.optimizer)
+        return estimated(module, cls, training, None, choice.options, known)
 
     rows = []
     for choice in chosen:
         with warnings.catch_warnings(record=True) as raised:
             warnings.simplefilter("always")
-            state = estimate(
-                module, choice.optimizer, device=device, **choice.options
-            )  # or says why not
+            state = one(choice, Training(transients=False, device=place))  # or says what is wrong
         peaks: dict[Column, Estimate | None] = {}
         for column in asked:
+            training = Training(
+                column.in_backward,
+                column.accumulation_steps,
+                coords_dtype=column.coords_dtype,
+                tokens=tokens,
+                checkpointing=checkpointing,
+                device=place,
+            )
             try:
-                peaks[column] = one(choice, column)
+                peaks[column] = one(choice, training)
             except ValueError as error:
                 if column.in_backward != "project" or str(error).startswith("tokens"):
                     raise

@@ -178,8 +178,11 @@ class Staging:
     @property
     def nbytes(self) -> int:
         """What the buffers take, on all devices."""
-        lanes = self._lanes.values()
-        return sum(buffer.memory.nbytes for lane in lanes for buffer in lane.buffers)
+        return sum(x.nbytes for x in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """The buffers."""
+        return [buffer.memory for lane in self._lanes.values() for buffer in lane.buffers]
 
     def each(self, loads: Sequence[Load], call: Callable[[int], None], undo: Undo) -> None:
         """Call ``call(n)`` for each load, in order, with its entries on the device.

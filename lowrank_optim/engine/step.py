@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import compress
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -128,13 +129,23 @@ def step_items(
     step_buckets(buckets, staging)
 
 
-def bucketed(items: Sequence[_Plan], chosen: Strategies) -> list[Sequence[_Plan]]:
-    """Which parameters of a group are stepped together, in what order."""
+def bucketed(
+    items: Sequence[_Plan],
+    chosen: Strategies,
+    key: Callable[[_Plan], Any] = attrgetter("key"),
+) -> list[Sequence[_Plan]]:
+    """Which parameters of a group are stepped together, in what order.
+
+    Args:
+        items: parameters of a group.
+        chosen: what their group chose.
+        key: equal of matrices that can be stepped together (default: that of their plan).
+    """
     found: list[Sequence[_Plan]] = []
     alike: dict[Any, list[_Plan]] = {}
     for item in items:
         if item.subspace is not None and not isinstance(item.subspace, Block):
-            alike.setdefault(item.key, []).append(item)
+            alike.setdefault(key(item), []).append(item)
         else:
             found.append([item])
     for own in alike.values():

@@ -1,4 +1,4 @@
-"""A step of tensors without data, under torch's ``FakeTensorMode``: what tools of memory trace.
+"""A step of tensors without data: under torch's ``FakeTensorMode``, or on the meta device.
 
 A step reads its counters and draws indices on the host, and asks a few questions of values. Under
 :func:`hosted` counters and draws are real tensors, and questions about values that do not exist get
@@ -7,7 +7,7 @@ the answer of a healthy run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,8 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lowrank_optim.tensors.projected_grad import ProjectedGrad
+
 aten = torch.ops.aten
 _DRAWS = (aten.exponential_, aten.normal_, aten.uniform_)
+_WRITES = (aten.addmm_, aten.clamp_, aten.copysign_)
+"""In place and without memory of their own; what torch has for the meta device takes a millisecond
+each."""
 
 
 def fake_mode() -> FakeTensorMode | None:
@@ -32,6 +37,11 @@ def hosted() -> AbstractContextManager[Any]:
     """What a step runs under; nothing where tensors have data."""
     mode = fake_mode()
     return nullcontext() if mode is None else _Hosted(mode)
+
+
+def on_meta() -> AbstractContextManager[Any]:
+    """The same for tensors of the meta device, which cost a fraction of fake ones."""
+    return _Hosted(None)
 
 
 def real_entries(
@@ -51,22 +61,34 @@ def real_entries(
 class _Hosted(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs an operation on real tensors alone for real, and answers questions about fake ones."""
 
-    def __init__(self, mode: FakeTensorMode) -> None:
+    def __init__(self, mode: FakeTensorMode | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.fakes = mode
         self.answers: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
         """Of a healthy run, by what is asked; 1 and True where nothing else is known."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is compiled, and to tell torch so costs more than an operation
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if ProjectedGrad in types:  # what it does for itself comes here, and asks questions
+            return NotImplemented
         kwargs = kwargs or {}
-        given = [x for x in _leaves((args, kwargs)) if isinstance(x, Tensor)]
-        fakes = [x for x in given if isinstance(x, FakeTensor)]
+        given = list(_tensors((*args, *kwargs.values())))
+        fakes = [x for x in given if self._is_fake(x)]
         if func is aten._local_scalar_dense.default and fakes:
             (asked,) = fakes
             kind = bool if asked.dtype == torch.bool else float
             return kind(self.answers.get(asked, 1))
+        if not fakes and self.fakes is None:
+            if func is aten.randn.generator:  # nobody looks at large draws of real numbers
+                return torch.empty(*args, **{k: x for k, x in kwargs.items() if k != "generator"})
+            return func(*args, **kwargs)
+        if func.overloadpacket in _WRITES and self.fakes is None:
+            return args[0]
         if not fakes and _on_host(given, args, kwargs):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
@@ -83,12 +105,22 @@ class _Hosted(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.answers[out] = args[0].numel()
         return out
 
+    def _is_fake(self, x: Tensor) -> bool:
+        return x.is_meta if self.fakes is None else isinstance(x, FakeTensor)
+
     def _faked(self, x: Tensor) -> Tensor:
-        return x if isinstance(x, FakeTensor) else self.fakes.from_tensor(x)
+        if self._is_fake(x):
+            return x
+        return x.to("meta") if self.fakes is None else self.fakes.from_tensor(x)
 
 
-def _leaves(tree: Any) -> Iterable[Any]:
-    return torch.utils._pytree.tree_leaves(tree)
+def _tensors(given: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among arguments of an operation, which are values and lists of them."""
+    for x in given:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, list | tuple):
+            yield from _tensors(x)
 
 
 def _on_host(given: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

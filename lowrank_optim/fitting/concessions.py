@@ -70,4 +70,4 @@ def _needed(search: Search, way: Way) -> str:
 
 
 def _peak(search: Search, way: Way, count: int) -> str:
-    return gib(search.costs.peak(way, search.even.ranks(count)))
+    return gib(search.costs.exact(way, search.even.ranks(count)).peak)

@@ -91,9 +91,10 @@ def with_ranks(groups: Sequence[Group], ranks: Mapping[str, int]) -> list[Group]
 class Costs:
     """Peaks of one model for any way and ranks.
 
-    Forward and backward are run once for each way that they may decide, at the least ranks. What
-    they add to the peak there is taken for a bound of what they add at any ranks: coordinates that
-    live at the worst moment of backward live at the end of it too. :meth:`exact` knows.
+    Forward, backward and steps are run once for each way that they may decide, at the least ranks.
+    What they add to the peak there is taken for what they add at any ranks. Of forward and backward
+    that is a bound: coordinates that live at the worst moment of backward live at the end of it
+    too. Of steps it is less than what larger ranks need in passing. :meth:`exact` knows.
     """
 
     def __init__(
@@ -115,8 +116,8 @@ class Costs:
             "coords_dtype": coords_dtype,
         }
         self._checkpointing = checkpointing
-        self._added: dict[str, int] = {}
         self._known: dict[Any, Estimate] = {}
+        self._exactly: dict[Any, Estimate] = {}
 
     def peak(self, way: Way, ranks: Sequence[int], added: int | None = None) -> int:
         """Bytes at the worst moment.
@@ -124,21 +125,20 @@ class Costs:
         Args:
             way: to train.
             ranks: of all matrices.
-            added: what activations add (default: what they add at the least ranks).
+            added: by activations and steps (default: what they add at the least ranks).
         """
-        return self._plain(way, ranks).peak + (
-            self._of_activations(way) if added is None else added
-        )
+        return self._plain(way, ranks).peak + (self._of_running(way) if added is None else added)
 
     def fits(self, way: Way, ranks: Sequence[int], budget: float) -> bool:
         """Whether the peak is within ``budget`` bytes; the model runs only where it may be."""
-        return self._plain(way, ranks).peak <= budget and self.peak(way, ranks) <= budget
+        return self._plain(way, ranks).peak <= budget and self.exact(way, ranks).fits(budget)
 
     def exact(self, way: Way, ranks: Sequence[int]) -> Estimate:
-        """The estimate of these very ranks, activations included."""
-        if self.tokens is None:
-            return self._plain(way, ranks)
-        return self._measured(way, ranks, counted=True)
+        """The estimate of these very ranks, with activations and what steps need in passing."""
+        key = (repr(way), tuple(ranks))
+        if key not in self._exactly:
+            self._exactly[key] = self._measured(way, ranks, counted=True)
+        return self._exactly[key]
 
     def least(self, ways: Sequence[Way]) -> tuple[int, Way]:
         """The lowest peak that any way has, at the least ranks, and which way that is."""
@@ -151,24 +151,18 @@ class Costs:
         return best
 
     def added(self, way: Way, ranks: Sequence[int], found: Estimate) -> int:
-        """What activations add to the peak of these ranks, whose exact estimate was found."""
+        """What activations and steps add to the peak of ranks whose exact estimate was found."""
         return found.peak - self._plain(way, ranks).peak
 
     def _plain(self, way: Way, ranks: Sequence[int]) -> Estimate:
-        """Without activations."""
+        """Without activations and steps."""
         key = (repr(way), tuple(ranks))
         if key not in self._known:
             self._known[key] = self._measured(way, ranks, counted=False)
         return self._known[key]
 
-    def _of_activations(self, way: Way) -> int:
-        if self.tokens is None:
-            return 0
-        if repr(way) not in self._added:
-            self._added[repr(way)] = self.added(
-                way, self._least, self._measured(way, self._least, counted=True)
-            )
-        return self._added[repr(way)]
+    def _of_running(self, way: Way) -> int:
+        return self.added(way, self._least, self.exact(way, self._least))
 
     def _measured(self, way: Way, ranks: Sequence[int], counted: bool) -> Estimate:
         by_name = {bare(m.name): r for m, r in zip(self.matrices, ranks, strict=True)}
@@ -181,6 +175,7 @@ class Costs:
                 in_backward=way.in_backward,
                 tokens=self.tokens if counted else None,
                 checkpointing=self._checkpointing and counted,
+                transients=counted,
                 **self._common,
                 **way.arguments,
             )

@@ -71,8 +71,7 @@ class Search:
         best, most = None, -1
         for way in possible:
             if self.fits(way, self.even, most + 1):
-                most = largest(self._peaks(way, self.even), self.asked.budget, self.enough)
-                best = way
+                most, best = self._most(way, self.even, self.enough)[0], way
         if best is None:
             self._nothing_fits(possible)
         return best
@@ -101,13 +100,18 @@ class Search:
         return f"Give that budget; or {', or '.join(found) or 'train fewer parameters'}"
 
     def fill(self, way: Way, path: Path) -> tuple[list[int], Estimate]:
-        """The largest ranks on ``path`` within the budget, and their own estimate.
+        """The largest ranks on ``path`` within the budget, and their own estimate."""
+        count, found = self._most(way, path, len(path.steps))
+        return path.ranks(count), found
+
+    def _most(self, way: Way, path: Path, most: int) -> tuple[int, Estimate]:
+        """How many steps of ``path`` fit, of at most so many, and the estimate of those ranks.
 
         What activations add at the least ranks is a bound. What they add at the ranks that fit by
         it leaves more room, and bounds what they add at those found in it. Where a bound does not
-        hold, ranks are searched by their own estimates.
+        hold, as larger ranks need more in passing, they are searched by their own estimates.
         """
-        budget, most = self.asked.budget, len(path.steps)
+        budget = self.asked.budget
         count = largest(self._peaks(way, path), budget, most)
         found = self._exact(way, path, count)
         if self.costs.tokens is not None and count < most and found.fits(budget):
@@ -119,7 +123,7 @@ class Search:
         if not found.fits(budget):
             count = largest(lambda n: self._exact(way, path, n).peak, budget, count)
             found = self._exact(way, path, count)
-        return path.ranks(count), found
+        return count, found
 
     def _peaks(self, way: Way, path: Path, added: int | None = None) -> Callable[[int], int]:
         return lambda n: self.costs.peak(way, path.ranks(n), added)

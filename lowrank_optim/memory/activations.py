@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +17,33 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from lowrank_optim.memory.alive import Alive
 from lowrank_optim.memory.inputs import batch_of, innermost, loss_of
 
 Left = Sequence[tuple[Sequence[int], torch.dtype]]
 """Shapes and dtypes of the tensors that take a gradient's place, if any does."""
+
+
+class Arrival(NamedTuple):
+    """A gradient is complete."""
+
+    number: int
+    """Of its parameter in the model."""
+    again: bool
+    """Whether one of an earlier micro-batch was there."""
+    alive: int
+    """Bytes of activations and gradients at that moment, this gradient included."""
+
+
+class Flight(NamedTuple):
+    """What forward and backward of the micro-batches of a step hold, the weights not counted."""
+
+    most: int
+    """Bytes alive at once."""
+    arrivals: tuple[Arrival, ...]
+    """In their order."""
+
 
 WITHOUT_VALUES = (
     DataDependentOutputException,
@@ -33,42 +52,6 @@ WITHOUT_VALUES = (
     UnsupportedOperatorException,
 )
 """What an operation raises that needs values, or that nobody has described without them."""
-
-
-class Alive(TorchDispatchMode):
-    """Counts bytes of the storages that operations made and that still exist."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.most = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Run an operation and count what it made."""
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor):
-                self._count(x.untyped_storage())
-        return out
-
-    def leave_out(self, tensors: Sequence[Tensor]) -> None:
-        """Not to be counted: there before."""
-        self._known.update(x.untyped_storage()._cdata for x in tensors)
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._gone, key, size).atexit = False
-
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
 
 
 class _Grouped(torch.autograd.Function):
@@ -188,8 +171,9 @@ def in_flight(
     checkpointing: bool,
     passes: int,
     left: Callable[[int, bool], Left | None],
-) -> int:
-    """Most bytes of activations and gradients alive at once, the weights not counted.
+    trained: Collection[int],
+) -> Flight:
+    """Bytes of activations and gradients alive at once, at most and as each gradient arrives.
 
     The model runs forward and backward, with its loss, on tensors that have no memory, and every
     storage is followed from the operation that makes it to its end. Attention is what torch takes
@@ -202,6 +186,8 @@ def in_flight(
         passes: micro-batches that add up.
         left: what is left of the gradient of parameter i, in the last pass or before; None if it
             stays.
+        trained: numbers of the parameters that ask for gradients, as the optimizer left it: layers
+            that wait for their turn do not.
 
     Raises:
         NotImplementedError: the model cannot run without memory.
@@ -215,25 +201,28 @@ def in_flight(
         if checkpointing:
             checkpoint_layers(innermost(model))
         batch = batch_of(model, shape)
-        alive, parts, last = Alive(), dict[Tensor, list[Tensor]](), False
+        alive, parts, done = Alive(), dict[Tensor, list[Tensor]](), 0
+        arrivals: list[Arrival] = []
 
         def arrived(param: Tensor) -> None:
-            found = left(numbers[param], last)
+            arrivals.append(Arrival(numbers[param], done > 0, alive.now))
+            found = left(numbers[param], done == passes - 1)
             if found is not None:
                 if param not in parts:
                     parts[param] = [torch.empty(tuple(s), dtype=own) for s, own in found]
                 param.grad = None
 
         numbers: dict[Tensor, int] = {p: i for i, p in enumerate(model.parameters())}
-        for param in numbers:
+        for param, number in numbers.items():
+            param.requires_grad_(number in trained)
             if param.requires_grad:
                 param.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
         with alive:
             alive.leave_out([*numbers, *model.buffers(), *batch.values()])
-            for n in range(passes):
-                last = n == passes - 1
+            while done < passes:
                 _run(model, batch)
-        return alive.most
+                done += 1
+        return Flight(alive.most, tuple(arrivals))
 
 
 def _run(model: nn.Module, batch: dict[str, Tensor]) -> None:

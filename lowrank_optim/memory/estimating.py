@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lowrank_optim.backward.projecting import (
-    check_choices,
-    check_projecting,
-    coords_of,
-    items_of,
-    kept_dtype,
-)
-from lowrank_optim.engine.refresh import phase
-from lowrank_optim.engine.summary import binary
-from lowrank_optim.groups.values import whole
-from lowrank_optim.memory.activations import Left, in_flight
+from lowrank_optim.backward.projecting import check_choices, check_projecting
+from lowrank_optim.memory.activations import Flight, Left, in_flight
+from lowrank_optim.memory.checks import check, check_device, check_flag, check_sharded, class_of
+from lowrank_optim.memory.figures import Estimate
+from lowrank_optim.memory.gradients import Gradients
 from lowrank_optim.memory.inputs import model_of
-from lowrank_optim.memory.layouts import LAYOUTS
+from lowrank_optim.memory.moments import worst_moments
+from lowrank_optim.memory.rehearsal import Rehearsal
 from lowrank_optim.memory.reporting import host_bytes, report, staging_bytes, storage_bytes
 from lowrank_optim.ops.devices import standing_for
 from lowrank_optim.optimizer import LowRankOptimizer
@@ -31,70 +25,30 @@ from lowrank_optim.sharding.parts import is_sharded, local
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """Bytes that training will hold, the temporaries of a step not counted."""
+class Training:
+    """How a model is trained, apart from its optimizer: arguments of :func:`estimate`."""
 
-    weights: int
-    """Parameters, tied ones once; buffers are not counted."""
-    gradients: int
-    """One gradient of every trainable parameter."""
-    largest_gradient: int
-    """The largest of them: all that lives at once when each is stepped inside backward."""
-    live_gradients: int
-    """What of them lives at the worst moment of the worst step.
-
-    All, the largest, or coordinates with those that stay whole. One that is on its way to where it
-    is added up, or to its coordinates, counts too.
-    """
-    basis: int
-    moments: int
-    other: int
-    """Counters, indices, the maps of quantised formats, SwitchLoRA's pools."""
     in_backward: Literal["project", "step"] | None = None
-    """What happens to gradients inside backward; decides :attr:`live_gradients`."""
-    host: int = 0
-    """The part of the state in host memory: moments with ``state_device="cpu"``, SwitchLoRA's
-    pools. It is not in the peak."""
-    staging: int = 0
-    """Two buffers on the device, through which moments in host memory pass in a step."""
-    activations: int | None = None
-    """What forward and backward need beside the live gradients; None where nobody asked."""
+    accumulation_steps: int = 1
+    first_basis: Literal["micro", "boundary"] = "micro"
+    coords_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    tokens: int | tuple[int, int] | None = None
+    checkpointing: bool = False
+    transients: bool = True
+    device: str = "meta"
+    """The type of the one that it is trained on; ``"meta"`` is an accelerator."""
 
     @property
-    def state(self) -> int:
-        """What :func:`report` will say once the optimizer has stepped."""
-        return self.basis + self.moments + self.other
+    def forward_and_backward(self) -> tuple[Any, ...]:
+        """What they depend on, apart from the coordinates that gradients become."""
+        return self.in_backward == "step", self.accumulation_steps, self.tokens, self.checkpointing
 
     @property
-    def peak(self) -> int:
-        """Weights, state, buffers, live gradients and activations, on the device."""
-        held = self.weights + self.state - self.host + self.staging
-        return held + self.live_gradients + (self.activations or 0)
-
-    def fits(self, budget: float) -> bool:
-        """Whether the peak is within ``budget`` bytes; activations count if they are known."""
-        return self.peak <= budget
-
-    def __str__(self) -> str:
-        """One figure a line."""
-        note = "  (coordinates, dense ones, those whose basis is due, and one in flight)"
-        if self.in_backward != "project":
-            freed = self.in_backward is not None and self.live_gradients == self.largest_gradient
-            note = "  (the largest: freed inside backward)" if freed else ""
-        rows = [
-            ("weights", self.weights, ""),
-            ("gradients", self.live_gradients, note),
-            ("basis", self.basis, ""),
-            ("moments", self.moments, ""),
-            ("other state", self.other, ""),
-        ]
-        if self.staging:
-            rows += [("on the host", self.host, "  (of these, not in the peak)")]
-            rows += [("staging", self.staging, "  (two buffers that they pass through)")]
-        if self.activations is not None:
-            rows.append(("activations", self.activations, ""))
-        rows.append(("peak", self.peak, "  without activations" * (self.activations is None)))
-        return "\n".join(f"{name:<12}{binary(size):>12}{note}" for name, size, note in rows)
+    def attached(self) -> tuple[Any, ...]:
+        """What steps depend on."""
+        project = self.in_backward == "project"
+        own = (("first_basis", self.first_basis), ("coords_dtype", self.coords_dtype))
+        return self.in_backward, own if project else ()
 
 
 def estimate(
@@ -108,6 +62,7 @@ def estimate(
     coords_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     tokens: int | tuple[int, int] | None = None,
     checkpointing: bool = False,
+    transients: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device | None = None,
     **options: Any,
@@ -146,6 +101,11 @@ def estimate(
             do; or it is a configuration. Of images, ``(images, tokens of one)``. Experts run as
             products of groups, attention fused unless the model's own is ``"eager"``.
         checkpointing: whether its layers are checkpointed.
+        transients: whether to find what steps and refreshes need in passing. The optimizer really
+            steps, as on an accelerator and without memory: some seconds for a model of 7B, the
+            matrices that are stepped alike once. Products, factorisations and kernels may take
+            workspace of their own, which is not counted. False leaves it out, which is quick
+            (default: True).
         dtype: of the weights of a model made from a configuration (default: bfloat16).
         device: where training is to run, such as ``"cuda"`` or ``"cpu"``. A ``dct`` basis with
             ``transform="auto"`` keeps a matrix of cosines where that is faster than transforms,
@@ -170,214 +130,150 @@ def estimate(
         basis           8.00 MiB
         moments        32.00 MiB
         other state         12 B
-        peak          104.00 MiB  without activations
+        a step         16.00 MiB  in passing
+        a refresh     176.94 MiB  in passing
+        peak          280.94 MiB  at the refresh, without activations
     """
-    _check(model, groups, in_backward, accumulation_steps, tokens, checkpointing, dtype)
-    _check_device(device)
-    _check_sharded(model, in_backward, tokens)
-    optimizer_class = _class_of(optimizer_class)
+    check(model, groups, in_backward, accumulation_steps, tokens, dtype)
+    for name, flag in ("checkpointing", checkpointing), ("transients", transients):
+        check_flag(name, flag)
+    check_sharded(model, in_backward, tokens)
+    check_device(device)
     check_choices(first_basis, coords_dtype)
+    if isinstance(tokens, list):
+        tokens = tuple(tokens)
     module = model
     if not isinstance(model, nn.Module):
         with torch.device("meta"):
             module = model_of(model, dtype)
-    twins = {id(p): _meta_twin(p) for p in module.parameters()}
-    entries = module.named_parameters() if groups is None else groups(module)
-    on_meta = [_on_meta(entry, twins) for entry in entries]
-    optimizer = optimizer_class(on_meta, **options)
-    place = _device_of(module, device)
-    if in_backward == "project":
+    training = Training(
+        in_backward,
+        accumulation_steps,
+        first_basis,
+        coords_dtype,
+        tokens,
+        checkpointing,
+        transients,
+        device_of(module, device),
+    )
+    return estimated(module, class_of(optimizer_class), training, groups, options, {})
+
+
+def estimated(
+    module: nn.Module,
+    optimizer_class: type[Optimizer],
+    training: Training,
+    groups: Callable[[nn.Module], Iterable[Any]] | None,
+    options: Mapping[str, Any],
+    known: dict[Any, Any],
+) -> Estimate:
+    """:func:`estimate` of a module, its arguments checked.
+
+    Args:
+        module: the model.
+        optimizer_class: the class.
+        training: how it is trained.
+        groups: as of :func:`estimate`.
+        options: of the optimizer.
+        known: what was found of this module before, and is not found again.
+    """
+    with standing_for(training.device):
+        return _estimated(module, optimizer_class, training, groups, options, known)
+
+
+def _estimated(
+    module: nn.Module,
+    optimizer_class: type[Optimizer],
+    training: Training,
+    groups: Callable[[nn.Module], Iterable[Any]] | None,
+    options: Mapping[str, Any],
+    known: dict[Any, Any],
+) -> Estimate:
+    params = list(module.parameters())
+    entries = list(module.named_parameters() if groups is None else groups(module))
+
+    def made(places: Mapping[int, nn.Parameter]) -> Optimizer:
+        return optimizer_class([_over(entry, places) for entry in entries], **options)
+
+    chosen = optimizer_class, repr(options)
+    if chosen not in known:
+        twins = {id(p): _meta_twin(p) for p in params}
+        optimizer = made(twins)
+        _make_state(optimizer)
+        known[chosen] = twins, optimizer
+    twins, optimizer = known[chosen]
+    if training.in_backward == "project":
         if not isinstance(optimizer, LowRankOptimizer):
             raise ValueError(f"in_backward='project' is not for {type(optimizer).__name__}")
         check_projecting(optimizer)
-    with standing_for(place):
-        _make_state(optimizer)
     held = report(optimizer)
-    trained: list[Tensor] = [p for p in twins.values() if p.requires_grad]
-    sizes = {p: storage_bytes([local(p)]) for p in trained}
-    left: dict[Tensor, Left] = {}
-    whole: set[Tensor] = set()
-    if in_backward == "project" and first_basis == "micro":
-        with standing_for(place):
-            left, whole = _coordinates(optimizer, coords_dtype)
-    elif in_backward == "step" and accumulation_steps == 1:
-        left = {param: [] for param in sizes}
-    coming = sizes if accumulation_steps > 1 else left
-    gradients, largest = sum(sizes.values()), max(sizes.values(), default=0)
-    live = gradients + max((sizes[p] for p in coming), default=0)
-    left = {p: parts for p, parts in left.items() if p not in whole}
-    live += sum(_bytes(parts) - sizes[p] for p, parts in left.items())
-    found = Estimate(
+    gradients = Gradients.of(optimizer, list(twins.values()), training)
+    flight: Flight | None = None
+    if training.tokens is not None:
+        staying = tuple((i, gradients.staying(i)) for i in gradients.sizes)
+        flying = training.forward_and_backward, staying
+        flight = known.get(flying) or _flight(module, training, gradients)
+        known[flying] = flight
+    rehearsal: Rehearsal | None = None
+    if training.transients and not any(map(is_sharded, params)):
+        stepping = *chosen, training.attached
+        if stepping not in known:
+            known[stepping] = Rehearsal.of(params, made, *training.attached)
+        rehearsal = known[stepping]
+    absent = held.moments + held.other
+    worst = worst_moments(gradients, training, flight, rehearsal, absent)
+    return Estimate(
         weights=storage_bytes([local(p) for p in twins.values()]),
-        gradients=gradients,
-        largest_gradient=largest,
-        live_gradients=live,
+        gradients=gradients.total,
+        largest_gradient=gradients.largest,
+        live_gradients=gradients.live,
         basis=held.basis,
         moments=held.moments,
         other=held.other,
-        in_backward=in_backward,
+        in_backward=training.in_backward,
         host=host_bytes(optimizer),
-        staging=staging_bytes(optimizer, alone=in_backward == "step"),
+        staging=staging_bytes(optimizer, alone=training.in_backward == "step"),
+        activations=None if flight is None else max(0, flight.most - gradients.live),
+        step_transients=worst.step,
+        refresh_transients=worst.refresh,
+        beside=worst.beside,
     )
-    if tokens is None:
-        return found
-    params = list(twins.values())
-
-    def stays(i: int, last: bool) -> Left | None:
-        if in_backward == "step":
-            return [] if last else None
-        return left.get(params[i])
-
-    worst = in_flight(
-        module,
-        tokens,
-        checkpointing=checkpointing,
-        passes=min(accumulation_steps, 2),
-        left=stays,
-    )
-    return replace(found, activations=max(0, worst - found.live_gradients))
 
 
-def _check(
-    model: Any,
-    groups: Any,
-    in_backward: Any,
-    accumulation_steps: Any,
-    tokens: Any,
-    checkpointing: Any,
-    dtype: Any,
-) -> None:
-    """The arguments of :func:`estimate`, but for the class of the optimizer.
-
-    Raises:
-        TypeError: one is of a wrong type.
-        ValueError: one is out of range.
-    """
-    if not isinstance(model, nn.Module) and not hasattr(model, "to_dict"):
-        kind = type(model).__name__
-        raise TypeError(
-            f"model must be an nn.Module or a configuration of transformers, got {kind}"
-        )
-    if groups is not None and not callable(groups):
-        raise TypeError(f"groups must be a function of the model, got {groups!r}")
-    if in_backward is not None and not (
-        isinstance(in_backward, str) and in_backward in ("project", "step")
-    ):
-        raise ValueError(f"in_backward must be None, 'project' or 'step', got {in_backward!r}")
-    if not _positive(accumulation_steps):
-        raise ValueError(f"accumulation_steps must be a positive int, got {accumulation_steps!r}")
-    pair = isinstance(tokens, tuple | list) and len(tokens) == 2 and all(map(_positive, tokens))
-    if tokens is not None and not (_positive(tokens) or pair):
-        raise ValueError(f"tokens must be None, a positive int or a pair of them, got {tokens!r}")
-    if not isinstance(checkpointing, bool):
-        raise ValueError(f"checkpointing must be True or False, got {checkpointing!r}")
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
-
-
-def _check_sharded(model: Any, in_backward: Any, tokens: Any) -> None:
-    """Raise for what is not known of one rank of several.
-
-    Raises:
-        NotImplementedError: the model is sharded, and gradients or activations are asked for that
-            depend on when its layers are gathered.
-    """
-    if not isinstance(model, nn.Module) or not any(map(is_sharded, model.parameters())):
-        return
-    if in_backward is not None:
-        raise NotImplementedError(
-            f"in_backward={in_backward!r} of a model of DTensors: attach_in_backward does not "
-            "support them, as FSDP2 frees whole gradients itself. Leave it out"
-        )
-    if tokens is not None:
-        raise NotImplementedError(
-            "tokens of a model of DTensors: what is gathered at once depends on how it is sharded. "
-            "Give its configuration for the activations, or leave tokens out"
-        )
-
-
-def _check_device(device: Any) -> None:
-    """Raise unless torch knows a device of this name.
-
-    Raises:
-        ValueError: it does not.
-    """
-    try:
-        torch.device("meta" if device is None else device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"device must be None or one of torch's, such as 'cuda' or 'cpu', got {device!r}"
-        ) from error
-
-
-def _device_of(module: nn.Module, device: str | torch.device | None) -> str:
+def device_of(module: nn.Module, device: str | torch.device | None) -> str:
     """The type of the device that training is to run on."""
     if device is None:
         device = next((p.device for p in module.parameters()), torch.device("meta"))
     return torch.device(device).type
 
 
-def _positive(value: Any) -> bool:
-    return whole(1).holds(value)
+def _flight(module: nn.Module, training: Training, gradients: Gradients) -> Flight:
+    def left(i: int, last: bool) -> Left | None:
+        if training.in_backward == "step":
+            return () if last else None
+        return gradients.staying(i)
 
-
-def _class_of(given: Any) -> type[Optimizer]:
-    """The class of an optimizer, or of a layout by its name.
-
-    Raises:
-        TypeError: it is neither.
-        ValueError: there is no layout of that name.
-    """
-    if isinstance(given, str):
-        if given not in LAYOUTS:
-            raise ValueError(f"optimizer_class must be a class or in {[*LAYOUTS]}, got {given!r}")
-        return LAYOUTS[given]
-    if not (isinstance(given, type) and issubclass(given, Optimizer)):
-        raise TypeError(
-            f"optimizer_class must be a class of optimizers or in {[*LAYOUTS]}, got {given!r}"
-        )
-    return given
-
-
-def _bytes(left: Left) -> int:
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in left)
-
-
-def _coordinates(optimizer: Optimizer, coords_dtype: str) -> tuple[dict[Tensor, Left], set[Tensor]]:
-    """Parameters whose gradients become coordinates, and those; and who stays whole at the worst.
-
-    Coordinates are taken on the meta device, so that their formats are those of a real run.
-    """
-    assert isinstance(optimizer, LowRankOptimizer)
-    found: dict[Tensor, Left] = {}
-    due: dict[int, dict[int, list[Tensor]]] = {}
-    for group, item in items_of(optimizer):
-        if item.subspace is None or not item.alone or not item.param.requires_grad:
-            continue
-        param, chosen = item.param, optimizer._strategies(group)
-        coords = coords_of(item, optimizer.state[param], torch.empty_like(param)).values()
-        found[param] = [(x.shape, kept_dtype(x.dtype, coords_dtype)) for x in coords]
-        due.setdefault(chosen.gap, {}).setdefault(phase(item, chosen), []).append(param)
-    whole: set[Tensor] = set()
-    for phases in due.values():
-        whole.update(max(phases.values(), key=lambda ps: _saved(ps, found)))
-    return found, whole
-
-
-def _saved(params: Iterable[Tensor], left: Mapping[Tensor, Left]) -> int:
-    return sum(param.nbytes - _bytes(left[param]) for param in params)
+    assert training.tokens is not None
+    return in_flight(
+        module,
+        training.tokens,
+        checkpointing=training.checkpointing,
+        passes=min(training.accumulation_steps, 2),
+        left=left,
+        trained=gradients.sizes,
+    )
 
 
 def _meta_twin(param: Tensor) -> nn.Parameter:
     return nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)
 
 
-def _on_meta(entry: Any, twins: dict[int, nn.Parameter]) -> Any:
+def _over(entry: Any, twins: Mapping[int, nn.Parameter]) -> Any:
     """A parameter, named parameter or group with the twins in place of the parameters."""
     if isinstance(entry, dict):
         params = entry["params"]
         params = [params] if isinstance(params, Tensor) else params
-        return {**entry, "params": [_on_meta(p, twins) for p in params]}
+        return {**entry, "params": [_over(p, twins) for p in params]}
     if isinstance(entry, tuple):
         return entry[0], twins[id(entry[1])]
     return twins[id(entry)]

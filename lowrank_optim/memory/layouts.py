@@ -29,7 +29,7 @@ class AdamW8bitLayout(Optimizer):
         maps: dict[str, Tensor] = {}
         for group in self.param_groups:
             for param in group["params"]:
-                if param.grad is None:
+                if param.grad is None or self.state[param]:
                     continue
                 state, small = self.state[param], param.numel() < self.MIN_SIZE
                 for n in "12":

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops.devices import sent
+from lowrank_optim.ops.devices import on_accelerator, sent
 from lowrank_optim.ops.rows import check_rows, take_rows
 
 BASES = ("dct2", "dct3")
@@ -33,12 +33,12 @@ def check_name(what: str, name: str, allowed: Sequence[str]) -> None:
 
 def together(x: Tensor) -> int:
     """How many matrices like ``x (m, n)`` are transformed at once."""
-    return max(1, TILE_ELEMENTS[x.device.type != "cpu"] // max(1, x.numel()))
+    return max(1, TILE_ELEMENTS[on_accelerator(x)] // max(1, x.numel()))
 
 
 def column_tiles(x: Tensor) -> Iterator[slice]:
     """Slices of the columns of ``x (m, n)``."""
-    width = max(1, TILE_ELEMENTS[x.device.type != "cpu"] // max(1, x.shape[0]))
+    width = max(1, TILE_ELEMENTS[on_accelerator(x)] // max(1, x.shape[0]))
     for start in range(0, x.shape[1], width):
         yield slice(start, min(start + width, x.shape[1]))
 

@@ -14,7 +14,7 @@ from lowrank_optim.ops.composite import put_all_
 from lowrank_optim.ops.noise import Noise
 from lowrank_optim.ops.quant import values_of
 from lowrank_optim.ops.stacked import empty_like_all, stacked
-from lowrank_optim.ops.tiles import tile_elements
+from lowrank_optim.ops.tiles import tile_elements, tiles
 
 BLOCK = 128
 """Elements that share a scale; none of another row does."""
@@ -105,8 +105,8 @@ def _tiles(like: Tensor, count: int) -> Iterator[tuple[slice, slice]]:
     many = max(1, most // max(1, rows * cols))
     height = max(1, rows if many > 1 else most // max(1, cols))
     for start in range(0, count, many):
-        for row in range(0, rows, height):
-            yield slice(start, start + many), slice(row, row + height)
+        for own in tiles(rows, height):
+            yield slice(start, start + many), own
 
 
 def quantize4_(

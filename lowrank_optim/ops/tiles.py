@@ -6,7 +6,9 @@ one tile, and the op runs on matching pieces of all else. No copy is ever as lar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -28,6 +30,30 @@ FLAT = frozenset(
 """Ops whose first list is only read, and read as flat memory."""
 
 _ROWS = ("row_eps", "row_scale")
+
+_SIZES_ALONE = ContextVar("sizes_alone", default=False)
+
+
+@contextmanager
+def sizes_alone() -> Iterator[None]:
+    """Loops over alike tiles take the first two and the last: of tensors without values.
+
+    What is asked for is how much memory they need at once. The others need no more: what a tile
+    leaves is there while the next one is worked on, and only the last may be smaller.
+    """
+    before = _SIZES_ALONE.set(True)
+    try:
+        yield
+    finally:
+        _SIZES_ALONE.reset(before)
+
+
+def tiles(length: int, width: int) -> Iterable[slice]:
+    """``range(length)`` in pieces of ``width``, the last one of what is left."""
+    starts: Sequence[int] = range(0, length, width)
+    if _SIZES_ALONE.get() and len(starts) > 3:
+        starts = starts[0], starts[1], starts[-1]
+    return [slice(i, min(i + width, length)) for i in starts]
 
 
 def tile_elements(x: Tensor) -> int:

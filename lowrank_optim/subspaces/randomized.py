@@ -11,7 +11,7 @@ from torch.linalg import LinAlgError
 
 from lowrank_optim import ops
 from lowrank_optim.ops.devices import on_accelerator
-from lowrank_optim.ops.tiles import ACCELERATOR_TILE_ELEMENTS
+from lowrank_optim.ops.tiles import ACCELERATOR_TILE_ELEMENTS, tiles
 from lowrank_optim.subspaces.base import RefreshContext, register
 from lowrank_optim.subspaces.projector import Projector, replaced, usable
 from lowrank_optim.subspaces.random import gaussian, orthogonal
@@ -260,8 +260,7 @@ def mixed_matmul(a: Tensor, b: Tensor) -> Tensor:
     by_column = n >= k  # cut the longer side of b
     most = ACCELERATOR_TILE_ELEMENTS if on_accelerator(b) else TILE_ELEMENTS
     width = max(1, min(most // min(k, n), -(-max(k, n) // 8)))
-    for i in range(0, max(k, n), width):
-        tile = slice(i, i + width)
+    for tile in tiles(max(k, n), width):
         if by_column:
             out[..., tile] = a @ b[..., tile].to(a.dtype)
         else:

@@ -14,6 +14,8 @@ from lowrank_optim import GaLoreAdamW, fit
 from lowrank_optim.cli.main import main
 from lowrank_optim.fitting import Plan
 
+pytestmark = pytest.mark.usefixtures("held_or_stepped")
+
 HERE = "tests.cli.test_fit_command"
 SMALL = ["--model", f"{HERE}:small", "--budget-gib", "0.0001"]
 

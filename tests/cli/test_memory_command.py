@@ -85,9 +85,14 @@ def test_figures_by_hand() -> None:
         (None, 1): whole, ("step", 1): 4 * matrix, ("step", 2): whole + 4 * matrix,
         ("project", 2): coords + 4 * matrix,
     }  # fmt: skip
-    assert [x["peak"] for x in row["peaks"]] == [held + x for x in live.values()]
+    for peak, x in zip(row["peaks"], live.values(), strict=True):
+        assert peak["beside"]["backward"] >= x  # taking coordinates needs something in passing
+        assert peak["beside"]["backward"] == x or peak["in_backward"] == "project"
+        assert peak["peak"] == held + peak["beside"][peak["peak_at"]]
+        assert peak["beside"][peak["peak_at"]] == max(peak["beside"].values())
 
 
+@pytest.mark.slow
 def test_every_figure_is_an_estimate() -> None:
     """All usual rows and columns, and other micro-batches and coordinates."""
     model, budget = small(), 3e-5
@@ -111,7 +116,13 @@ def test_every_figure_is_an_estimate() -> None:
     assert modes == [("step", "auto"), ("project", "float32"), ("project", "bfloat16")]
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(x, marks=() if x in ("AdamW", "GaLoreLion") else pytest.mark.slow)
+        for x in CLASSES
+    ],
+)
 def test_every_class_has_a_row(name: str) -> None:
     """With a quarter as its rank where it takes one, and its name as the row's."""
     own: dict[str, Any] = {"rank": 0.25} if name in methods.__all__ else {}
@@ -123,16 +134,18 @@ def test_every_class_has_a_row(name: str) -> None:
     assert row["peaks"][0]["peak"] == found.peak
 
 
-def test_table_shows_the_figures_under_their_names() -> None:
+def test_table_shows_the_figures_under_their_names(tmp_path: Path) -> None:
     """What does not fit says by how much; a column says its mode and its micro-batches."""
-    arguments = ("--model", "LLaMA-60M", "--rank", "128", "--budget-gib", "0.35")
+    wide = {**TINY, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 64000}
+    (tmp_path / "config.json").write_text(json.dumps(wide))
+    arguments = ("--model", str(tmp_path), "--rank", "128", "--budget-gib", "0.2")
     arguments += ("--only", "AdamW bf16", "--only", "GaLore 8-bit")
     printed = run(*arguments).stdout
     for row in figures(*arguments)["rows"]:
         line = next(x for x in printed.splitlines() if x.strip().startswith(row["name"]))
         cells = [gib(row["basis"]), gib(row["moments"])]
         for peak in (x["peak"] for x in row["peaks"]):
-            over = None if peak is None else peak - 0.35 * GIB
+            over = None if peak is None else peak - round(0.2 * GIB)
             told = "fits" if over is None or over <= 0 else f"+{gib(over)}"
             cells.append("–" if peak is None else f"{gib(peak)} {told}")
         assert re.split(r"\s{2,}", line.strip().removeprefix(row["name"]).strip()) == cells
@@ -154,7 +167,7 @@ def test_colours_say_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    only = ("--model", "llama-60m", "--only", "GaLore 8-bit", "--budget-gib", "0.26")
+    only = ("--model", "llama-60m", "--only", "AdamW bf16", "--budget-gib", "0.4")
     printed = run(*only).stdout
     assert re.search(r"\x1b\[32m *0\.\d\d fits\x1b", printed)
     assert re.search(r"\x1b\[31m *0\.\d\d \+0\.\d\d\x1b", printed)
@@ -187,9 +200,11 @@ def test_activations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (peak["peak"], peak["activations"]) == (found.peak, found.activations)
     printed = " ".join(run(*own, *more).stdout.split())
     assert "2 x 64 tokens, checkpointed" in printed and "▪ activations" in printed
-    assert "Not counted is what a step" in printed
+    assert "Not counted is what the allocator wastes" in printed
     (without,) = figures(*own)["rows"][0]["peaks"]
-    assert without["activations"] is None and without["peak"] == found.peak - found.activations
+    assert without["activations"] is None and (
+        without["beside"]["backward"] == found.beside["backward"] - found.activations
+    )
 
 
 def long() -> nn.Module:
@@ -321,7 +336,7 @@ def test_bad_configurations_are_one_line(content: str, said: str, tmp_path: Path
 
 def test_known_models_need_no_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other configurations and activations do, and say so."""
-    only = ("--model", "ViT-B/16", "--only", "GaLore 8-bit")
+    only = ("--model", "ViT-B/16", "--only", "AdamW 8-bit", "--in-backward", "step")
     with_it = figures(*only)
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert figures(*only) == with_it

@@ -176,7 +176,7 @@ def test_command_is_there(python: Path, bare: dict[str, str], tmp_path: Path) ->
     arguments = ("memory", "--model", "llama-7b", "--rank", "1024", "--json")
     said = json.loads(run(command, *arguments, cwd=tmp_path, env=bare))
     row = next(row for row in said["rows"] if row["name"] == "GaLore 8-bit")
-    assert [round(x["peak"] / 2**30, 2) for x in row["peaks"]] == [30.41, 18.10, 30.66, 21.70]
+    assert [round(x["peak"] / 2**30, 2) for x in row["peaks"]] == [31.12, 18.42, 30.72, 21.86]
     assert "cpu, float32: native" in run(command, "ops", cwd=tmp_path, env=bare)
 
 

