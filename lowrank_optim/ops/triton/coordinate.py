@@ -12,7 +12,7 @@ from lowrank_optim.ops.cosine import check_name
 from lowrank_optim.ops.reference import coordinate_adamw_  # noqa: F401  (not yet a kernel)
 from lowrank_optim.ops.triton.elements import sign
 from lowrank_optim.ops.triton.launch import (
-    flags,
+    cdiv,
     groups,
     launch,
     locate,
@@ -123,7 +123,7 @@ def coordinate_add_(
             batch = tuple(operands[0].shape[:-2])
             views = [batched(x, batch) for x in operands]
             views[2] = views[2] if views[2].stride(-1) == 1 else views[2].contiguous()
-            for own, x in zip(lists, (*views, *flags(finite[n : n + 1])), strict=False):
+            for own, x in zip(lists, (*views, *finite[n : n + 1]), strict=False):
                 own.append(x)
     keys = [tuple((x.shape, x.stride()) for x in own) for own in zip(*lists[:4], strict=True)]
     for same in groups(lists, keys) if lists[0] else ():
@@ -138,7 +138,7 @@ def _coordinates(lists: Sequence[Sequence[Tensor]], scalars: tuple[float, ...], 
     (batch, m, n), rank = w.shape, index.shape[-1]
     launch(
         coordinate_kernel, lists, [],
-        [triton.cdiv(m, bm) * triton.cdiv(n, bn) * batch] * len(lists[0]), m, n, rank,
+        [cdiv(m, bm) * cdiv(n, bn) * batch] * len(lists[0]), m, n, rank,
         *w.stride(), *g.stride(), index.stride(0), *n_.stride(), *scalars,
         FREE=free, PROBES=rank.bit_length(), WIDE=wide(128, w, g), SOUND=len(lists[4]) > 0,
         GROUP=8, BM=bm, BN=bn, num_warps=warps(4),

@@ -10,7 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_optim.ops.triton.launch import groups, launch, locate, pointer, select, warps
+from lowrank_optim.ops.triton.launch import (
+    cdiv,
+    groups,
+    launch,
+    locate,
+    pointer,
+    select,
+    warps,
+)
 from lowrank_optim.ops.triton.matrices import inside, tile, wide
 
 _ROWS_CONTIGUOUS = (128, 32)
@@ -58,7 +66,7 @@ def column_norms(xs: Sequence[Tensor]) -> list[Tensor]:
         bm, bn = _COLUMNS_CONTIGUOUS if down else _ROWS_CONTIGUOUS
         launch(
             column_norm_kernel, select([views, outs], at), [],
-            [triton.cdiv(n, bn) * batch] * len(at), m, n, *first.stride(),
+            [cdiv(n, bn) * batch] * len(at), m, n, *first.stride(),
             BM=bm, BN=bn, WIDE=wide(bm, first), num_warps=warps(8), enable_fp_fusion=True,
         )  # fmt: skip
     return outs
