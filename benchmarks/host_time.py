@@ -141,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the tables, write the file."""
     args = parse(arguments)
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # what kernels that do not run leave behind may be any bits
     logging.getLogger("lowrank_optim").setLevel(logging.ERROR)
     console = Console()
     console.print(environment_line(), highlight=False)

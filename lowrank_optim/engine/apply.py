@@ -19,7 +19,6 @@ from lowrank_optim.ops.stacked import cast_all, stacked, zeros_like_all
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.target import Target, decayed_
 from lowrank_optim.subspaces.terms import Term
-from lowrank_optim.tensors.matrix import shares_memory
 
 
 class Push(NamedTuple):
@@ -196,7 +195,7 @@ def push(work: Sequence[MatrixStep], ready: Sequence[Push], chosen: Strategies, 
             w, param = work[n], intos[n].param
             view = w.item.view
             assert view is not None
-            if not shares_memory(param, w.item.param):
+            if not view.shares(w.item.param, param):
                 stored = param.mT if view.flip else param  # strides that allow no matrix view
                 w.item.param.copy_(stored.reshape(view.shape))
             written.append(w)
