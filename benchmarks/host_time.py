@@ -90,16 +90,22 @@ def without_accelerator() -> Iterator[None]:
 
 
 def works(layers: int, dtype: torch.dtype, only: Sequence[str]) -> dict[str, Work]:
-    """A step of each, after two that make its state and find its bases."""
-    params = weights(SHAPES * layers, dtype)
+    """A step of each, on weights of its own: those of kernels that do not run may be any numbers.
+
+    From others' a basis could not be found, and would be sought at every step.
+    """
+
+    def params() -> list[torch.nn.Parameter]:
+        return weights(SHAPES * layers, dtype)
+
     adamw = torch.optim.AdamW
     found: dict[str, Work] = {
-        BASE: adamw(params, lr=variants.LR, foreach=True).step,
-        "torch AdamW fused": adamw(params, lr=variants.LR, fused=True).step,
+        BASE: adamw(params(), lr=variants.LR, foreach=True).step,
+        "torch AdamW fused": adamw(params(), lr=variants.LR, fused=True).step,
     }
     for label, (name, gap, options) in STEPS.items():
         if "state_device" not in options and (not only or label in only):
-            found[label] = variants.ours(name, params, RANK, gap, **options).step
+            found[label] = variants.ours(name, params(), RANK, gap, **options).step
     return found
 
 

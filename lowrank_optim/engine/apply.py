@@ -17,7 +17,7 @@ from lowrank_optim.ops import Noise
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.ops.stacked import cast_all, stacked, zeros_like_all
 from lowrank_optim.subspaces.base import Subspace
-from lowrank_optim.subspaces.target import Target, decayed_
+from lowrank_optim.subspaces.target import Target, decayed_, same_number
 from lowrank_optim.subspaces.terms import Term
 
 
@@ -140,7 +140,7 @@ def _times(work: Sequence[MatrixStep], sizes: Sequence[float | Tensor]) -> list[
     updates: list[dict[str, Tensor]] = [{} for _ in work]
     for name in work[0].directions:
         xs, corrections = zip(*(w.directions[name] for w in work), strict=True)
-        alike = len(work) > 1 and all(s is sizes[0] for s in sizes)
+        alike = len(work) > 1 and all(same_number(s, sizes[0]) for s in sizes)
         if alike and len({*corrections}) == 1:
             scaled = list((stacked(xs) * (corrections[0] * sizes[0])).unbind(0))
         elif alike and isinstance(corrections[0], Tensor):

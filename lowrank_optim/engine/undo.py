@@ -92,6 +92,7 @@ class Undo:
         if self._idle:
             return
         lists: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        word: torch.dtype | None = None
         made: list[tuple[State, str, Tensor]] = []
         copies = [self._kept[id(state)].copies for state in states]
         for key in dict.fromkeys(keys):
@@ -107,7 +108,9 @@ class Undo:
                 made.append((own, key, copy))
                 into, source = copy, entry
                 if words and on_accelerator(entry) and is_words(entry) and is_words(copy):
-                    into, source = as_words(copy), as_words(entry)  # one kernel for all formats
+                    # one kernel for all formats: they are read in that of the first
+                    word = word or (entry.dtype if entry.element_size() == 4 else torch.int32)
+                    into, source = as_words(copy, word), as_words(entry, word)
                 intos, sources = lists.setdefault(into.dtype, ([], []))
                 intos.append(into)
                 sources.append(source)

@@ -68,6 +68,8 @@ def is_words(x: Tensor, length: int | None = None) -> bool:
     return count * size % 4 == 0 and x.storage_offset() * size % 4 == 0
 
 
-def as_words(x: Tensor) -> Tensor:
-    """All of ``x``, which :func:`is_words`, as they are: integers of four bytes."""
-    return (x if x.element_size() == 4 else x.view(-1)).view(torch.int32)
+def as_words(x: Tensor, word: torch.dtype = torch.int32) -> Tensor:
+    """All of ``x``, which :func:`is_words`, as they are, in a format of four bytes."""
+    if x.dtype == word:
+        return x
+    return (x if x.element_size() == 4 else x.view(-1)).view(word)

@@ -54,7 +54,7 @@ def guarded(intos: Sequence[Target]) -> list[Target]:
     """The same with :meth:`Target.guarded_decay` known, of all that are alike in one kernel."""
     first = intos[0]
     flags = [into.finite for into in intos if into.finite is not None]
-    alike = len(flags) == len(intos) > 1 and all(_equal(x.decay, first.decay) for x in intos)
+    alike = len(flags) == len(intos) > 1 and all(same_number(x.decay, first.decay) for x in intos)
     alike = alike and (isinstance(first.decay, float) or first.decay.dim() == 0)
     every = first._replace(finite=stacked(flags)).guarded_decay() if alike else 1.0
     if not isinstance(every, Tensor):  # of 1 there is nothing to guard
@@ -95,7 +95,8 @@ def decayed_(intos: Sequence[Target]) -> list[float | Tensor]:
     return left
 
 
-def _equal(a: float | Tensor, b: float | Tensor) -> bool:
+def same_number(a: float | Tensor, b: float | Tensor) -> bool:
+    """Whether two are the same, as far as a host knows without asking a device."""
     return a is b or (isinstance(a, float) and isinstance(b, float) and a == b)
 
 
