@@ -48,9 +48,9 @@ def prepared(
         rounding: seed and positions of the weights as they are stored; None rounds to nearest.
     """
     undo.keep_all([w.state for w in work], chosen.residual.stepped)
-    for w in work:
+    for w in work if not on_accelerator(work[0].item.param) else ():
         undo.keep_weights(w.state, w.item.param)
-        if w.item.subspace is not None and not on_accelerator(w.item.param):
+        if w.item.subspace is not None:
             undo.keep(w.state, w.item.subspace.pushed(w.state))
     terms = _terms(work, chosen)
     sizes = [_step_size(w, chosen, lr) for w in work]
