@@ -381,7 +381,7 @@ class Spectral(Subspace):
         size = sum(states[0][key].numel() for key in FACTORS[:2])
         if self.exact:  # whose other vectors come some at a time
             return [range(n, n + 1) for n in range(len(states))]
-        return fillings(len(states), size, like)
+        return fillings(len(states), 2 * size, like)  # of what moves W each factor is half
 
     def _chained(self, state: State, grad: Tensor, gu: Tensor, gv: Tensor) -> dict[str, Tensor]:
         """Gradients of factors, from the products of the gradient with v and with u."""

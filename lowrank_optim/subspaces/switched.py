@@ -408,7 +408,7 @@ class Switched(Subspace):
     def _several(self, states: Sequence[State], like: Tensor) -> list[range]:
         """Which matrices like ``like`` are computed as one."""
         size = sum(states[0][f"basis_{side}"].numel() for side in SIDES)
-        return fillings(len(states), size, like)
+        return fillings(len(states), 2 * size, like)  # of what moves W each factor is half
 
     @staticmethod
     def _whole(states: Sequence[State]) -> dict[str, Tensor]:
