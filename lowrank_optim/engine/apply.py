@@ -17,9 +17,8 @@ from lowrank_optim.ops import Noise
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.ops.stacked import cast_all, stacked, zeros_like_all
 from lowrank_optim.subspaces.base import Subspace
-from lowrank_optim.subspaces.target import Target, decayed_
+from lowrank_optim.subspaces.target import Target, decayed_, same_number
 from lowrank_optim.subspaces.terms import Term
-from lowrank_optim.tensors.matrix import shares_memory
 
 
 class Push(NamedTuple):
@@ -49,9 +48,9 @@ def prepared(
         rounding: seed and positions of the weights as they are stored; None rounds to nearest.
     """
     undo.keep_all([w.state for w in work], chosen.residual.stepped)
-    for w in work:
+    for w in work if not on_accelerator(work[0].item.param) else ():
         undo.keep_weights(w.state, w.item.param)
-        if w.item.subspace is not None and not on_accelerator(w.item.param):
+        if w.item.subspace is not None:
             undo.keep(w.state, w.item.subspace.pushed(w.state))
     terms = _terms(work, chosen)
     sizes = [_step_size(w, chosen, lr) for w in work]
@@ -142,7 +141,7 @@ def _times(work: Sequence[MatrixStep], sizes: Sequence[float | Tensor]) -> list[
     updates: list[dict[str, Tensor]] = [{} for _ in work]
     for name in work[0].directions:
         xs, corrections = zip(*(w.directions[name] for w in work), strict=True)
-        alike = len(work) > 1 and all(s is sizes[0] for s in sizes)
+        alike = len(work) > 1 and all(same_number(s, sizes[0]) for s in sizes)
         if alike and len({*corrections}) == 1:
             scaled = list((stacked(xs) * (corrections[0] * sizes[0])).unbind(0))
         elif alike and isinstance(corrections[0], Tensor):
@@ -197,7 +196,7 @@ def push(work: Sequence[MatrixStep], ready: Sequence[Push], chosen: Strategies, 
             w, param = work[n], intos[n].param
             view = w.item.view
             assert view is not None
-            if not shares_memory(param, w.item.param):
+            if not view.shares(w.item.param, param):
                 stored = param.mT if view.flip else param  # strides that allow no matrix view
                 w.item.param.copy_(stored.reshape(view.shape))
             written.append(w)

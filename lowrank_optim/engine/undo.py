@@ -74,15 +74,14 @@ class Undo:
         """
         if self._idle:
             return
-        if id(state) not in self._kept:
-            counters = [
-                state[key].clone() if on_accelerator(state[key]) else float(state[key])
-                for key in COUNTERS
-                if key in state
-            ]
-            self._kept[id(state)] = _Kept(state, dict(state), counters, answers.of(state), {}, [])
+        own = self._kept.get(id(state))
+        if own is None:
+            found = [state[key] for key in COUNTERS if key in state]
+            counters = [x.clone() if on_accelerator(x) else float(x) for x in found]
+            own = _Kept(state, dict(state), counters, answers.of(state), {}, [])
+            self._kept[id(state)] = own
         if place >= 0:
-            self._kept[id(state)].place = place
+            own.place = place
 
     def keep(self, state: State, keys: Iterable[str]) -> None:
         """Copy entries that are about to be overwritten, unless that was done; no counters."""
@@ -92,23 +91,33 @@ class Undo:
         """:meth:`keep` of several, whose copies are made at once."""
         if self._idle:
             return
-        lists: dict[torch.dtype, list[tuple[State, str, Tensor, tuple[Tensor, Tensor]]]] = {}
+        lists: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        word: torch.dtype | None = None
+        made: list[tuple[State, str, Tensor]] = []
+        copies = [self._kept[id(state)].copies for state in states]
         for key in dict.fromkeys(keys):
-            for state in states:
-                own = self._kept[id(state)].copies
-                if key not in own and key in state and key not in COUNTERS:
-                    entry = state[key].detach()
-                    spare = self._spare.get((entry.shape, entry.dtype, entry.device))
-                    copy = spare.pop() if spare else torch.empty_like(entry)
-                    pair = copy, entry
-                    words = on_accelerator(entry) and not on_host(key) and all(map(is_words, pair))
-                    if words:  # one kernel for all formats
-                        pair = as_words(copy), as_words(entry)
-                    lists.setdefault(pair[0].dtype, []).append((own, key, copy, pair))
-        for found in lists.values():
-            torch._foreach_copy_([x for *_, (x, _) in found], [x for *_, (_, x) in found])
-            for own, key, copy, _ in found:  # from here on it is what is put back
-                own[key] = copy
+            if key in COUNTERS:
+                continue
+            words = not on_host(key)
+            for state, own in zip(states, copies, strict=True):
+                if key in own or key not in state:
+                    continue
+                entry = state[key]
+                spare = self._spare.get((entry.shape, entry.dtype, entry.device))
+                copy = spare.pop() if spare else torch.empty_like(entry)
+                made.append((own, key, copy))
+                into, source = copy, entry
+                if words and on_accelerator(entry) and is_words(entry) and is_words(copy):
+                    # one kernel for all formats: they are read in that of the first
+                    word = word or (entry.dtype if entry.element_size() == 4 else torch.int32)
+                    into, source = as_words(copy, word), as_words(entry, word)
+                intos, sources = lists.setdefault(into.dtype, ([], []))
+                intos.append(into)
+                sources.append(source)
+        for intos, sources in lists.values():
+            torch._foreach_copy_(intos, sources)
+        for own, key, copy in made:  # from here on it is what is put back
+            own[key] = copy
 
     def keep_weights(self, state: State, param: Tensor) -> None:
         """Copy a parameter that several operations write, if it is small and on the host."""
@@ -135,15 +144,16 @@ class Undo:
         """
         for state, param, name in zip(states, params, names, strict=True):
             own = self._kept.get(id(state))
-            if own is None or not (param.numel() > SMALL or on_accelerator(param)):
+            if own is None or own.loose or not (param.numel() > SMALL or on_accelerator(param)):
                 continue
             if keys is None or any(_written_over(state, own.entries, key) for key in keys):
                 own.loose = name
 
     def done(self, state: State) -> None:
         """The weights have been written, or the step is over."""
-        if id(state) in self._kept:
-            self.taken.append(self._kept[id(state)].place)
+        own = self._kept.get(id(state))
+        if own is not None:
+            self.taken.append(own.place)
             self._forget(id(state))
 
     def holds(self, state: State) -> bool:
@@ -182,4 +192,5 @@ class Undo:
 
 def _written_over(state: State, before: State, key: str) -> bool:
     """Whether an entry is still in the memory of what was there before."""
-    return key in state and key in before and shares_memory(state[key], before[key])
+    now, then = state.get(key), before.get(key)
+    return now is not None and then is not None and (now is then or shares_memory(now, then))

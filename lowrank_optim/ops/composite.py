@@ -10,6 +10,7 @@ from torch import Tensor
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.ops.noise import Noise
 from lowrank_optim.ops.reference.storage import stochastic_round_
+from lowrank_optim.ops.schema import calls
 from lowrank_optim.ops.tiles import tile_rows
 
 
@@ -99,7 +100,9 @@ def lift_add_(
     if isinstance(decay, Tensor):
         param.mul_(decay)
         decay = 1.0
-    basis, low = basis.to(param.dtype), low.to(param.dtype)  # no copies where they have it
+    dtype = param.dtype
+    if basis.dtype != dtype or low.dtype != dtype:  # asked first, as each call of to() costs
+        basis, low = basis.to(dtype), low.to(dtype)
     if right is not None:
         low = low @ right.mT.to(param.dtype)
     if param.dim() == 2:
@@ -230,7 +233,7 @@ def _round_into_(xs: Sequence[Tensor], outs: Sequence[Tensor], noises: Sequence[
     if any(isinstance(seed, Tensor) for seed in seeds):  # kernels take numbers of the host
         stochastic_round_(*pieces, seeds, *columns)
     else:
-        torch.ops.lowrank_optim.stochastic_round_(*pieces, seeds, *columns)
+        calls.stochastic_round_(*pieces, seeds, *columns)
 
 
 def add_(

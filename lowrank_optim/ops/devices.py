@@ -60,7 +60,9 @@ def recording() -> bool:
 
 
 def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    # asked at every launch: whether there are devices takes longer to find out
+    ready = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return ready and torch.cuda.is_current_stream_capturing()
 
 
 def queued(device: torch.device) -> bool:

@@ -70,8 +70,8 @@ def backend(like: torch.Tensor, in_8bit: bool = False) -> ModuleType:
     """
     device_type = like.device.type
     chosen = serving(like.dtype, device_type)
-    asked = os.environ.get(VARIABLE) or like.dtype == torch.float64
-    if in_8bit and chosen is reference and not asked and device_type in ORDER:
+    slow = in_8bit and chosen is reference and device_type in ORDER
+    if slow and not os.environ.get(VARIABLE) and like.dtype != torch.float64:
         _warn_slow(device_type)
     return chosen
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lowrank_optim.ops import native, triton
-from lowrank_optim.ops import schema as _schema  # noqa: F401  (defines the ops)
 from lowrank_optim.ops.devices import kind_of
 from lowrank_optim.ops.dispatch import serving
 from lowrank_optim.ops.moments import Rows
-
-_ops = torch.ops.lowrank_optim
+from lowrank_optim.ops.schema import calls as _ops
 
 
 def lift_add_scaled_(

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops import schema as _schema  # noqa: F401  (defines the ops)
 from lowrank_optim.ops.quant import Moment, Quantized
 from lowrank_optim.ops.reference import keep_positive_
+from lowrank_optim.ops.schema import calls as _ops
+from lowrank_optim.ops.stacked import empty_like_all
 
-_ops = torch.ops.lowrank_optim
 Moments = Sequence[Moment]
 
 
@@ -51,10 +51,14 @@ def row_steps(
         eps: of the rule.
         dtype: of the result.
     """
-    outs = [[torch.empty_like(age, dtype=dtype) for age in ages] for _ in range(2)]
+    outs: list[list[Tensor]] = [[], []]
+    if ages and len({age.shape for age in ages}) == 1:
+        outs = [empty_like_all(ages, ages[0].shape, dtype) for _ in range(2)]
+    elif ages:
+        outs = [[torch.empty_like(age, dtype=dtype) for age in ages] for _ in range(2)]
     if ages:
         _ops.row_steps_(ages, *outs, *betas, eps)
-    return Rows(*([x.reshape(-1) for x in own] for own in outs))
+    return Rows(*([x if x.dim() == 1 else x.reshape(-1) for x in own] for own in outs))
 
 
 def adamw_direction_(

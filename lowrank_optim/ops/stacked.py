@@ -61,10 +61,15 @@ def is_words(x: Tensor, length: int | None = None) -> bool:
         x: any tensor.
         length: of its rows, each of which is to be whole (default: one row of all elements).
     """
-    size, count = x.element_size(), x.numel() if length is None else length
-    return x.is_contiguous() and count * size % 4 == 0 and x.storage_offset() * size % 4 == 0
+    size = x.element_size()
+    if size >= 4 or not x.is_contiguous():
+        return x.is_contiguous()
+    count = x.numel() if length is None else length
+    return count * size % 4 == 0 and x.storage_offset() * size % 4 == 0
 
 
-def as_words(x: Tensor) -> Tensor:
-    """All of ``x`` as they are, one row of integers of four bytes."""
-    return x.view(-1).view(torch.int32)
+def as_words(x: Tensor, word: torch.dtype = torch.int32) -> Tensor:
+    """All of ``x``, which :func:`is_words`, as they are, in a format of four bytes."""
+    if x.dtype == word:
+        return x
+    return (x if x.element_size() == 4 else x.view(-1)).view(word)

@@ -61,6 +61,19 @@ def tile_elements(x: Tensor) -> int:
     return ACCELERATOR_TILE_ELEMENTS if on_accelerator(x) else TILE_ELEMENTS
 
 
+def fillings(count: int, size: int, like: Tensor) -> list[range]:
+    """Which of alike matrices are computed as one: as many as fill a tile of an accelerator.
+
+    Args:
+        count: of the matrices.
+        size: elements of what is copied of each.
+        like: one of them; of a batch, and on a host, each comes alone.
+    """
+    together = on_accelerator(like) and like.dim() == 2
+    most = max(1, tile_elements(like) // max(1, size)) if together else 1
+    return [range(i, min(i + most, count)) for i in range(0, count, most)]
+
+
 def spans(
     rows: int, cols: int, block: int, tile: int | None = None
 ) -> Iterator[tuple[slice, slice]]:

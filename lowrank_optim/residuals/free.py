@@ -34,8 +34,8 @@ class Free(Forgetful):
     ) -> Term | None:
         """``gain f(G - P R)``; nothing where that is rounding, of which a sign makes full steps."""
         # a step that is recorded in a graph finds no basis
-        found = not recording() and bool(state["refresh_step"] == state["step"] - 1)
-        fresh = int(state["refresh_step"]) if found else None
+        last = -1 if recording() else int(state["refresh_step"])
+        fresh = last if last >= 0 and last == int(state["step"]) - 1 else None
         m, n = seen.whole or seen.grad.shape[-2:]
         if seen.subspace.complete(m, n, fresh):
             return None

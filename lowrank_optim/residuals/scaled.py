@@ -158,7 +158,12 @@ class Scaled(Forgetful):
         each = [own.low for own in seen], [own.direction for own in seen]
         grads = [] if self.limiter is None else [own.grad for own in seen]
         if self._by_column(seen[0]):
-            of_low, of_direction, of_grad = map(ops.column_norms, (*each, grads))
+            of_direction = ops.column_norms(each[1])
+            if grads and grads[0].dtype == each[0][0].dtype:  # as a call has one format
+                both = ops.column_norms([*each[0], *grads])
+                of_low, of_grad = both[: len(seen)], both[len(seen) :]
+            else:
+                of_low, of_grad = ops.column_norms(each[0]), ops.column_norms(grads)
         else:
             flat = ([x.flatten(-2).unsqueeze(-2) for x in own] for own in each)
             of_low, of_direction, of_grad = map(ops.matrix_norms, (*flat, grads))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.subspaces.searches import Searching
-from lowrank_optim.subspaces.target import Target
+from lowrank_optim.subspaces.target import Target, guarded
 from lowrank_optim.subspaces.terms import Term, Wants
 from lowrank_optim.tensors.matrix import MatrixView, matrix_view, row_view
 
@@ -298,7 +298,7 @@ class Subspace(ABC):
             The number of each matrix once its weights are written: a step that fails later must
             not put its state back.
         """
-        for n, own in enumerate(zip(intos, states, updates, terms, strict=True)):
+        for n, own in enumerate(zip(guarded(intos), states, updates, terms, strict=True)):
             self.push_(*own)
             yield n
 

@@ -201,53 +201,69 @@ class Projector(Subspace):
             lows = cast_all(lows, dtype) if len(plain) == len(intos) else lows
         terms = _with_columns(intos, terms)
         decays = dict(zip(plain, decayed_([intos[n] for n in plain]), strict=True))
-        for n, (into, state, update, term) in enumerate(
-            zip(intos, states, updates, terms, strict=True)
-        ):
-            if term is None:
-                right = state["basis_right"] if self.two_sided else None
-                alpha = -into.lr * self.scale
-                ops.lift_add_(
-                    into.param, bases[n], lows[n], right, decays[n], alpha,
-                    into.rounding,
-                )  # fmt: skip
-            else:
-                self._push_term_(into, {**state, "basis": bases[n]}, update, term)
-            yield n
-
-    def _push_term_(
-        self, into: Target, state: State, update: dict[str, Tensor], term: Term
-    ) -> None:
-        right = state["basis_right"] if self.two_sided else None
-        assert into.low is not None
-        wide, low = update["low"], into.low
-        if right is not None:
-            wide, low = (x @ right.mT.to(x.dtype) for x in (wide, low))
-        scale = self.scale
-        if term.kind not in KINDS:
-            raise unknown_kind(term.kind, KINDS)
-        if term.kind == "raw":  # of the whole projection, whatever the scale
-            assert term.columns is not None
-            term = Term("scaled", term.columns)
-            wide, scale = (wide, 1.0) if scale == 1 else (wide * scale, 1.0)
-        basis = state["basis"]
-        if scale == 0 and term.kind == "scaled":  # nothing is lifted: a product over no directions
-            basis, wide, low = basis[..., :0], wide[..., :0, :], low[..., :0, :]
-        rounds = into.rounding is not None
-        if rounds or isinstance(term.gain, Tensor) or isinstance(into.decay, Tensor):
-            ops.lift_add_term_(
-                into.param, into.grad, basis, wide, low, term.columns, term.gain,
-                into.decay, into.lr, scale, into.rounding, into.finite,
+        for n in plain:
+            into, right = intos[n], states[n]["basis_right"] if self.two_sided else None
+            alpha = -into.lr * self.scale
+            ops.lift_add_(
+                into.param, bases[n], lows[n], right, decays[n], alpha, into.rounding,
             )  # fmt: skip
-            return
-        finite = [] if into.finite is None else [into.finite]
-        common = [into.param], [into.grad], [basis], [wide], [low]
-        if term.kind == "scaled":
-            assert term.columns is not None
-            columns = [term.columns]
-            ops.lift_add_scaled_(*common, columns, into.decay, into.lr, scale, finite)
-        else:  # "sign"
-            ops.lift_add_sign_(*common, into.decay, into.lr, scale, term.gain, finite)
+            yield n
+        rights = [state["basis_right"] for state in states] if self.two_sided else []
+        yield from self._push_terms_(intos, bases, rights, updates, terms)
+
+    def _push_terms_(
+        self,
+        intos: Sequence[Target],
+        bases: Sequence[Tensor],
+        rights: Sequence[Tensor],
+        updates: Sequence[dict[str, Tensor]],
+        terms: Sequence[Term | None],
+    ) -> Iterator[int]:
+        """Updates with a term: those with the same numbers are one call of an op."""
+        fused: dict[Any, list[tuple[int, list[Tensor]]]] = {}
+        for n, (into, basis, term) in enumerate(zip(intos, bases, terms, strict=True)):
+            if term is None:
+                continue
+            assert into.low is not None
+            wide, low = updates[n]["low"], into.low
+            if rights:
+                wide, low = (x @ rights[n].mT.to(x.dtype) for x in (wide, low))
+            scale = self.scale
+            if term.kind not in KINDS:
+                raise unknown_kind(term.kind, KINDS)
+            if term.kind == "raw":  # of the whole projection, whatever the scale
+                assert term.columns is not None
+                term = Term("scaled", term.columns)
+                wide, scale = (wide, 1.0) if scale == 1 else (wide * scale, 1.0)
+            if scale == 0 and term.kind == "scaled":  # nothing is lifted: no directions
+                basis, wide, low = basis[..., :0], wide[..., :0, :], low[..., :0, :]
+            rounds = into.rounding is not None
+            if rounds or isinstance(term.gain, Tensor) or isinstance(into.decay, Tensor):
+                ops.lift_add_term_(
+                    into.param, into.grad, basis, wide, low, term.columns, term.gain,
+                    into.decay, into.lr, scale, into.rounding, into.finite,
+                )  # fmt: skip
+                yield n
+                continue
+            more = (term.columns if term.kind == "scaled" else None, into.finite)
+            operands = [into.param, into.grad, basis, wide, low]
+            operands += [x for x in more if x is not None]
+            key = term.kind, into.decay, into.lr, scale, term.gain, into.finite is None
+            fused.setdefault(key, []).append((n, operands))
+        for (kind, decay, lr, scale, gain, known), own in fused.items():
+            lists = [[*xs] for xs in zip(*(operands for _, operands in own), strict=True)]
+            finite = [] if known else lists.pop()
+            if kind == "scaled":
+                params, grads, own_bases, wides, lows, columns = lists
+                ops.lift_add_scaled_(
+                    params, grads, own_bases, wides, lows, columns, decay, lr, scale, finite
+                )
+            else:  # "sign"
+                params, grads, own_bases, wides, lows = lists
+                ops.lift_add_sign_(
+                    params, grads, own_bases, wides, lows, decay, lr, scale, gain, finite
+                )
+            yield from (n for n, _ in own)
 
 
 def _with_columns(intos: Sequence[Target], terms: Sequence[Term | None]) -> list[Term | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -13,8 +13,17 @@ from torch.linalg import LinAlgError
 
 from lowrank_optim import ops
 from lowrank_optim.ops.devices import on_accelerator, queued
+from lowrank_optim.ops.stacked import stacked
+from lowrank_optim.ops.tiles import fillings
 from lowrank_optim.rules.base import compute_dtype
-from lowrank_optim.subspaces.base import BasisChange, Reduce, RefreshContext, State, Subspace
+from lowrank_optim.subspaces.base import (
+    BasisChange,
+    Reduce,
+    RefreshContext,
+    State,
+    Subspace,
+    identity,
+)
 from lowrank_optim.subspaces.factors import (
     order_of,
     sample,
@@ -24,10 +33,13 @@ from lowrank_optim.subspaces.factors import (
     unit,
 )
 from lowrank_optim.subspaces.searches import Searching, alone
-from lowrank_optim.subspaces.target import Target
+from lowrank_optim.subspaces.target import Target, guarded
 from lowrank_optim.subspaces.terms import Term, Wants
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.values import check_counter, check_finite, check_index
+
+FACTORS = ("basis_u", "basis_v", "basis_s")
+"""State keys of what is trained."""
 
 CHUNK = 256
 """Inactive singular vectors that are brought to the device and widened at once."""
@@ -339,6 +351,41 @@ class Spectral(Subspace):
         """Gradients of the factors, by the chain rule; ``enhanced`` leaves out the factor s."""
         u, v = state["basis_u"], state["basis_v"]
         gu, gv = v.to(grad.dtype) @ grad.mT, u.to(grad.dtype) @ grad
+        return {name: reduce(x) for name, x in self._chained(state, grad, gu, gv).items()}
+
+    def coords_of(
+        self, states: Sequence[State], grads: Sequence[Tensor]
+    ) -> list[dict[str, Tensor]]:
+        """As of each; all but the products with gradients are computed of several as one."""
+        if type(self).coords is not Spectral.coords:
+            return super().coords_of(states, grads)
+        found: list[dict[str, Tensor]] = []
+        for at in self._several(states, grads[0]):
+            if len(at) == 1:
+                found.append(self.coords(states[at[0]], grads[at[0]], reduce=identity))
+                continue
+            whole = _whole([states[n] for n in at])
+            u, v = (whole[key].to(grads[0].dtype).unbind(0) for key in ("basis_u", "basis_v"))
+            own = [grads[n] for n in at]
+            gu, gv = (torch.empty_like(whole[key], dtype=own[0].dtype) for key in FACTORS[:2])
+            for g, a, b, of_u, of_v in zip(own, u, v, gu.unbind(0), gv.unbind(0), strict=True):
+                torch.mm(b, g.mT, out=of_u)
+                torch.mm(a, g, out=of_v)
+            parts = self._chained(whole, own[0], gu, gv)
+            each = zip(*(x.unbind(0) for x in parts.values()), strict=True)
+            found += [dict(zip(parts, xs, strict=True)) for xs in each]
+        return found
+
+    def _several(self, states: Sequence[State], like: Tensor) -> list[range]:
+        """Which matrices like ``like`` are computed as one."""
+        size = sum(states[0][key].numel() for key in FACTORS[:2])
+        if self.exact:  # whose other vectors come some at a time
+            return [range(n, n + 1) for n in range(len(states))]
+        return fillings(len(states), 2 * size, like)  # of what moves W each factor is half
+
+    def _chained(self, state: State, grad: Tensor, gu: Tensor, gv: Tensor) -> dict[str, Tensor]:
+        """Gradients of factors, from the products of the gradient with v and with u."""
+        u = state["basis_u"]
         gs = (gu.to(u.dtype) * u).sum(-1)
         if self.exact:
             parts, index = [gs], [self._active(state)]
@@ -351,7 +398,7 @@ class Spectral(Subspace):
         if not self.enhanced:
             s = self.spectrum(state).unsqueeze(-1).to(gu.dtype)
             gu, gv = gu * s, gv * s
-        return {"u": reduce(gu), "s": reduce(gs.unsqueeze(-2)), "v": reduce(gv)}
+        return {"u": gu, "s": gs.unsqueeze(-2), "v": gv}
 
     def across(self, into: Target, state: State, update: dict[str, Tensor]) -> Tensor:
         """Of each v, once it has moved: the square of its length, and whether it has moved."""
@@ -367,9 +414,12 @@ class Spectral(Subspace):
         decay: float | Tensor,
         across: Tensor | None = None,
     ) -> Change:
-        """A step of the factors: unit vectors, singular values not below zero, decay on s alone."""
-        u, v, s = state["basis_u"], state["basis_v"], state["basis_s"]
-        decayed = s * decay.reshape(-1)[:1] if isinstance(decay, Tensor) else s * decay
+        """A step of the factors: unit vectors, singular values not below zero, decay on s alone.
+
+        ``decay`` is a number, or of a shape that goes with the singular values.
+        """
+        u, v, s = (state[key] for key in FACTORS)
+        decayed = s * decay
         new_s = decayed - (lr * self.s_lr_scale) * update["s"].squeeze(-2)
         sign = torch.where(new_s < 0, -1.0, 1.0).to(s) if self.negative == "flip" else None
         before = self._of_active(state, decayed) * v
@@ -389,8 +439,7 @@ class Spectral(Subspace):
 
     def keep_(self, state: State, change: Change) -> None:
         """Write what :meth:`advanced` found."""
-        for key, x in zip(("basis_u", "basis_v", "basis_s"), change[:3], strict=True):
-            state[key].copy_(x)
+        torch._foreach_copy_([state[key] for key in FACTORS], [*change[:3]])
         if change.sign is not None:
             self._flip_rest_(state, change.sign)
 
@@ -413,9 +462,8 @@ class Spectral(Subspace):
         The difference is taken of the factors, not of the products: a step of zero is no step.
         """
         old_u, decay = state["basis_u"], into.guarded_decay()
-        change = self.advanced(state, update, into.lr, decay, into.across)
-        lefts = [torch.cat([change.turned, old_u], -2)]
-        rights = [torch.cat([change.after, change.after - change.before], -2)]
+        change = self.advanced(state, update, into.lr, of_all(decay), into.across)
+        lefts, rights = ([x] for x in _moves(old_u, change))
         for where, u, v in self.rest(state):
             lefts.append(u)
             rights.append(v * change.gained.gather(-1, where).unsqueeze(-1))
@@ -425,3 +473,56 @@ class Spectral(Subspace):
             ops.lift_add_(into.param, left.mT, right, None, decay, 1.0, into.rounding)
             decay = 1.0
         self.keep_(state, change)
+
+    def push_all_(
+        self,
+        intos: Sequence[Target],
+        states: Sequence[State],
+        updates: Sequence[dict[str, Tensor]],
+        terms: Sequence[Term | None],
+    ) -> Iterator[int]:
+        """As of each; factors of several are stepped as one tensor."""
+        first, plain = intos[0], type(self).push_ is Spectral.push_
+        alike = all(into.lr == first.lr and into.across is None for into in intos)
+        if not (plain and alike):
+            yield from super().push_all_(intos, states, updates, terms)
+            return
+        for at in self._several(states, first.param):
+            own = [intos[n] for n in at]
+            if len(at) == 1:
+                self.push_(own[0], states[at[0]], updates[at[0]], terms[at[0]])
+                yield at[0]
+                continue
+            whole = _whole([states[n] for n in at])
+            update = {key: stacked([updates[n][key] for n in at]) for key in updates[0]}
+            decays = [into.guarded_decay() for into in guarded(own)]
+            decay = decays[0]
+            if isinstance(decay, Tensor):
+                decay = stacked(decays).reshape(len(at), -1)[:, :1]  # type: ignore[arg-type]
+            change = self.advanced(whole, update, first.lr, decay)
+            left, right = _moves(whole["basis_u"], change)
+            if first.rounding is None:
+                left, right = left.to(first.param.dtype), right.to(first.param.dtype)
+            parts = [[None] * len(at) if x is None else x.unbind(0) for x in change]
+            lifts = zip(left.unbind(0), right.unbind(0), zip(*parts, strict=True), strict=True)
+            for n, (own_left, own_right, moved) in zip(at, lifts, strict=True):
+                into, scale = intos[n], decays[n - at[0]]
+                ops.lift_add_(into.param, own_left.mT, own_right, None, scale, 1.0, into.rounding)
+                self.keep_(states[n], Change(*moved))
+                yield n
+
+
+def of_all(decay: float | Tensor) -> float | Tensor:
+    """A decay that all singular values of a matrix, and of its experts, have in common."""
+    return decay.reshape(-1)[:1] if isinstance(decay, Tensor) else decay
+
+
+def _whole(states: Sequence[State]) -> State:
+    """Factors of several matrices, as those of a batch."""
+    return {key: stacked([state[key] for state in states]) for key in FACTORS}
+
+
+def _moves(old_u: Tensor, change: Change) -> tuple[Tensor, Tensor]:
+    """Rows a and b of ``sum a b^T``, by which W moves."""
+    left = torch.cat([change.turned, old_u], -2)
+    return left, torch.cat([change.after, change.after - change.before], -2)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.subspaces.base import Reduce, RefreshContext, State
-from lowrank_optim.subspaces.spectral import Spectral
+from lowrank_optim.subspaces.spectral import Spectral, of_all
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
@@ -59,4 +59,4 @@ class SpectralModule(Spectral):
         self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
     ) -> None:
         """The factors alone."""
-        self.keep_(state, self.advanced(state, update, into.lr, into.guarded_decay()))
+        self.keep_(state, self.advanced(state, update, into.lr, of_all(into.guarded_decay())))

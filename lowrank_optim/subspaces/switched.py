@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.ops.devices import on_accelerator, queued, sent
+from lowrank_optim.ops.stacked import stacked
+from lowrank_optim.ops.tiles import fillings
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces import ahead, switching
 from lowrank_optim.subspaces.base import (
@@ -21,11 +23,12 @@ from lowrank_optim.subspaces.base import (
     Shared,
     State,
     Subspace,
+    identity,
 )
 from lowrank_optim.subspaces.lora import balance_, balanced, published_stds
 from lowrank_optim.subspaces.searches import Ask, Searching, alone
 from lowrank_optim.subspaces.switching import Schedule, ring, runs, thawing, where
-from lowrank_optim.subspaces.target import Target
+from lowrank_optim.subspaces.target import Target, guarded
 from lowrank_optim.subspaces.terms import Term, Wants
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.values import check_finite, check_index
@@ -377,6 +380,41 @@ class Switched(Subspace):
         }
         return self.thawed(state, {side: reduce(x).mul_(self.s) for side, x in low.items()})
 
+    def coords_of(
+        self, states: Sequence[State], grads: Sequence[Tensor]
+    ) -> list[dict[str, Tensor]]:
+        """As of each; of several all but the products is one kernel."""
+        if type(self).coords is not Switched.coords:
+            return super().coords_of(states, grads)
+        found: list[dict[str, Tensor]] = []
+        for at in self._several(states, grads[0]):
+            if len(at) == 1:
+                found.append(self.coords(states[at[0]], grads[at[0]], reduce=identity))
+                continue
+            factors = self._whole([states[n] for n in at])
+            lows = {side: torch.empty_like(x, dtype=grads[0].dtype) for side, x in factors.items()}
+            narrow = {side: x.to(grads[0].dtype).unbind(0) for side, x in factors.items()}
+            parts = zip(*(x.unbind(0) for x in lows.values()), strict=True)
+            for n, (low_a, low_b), a, b in zip(at, parts, *narrow.values(), strict=True):
+                grad = self.natural(grads[n])
+                torch.mm(b, grad, out=low_a)
+                torch.mm(a, grad.mT, out=low_b)
+            torch._foreach_mul_([*lows.values()], self.s)
+            each = zip(*(x.unbind(0) for x in lows.values()), strict=True)
+            own = zip(at, each, strict=True)
+            found += [self.thawed(states[n], dict(zip(SIDES, xs, strict=True))) for n, xs in own]
+        return found
+
+    def _several(self, states: Sequence[State], like: Tensor) -> list[range]:
+        """Which matrices like ``like`` are computed as one."""
+        size = sum(states[0][f"basis_{side}"].numel() for side in SIDES)
+        return fillings(len(states), 2 * size, like)  # of what moves W each factor is half
+
+    @staticmethod
+    def _whole(states: Sequence[State]) -> dict[str, Tensor]:
+        """Factors of several matrices, as those of a batch."""
+        return {side: stacked([state[f"basis_{side}"] for state in states]) for side in SIDES}
+
     def thawed(self, state: State, coords: dict[str, Tensor]) -> dict[str, Tensor]:
         """``coords`` with frozen rows set to zero.
 
@@ -395,19 +433,53 @@ class Switched(Subspace):
         In terms of the moves: :math:`\Delta B A' + B \Delta A`, which does not cancel.
         """
         moved = self.moved(into, state, update)
-        (a, da), (b, db) = moved["A"], moved["B"]
-        left = torch.cat([db, b - db], -2).mT  # b is new already
-        param = self.natural(into.param)
-        ops.lift_add_(
-            param,
-            left,
-            torch.cat([a, da], -2),
-            None,
-            into.guarded_decay() if self.decay_on == "weight" else 1.0,
-            self.s,
-            None if into.rounding is None else self.natural(into.rounding),
-        )
+        left, right = _moves(moved)
+        decay = into.guarded_decay() if self.decay_on == "weight" else 1.0
+        self._lift_(into, left, right, decay)
         self.keep_(state, moved)
+
+    def _lift_(self, into: Target, left: Tensor, right: Tensor, decay: float | Tensor) -> None:
+        rounding = None if into.rounding is None else self.natural(into.rounding)
+        param = self.natural(into.param)
+        ops.lift_add_(param, left.mT, right, None, decay, self.s, rounding)
+
+    def push_all_(
+        self,
+        intos: Sequence[Target],
+        states: Sequence[State],
+        updates: Sequence[dict[str, Tensor]],
+        terms: Sequence[Term | None],
+    ) -> Iterator[int]:
+        """As of each; factors of several are stepped as one tensor."""
+        first, plain = intos[0], type(self).push_ is Switched.push_
+        if not plain or any(into.lr != first.lr for into in intos):
+            yield from super().push_all_(intos, states, updates, terms)
+            return
+        intos = guarded(intos)
+        for at in self._several(states, first.param):
+            if len(at) == 1:
+                self.push_(intos[at[0]], states[at[0]], updates[at[0]], terms[at[0]])
+                yield at[0]
+                continue
+            decays = [intos[n].guarded_decay() for n in at]
+            decay = decays[0]
+            if isinstance(decay, Tensor):
+                decay = stacked(decays).reshape(len(at), 1, 1)  # type: ignore[arg-type]
+            frozen = [states[n]["host.frozen"].tolist() for n in at]
+            moved = {}
+            for i, (side, old) in enumerate(self._whole([states[n] for n in at]).items()):
+                step = stacked([updates[n][side] for n in at])
+                own = decay if self.decay_on == "factors" else 1.0
+                moved[side] = _moved(old, step, first.lr, own, [rows[i] for rows in frozen])
+            left, right = _moves(moved)
+            if first.rounding is None:
+                left, right = left.to(first.param.dtype), right.to(first.param.dtype)
+            lifts = zip(at, left.unbind(0), right.unbind(0), strict=True)
+            for i, (n, own_left, own_right) in enumerate(lifts):
+                of_weight = decays[i] if self.decay_on == "weight" else 1.0
+                self._lift_(intos[n], own_left, own_right, of_weight)
+                self.keep_(states[n], {side: (new[i], by[i]) for side, (new, by) in moved.items()})
+                yield n
 
     def moved(
         self, into: Target, state: State, update: dict[str, Tensor]
@@ -416,17 +488,32 @@ class Switched(Subspace):
         decay = into.guarded_decay() if self.decay_on == "factors" else 1.0
         out = {}
         for rows, (side, step) in zip(state["host.frozen"].tolist(), update.items(), strict=True):
-            old = state[f"basis_{side}"]
-            new = old.clone()
-            if isinstance(decay, Tensor) or decay != 1:
-                new.mul_(decay)
-            new.sub_(step.to(new.dtype), alpha=into.lr)
-            for own in where(rows):  # neither decay nor, with eps = 0, a direction of 0 / 0
-                new[..., own, :].copy_(old[..., own, :])
-            out[side] = new, new - old
+            old, move = (x.unsqueeze(0) for x in (state[f"basis_{side}"], step))
+            new, by = _moved(old, move, into.lr, decay, [rows])
+            out[side] = new[0], by[0]
         return out
 
     def keep_(self, state: State, moved: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Write the factors of :meth:`moved`."""
-        for side, (new, _) in moved.items():
-            state[f"basis_{side}"].copy_(new)
+        sides = [state[f"basis_{side}"] for side in moved]
+        torch._foreach_copy_(sides, [new for new, _ in moved.values()])
+
+
+def _moved(
+    old: Tensor, step: Tensor, lr: float, decay: float | Tensor, frozen: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor]:
+    """One factor ``(b, ..., r, n)`` of b matrices after a step, and how far it came."""
+    new = old.clone()
+    if isinstance(decay, Tensor) or decay != 1:
+        new.mul_(decay)
+    new.sub_(step.to(new.dtype), alpha=lr)
+    for i, rows in enumerate(frozen):
+        for own in where(rows):  # neither decay nor, with eps = 0, a direction of 0 / 0
+            new[i, ..., own, :].copy_(old[i, ..., own, :])
+    return new, new - old
+
+
+def _moves(moved: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Rows b and a of ``s sum b a^T``, by which W moves."""
+    (a, da), (b, db) = moved["A"], moved["B"]
+    return torch.cat([db, b - db], -2), torch.cat([a, da], -2)  # b is new already

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
+from lowrank_optim.ops.stacked import stacked
 
 
 class Target(NamedTuple):
@@ -34,14 +35,31 @@ class Target(NamedTuple):
     across: Tensor | None = None
     """Sums over all columns, by :meth:`Subspace.across`, where W has only some of them."""
 
+    guarded: Tensor | None = None
+    """What :meth:`guarded_decay` returns, where :func:`guarded` has computed it of several."""
+
     def guarded_decay(self) -> float | Tensor:
         """The decay, 1 where the gradient is not finite."""
+        if self.guarded is not None:
+            return self.guarded
         if self.finite is None or (isinstance(self.decay, float) and self.decay == 1):
             return self.decay
         # in full precision: a bare scalar would be float32
         dtype = torch.promote_types(self.param.dtype, torch.float32)
         one = torch.ones((), dtype=dtype, device=self.param.device)
         return torch.where(self.finite, one * self.decay, one)
+
+
+def guarded(intos: Sequence[Target]) -> list[Target]:
+    """The same with :meth:`Target.guarded_decay` known, of all that are alike in one kernel."""
+    first = intos[0]
+    flags = [into.finite for into in intos if into.finite is not None]
+    alike = len(flags) == len(intos) > 1 and all(same_number(x.decay, first.decay) for x in intos)
+    alike = alike and (isinstance(first.decay, float) or first.decay.dim() == 0)
+    every = first._replace(finite=stacked(flags)).guarded_decay() if alike else 1.0
+    if not isinstance(every, Tensor):  # of 1 there is nothing to guard
+        return [*intos]
+    return [x._replace(guarded=own) for x, own in zip(intos, every.unbind(0), strict=True)]
 
 
 def decayed_(intos: Sequence[Target]) -> list[float | Tensor]:
@@ -75,6 +93,11 @@ def decayed_(intos: Sequence[Target]) -> list[float | Tensor]:
         if n not in here:
             left[n] = into.guarded_decay()
     return left
+
+
+def same_number(a: float | Tensor, b: float | Tensor) -> bool:
+    """Whether two are the same, as far as a host knows without asking a device."""
+    return a is b or (isinstance(a, float) and isinstance(b, float) and a == b)
 
 
 def _decays_alike(decay: float | Tensor) -> bool:

@@ -45,6 +45,10 @@ class MatrixView(NamedTuple):
         x = x.reshape(*self.batch, rows, cols)
         return x.mT if self.flip else x
 
+    def shares(self, x: Tensor, viewed: Tensor) -> bool:
+        """Whether ``viewed``, which is ``of(x)``, is a view of it: of one matrix it always is."""
+        return len(self.shape) == 2 or shares_memory(viewed, x)
+
     def noise(self, noise: Noise) -> Noise:
         """The positions of the entries of ``of(x)``, from those of x.
 

@@ -1,4 +1,7 @@
-"""Plain torch in place of kernels is said where it costs: at the first 8-bit step, once."""
+"""Who serves an op, and who sees a call of it.
+
+Plain torch in place of kernels is said where it costs: at the first 8-bit step, once.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,15 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowrank_optim import GaLoreAdamW8bit
-from lowrank_optim.ops import dispatch, native, reference
+from lowrank_optim import GaLoreAdamW8bit, ops
+from lowrank_optim.ops import dispatch, native, reference, schema
 
 SCRIPT = """
 import os
@@ -115,3 +121,54 @@ def test_a_gpu_without_kernels_is_said_too() -> None:
         warnings.simplefilter("error")
         dispatch.backend(like)  # type: ignore[arg-type]
         dispatch.backend(other, in_8bit=True)  # type: ignore[arg-type]
+
+
+class Seen(TorchDispatchMode):
+    """Names of the ops of its block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_call_is_seen_by_all_that_listen() -> None:
+    """A mode, a profiler, fake tensors, tensors without memory: each gets the op by its name."""
+    x, moment, out = (torch.ones(4, 3) for _ in range(3))
+    assert not schema.is_heard(x)
+    with Seen() as seen:
+        ops.moment_([x], [moment], [out], 0.5, 0.5)
+    assert "moment_" in seen.names
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ops.moment_([x], [moment], [out], 0.5, 0.5)
+    assert "lowrank_optim::moment_" in {event.name for event in profile.events()}
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(own) for own in (x, moment, out)]
+    for own in (fake, [y.to("meta") for y in (x, moment, out)]):
+        ops.moment_(*([y] for y in own), 0.5, 0.5)  # nothing to compute
+    with torch.enable_grad():
+        assert schema.is_heard(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_past_the_dispatcher_arguments_are_what_it_makes_of_them(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole numbers become floats and tuples lists, so that backends see one type of each."""
+    monkeypatch.setenv("LOWRANK_OPTIM_BACKEND", backend)
+    given: list[tuple[Any, ...]] = []
+    module = dispatch.BACKENDS[backend]
+    monkeypatch.setattr(module, "moment_", lambda *args: given.append(args))
+    xs = tuple(torch.ones(4, 3) for _ in range(2))
+    for call in (schema.calls.moment_, torch.ops.lowrank_optim.moment_):
+        call(xs, list(xs), xs, 1, 2, ())
+    past, by = given
+    assert [type(x) for x in past] == [type(x) for x in by]
+    assert past[3:5] == by[3:5] == (1.0, 2.0)
+    with pytest.raises(ValueError, match="outs has 1 tensors, not 2"):
+        schema.calls.moment_(xs, xs, xs[:1], 1, 2, ())

@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 import triton
 
 from lowrank_optim.ops import triton as ops
-from lowrank_optim.ops.triton import launch
+from lowrank_optim.ops.triton import launch, tables
 from tests.cuda_on_host.host import OnDevice, _Cuda
 from tests.ops import ops_cases, ops_cosines, ops_factors
 from tests.ops.interpreted import INTERPRETED
@@ -34,6 +34,8 @@ class Devices:
         self.current = 0
         self.launches: list[tuple[str, int, set[Any]]] = []
         self.pinned: list[int] = []
+        self.tables: list[Tensor] = []
+        self.stream = 0
 
     def mark(self, x: Tensor, device: int) -> Tensor:
         """``x``, on ``device`` from now on."""
@@ -67,12 +69,16 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[Devices]:
     def run(self: Any, *args: Any, **_: Any) -> None:
         tensors = [x for x in args if isinstance(x, Tensor)]
         own.launches.append((self.fn.__name__, own.current, {x.device for x in tensors}))
+        own.tables.append(args[0])
 
     def pinned(self: Tensor) -> Tensor:
         own.pinned.append(self.numel())
         return self
 
     monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: own.stream)
+    monkeypatch.setattr(tables, "_kept", {})
+    monkeypatch.setattr(tables, "_size", 0)
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
     monkeypatch.setattr(Tensor, "pin_memory", pinned)
     yield own
@@ -126,8 +132,59 @@ def test_a_launch_on_the_current_device_is_seen(
 
 def test_tables_of_pointers_come_from_pinned_memory(devices: Devices) -> None:
     """A copy from other memory would make the host wait; and it is not waited for."""
-    check(devices, "adamw_direction_")
-    assert len(devices.pinned) == len(devices.launches) * 3 > 0
+    a = arguments("adamw_direction_")
+    lists = [devices.place(a, device) for device in (1, 0, 1)]
+    with _Cuda(devices):  # type: ignore[arg-type]
+        for own in lists:
+            ops.adamw_direction_(*own.values())
+    assert len(devices.pinned) == len(devices.launches) > 0
+
+
+def direction(devices: Devices, a: dict[str, Any]) -> Tensor:
+    """A launch on the lists of ``a``, and its table."""
+    with _Cuda(devices):  # type: ignore[arg-type]
+        ops.adamw_direction_(*a.values())
+    return devices.tables[-1]
+
+
+def two(devices: Devices) -> dict[str, Any]:
+    """Arguments of a list of two, for one launch."""
+    a = arguments("adamw_direction_")
+    pairs = {k: [x[-1]] * 2 if isinstance(x, list) and x else x for k, x in a.items()}
+    return dict(devices.place(pairs, 0))
+
+
+def test_a_table_is_kept_for_lists_with_the_same_addresses(devices: Devices) -> None:
+    """Whatever differs between two calls, an address, a number or a stream, is another table."""
+    a = two(devices)
+    first = direction(devices, a)
+    assert (
+        direction(devices, {k: [*x] if isinstance(x, list) else x for k, x in a.items()}) is first
+    )
+    assert len(devices.pinned) == 1
+    others = {k: [*reversed(a[k])] for k in ("grads", "exp_avgs", "outs")}
+    others["eps"] = [2 * x for x in a["eps"]]
+    for name, value in others.items():
+        table = direction(devices, {**a, name: value})
+        assert table is not first, name
+        assert not torch.equal(torch.Tensor(table), torch.Tensor(first)), name
+    assert direction(devices, a) is first
+    devices.stream = 1  # where the upload of the first may not have come yet
+    assert direction(devices, a) is not first
+
+
+def test_tables_take_no_more_memory_than_they_may(
+    devices: Devices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oldest go first; what is left is found again."""
+    a = two(devices)
+    size = direction(devices, a).numel()
+    monkeypatch.setattr(tables, "MOST", 3 * size)
+    made = [direction(devices, {**a, "eps": [1e-3 * n] * 2}) for n in range(1, 6)]
+    assert len(tables._kept) == 3
+    assert tables._size == sum(x.numel() for x in tables._kept.values()) == 3 * size
+    assert direction(devices, {**a, "eps": [5e-3] * 2}) is made[-1]
+    assert direction(devices, {**a, "eps": [1e-3] * 2}) is not made[0]
 
 
 @pytest.mark.parametrize("op", ["moment_", "stochastic_round_", "column_norms"])

@@ -18,7 +18,6 @@ from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.residuals import Drop, Free
 from lowrank_optim.rules.adamw import AdamW
 from lowrank_optim.stores import FloatStore
-from lowrank_optim.tensors.matrix import shares_memory
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
 
@@ -44,7 +43,7 @@ def _is_stored_so(item: ParamPlan) -> bool:
     """Whether its matrix is a view of the parameter, and its gradient a whole one."""
     assert item.view is not None
     whole = not isinstance(item.param.grad, ProjectedGrad)
-    return whole and shares_memory(item.view.of(item.param), item.param)
+    return whole and item.view.shares(item.param, item.view.of(item.param))
 
 
 def is_finite(item: ParamPlan, grad: Tensor) -> bool:

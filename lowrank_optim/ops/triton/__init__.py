@@ -6,10 +6,12 @@ op's own argument list; `available` says whether they can run.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 
@@ -74,7 +76,10 @@ def available(device_type: str) -> tuple[bool, str]:
 def __getattr__(name: str) -> Callable[..., object]:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    op: Callable[..., object] = getattr(
-        importlib.import_module(f"{__name__}.{_MODULES[name]}"), name
-    )
+    op: Callable[..., object] = getattr(_module(_MODULES[name]), name)
     return op
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")

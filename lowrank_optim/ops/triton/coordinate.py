@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import triton
@@ -12,7 +13,7 @@ from lowrank_optim.ops.cosine import check_name
 from lowrank_optim.ops.reference import coordinate_adamw_  # noqa: F401  (not yet a kernel)
 from lowrank_optim.ops.triton.elements import sign
 from lowrank_optim.ops.triton.launch import (
-    flags,
+    cdiv,
     groups,
     launch,
     locate,
@@ -21,6 +22,7 @@ from lowrank_optim.ops.triton.launch import (
     warps,
 )
 from lowrank_optim.ops.triton.matrices import (
+    batch_strides,
     batched,
     inside,
     slices,
@@ -117,13 +119,16 @@ def coordinate_add_(
     check_name("free", free, [*FREE])
     lists: list[list[Tensor]] = [[], [], [], [], []]
     for n, (w, g, index, n_) in enumerate(zip(params, grads, indices, terms, strict=True)):
-        rows = index.unsqueeze(-2)  # (..., 1, r): batched like the matrices
+        whole = [w, g, index, n_]
+        if w.dim() > 2:
+            whole[2] = index.unsqueeze(-2)  # (..., 1, r): batched like the matrices
         for at in slices(w) if w.numel() else ():
-            operands = (w[at], g[at], *(x[at] if x.dim() > 3 else x for x in (rows, n_)))
-            batch = tuple(operands[0].shape[:-2])
-            views = [batched(x, batch) for x in operands]
-            views[2] = views[2] if views[2].stride(-1) == 1 else views[2].contiguous()
-            for own, x in zip(lists, (*views, *flags(finite[n : n + 1])), strict=False):
+            operands = [x[at] if at and x.dim() > 3 else x for x in whole]
+            if w.dim() > 2:
+                operands = [batched(x, tuple(operands[0].shape[:-2])) for x in operands]
+            if operands[2].stride(-1) != 1:
+                operands[2] = operands[2].contiguous()
+            for own, x in zip(lists, (*operands, *finite[n : n + 1]), strict=False):
                 own.append(x)
     keys = [tuple((x.shape, x.stride()) for x in own) for own in zip(*lists[:4], strict=True)]
     for same in groups(lists, keys) if lists[0] else ():
@@ -133,13 +138,15 @@ def coordinate_add_(
 def _coordinates(lists: Sequence[Sequence[Tensor]], scalars: tuple[float, ...], free: int) -> None:
     """Of matrices of one shape and strides, which the code is compiled for."""
     w, g, index, n_ = (x[0] for x in lists[:4])
-    down = w.stride(1) == 1 and w.stride(2) != 1
+    *batch, m, n = w.shape
+    down = w.stride(-2) == 1 and w.stride(-1) != 1
     bm, bn = _COLUMNS_CONTIGUOUS if down else _ROWS_CONTIGUOUS
-    (batch, m, n), rank = w.shape, index.shape[-1]
+    rank, rows = index.shape[-1], index.stride(0) if batch else 0
     launch(
         coordinate_kernel, lists, [],
-        [triton.cdiv(m, bm) * triton.cdiv(n, bn) * batch] * len(lists[0]), m, n, rank,
-        *w.stride(), *g.stride(), index.stride(0), *n_.stride(), *scalars,
+        [cdiv(m, bm) * cdiv(n, bn) * math.prod(batch)] * len(lists[0]), m, n, rank,
+        *batch_strides(w, batch), *batch_strides(g, batch), rows, *batch_strides(n_, batch),
+        *scalars,
         FREE=free, PROBES=rank.bit_length(), WIDE=wide(128, w, g), SOUND=len(lists[4]) > 0,
         GROUP=8, BM=bm, BN=bn, num_warps=warps(4),
     )  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from lowrank_optim.ops.cosine import (
@@ -25,7 +24,7 @@ from lowrank_optim.ops.triton.cosine_kernels import (
 )
 from lowrank_optim.ops.triton.direction import adamw_direction_
 from lowrank_optim.ops.triton.launch import (
-    flags,
+    cdiv,
     float_bits,
     groups,
     guard,
@@ -59,7 +58,7 @@ class _Transform:
     def programs(self, n: int, half: bool, columns: int = COLUMNS) -> int:
         """How many take the pairs and columns of one matrix."""
         pairs = self.m // 2 + 1 if half else (self.m + 1) // 2
-        return triton.cdiv(pairs, PAIRS) * triton.cdiv(n, columns)
+        return cdiv(pairs, PAIRS) * cdiv(n, columns)
 
     def places(self, indices: Sequence[Tensor]) -> list[Tensor]:
         """``(m,)`` each: the row of what has rows ``index (r,)``, -1 for none."""
@@ -67,7 +66,7 @@ class _Transform:
         out = torch.empty(count, self.m, dtype=torch.int32, device=indices[0].device)
         launch(
             cosine_place_kernel, [[x.contiguous() for x in indices], out.unbind(0)], [],
-            [triton.cdiv(self.m, PLACES)] * count, self.m, rank,
+            [cdiv(self.m, PLACES)] * count, self.m, rank,
             PROBES=rank.bit_length(), BLOCK=PLACES, num_warps=warps(4),
         )  # fmt: skip
         return list(out.unbind(0))
@@ -126,8 +125,8 @@ def cosine_scores(
         grad = grads[at[0]]
         m, tiles = grad.shape[0], list(column_tiles(grad))
         transform = _Transform(m, plan, basis)
-        each = triton.cdiv(tiles[0].stop, SPAN)  # the first tile is the widest
-        rows = (len(tiles) - 1) * each + triton.cdiv(tiles[-1].stop - tiles[-1].start, SPAN)
+        each = cdiv(tiles[0].stop, SPAN)  # the first tile is the widest
+        rows = (len(tiles) - 1) * each + cdiv(tiles[-1].stop - tiles[-1].start, SPAN)
         sums = torch.empty(len(at), rows, m, dtype=torch.float32, device=grad.device)
         own = dict(zip(at, sums.unbind(0), strict=True))
         with guard(grad):
@@ -161,7 +160,7 @@ def cosine_project_(
             for some, columns in _tiles(at, grad):
                 parts, half = transform.analysed([grads[i][:, columns] for i in some])
                 n = parts[0].shape[0]
-                programs = triton.cdiv(rank, PICKED_ROWS) * triton.cdiv(n, PICKED_COLUMNS)
+                programs = cdiv(rank, PICKED_ROWS) * cdiv(n, PICKED_COLUMNS)
                 lists = parts, [index[i] for i in some], [outs[i][:, columns] for i in some]
                 launch(
                     cosine_pick_kernel, lists, [], [programs] * len(some),
@@ -181,7 +180,6 @@ def cosine_lift_add_(
     finite: Sequence[Tensor] = (),
 ) -> None:
     """``W <- decay W - step P N``; where ``finite`` is False, W is left as it is."""
-    fine = flags(finite)
     for at in _alike(params, indices, updates):
         first = params[at[0]]
         transform = _Transform(first.shape[0], plan, basis)
@@ -191,13 +189,13 @@ def cosine_lift_add_(
             for some, columns in _tiles(at, first):
                 lows = [updates[i][:, columns] for i in some]
                 xs = transform.run(lows, [placed[i] for i in some], not half)
-                lists = [params[i][:, columns] for i in some], xs, *select([fine], some)
+                lists = [params[i][:, columns] for i in some], xs, *select([finite], some)
                 n = xs[0].shape[0]
                 launch(
                     cosine_add_kernel, lists, [[float_bits(steps[i]) for i in some]],
                     [transform.programs(n, half)] * len(some),
                     transform.twiddle, transform.m, n, *first.stride(), decay,
-                    HALF=half, WIDE=wide(2 * PAIRS, first), SOUND=len(fine) > 0,
+                    HALF=half, WIDE=wide(2 * PAIRS, first), SOUND=len(finite) > 0,
                     BC=COLUMNS, BQ=PAIRS, num_warps=warps(4),
                 )  # fmt: skip
 

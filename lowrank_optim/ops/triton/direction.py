@@ -12,7 +12,7 @@ from lowrank_optim.ops.triton.elements import row_of, sign
 from lowrank_optim.ops.triton.launch import (
     ELEMENTS,
     as_float,
-    flags,
+    cdiv,
     float_bits,
     groups,
     launch,
@@ -118,14 +118,14 @@ def adamw_direction_(
     packed(("exp_avgs", "exp_avg_sqs", "outs"), (exp_avgs, exp_avg_sqs, outs))
     lists = [
         [g.contiguous() for g in grads], exp_avgs, exp_avg_sqs, outs, row_eps, row_scale,
-        flags(finite),
+        finite,
     ]  # fmt: skip
     for at in groups(lists):
         sizes = [outs[i].numel() for i in at]
         widths = [outs[i].shape[-1] if outs[i].dim() else 1 for i in at]
         launch(
             adamw_kernel, select(lists, at), [sizes, [float_bits(eps[i]) for i in at], widths],
-            [triton.cdiv(n, ELEMENTS) for n in sizes], 1 - beta1, beta2, 1 - beta2,
+            [cdiv(n, ELEMENTS) for n in sizes], 1 - beta1, beta2, 1 - beta2,
             ROW_EPS=len(row_eps) > 0, ROW_SCALE=len(row_scale) > 0, SOUND=len(finite) > 0,
             BLOCK=ELEMENTS,
         )  # fmt: skip
@@ -164,10 +164,10 @@ def _moment(
     finite: Sequence[Tensor],
 ) -> None:
     packed(("moments", "outs"), (moments, outs))
-    lists = [[x.contiguous() for x in xs], moments, outs, flags(finite)]
+    lists = [[x.contiguous() for x in xs], moments, outs, finite]
     for at in groups(lists):
         sizes = [outs[i].numel() for i in at]
         launch(
-            moment_kernel, select(lists, at), [sizes], [triton.cdiv(n, ELEMENTS) for n in sizes],
+            moment_kernel, select(lists, at), [sizes], [cdiv(n, ELEMENTS) for n in sizes],
             *weights, LION=lion, SOUND=len(finite) > 0, BLOCK=ELEMENTS,
         )  # fmt: skip

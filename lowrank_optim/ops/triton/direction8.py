@@ -17,7 +17,6 @@ from lowrank_optim.ops.triton.elements import (
 )
 from lowrank_optim.ops.triton.launch import (
     as_float,
-    flags,
     float_bits,
     groups,
     launch,
@@ -153,7 +152,7 @@ def adamw_direction_8bit_(
     packed(("codes", "scales", "codes2", "scales2", "outs"), (codes, scales, codes2, scales2, outs))
     lists = [
         [g.contiguous() for g in grads], codes, scales, codes2, scales2, outs,
-        row_eps, row_scale, flags(finite),
+        row_eps, row_scale, finite,
     ]  # fmt: skip
     for at in groups(lists, lanes(blocks)):
         layout = select((rows, cols, blocks), at)
@@ -214,7 +213,7 @@ def _moment8(
     finite: Sequence[Tensor],
 ) -> None:
     packed(("codes", "scales", "outs"), (codes, scales, outs))
-    lists = [[x.contiguous() for x in xs], codes, scales, outs, flags(finite)]
+    lists = [[x.contiguous() for x in xs], codes, scales, outs, finite]
     for at in groups(lists, lanes(layouts[2])):
         layout = select(layouts, at)
         launch(

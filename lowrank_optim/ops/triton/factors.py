@@ -13,7 +13,7 @@ from torch import Tensor
 from lowrank_optim.ops import reference
 from lowrank_optim.ops.triton.launch import (
     ELEMENTS,
-    flags,
+    cdiv,
     groups,
     launch,
     length,
@@ -50,7 +50,7 @@ def decay_(
     params: Sequence[Tensor], decay: float, factors: Sequence[Tensor], finite: Sequence[Tensor]
 ) -> None:
     """``W <- decay f W`` where finite: over flat memory, so that only dense weights go together."""
-    lists = [params, factors, flags(finite)]
+    lists = [params, factors, finite]
     dense = [x.is_contiguous() or (x.dim() > 1 and x.mT.is_contiguous()) for x in params]
     for at in groups(lists, dense):
         own = select([params, factors, finite], at)
@@ -59,7 +59,7 @@ def decay_(
             continue
         sizes = [params[i].numel() for i in at]
         launch(
-            decay_kernel, select(lists, at), [sizes], [triton.cdiv(n, ELEMENTS) for n in sizes],
+            decay_kernel, select(lists, at), [sizes], [cdiv(n, ELEMENTS) for n in sizes],
             decay, FACTORS=len(factors) > 0, SOUND=len(finite) > 0, BLOCK=ELEMENTS,
         )  # fmt: skip
 
@@ -83,11 +83,11 @@ def count_kernel(
 
 def count_(counts: Sequence[Tensor], finite: Sequence[Tensor]) -> None:
     """One more of each entry, where finite."""
-    lists = [counts, flags(finite)]
+    lists = [counts, finite]
     for at in groups(lists):
         sizes = [counts[i].numel() for i in at]
         launch(
-            count_kernel, select(lists, at), [sizes], [triton.cdiv(n, ELEMENTS) for n in sizes],
+            count_kernel, select(lists, at), [sizes], [cdiv(n, ELEMENTS) for n in sizes],
             SOUND=len(finite) > 0, BLOCK=ELEMENTS,
         )  # fmt: skip
 
@@ -143,7 +143,7 @@ def row_steps_(
         sizes = [ages[i].numel() for i in at]
         launch(
             row_steps_kernel, select(lists, at), [sizes],
-            [triton.cdiv(n, ELEMENTS) for n in sizes],
+            [cdiv(n, ELEMENTS) for n in sizes],
             *map(double_bits, (*logarithms, eps)), BLOCK=ELEMENTS,
         )  # fmt: skip
 
@@ -209,7 +209,7 @@ def residual_factors_(
 ) -> None:
     """``f = |N_j| / (|R_j| + tiny)``, limited so that the residual grows by ``limiter`` at most."""
     packed(("lows", "directions", "grads", "norms", "outs"), (lows, directions, grads, norms, outs))
-    lists = [lows, directions, grads, norms, outs, flags(finite)]
+    lists = [lows, directions, grads, norms, outs, finite]
     for at in groups(lists):
         launch(
             residual_factors_kernel, select(lists, at), [[outs[i].shape[-1] for i in at]],

@@ -3,10 +3,9 @@
 An elementwise op over a model is hundreds of tensors, and a Triton launch costs the host more
 than most of them cost the device. So a list is one launch over a flat work list: program ``p``
 finds its tensor by binary search in the first programs of all tensors, and the tensor's addresses
-and numbers in a table of int64 that is uploaded with the launch, from pinned memory, without
-waiting. Two cases take one launch per tensor, with the same kernel: a list of one, which needs no
-table, and CUDA-graph capture, where launches are free at replay and a captured upload would read
-host memory that is gone by then.
+and numbers in a table of int64 (:mod:`lowrank_optim.ops.triton.tables`). Two cases take one launch
+per tensor, with the same kernel: a list of one, which needs no table, and CUDA-graph capture, where
+launches are free at replay and a captured upload would read host memory that is gone by then.
 
 GEMM-like ops are launched one by one: each fills the device, and shapes, strides and alignment
 specialise the code.
@@ -17,6 +16,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowrank_optim.ops.devices import recording
+from lowrank_optim.ops.triton.tables import table_of
 
 ELEMENTS = 1024
 WARPS = 8
@@ -88,9 +89,22 @@ def as_float(bits):
     return bits.to(tl.int32).to(tl.float32, bitcast=True)
 
 
+_INTEGER, _FLOAT = struct.Struct("<i"), struct.Struct("<f")
+
+
 def float_bits(x: float) -> int:
     """Bits of ``x`` in float32, as a signed integer."""
-    return int(struct.unpack("<i", struct.pack("<f", x))[0])
+    return int(_INTEGER.unpack(_FLOAT.pack(x))[0])
+
+
+def cdiv(size: int, each: int) -> int:
+    """How many of ``each`` cover ``size``: Triton's own, which takes constants too, is slow."""
+    return -(-size // each)
+
+
+def next_power_of_2(size: int) -> int:
+    """The least power of two that is not less than ``size``; of Triton it holds as of ``cdiv``."""
+    return 1 << max(0, size - 1).bit_length()
 
 
 def signed32(x: int) -> int:
@@ -98,10 +112,13 @@ def signed32(x: int) -> int:
     return ((x & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
 
 
+_HERE = nullcontext()
+
+
 def guard(x: Tensor) -> AbstractContextManager[Any]:
     """Kernels run on the current device: make it that of ``x``."""
     if x.device.type == "cpu":
-        return nullcontext()
+        return _HERE
     context: AbstractContextManager[Any] = torch.get_device_module(x.device).device(x.device)
     return context
 
@@ -118,8 +135,14 @@ def capturing(x: Tensor) -> bool:
 
 def groups(lists: Sequence[Sequence[Tensor]], *keys: Sequence[object]) -> Iterator[list[int]]:
     """Positions of the tensors that can share a launch: same device, dtypes and ``keys``."""
-    found: dict[object, list[int]] = {}
     filled = [tensors for tensors in lists if tensors]
+    count = len(filled[0])
+    dtypes = [{x.dtype for x in own} for own in filled]
+    alike = all([len(set(own)) == 1 for own in (*dtypes, *keys)])
+    if alike and len({x.device for x in filled[0]}) == 1 and all([x.numel() for x in filled[0]]):
+        yield [*range(count)]
+        return
+    found: dict[object, list[int]] = {}
     for i, first in enumerate(filled[0]):
         if first.numel():
             key = (first.device, *(x[i].dtype for x in filled), *(k[i] for k in keys))
@@ -132,13 +155,13 @@ def packed(names: Sequence[str], lists: Sequence[Sequence[Tensor]]) -> None:
     for name, tensors in zip(names, lists, strict=True):
         if len(tensors) != len(lists[0]):
             raise ValueError(f"{name} has {len(tensors)} tensors, {names[0]} has {len(lists[0])}")
-        if not all(x.is_contiguous() for x in tensors):
+        if not all([x.is_contiguous() for x in tensors]):
             raise ValueError(f"{name} must be contiguous")
 
 
-def flags(finite: Sequence[Tensor]) -> list[Tensor]:
-    """0-dim bools as bytes: loads of one bit are not portable."""
-    return [x.view(torch.uint8) for x in finite]
+def loadable(x: Tensor | None) -> Tensor | None:
+    """A flag as a byte: loads of one bit are not portable. Everything else as it is."""
+    return x.view(torch.uint8) if x is not None and x.dtype is torch.bool else x
 
 
 def launch(
@@ -171,24 +194,23 @@ def launch(
         if count == 1 or capturing(first):
             for i in range(count):
                 kernel[(programs[i],)](
-                    None, count, *(x[i] if x else None for x in lists), *(c[i] for c in columns),
-                    *scalars, MANY=False, DEPTH=0, ALIGNED=whole[i], **meta,
+                    None, count, *(loadable(x[i]) if x else None for x in lists),
+                    *(c[i] for c in columns), *scalars, MANY=False, DEPTH=0, ALIGNED=whole[i],
+                    **meta,
                 )  # fmt: skip
             return
-        starts = [0]
-        for p in programs:
-            starts.append(starts[-1] + p)
+        starts = [0, *accumulate(programs)]
         addresses = [[x.data_ptr() for x in own] if own else [0] * count for own in lists]
-        aligned = all(whole) and all(a % _ALIGNMENT == 0 for row in addresses for a in row)
-        table = torch.tensor([starts[:-1], *addresses, *map(list, columns)], dtype=torch.int64)
-        if first.device.type != "cpu":
-            table = table.pin_memory().to(first.device, non_blocking=True)
+        aligned = all(whole) and not any([a % _ALIGNMENT for row in addresses for a in row])
+        table = table_of(chain(starts[:-1], *addresses, *columns), first.device)
         kernel[(starts[-1],)](
-            table, count, *(x[0] if x else None for x in lists), *(0 for _ in columns),
+            table, count, *(loadable(x[0]) if x else None for x in lists), *(0 for _ in columns),
             *scalars, MANY=True, DEPTH=(count - 1).bit_length(), ALIGNED=aligned, **meta,
         )  # fmt: skip
 
 
-def select(lists: Sequence[Sequence[Any]], at: Sequence[int]) -> list[list[Any]]:
-    """Each list at these positions; an empty list stays empty."""
+def select(lists: Sequence[Sequence[Any]], at: Sequence[int]) -> Sequence[Sequence[Any]]:
+    """Each list at these positions, ascending; an empty list stays empty."""
+    if len(at) == max(map(len, lists)):
+        return lists  # all of them
     return [[x[i] for i in at] if len(x) else [] for x in lists]

@@ -17,9 +17,14 @@ from torch import Tensor
 
 from lowrank_optim.ops.triton import interpreted
 from lowrank_optim.ops.triton.elements import sign
-from lowrank_optim.ops.triton.launch import flags, guard, warps
+from lowrank_optim.ops.triton.launch import (
+    cdiv,
+    guard,
+    loadable,
+    warps,
+)
 from lowrank_optim.ops.triton.matrices import (
-    batched,
+    batch_strides,
     inside,
     slices,
     tile,
@@ -192,11 +197,12 @@ def _lift(
     scalars: tuple[float, ...],
     finite: Sequence[Tensor],
 ) -> None:
-    fine = flags(finite) or [None] * len(lists[0])
+    fine = [*map(loadable, finite)] or [None] * len(lists[0])
     for *operands, flag in zip(*lists, fine, strict=True):
         if operands[0].numel():
             for at in slices(operands[0]):
-                _lift_one(kernel, products, [x[at] for x in operands], scalars, flag)
+                own = [x[at] for x in operands] if at else operands
+                _lift_one(kernel, products, own, scalars, flag)
 
 
 def _lift_one(
@@ -206,21 +212,19 @@ def _lift_one(
     scalars: tuple[float, ...],
     flag: Tensor | None,
 ) -> None:
-    w, g, p, n_, r_, *rest = operands
-    batch = tuple(w.shape[:-2])
-    views = [batched(x, batch) for x in (w, g, p, n_, r_)]
-    columns = [batched(x, batch) for x in rest]
+    w, rank = operands[0], operands[2].shape[-1]
+    *batch, m, n = w.shape
     # the interpreter computes nonsense for products of bfloat16: it gets float32 ones
-    half = p.dtype == torch.bfloat16 and not interpreted()
+    half = operands[2].dtype == torch.bfloat16 and not interpreted()
     blocks = BLOCKS[products, "bf16" if half else "fp32"]
-    m, n = w.shape[-2:]
-    strides = [s for x in views for s in x.stride()]
-    for c in columns:
-        strides += [c.stride(0), c.stride(2)]
+    each = [batch_strides(x, batch) for x in operands]
+    strides = [s for own in each[:5] for s in own]
+    for batch_stride, _, stride in each[5:]:
+        strides += [batch_stride, stride]
     with guard(w):
-        kernel[(triton.cdiv(m, blocks.BM) * triton.cdiv(n, blocks.BN), views[0].shape[0])](
-            *views, *columns, flag, m, n, p.shape[-1], *strides, *scalars,
-            HALF=half, WIDE=wide(128, *views), SOUND=flag is not None, GROUP=BAND,
+        kernel[(cdiv(m, blocks.BM) * cdiv(n, blocks.BN), *(batch or [1]))](
+            *operands, flag, m, n, rank, *strides, *scalars,
+            HALF=half, WIDE=wide(128, *operands[:5]), SOUND=flag is not None, GROUP=BAND,
             BM=blocks.BM, BN=blocks.BN, BR=blocks.BR,
             num_warps=warps(blocks.num_warps), num_stages=blocks.num_stages,
         )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -50,6 +52,11 @@ def batched(x: Tensor, batch: tuple[int, ...]) -> Tensor:
     return x.expand(*batch, *x.shape[-2:])
 
 
+def batch_strides(x: Tensor, batch: Sequence[int]) -> tuple[int, ...]:
+    """Strides of ``x (..., m, n)`` as of :func:`batched`; of one matrix no entry is asked for."""
+    return batched(x, tuple(batch)).stride() if batch else (0, *x.stride())
+
+
 def slices(w: Tensor) -> list[tuple[int, ...]]:
     """Indices of the sub-tensors of at most 3 dims that ``w (..., m, n)`` consists of.
 
@@ -63,4 +70,4 @@ def slices(w: Tensor) -> list[tuple[int, ...]]:
 
 def wide(span: int, *tensors: Tensor) -> bool:
     """Whether a tile of ``span`` by ``span`` overruns 32-bit offsets in one of ``tensors``."""
-    return any(span * sum(abs(s) for s in x.stride()[-2:]) > _SPAN for x in tensors)
+    return any([span * (x.stride(-2) + x.stride(-1)) > _SPAN for x in tensors])

@@ -10,8 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_optim.ops.triton.launch import groups, launch, locate, pointer, select, warps
-from lowrank_optim.ops.triton.matrices import inside, tile, wide
+from lowrank_optim.ops.stacked import empty_like_all
+from lowrank_optim.ops.triton.launch import (
+    cdiv,
+    groups,
+    launch,
+    locate,
+    pointer,
+    select,
+    warps,
+)
+from lowrank_optim.ops.triton.matrices import batch_strides, inside, tile, wide
 
 _ROWS_CONTIGUOUS = (128, 32)
 """Tile of a row-major matrix: 32 columns are one full 128-byte line of float32, and a 4096-column
@@ -48,17 +57,21 @@ def column_norms(xs: Sequence[Tensor]) -> list[Tensor]:
     A launch for all of one shape and strides, which the code is compiled for.
     """
     # a copy only for leading dims that do not collapse
-    views = [x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]) for x in xs]
-    outs = [x.new_empty((*x.shape[:-2], 1, x.shape[-1]), dtype=torch.float32) for x in xs]
+    views = [x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]) for x in xs]
     alike = [(x.shape, x.stride()) for x in views]
+    shapes = [(*x.shape[:-2], 1, x.shape[-1]) for x in xs]
+    if len(set(shapes)) == 1:
+        outs = empty_like_all(xs, shapes[0], torch.float32)
+    else:
+        outs = [x.new_empty(own, dtype=torch.float32) for x, own in zip(xs, shapes, strict=True)]
     for at in groups([outs, views], alike):
         first = views[at[0]]
-        batch, m, n = first.shape
-        down = first.stride(1) == 1 and first.stride(2) != 1
+        *batch, m, n = first.shape
+        down = first.stride(-2) == 1 and first.stride(-1) != 1
         bm, bn = _COLUMNS_CONTIGUOUS if down else _ROWS_CONTIGUOUS
         launch(
             column_norm_kernel, select([views, outs], at), [],
-            [triton.cdiv(n, bn) * batch] * len(at), m, n, *first.stride(),
+            [cdiv(n, bn) * math.prod(batch)] * len(at), m, n, *batch_strides(first, batch),
             BM=bm, BN=bn, WIDE=wide(bm, first), num_warps=warps(8), enable_fp_fusion=True,
         )  # fmt: skip
     return outs

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from lowrank_optim.ops.triton.elements import block_layout, block_scale, requantize
 from lowrank_optim.ops.triton.launch import (
+    cdiv,
     groups,
     launch,
     locate,
+    next_power_of_2,
     number,
     packed,
     pointer,
@@ -25,15 +27,12 @@ BLOCKS = 4
 
 def lanes(blocks: Sequence[int]) -> list[int]:
     """Tile widths: the next power of two, in which the block is masked."""
-    return [triton.next_power_of_2(b) for b in blocks]
+    return [next_power_of_2(b) for b in blocks]
 
 
 def block_programs(rows: Sequence[int], cols: Sequence[int], blocks: Sequence[int]) -> list[int]:
     """Programs per tensor."""
-    return [
-        triton.cdiv(r * triton.cdiv(c, b), BLOCKS)
-        for r, c, b in zip(rows, cols, blocks, strict=True)
-    ]
+    return [cdiv(r * cdiv(c, b), BLOCKS) for r, c, b in zip(rows, cols, blocks, strict=True)]
 
 
 @triton.jit(do_not_specialize=["rows", "cols", "block"])

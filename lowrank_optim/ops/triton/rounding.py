@@ -11,6 +11,7 @@ from torch import Tensor
 from lowrank_optim.ops.noise import check_places
 from lowrank_optim.ops.triton.launch import (
     ELEMENTS,
+    cdiv,
     groups,
     launch,
     length,
@@ -87,5 +88,5 @@ def stochastic_round_(
         key, first, row, column = select(numbers, at)
         launch(
             stochastic_round_kernel, select(lists, at), [sizes, key, first, width, row, column],
-            [triton.cdiv(n, ELEMENTS) for n in sizes], BLOCK=ELEMENTS,
+            [cdiv(n, ELEMENTS) for n in sizes], BLOCK=ELEMENTS,
         )  # fmt: skip

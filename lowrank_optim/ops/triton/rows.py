@@ -12,10 +12,11 @@ from torch import Tensor
 from lowrank_optim.ops.stacked import is_words
 from lowrank_optim.ops.triton.coordinate import find
 from lowrank_optim.ops.triton.launch import (
-    flags,
+    cdiv,
     groups,
     launch,
     locate,
+    next_power_of_2,
     number,
     pointer,
     select,
@@ -91,14 +92,14 @@ def top_rows_(
 ) -> None:
     """The indices of the largest scores in place of ``indices``, and where each stood."""
     given, new = [x.contiguous() for x in scores], [torch.empty_like(x) for x in indices]
-    lists = [given, indices, sources, new, flags(finite), flags(usable)]
+    lists = [given, indices, sources, new, finite, usable]
     for at in groups(lists, [(x.numel(), i.numel()) for x, i in zip(given, indices, strict=True)]):
         m, rank = given[at[0]].numel(), indices[at[0]].numel()
-        block = triton.next_power_of_2(m)
+        block = next_power_of_2(m)
         launch(
             top_rows_kernel, select(lists, at), [], [1] * len(at), m, rank,
             TOLD=len(finite) > 0, PROBES=rank.bit_length(), BLOCK=block,
-            PICKED=min(PICKED, triton.next_power_of_2(max(1, rank))),
+            PICKED=min(PICKED, next_power_of_2(max(1, rank))),
             num_warps=warps(min(16, max(4, block // 512))),
         )  # fmt: skip
 
@@ -142,11 +143,11 @@ def move_rows_(xs: Sequence[Tensor], sources: Sequence[Tensor], fills: Sequence[
     lists = [[x for x, _ in pairs], [source.contiguous() for source in sources]]
     for at in groups(lists, [x.shape[0] for x in xs]):
         rank = xs[at[0]].shape[0]
-        rows = triton.next_power_of_2(rank)
+        rows = next_power_of_2(rank)
         columns = max(1, min(COLUMNS, MOVED // rows))
         widths = [lists[0][i].shape[-1] for i in at]
         launch(
             move_rows_kernel, select(lists, at), [widths, [pairs[i][1] for i in at]],
-            [triton.cdiv(width, columns) for width in widths], rank,
+            [cdiv(width, columns) for width in widths], rank,
             BR=rows, BC=columns, num_warps=warps(8),
         )  # fmt: skip
