@@ -14,7 +14,8 @@ A warp's lanes have to run along memory, and the compiler lays them so where it 
 ascend by one. Where they do not, as for entries m - 1 - q, some versions of it take the first
 dimension of a tile and others the last. So rows of a contiguous matrix are taken backwards, for
 entries that ascend. Where it is the columns that are contiguous (``DOWN``), both rows of folded
-pairs are read as one tile and taken apart in registers, and what descends has one dimension.
+pairs are read as one tile and taken apart in registers, and what descends does so by fours: four
+entries that ascend, which are one access, and then the four before them.
 """
 
 from __future__ import annotations
@@ -44,41 +45,33 @@ def pair_of(real, imaginary):
 
 
 @triton.jit
-def entries(FLAT: tl.constexpr, BC: tl.constexpr, BQ: tl.constexpr):
-    """Pairs and columns of a tile (BQ, BC); ``FLAT`` those of its entries, (BC BQ,)."""
-    if FLAT:
-        entry = tl.arange(0, BC * BQ)
-        q = entry % BQ
-        j = entry // BQ
-    else:
-        q = tl.arange(0, BQ)[:, None]
-        j = tl.arange(0, BC)[None, :]
-    return q, j
+def entries(BC: tl.constexpr, BQ: tl.constexpr):
+    """Numbers, in a tile (BQ, BC), of pairs and of columns."""
+    return tl.arange(0, BQ)[:, None], tl.arange(0, BC)[None, :]
 
 
 @triton.jit
-def as_tile(x, FLAT: tl.constexpr, BC: tl.constexpr, BQ: tl.constexpr):
-    """(BQ, BC) of what has the shape of :func:`entries`."""
-    return tl.trans(tl.reshape(x, (BC, BQ))) if FLAT else x
+def descending(end, q):
+    """``end - 1 - q``, by fours: for q of 0 to 3 they are ``end - 4`` to ``end - 1``."""
+    return (end - 4 - q // 4 * 4) + q % 4
 
 
 @triton.jit
-def as_entries(x, FLAT: tl.constexpr, BC: tl.constexpr, BQ: tl.constexpr):
-    """The other way round."""
-    return tl.reshape(tl.trans(x), (BC * BQ,)) if FLAT else x
+def turned(x, BC: tl.constexpr, BQ: tl.constexpr):
+    """``x (BQ, BC)`` with each four of its rows backwards, as ``descending`` has them."""
+    fours = tl.permute(tl.reshape(x, (BQ // 4, 2, 2, BC)), (0, 3, 1, 2))
+    even, odd = tl.split(fours)
+    first, last = tl.split(tl.permute(tl.join(odd, even), (0, 1, 3, 2)))
+    return tl.reshape(tl.permute(tl.join(last, first), (0, 3, 2, 1)), (BQ, BC))
 
 
 @triton.jit
-def rows_at(
-    base, row, step, j0, si, sj,
-    FLAT: tl.constexpr, BC: tl.constexpr, BQ: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Addresses of rows ``row``, ``row + step``, ... of the columns from j0 on, as ``entries``.
+def rows_at(base, row, q, j0, si, sj, BC: tl.constexpr, WIDE: tl.constexpr):
+    """Addresses of rows ``row + q`` of ``q (BQ, 1)``, of the BC columns from j0 on.
 
     The corner is 64-bit, offsets from it as in ``matrices.tile``.
     """
-    q, j = entries(FLAT, BC, BQ)
-    q *= step
+    j = tl.arange(0, BC)[None, :]
     if WIDE:
         j = j.to(tl.int64)
         q = q.to(tl.int64)
@@ -93,12 +86,13 @@ def both_rows_at(
     BC: tl.constexpr, BQ: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Addresses of the first and of the second rows of pairs, in the order of their entries."""
+    q = tl.arange(0, BQ)[:, None]
     if HALF:
-        first = rows_at(base, q0, 1, j0, si, sj, False, BC, BQ, WIDE)
-        second = rows_at(base, m - q0, -1, j0, si, sj, DOWN, BC, BQ, WIDE)
+        first = rows_at(base, q0, q, j0, si, sj, BC, WIDE)
+        second = rows_at(base, m - q0, descending(1, q) if DOWN else -q, j0, si, sj, BC, WIDE)
     else:
-        first = rows_at(base, 2 * q0, 2, j0, si, sj, False, BC, BQ, WIDE)
-        second = rows_at(base, 2 * (q0 + BQ) - 1, -2, j0, si, sj, False, BC, BQ, WIDE)
+        first = rows_at(base, 2 * q0, 2 * q, j0, si, sj, BC, WIDE)
+        second = rows_at(base, 2 * (q0 + BQ) - 1, -2 * q, j0, si, sj, BC, WIDE)
     return first, second
 
 
@@ -137,13 +131,14 @@ def firsts(q0, q, m, HALF: tl.constexpr):
 def seconds(q0, q, m, HALF: tl.constexpr, DOWN: tl.constexpr, BQ: tl.constexpr):
     """Those that are second rows; but with ``DOWN`` from the last pair of a program on.
 
-    No row is named twice: 0 and the middle of an even length are alone in half a spectrum.
+    With it they descend, by fours. No row is named twice: 0 and the middle of an even length are
+    alone in half a spectrum.
     """
     if HALF:
-        second = q0 + q
+        second = q0 + (q // 4 * 4 + 3 - q % 4 if DOWN else q)
         both = (second > 0) & (2 * second < m)
     else:
-        second = m - 1 - q0 - q if DOWN else m - BQ - q0 + q
+        second = descending(m - q0, q) if DOWN else m - BQ - q0 + q
         both = second >= m - m // 2
     return second, both
 
@@ -154,7 +149,7 @@ def load_pairs(
     HALF: tl.constexpr, DOWN: tl.constexpr, BC: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
     """Both rows of pairs, (BQ, BC) each, of what a transform left."""
-    q, j = entries(False, BC, BQ)
+    q, j = entries(BC, BQ)
     first, there = firsts(q0, q, m, HALF)
     mask = there & (j0 + j < n)
     if HALF:
@@ -164,11 +159,11 @@ def load_pairs(
         a = real * cosine - imaginary * sine
         b = -(real * sine + imaginary * cosine)
     else:
-        a = tl.load(parts + (j0 + j).to(tl.int64) * m + first, mask, 0.0)
-        q, j = entries(DOWN, BC, BQ)
+        at = parts + (j0 + j).to(tl.int64) * m
+        a = tl.load(at + first, mask, 0.0)
         second, both = seconds(q0, q, m, HALF, DOWN, BQ)
-        b = tl.load(parts + (j0 + j).to(tl.int64) * m + second, both & (j0 + j < n), 0.0)
-        b = as_tile(b, DOWN, BC, BQ)
+        b = tl.load(at + second, both & (j0 + j < n), 0.0)
+        b = turned(b, BC, BQ) if DOWN else b
     return a, b
 
 
@@ -206,14 +201,13 @@ def cosine_fold_kernel(
     x = pointer(table, tensors, t, 1, x, MANY, ALIGNED)
     out = pointer(table, tensors, t, 3, out, MANY, ALIGNED)
     q0, j0 = corner_of(part, m, HALF, BC, BQ)
-    q, j = entries(False, BC, BQ)
+    q, j = entries(BC, BQ)
     first, there = firsts(q0, q, m, HALF)
     mask = there & (j0 + j < n)
-    q2, j2 = entries(DOWN, BC, BQ)
-    second, both = seconds(q0, q2, m, HALF, DOWN, BQ)
+    second, both = seconds(q0, q, m, HALF, DOWN, BQ)
     if HALF:  # the middle is a real part and an imaginary one
         both = (second > 0) & (2 * second <= m)
-    mask2 = both & (j0 + j2 < n)
+    mask2 = both & (j0 + j < n)
     if PICKED:
         places = pointer(table, tensors, t, 2, places, MANY, False)
         i = tl.load(places + (first if HALF else 2 * first), there, -1)
@@ -228,7 +222,8 @@ def cosine_fold_kernel(
     else:
         a_at, b_at = both_rows_at(x, q0, j0, m, xi, xj, HALF, DOWN, BC, BQ, WIDE)
         a = tl.load(a_at, mask, 0.0)
-        b = as_tile(tl.load(b_at, mask2, 0.0), DOWN, BC, BQ)
+        b = tl.load(b_at, mask2, 0.0)
+    b = turned(b, BC, BQ) if DOWN else b
     if HALF:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -238,9 +233,9 @@ def cosine_fold_kernel(
         at = out + (j0 + j).to(tl.int64) * (m // 2 + 1) + first
         tl.store(at, pair_of(a * cosine + b * sine, a * sine - b * cosine), mask)
     else:
-        b = as_entries(b, DOWN, BC, BQ)
-        tl.store(out + (j0 + j).to(tl.int64) * m + first, a.to(tl.float32), mask)
-        tl.store(out + (j0 + j2).to(tl.int64) * m + second, b.to(tl.float32), mask2)
+        at = out + (j0 + j).to(tl.int64) * m
+        tl.store(at + first, a.to(tl.float32), mask)
+        tl.store(at + second, b.to(tl.float32), mask2)
 
 
 @triton.jit
@@ -287,7 +282,9 @@ def cosine_pick_kernel(
     program = part.to(tl.int32)
     i0 = program % down * BR
     j0 = program // down * BC
-    i, j = entries(True, BC, BR)  # coefficients ascend, by no fixed step
+    entry = tl.arange(0, BC * BR)  # coefficients ascend by no fixed step
+    i = entry % BR
+    j = entry // BR
     mask = (i0 + i < rank) & (j0 + j < n)
     k = tl.load(index + i0 + i, i0 + i < rank, 0)
     known = (k >= 0) & (k < m)
@@ -305,8 +302,8 @@ def cosine_pick_kernel(
     else:
         q = tl.where(k % 2 == 0, k // 2, m - (k + 1) // 2)
         found = tl.load(parts + (j0 + j).to(tl.int64) * m + q, mask, 0.0)
-    found = as_tile(tl.where(known, found, float("nan")), True, BC, BR)
-    i, j = entries(False, BC, BR)
+    found = tl.trans(tl.reshape(tl.where(known, found, float("nan")), (BC, BR)))
+    i, j = entries(BC, BR)
     at = out + (i0 + i).to(tl.int64) * oi + (j0 + j)
     tl.store(at, found.to(out.dtype.element_ty), (i0 + i < rank) & (j0 + j < n))
 
@@ -336,14 +333,13 @@ def cosine_add_kernel(
         tl.store(at, x.to(w.dtype.element_ty), mask)
     else:
         a_at, b_at = both_rows_at(w, q0, j0, m, wi, wj, HALF, DOWN, BC, BQ, WIDE)
-        q, j = entries(False, BC, BQ)
+        q, j = entries(BC, BQ)
         _, there = firsts(q0, q, m, HALF)
         a_mask = there & (j0 + j < n)
-        q, j = entries(DOWN, BC, BQ)
         _, both = seconds(q0, q, m, HALF, DOWN, BQ)
         b_mask = both & (j0 + j < n)
         a = decay * tl.load(a_at, a_mask, 0.0).to(tl.float32) - step * a
-        b = as_entries(b, DOWN, BC, BQ)
+        b = turned(b, BC, BQ) if DOWN else b
         b = decay * tl.load(b_at, b_mask, 0.0).to(tl.float32) - step * b
         tl.store(a_at, a.to(w.dtype.element_ty), a_mask)
         tl.store(b_at, b.to(w.dtype.element_ty), b_mask)
