@@ -324,22 +324,25 @@ def cosine_add_kernel(
     parts = pointer(table, tensors, t, 2, parts, MANY, ALIGNED)
     step = as_float(number(table, tensors, t, 4, step_bits, MANY))
     q0, j0 = corner_of(part, m, HALF, BC, BQ)
-    a, b = load_pairs(parts, turn, q0, j0, m, n, HALF, DOWN, BC, BQ)
     if DOWN and not HALF:
         at = tile(w, 2 * q0, j0, wi, wj, 2 * BQ, BC, WIDE)
         mask = inside(2 * q0, j0, m, n, 2 * BQ, BC)
-        x = between(a, b, BC, BQ)
-        x = decay * tl.load(at, mask, 0.0).to(tl.float32) - step * x
+        x = tl.load(at, mask, 0.0)
+        a, b = load_pairs(parts, turn, q0, j0, m, n, HALF, DOWN, BC, BQ)
+        x = decay * x.to(tl.float32) - step * between(a, b, BC, BQ)
         tl.store(at, x.to(w.dtype.element_ty), mask)
     else:
         a_at, b_at = both_rows_at(w, q0, j0, m, wi, wj, HALF, DOWN, BC, BQ, WIDE)
         q, j = entries(BC, BQ)
         _, there = firsts(q0, q, m, HALF)
-        a_mask = there & (j0 + j < n)
         _, both = seconds(q0, q, m, HALF, DOWN, BQ)
+        a_mask = there & (j0 + j < n)
         b_mask = both & (j0 + j < n)
-        a = decay * tl.load(a_at, a_mask, 0.0).to(tl.float32) - step * a
+        x = tl.load(a_at, a_mask, 0.0)  # all is asked for before any of it is waited for
+        y = tl.load(b_at, b_mask, 0.0)
+        a, b = load_pairs(parts, turn, q0, j0, m, n, HALF, DOWN, BC, BQ)
         b = turned(b, BC, BQ) if DOWN else b
-        b = decay * tl.load(b_at, b_mask, 0.0).to(tl.float32) - step * b
-        tl.store(a_at, a.to(w.dtype.element_ty), a_mask)
-        tl.store(b_at, b.to(w.dtype.element_ty), b_mask)
+        x = decay * x.to(tl.float32) - step * a
+        y = decay * y.to(tl.float32) - step * b
+        tl.store(a_at, x.to(w.dtype.element_ty), a_mask)
+        tl.store(b_at, y.to(w.dtype.element_ty), b_mask)
