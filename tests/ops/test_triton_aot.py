@@ -6,7 +6,9 @@ a device has fails at its first launch. Both are known at compile time.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,8 @@ FAST += [(name, NVIDIA[i % 2]) for i, name in enumerate(LAST.values())]
 
 Columns are rows with the strides exchanged.
 """
+FAST += [(f"cosine_{kind} folded/{x}", "sm_80") for kind in ("fold", "add")
+         for x in ("rows", "columns")]  # fmt: skip
 SLOW = [(name, x) for x in aot.TARGETS for name in VARIANTS if (name, x) not in FAST]
 REGISTERS = {"sm": 255, "gf": 512}  # addressable by one thread
 FUSED = ("lift", "column_norms", "row_steps")  # the last by the exponential of float64
@@ -55,6 +59,11 @@ WIDEST = {
 }  # fmt: skip
 """Elementwise: four entries of a lane are one access, where no lane has a mask for each; of float32
 but for weights."""
+RUN = 64
+"""Bytes, two sectors of memory, that the lanes of a warp have to read or write side by side."""
+SEEN = 8
+"""Bytes that a lane has of a tile of two dimensions, by which one sees that the compiler has found
+the one along memory. If it has not, versions of it differ in which they take."""
 MMA = ("sm_80", "sm_86", "sm_89", "sm_120")  # others have matrix units of their own
 
 
@@ -84,10 +93,36 @@ def check(name: str, target_name: str) -> None:
         assert elements(VARIANTS[name]) and bytes_each(VARIANTS[name], seen) == wanted, seen
     if target.backend == "cuda" and name.split("/")[0] in WIDEST:
         assert widest(compiled.asm["ptx"]) == WIDEST[name.split("/")[0]], name
+    if name.startswith("cosine_"):
+        found_runs = runs(name, compiled.asm["ttgir"])
+        assert all(warp >= RUN and lane >= seen for lane, warp, seen in found_runs), found_runs
     product = PRODUCTS.get(name.split("/")[0])
     if product and target_name in MMA:
         assert product in compiled.asm["ptx"], name
         assert "tf32" not in compiled.asm["ptx"]
+
+
+BLOCKED = re.compile(r"^(#\w+) = .*sizePerThread = (\[.*?\]), threadsPerWarp = (\[.*?\])", re.M)
+TILE = re.compile(r"tt\.(load|store) .*tensor<\d+x(?:(?!1x)\d+x)?!tt\.ptr<\w*?(\d+)>, (#\w+)>")
+
+
+def runs(name: str, ttgir: str) -> list[tuple[int, int, int]]:
+    """Bytes side by side of each access of a cosine kernel: a lane's, a warp's, a lane's least.
+
+    What transforms take and leave has its pairs side by side, the first dimension of a tile.
+    """
+    layouts = {k: (json.loads(own), json.loads(lanes)) for k, own, lanes in BLOCKED.findall(ttgir)}
+    kernel, layout = name.removeprefix("cosine_").split()[0].split("/")[0], name.split("/")[1]
+    found = []
+    for kind, bits, at in TILE.findall(ttgir):
+        own, lanes = layouts[at]
+        matrix = {"fold": kind == "load", "pick": kind == "store", "add": bits == "16"}
+        side = 1 if layout != "columns" and matrix.get(kernel) and len(own) == 2 else 0
+        lane = own[side] * int(bits) // 8
+        known = len(own) == 2 and kernel != "pick" and "half" not in name  # others are not aligned
+        found.append((lane, lane * lanes[side], SEEN if known else 1))
+    assert len(found) >= 2 or kernel == "place", name
+    return found
 
 
 @pytest.mark.parametrize(("name", "target"), FAST)

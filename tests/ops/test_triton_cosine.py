@@ -41,10 +41,10 @@ PAIRED = [
     for basis in BASES
     for m in (1, 2, 3, 6, 35, 64, 127, 128, 131, 258)
 ]
-"""Alone, with and without a middle; odd, even and prime; a tile of 64 pairs, one more, and two.
+"""Alone, with and without a middle; odd, even and prime; tiles of 32 pairs, whole and not.
 
-128 has a tile of pairs, and one more in a spectrum; 258 has 129 pairs, and 130 of a spectrum: a
-third tile of one pair, and of the middle alone.
+64 and 128 have whole tiles of pairs, and one more in a spectrum; 258 has 129 pairs, and 130 of a
+spectrum: a fifth tile of one pair, and of it and the middle.
 """
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -89,7 +89,7 @@ class TestLengths:
 
     def test_scores(self, basis: str, m: int) -> None:
         """One column; a tile and a tail of one; more than one program adds up, and a tail."""
-        for width, ranking in ((1, "l1"), (33, "l2"), (161, "l1" if m % 2 else "l2")):
+        for width, ranking in ((1, "l1"), (65, "l2"), (161, "l1" if m % 2 else "l2")):
             grad = randn(m, width)
             size = (rows(m, basis) @ grad.double()).abs()
             want = size.sum(1) if ranking == "l1" else size.square().sum(1)
@@ -128,9 +128,9 @@ class TestTransforms:
     def test_layouts_and_formats(self, basis: str, how: str, dtype: torch.dtype, m: int) -> None:
         """Matrices of any strides; coefficients, too, are read wherever they lie."""
         q, index = rows(m, basis), some(m, 20)
-        grad, w = (randn(m, 40, how=how, dtype=dtype) for _ in range(2))
+        grad, w = (randn(m, 70, how=how, dtype=dtype) for _ in range(2))
         spaced = index.repeat_interleave(2)[::2]
-        low = randn(20, 40, how=how)
+        low = randn(20, 70, how=how)
         full = q @ grad.double()
         check(scores(grad, basis), (full.square().sum(1), None), "scores")
         check(project(grad, spaced, basis), (full[index.long()], None), "project")

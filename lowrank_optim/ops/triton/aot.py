@@ -187,11 +187,11 @@ def _cosines() -> Iterator[Variant]:
         mode = _MANY if half else _ONE
         yield _variant(
             f"cosine_fold picked/{name}", kernels.cosine_fold_kernel, 4, **tile, HALF=half,
-            PICKED=True, WIDE=False, xj=1, pointers=given, **mode,
+            DOWN=False, PICKED=True, WIDE=False, xj=1, pointers=given, **mode,
         )  # fmt: skip
         for layout in ("rows", "columns"):
             side = "i" if layout == "columns" else "j"
-            unit: dict[str, Any] = {"x" + side: 1}
+            unit: dict[str, Any] = {"x" + side: 1, "DOWN": side == "i"}
             yield _variant(
                 f"cosine_fold {name}/{layout}", kernels.cosine_fold_kernel, 4, **tile, HALF=half,
                 PICKED=False, WIDE=False, places=None, **unit, **mode,
@@ -199,7 +199,8 @@ def _cosines() -> Iterator[Variant]:
             )  # fmt: skip
             yield _variant(
                 f"cosine_add {name}/{layout}", kernels.cosine_add_kernel, 4, **tile, HALF=half,
-                WIDE=False, SOUND=layout == "rows", **{"w" + side: 1}, pointers=left, **mode,
+                WIDE=False, SOUND=layout == "rows", DOWN=unit["DOWN"], **{"w" + side: 1},
+                pointers=left, **mode,
             )  # fmt: skip
         for l1 in (False, True):
             yield _variant(

@@ -34,9 +34,9 @@ from lowrank_optim.ops.triton.launch import (
 )
 from lowrank_optim.ops.triton.matrices import wide
 
-COLUMNS, PAIRS = 32, 64
-"""Tile: 32 columns are a full line of a row-major float32 matrix, 64 pairs half a KiB of a
-spectrum. With 4 warps a lane has 16 pairs."""
+COLUMNS, PAIRS = 64, 32
+"""Tile: 64 columns are a full line of a row-major bfloat16 matrix, 32 pairs one of folded reals and
+two of a spectrum. With 4 warps a lane has 16 pairs."""
 SPAN = 128
 """Columns that one program of the scores adds up: fixed, so that sums are the same everywhere."""
 PICKED_COLUMNS, PICKED_ROWS = 32, 64
@@ -83,7 +83,8 @@ class _Transform:
         launch(
             cosine_fold_kernel, [xs, places, out.unbind(0)], [], [self.programs(n, half)] * count,
             self.untwiddle, m, n, *xs[0].stride(), 1 / m,
-            HALF=half, PICKED=len(places) > 0, WIDE=wide(2 * PAIRS, xs[0]),
+            HALF=half, DOWN=not places and xs[0].stride(0) == 1,
+            PICKED=len(places) > 0, WIDE=wide(2 * PAIRS, xs[0]),
             BC=COLUMNS, BQ=PAIRS, num_warps=warps(4),
         )  # fmt: skip
         if half:  # its 1 / m is in the turns: torch would pass over the result once more
@@ -195,7 +196,8 @@ def cosine_lift_add_(
                     cosine_add_kernel, lists, [[float_bits(steps[i]) for i in some]],
                     [transform.programs(n, half)] * len(some),
                     transform.twiddle, transform.m, n, *first.stride(), decay,
-                    HALF=half, WIDE=wide(2 * PAIRS, first), SOUND=len(finite) > 0,
+                    HALF=half, DOWN=first.stride(0) == 1,
+                    WIDE=wide(2 * PAIRS, first), SOUND=len(finite) > 0,
                     BC=COLUMNS, BQ=PAIRS, num_warps=warps(4),
                 )  # fmt: skip
 

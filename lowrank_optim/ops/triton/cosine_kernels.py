@@ -9,6 +9,13 @@ Both orders that a transform needs pair rows of the matrix, and a program has bo
 
 So rows that are stored together are read together, no table of places is read, and a spectrum is
 written whole, zeros included: nothing is scattered, and no two programs write one entry.
+
+A warp's lanes have to run along memory, and the compiler lays them so where it sees that addresses
+ascend by one. Where they do not, as for entries m - 1 - q, some versions of it take the first
+dimension of a tile and others the last. So rows of a contiguous matrix are taken backwards, for
+entries that ascend. Where it is the columns that are contiguous (``DOWN``), both rows of folded
+pairs are read as one tile and taken apart in registers, and what descends does so by fours: four
+entries that ascend, which are one access, and then the four before them.
 """
 
 from __future__ import annotations
@@ -18,6 +25,7 @@ import triton.language as tl
 
 from lowrank_optim.ops.triton.coordinate import find
 from lowrank_optim.ops.triton.launch import as_float, locate, number, pointer
+from lowrank_optim.ops.triton.matrices import inside, tile
 
 # ---------------------------------------------------------------- pairs
 
@@ -37,18 +45,67 @@ def pair_of(real, imaginary):
 
 
 @triton.jit
-def rows_at(base, row, step, j0, si, sj, BC: tl.constexpr, BQ: tl.constexpr, WIDE: tl.constexpr):
-    """Addresses (BC, BQ) of rows ``row``, ``row + step``, ... of the columns from j0 on.
+def entries(BC: tl.constexpr, BQ: tl.constexpr):
+    """Numbers, in a tile (BQ, BC), of pairs and of columns."""
+    return tl.arange(0, BQ)[:, None], tl.arange(0, BC)[None, :]
+
+
+@triton.jit
+def descending(end, q):
+    """``end - 1 - q``, by fours: for q of 0 to 3 they are ``end - 4`` to ``end - 1``."""
+    return (end - 4 - q // 4 * 4) + q % 4
+
+
+@triton.jit
+def turned(x, BC: tl.constexpr, BQ: tl.constexpr):
+    """``x (BQ, BC)`` with each four of its rows backwards, as ``descending`` has them."""
+    fours = tl.permute(tl.reshape(x, (BQ // 4, 2, 2, BC)), (0, 3, 1, 2))
+    even, odd = tl.split(fours)
+    first, last = tl.split(tl.permute(tl.join(odd, even), (0, 1, 3, 2)))
+    return tl.reshape(tl.permute(tl.join(last, first), (0, 3, 2, 1)), (BQ, BC))
+
+
+@triton.jit
+def rows_at(base, row, q, j0, si, sj, BC: tl.constexpr, WIDE: tl.constexpr):
+    """Addresses of rows ``row + q`` of ``q (BQ, 1)``, of the BC columns from j0 on.
 
     The corner is 64-bit, offsets from it as in ``matrices.tile``.
     """
-    j = tl.arange(0, BC)
-    q = tl.arange(0, BQ) * step
+    j = tl.arange(0, BC)[None, :]
     if WIDE:
         j = j.to(tl.int64)
         q = q.to(tl.int64)
     corner = base + row.to(tl.int64) * si + j0.to(tl.int64) * sj
-    return corner + (j[:, None] * sj + q[None, :] * si)
+    return corner + (q * si + j * sj)
+
+
+@triton.jit
+def both_rows_at(
+    base, q0, j0, m, si, sj,
+    HALF: tl.constexpr, DOWN: tl.constexpr,
+    BC: tl.constexpr, BQ: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Addresses of the first and of the second rows of pairs, in the order of their entries."""
+    q = tl.arange(0, BQ)[:, None]
+    if HALF:
+        first = rows_at(base, q0, q, j0, si, sj, BC, WIDE)
+        second = rows_at(base, m - q0, descending(1, q) if DOWN else -q, j0, si, sj, BC, WIDE)
+    else:
+        first = rows_at(base, 2 * q0, 2 * q, j0, si, sj, BC, WIDE)
+        second = rows_at(base, 2 * (q0 + BQ) - 1, -2 * q, j0, si, sj, BC, WIDE)
+    return first, second
+
+
+@triton.jit
+def apart(rows, BC: tl.constexpr, BQ: tl.constexpr):
+    """Rows 2q and rows 2q + 1, (BQ, BC) each, of ``rows (2 BQ, BC)``."""
+    return tl.split(tl.permute(tl.reshape(rows, (BQ, 2, BC)), (0, 2, 1)))
+
+
+@triton.jit
+def between(even, odd, BC: tl.constexpr, BQ: tl.constexpr):
+    """The rows that :func:`apart` took apart."""
+    return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 1)), (2 * BQ, BC))
 
 
 @triton.jit
@@ -61,35 +118,53 @@ def corner_of(part, m, HALF: tl.constexpr, BC: tl.constexpr, BQ: tl.constexpr):
 
 
 @triton.jit
-def load_pairs(parts, turn, q, j, m, mask, HALF: tl.constexpr):
-    """Both rows of pairs ``q (BQ,)`` in columns ``j (BC,)``, of what a transform left."""
-    if HALF:
-        at = parts + j.to(tl.int64)[:, None] * (m // 2 + 1) + q[None, :]
-        real, imaginary = parts_of(tl.load(at, mask, 0))
-        cosine, sine = parts_of(tl.load(turn + q, 2 * q <= m, 0))
-        first = real * cosine[None, :] - imaginary * sine[None, :]
-        second = -(real * sine[None, :] + imaginary * cosine[None, :])
-    else:
-        at = parts + j.to(tl.int64)[:, None] * m
-        first = tl.load(at + q[None, :], mask, 0.0)
-        second = tl.load(at + (m - 1 - q)[None, :], mask, 0.0)
-    return first, second
+def firsts(q0, q, m, HALF: tl.constexpr):
+    """Entries of a transform that are first rows of pairs ``q0 + q``, and whether there are.
+
+    Masks compare with a multiple of 8, if m is one of 16, so that four entries have one mask.
+    """
+    first = q0 + q
+    return first, 2 * first <= m if HALF else first < m - m // 2
 
 
 @triton.jit
-def paired(q, m, HALF: tl.constexpr):
-    """Numbers of the rows of each pair, and whether there are such rows; none is named twice."""
-    if HALF:  # 0 is alone, and so is the middle of an even length
-        first = q
-        second = m - q
-        there = 2 * q <= m
-        both = (q > 0) & (2 * q < m)
+def seconds(q0, q, m, HALF: tl.constexpr, DOWN: tl.constexpr, BQ: tl.constexpr):
+    """Those that are second rows; but with ``DOWN`` from the last pair of a program on.
+
+    With it they descend, by fours. No row is named twice: 0 and the middle of an even length are
+    alone in half a spectrum.
+    """
+    if HALF:
+        second = q0 + (q // 4 * 4 + 3 - q % 4 if DOWN else q)
+        both = (second > 0) & (2 * second < m)
     else:
-        first = 2 * q
-        second = 2 * q + 1
-        there = first < m
-        both = second < m
-    return first, second, there, both
+        second = descending(m - q0, q) if DOWN else m - BQ - q0 + q
+        both = second >= m - m // 2
+    return second, both
+
+
+@triton.jit
+def load_pairs(
+    parts, turn, q0, j0, m, n,
+    HALF: tl.constexpr, DOWN: tl.constexpr, BC: tl.constexpr, BQ: tl.constexpr,
+):  # fmt: skip
+    """Both rows of pairs, (BQ, BC) each, of what a transform left."""
+    q, j = entries(BC, BQ)
+    first, there = firsts(q0, q, m, HALF)
+    mask = there & (j0 + j < n)
+    if HALF:
+        at = parts + (j0 + j).to(tl.int64) * (m // 2 + 1)
+        real, imaginary = parts_of(tl.load(at + first, mask, 0))
+        cosine, sine = parts_of(tl.load(turn + first, there, 0))
+        a = real * cosine - imaginary * sine
+        b = -(real * sine + imaginary * cosine)
+    else:
+        at = parts + (j0 + j).to(tl.int64) * m
+        a = tl.load(at + first, mask, 0.0)
+        second, both = seconds(q0, q, m, HALF, DOWN, BQ)
+        b = tl.load(at + second, both & (j0 + j < n), 0.0)
+        b = turned(b, BC, BQ) if DOWN else b
+    return a, b
 
 
 # ---------------------------------------------------------------- kernels
@@ -114,52 +189,53 @@ def cosine_place_kernel(
 def cosine_fold_kernel(
     table, tensors, x, places, out, turn, m, n, xi, xj, weight,
     MANY: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
-    HALF: tl.constexpr, PICKED: tl.constexpr, WIDE: tl.constexpr,
+    HALF: tl.constexpr, DOWN: tl.constexpr, PICKED: tl.constexpr, WIDE: tl.constexpr,
     BC: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
     """Columns of x in the order of an FFT, folded reals or half a spectrum, one after the other.
 
-    Row k of what is transformed is row k of x, or row ``places[k]``, or zeros.
+    Row k of what is transformed is row k of x, or row ``places[k]``, or zeros. ``DOWN`` is for
+    contiguous columns that are not picked.
     """
     t, part = locate(table, tensors, MANY, DEPTH)
     x = pointer(table, tensors, t, 1, x, MANY, ALIGNED)
     out = pointer(table, tensors, t, 3, out, MANY, ALIGNED)
     q0, j0 = corner_of(part, m, HALF, BC, BQ)
-    q = q0 + tl.arange(0, BQ)
-    j = j0 + tl.arange(0, BC)
-    first, second, there, both = paired(q, m, HALF)
+    q, j = entries(BC, BQ)
+    first, there = firsts(q0, q, m, HALF)
+    mask = there & (j0 + j < n)
+    second, both = seconds(q0, q, m, HALF, DOWN, BQ)
     if HALF:  # the middle is a real part and an imaginary one
-        both = (q > 0) & there
-    inside = (j < n)[:, None]
+        both = (second > 0) & (2 * second <= m)
+    mask2 = both & (j0 + j < n)
     if PICKED:
         places = pointer(table, tensors, t, 2, places, MANY, False)
-        i = tl.load(places + first, there, -1)
-        k = tl.load(places + second, both, -1)
-        column = x + j.to(tl.int64)[:, None] * xj
-        a = tl.load(column + i.to(tl.int64)[None, :] * xi, inside & (i >= 0)[None, :], 0.0)
-        b = tl.load(column + k.to(tl.int64)[None, :] * xi, inside & (k >= 0)[None, :], 0.0)
+        i = tl.load(places + (first if HALF else 2 * first), there, -1)
+        lower = m - second if HALF else 2 * (m - second) - 1
+        k = tl.load(places + lower, both, -1)
+        column = x + (j0 + j).to(tl.int64) * xj
+        a = tl.load(column + i.to(tl.int64) * xi, mask & (i >= 0), 0.0)
+        b = tl.load(column + k.to(tl.int64) * xi, mask2 & (k >= 0), 0.0)
+    elif DOWN and not HALF:
+        at = tile(x, 2 * q0, j0, xi, xj, 2 * BQ, BC, WIDE)
+        a, b = apart(tl.load(at, inside(2 * q0, j0, m, n, 2 * BQ, BC), 0.0), BC, BQ)
     else:
-        if HALF:
-            a_at = rows_at(x, q0, 1, j0, xi, xj, BC, BQ, WIDE)
-            b_at = rows_at(x, m - q0, -1, j0, xi, xj, BC, BQ, WIDE)
-        else:
-            a_at = rows_at(x, 2 * q0, 2, j0, xi, xj, BC, BQ, WIDE)
-            b_at = rows_at(x, 2 * q0 + 1, 2, j0, xi, xj, BC, BQ, WIDE)
-        a = tl.load(a_at, inside & there[None, :], 0.0)
-        b = tl.load(b_at, inside & both[None, :], 0.0)
-    a = a.to(tl.float32)
-    b = b.to(tl.float32)
+        a_at, b_at = both_rows_at(x, q0, j0, m, xi, xj, HALF, DOWN, BC, BQ, WIDE)
+        a = tl.load(a_at, mask, 0.0)
+        b = tl.load(b_at, mask2, 0.0)
+    b = turned(b, BC, BQ) if DOWN else b
     if HALF:
-        cosine, sine = parts_of(tl.load(turn + q, there, 0))
-        cosine = (cosine * weight)[None, :]
-        sine = (sine * weight)[None, :]
-        at = out + j.to(tl.int64)[:, None] * (m // 2 + 1) + q[None, :]
-        pair = pair_of(a * cosine + b * sine, a * sine - b * cosine)
-        tl.store(at, pair, inside & there[None, :])
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+        cosine, sine = parts_of(tl.load(turn + first, there, 0))
+        cosine *= weight
+        sine *= weight
+        at = out + (j0 + j).to(tl.int64) * (m // 2 + 1) + first
+        tl.store(at, pair_of(a * cosine + b * sine, a * sine - b * cosine), mask)
     else:
-        at = out + j.to(tl.int64)[:, None] * m
-        tl.store(at + q[None, :], a, inside & there[None, :])
-        tl.store(at + (m - 1 - q)[None, :], b, inside & both[None, :])
+        at = out + (j0 + j).to(tl.int64) * m
+        tl.store(at + first, a.to(tl.float32), mask)
+        tl.store(at + second, b.to(tl.float32), mask2)
 
 
 @triton.jit
@@ -173,18 +249,18 @@ def cosine_score_kernel(
     parts = pointer(table, tensors, t, 1, parts, MANY, ALIGNED)
     out = pointer(table, tensors, t, 2, out, MANY, False)
     q0, j0 = corner_of(part, m, HALF, SPAN, BQ)
-    q = q0 + tl.arange(0, BQ)
-    first, second, there, both = paired(q, m, HALF)
-    above = tl.zeros((BC, BQ), tl.float32)
-    below = tl.zeros((BC, BQ), tl.float32)
+    above = tl.zeros((BQ, BC), tl.float32)
+    below = tl.zeros((BQ, BC), tl.float32)
     for start in tl.static_range(0, SPAN, BC):
-        j = j0 + start + tl.arange(0, BC)
-        a, b = load_pairs(parts, turn, q, j, m, (j < n)[:, None] & there[None, :], HALF)
+        a, b = load_pairs(parts, turn, q0, j0 + start, m, n, HALF, False, BC, BQ)
         above += tl.abs(a) if L1 else a * a
         below += tl.abs(b) if L1 else b * b
+    q = tl.arange(0, BQ)
+    first, there = firsts(q0, q, m, HALF)
+    second, both = seconds(q0, q, m, HALF, False, BQ)
     row = out + (j0 // SPAN).to(tl.int64) * m
-    tl.store(row + first, tl.sum(above, axis=0), there)
-    tl.store(row + second, tl.sum(below, axis=0), both)
+    tl.store(row + (first if HALF else 2 * first), tl.sum(above, axis=1), there)
+    tl.store(row + (m - second if HALF else 2 * (m - second) - 1), tl.sum(below, axis=1), both)
 
 
 @triton.jit
@@ -204,38 +280,42 @@ def cosine_pick_kernel(
     out = pointer(table, tensors, t, 3, out, MANY, False)
     down = tl.cdiv(rank, BR)
     program = part.to(tl.int32)
-    i = program % down * BR + tl.arange(0, BR)
-    j = program // down * BC + tl.arange(0, BC)
-    mask = (j < n)[:, None] & (i < rank)[None, :]
-    k = tl.load(index + i, i < rank, 0)
+    i0 = program % down * BR
+    j0 = program // down * BC
+    entry = tl.arange(0, BC * BR)  # coefficients ascend by no fixed step
+    i = entry % BR
+    j = entry // BR
+    mask = (i0 + i < rank) & (j0 + j < n)
+    k = tl.load(index + i0 + i, i0 + i < rank, 0)
     known = (k >= 0) & (k < m)
     k = tl.where(known, k, 0)
     if HALF:
         later = 2 * k > m
         q = tl.where(later, m - k, k)
-        at = parts + j.to(tl.int64)[:, None] * (m // 2 + 1) + q[None, :]
+        at = parts + (j0 + j).to(tl.int64) * (m // 2 + 1) + q
         real, imaginary = parts_of(tl.load(at, mask, 0))
         cosine, sine = parts_of(tl.load(turn + q))
         # the imaginary part with the other sign, or the real one
-        by_real = tl.where(later, -sine, cosine)[None, :]
-        by_imaginary = tl.where(later, -cosine, -sine)[None, :]
+        by_real = tl.where(later, -sine, cosine)
+        by_imaginary = tl.where(later, -cosine, -sine)
         found = real * by_real + imaginary * by_imaginary
     else:
         q = tl.where(k % 2 == 0, k // 2, m - (k + 1) // 2)
-        found = tl.load(parts + j.to(tl.int64)[:, None] * m + q[None, :], mask, 0.0)
-    at = out + i.to(tl.int64)[None, :] * oi + j[:, None]
-    found = tl.where(known[None, :], found, float("nan"))
-    tl.store(at, found.to(out.dtype.element_ty), mask)
+        found = tl.load(parts + (j0 + j).to(tl.int64) * m + q, mask, 0.0)
+    found = tl.trans(tl.reshape(tl.where(known, found, float("nan")), (BC, BR)))
+    i, j = entries(BC, BR)
+    at = out + (i0 + i).to(tl.int64) * oi + (j0 + j)
+    tl.store(at, found.to(out.dtype.element_ty), (i0 + i < rank) & (j0 + j < n))
 
 
 @triton.jit(do_not_specialize=["step_bits"])
 def cosine_add_kernel(
     table, tensors, w, parts, finite, step_bits, turn, m, n, wi, wj, decay,
     MANY: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
-    HALF: tl.constexpr, WIDE: tl.constexpr, SOUND: tl.constexpr,
+    HALF: tl.constexpr, DOWN: tl.constexpr, WIDE: tl.constexpr, SOUND: tl.constexpr,
     BC: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
-    """``W <- decay W - step X`` of what a transform left of X."""
+    """``W <- decay W - step X`` of what a transform left of X; ``DOWN`` for contiguous columns."""
     t, part = locate(table, tensors, MANY, DEPTH)
     if SOUND:  # noqa: SIM102 (one is decided at compile time)
         if tl.load(pointer(table, tensors, t, 3, finite, MANY, False)) == 0:
@@ -244,20 +324,25 @@ def cosine_add_kernel(
     parts = pointer(table, tensors, t, 2, parts, MANY, ALIGNED)
     step = as_float(number(table, tensors, t, 4, step_bits, MANY))
     q0, j0 = corner_of(part, m, HALF, BC, BQ)
-    q = q0 + tl.arange(0, BQ)
-    j = j0 + tl.arange(0, BC)
-    _, _, there, both = paired(q, m, HALF)
-    inside = (j < n)[:, None]
-    a, b = load_pairs(parts, turn, q, j, m, inside & there[None, :], HALF)
-    if HALF:
-        a_at = rows_at(w, q0, 1, j0, wi, wj, BC, BQ, WIDE)
-        b_at = rows_at(w, m - q0, -1, j0, wi, wj, BC, BQ, WIDE)
+    if DOWN and not HALF:
+        at = tile(w, 2 * q0, j0, wi, wj, 2 * BQ, BC, WIDE)
+        mask = inside(2 * q0, j0, m, n, 2 * BQ, BC)
+        x = tl.load(at, mask, 0.0)
+        a, b = load_pairs(parts, turn, q0, j0, m, n, HALF, DOWN, BC, BQ)
+        x = decay * x.to(tl.float32) - step * between(a, b, BC, BQ)
+        tl.store(at, x.to(w.dtype.element_ty), mask)
     else:
-        a_at = rows_at(w, 2 * q0, 2, j0, wi, wj, BC, BQ, WIDE)
-        b_at = rows_at(w, 2 * q0 + 1, 2, j0, wi, wj, BC, BQ, WIDE)
-    a_mask = inside & there[None, :]
-    b_mask = inside & both[None, :]
-    a = decay * tl.load(a_at, a_mask, 0.0).to(tl.float32) - step * a
-    b = decay * tl.load(b_at, b_mask, 0.0).to(tl.float32) - step * b
-    tl.store(a_at, a.to(w.dtype.element_ty), a_mask)
-    tl.store(b_at, b.to(w.dtype.element_ty), b_mask)
+        a_at, b_at = both_rows_at(w, q0, j0, m, wi, wj, HALF, DOWN, BC, BQ, WIDE)
+        q, j = entries(BC, BQ)
+        _, there = firsts(q0, q, m, HALF)
+        _, both = seconds(q0, q, m, HALF, DOWN, BQ)
+        a_mask = there & (j0 + j < n)
+        b_mask = both & (j0 + j < n)
+        x = tl.load(a_at, a_mask, 0.0)  # all is asked for before any of it is waited for
+        y = tl.load(b_at, b_mask, 0.0)
+        a, b = load_pairs(parts, turn, q0, j0, m, n, HALF, DOWN, BC, BQ)
+        b = turned(b, BC, BQ) if DOWN else b
+        x = decay * x.to(tl.float32) - step * a
+        y = decay * y.to(tl.float32) - step * b
+        tl.store(a_at, x.to(w.dtype.element_ty), a_mask)
+        tl.store(b_at, y.to(w.dtype.element_ty), b_mask)
