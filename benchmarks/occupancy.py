@@ -202,11 +202,13 @@ ROWS = (
     "adamw/one", "adamw rows/one", "lion/one", "moment/one", "adamw 8bit/one", "lion 8bit/one",
     "moment 8bit/one", "quantize/one", "dequantize/one", "stochastic_round/one", "decay/one",
     "count/one", "row_steps/one", "residual_factors/one", "column_norms/rows",
-    "coordinate sign/rows", "lift_scaled bf16/rows", "lift_sign bf16/rows", "lift_scaled fp32/rows",
+    "coordinate sign/rows", "lift_term/rows", "lift_scaled bf16/rows",
+    "lift_scaled bf16 sm_80/rows", "lift_scaled bf16 sm_90/rows", "lift_sign bf16/rows",
+    "lift_sign bf16 sm_80/rows", "lift_sign bf16 sm_90/rows", "lift_scaled fp32/rows",
     "lift_sign fp32/rows", "cosine_place/one", "cosine_fold folded/rows", "cosine_add half/rows",
     "cosine_score l2/folded", "cosine_pick/folded", "top_rows 4096/one", "move_rows 256/one",
 )  # fmt: skip
-"""One variant of each kernel; the notes have the resources of all."""
+"""One variant of each kernel, of lifts each tile; the notes have the resources of all."""
 PLAIN = "sm_89"
 """Where bytes and flops are read: they are of the program, not of a target."""
 
@@ -215,12 +217,15 @@ def row(variant: Variant, targets: Sequence[str] = TARGETS) -> tuple[str, ...]:
     """Cells: bytes and flops an element, widest access, and occupancy on each target."""
     cells, figures = [], ("–", "–", "–")
     for name in targets:
+        if name not in variant.targets:
+            cells.append("–")
+            continue
         target = aot.TARGETS[name]
         compiled = aot.build(variant, target)
         warps = variant.num_warps * 32 // target.warp_size
         found = occupancy(aot.resources(compiled, target), warps, LIMITS[name])
         cells.append(f"{100 * found.share:.0f} % ({found.limit})")
-        if name == PLAIN:
+        if name == PLAIN or PLAIN not in variant.targets:
             seen, count = traffic(compiled.asm["ttir"]), elements(variant)
             if count is not None:
                 each = f"{bytes_each(variant, seen):.4g}", f"{seen.flops / count:.3g}"

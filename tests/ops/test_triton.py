@@ -16,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from lowrank_optim.ops import triton as ops
-from lowrank_optim.ops.triton import lift, matrices
+from lowrank_optim.ops.triton import blocks, lift, matrices
 from tests.compare import assert_close, assert_mostly_close
 from tests.ops.interpreted import INTERPRETED, crossed, unless_interpreted
 from tests.ops.rounding import LAYOUTS, flat_places, positions, rounded
@@ -617,9 +617,51 @@ class TestMatrices:
                 ops.coordinate_add_([x], [g], [index], [term], 1.0, 1.0, 1.0, 1.0, "sign")
             assert x.isnan().nonzero().tolist() == [[3, 4]]
 
-    def test_blocks_are_fixed(self) -> None:
-        """In-place kernels are not autotuned: the choice depends on the format alone."""
-        assert set(lift.BLOCKS) == {(k, f) for k in (1, 2) for f in ("bf16", "fp32")}
+    @pytest.mark.parametrize("dtype", FLOATS)
+    @pytest.mark.parametrize("rank", [32, 33])
+    @pytest.mark.parametrize("part", [64, 32, 16])
+    def test_tiles_that_are_written_in_parts(
+        self, part: int, rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each group of columns meets its own G, W and factors, whatever the tile."""
+        case = ((2,), 40, 150, rank)
+        w, g, p, term, low = self.operands(case, "transposed", dtype)
+        c = torch.rand(2, 1, 150, device=DEVICE)
+        plain = [w.clone(), w.clone()]
+        ops.lift_add_scaled_([plain[0]], [g], [p], [term], [low], [c], 0.9, 0.1, 0.5)
+        ops.lift_add_sign_([plain[1]], [g], [p], [term], [low], 0.9, 0.1, 0.5, 0.3)
+        tile = blocks.Blocks(32, 64, 16, 4, 2, part)
+        monkeypatch.setattr(lift, "choose", lambda *_: tile)
+        parts = [w.clone(), w.clone()]
+        ops.lift_add_scaled_([parts[0]], [g], [p], [term], [low], [c], 0.9, 0.1, 0.5)
+        ops.lift_add_sign_([parts[1]], [g], [p], [term], [low], 0.9, 0.1, 0.5, 0.3)
+        assert_close(parts[0], plain[0], dtype)
+        assert_mostly_close(parts[1], plain[1], dtype, max_error_rate=1e-3)
+
+    def test_an_operand_is_rounded_once(self) -> None:
+        """A basis in bfloat16: ``a N - a R o c`` is rounded after the difference, W is not."""
+        w, g, p, term, low = self.operands(((2,), 9, 50, 8), "plain", torch.bfloat16)
+        w, g = w.float(), g.float()
+        c = torch.rand(2, 1, 50, device=DEVICE)
+        ready = (0.5 * term - 0.5 * low * c).bfloat16()
+        expected = 0.9 * w.double() - 0.1 * (p.double() @ ready.double() + g.double() * c.double())
+        ops.lift_add_scaled_([w], [g], [p], [term], [low], [c], 0.9, 0.1, 0.5)
+        # the interpreter rounds to bfloat16 towards zero
+        assert_close(w, expected, torch.bfloat16 if INTERPRETED else torch.float32)
+
+    def test_blocks_are_fixed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In-place kernels are not autotuned: format, device and size decide."""
+        assert set(blocks.BLOCKS) == {(k, f) for k in (1, 2) for f in ("bf16", "fp32")}
+        assert {key for key, _ in blocks.LARGE} == set(blocks.FAMILIES.values())
+        cpu, large = torch.device("cpu"), blocks.LARGE["sm_90", 1]
+        small = blocks.BLOCKS[1, "bf16"]
+        assert blocks.choose(1, True, cpu, 1, 4096, 4096) == small
+        monkeypatch.setattr(blocks, "family", lambda device: ("sm_90", 132))
+        assert blocks.choose(1, True, cpu, 1, 4096, 4096) == large
+        assert blocks.choose(1, True, cpu, 1, 33 * 128, 4 * 256) == large  # 132 tiles
+        assert blocks.choose(1, True, cpu, 1, 32 * 128, 4 * 256) == small
+        assert blocks.choose(1, True, cpu, 2, 32 * 128, 4 * 256) == large
+        assert blocks.choose(1, False, cpu, 1, 4096, 4096) == blocks.BLOCKS[1, "fp32"]
 
 
 @pytest.mark.gpu

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lowrank_optim.ops.triton import (
+    blocks,
     coordinate,
     cosine,
     direction,
@@ -54,6 +55,8 @@ class Variant(NamedTuple):
     num_warps: int
     num_stages: int
     fusion: bool
+    targets: tuple[str, ...] = tuple(TARGETS)
+    """Where a launcher asks for it."""
 
 
 class Resources(NamedTuple):
@@ -82,7 +85,8 @@ _MANY = {"MANY": True, "DEPTH": 8, "ALIGNED": True}
 
 def _variant(
     name: str, kernel: Any, num_warps: int = WARPS, num_stages: int = 3, *, fusion: bool = False,
-    pointers: dict[str, str] | None = None, **constants: Any,
+    pointers: dict[str, str] | None = None, targets: tuple[str, ...] = tuple(TARGETS),
+    **constants: Any,
 ) -> Variant:  # fmt: skip
     known = {**_POINTERS, **(pointers or {})}
     types = {}
@@ -93,7 +97,7 @@ def _variant(
             types[arg] = known[arg]
         else:
             types[arg] = "fp32" if arg in _NUMBERS else "i32"
-    return Variant(name, kernel, types, constants, num_warps, num_stages, fusion)
+    return Variant(name, kernel, types, constants, num_warps, num_stages, fusion, targets)
 
 
 def _lists() -> Iterator[Variant]:
@@ -157,20 +161,37 @@ def _matrices() -> Iterator[Variant]:
                 FREE=code, PROBES=11, WIDE=False, SOUND=not down, GROUP=8, nj=1, **unit("w", "g"),
                 **(_ONE if down else _MANY),
             )  # fmt: skip
-        for (products, form), b in lift.BLOCKS.items():
+        for products, form, family, b, targets in _lift_blocks():
             name, kernel = (
                 ("lift_scaled", lift.lift_scaled_kernel)
                 if products == 1
                 else ("lift_sign", lift.lift_sign_kernel)
             )
-            own = {"cj": 1} if products == 1 else {}
-            narrow = "*bf16" if form == "bf16" else "*fp32"
+            half = form == "bf16"
+            own: dict[str, Any] = {"cj": 1, "READY": half} if products == 1 else {}
+            own |= {"r_": None} if products == 1 and half else {"rj": 1}
+            narrow = "*bf16" if half else "*fp32"
             yield _variant(
-                f"{name} {form}/{layout}", kernel, b.num_warps, b.num_stages, fusion=True,
-                pointers=dict.fromkeys("wgp", narrow), HALF=form == "bf16", WIDE=False,
-                SOUND=not down, GROUP=lift.BAND, BM=b.BM, BN=b.BN, BR=b.BR, pk=1, nj=1, rj=1,
-                **own, **unit("w", "g"),
+                f"{name} {form}{family}/{layout}", kernel, b.num_warps, b.num_stages, fusion=True,
+                pointers=dict.fromkeys(("w", "g", "p", "n_", "r_"), narrow), HALF=half,
+                EVEN=not down, WIDE=False, SOUND=not down, GROUP=lift.BAND, BM=b.BM, BN=b.BN,
+                BR=b.BR, PART=b.PART, pk=1, nj=1, targets=targets, **own, **unit("w", "g"),
             )  # fmt: skip
+    bm, bn = lift.TERM
+    yield _variant(
+        "lift_term/rows", lift.lift_term_kernel, fusion=True, pointers={"out": "*bf16"},
+        WIDE=False, BM=bm, BN=bn, nj=1, rj=1, cj=1,
+    )  # fmt: skip
+
+
+def _lift_blocks() -> Iterator[tuple[int, str, str, blocks.Blocks, tuple[str, ...]]]:
+    """Products, format, the family that the tile is large for, tile, and its targets."""
+    for (products, form), b in blocks.BLOCKS.items():
+        yield products, form, "", b, tuple(TARGETS)
+    for (family, products), b in blocks.LARGE.items():
+        capabilities = [at for at, name in blocks.FAMILIES.items() if name == family]
+        names = [f"sm_{major}{minor}" for major, minor in capabilities]
+        yield products, "bf16", f" {family}", b, tuple(x for x in names if x in TARGETS)
 
 
 def _cosines() -> Iterator[Variant]:
@@ -276,6 +297,9 @@ def main(names: list[str]) -> None:
     for variant in variants():
         row = []
         for name in names or TARGETS:
+            if name not in variant.targets:
+                row.append("–")
+                continue
             found = resources(build(variant, TARGETS[name]), TARGETS[name])
             row.append(f"{found.registers} / {found.spilled} / {found.shared}")
         print(f"| {variant.name} | {' | '.join(row)} |", flush=True)
