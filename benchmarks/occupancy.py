@@ -99,7 +99,10 @@ def occupancy(found: Resources, warps: int, limits: Multiprocessor | ComputeUnit
 
 
 class Traffic(NamedTuple):
-    """Elements that one program reads and writes of each argument, and flops; no loop is in it."""
+    """Elements that one program reads and writes of each argument, and flops; no loop is in it.
+
+    Single numbers, such as a flag, are left out.
+    """
 
     read: Counter[str]
     written: Counter[str]
@@ -110,7 +113,7 @@ class Traffic(NamedTuple):
 
 _RESULT = re.compile(r"^%([\w#]+)(?::\d+)? = (\S+) %([\w#]+)")
 _FOLLOWS = {"tt.addptr", "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.bitcast"}
-_ACCESS = re.compile(r"(?:tt\.load|tt\.store) %([\w#]+).*: (?:tensor<([\dx]+)x)?!tt\.ptr<(\w+)>")
+_ACCESS = re.compile(r"(?:tt\.load|tt\.store) %([\w#]+).*: tensor<([\dx]+)x!tt\.ptr<(\w+)>")
 _ARITHMETIC = r"arith\.(?:addf|subf|mulf|divf)|tt\.precise_(?:sqrt|divf)|math\.sqrt"
 _FLOPS = re.compile(rf"= (?:{_ARITHMETIC}) .*: tensor<([\dx]+)x")
 _SIZES = {"i8": 1, "i1": 1, "bf16": 2, "f16": 2, "i32": 4, "f32": 4, "i64": 8}
@@ -128,7 +131,7 @@ def traffic(ttir: str) -> Traffic:
             base[result[1]] = base.get(source, source)
         if access := _ACCESS.search(line):
             name = base.get(access[1], access[1])
-            count = math.prod(map(int, access[2].split("x"))) if access[2] else 1
+            count = math.prod(map(int, access[2].split("x")))
             (written if line.startswith("tt.store") else read)[name] += count
             sizes[name] = _SIZES[access[3]]
         if work := _FLOPS.search(line):
@@ -148,7 +151,7 @@ def _outside_loops(ttir: str) -> Iterator[str]:
             open_blocks.append(loop)
 
 
-MAPS = ("signed_map", "unsigned_map", "entries")
+MAPS = ("signed_map", "unsigned_map", "signed_edges", "unsigned_edges", "entries")
 """Tables of 1 KiB that stay in the first cache: what is looked up there crosses no memory."""
 
 
@@ -173,7 +176,7 @@ def elements(variant: Variant) -> int | None:
 def bytes_each(variant: Variant, found: Traffic) -> float | None:
     """Bytes an element that cross memory, gradients counted as float32 where weights are not there.
 
-    Single numbers, such as a flag, are left out, and so are maps.
+    Maps are left out.
     """
     count = elements(variant)
     if count is None:
@@ -181,7 +184,7 @@ def bytes_each(variant: Variant, found: Traffic) -> float | None:
     total = 0
     for way in (found.read, found.written):
         for name, n in way.items():
-            if name not in MAPS and n > 1:
+            if name not in MAPS:
                 total += n * (4 if name == "grad" else found.sizes[name])
     return total / count
 
@@ -222,7 +225,7 @@ def row(variant: Variant, targets: Sequence[str] = TARGETS) -> tuple[str, ...]:
             continue
         target = aot.TARGETS[name]
         compiled = aot.build(variant, target)
-        warps = variant.num_warps * 32 // target.warp_size
+        warps = aot.warps_on(variant, target)
         found = occupancy(aot.resources(compiled, target), warps, LIMITS[name])
         cells.append(f"{100 * found.share:.0f} % ({found.limit})")
         if name == PLAIN or PLAIN not in variant.targets:

@@ -16,7 +16,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from lowrank_optim.ops import triton as ops
-from lowrank_optim.ops.triton import blocks, lift, matrices
+from lowrank_optim.ops.quant import dynamic_map
+from lowrank_optim.ops.triton import blocks, lift, matrices, quantize
 from tests.compare import assert_close, assert_mostly_close
 from tests.ops.interpreted import INTERPRETED, crossed, unless_interpreted
 from tests.ops.rounding import LAYOUTS, flat_places, positions, rounded
@@ -189,8 +190,11 @@ class TestDirections:
 
 def maps() -> tuple[Tensor, Tensor]:
     functional = pytest.importorskip("bitsandbytes.functional")
-    create = functional.create_dynamic_map
-    return create(signed=True).to(DEVICE), create(signed=False).to(DEVICE)
+    device = torch.tensor(0.0, device=DEVICE).device
+    ours = dynamic_map(True, device), dynamic_map(False, device)
+    for table, signed in zip(ours, (True, False), strict=True):
+        assert torch.equal(table.cpu(), functional.create_dynamic_map(signed=signed))
+    return ours
 
 
 def bnb_codes(x: Tensor, table: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -274,6 +278,38 @@ def eight_bit(table: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
 
 class TestEightBit:
     pytestmark = [] if INTERPRETED else MARKS
+
+    @pytest.mark.parametrize("signed", [True, False])
+    def test_codes_by_one_probe_are_those_of_the_search(self, signed: bool) -> None:
+        """About every edge, at the ends, and of random numbers, evenly and over ten decades."""
+        table = dynamic_map(signed, torch.tensor(0.0, device=DEVICE).device)
+        edges = quantize.edges(signed, table.device)
+        assert quantize.form(table) == (1 if signed else 2, edges)
+        assert quantize.form(table.clone())[0] == 0
+        about = edges[:-1].view(torch.int32)[:, None] + torch.arange(-3, 4, device=DEVICE)
+        ends = [0.0, -0.0, 1e-45, -1e-45, 1e-38, -1e-7, 1e-7, 1.0, -1.0, -0.9921875, -0.9921876]
+        drawn = torch.rand(40_000, device=DEVICE) * 2 - 1
+        small = drawn.sign() * 10 ** (-10 * torch.rand(40_000, device=DEVICE))
+        x = torch.cat(
+            [about.int().view(torch.float32).flatten(), torch.tensor(ends, device=DEVICE), drawn,
+             small, -table]
+        )  # fmt: skip
+        x = torch.nn.functional.pad(x.clamp(-1, 1), (0, -len(x) % 4095)).view(-1, 4095)
+        x = torch.nn.functional.pad(x, (1, 0), value=1.0)  # the scale of each block is 1
+        lost = torch.full((3, 4096), float("nan"), device=DEVICE)
+        lost[1:, 1:], lost[1, 0], lost[2, 0] = 1.0, float("inf"), 1e-40
+        found = []
+        for values in (x, lost):
+            for entries in (table, table.clone()):
+                codes = torch.full(values.shape, 77, dtype=torch.uint8, device=DEVICE)
+                scales = torch.zeros(len(values), device=DEVICE)
+                cut = [len(values)], [4096], [4096]
+                ops.quantize_blockwise_([values], [codes], [scales], entries, *cut)
+                found.append((codes, scales))
+        for one, other in (found[:2], found[2:]):
+            assert torch.equal(one[0], other[0])
+            torch.testing.assert_close(one[1], other[1], rtol=0, atol=0, equal_nan=True)
+        assert (found[0][1] == 1).all() and len(found[0][0].unique()) == 256
 
     @pytest.mark.parametrize(
         ("signed", "dtype"),

@@ -58,9 +58,11 @@ that is what is outside its products, with one factor for each column of a tile.
 """
 WIDEST = {
     **dict.fromkeys(("adamw", "adamw rows", "lion", "moment", "stochastic_round"), 16), "decay": 8,
+    **dict.fromkeys(("adamw 8bit", "adamw 8bit rows", "lion 8bit", "moment 8bit"), 16),
+    "quantize": 16, "dequantize": 16,
 }  # fmt: skip
 """Elementwise: four entries of a lane are one access, where no lane has a mask for each; of float32
-but for weights."""
+but for weights. In 8 bits where all blocks are whole."""
 MMA = ("sm_80", "sm_86", "sm_89", "sm_120")  # others have matrix units of their own
 
 
@@ -79,7 +81,15 @@ def check(name: str, target_name: str) -> None:
     assert found.spilled == 0, f"{name} on {target_name} spills {found}"
     assert 0 < found.registers <= REGISTERS[target_name[:2]]
     assert found.shared <= aot.SHARED_LIMIT[target_name], f"{name} on {target_name}: {found}"
-    if target.backend == "cuda" and not name.startswith(FUSED):
+    form = VARIANTS[name].constants.get("FORM", 0)
+    if target.backend == "cuda" and form:
+        # a search of codes is a guess and one exact comparison: only the guess is fused
+        c = VARIANTS[name].constants
+        lane = c["COUNT"] * c["LANES"] // (32 * VARIANTS[name].num_warps)
+        searches = 1 + ("FORM2" in c)
+        fused = re.findall(r"fma\.rn\.f32(x2)?", compiled.asm["ptx"])
+        assert sum(2 if pair else 1 for pair in fused) == 7 * lane * searches
+    elif target.backend == "cuda" and not name.startswith(FUSED):
         # each sum and product is rounded on its own, as in the C++ loops; the fused ones that
         # remain are the refinement steps of the correctly rounded division and square root,
         # which only the assembler writes
@@ -88,7 +98,8 @@ def check(name: str, target_name: str) -> None:
     if wanted is not None and not name.endswith("/many"):  # addresses from a table have no names
         seen = traffic(compiled.asm["ttir"])
         assert elements(VARIANTS[name]) and bytes_each(VARIANTS[name], seen) == wanted, seen
-    if target.backend == "cuda" and name.split("/")[0] in WIDEST:
+    masked = not VARIANTS[name].constants.get("WHOLE", True)
+    if target.backend == "cuda" and name.split("/")[0] in WIDEST and not masked:
         assert widest(compiled.asm["ptx"]) == WIDEST[name.split("/")[0]], name
     product = PRODUCTS.get(" ".join(name.split("/")[0].split(" ")[:2]))
     if product and target_name in MMA:

@@ -71,7 +71,8 @@ _POINTERS = {
     "table": "*i64", "grad": "*bf16", "x": "*fp32", "exp_avg": "*fp32", "exp_avg_sq": "*fp32",
     "moment": "*fp32", "out": "*fp32", "row_eps": "*fp32", "row_scale": "*fp32", "finite": "*u8",
     "codes": "*u8", "codes2": "*u8", "scales": "*fp32", "scales2": "*fp32", "entries": "*fp32",
-    "signed_map": "*fp32", "unsigned_map": "*fp32", "w": "*bf16", "g": "*bf16", "p": "*bf16",
+    "signed_map": "*fp32", "unsigned_map": "*fp32",
+    "signed_edges": "*fp32", "unsigned_edges": "*fp32", "w": "*bf16", "g": "*bf16", "p": "*bf16",
     "n_": "*fp32", "r_": "*fp32", "c": "*fp32", "index": "*i32", "turn": "*i64",
     "places": "*i32", "low": "*fp32", "direction": "*fp32", "norm": "*fp32", "factor": "*fp32",
     "age": "*fp32", "score": "*fp32", "source": "*i32", "usable": "*u8",
@@ -101,13 +102,17 @@ def _variant(
 
 
 def _lists() -> Iterator[Variant]:
-    blocks = {"COUNT": quantize.BLOCKS, "LANES": 256}
     flat = {"BLOCK": ELEMENTS}
     plain = {"row_eps": None, "row_scale": None, "finite": None}
     off = {"ROW_EPS": False, "ROW_SCALE": False, "SOUND": False}
     on = {"ROW_EPS": True, "ROW_SCALE": True, "SOUND": True}
     # sizes of multiples of 16, as most have
     for how, mode in (("one", {**_ONE, "ALIGNED": True}), ("many", _MANY)):
+        cut: dict[str, Any] = {
+            "num_warps": quantize.WARPS, "COUNT": quantize.BLOCKS, "LANES": 256,
+            "WHOLE": how == "one",
+        }  # fmt: skip
+        known = {"FORM": 1, "FORM2": 2}
         yield _variant(f"adamw/{how}", direction.adamw_kernel, **mode, **flat, **plain, **off)
         yield _variant(f"adamw rows/{how}", direction.adamw_kernel, **mode, **flat, **on)
         for lion, name in ((True, "lion"), (False, "moment")):
@@ -116,14 +121,15 @@ def _lists() -> Iterator[Variant]:
             )
             yield _variant(
                 f"{name} 8bit/{how}", direction8.moment8_kernel,
-                **mode, **blocks, LION=lion, SOUND=True,
+                **mode, **cut, LION=lion, SOUND=True, FORM=1,
             )  # fmt: skip
-        yield _variant(
-            f"adamw 8bit/{how}", direction8.adamw8_kernel, **mode, **blocks, **plain, **off
-        )
-        yield _variant(f"adamw 8bit rows/{how}", direction8.adamw8_kernel, **mode, **blocks, **on)
-        yield _variant(f"quantize/{how}", quantize.quantize_kernel, **mode, **blocks)
-        yield _variant(f"dequantize/{how}", quantize.dequantize_kernel, **mode, **blocks)
+        for name, eight in (("adamw 8bit", {**plain, **off}), ("adamw 8bit rows", on)):
+            yield _variant(
+                f"{name}/{how}", direction8.adamw8_kernel, **mode, **cut, **eight, **known
+            )
+        yield _variant(f"quantize/{how}", quantize.quantize_kernel, **mode, **cut, FORM=1)
+        yield _variant(f"quantize any/{how}", quantize.quantize_kernel, **mode, **cut, FORM=0)
+        yield _variant(f"dequantize/{how}", quantize.dequantize_kernel, **mode, **cut)
         yield _variant(
             f"stochastic_round/{how}", rounding.stochastic_round_kernel, **mode, **flat,
             pointers={"out": "*bf16"},
@@ -252,6 +258,11 @@ def variants() -> list[Variant]:
     return [*_lists(), *_matrices(), *_cosines(), *_rows()]
 
 
+def warps_on(variant: Variant, target: GPUTarget) -> int:
+    """Warps of a program, as `launch.warps` has them."""
+    return int(max(1, variant.num_warps * 32 // target.warp_size))
+
+
 def build(variant: Variant, target: GPUTarget) -> Any:
     """Compile to a binary of ``target``; pointers and 32-bit numbers are taken as aligned to 16."""
     names = variant.kernel.arg_names
@@ -263,7 +274,7 @@ def build(variant: Variant, target: GPUTarget) -> Any:
     }
     source = ASTSource(variant.kernel, variant.types, constexprs=variant.constants, attrs=attrs)
     options = {
-        "num_warps": variant.num_warps * 32 // target.warp_size,
+        "num_warps": warps_on(variant, target),
         "num_stages": variant.num_stages,
         "enable_fp_fusion": variant.fusion,
     }
