@@ -99,7 +99,10 @@ def occupancy(found: Resources, warps: int, limits: Multiprocessor | ComputeUnit
 
 
 class Traffic(NamedTuple):
-    """Elements that one program reads and writes of each argument, and flops; no loop is in it."""
+    """Elements that one program reads and writes of each argument, and flops; no loop is in it.
+
+    Single numbers, such as a flag, are left out.
+    """
 
     read: Counter[str]
     written: Counter[str]
@@ -110,7 +113,7 @@ class Traffic(NamedTuple):
 
 _RESULT = re.compile(r"^%([\w#]+)(?::\d+)? = (\S+) %([\w#]+)")
 _FOLLOWS = {"tt.addptr", "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.bitcast"}
-_ACCESS = re.compile(r"(?:tt\.load|tt\.store) %([\w#]+).*: (?:tensor<([\dx]+)x)?!tt\.ptr<(\w+)>")
+_ACCESS = re.compile(r"(?:tt\.load|tt\.store) %([\w#]+).*: tensor<([\dx]+)x!tt\.ptr<(\w+)>")
 _ARITHMETIC = r"arith\.(?:addf|subf|mulf|divf)|tt\.precise_(?:sqrt|divf)|math\.sqrt"
 _FLOPS = re.compile(rf"= (?:{_ARITHMETIC}) .*: tensor<([\dx]+)x")
 _SIZES = {"i8": 1, "i1": 1, "bf16": 2, "f16": 2, "i32": 4, "f32": 4, "i64": 8}
@@ -128,7 +131,7 @@ def traffic(ttir: str) -> Traffic:
             base[result[1]] = base.get(source, source)
         if access := _ACCESS.search(line):
             name = base.get(access[1], access[1])
-            count = math.prod(map(int, access[2].split("x"))) if access[2] else 1
+            count = math.prod(map(int, access[2].split("x")))
             (written if line.startswith("tt.store") else read)[name] += count
             sizes[name] = _SIZES[access[3]]
         if work := _FLOPS.search(line):
@@ -148,7 +151,7 @@ def _outside_loops(ttir: str) -> Iterator[str]:
             open_blocks.append(loop)
 
 
-MAPS = ("signed_map", "unsigned_map", "entries")
+MAPS = ("signed_map", "unsigned_map", "signed_edges", "unsigned_edges", "entries")
 """Tables of 1 KiB that stay in the first cache: what is looked up there crosses no memory."""
 
 
@@ -173,7 +176,7 @@ def elements(variant: Variant) -> int | None:
 def bytes_each(variant: Variant, found: Traffic) -> float | None:
     """Bytes an element that cross memory, gradients counted as float32 where weights are not there.
 
-    Single numbers, such as a flag, are left out, and so are maps.
+    Maps are left out.
     """
     count = elements(variant)
     if count is None:
@@ -181,7 +184,7 @@ def bytes_each(variant: Variant, found: Traffic) -> float | None:
     total = 0
     for way in (found.read, found.written):
         for name, n in way.items():
-            if name not in MAPS and n > 1:
+            if name not in MAPS:
                 total += n * (4 if name == "grad" else found.sizes[name])
     return total / count
 
@@ -202,11 +205,13 @@ ROWS = (
     "adamw/one", "adamw rows/one", "lion/one", "moment/one", "adamw 8bit/one", "lion 8bit/one",
     "moment 8bit/one", "quantize/one", "dequantize/one", "stochastic_round/one", "decay/one",
     "count/one", "row_steps/one", "residual_factors/one", "column_norms/rows",
-    "coordinate sign/rows", "lift_scaled bf16/rows", "lift_sign bf16/rows", "lift_scaled fp32/rows",
+    "coordinate sign/rows", "lift_term/rows", "lift_scaled bf16/rows",
+    "lift_scaled bf16 sm_80/rows", "lift_scaled bf16 sm_90/rows", "lift_sign bf16/rows",
+    "lift_sign bf16 sm_80/rows", "lift_sign bf16 sm_90/rows", "lift_scaled fp32/rows",
     "lift_sign fp32/rows", "cosine_place/one", "cosine_fold folded/rows", "cosine_add half/rows",
     "cosine_score l2/folded", "cosine_pick/folded", "top_rows 4096/one", "move_rows 256/one",
 )  # fmt: skip
-"""One variant of each kernel; the notes have the resources of all."""
+"""One variant of each kernel, of lifts each tile; the notes have the resources of all."""
 PLAIN = "sm_89"
 """Where bytes and flops are read: they are of the program, not of a target."""
 
@@ -215,12 +220,15 @@ def row(variant: Variant, targets: Sequence[str] = TARGETS) -> tuple[str, ...]:
     """Cells: bytes and flops an element, widest access, and occupancy on each target."""
     cells, figures = [], ("–", "–", "–")
     for name in targets:
+        if name not in variant.targets:
+            cells.append("–")
+            continue
         target = aot.TARGETS[name]
         compiled = aot.build(variant, target)
-        warps = variant.num_warps * 32 // target.warp_size
+        warps = aot.warps_on(variant, target)
         found = occupancy(aot.resources(compiled, target), warps, LIMITS[name])
         cells.append(f"{100 * found.share:.0f} % ({found.limit})")
-        if name == PLAIN:
+        if name == PLAIN or PLAIN not in variant.targets:
             seen, count = traffic(compiled.asm["ttir"]), elements(variant)
             if count is not None:
                 each = f"{bytes_each(variant, seen):.4g}", f"{seen.flops / count:.3g}"

@@ -16,7 +16,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from lowrank_optim.ops import triton as ops
-from lowrank_optim.ops.triton import lift, matrices
+from lowrank_optim.ops.quant import dynamic_map
+from lowrank_optim.ops.triton import blocks, lift, matrices, quantize
 from tests.compare import assert_close, assert_mostly_close
 from tests.ops.interpreted import INTERPRETED, crossed, unless_interpreted
 from tests.ops.rounding import LAYOUTS, flat_places, positions, rounded
@@ -189,8 +190,11 @@ class TestDirections:
 
 def maps() -> tuple[Tensor, Tensor]:
     functional = pytest.importorskip("bitsandbytes.functional")
-    create = functional.create_dynamic_map
-    return create(signed=True).to(DEVICE), create(signed=False).to(DEVICE)
+    device = torch.tensor(0.0, device=DEVICE).device
+    ours = dynamic_map(True, device), dynamic_map(False, device)
+    for table, signed in zip(ours, (True, False), strict=True):
+        assert torch.equal(table.cpu(), functional.create_dynamic_map(signed=signed))
+    return ours
 
 
 def bnb_codes(x: Tensor, table: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -274,6 +278,38 @@ def eight_bit(table: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
 
 class TestEightBit:
     pytestmark = [] if INTERPRETED else MARKS
+
+    @pytest.mark.parametrize("signed", [True, False])
+    def test_codes_by_one_probe_are_those_of_the_search(self, signed: bool) -> None:
+        """About every edge, at the ends, and of random numbers, evenly and over ten decades."""
+        table = dynamic_map(signed, torch.tensor(0.0, device=DEVICE).device)
+        edges = quantize.edges(signed, table.device)
+        assert quantize.form(table) == (1 if signed else 2, edges)
+        assert quantize.form(table.clone())[0] == 0
+        about = edges[:-1].view(torch.int32)[:, None] + torch.arange(-3, 4, device=DEVICE)
+        ends = [0.0, -0.0, 1e-45, -1e-45, 1e-38, -1e-7, 1e-7, 1.0, -1.0, -0.9921875, -0.9921876]
+        drawn = torch.rand(40_000, device=DEVICE) * 2 - 1
+        small = drawn.sign() * 10 ** (-10 * torch.rand(40_000, device=DEVICE))
+        x = torch.cat(
+            [about.int().view(torch.float32).flatten(), torch.tensor(ends, device=DEVICE), drawn,
+             small, -table]
+        )  # fmt: skip
+        x = torch.nn.functional.pad(x.clamp(-1, 1), (0, -len(x) % 4095)).view(-1, 4095)
+        x = torch.nn.functional.pad(x, (1, 0), value=1.0)  # the scale of each block is 1
+        lost = torch.full((3, 4096), float("nan"), device=DEVICE)
+        lost[1:, 1:], lost[1, 0], lost[2, 0] = 1.0, float("inf"), 1e-40
+        found = []
+        for values in (x, lost):
+            for entries in (table, table.clone()):
+                codes = torch.full(values.shape, 77, dtype=torch.uint8, device=DEVICE)
+                scales = torch.zeros(len(values), device=DEVICE)
+                cut = [len(values)], [4096], [4096]
+                ops.quantize_blockwise_([values], [codes], [scales], entries, *cut)
+                found.append((codes, scales))
+        for one, other in (found[:2], found[2:]):
+            assert torch.equal(one[0], other[0])
+            torch.testing.assert_close(one[1], other[1], rtol=0, atol=0, equal_nan=True)
+        assert (found[0][1] == 1).all() and len(found[0][0].unique()) == 256
 
     @pytest.mark.parametrize(
         ("signed", "dtype"),
@@ -621,9 +657,51 @@ class TestMatrices:
                 ops.coordinate_add_([x], [g], [index], [term], 1.0, 1.0, 1.0, 1.0, "sign")
             assert x.isnan().nonzero().tolist() == [[3, 4]]
 
-    def test_blocks_are_fixed(self) -> None:
-        """In-place kernels are not autotuned: the choice depends on the format alone."""
-        assert set(lift.BLOCKS) == {(k, f) for k in (1, 2) for f in ("bf16", "fp32")}
+    @pytest.mark.parametrize("dtype", FLOATS)
+    @pytest.mark.parametrize("rank", [32, 33])
+    @pytest.mark.parametrize("part", [64, 32, 16])
+    def test_tiles_that_are_written_in_parts(
+        self, part: int, rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each group of columns meets its own G, W and factors, whatever the tile."""
+        case = ((2,), 40, 150, rank)
+        w, g, p, term, low = self.operands(case, "transposed", dtype)
+        c = torch.rand(2, 1, 150, device=DEVICE)
+        plain = [w.clone(), w.clone()]
+        ops.lift_add_scaled_([plain[0]], [g], [p], [term], [low], [c], 0.9, 0.1, 0.5)
+        ops.lift_add_sign_([plain[1]], [g], [p], [term], [low], 0.9, 0.1, 0.5, 0.3)
+        tile = blocks.Blocks(32, 64, 16, 4, 2, part)
+        monkeypatch.setattr(lift, "choose", lambda *_: tile)
+        parts = [w.clone(), w.clone()]
+        ops.lift_add_scaled_([parts[0]], [g], [p], [term], [low], [c], 0.9, 0.1, 0.5)
+        ops.lift_add_sign_([parts[1]], [g], [p], [term], [low], 0.9, 0.1, 0.5, 0.3)
+        assert_close(parts[0], plain[0], dtype)
+        assert_mostly_close(parts[1], plain[1], dtype, max_error_rate=1e-3)
+
+    def test_an_operand_is_rounded_once(self) -> None:
+        """A basis in bfloat16: ``a N - a R o c`` is rounded after the difference, W is not."""
+        w, g, p, term, low = self.operands(((2,), 9, 50, 8), "plain", torch.bfloat16)
+        w, g = w.float(), g.float()
+        c = torch.rand(2, 1, 50, device=DEVICE)
+        ready = (0.5 * term - 0.5 * low * c).bfloat16()
+        expected = 0.9 * w.double() - 0.1 * (p.double() @ ready.double() + g.double() * c.double())
+        ops.lift_add_scaled_([w], [g], [p], [term], [low], [c], 0.9, 0.1, 0.5)
+        # the interpreter rounds to bfloat16 towards zero
+        assert_close(w, expected, torch.bfloat16 if INTERPRETED else torch.float32)
+
+    def test_blocks_are_fixed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In-place kernels are not autotuned: format, device and size decide."""
+        assert set(blocks.BLOCKS) == {(k, f) for k in (1, 2) for f in ("bf16", "fp32")}
+        assert {key for key, _ in blocks.LARGE} == set(blocks.FAMILIES.values())
+        cpu, large = torch.device("cpu"), blocks.LARGE["sm_90", 1]
+        small = blocks.BLOCKS[1, "bf16"]
+        assert blocks.choose(1, True, cpu, 1, 4096, 4096) == small
+        monkeypatch.setattr(blocks, "family", lambda device: ("sm_90", 132))
+        assert blocks.choose(1, True, cpu, 1, 4096, 4096) == large
+        assert blocks.choose(1, True, cpu, 1, 33 * 128, 4 * 256) == large  # 132 tiles
+        assert blocks.choose(1, True, cpu, 1, 32 * 128, 4 * 256) == small
+        assert blocks.choose(1, True, cpu, 2, 32 * 128, 4 * 256) == large
+        assert blocks.choose(1, False, cpu, 1, 4096, 4096) == blocks.BLOCKS[1, "fp32"]
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,14 +27,17 @@ NVIDIA, AMD = ("sm_80", "sm_120"), "gfx942"  # the oldest and the newest, least 
 FIRST = {v.kernel.__name__: v.name for v in reversed(VARIANTS.values())}
 FAST = [(name, AMD) for name in FIRST.values()]
 LAST = {v.kernel.__name__: v.name for v in VARIANTS.values() if not v.name.endswith("/columns")}
-FAST += [(name, NVIDIA[i % 2]) for i, name in enumerate(LAST.values())]
+FAST += [
+    (name, NVIDIA[i % 2] if NVIDIA[i % 2] in VARIANTS[name].targets else VARIANTS[name].targets[0])
+    for i, name in enumerate(LAST.values())
+]
 """Every kernel for both vendors: its first variant on AMD's target, its last on NVIDIA's in turn.
 
 Columns are rows with the strides exchanged.
 """
 FAST += [(f"cosine_{kind} folded/{x}", "sm_80") for kind in ("fold", "add")
          for x in ("rows", "columns")]  # fmt: skip
-SLOW = [(name, x) for x in aot.TARGETS for name in VARIANTS if (name, x) not in FAST]
+SLOW = [(name, x) for name, v in VARIANTS.items() for x in v.targets if (name, x) not in FAST]
 REGISTERS = {"sm": 255, "gf": 512}  # addressable by one thread
 FUSED = ("lift", "column_norms", "row_steps")  # the last by the exponential of float64
 HALVES = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
@@ -48,6 +52,7 @@ BYTES = {
     "row_steps": 12,
     "lift_sign bf16": 3 * 2, "lift_sign fp32": 3 * 4,
     "lift_scaled bf16": 3 * 2 + 4 / 128, "lift_scaled fp32": 3 * 4 + 4 / 64,
+    "lift_term": 4 + 4 + 2 + 4 / 32,
 }  # fmt: skip
 """Bytes an element that docs/kernels.md has as the floor: nothing is read or written twice.
 
@@ -56,9 +61,11 @@ that is what is outside its products, with one factor for each column of a tile.
 """
 WIDEST = {
     **dict.fromkeys(("adamw", "adamw rows", "lion", "moment", "stochastic_round"), 16), "decay": 8,
+    **dict.fromkeys(("adamw 8bit", "adamw 8bit rows", "lion 8bit", "moment 8bit"), 16),
+    "quantize": 16, "dequantize": 16,
 }  # fmt: skip
 """Elementwise: four entries of a lane are one access, where no lane has a mask for each; of float32
-but for weights."""
+but for weights. In 8 bits where all blocks are whole."""
 RUN = 64
 """Bytes, two sectors of memory, that the lanes of a warp have to read or write side by side."""
 SEEN = 8
@@ -82,7 +89,15 @@ def check(name: str, target_name: str) -> None:
     assert found.spilled == 0, f"{name} on {target_name} spills {found}"
     assert 0 < found.registers <= REGISTERS[target_name[:2]]
     assert found.shared <= aot.SHARED_LIMIT[target_name], f"{name} on {target_name}: {found}"
-    if target.backend == "cuda" and not name.startswith(FUSED):
+    form = VARIANTS[name].constants.get("FORM", 0)
+    if target.backend == "cuda" and form:
+        # a search of codes is a guess and one exact comparison: only the guess is fused
+        c = VARIANTS[name].constants
+        lane = c["COUNT"] * c["LANES"] // (32 * VARIANTS[name].num_warps)
+        searches = 1 + ("FORM2" in c)
+        fused = re.findall(r"fma\.rn\.f32(x2)?", compiled.asm["ptx"])
+        assert sum(2 if pair else 1 for pair in fused) == 7 * lane * searches
+    elif target.backend == "cuda" and not name.startswith(FUSED):
         # each sum and product is rounded on its own, as in the C++ loops; the fused ones that
         # remain are the refinement steps of the correctly rounded division and square root,
         # which only the assembler writes
@@ -91,15 +106,34 @@ def check(name: str, target_name: str) -> None:
     if wanted is not None and not name.endswith("/many"):  # addresses from a table have no names
         seen = traffic(compiled.asm["ttir"])
         assert elements(VARIANTS[name]) and bytes_each(VARIANTS[name], seen) == wanted, seen
-    if target.backend == "cuda" and name.split("/")[0] in WIDEST:
+    masked = not VARIANTS[name].constants.get("WHOLE", True)
+    if target.backend == "cuda" and name.split("/")[0] in WIDEST and not masked:
         assert widest(compiled.asm["ptx"]) == WIDEST[name.split("/")[0]], name
     if name.startswith("cosine_"):
         found_runs = runs(name, compiled.asm["ttgir"])
         assert all(warp >= RUN and lane >= seen for lane, warp, seen in found_runs), found_runs
-    product = PRODUCTS.get(name.split("/")[0])
+    product = PRODUCTS.get(" ".join(name.split("/")[0].split(" ")[:2]))
     if product and target_name in MMA:
         assert product in compiled.asm["ptx"], name
         assert "tf32" not in compiled.asm["ptx"]
+    if "bf16 sm_" in name:
+        check_pipeline(compiled, target_name)
+
+
+def check_pipeline(compiled: Any, target_name: str) -> None:
+    """Operands go from memory to the matrix units, asynchronously, and nothing is computed of them.
+
+    A product that waits for its own operand to be rounded ran at a fifth of an H200's rate.
+    """
+    text = compiled.asm["ttgir"]
+    loop = text[text.index("scf.for") : text.index("scf.yield")]
+    assert "tt.load" not in loop
+    assert "async_copy_global_to_local" in loop
+    assert {*re.findall(r"contiguity = (\d+)", loop)} <= {"8"}, "copies of 16 bytes"
+    assert not re.search(r"arith\.\w+f |local_store|local_alloc", loop), "arithmetic on operands"
+    if target_name == "sm_90":
+        assert re.search(r"wgmma\.mma_async\S+\.m64n(128|256)k16", compiled.asm["ptx"])
+        assert min(map(int, re.findall(r"pendings = (\d)", loop))) > 0, "waits for each product"
 
 
 BLOCKED = re.compile(r"^(#\w+) = .*sizePerThread = (\[.*?\]), threadsPerWarp = (\[.*?\])", re.M)

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lowrank_optim.ops.triton import (
+    blocks,
     coordinate,
     cosine,
     direction,
@@ -54,6 +55,8 @@ class Variant(NamedTuple):
     num_warps: int
     num_stages: int
     fusion: bool
+    targets: tuple[str, ...] = tuple(TARGETS)
+    """Where a launcher asks for it."""
 
 
 class Resources(NamedTuple):
@@ -68,7 +71,8 @@ _POINTERS = {
     "table": "*i64", "grad": "*bf16", "x": "*fp32", "exp_avg": "*fp32", "exp_avg_sq": "*fp32",
     "moment": "*fp32", "out": "*fp32", "row_eps": "*fp32", "row_scale": "*fp32", "finite": "*u8",
     "codes": "*u8", "codes2": "*u8", "scales": "*fp32", "scales2": "*fp32", "entries": "*fp32",
-    "signed_map": "*fp32", "unsigned_map": "*fp32", "w": "*bf16", "g": "*bf16", "p": "*bf16",
+    "signed_map": "*fp32", "unsigned_map": "*fp32",
+    "signed_edges": "*fp32", "unsigned_edges": "*fp32", "w": "*bf16", "g": "*bf16", "p": "*bf16",
     "n_": "*fp32", "r_": "*fp32", "c": "*fp32", "index": "*i32", "turn": "*i64",
     "places": "*i32", "low": "*fp32", "direction": "*fp32", "norm": "*fp32", "factor": "*fp32",
     "age": "*fp32", "score": "*fp32", "source": "*i32", "usable": "*u8",
@@ -82,7 +86,8 @@ _MANY = {"MANY": True, "DEPTH": 8, "ALIGNED": True}
 
 def _variant(
     name: str, kernel: Any, num_warps: int = WARPS, num_stages: int = 3, *, fusion: bool = False,
-    pointers: dict[str, str] | None = None, **constants: Any,
+    pointers: dict[str, str] | None = None, targets: tuple[str, ...] = tuple(TARGETS),
+    **constants: Any,
 ) -> Variant:  # fmt: skip
     known = {**_POINTERS, **(pointers or {})}
     types = {}
@@ -93,17 +98,21 @@ def _variant(
             types[arg] = known[arg]
         else:
             types[arg] = "fp32" if arg in _NUMBERS else "i32"
-    return Variant(name, kernel, types, constants, num_warps, num_stages, fusion)
+    return Variant(name, kernel, types, constants, num_warps, num_stages, fusion, targets)
 
 
 def _lists() -> Iterator[Variant]:
-    blocks = {"COUNT": quantize.BLOCKS, "LANES": 256}
     flat = {"BLOCK": ELEMENTS}
     plain = {"row_eps": None, "row_scale": None, "finite": None}
     off = {"ROW_EPS": False, "ROW_SCALE": False, "SOUND": False}
     on = {"ROW_EPS": True, "ROW_SCALE": True, "SOUND": True}
     # sizes of multiples of 16, as most have
     for how, mode in (("one", {**_ONE, "ALIGNED": True}), ("many", _MANY)):
+        cut: dict[str, Any] = {
+            "num_warps": quantize.WARPS, "COUNT": quantize.BLOCKS, "LANES": 256,
+            "WHOLE": how == "one",
+        }  # fmt: skip
+        known = {"FORM": 1, "FORM2": 2}
         yield _variant(f"adamw/{how}", direction.adamw_kernel, **mode, **flat, **plain, **off)
         yield _variant(f"adamw rows/{how}", direction.adamw_kernel, **mode, **flat, **on)
         for lion, name in ((True, "lion"), (False, "moment")):
@@ -112,14 +121,15 @@ def _lists() -> Iterator[Variant]:
             )
             yield _variant(
                 f"{name} 8bit/{how}", direction8.moment8_kernel,
-                **mode, **blocks, LION=lion, SOUND=True,
+                **mode, **cut, LION=lion, SOUND=True, FORM=1,
             )  # fmt: skip
-        yield _variant(
-            f"adamw 8bit/{how}", direction8.adamw8_kernel, **mode, **blocks, **plain, **off
-        )
-        yield _variant(f"adamw 8bit rows/{how}", direction8.adamw8_kernel, **mode, **blocks, **on)
-        yield _variant(f"quantize/{how}", quantize.quantize_kernel, **mode, **blocks)
-        yield _variant(f"dequantize/{how}", quantize.dequantize_kernel, **mode, **blocks)
+        for name, eight in (("adamw 8bit", {**plain, **off}), ("adamw 8bit rows", on)):
+            yield _variant(
+                f"{name}/{how}", direction8.adamw8_kernel, **mode, **cut, **eight, **known
+            )
+        yield _variant(f"quantize/{how}", quantize.quantize_kernel, **mode, **cut, FORM=1)
+        yield _variant(f"quantize any/{how}", quantize.quantize_kernel, **mode, **cut, FORM=0)
+        yield _variant(f"dequantize/{how}", quantize.dequantize_kernel, **mode, **cut)
         yield _variant(
             f"stochastic_round/{how}", rounding.stochastic_round_kernel, **mode, **flat,
             pointers={"out": "*bf16"},
@@ -157,20 +167,37 @@ def _matrices() -> Iterator[Variant]:
                 FREE=code, PROBES=11, WIDE=False, SOUND=not down, GROUP=8, nj=1, **unit("w", "g"),
                 **(_ONE if down else _MANY),
             )  # fmt: skip
-        for (products, form), b in lift.BLOCKS.items():
+        for products, form, family, b, targets in _lift_blocks():
             name, kernel = (
                 ("lift_scaled", lift.lift_scaled_kernel)
                 if products == 1
                 else ("lift_sign", lift.lift_sign_kernel)
             )
-            own = {"cj": 1} if products == 1 else {}
-            narrow = "*bf16" if form == "bf16" else "*fp32"
+            half = form == "bf16"
+            own: dict[str, Any] = {"cj": 1, "READY": half} if products == 1 else {}
+            own |= {"r_": None} if products == 1 and half else {"rj": 1}
+            narrow = "*bf16" if half else "*fp32"
             yield _variant(
-                f"{name} {form}/{layout}", kernel, b.num_warps, b.num_stages, fusion=True,
-                pointers=dict.fromkeys("wgp", narrow), HALF=form == "bf16", WIDE=False,
-                SOUND=not down, GROUP=lift.BAND, BM=b.BM, BN=b.BN, BR=b.BR, pk=1, nj=1, rj=1,
-                **own, **unit("w", "g"),
+                f"{name} {form}{family}/{layout}", kernel, b.num_warps, b.num_stages, fusion=True,
+                pointers=dict.fromkeys(("w", "g", "p", "n_", "r_"), narrow), HALF=half,
+                EVEN=not down, WIDE=False, SOUND=not down, GROUP=lift.BAND, BM=b.BM, BN=b.BN,
+                BR=b.BR, PART=b.PART, pk=1, nj=1, targets=targets, **own, **unit("w", "g"),
             )  # fmt: skip
+    bm, bn = lift.TERM
+    yield _variant(
+        "lift_term/rows", lift.lift_term_kernel, fusion=True, pointers={"out": "*bf16"},
+        WIDE=False, BM=bm, BN=bn, nj=1, rj=1, cj=1,
+    )  # fmt: skip
+
+
+def _lift_blocks() -> Iterator[tuple[int, str, str, blocks.Blocks, tuple[str, ...]]]:
+    """Products, format, the family that the tile is large for, tile, and its targets."""
+    for (products, form), b in blocks.BLOCKS.items():
+        yield products, form, "", b, tuple(TARGETS)
+    for (family, products), b in blocks.LARGE.items():
+        capabilities = [at for at, name in blocks.FAMILIES.items() if name == family]
+        names = [f"sm_{major}{minor}" for major, minor in capabilities]
+        yield products, "bf16", f" {family}", b, tuple(x for x in names if x in TARGETS)
 
 
 def _cosines() -> Iterator[Variant]:
@@ -232,6 +259,11 @@ def variants() -> list[Variant]:
     return [*_lists(), *_matrices(), *_cosines(), *_rows()]
 
 
+def warps_on(variant: Variant, target: GPUTarget) -> int:
+    """Warps of a program, as `launch.warps` has them."""
+    return int(max(1, variant.num_warps * 32 // target.warp_size))
+
+
 def build(variant: Variant, target: GPUTarget) -> Any:
     """Compile to a binary of ``target``; pointers and 32-bit numbers are taken as aligned to 16."""
     names = variant.kernel.arg_names
@@ -243,7 +275,7 @@ def build(variant: Variant, target: GPUTarget) -> Any:
     }
     source = ASTSource(variant.kernel, variant.types, constexprs=variant.constants, attrs=attrs)
     options = {
-        "num_warps": variant.num_warps * 32 // target.warp_size,
+        "num_warps": warps_on(variant, target),
         "num_stages": variant.num_stages,
         "enable_fp_fusion": variant.fusion,
     }
@@ -277,6 +309,9 @@ def main(names: list[str]) -> None:
     for variant in variants():
         row = []
         for name in names or TARGETS:
+            if name not in variant.targets:
+                row.append("–")
+                continue
             found = resources(build(variant, TARGETS[name]), TARGETS[name])
             row.append(f"{found.registers} / {found.spilled} / {found.shared}")
         print(f"| {variant.name} | {' | '.join(row)} |", flush=True)

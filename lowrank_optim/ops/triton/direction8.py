@@ -18,7 +18,6 @@ from lowrank_optim.ops.triton.elements import (
 from lowrank_optim.ops.triton.launch import (
     as_float,
     float_bits,
-    groups,
     launch,
     locate,
     number,
@@ -26,16 +25,18 @@ from lowrank_optim.ops.triton.launch import (
     pointer,
     select,
 )
-from lowrank_optim.ops.triton.quantize import BLOCKS, block_programs, lanes
+from lowrank_optim.ops.triton.quantize import Layouts, block_groups, block_programs, form
 
 
 @triton.jit(do_not_specialize=["rows", "cols", "block", "eps_bits", "width"])
 def adamw8_kernel(
     table, tensors, grad, codes, scales, codes2, scales2, out, row_eps, row_scale, finite,
-    rows, cols, block, eps_bits, width, signed_map, unsigned_map, weight1, beta2, weight2,
+    rows, cols, block, eps_bits, width, signed_map, unsigned_map, signed_edges, unsigned_edges,
+    weight1, beta2, weight2,
     MANY: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
     ROW_EPS: tl.constexpr, ROW_SCALE: tl.constexpr, SOUND: tl.constexpr,
-    COUNT: tl.constexpr, LANES: tl.constexpr,
+    FORM: tl.constexpr, FORM2: tl.constexpr,
+    COUNT: tl.constexpr, LANES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """AdamW's direction; the moments exist in float32 for ``COUNT`` blocks at a time."""
     t, part = locate(table, tensors, MANY, DEPTH)
@@ -43,7 +44,7 @@ def adamw8_kernel(
     cols = number(table, tensors, t, 11, cols, MANY)
     block = number(table, tensors, t, 12, block, MANY)
     rows = number(table, tensors, t, 10, rows, MANY)
-    b, start, live, mask = block_layout(part, rows, cols, block, lane, COUNT)
+    b, start, live, mask = block_layout(part, rows, cols, block, lane, COUNT, LANES, WHOLE)
     at = start[:, None] + lane[None, :]
     codes = pointer(table, tensors, t, 2, codes, MANY, ALIGNED)
     scales = pointer(table, tensors, t, 3, scales, MANY, False)
@@ -77,10 +78,10 @@ def adamw8_kernel(
         keep_scale = live & (b < tl.where(fine, b + 1, 0))
     tl.store(out + at, direction.to(out.dtype.element_ty), mask)
     scale = block_scale(m)
-    tl.store(codes + at, requantize(m, scale, signed_map), keep)
+    tl.store(codes + at, requantize(m, scale, signed_edges, FORM), keep)
     tl.store(scales + b, scale, keep_scale)
     scale2 = block_scale(v)
-    code2 = requantize(v, scale2, unsigned_map)
+    code2 = requantize(v, scale2, unsigned_edges, FORM2)
     # a positive square keeps a positive code: as 0 it would let the next step divide by eps alone
     lost = (code2 == 0) & (v > 0) & (scale2 < float("inf"))[:, None]
     tl.store(codes2 + at, tl.where(lost, 1, code2).to(tl.uint8), keep)
@@ -90,9 +91,10 @@ def adamw8_kernel(
 @triton.jit(do_not_specialize=["rows", "cols", "block"])
 def moment8_kernel(
     table, tensors, x, codes, scales, out, finite, rows, cols, block,
-    signed_map, decay, weight, weight2,
+    signed_map, signed_edges, decay, weight, weight2,
     MANY: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
-    LION: tl.constexpr, SOUND: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr,
+    LION: tl.constexpr, SOUND: tl.constexpr,
+    FORM: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One 8-bit moment; see ``moment_kernel``."""
     t, part = locate(table, tensors, MANY, DEPTH)
@@ -100,7 +102,7 @@ def moment8_kernel(
     rows = number(table, tensors, t, 6, rows, MANY)
     cols = number(table, tensors, t, 7, cols, MANY)
     block = number(table, tensors, t, 8, block, MANY)
-    b, start, live, mask = block_layout(part, rows, cols, block, lane, COUNT)
+    b, start, live, mask = block_layout(part, rows, cols, block, lane, COUNT, LANES, WHOLE)
     at = start[:, None] + lane[None, :]
     codes = pointer(table, tensors, t, 2, codes, MANY, ALIGNED)
     scales = pointer(table, tensors, t, 3, scales, MANY, False)
@@ -125,7 +127,7 @@ def moment8_kernel(
         keep_scale = live & (b < tl.where(fine, b + 1, 0))
     tl.store(out + at, direction.to(out.dtype.element_ty), mask)
     scale = block_scale(m)
-    tl.store(codes + at, requantize(m, scale, signed_map), keep)
+    tl.store(codes + at, requantize(m, scale, signed_edges, FORM), keep)
     tl.store(scales + b, scale, keep_scale)
 
 
@@ -154,14 +156,16 @@ def adamw_direction_8bit_(
         [g.contiguous() for g in grads], codes, scales, codes2, scales2, outs,
         row_eps, row_scale, finite,
     ]  # fmt: skip
-    for at in groups(lists, lanes(blocks)):
+    kind, signed_edges = form(signed_map)
+    kind2, unsigned_edges = form(unsigned_map)
+    for at, tiles in block_groups(lists, (rows, cols, blocks)):
         layout = select((rows, cols, blocks), at)
         widths = [outs[i].shape[-1] if outs[i].dim() else 1 for i in at]
         launch(
             adamw8_kernel, select(lists, at), [*layout, [float_bits(eps[i]) for i in at], widths],
-            block_programs(*layout), signed_map, unsigned_map, 1 - beta1, beta2, 1 - beta2,
+            block_programs(*layout), signed_map, unsigned_map, signed_edges, unsigned_edges,
+            1 - beta1, beta2, 1 - beta2, FORM=kind, FORM2=kind2, **tiles,
             ROW_EPS=len(row_eps) > 0, ROW_SCALE=len(row_scale) > 0, SOUND=len(finite) > 0,
-            COUNT=BLOCKS, LANES=lanes(blocks)[at[0]],
         )  # fmt: skip
 
 
@@ -207,17 +211,17 @@ def _moment8(
     scales: Sequence[Tensor],
     outs: Sequence[Tensor],
     signed_map: Tensor,
-    layouts: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    layouts: Layouts,
     weights: tuple[float, float, float],
     lion: bool,
     finite: Sequence[Tensor],
 ) -> None:
     packed(("codes", "scales", "outs"), (codes, scales, outs))
     lists = [[x.contiguous() for x in xs], codes, scales, outs, finite]
-    for at in groups(lists, lanes(layouts[2])):
+    kind, edges = form(signed_map)
+    for at, tiles in block_groups(lists, layouts):
         layout = select(layouts, at)
         launch(
             moment8_kernel, select(lists, at), layout, block_programs(*layout),
-            signed_map, *weights, LION=lion, SOUND=len(finite) > 0,
-            COUNT=BLOCKS, LANES=lanes(layouts[2])[at[0]],
+            signed_map, edges, *weights, LION=lion, SOUND=len(finite) > 0, FORM=kind, **tiles,
         )  # fmt: skip
