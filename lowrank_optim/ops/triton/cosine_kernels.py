@@ -282,28 +282,32 @@ def cosine_pick_kernel(
     program = part.to(tl.int32)
     i0 = program % down * BR
     j0 = program // down * BC
-    entry = tl.arange(0, BC * BR)  # coefficients ascend by no fixed step
-    i = entry % BR
-    j = entry // BR
-    mask = (i0 + i < rank) & (j0 + j < n)
-    k = tl.load(index + i0 + i, i0 + i < rank, 0)
+    row = i0 + tl.arange(0, BR)
+    k = tl.load(index + row, row < rank, 0)
     known = (k >= 0) & (k < m)
     k = tl.where(known, k, 0)
     if HALF:
         later = 2 * k > m
         q = tl.where(later, m - k, k)
-        at = parts + (j0 + j).to(tl.int64) * (m // 2 + 1) + q
-        real, imaginary = parts_of(tl.load(at, mask, 0))
         cosine, sine = parts_of(tl.load(turn + q))
         # the imaginary part with the other sign, or the real one
-        by_real = tl.where(later, -sine, cosine)
-        by_imaginary = tl.where(later, -cosine, -sine)
-        found = real * by_real + imaginary * by_imaginary
+        by_real = tl.where(later, -sine, cosine)[:, None]
+        by_imaginary = tl.where(later, -cosine, -sine)[:, None]
+        pitch = m // 2 + 1
     else:
         q = tl.where(k % 2 == 0, k // 2, m - (k + 1) // 2)
-        found = tl.load(parts + (j0 + j).to(tl.int64) * m + q, mask, 0.0)
-    found = tl.trans(tl.reshape(tl.where(known, found, float("nan")), (BC, BR)))
+        pitch = m
+    # entries ascend by no fixed step: in one dimension lanes cannot but follow them
+    q = tl.reshape(tl.broadcast_to(q[None, :], (BC, BR)), (BC * BR,))
+    j = j0 + tl.arange(0, BC * BR) // BR
+    there = tl.arange(0, BC * BR) % BR < rank - i0
+    found = tl.load(parts + j.to(tl.int64) * pitch + q, there & (j < n), 0)
+    found = tl.trans(tl.reshape(found, (BC, BR)))
+    if HALF:
+        real, imaginary = parts_of(found)
+        found = real * by_real + imaginary * by_imaginary
     i, j = entries(BC, BR)
+    found = tl.where(known[:, None], found, float("nan"))
     at = out + (i0 + i).to(tl.int64) * oi + (j0 + j)
     tl.store(at, found.to(out.dtype.element_ty), (i0 + i < rank) & (j0 + j < n))
 
