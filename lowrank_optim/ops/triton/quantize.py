@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -14,6 +13,7 @@ from lowrank_optim.ops.quant import dynamic_map
 from lowrank_optim.ops.triton import interpreted
 from lowrank_optim.ops.triton.elements import block_layout, block_scale, requantize
 from lowrank_optim.ops.triton.launch import (
+    capturing,
     cdiv,
     groups,
     launch,
@@ -35,8 +35,7 @@ Layouts = tuple[Sequence[int], Sequence[int], Sequence[int]]
 """Rows, columns and block of each tensor."""
 
 
-@functools.cache
-def edges(signed: bool, device: torch.device) -> Tensor:
+def edges(signed: bool) -> Tensor:
     """The largest float32 that each code of a dynamic map is nearest to, the last one infinity.
 
     Distances to both neighbours are float32 and monotone, so all below an edge take its code. It
@@ -48,18 +47,24 @@ def edges(signed: bool, device: torch.device) -> Tensor:
     near = torch.stack([(middle + step).view(torch.float32) for step in range(-4, 5)])
     stays = (high - near).abs() >= (near - low).abs()
     last = torch.where(stays, near, -torch.inf).amax(0)
-    return torch.cat([last, torch.full((1,), torch.inf)]).to(device)
+    return torch.cat([last, torch.full((1,), torch.inf)])
+
+
+_EDGES: dict[tuple[bool, torch.device], Tensor] = {}
 
 
 def form(map: Tensor) -> tuple[int, Tensor]:
     """How a kernel finds codes of ``map``: 1 and 2 by the edges of the dynamic maps, 0 by search.
 
     Only the maps of this package are known, by their address: to compare values, the host would
-    have to wait.
+    have to wait. Nor are they while a graph is recorded that would have to copy the edges.
     """
     for kind, signed in ((1, True), (2, False)):
         if map.data_ptr() == dynamic_map(signed, map.device).data_ptr():
-            return kind, edges(signed, map.device)
+            key = signed, map.device
+            if key not in _EDGES and not capturing(map):
+                _EDGES[key] = edges(signed).to(map.device)
+            return (kind, _EDGES[key]) if key in _EDGES else (0, map)
     return 0, map
 
 
