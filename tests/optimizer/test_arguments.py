@@ -260,6 +260,8 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Wrong]]] = {
                        for x in (0, -1, "512", (1, 2, 3), (0, 4), 1.5, True)],
             "checkpointing": [(x, ValueError, "checkpointing must be True or False, got")
                               for x in (1, "no", None)],
+            "transients": [(x, ValueError, "transients must be True or False, got")
+                           for x in (1, "no", None)],
             "dtype": [(x, TypeError, "dtype must be a torch.dtype, got")
                       for x in ("bfloat16", None, float)],
             "first_basis": [(x, ValueError, "first_basis must be 'micro' or 'boundary', got")
