@@ -714,6 +714,25 @@ class TestDevice:
         gs = lists([(7, 300), (1025,), (64, 64)], torch.float32)
         return [gs, [torch.zeros_like(g) for g in gs], [torch.zeros_like(g) for g in gs], blank(gs)]
 
+    @pytest.mark.parametrize("rank", [128, 100])
+    @pytest.mark.parametrize("how", ["plain", "transposed"])
+    def test_large_tiles(self, how: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Those of this device, with tails in every dimension, against the smaller ones."""
+        w, g, p, term, low = TestMatrices.operands(((), 300, 600, rank), how, torch.bfloat16)
+        c = torch.rand(1, 600, device=DEVICE)
+        found = []
+        for large in (False, True):
+            if large:
+                family = blocks.family(w.device)[0]
+                if not family:
+                    pytest.skip("no larger tiles for this device")
+                monkeypatch.setattr(lift, "choose", lambda k, *_, f=family: blocks.LARGE[f, k])
+            found.append((w.clone(), w.clone()))
+            ops.lift_add_scaled_([found[-1][0]], [g], [p], [term], [low], [c], 0.9, 0.1, 0.5)
+            ops.lift_add_sign_([found[-1][1]], [g], [p], [term], [low], 0.9, 0.1, 0.5, 0.3)
+        assert_close(found[1][0], found[0][0], torch.bfloat16)
+        assert_mostly_close(found[1][1], found[0][1], torch.bfloat16, max_error_rate=1e-3)
+
     def test_graph_replay_equals_eager(self) -> None:
         """A captured list op reads no host memory at replay, and sees new gradients."""
         first, second = self.state(), self.state()
