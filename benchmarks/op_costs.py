@@ -156,8 +156,9 @@ def package_kernels(name: str, given: Arguments) -> list[Kernel]:
         count = COMPOSED[name]
         return [Kernel(name, count * len(full), count * least.bytes, least.flops)]
     if name in LIFTS:
-        unit = MATRIX if given["bases"] and given["bases"][0].dtype == torch.bfloat16 else SCALAR
-        return [Kernel(name, len(full), least.bytes, least.flops, unit)]
+        half = bool(given["bases"]) and given["bases"][0].dtype == torch.bfloat16
+        lift = Kernel(name, len(full), least.bytes, least.flops, MATRIX if half else SCALAR)
+        return [*_ready(name, given, full), lift] if half else [lift]
     if name == "move_rows_":
         return [Kernel(name, len({_moved_as(first[i]) for i in full}), least.bytes)]
     if name == "decay_":
@@ -173,6 +174,16 @@ def package_kernels(name: str, given: Arguments) -> list[Kernel]:
     return [*gathered, Kernel(name, count, least.bytes, least.flops)]
 
 
+def _ready(name: str, given: Arguments, at: Sequence[int]) -> list[Kernel]:
+    """What a lift in bfloat16 makes of its right operands before it: one of both, or casts."""
+    pairs = [(given["terms"][i], given["lows"][i]) for i in at]
+    read = sum(size(x) for pair in pairs for x in pair)
+    made = sum(2 * x.numel() for pair in pairs for x in pair)
+    if name == "lift_add_sign_":
+        return [Kernel("cast", 2 * len(at), read + made)]
+    return [Kernel("lift_term", len(at), read + made // 2)]
+
+
 def _alike(given: Arguments, at: Sequence[int], *, exact: bool) -> list[list[int]]:
     """Positions that share a launch: of the same dtypes and blocks, or shapes and strides too."""
     lists = [x for k, x in given.items() if k != PLAN and isinstance(x, list) and x]
@@ -180,8 +191,10 @@ def _alike(given: Arguments, at: Sequence[int], *, exact: bool) -> list[list[int
     found: dict[Any, list[int]] = {}
     for i in at:
         key: list[Any] = [x[i].dtype for x in lists]
-        if "blocks" in given:  # masked to the next power of two
-            key.append((given["blocks"][i] - 1).bit_length())
+        if "blocks" in given:  # masked to the next power of two, or whole blocks of a power of two
+            cols, block = given["cols"][i], given["blocks"][i]
+            whole = cols % block == 0 and block & (block - 1) == 0
+            key += [(block - 1).bit_length(), whole]
         if exact:
             key += [(x[i].shape, x[i].stride()) for x in lists]
         found.setdefault(tuple(key), []).append(i)

@@ -16,6 +16,8 @@ from benchmarks.counting import FREE, launches_of, named, pretended_accelerator
 from benchmarks.op_costs import COMPOSED, package_kernels
 from lowrank_optim.ops import devices
 from lowrank_optim.ops import triton as ops
+from lowrank_optim.ops.quant import dynamic_map
+from lowrank_optim.ops.triton import quantize
 from tests.ops import ops_cases, ops_cosines, ops_factors
 
 COPIES = {"_fft_c2r"}
@@ -58,6 +60,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Counter:
         for kernel in [key for key in vars(module) if key.startswith("lift_")]:
             if kernel.endswith("_kernel"):
                 monkeypatch.setattr(module, kernel, Launched(seen))
+    for signed in (True, False):  # once for all lists
+        quantize.form(dynamic_map(signed, torch.device("cpu")))
     monkeypatch.setattr(devices, "HOSTS", frozenset())
     return seen
 
