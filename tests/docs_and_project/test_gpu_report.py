@@ -237,6 +237,21 @@ def test_the_place_is_the_innermost_of_the_package() -> None:
         assert no_sync.place(error.__traceback__).startswith("lowrank_optim/groups/")
 
 
+@pytest.mark.parametrize("gap", [1, no_sync.NEVER])
+def test_what_finds_no_basis_shows_nothing(gap: int, monkeypatch: Any) -> None:
+    """A group without a rank is dense, and a dense step waits for nothing: the section was blind."""
+    honest = variants.ours
+
+    def dense(name: str, groups: Any, *args: Any, **options: Any) -> Any:
+        return honest(name, [{**own, "rank": None} for own in groups], *args, **options)
+
+    settings = tiny(CPU)
+    no_sync.begun("GaLoreAdamW", {"projector": "svd"}, gap, settings)
+    monkeypatch.setattr(variants, "ours", dense)
+    with pytest.raises(AssertionError, match="no matrix was projected"):
+        no_sync.begun("GaLoreAdamW", {"projector": "svd"}, gap, settings)
+
+
 def test_waits_that_the_documentation_does_not_list_are_failures(monkeypatch: Any) -> None:
     """A step waits nowhere, a refresh where the status of its own factorisation is read."""
     eigh = "lowrank_optim/subspaces/randomized.py:12 eigh"

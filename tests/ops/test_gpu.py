@@ -227,9 +227,11 @@ def test_what_is_dropped_frees_its_memory(mode: Any) -> None:
         train()
         gc.collect()
     before = torch.cuda.memory_allocated()
-    train()
-    gc.collect()
-    assert torch.cuda.memory_allocated() <= before
+    for _ in range(3):
+        train()
+        gc.collect()
+    # of what launches keep, tables of addresses, there are 2 MiB at most; of weights here 4
+    assert torch.cuda.memory_allocated() <= before + 2**21
 
 
 @pytest.mark.parametrize("mode", [None, "project", "step"])
