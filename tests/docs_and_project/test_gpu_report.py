@@ -239,7 +239,7 @@ def test_the_place_is_the_innermost_of_the_package() -> None:
 
 @pytest.mark.parametrize("gap", [1, no_sync.NEVER])
 def test_what_finds_no_basis_shows_nothing(gap: int, monkeypatch: Any) -> None:
-    """A group without a rank is dense, and a dense step waits for nothing: the section was blind."""
+    """A group without a rank is dense, and dense steps wait for nothing: the section was blind."""
     honest = variants.ours
 
     def dense(name: str, groups: Any, *args: Any, **options: Any) -> Any:
