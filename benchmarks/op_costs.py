@@ -176,7 +176,7 @@ def package_kernels(name: str, given: Arguments) -> list[Kernel]:
 
 def _ready(name: str, given: Arguments, at: Sequence[int]) -> list[Kernel]:
     """What a lift in bfloat16 makes of its right operands before it: one of both, or casts."""
-    pairs = [(given["terms"][i], given["lows"][i]) for i in at]
+    pairs = [(given["updates"][i], given["lows"][i]) for i in at]
     read = sum(size(x) for pair in pairs for x in pair)
     made = sum(2 * x.numel() for pair in pairs for x in pair)
     if name == "lift_add_sign_":
