@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from lowrank_optim.ops.dispatch import backend
 from lowrank_optim.ops.tiles import FLAT, by_tiles
@@ -160,15 +161,22 @@ def _define(name: str, schema: str) -> None:
     packed = frozenset(written - {"params"} | {*PACKED.get(name, ())})
     flat, in_8bit = name in FLAT, any(argument.startswith("codes") for argument in arguments)
 
+    places = [i for i, argument in enumerate(arguments) if argument in written]
+
     def run(*args: Any) -> Any:
         _check(name, arguments, packed, args)
         if not args[0]:
             return [] if name in FOUND else None
         call = getattr(backend(args[0][0], in_8bit), name)
+        found = None
         if flat and not all([x.is_contiguous() for x in args[0]]):
             by_tiles(call, arguments, args)
-            return None
-        return call(*args)
+        else:
+            found = call(*args)
+        for i in places:  # so that a backward that has saved what is written raises
+            if args[i] and not args[i][0].is_inference():
+                increment_version(args[i])
+        return found
 
     def fake(*args: Any) -> Any:
         _check(name, arguments, packed, args)

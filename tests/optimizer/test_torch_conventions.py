@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from lowrank_optim import GaLoreAdafactor, GaLoreAdamW, GaLoreLion, GaLoreSGD
 from lowrank_optim.optimizer import LowRankOptimizer
-from tests import runs
+from tests import cases, runs
 from tests.compare import assert_close
 
 LR = 2.0**-6  # the same number in float32 and in Python
@@ -273,3 +275,32 @@ def test_one_cycle_moves_lr_and_betas_together(rank: int | None) -> None:
                 twin.step()
     assert len(seen) > 6
     runs.assert_same(mine, params)
+
+
+@pytest.mark.parametrize("on_accelerator", [False, True], ids=["host", "accelerator"])
+@pytest.mark.parametrize("name", cases.distinct_names())
+def test_a_graph_of_old_weights_raises(
+    name: str, on_accelerator: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of every optimizer of torch: weights that were written since are no longer its weights."""
+    cases.branching(monkeypatch, lambda _: on_accelerator)
+    for projector, dtype in itertools.product(
+        ("svd", "columns", "dct"), (torch.float32, torch.bfloat16)
+    ):
+        if (name, projector) not in cases.pairs() and projector != "svd":
+            continue
+        weight = cases.parameter((16, 24), dtype)
+        options = {"projector": projector, "stochastic_rounding": dtype == torch.bfloat16}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a class that has no projector
+            optimizer = cases.build(name, [weight], **options)
+        for _ in range(2):
+            x = torch.randn(5, 24, dtype=dtype, requires_grad=True)
+            loss = (x @ weight.mT).square().mean()
+            loss.backward(retain_graph=True)
+            before = weight.detach().clone()
+            optimizer.step()
+            assert not torch.equal(weight, before)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+            optimizer.zero_grad()
