@@ -317,6 +317,8 @@ REFUSED = [
     (ValueError, "budget_gib must be a positive number", {"budget_gib": float("nan")}),
     (ValueError, "budget_gib must be a positive number", {"budget_gib": -1}),
     (ValueError, "checkpointing has no effect", {"checkpointing": True}),
+    (ValueError, "loss='fused' has no effect", {"loss": "fused"}),
+    (ValueError, "loss must be one of .*'liger'", {"loss": "liger", "tokens": 8}),
     (ValueError, "energy='absolute' has no effect", {"energy": "absolute"}),
     (ValueError, "energy must be", {"energy": "most", "calibrate": batches()}),
     (ValueError, "dtype has no effect", {"dtype": torch.bfloat16}),
