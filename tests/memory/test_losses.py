@@ -119,8 +119,14 @@ def test_peak_is_what_an_allocator_gives(monkeypatch: pytest.MonkeyPatch, kind: 
     assert whole.live_gradients + whole.activations > max(3 * logits, peak + logits)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"),
+    [
+        ("chunked", True), ("fused", False),
+        pytest.param("chunked", False, marks=pytest.mark.slow),
+        pytest.param("fused", True, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_peak_is_what_torch_counts(
     monkeypatch: pytest.MonkeyPatch, kind: Any, checkpointing: bool
 ) -> None:
