@@ -38,6 +38,25 @@ def share(given: str) -> int | float:
         ) from None
 
 
+def check_tokens(
+    tokens: int | None, micro_batch: int | None, checkpointing: bool, loss: str | None
+) -> None:
+    """Raise for what says how activations are counted, where nothing asks for them.
+
+    Raises:
+        Refused: there is such an option.
+    """
+    if tokens is not None:
+        return
+    for flag, given in (
+        ("--micro-batch", micro_batch is not None),
+        ("--checkpointing", checkpointing),
+        ("--loss", loss is not None),
+    ):
+        if given:
+            raise Refused(f"{flag} has no effect without --tokens, which counts activations")
+
+
 def chosen(
     names: Sequence[str],
     pairs: Sequence[str],

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from lowrank_optim.cli.choices import number, options_of
+from lowrank_optim.cli.choices import check_tokens, number, options_of
 from lowrank_optim.cli.errors import Refused, nearest
 from lowrank_optim.cli.models import imported, load
 from lowrank_optim.cli.tables import print_table
@@ -20,6 +20,7 @@ from lowrank_optim.fitting import Plan
 from lowrank_optim.fitting import fit as best
 from lowrank_optim.groups.keys import METHODS
 from lowrank_optim.memory import GIB
+from lowrank_optim.memory.losses import LOSSES, Loss
 from lowrank_optim.memory.models import MODELS
 from lowrank_optim.stores import STORES
 
@@ -38,6 +39,11 @@ COUNT = click.IntRange(min=1)
 @click.option("--tokens", type=COUNT, help="Of a sequence: count activations too.")
 @click.option("--micro-batch", type=COUNT, help="Sequences of --tokens at once.  [default: 1]")
 @click.option("--checkpointing", is_flag=True, help="Of every layer: keep its input alone.")
+@click.option(
+    "--loss",
+    type=click.Choice(LOSSES),
+    help="With all logits; of 1,024 tokens at once; or Liger's, fused.  [default: transformers]",
+)
 @click.option("--accumulation-steps", type=COUNT, default=1, show_default=True)
 @click.option(
     "--optimizer", "names", multiple=True, help="Of those to choose from, best first; repeatable."
@@ -86,6 +92,7 @@ def fit(
     tokens: int | None,
     micro_batch: int | None,
     checkpointing: bool,
+    loss: Loss | None,
     accumulation_steps: int,
     names: tuple[str, ...],
     pairs: tuple[str, ...],
@@ -103,9 +110,7 @@ def fit(
 
     Without --calibrate nothing is allocated, and nothing is downloaded.
     """
-    if tokens is None and (micro_batch is not None or checkpointing):
-        flag = "--checkpointing" if micro_batch is None else "--micro-batch"
-        raise Refused(f"{flag} has no effect without --tokens, which counts activations")
+    check_tokens(tokens, micro_batch, checkpointing, loss)
     for name in names:
         if name not in METHODS:
             raise Refused(f"--optimizer {name!r} is no class of them{nearest(name, METHODS)}")
@@ -121,6 +126,7 @@ def fit(
         budget_gib,
         tokens=None if tokens is None else (micro_batch or 1, tokens),
         checkpointing=checkpointing,
+        loss=loss or LOSSES[0],
         accumulation_steps=accumulation_steps,
         optimizers=list(names) or None,
         in_backward=[None if mode == "none" else mode for mode in modes] or None,

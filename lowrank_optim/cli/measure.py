@@ -22,6 +22,7 @@ from lowrank_optim.cli.errors import Refused
 from lowrank_optim.cli.models import load
 from lowrank_optim.cli.rows import CLASSES, Column, Row
 from lowrank_optim.memory import GIB
+from lowrank_optim.memory.losses import LOSSES
 from lowrank_optim.memory.measuring import STEPS, Meter, Peak, capped, on_gpu, real, train
 
 Job = dict[str, Any]
@@ -64,12 +65,20 @@ Measured = dict[tuple[str, Column], Found]
 """By the name of the row, and the column."""
 
 
-def check(tokens: int | None, budget: int, device: str | None = None) -> None:
+def check(
+    tokens: int | None, budget: int, device: str | None = None, loss: str | None = None
+) -> None:
     """Raise for what cannot be measured, before anything is; say where the card is the limit.
 
     Raises:
-        Refused: there is no GPU, nothing to train on, or estimates are asked for of another device.
+        Refused: there is no GPU, nothing to train on, or estimates are asked for of another device
+            or loss.
     """
+    if loss not in (None, LOSSES[0]):
+        raise Refused(
+            f"--measure trains with the loss of transformers, and --loss {loss} asks for the "
+            "estimates of another: leave one out"
+        )
     if device == "cpu":
         raise Refused(
             "--measure trains on a GPU, and --device cpu asks for the estimates of another: "

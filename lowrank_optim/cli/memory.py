@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import nn
 
 from lowrank_optim.cli import measure as really
-from lowrank_optim.cli.choices import chosen, number, share
+from lowrank_optim.cli.choices import check_tokens, chosen, number, share
 from lowrank_optim.cli.display import HEADER, bars, cells, gib, reading
 from lowrank_optim.cli.errors import Refused
 from lowrank_optim.cli.models import load
@@ -35,6 +35,7 @@ from lowrank_optim.cli.rows import (
 )
 from lowrank_optim.cli.tables import print_table
 from lowrank_optim.memory import GIB
+from lowrank_optim.memory.losses import LOSSES, Loss
 from lowrank_optim.memory.models import MODELS
 
 WIDTH = 100
@@ -83,6 +84,11 @@ PARAGRAPH = "\n\n".join(["Known models: " + ", ".join(MODELS), "Optimizers: " + 
 @click.option("--micro-batch", type=COUNT, help="Sequences of --tokens at once.  [default: 1]")
 @click.option("--checkpointing", is_flag=True, help="Of every layer: keep its input alone.")
 @click.option(
+    "--loss",
+    type=click.Choice(LOSSES),
+    help="With all logits; of 1,024 tokens at once; or Liger's, fused.  [default: transformers]",
+)
+@click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
     help="Of the weights of a model that is not your own.  [default: bfloat16]",
@@ -124,6 +130,7 @@ def memory(
     tokens: int | None,
     micro_batch: int | None,
     checkpointing: bool,
+    loss: Loss | None,
     dtype: str | None,
     modes: tuple[str, ...],
     accumulation_steps: int | None,
@@ -140,12 +147,10 @@ def memory(
     """
     budget = round(budget_gib * GIB)
     if measuring:
-        really.check(tokens, budget, device)
+        really.check(tokens, budget, device, loss)
     if picture is not None and find_spec("matplotlib") is None:
         raise Refused("--plot needs matplotlib: pip install matplotlib")
-    if tokens is None and (micro_batch is not None or checkpointing):
-        flag = "--checkpointing" if micro_batch is None else "--micro-batch"
-        raise Refused(f"{flag} has no effect without --tokens, which counts activations")
+    check_tokens(tokens, micro_batch, checkpointing, loss)
     if coords and modes and "project" not in modes:
         raise Refused("--coords-dtype has no effect without --in-backward project")
     batch = None if tokens is None else (micro_batch or 1, tokens)
@@ -157,8 +162,10 @@ def memory(
         batch,
         checkpointing,
         device or "cuda",
+        loss or LOSSES[0],
     )
-    about = _about(model, module, rank, batch, checkpointing) | {"device": device or "cuda"}
+    about = _about(model, module, rank, batch, checkpointing)
+    about |= {"device": device or "cuda", "loss": None if batch is None else loss or LOSSES[0]}
     found: really.Measured = {}
     if measuring and batch is not None:
         found = really.measured(rows, really.Run(model, dtype, batch, checkpointing, budget))
@@ -177,6 +184,7 @@ def _measured(
     batch: tuple[int, int] | None,
     checkpointing: bool,
     device: str,
+    loss: Loss,
 ) -> list[Row]:
     """The rows; what an optimizer warns of is said, once.
 
@@ -186,7 +194,7 @@ def _measured(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a training run that this is not
-            rows = measure(module, choices, asked, batch, checkpointing, device)
+            rows = measure(module, choices, asked, batch, checkpointing, device, loss)
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
         raise Refused(str(error) or type(error).__name__) from error
     for note in dict.fromkeys(note for row in rows for note in row.notes):
@@ -249,6 +257,7 @@ def _title(about: dict[str, Any]) -> str:
     if about["tokens"]:
         text += f", {about['micro_batch']} x {about['tokens']} tokens"
         text += ", checkpointed" * about["checkpointing"]
+        text += f", {about['loss']} loss" * (about["loss"] != LOSSES[0])
     return text
 
 

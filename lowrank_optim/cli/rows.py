@@ -15,6 +15,7 @@ from lowrank_optim import methods
 from lowrank_optim.memory import LAYOUTS, Estimate
 from lowrank_optim.memory.checks import class_of
 from lowrank_optim.memory.estimating import Training, device_of, estimated
+from lowrank_optim.memory.losses import Loss
 
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 HOSTED = "moments on host"
@@ -139,6 +140,7 @@ def measure(
     tokens: tuple[int, int] | None = None,
     checkpointing: bool = False,
     device: str | None = None,
+    loss: Loss = "transformers",
 ) -> list[Row]:
     """The rows of ``module``: every figure is one of :func:`lowrank_optim.memory.estimate`.
 
@@ -165,6 +167,7 @@ def measure(
                 tokens=tokens,
                 checkpointing=checkpointing,
                 device=place,
+                loss=loss,
             )
             try:
                 peaks[column] = one(choice, training)

@@ -13,6 +13,7 @@ from lowrank_optim.fitting.costs import Mode
 from lowrank_optim.groups.keys import METHODS
 from lowrank_optim.groups.values import number, whole
 from lowrank_optim.memory import GIB
+from lowrank_optim.memory.checks import check_loss
 from lowrank_optim.methods import DCTAdamW, FrugalAdamW, GaLoreAdamW
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.rules.base import Slot
@@ -61,6 +62,7 @@ def check_asked(
     budget_gib: Any,
     tokens: Any,
     checkpointing: Any,
+    loss: Any,
     accumulation_steps: Any,
     in_backward: Any,
     state_dtypes: Any,
@@ -94,6 +96,7 @@ def check_asked(
         raise ValueError(f"least must be a multiple of multiple={multiple}, got {least}")
     if tokens is None and checkpointing:
         raise ValueError("checkpointing has no effect without tokens, which count activations")
+    check_loss(loss, tokens)
     if energy is not None and not calibrated:
         raise ValueError(f"energy={energy!r} has no effect without calibrate")
     if energy not in (None, "relative", "absolute"):

@@ -17,6 +17,7 @@ from lowrank_optim.fitting.searching import Search, ways
 from lowrank_optim.fitting.spectra import Calibrate, spectra
 from lowrank_optim.groups.names import bare
 from lowrank_optim.memory.inputs import model_of
+from lowrank_optim.memory.losses import Loss
 
 
 def fit(
@@ -25,6 +26,7 @@ def fit(
     *,
     tokens: int | tuple[int, int] | None = None,
     checkpointing: bool = False,
+    loss: Loss = "transformers",
     accumulation_steps: int = 1,
     optimizers: Sequence[Any] | None = None,
     in_backward: Sequence[Mode] | None = None,
@@ -61,6 +63,7 @@ def fit(
         budget_gib: of the device, in GiB.
         tokens: as of :func:`lowrank_optim.memory.estimate`: activations count too.
         checkpointing: likewise.
+        loss: likewise.
         accumulation_steps: micro-batches of a step (default: 1).
         optimizers: classes, names of them, or pairs of either and a dict of arguments, best first
             (default: GaLoreAdamW, FrugalAdamW, DCTAdamW). FrugalAdamW is by columns where its
@@ -107,6 +110,7 @@ def fit(
         budget_gib=budget_gib,
         tokens=tokens,
         checkpointing=checkpointing,
+        loss=loss,
         accumulation_steps=accumulation_steps,
         in_backward=in_backward,
         state_dtypes=state_dtypes,
@@ -136,6 +140,7 @@ def fit(
         coords_dtype=coords_dtype,
         tokens=tokens,
         checkpointing=checkpointing,
+        loss=loss,
     )
     search = Search(costs, asked, ways(named, asked))
     way = search.way()

@@ -13,6 +13,7 @@ from torch import nn
 from lowrank_optim.groups import Group, lowrank_groups
 from lowrank_optim.groups.names import bare
 from lowrank_optim.memory import GIB, Estimate, estimate
+from lowrank_optim.memory.losses import Loss
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.tensors.matrix import MatrixView, matrix_view
 
@@ -107,6 +108,7 @@ class Costs:
         coords_dtype: Literal["auto", "float32", "bfloat16"],
         tokens: int | tuple[int, int] | None,
         checkpointing: bool,
+        loss: Loss,
     ) -> None:
         self.model, self.matrices, self.tokens = model, matrices, tokens
         self._least = [least] * len(matrices)
@@ -115,7 +117,7 @@ class Costs:
             "accumulation_steps": accumulation_steps,
             "coords_dtype": coords_dtype,
         }
-        self._checkpointing = checkpointing
+        self._run: dict[str, Any] = {"tokens": tokens, "checkpointing": checkpointing, "loss": loss}
         self._known: dict[Any, Estimate] = {}
         self._exactly: dict[Any, Estimate] = {}
 
@@ -173,9 +175,8 @@ class Costs:
                 way.optimizer,
                 groups=lambda _: with_ranks(self._groups, by_name),
                 in_backward=way.in_backward,
-                tokens=self.tokens if counted else None,
-                checkpointing=self._checkpointing and counted,
                 transients=counted,
+                **(self._run if counted else {}),
                 **self._common,
                 **way.arguments,
             )

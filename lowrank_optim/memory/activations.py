@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import (
 from torch.overrides import TorchFunctionMode
 
 from lowrank_optim.memory.alive import Alive
-from lowrank_optim.memory.inputs import batch_of, innermost, loss_of
+from lowrank_optim.memory.inputs import batch_of, innermost
+from lowrank_optim.memory.losses import Loss, loss_by
 
 Left = Sequence[tuple[Sequence[int], torch.dtype]]
 """Shapes and dtypes of the tensors that take a gradient's place, if any does."""
@@ -170,6 +171,7 @@ def in_flight(
     *,
     checkpointing: bool,
     passes: int,
+    loss: Loss,
     left: Callable[[int, bool], Left | None],
     trained: Collection[int],
 ) -> Flight:
@@ -184,13 +186,14 @@ def in_flight(
         tokens: of a micro-batch: one sequence of so many, or ``(sequences, length)``.
         checkpointing: keep the inputs of the layers alone, and run each again inside backward.
         passes: micro-batches that add up.
+        loss: which it has.
         left: what is left of the gradient of parameter i, in the last pass or before; None if it
             stays.
         trained: numbers of the parameters that ask for gradients, as the optimizer left it: layers
             that wait for their turn do not.
 
     Raises:
-        NotImplementedError: the model cannot run without memory.
+        NotImplementedError: the model cannot run without memory, or has no such loss.
         ValueError: it is not one of ``transformers``, or takes other inputs.
     """
     shape = (1, tokens) if isinstance(tokens, int) else (tokens[0], tokens[1])
@@ -220,19 +223,19 @@ def in_flight(
         with alive:
             alive.leave_out([*numbers, *model.buffers(), *batch.values()])
             while done < passes:
-                _run(model, batch)
+                _run(model, batch, loss)
                 done += 1
         return Flight(alive.most, tuple(arrivals))
 
 
-def _run(model: nn.Module, batch: dict[str, Tensor]) -> None:
+def _run(model: nn.Module, batch: dict[str, Tensor], loss: Loss) -> None:
     """Forward and backward of one micro-batch.
 
     Raises:
         NotImplementedError: something in it needs values, or is not known without memory.
     """
     try:
-        loss_of(model, batch).backward()  # type: ignore[no-untyped-call]
+        loss_by(loss, model, batch).backward()  # type: ignore[no-untyped-call]
     except WITHOUT_VALUES as error:
         raise NotImplementedError(
             f"tokens of a {type(innermost(model)).__name__}: forward or backward does what tensors "

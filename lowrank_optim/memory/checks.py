@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lowrank_optim.groups.values import whole
 from lowrank_optim.memory.layouts import LAYOUTS
+from lowrank_optim.memory.losses import LOSSES
 from lowrank_optim.sharding.parts import is_sharded
 
 
@@ -55,6 +56,18 @@ def check_flag(name: str, value: Any) -> None:
     """
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def check_loss(loss: Any, tokens: Any) -> None:
+    """Raise unless a loss is one of those known, and would have an effect.
+
+    Raises:
+        ValueError: it is not, or would have none.
+    """
+    if not (isinstance(loss, str) and loss in LOSSES):
+        raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}, got {loss!r}")
+    if tokens is None and loss != LOSSES[0]:
+        raise ValueError(f"loss={loss!r} has no effect without tokens, which count activations")
 
 
 def check_sharded(model: Any, in_backward: Any, tokens: Any) -> None:

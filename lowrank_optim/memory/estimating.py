@@ -12,10 +12,18 @@ from torch.optim import Optimizer
 
 from lowrank_optim.backward.projecting import check_choices, check_projecting
 from lowrank_optim.memory.activations import Flight, Left, in_flight
-from lowrank_optim.memory.checks import check, check_device, check_flag, check_sharded, class_of
+from lowrank_optim.memory.checks import (
+    check,
+    check_device,
+    check_flag,
+    check_loss,
+    check_sharded,
+    class_of,
+)
 from lowrank_optim.memory.figures import Estimate
 from lowrank_optim.memory.gradients import Gradients
 from lowrank_optim.memory.inputs import model_of
+from lowrank_optim.memory.losses import Loss
 from lowrank_optim.memory.moments import worst_moments
 from lowrank_optim.memory.rehearsal import Rehearsal
 from lowrank_optim.memory.reporting import host_bytes, report, staging_bytes, storage_bytes
@@ -37,11 +45,13 @@ class Training:
     transients: bool = True
     device: str = "meta"
     """The type of the one that it is trained on; ``"meta"`` is an accelerator."""
+    loss: Loss = "transformers"
 
     @property
     def forward_and_backward(self) -> tuple[Any, ...]:
         """What they depend on, apart from the coordinates that gradients become."""
-        return self.in_backward == "step", self.accumulation_steps, self.tokens, self.checkpointing
+        run = self.tokens, self.checkpointing, self.loss
+        return self.in_backward == "step", self.accumulation_steps, *run
 
     @property
     def attached(self) -> tuple[Any, ...]:
@@ -62,6 +72,7 @@ def estimate(
     coords_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     tokens: int | tuple[int, int] | None = None,
     checkpointing: bool = False,
+    loss: Loss = "transformers",
     transients: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device | None = None,
@@ -101,6 +112,11 @@ def estimate(
             do; or it is a configuration. Of images, ``(images, tokens of one)``. Experts run as
             products of groups, attention fused unless the model's own is ``"eager"``.
         checkpointing: whether its layers are checkpointed.
+        loss: ``"transformers"``, as the model computes it, with all logits in float32;
+            ``"chunked"``, cross entropy of 1,024 tokens after another, whose logits are made again
+            in backward; or ``"fused"``, Liger's fused linear cross entropy, which makes the
+            gradient of the head in forward. The last two are for causal language models (default:
+            ``"transformers"``).
         transients: whether to find what steps and refreshes need in passing. The optimizer really
             steps, as on an accelerator and without memory: some seconds for a model of 7B, the
             matrices that are stepped alike once. Products, factorisations and kernels may take
@@ -115,10 +131,11 @@ def estimate(
 
     Raises:
         NotImplementedError: ``in_backward`` or ``tokens`` of a model of DTensors; ``tokens`` of a
-            model that looks at values.
-        ValueError: ``in_backward``, ``first_basis``, ``coords_dtype`` or a named layout is not
-            known, the method has no such mode, or activations are asked for of a model that is none
-            of ``transformers``, takes other inputs, or has no place for as many tokens.
+            model that looks at values; a ``loss`` that is not for the model.
+        ValueError: ``in_backward``, ``first_basis``, ``coords_dtype``, ``loss`` or a named layout
+            is not known, ``loss`` would have no effect without ``tokens``, the method has no such
+            mode, or activations are asked for of a model that is none of ``transformers``, takes
+            other inputs, or has no place for as many tokens.
 
     Example:
         >>> import torch
@@ -140,6 +157,7 @@ def estimate(
     check_sharded(model, in_backward, tokens)
     check_device(device)
     check_choices(first_basis, coords_dtype)
+    check_loss(loss, tokens)
     if isinstance(tokens, list):
         tokens = tuple(tokens)
     module = model
@@ -155,6 +173,7 @@ def estimate(
         checkpointing,
         transients,
         device_of(module, device),
+        loss,
     )
     return estimated(module, class_of(optimizer_class), training, groups, options, {})
 
@@ -259,6 +278,7 @@ def _flight(module: nn.Module, training: Training, gradients: Gradients) -> Flig
         training.tokens,
         checkpointing=training.checkpointing,
         passes=min(training.accumulation_steps, 2),
+        loss=training.loss,
         left=left,
         trained=gradients.sizes,
     )

@@ -73,7 +73,7 @@ def test_the_table(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     done = run(
         "--model", str(tmp_path), "--budget-gib", "0.0005", "--tokens", "8", "--checkpointing",
-        "--optimizer", "GaLoreAdamW", "--in-backward", "project",
+        "--loss", "fused", "--optimizer", "GaLoreAdamW", "--in-backward", "project",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     text = " ".join(done.output.split())
@@ -89,6 +89,7 @@ REFUSED = [
     ("must be a positive number", [*SMALL[:2], "--budget-gib", "nan"]),
     ("--checkpointing has no effect", [*SMALL, "--checkpointing"]),
     ("--micro-batch has no effect", [*SMALL, "--micro-batch", "2"]),
+    ("--loss has no effect", [*SMALL, "--loss", "fused"]),
     ("energy='absolute' has no effect", [*SMALL, "--energy", "absolute"]),
     ("has no values", ["--model", "GPT-2", "--budget-gib", "1", "--calibrate", f"{HERE}:losses"]),
     ("--calibrate must be module.path:function", [*SMALL, "--calibrate", "losses"]),

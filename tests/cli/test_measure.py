@@ -80,6 +80,16 @@ def test_of_a_cpu_it_is_one_line() -> None:
 
 
 @pytest.mark.usefixtures("gpu")
+def test_of_another_loss_it_is_one_line() -> None:
+    done = run("--model", "llama-60m", "--tokens", "64", "--loss", "fused")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == (
+        "Error: --measure trains with the loss of transformers, and --loss fused asks for the "
+        "estimates of another: leave one out\n"
+    )
+
+
+@pytest.mark.usefixtures("gpu")
 def test_without_tokens_it_is_one_line() -> None:
     done = run("--model", "llama-60m")
     assert (done.exit_code, done.stdout) == (2, "")

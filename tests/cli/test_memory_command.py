@@ -198,13 +198,30 @@ def test_activations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     # a matrix of logits in float32, and at least the input of the layer
     assert found.activations > 4 * 128 * 64 + 128 * 32 * 2
     assert (peak["peak"], peak["activations"]) == (found.peak, found.activations)
-    printed = " ".join(run(*own, *more).stdout.split())
-    assert "2 x 64 tokens, checkpointed" in printed and "▪ activations" in printed
+    printed = " ".join(run(*own, *more, "--loss", "chunked").stdout.split())
+    assert "2 x 64 tokens, checkpointed, chunked loss" in printed and "▪ activations" in printed
     assert "Not counted is what the allocator wastes" in printed
     (without,) = figures(*own)["rows"][0]["peaks"]
     assert without["activations"] is None and (
         without["beside"]["backward"] == found.beside["backward"] - found.activations
     )
+
+
+def test_losses_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of ``estimate``."""
+    wide = {**TINY, "tie_word_embeddings": False, "vocab_size": 1024}
+    monkeypatch.setitem(MODELS, "tiny", Known(wide, 0, "this file"))
+    own = ("--model", "tiny", "--rank", "8", "--optimizer", "GaLoreAdamW8bit", "--tokens", "64")
+    own += ("--in-backward", "step", "--accumulation-steps", "1")
+    given = figures(*own, "--loss", "fused")
+    config = LlamaConfig(**{k: v for k, v in wide.items() if k != "model_type"})
+    options = {"in_backward": "step", "tokens": (1, 64), "transients": False}
+    fused, whole = (
+        estimate(config, GaLoreAdamW8bit, rank=8, loss=loss, **options).activations
+        for loss in ("fused", "transformers")
+    )
+    assert given["rows"][0]["peaks"][0]["activations"] == fused < whole
+    assert given["loss"] == "fused"
 
 
 def long() -> nn.Module:
@@ -283,6 +300,7 @@ BAD = {
     "own tokens": ([*SMALL, "--tokens", "4"], "tokens needs a transformers model"),
     "micro-batch": ([*SMALL, "--micro-batch", "4"], "--micro-batch has no effect without --tokens"),
     "checkpointing": ([*SMALL, "--checkpointing"], "--checkpointing has no effect without"),
+    "loss": ([*SMALL, "--loss", "fused"], "--loss has no effect without --tokens"),
     "tokens": ([*SMALL, "--tokens", "0"], "0 is not in the range x>=1"),
     "mode": ([*SMALL, "--in-backward", "all"], "'all' is not one of 'none', 'step', 'project'"),
     "coordinates": (

@@ -312,11 +312,31 @@ def test_a_configuration_is_its_model(model):
     assert fit(CONFIG, some(model), dtype=torch.float32) == fit(model, some(model))
 
 
+def test_the_loss_is_that_of_every_estimate_with_tokens(monkeypatch):
+    """And makes room: with all logits the least is more than this budget."""
+    asked = []
+
+    def spy(*args, **given):
+        asked.append(given)
+        return estimate(*args, **given)
+
+    monkeypatch.setattr("lowrank_optim.fitting.costs.estimate", spy)
+    config = llama(16, 16, 1, 2, 2, vocab_size=4096, context=64)
+    own = {"tokens": 64, "optimizers": TINY, "state_dtypes": ["8bit"], "in_backward": ["step"]}
+    found = fit(config, 0.0015, loss="fused", **own)
+    losses = {given.get("loss") for given in asked if given.get("tokens")}
+    assert losses == {"fused"} and found.estimate.fits(0.0015 * GIB)
+    with pytest.raises(ValueError, match="nothing fits"):
+        fit(config, 0.0015, **own)
+
+
 REFUSED = [
     (TypeError, "must be an nn.Module", {"model": 3}),
     (ValueError, "budget_gib must be a positive number", {"budget_gib": float("nan")}),
     (ValueError, "budget_gib must be a positive number", {"budget_gib": -1}),
     (ValueError, "checkpointing has no effect", {"checkpointing": True}),
+    (ValueError, "loss='fused' has no effect", {"loss": "fused"}),
+    (ValueError, "loss must be one of .*'liger'", {"loss": "liger", "tokens": 8}),
     (ValueError, "energy='absolute' has no effect", {"energy": "absolute"}),
     (ValueError, "energy must be", {"energy": "most", "calibrate": batches()}),
     (ValueError, "dtype has no effect", {"dtype": torch.bfloat16}),

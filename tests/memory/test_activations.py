@@ -24,6 +24,7 @@ from transformers import (
 from lowrank_optim import GaLoreAdamW
 from lowrank_optim.memory import estimate
 from lowrank_optim.memory.inputs import batch_of
+from lowrank_optim.memory.losses import Loss, loss_by
 
 SIZES = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2}
@@ -85,7 +86,7 @@ class Tracker(MemTracker):
         return super()._track_module_params_and_buffers(module, install_grad_hooks=False)
 
 
-def tracked(model: nn.Module, tokens: tuple[int, int]) -> int:
+def tracked(model: nn.Module, tokens: tuple[int, int], loss: Loss = "transformers") -> int:
     """Bytes beside the weights at the worst moment of forward and backward, which really run."""
     batch = batch_of(model, tokens)
     tracker = Tracker()
@@ -93,7 +94,7 @@ def tracked(model: nn.Module, tokens: tuple[int, int]) -> int:
     cpu = torch.device("cpu")
     with tracker:
         before = tracker.get_tracker_snapshot("current")[cpu]["Total"]
-        model(**batch).loss.backward()
+        loss_by(loss, model, batch).backward()
     return tracker.get_tracker_snapshot("peak")[cpu]["Total"] - before
 
 

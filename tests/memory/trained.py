@@ -15,7 +15,8 @@ from torch.nn.utils import clip_grad_norm_
 from lowrank_optim import attach_in_backward
 from lowrank_optim.engine import tracing
 from lowrank_optim.memory.activations import _as_on_a_gpu, checkpoint_layers
-from lowrank_optim.memory.inputs import batch_of, loss_of, model_of
+from lowrank_optim.memory.inputs import batch_of, model_of
+from lowrank_optim.memory.losses import Loss, loss_by
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
 CPU = torch.device("cpu")
@@ -60,6 +61,7 @@ def tracked(
     mode: Any = None,
     accumulation_steps: int = 1,
     checkpointing: bool = False,
+    loss: Loss = "transformers",
     dtype: torch.dtype = torch.bfloat16,
     steps: int = 4,
 ) -> dict[str, int]:
@@ -84,7 +86,7 @@ def tracked(
 
             def backward() -> None:
                 with tracing.hosted():  # autograd adds to coordinates, outside of any step
-                    loss_of(model, batch).backward()
+                    loss_by(loss, model, batch).backward()
 
             def step() -> None:
                 if mode is None:

@@ -260,6 +260,9 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Wrong]]] = {
                        for x in (0, -1, "512", (1, 2, 3), (0, 4), 1.5, True)],
             "checkpointing": [(x, ValueError, "checkpointing must be True or False, got")
                               for x in (1, "no", None)],
+            "loss": [*((x, ValueError, "must be one of 'transformers', 'chunked', 'fused', got")
+                       for x in ("liger", 1, None, ["fused"])),
+                     ("fused", ValueError, "loss='fused' has no effect without tokens")],
             "transients": [(x, ValueError, "transients must be True or False, got")
                            for x in (1, "no", None)],
             "dtype": [(x, TypeError, "dtype must be a torch.dtype, got")
