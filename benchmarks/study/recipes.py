@@ -103,11 +103,12 @@ def _ours(cls: Callable[..., Optimizer], **fixed: Any) -> Callable[..., Made]:
 
 
 def _turns(cls: Callable[..., Optimizer], **fixed: Any) -> Callable[..., Made]:
-    """Whole layers of all parameters, in an order of the run's seed."""
+    """Whole layers of all parameters, in an order of the run's seed, and many turns for each."""
 
     def make(model: nn.Module, lr: float, size: Size, **options: Any) -> Made:
-        chosen = {"betas": size.betas, "weight_decay": 0.0, "seed": drawn_seed()}
-        return Made(cls(model.named_parameters(), lr=lr, **chosen, **{**fixed, **options}))
+        chosen = {"betas": size.betas, "weight_decay": 0.0, "update_proj_gap": size.gap // 5}
+        chosen |= {"seed": drawn_seed(), **fixed, **options}
+        return Made(cls(model.named_parameters(), lr=lr, **chosen))
 
     return make
 
