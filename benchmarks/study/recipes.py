@@ -168,6 +168,7 @@ def _adamw8bit(model: nn.Module, lr: float, size: Size) -> Made:
 
 ADAM = (1e-3, 3e-3, 1e-2)
 FACTORS = (3e-3, 1e-2, 3e-2)
+STEPS = (1e-2, 3e-2, 1e-1)
 
 METHODS: dict[str, Method] = {
     "adamw": Method(_torch(torch.optim.AdamW), ADAM),
@@ -179,10 +180,10 @@ METHODS: dict[str, Method] = {
     "fira": Method(_ours(FiraAdamW, scale=1.0), ADAM),
     "frugal": Method(_ours(FrugalAdamW), ADAM),
     "dct": Method(_ours(DCTAdamW, update_proj_gap=1), ADAM),
-    "apollo": Method(_ours(ApolloAdamW), ADAM),
-    "ldadam": Method(_ours(LDAdamW, update_proj_gap=1), ADAM),
-    "lisa": Method(_turns(LisaAdamW), ADAM),
-    "badam": Method(_turns(BAdamW), ADAM),
+    "apollo": Method(_ours(ApolloAdamW), STEPS),
+    "ldadam": Method(_ours(LDAdamW, update_proj_gap=1), FACTORS),
+    "lisa": Method(_turns(LisaAdamW), FACTORS),
+    "badam": Method(_turns(BAdamW), FACTORS),
     "sst": Method(_ours(SSTAdamW, factors="active"), FACTORS),
     "switchlora": Method(_ours(SwitchLoRAAdamW), FACTORS),
     "lora": Method(_lora, FACTORS),
