@@ -32,8 +32,9 @@ def draw(lines: Mapping[str, Sequence[Record]], path: Path) -> None:
         time = [statistics.median(r["cpu_seconds"][i] for r in records) for i in range(len(steps))]
         seen = [step * shape["batch"] * shape["context"] / 1e3 for step in steps]
         label, colour = f"{name} ({losses[-1]:.3f})", colours[place % len(colours)]
-        tokens.plot(seen[1:], losses[1:], "o-", color=colour, ms=3, label=label)
-        seconds.plot(time[1:], losses[1:], "o-", color=colour, ms=3)
+        style = "o-" if place < len(colours) else "s--"
+        tokens.plot(seen[1:], losses[1:], style, color=colour, ms=3, label=label)
+        seconds.plot(time[1:], losses[1:], style, color=colour, ms=3)
         size = records[0]["state_bytes"] / 1024
         bars.barh(name, size, 0.6, color=colour)
         bars.text(size, place, f" {size:.0f}", va="center")

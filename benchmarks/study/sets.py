@@ -159,6 +159,21 @@ RELATIONS = (
         "GaLore, svd",
         near=True,
     ),
+    Relation("APOLLO ends below GaLore", "APOLLO (arXiv:2412.05270)", "rank", "APOLLO", "GaLore"),
+    Relation(
+        "errors kept end below GaLore",
+        "LDAdam (arXiv:2410.16103)",
+        "rank",
+        "LDAdam, errors in 8 bits",
+        "GaLore",
+    ),
+    Relation(
+        "the sparse part ends below ReLoRA",
+        "SLTrain (arXiv:2406.02214)",
+        "rank",
+        "SLTrain",
+        "LoRA with restarts, as ReLoRA",
+    ),
     Relation("SST ends below LoRA", "SST (arXiv:2405.15481)", "rank", "SST", "LoRA"),
     Relation(
         "SST ends below ReLoRA",
