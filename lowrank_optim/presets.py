@@ -28,6 +28,10 @@ _FRUGAL = ("60m", "130m", "350m", "1b", "7b")
 
 _SLTRAIN = {"60m": (128, 32.0), "130m": (256, 16.0), "350m": (256, 16.0), "1b": (512, 8.0)}
 
+_BADAM = {"llama2-7b": 1e-5, "llama3-8b": 1e-6}
+
+_LDADAM = {True: 8, False: 256}
+
 _GALORE_GLUE = {
     4: {"cola": 3e-5, "mrpc": 3e-5} | dict.fromkeys(("mnli", "sst2", "qnli", "qqp"), 1e-5)
     | dict.fromkeys(("rte", "stsb"), 1e-5),
@@ -41,11 +45,16 @@ _FRUGAL_GLUE |= {"qqp": 5e-5, "rte": 2e-4, "sst2": 5e-5, "stsb": 1e-4}
 
 def _one(table: Any, key: Any, what: str) -> Any:
     """``table[key]``, or an error that says what there is."""
-    found = key.lower().replace("-", "") if isinstance(key, str) else key
-    if not any(type(found) is type(name) and found == name for name in table):
-        known = ", ".join(map(repr, table))
-        raise ValueError(f"no published {what} {key!r}; there are {known}")
-    return table[found] if isinstance(table, dict) else found
+    for name in table:
+        if type(key) is type(name) and _plain(key) == _plain(name):
+            return table[name] if isinstance(table, dict) else name
+    known = ", ".join(map(repr, table))
+    raise ValueError(f"no published {what} {key!r}; there are {known}")
+
+
+def _plain(key: Any) -> Any:
+    """Without case and hyphens."""
+    return key.lower().replace("-", "") if isinstance(key, str) else key
 
 
 def galore_pretrain(size: str) -> Arguments:
@@ -222,3 +231,79 @@ def sltrain_pretrain(size: str) -> Arguments:
     """
     rank, scale = _one(_SLTRAIN, size, "size")
     return {"rank": rank, "density": 0.03, "scale": scale}
+
+
+def ldadam_pretrain(size: str, *, error_feedback: bool = True) -> Arguments:
+    """Arguments of ``LDAdamW`` for LLaMA on C4, of which the scripts have 350m.
+
+    Sequences of 256, batches of 512, bfloat16 weights, 55 thousand steps, a tenth of them warm-up.
+
+    Args:
+        size: of the model, 350m.
+        error_feedback: whether of the script that keeps errors, at rank 8, or of that which drops
+            them, at rank 256 (default: True).
+
+    Source: the scripts of the release of LDAdam (Robert et al., 2024, arXiv:2410.16103), which
+    keeps the error in the gradients, and so in their dtype.
+
+    Raises:
+        ValueError: nothing was published for ``size`` or ``error_feedback``.
+
+    Example:
+        >>> from lowrank_optim import presets
+        >>> settings = presets.ldadam_pretrain("350m", error_feedback=False)
+        >>> settings["rank"], settings["lr"], settings["rho"], settings["error_feedback"]
+        (256, 0.001, 0.908, None)
+    """
+    _one(("350m",), size, "size")
+    rank = _one(_LDADAM, error_feedback, "value of error_feedback")
+    found: Arguments = {"lr": 1e-3, "betas": (0.908, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+    found |= {"rank": rank, "rho": 0.908, "update_proj_gap": 1, "scale": 1.0}
+    return found | {"error_feedback": "bfloat16" if error_feedback else None}
+
+
+def lisa_finetune(model: str) -> Arguments:
+    """Arguments of ``LisaAdamW`` for LLaMA-2-7B on Alpaca; the model is llama2-7b.
+
+    One epoch in bfloat16, sequences of 256. The paper searches rates and numbers of layers by task;
+    this is the release's script.
+
+    Source: the script of the release (LMFlow, 03736b9) of Pan et al. (2024), arXiv:2403.17919. It
+    leaves betas, eps and decay to transformers, whose defaults are (0.9, 0.999), 1e-8 and 0.
+
+    Raises:
+        ValueError: nothing was published for ``model``.
+
+    Example:
+        >>> from lowrank_optim import presets
+        >>> settings = presets.lisa_finetune("llama2-7b")
+        >>> settings["lr"], settings["active_layers"], settings["update_proj_gap"]
+        (1e-05, 1, 20)
+    """
+    _one(("llama2-7b",), model, "model")
+    found: Arguments = {"lr": 1e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    found |= {"active_layers": 1, "update_proj_gap": 20, "block_order": "random"}
+    return found | {"outside": "always"}
+
+
+def badam_finetune(model: str) -> Arguments:
+    """Arguments of ``BAdamW`` for Alpaca-GPT4; models are llama2-7b and llama3-8b.
+
+    3 epochs, batches of 16, cosine. The release trains neither embedding nor head: freeze them
+    first, or they have turns of their own.
+
+    Source: the README of the release (BAdam, 05c52af) of Luo et al. (2024), arXiv:2404.02827. It
+    leaves betas, eps and decay to transformers, whose defaults are (0.9, 0.999), 1e-8 and 0.
+
+    Raises:
+        ValueError: nothing was published for ``model``.
+
+    Example:
+        >>> from lowrank_optim import presets
+        >>> settings = presets.badam_finetune("llama3-8b")
+        >>> settings["lr"], settings["active_layers"], settings["update_proj_gap"]
+        (1e-06, 1, 100)
+    """
+    lr = _one(_BADAM, model, "model")
+    found: Arguments = {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    return found | {"active_layers": 1, "update_proj_gap": 100, "block_order": "shuffled"}

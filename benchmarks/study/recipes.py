@@ -1,6 +1,7 @@
 """The methods of the study, each as data: how it is made of a model, and where its rate is sought.
 
-One rate serves all parameters of a run, so ``scale`` is 1 where a paper has less. Every optimizer
+One rate serves all parameters of a run, so ``scale`` is 1 where a paper has less. APOLLO's, the
+square of its factor, is m/r, at which its steps are of the size of AdamW's. Every optimizer
 gets the same groups: what is not a matrix of attention or MLP is dense.
 """
 
@@ -17,15 +18,20 @@ from torch.optim import Optimizer
 from benchmarks.lora import LoRALinear, convert
 from benchmarks.study.sizes import Size
 from lowrank_optim import (
+    ApolloAdamW,
+    BAdamW,
     DCTAdamW,
     FiraAdamW,
     FrugalAdamW,
     GaLoreAdamW,
     GaLoreAdamW8bit,
+    LDAdamW,
+    LisaAdamW,
     SSTAdamW,
     SwitchLoRAAdamW,
     lowrank_groups,
 )
+from lowrank_optim import nn as layers
 
 Groups = list[dict[str, Any]]
 
@@ -83,15 +89,33 @@ def _ours(cls: Callable[..., Optimizer], **fixed: Any) -> Callable[..., Made]:
     def make(
         model: nn.Module, lr: float, size: Size, *, rank: int | float | None = None, **options: Any
     ) -> Made:
+        r = size.rank if rank is None else rank
         own: dict[Any, dict[str, Any]] = {
+            ApolloAdamW: {"update_proj_gap": size.gap, "scale": size.shape.hidden / r},
             SSTAdamW: {"steps_per_iteration": size.gap, "warmup_steps": size.gap // 10},
             SwitchLoRAAdamW: {"total_steps": size.steps},
         }
         chosen = {**own.get(cls, {"update_proj_gap": size.gap}), **fixed, **options}
-        groups = groups_of(model, size.rank if rank is None else rank)
+        groups = groups_of(model, r)
         return Made(cls(groups, lr=lr, betas=size.betas, weight_decay=0.0, **chosen))
 
     return make
+
+
+def _turns(cls: Callable[..., Optimizer], **fixed: Any) -> Callable[..., Made]:
+    """Whole layers of all parameters, in an order of the run's seed, and many turns for each."""
+
+    def make(model: nn.Module, lr: float, size: Size, **options: Any) -> Made:
+        chosen = {"betas": size.betas, "weight_decay": 0.0, "update_proj_gap": size.gap // 5}
+        chosen |= {"seed": drawn_seed(), **fixed, **options}
+        return Made(cls(model.named_parameters(), lr=lr, **chosen))
+
+    return make
+
+
+def drawn_seed() -> int:
+    """One for each seed of the study, whose generator it is drawn from."""
+    return int(torch.randint(2**31 - 1, ()))
 
 
 def _lora(
@@ -124,6 +148,17 @@ def restart(model: nn.Module, optimizer: Optimizer) -> None:
                 optimizer.state.pop(factor, None)
 
 
+def _sltrain(
+    model: nn.Module, lr: float, size: Size, *, rank: int | None = None, **options: Any
+) -> Made:
+    """Every matrix as factors, times the published 1/4, and 3 % of its entries."""
+    r = size.rank if rank is None else rank
+    own = {"density": 0.03, "scale": r / 4, "seed": drawn_seed()}
+    layers.convert(model, "sltrain", rank=r, **{**own, **options})
+    params = [p for p in model.parameters() if p.requires_grad]
+    return Made(torch.optim.AdamW(params, lr=lr, betas=size.betas, weight_decay=0.0))
+
+
 def _adamw8bit(model: nn.Module, lr: float, size: Size) -> Made:
     """AdamW of bitsandbytes, every tensor of at least 4,096 entries in 8 bits."""
     from bitsandbytes.optim import AdamW8bit
@@ -133,6 +168,7 @@ def _adamw8bit(model: nn.Module, lr: float, size: Size) -> Made:
 
 ADAM = (1e-3, 3e-3, 1e-2)
 FACTORS = (3e-3, 1e-2, 3e-2)
+STEPS = (1e-2, 3e-2, 1e-1)
 
 METHODS: dict[str, Method] = {
     "adamw": Method(_torch(torch.optim.AdamW), ADAM),
@@ -144,7 +180,12 @@ METHODS: dict[str, Method] = {
     "fira": Method(_ours(FiraAdamW, scale=1.0), ADAM),
     "frugal": Method(_ours(FrugalAdamW), ADAM),
     "dct": Method(_ours(DCTAdamW, update_proj_gap=1), ADAM),
+    "apollo": Method(_ours(ApolloAdamW), STEPS),
+    "ldadam": Method(_ours(LDAdamW, update_proj_gap=1), FACTORS),
+    "lisa": Method(_turns(LisaAdamW), FACTORS),
+    "badam": Method(_turns(BAdamW), FACTORS),
     "sst": Method(_ours(SSTAdamW, factors="active"), FACTORS),
     "switchlora": Method(_ours(SwitchLoRAAdamW), FACTORS),
     "lora": Method(_lora, FACTORS),
+    "sltrain": Method(_sltrain, FACTORS),
 }

@@ -14,11 +14,16 @@ from benchmarks.study.sizes import Size
 from benchmarks.study.training import state_bytes
 
 ADAMW = Case("AdamW", "adamw")
+MATRIX = r"layers\.\d+\.\w+_proj\."
+"""Every matrix is a layer by itself, and norms are in none."""
 
 
 def methods(size: Size) -> list[Case]:
     """Every method at one rank; of FRUGAL's blocks the density is the share of it."""
     share = size.rank / size.shape.hidden
+    rank, blocks = {"rank": size.rank}, size.shape.layers
+    active, matrices = max(1, blocks // 4), 7 * blocks
+    each = {"layers": MATRIX, "active_layers": matrices // 4}
     return [
         ADAMW,
         Case("AdamW 8-bit (bitsandbytes)", "adamw8bit"),
@@ -29,10 +34,18 @@ def methods(size: Size) -> list[Case]:
         Case("FRUGAL, columns", "frugal", {"rank": size.rank, "projector": "columns"}),
         Case("FRUGAL, svd", "frugal", {"rank": size.rank, "projector": "svd"}),
         Case("DCT-AdamW", "dct", {"rank": size.rank}),
+        Case("LDAdam, errors in 8 bits", "ldadam", {**rank, "error_feedback": "8bit"}),
+        Case("LDAdam, no error feedback", "ldadam", {**rank, "error_feedback": None}),
+        Case("APOLLO", "apollo", rank),
+        Case("APOLLO-Mini", "apollo", {"rank": 1, "scale_type": "tensor"}),
+        Case(f"LISA, {active} of {blocks} layers", "lisa", {"active_layers": active}),
+        Case(f"LISA, {matrices // 4} of {matrices} matrices", "lisa", each),
+        Case(f"BAdam, {active} of {blocks + 1} layers", "badam", {"active_layers": active}),
         Case("SST", "sst", {"rank": size.rank}),
         Case("SwitchLoRA", "switchlora", {"rank": size.rank}),
         Case("LoRA", "lora", {"rank": size.rank}),
         Case("LoRA with restarts, as ReLoRA", "lora", {"rank": size.rank, "restarts": 2}),
+        Case("SLTrain", "sltrain", rank),
     ]
 
 
@@ -65,10 +78,11 @@ def at_most(case: Case, size: Size, budget: int) -> Case | None:
 
 
 def equal_bytes(size: Size) -> list[Case]:
-    """Every method that has a rank, at the bytes of GaLore at the size's rank, after AdamW."""
+    """Every method with a rank to choose, at the bytes of GaLore at the rank; AdamW is first."""
     every = methods(size)
     budget = held_bytes(next(case for case in every if case.name == "GaLore"), size)
-    found = [at_most(case, size, budget) for case in every if "rank" in case.options]
+    ranked = [c for c in every if "rank" in c.options and c.options.get("scale_type") != "tensor"]
+    found = [at_most(case, size, budget) for case in ranked]
     return [ADAMW, *(case for case in found if case is not None)]
 
 
@@ -144,6 +158,21 @@ RELATIONS = (
         "GaLore, dct",
         "GaLore, svd",
         near=True,
+    ),
+    Relation("APOLLO ends below GaLore", "APOLLO (arXiv:2412.05270)", "rank", "APOLLO", "GaLore"),
+    Relation(
+        "errors kept end below GaLore",
+        "LDAdam (arXiv:2410.16103)",
+        "rank",
+        "LDAdam, errors in 8 bits",
+        "GaLore",
+    ),
+    Relation(
+        "the sparse part ends below ReLoRA",
+        "SLTrain (arXiv:2406.02214)",
+        "rank",
+        "SLTrain",
+        "LoRA with restarts, as ReLoRA",
     ),
     Relation("SST ends below LoRA", "SST (arXiv:2405.15481)", "rank", "SST", "LoRA"),
     Relation(

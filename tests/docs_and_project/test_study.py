@@ -196,6 +196,33 @@ def test_state_of_adamw_is_two_numbers_a_parameter():
     assert held_bytes(ADAMW, MICRO) == 8 * params + 4 * tensors
 
 
+BADAM = Case("BAdam", "badam")
+
+
+def test_state_is_that_of_the_largest_turn():
+    """Ten steps are two turns of five, and at the end of a turn nothing is held."""
+    held = train(Trial(replace(MICRO, steps=10, windows=2), BADAM, 1e-3, 0))["state_bytes"]
+    model = make_model(MICRO.shape, 0)
+    embedding, every = model.embed_tokens.weight.numel(), sum(p.numel() for p in model.parameters())
+    assert 8 * embedding <= held < 8 * every
+
+
+def test_clipping_sees_layers_whose_turn_comes_later(monkeypatch):
+    model, clip, norms = make_model(MICRO.shape, 0), torch.nn.utils.clip_grad_norm_, []
+
+    def spied(params, most):
+        found = clip(params, most)
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        norms.append(float(torch.nn.utils.get_total_norm(grads)))
+        return found
+
+    monkeypatch.setattr(training, "make_model", lambda shape, seed: model)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spied)
+    size = replace(MICRO, steps=10, windows=2, clip=1e-3)
+    train(Trial(size, BADAM, 1e-3, 0))
+    assert len(norms) == 10 and max(norms) <= 1e-3 * (1 + 1e-5)
+
+
 def test_schedule():
     size = replace(MICRO, steps=100)
     rates = [rate(step, size) for step in range(100)]
@@ -225,6 +252,29 @@ def test_every_method_learns(case):
     assert losses[-1] < losses[0]
 
 
+def test_turns_are_drawn_by_the_seed_of_the_run():
+    def first(seed):
+        torch.manual_seed(seed)
+        model = make_model(MICRO.shape, 0)
+        METHODS["badam"].make(model, 1e-3, MICRO)
+        return model.embed_tokens.weight.requires_grad
+
+    with torch.random.fork_rng(devices=[]):
+        drawn = [first(seed) for seed in range(12)]
+        assert drawn == [first(seed) for seed in range(12)]
+    assert len({*drawn}) == 2
+
+
+def test_the_factor_of_apollo_follows_its_rank():
+    """Its square is m/r, at which a channel's step is of the size of AdamW's."""
+    for case in methods(MICRO):
+        if case.method == "apollo":
+            made = METHODS["apollo"].make(make_model(MICRO.shape, 0), 1e-3, MICRO, **case.options)
+            (group,) = [g for g in made.optimizer.param_groups if g["rank"] is not None]
+            assert group["scale"] == MICRO.shape.hidden / case.options["rank"]
+            assert (group["scale_type"] == "tensor") == (case.name == "APOLLO-Mini")
+
+
 def test_a_restart_keeps_the_function_and_forgets_the_moments():
     model = make_model(MICRO.shape, 0)
     made = METHODS["lora"].make(model, 1e-2, MICRO, rank=4)
@@ -249,6 +299,7 @@ def test_equal_bytes_are_the_most_that_fit():
         assert held_bytes(case, MICRO) <= budget
         assert held_bytes(more, MICRO) > budget or case.method == "frugal"
     assert at_most(cases[-1], MICRO, 0) is None
+    assert "APOLLO-Mini" not in {case.name for case in cases}  # its rank is 1 at any budget
 
 
 def test_relations_name_cases_that_there_are():

@@ -58,6 +58,12 @@ CASES: list[tuple[str, Callable[..., dict[str, Any]], tuple[Any, ...]]] = [
         for size in sizes
     ),
     *(("FrugalAdamW", presets.frugal_pretrain, (size,)) for size in FRUGAL),
+    *(
+        ("LDAdamW", functools.partial(presets.ldadam_pretrain, error_feedback=keep), ("350m",))
+        for keep in (True, False)
+    ),
+    ("LisaAdamW", presets.lisa_finetune, ("llama2-7b",)),
+    *(("BAdamW", presets.badam_finetune, (model,)) for model in ("llama2-7b", "llama3-8b")),
     *(("GaLoreAdamW", presets.galore_glue, (task, r)) for task in GLUE for r in (4, 8)),
     *(("FrugalAdamW", presets.frugal_glue, (task, r)) for task in GLUE for r in (8, 0)),
 ]
@@ -151,6 +157,19 @@ def test_sltrain_is_as_in_the_scripts() -> None:
     assert (layer.s, len(layer.a), len(layer.values)) == (32 / 128, 128, int(0.03 * 192 * 160))
     with pytest.raises(ValueError, match="no published size '7b'"):
         presets.sltrain_pretrain("7b")
+
+
+def test_layers_and_ldadam_are_as_in_the_releases() -> None:
+    for keep, rank, error in ((True, 8, "bfloat16"), (False, 256, None)):
+        got = presets.ldadam_pretrain("350m", error_feedback=keep)
+        assert (got["lr"], got["betas"], got["rho"]) == (1e-3, (0.908, 0.99), 0.908)
+        assert (got["rank"], got["error_feedback"], got["weight_decay"]) == (rank, error, 0.0)
+    got = presets.lisa_finetune("llama2-7b")
+    assert (got["lr"], got["active_layers"], got["update_proj_gap"]) == (1e-5, 1, 20)
+    for model, lr in (("LLaMA-2-7B", 1e-5), ("llama3-8b", 1e-6)):
+        got = presets.badam_finetune(model)
+        assert (got["lr"], got["active_layers"], got["update_proj_gap"]) == (lr, 1, 100)
+        assert got["block_order"] == "shuffled"
 
 
 @pytest.mark.parametrize("preset", [p for _, p, _ in CASES[:: len(PRETRAIN["fira"])]])

@@ -303,6 +303,21 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Wrong]]] = {
          "mini": [(x, ValueError, "no published value of mini .*; there are False, True")
                   for x in ("yes", 1, None, [True])]},
     ),
+    "presets.ldadam_pretrain": (
+        presets.ldadam_pretrain,
+        {"size": [(x, ValueError, "no published size .*; there are '350m'")
+                  for x in ("60m", 350, None, ["350m"])],
+         "error_feedback": [(x, ValueError, "no published value of error_feedback .*; there are")
+                            for x in ("8bit", 1, None)]},
+    ),
+    **{
+        f"presets.{name}": (
+            getattr(presets, name),
+            {"model": [(x, ValueError, "no published model .*; there are 'llama2-7b'")
+                       for x in ("7b", 7, None, ["llama2-7b"])]},
+        )
+        for name in ("lisa_finetune", "badam_finetune")
+    },
     "presets.sltrain_pretrain": (
         presets.sltrain_pretrain,
         {"size": [(x, ValueError, "no published size .*; there are '60m', '130m'")
@@ -326,6 +341,7 @@ FINE: dict[str, dict[str, Any]] = {
     "memory.estimate": {"model": layer(), "optimizer_class": methods.GaLoreAdamW},
     "nn.convert": {"model": layer(), "method": "sst", "rank": 2},
     "presets.apollo_pretrain": {"size": "60m"},
+    "presets.ldadam_pretrain": {"size": "350m"},
     "presets.galore_glue": {"task": "cola"},
     "presets.frugal_glue": {"task": "cola"},
 }
