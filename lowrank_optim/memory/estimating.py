@@ -148,8 +148,8 @@ def estimate(
         moments        32.00 MiB
         other state         12 B
         a step         16.00 MiB  in passing
-        a refresh     176.94 MiB  in passing
-        peak          280.94 MiB  at the refresh, without activations
+        a refresh     176.63 MiB  in passing
+        peak          280.63 MiB  at the refresh, without activations
     """
     check(model, groups, in_backward, accumulation_steps, tokens, dtype)
     for name, flag in ("checkpointing", checkpointing), ("transients", transients):

@@ -148,18 +148,23 @@ def next_start(y: Tensor, q: Tensor) -> Tensor:
 
 def last_basis(y: Tensor, q: Tensor, rank: int) -> Tensor:
     """The leading singular vectors ``(..., m, r)`` that an iteration has found, as ``Q``."""
-    z = whiten(y, q.mT @ y)
-    gram = z.mT @ z
-    sound = torch.linalg.matrix_norm(gram) < torch.inf  # NaN is not
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    vectors = eigh(torch.where(sound[..., None, None], gram, eye))[1]
-    x = unit_columns(z @ vectors.flip(-1))[..., :rank]
+    x = _leading(y, q, rank)
     gram = x.mT @ x
     # a look right after that of the driver, when nothing else is queued
     if gram.is_meta or bool((_error(gram) < NEAR).all()):
         x = whiten(x, gram)
         return whiten(x, x.mT @ x)
     return orthogonal(x)
+
+
+def _leading(y: Tensor, q: Tensor, rank: int) -> Tensor:
+    """Columns of length one, nearly orthogonal, whose order is that of singular values."""
+    z = whiten(y, q.mT @ y)
+    gram = z.mT @ z
+    sound = torch.linalg.matrix_norm(gram) < torch.inf  # NaN is not
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    vectors = eigh(torch.where(sound[..., None, None], gram, eye))[1]
+    return unit_columns(z @ vectors.flip(-1))[..., :rank]
 
 
 def orthonormal_start(x: Tensor) -> Tensor:
