@@ -141,15 +141,14 @@ def estimate(
         >>> import torch
         >>> from lowrank_optim import GaLoreAdamW, memory
         >>> model = torch.nn.Linear(4096, 4096, bias=False, device="meta", dtype=torch.bfloat16)
-        >>> print(memory.estimate(model, GaLoreAdamW, rank=1024, in_backward="step"))
+        >>> own = {"rank": 1024, "in_backward": "step", "transients": False}
+        >>> print(memory.estimate(model, GaLoreAdamW, **own))
         weights        32.00 MiB
         gradients      32.00 MiB  (the largest: freed inside backward)
         basis           8.00 MiB
         moments        32.00 MiB
         other state         12 B
-        a step         16.00 MiB  in passing
-        a refresh     176.63 MiB  in passing
-        peak          280.63 MiB  at the refresh, without activations
+        peak          104.00 MiB  at the backward, without activations or what a step needs in passing
     """
     check(model, groups, in_backward, accumulation_steps, tokens, dtype)
     for name, flag in ("checkpointing", checkpointing), ("transients", transients):

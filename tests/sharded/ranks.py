@@ -213,7 +213,8 @@ class Ranks:
         folder, stacks = Path(self._folder.name), []
         for process, answer in zip(self._processes, answers, strict=True):
             if answer is None and process.is_alive():
-                os.kill(process.pid, signal.SIGUSR1)
+                with contextlib.suppress(ProcessLookupError):  # it ended since
+                    os.kill(process.pid, signal.SIGUSR1)
         time.sleep(0.3)
         for rank, process in enumerate(self._processes):
             ends = [folder / f"{kind}{rank}" for kind in ("stack", "stderr")]
