@@ -142,13 +142,9 @@ def estimate(
         >>> from lowrank_optim import GaLoreAdamW, memory
         >>> model = torch.nn.Linear(4096, 4096, bias=False, device="meta", dtype=torch.bfloat16)
         >>> own = {"rank": 1024, "in_backward": "step", "transients": False}
-        >>> print(memory.estimate(model, GaLoreAdamW, **own))
-        weights        32.00 MiB
-        gradients      32.00 MiB  (the largest: freed inside backward)
-        basis           8.00 MiB
-        moments        32.00 MiB
-        other state         12 B
-        peak          104.00 MiB  at the backward, without activations or what a step needs in passing
+        >>> found = memory.estimate(model, GaLoreAdamW, **own)
+        >>> found.weights >> 20, found.state >> 20, found.peak >> 20, found.peak_at
+        (32, 40, 104, 'backward')
     """
     check(model, groups, in_backward, accumulation_steps, tokens, dtype)
     for name, flag in ("checkpointing", checkpointing), ("transients", transients):
