@@ -62,7 +62,7 @@ def run(section: Section, settings: Settings) -> None:
             free(settings.device)
         base = found["ms"] if base is None else base
         section.data[label] = found
-        print(label, found, flush=True)
+        print(label, found, flush=True)  # last words, should the process die
         figures = (found["first"], found["ms"], found["ms"] / base, found["host_ms"])
         rows.append((label, *(f"{x:.2f}" for x in figures), gib(int(found["state"]))))
     title = f"One step of {len(params)} matrices of {size.name}, rank {size.rank}"
