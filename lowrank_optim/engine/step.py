@@ -52,7 +52,7 @@ from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
 _Plan = TypeVar("_Plan", bound=ParamPlan)
 
-CHUNK_BYTES = {False: 1 << 22, True: 1 << 26}
+CHUNK_BYTES = {False: 1 << 22, True: 1 << 28}
 """Low-rank gradients alive at once: within a CPU's cache, or enough to fill an accelerator."""
 
 
