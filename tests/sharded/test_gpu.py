@@ -33,6 +33,7 @@ CASES = [
     ("FrugalAdamW", {"projector": "block"}),
     ("FrugalAdamW", {"projector": "columns"}),
     ("DCTAdamW", {}),
+    ("LDAdamW", {"error_feedback": "8bit"}),
 ]
 STEPS = 5
 

@@ -32,7 +32,7 @@ CASES: dict[str, Case] = (
     }
     | {
         name: replace(NAMED[name], only=SHORT, steps=STEPS)
-        for name in ("sst", "switchlora restarts")
+        for name in ("sst", "switchlora restarts", "ldadam", "ldadam bare")
     }
 )
 

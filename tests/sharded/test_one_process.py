@@ -62,7 +62,7 @@ def test_all_cases_are_well_posed() -> None:
 TURNS = [(name, SIZES[i // 3 % 3], HOWS[i % 3]) for i, name in enumerate(NAMED)]
 DEFAULT = (
     "rsvd", "random", "columns", "block", "fira svd", "apollo mini", "frugal rows", "dct memory",
-    "sst", "switchlora of weights",
+    "sst", "switchlora of weights", "ldadam in 8 bits", "ldadam full",
 )  # fmt: skip
 """What the default run has of them, by columns and in plain DTensors. ``test_mutations.py`` has
 others by rows, and by rows these: each basis, side and residual. All, everywhere, are slow."""

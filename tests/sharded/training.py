@@ -99,7 +99,7 @@ def make_optimizer(case: Case, named: Iterable[tuple[str, Tensor]]) -> Optimizer
             optimizer: Optimizer = cls(named, **{"lr": 1e-2, "weight_decay": 1e-2, **case.options})
             return optimizer
         own: dict[str, Any] = {"lr": 1e-2, "weight_decay": 1e-2}
-        if not case.cls.startswith(("DCT", "SST", "Switch")):
+        if not case.cls.startswith(("DCT", "SST", "Switch", "LDAdam")):
             own["update_proj_gap"] = GAP
         if "density" not in case.options:
             own["rank"] = RANK

@@ -261,9 +261,11 @@ def is_projected(w: Work) -> bool:
 
 
 def _looks(w: Work) -> bool:
-    """Whether a refresh looks at the columns that are here."""
+    """Whether a refresh looks at the columns that are here, or adds what it loses to them."""
     assert w.item.subspace is not None and w.item.part is not None
-    return w.item.subspace.needs_grad and w.item.part.side != "whole"
+    if not w.item.subspace.needs_grad:
+        return False
+    return w.item.part.side != "whole" or bool(w.chosen.residual.lost)
 
 
 def fetch(works: Sequence[Work]) -> None:
