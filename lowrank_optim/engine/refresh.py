@@ -131,7 +131,7 @@ def refreshing_(
     that the refresh was queued.
     """
     before = _counters(item, state)
-    shown = sought(item, state, grad, chosen)
+    shown = grad if look else sought(item, state, grad, chosen)
     moved, ok = yield from _search(item, state, shown, step, chosen, look)
     if moved is None:
         return False
