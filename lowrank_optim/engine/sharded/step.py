@@ -29,6 +29,7 @@ from lowrank_optim.engine.plan import (
     ParamPlan,
     State,
     Strategies,
+    refreshed_keys,
     rounds,
     weight_noise,
 )
@@ -245,13 +246,13 @@ def refresh_works(chunks: Sequence[list[Work]], skipped: Sequence[Work], undo: U
         if not subspace.needs_grad:
             due.append(w)
             continue
-        undo.keep(w.state, subspace.refreshed(w.state))
+        undo.keep(w.state, refreshed_keys(subspace, w.state, w.chosen))
         plan, step = stepped(w.item, weight), int(w.state["step"])
         refresh_(plan, w.state, weight, step, w.chosen, look=(w.norm, None))
     for w in due:
         subspace = w.item.subspace
         assert subspace is not None
-        undo.keep(w.state, subspace.refreshed(w.state))
+        undo.keep(w.state, refreshed_keys(subspace, w.state, w.chosen))
     refresh_together([Due(w.item, w.twin, w.state, w.grad, w.chosen, w.norm) for w in due])
 
 
