@@ -48,6 +48,7 @@ _NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "svd": ("galore adamw", {"projector": "svd", "rank": 3}),
     "rsvd": ("galore adamw", {"projector": "rsvd", "on_refresh": "project"}),
     "random": ("galore adamw", {"projector": "random", "on_refresh": "reset"}),
+    "golore": ("galore adamw", {"projector": "golore", "random_from": 3, "rank": 3}),
     "dct": ("galore adamw", {"projector": "dct", "on_refresh": "project"}),
     "hadamard": ("galore adamw", {"projector": "hadamard"}),
     "columns": ("galore adamw", {"projector": "columns", "on_refresh": "project"}),
