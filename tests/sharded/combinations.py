@@ -211,6 +211,12 @@ EIGHT = {
 BLOCKS = Case("FrugalAdamW8bit", {"density": 0.5}, only=("some blocks", "table", "four blocks"))
 """By rows that blocks lie within: whole tensors, of which some have moments at a time."""
 
+LAYERS = {
+    "lisa": replace(BLOCKS, cls="LisaAdamW8bit", options={**BY_SHAPE, "active_layers": 2}),
+    "badam": replace(BLOCKS, cls="BAdamW8bit", options={**BY_SHAPE, "active_layers": 2}),
+}
+"""The same of whole layers."""
+
 FACTORS: dict[str, Sequence[Any]] = {
     "method": tuple(METHODS),
     "projector": ("svd", "rsvd", "random", "dct", "hadamard", "columns", "rows", "block"),

@@ -38,6 +38,7 @@ def test_figures_are_those_that_the_table_gives(placed: bool) -> None:
     assert found.messages == (1 if placed else 3)
 
 
+@pytest.mark.slow
 def test_a_basis_of_every_step_is_counted_in_every_layout() -> None:
     """LDAdam: the matrix to its owner; the basis, and how moments turn, to all."""
     layers, m, n, r = 3, 16, 48, 4

@@ -9,9 +9,19 @@ from typing import Any
 import pytest
 import torch
 
+from tests import cases
 from tests.pairwise import pairwise
 from tests.sharded import training
-from tests.sharded.combinations import FACTORS, NAMED, SHORT, is_defined, to_case
+from tests.sharded.combinations import (
+    BLOCKS,
+    EIGHT,
+    FACTORS,
+    LAYERS,
+    NAMED,
+    SHORT,
+    is_defined,
+    to_case,
+)
 from tests.sharded.ranks import Ranks, World
 from tests.sharded.training import LONG, Case, Trained
 
@@ -40,6 +50,12 @@ def test_torch_passes_its_own_measure(size: int, how: str, ranks: Worlds) -> Non
     """What the harness measures is right for an optimizer that is."""
     only = () if how == "fsdp columns" else SHORT
     check(ranks, size, f"torch {how}", Case("torch.AdamW", {"foreach": False}, how, only, steps=4))
+
+
+def test_every_class_is_run_by_several_ranks() -> None:
+    """A class that is added is a case, here or, of means, in ``test_adafactor.py``."""
+    every = [*NAMED.values(), *EIGHT.values(), *LAYERS.values(), BLOCKS]
+    assert {case.cls for case in every} | {"GaLoreAdafactor"} >= set(cases.method_names())
 
 
 @pytest.mark.parametrize("name", list(NAMED)[::4])
