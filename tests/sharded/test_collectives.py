@@ -312,6 +312,17 @@ def test_a_basis_that_follows_is_found_by_an_owner_at_every_step(place: int, ran
         assert above <= 1, "the owner alone has a whole matrix"
 
 
+def test_copies_get_a_basis_and_moments_and_no_memory(ranks: Worlds) -> None:
+    """A refresh writes no errors, which are M x N numbers and alike on all ranks anyway."""
+    args = {"cls": "LDAdamW", "options": {}, "place": "r", "alike": 1}
+    found = (M * R + 2 * R * N) * ITEM
+    counters = 3 * FINE  # with whether it was found, each with what aligns it
+    for steps in ranks(SIZE).run("copies", measured, **args).checked():
+        for collectives, news, _ in steps:
+            sent = metered(collectives, news).bytes
+            assert found <= sent["broadcast"] <= found + counters
+
+
 def test_alike_matrices_share_their_collectives(ranks: Worlds) -> None:
     """Three in a bucket: as many collectives as one, three times the bytes."""
     options = {"projector": "svd", "proj_type": "left"}

@@ -403,6 +403,7 @@ def raises(*_: Any) -> None:
 
 UNDONE = {
     "dct memory": ("some blocks", "no block"),
+    "ldadam": ("some blocks", "no block"),
     "sst": ("some blocks", "two sides"),
     "switchlora": ("some blocks", "two sides"),
     "adafactor": ("long", "no block"),

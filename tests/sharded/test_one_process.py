@@ -145,7 +145,9 @@ def test_micro_batches_that_are_not_reduced(name: str, ranks: Worlds) -> None:
     check(ranks, 2, name, torch_or(name, only=SHORT, pieces=3, steps=4))
 
 
-@pytest.mark.parametrize("name", [TORCH, "svd", "dct memory"])
+@pytest.mark.parametrize(
+    "name", [TORCH, "svd", "dct memory", pytest.param("ldadam", marks=pytest.mark.slow)]
+)
 def test_float32(name: str, ranks: Worlds) -> None:
     """To the rounding of its products, which are of fewer columns than in one process."""
     case = torch_or(name, how="tensors", only=("wide", "tall", "few"), steps=4, dtype=torch.float32)
