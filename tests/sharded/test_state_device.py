@@ -134,9 +134,11 @@ def test_replicas_train_with_either_setting(ranks: Worlds) -> None:
     turned = replace(svd, options={**svd.options, "on_refresh": "project"})
     memory = replace(NAMED["dct memory now and then"], only=SHORTEST, steps=4)
     memory = replace(memory, options={**memory.options, "projector": "svd"})
+    following = replace(NAMED["ldadam"], only=SHORTEST, steps=4)
     runs = [
         replicas.Run(turned, "ddp"),
         replicas.Run(memory, "ddp"),
+        replicas.Run(following, "ddp"),
         replicas.Run(turned, "project"),
         replicas.Run(turned, "step", told=True),
     ]
