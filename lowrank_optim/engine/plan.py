@@ -278,6 +278,11 @@ def moving_keys(item: ParamPlan, chosen: Strategies) -> list[str]:
     return [*(k for key in keys for k in (key, scale_key(key))), *memory]
 
 
+def refreshed_keys(subspace: Subspace, state: State, chosen: Strategies) -> list[str]:
+    """State keys that a refresh may overwrite: all but the memory of a residual."""
+    return [key for key in subspace.refreshed(state) if key not in chosen.residual.memory]
+
+
 def unit_of(view: MatrixView, subspace: Subspace, chosen: Strategies) -> int:
     """Columns that ranks must step together, as the moments of columns are kept."""
     shapes = subspace.coord_shapes(view)

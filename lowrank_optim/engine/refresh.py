@@ -131,7 +131,8 @@ def refreshing_(
     that the refresh was queued.
     """
     before = _counters(item, state)
-    moved, ok = yield from _search(item, state, grad, step, chosen, look)
+    shown = grad if look else sought(item, state, grad, chosen)
+    moved, ok = yield from _search(item, state, shown, step, chosen, look)
     if moved is None:
         return False
     if ok is not None and not later and not _came_about(item, state, step, ok, before):
@@ -156,7 +157,10 @@ def find_(
     chosen: Strategies,
     look: tuple[Tensor, Any] | None = None,
 ) -> dict[str, BasisChange] | None:
-    """Find new coordinates; None, and counted, if that had to be postponed."""
+    """Find new coordinates from what :func:`~lowrank_optim.engine.momentum.sought` gives.
+
+    None, and counted, if that had to be postponed.
+    """
     before = _counters(item, state)
     moved, ok = alone(_search(item, state, grad, step, chosen, look))
     return moved if ok is None or _came_about(item, state, step, ok, before) else None
@@ -184,7 +188,6 @@ def _search(
     assert view is not None and subspace is not None
     seen = None if look is None else look[1]
     fine: Tensor | None = None
-    grad = sought(item, state, grad, chosen)
     if subspace.needs_grad:
         norm, seen = look or (yield from subspace.looking(grad))
         if norm is None:

@@ -34,6 +34,7 @@ from lowrank_optim.engine.plan import (
     Strategies,
     age_key,
     read_slots,
+    refreshed_keys,
     slot_keys,
     weight_noises,
     write_slots_,
@@ -213,7 +214,7 @@ def _project(
         not (own or item.tried >= 0) or _has_basis(item, state)
         for (item, state), own in zip(pairs, due, strict=True)
     ]
-    _keep(list(compress(pairs, due)), undo)
+    _keep(list(compress(pairs, due)), chosen, undo)
     work = zip(pairs, _gradients(pairs, chosen), due, strict=True)
     found = together([_refreshed(*pair, grad, own, chosen) for pair, grad, own in work])
     at = [n for n, (_, coords, _) in enumerate(found) if not coords]
@@ -240,14 +241,14 @@ def _has_basis(item: ParamPlan, state: State) -> bool:
     return drawn or int(state["refresh_step"]) >= 0
 
 
-def _keep(pairs: Sequence[tuple[ParamPlan, State]], undo: Undo) -> None:
+def _keep(pairs: Sequence[tuple[ParamPlan, State]], chosen: Strategies, undo: Undo) -> None:
     """What refreshes may overwrite, of all at once."""
     keys: dict[str, None] = {}
     for item, state in pairs:
         assert item.subspace is not None
         if item.subspace.moves_weights:
             undo.keep_weights(state, item.param)
-        keys.update(dict.fromkeys(item.subspace.refreshed(state)))
+        keys.update(dict.fromkeys(refreshed_keys(item.subspace, state, chosen)))
     undo.keep_all([state for _, state in pairs], keys)
 
 

@@ -37,14 +37,6 @@ class PowerIteration(Projector):
         """ρ."""
         return self.rho
 
-    @property
-    def whole(self) -> str | None:
-        """Moments are of columns, and a basis is found where all of them are lifted."""
-        return (
-            "its bases are found from gradients and moments of whole matrices. Take DCTAdamW with "
-            "error_feedback, or GaLoreAdamW with on_refresh='project'"
-        )
-
     def find(self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext) -> Tensor:
         """One product with ``B B^T``, made orthonormal by Householder's reflections."""
         if previous is None:

@@ -235,7 +235,7 @@ def measured(
 
     named = [(f"layer{i}.weight", nn.Parameter(draw())) for i in range(alike)]
     own = {"lr": 1e-2, "stagger": False, **options}
-    if not cls.startswith(("SST", "Switch")):
+    if not cls.startswith(("SST", "Switch", "LDAdam")):
         own["update_proj_gap"] = 2
     switched.DRAWN = 2  # of the candidates, whose pool is no larger than the weight here
     if "density" not in own:
@@ -289,6 +289,38 @@ def test_a_step_sends_exactly_this(name: str, place: int, ranks: Worlds) -> None
         owners = 1 if is_due and "broadcast" in due and name != "random" else 0
         most = [(metered(c, n).largest, limit) for c, n, limit in seen]
         assert above <= owners, f"{above} ranks made more than their share in step {step}: {most}"
+
+
+ROTATION: Table = {"broadcast": (0, R * R * ITEM)}
+"""How moments turn, with the basis that they turn to."""
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_basis_that_follows_is_found_by_an_owner_at_every_step(place: int, ranks: Worlds) -> None:
+    """LDAdam: a shard of the gradient with its momentum to the owner, the basis to all."""
+    args = {"cls": "LDAdamW", "options": {}, "place": place, "alike": 1}
+    steps = list(zip(*ranks(SIZE).run("following", measured, **args).checked(), strict=True))
+    every = plus({"all_reduce": (1, GUARD)}, OWNER, NOTHING if place else TURNED)
+    for step, seen in enumerate(steps):
+        expected = plus(every, ROTATION) if step else every
+        above = 0
+        for collectives, news, limit in seen:
+            meter = metered(collectives, news)
+            assert_collectives(meter, expected)
+            assert_small(meter, M * N * ITEM)
+            above += meter.largest > limit
+        assert above <= 1, "the owner alone has a whole matrix"
+
+
+def test_copies_get_a_basis_and_moments_and_no_memory(ranks: Worlds) -> None:
+    """A refresh writes no errors, which are M x N numbers and alike on all ranks anyway."""
+    args = {"cls": "LDAdamW", "options": {}, "place": "r", "alike": 1}
+    found = (M * R + 2 * R * N) * ITEM
+    counters = 3 * FINE  # with whether it was found, each with what aligns it
+    for steps in ranks(SIZE).run("copies", measured, **args).checked():
+        for collectives, news, _ in steps:
+            sent = metered(collectives, news).bytes
+            assert found <= sent["broadcast"] <= found + counters
 
 
 def test_alike_matrices_share_their_collectives(ranks: Worlds) -> None:

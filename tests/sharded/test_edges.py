@@ -105,8 +105,9 @@ def in_chunks(world: World | None, cls: str, place: int, options: dict[str, Any]
         ("DCTAdamW", {"error_feedback": "float32", "update_proj_gap": 2}),
         ("GaLoreAdamW", {"projector": "svd", "update_proj_gap": 2}),
         ("GaLoreAdamW", {"projector": "dct", "proj_type": "full", "update_proj_gap": 2}),
+        pytest.param("LDAdamW", {}, marks=pytest.mark.slow),
     ],
-    ids=["memory", "svd", "full"],
+    ids=["memory", "svd", "full", "ldadam"],
 )
 def test_ranks_cut_alike_weights_into_the_same_chunks(
     cls: str, options: dict[str, Any], place: int, ranks: Worlds
@@ -253,8 +254,9 @@ WHERE = {
     [
         ("DCTAdamW", {"error_feedback": "float32", "update_proj_gap": 3}),
         ("FiraAdamW", {"projector": "svd", "update_proj_gap": 3, "on_refresh": "project"}),
+        pytest.param("LDAdamW", {}, marks=pytest.mark.slow),
     ],
-    ids=["memory", "fira"],
+    ids=["memory", "fira", "ldadam"],
 )
 def test_an_error_leaves_every_bit(
     cls: str, options: dict[str, Any], place: int, when: str, ranks: Worlds

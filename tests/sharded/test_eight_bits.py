@@ -26,7 +26,7 @@ import lowrank_optim
 from lowrank_optim.sharding.grid import Cut
 from lowrank_optim.sharding.parts import _shares
 from tests.sharded import test_not_finite, training
-from tests.sharded.combinations import BLOCKS, EIGHT, WITH_BLOCKS
+from tests.sharded.combinations import BLOCKS, EIGHT, LAYERS, WITH_BLOCKS
 from tests.sharded.ranks import Ranks, World
 from tests.sharded.test_full_state import whole_state
 from tests.sharded.test_meshes import PLACES
@@ -97,9 +97,12 @@ def test_cases_of_factors_and_means_are_well_posed(name: str) -> None:
         training.assert_equal_runs(training.jittered(case), training.reference(case), case.near)
 
 
-@pytest.mark.parametrize("size", [3])
-def test_blocks_of_rows_are_one_process(size: int, ranks: Worlds) -> None:
-    check(ranks, size, "frugal block", replace(BLOCKS, steps=6))
+@pytest.mark.parametrize(
+    "name",
+    ["frugal block", *(pytest.param(name, marks=pytest.mark.slow) for name in LAYERS)],
+)
+def test_blocks_of_rows_are_one_process(name: str, ranks: Worlds) -> None:
+    check(ranks, 3, name, replace(LAYERS.get(name, BLOCKS), steps=6))
 
 
 @pytest.mark.parametrize("on_refresh", [pytest.param("keep", marks=pytest.mark.slow), "project"])
@@ -400,6 +403,7 @@ def raises(*_: Any) -> None:
 
 UNDONE = {
     "dct memory": ("some blocks", "no block"),
+    "ldadam": ("some blocks", "no block"),
     "sst": ("some blocks", "two sides"),
     "switchlora": ("some blocks", "two sides"),
     "adafactor": ("long", "no block"),

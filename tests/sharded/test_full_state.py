@@ -119,7 +119,16 @@ def test_a_run_goes_on_from_a_whole_state(name: str, way: str, ranks: Worlds) ->
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "name",
-    ["svd", "fira svd", "dct memory", "frugal momentum", "random full", "sst", "switchlora"],
+    [
+        "svd",
+        "fira svd",
+        "dct memory",
+        "frugal momentum",
+        "random full",
+        "sst",
+        "switchlora",
+        "ldadam",
+    ],
 )
 def test_a_run_goes_on_from_a_whole_state_everywhere(name: str, way: str, ranks: Worlds) -> None:
     """On three ranks, some of which have nothing of a matrix."""

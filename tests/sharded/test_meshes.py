@@ -82,6 +82,8 @@ def check(ranks: Worlds, name: str, case: Case) -> None:
         ("fira svd", "parallel"),
         ("sst", "parallel"),
         ("switchlora of weights", "copies"),
+        ("ldadam", "parallel"),
+        pytest.param("ldadam full", "copies", marks=pytest.mark.slow),
     ],
 )
 def test_it_is_one_process(name: str, how: str, ranks: Worlds) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from tests import cases
 from tests.sharded import training
 from tests.sharded.combinations import NAMED, SHORT
 from tests.sharded.ranks import Ranks, World
@@ -32,7 +33,7 @@ CASES: dict[str, Case] = (
     }
     | {
         name: replace(NAMED[name], only=SHORT, steps=STEPS)
-        for name in ("sst", "switchlora restarts")
+        for name in ("sst", "switchlora restarts", "ldadam", "ldadam bare")
     }
 )
 
@@ -230,3 +231,20 @@ def test_a_gradient_that_only_some_ranks_have_is_no_hang(ranks: Worlds) -> None:
         assert set(told) == {"moved: False"}, told
     else:
         assert all("wide_0_0.weight" in text for text in told), told
+
+
+def unasked(world: World | None, case: Case, bad: str, at: int) -> Any:
+    """The same where a host may not look at what a device has: it selects, and asks nobody."""
+    with pytest.MonkeyPatch.context() as patch:
+        cases.branching(patch, lambda _: True)
+        return run(world, case, bad, at, float("nan"))[1]
+
+
+@pytest.mark.parametrize("name", [pytest.param("svd", marks=pytest.mark.slow), "ldadam"])
+def test_a_device_selects_what_a_host_would_skip(name: str, ranks: Worlds) -> None:
+    """Where a basis is due: neither it, moments nor errors take anything of such a gradient."""
+    case = replace(CASES[name], only=("wide", "tall"), steps=4)
+    bad = BAD["tall"]
+    found = ranks(2).run(name, unasked, case=case, bad=bad, at=2).checked()
+    expected = run(None, case.reference, bad, 2, float("nan"))[1]
+    training.assert_equal_runs(training.assembled(found), training.assembled([expected]))

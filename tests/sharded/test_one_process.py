@@ -9,9 +9,19 @@ from typing import Any
 import pytest
 import torch
 
+from tests import cases
 from tests.pairwise import pairwise
 from tests.sharded import training
-from tests.sharded.combinations import FACTORS, NAMED, SHORT, is_defined, to_case
+from tests.sharded.combinations import (
+    BLOCKS,
+    EIGHT,
+    FACTORS,
+    LAYERS,
+    NAMED,
+    SHORT,
+    is_defined,
+    to_case,
+)
 from tests.sharded.ranks import Ranks, World
 from tests.sharded.training import LONG, Case, Trained
 
@@ -42,6 +52,12 @@ def test_torch_passes_its_own_measure(size: int, how: str, ranks: Worlds) -> Non
     check(ranks, size, f"torch {how}", Case("torch.AdamW", {"foreach": False}, how, only, steps=4))
 
 
+def test_every_class_is_run_by_several_ranks() -> None:
+    """A class that is added is a case, here or, of means, in ``test_adafactor.py``."""
+    every = [*NAMED.values(), *EIGHT.values(), *LAYERS.values(), BLOCKS]
+    assert {case.cls for case in every} | {"GaLoreAdafactor"} >= set(cases.method_names())
+
+
 @pytest.mark.parametrize("name", list(NAMED)[::4])
 def test_a_named_case_is_well_posed(name: str) -> None:
     """Gradients rounded otherwise change nothing that is compared, so that a difference is one."""
@@ -62,7 +78,7 @@ def test_all_cases_are_well_posed() -> None:
 TURNS = [(name, SIZES[i // 3 % 3], HOWS[i % 3]) for i, name in enumerate(NAMED)]
 DEFAULT = (
     "rsvd", "random", "columns", "block", "fira svd", "apollo mini", "frugal rows", "dct memory",
-    "sst", "switchlora of weights",
+    "sst", "switchlora of weights", "ldadam in 8 bits", "ldadam full",
 )  # fmt: skip
 """What the default run has of them, by columns and in plain DTensors. ``test_mutations.py`` has
 others by rows, and by rows these: each basis, side and residual. All, everywhere, are slow."""
@@ -129,7 +145,9 @@ def test_micro_batches_that_are_not_reduced(name: str, ranks: Worlds) -> None:
     check(ranks, 2, name, torch_or(name, only=SHORT, pieces=3, steps=4))
 
 
-@pytest.mark.parametrize("name", [TORCH, "svd", "dct memory"])
+@pytest.mark.parametrize(
+    "name", [TORCH, "svd", "dct memory", pytest.param("ldadam", marks=pytest.mark.slow)]
+)
 def test_float32(name: str, ranks: Worlds) -> None:
     """To the rounding of its products, which are of fewer columns than in one process."""
     case = torch_or(name, how="tensors", only=("wide", "tall", "few"), steps=4, dtype=torch.float32)

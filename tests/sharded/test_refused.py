@@ -31,7 +31,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "4 bits": ("GaLoreAdamW", {"state_dtype": "4bit", "rank": 2}, "Take state_dtype='8bit'"),
     "4 bits, dense": ("GaLoreAdamW", {"state_dtype": "4bit", "rank": None}, "state_dtype='4bit'"),
     "sst": ("SSTAdamW", {**SST, "rank": 2}, "Pass factors='active'"),
-    "ldadam": ("LDAdamW", {"rank": 2}, "Take DCTAdamW with error_feedback"),
     "fira block": ("FiraAdamW", {"projector": "block", "rank": 0.5}, "block"),
     "adafactor block": ("GaLoreAdafactor", {"projector": "block", "rank": 0.5}, "Adafactor"),
 }

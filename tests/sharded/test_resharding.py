@@ -43,6 +43,7 @@ METHODS = (
     "frugal momentum",
     "sst",
     "switchlora restarts",
+    "ldadam",
 )
 
 
@@ -140,6 +141,7 @@ def test_torch_passes_its_own_measure(flat: bool, ranks: Worlds, tmp_path: Path)
         "frugal block",
         "sst",
         "switchlora",
+        "ldadam",
     ],
 )
 def test_a_run_over_several_numbers_of_ranks_is_one_run(
@@ -233,7 +235,9 @@ def own_methods(world: World, case: Case) -> Any:
     return out
 
 
-@pytest.mark.parametrize("name", ["torch", "svd", "frugal block"])
+@pytest.mark.parametrize(
+    "name", ["torch", "svd", "frugal block", pytest.param("ldadam", marks=pytest.mark.slow)]
+)
 def test_the_optimizers_own_methods(name: str, ranks: Worlds) -> None:
     torchs = Case("torch.AdamW", {"foreach": False})
     case = replace(torchs if name == "torch" else NAMED[name], only=SHORT, steps=2 * LEG)

@@ -82,6 +82,7 @@ CASES = {
     "fira": NAMED["fira rsvd"],
     "blocks": NAMED["frugal block"],
     "memory": NAMED["dct memory now and then"],
+    "following": NAMED["ldadam"],
     "sst": NAMED["sst"],
     "switchlora": NAMED["switchlora"],
     "columns": replace(NAMED["rsvd"], how="fsdp columns"),
@@ -106,7 +107,7 @@ def test_shards_train_with_either_setting(names: Sequence[str], ranks: Worlds) -
 
 def test_shards_in_8_bits_train_with_either_setting(ranks: Worlds) -> None:
     """DTensors of blocks, and the memory of error feedback beside them."""
-    names = ("galore", "dct memory 8bit", "switchlora")
+    names = ("galore", "dct memory 8bit", "switchlora", "ldadam")
     cases = [replace(EIGHT[name], only=EIGHT[name].only[:1]) for name in names]
     for found in ranks(2).run("eight", both, cases=cases).checked():
         assert found == [""] * len(cases)
@@ -133,9 +134,11 @@ def test_replicas_train_with_either_setting(ranks: Worlds) -> None:
     turned = replace(svd, options={**svd.options, "on_refresh": "project"})
     memory = replace(NAMED["dct memory now and then"], only=SHORTEST, steps=4)
     memory = replace(memory, options={**memory.options, "projector": "svd"})
+    following = replace(NAMED["ldadam"], only=SHORTEST, steps=4)
     runs = [
         replicas.Run(turned, "ddp"),
         replicas.Run(memory, "ddp"),
+        replicas.Run(following, "ddp"),
         replicas.Run(turned, "project"),
         replicas.Run(turned, "step", told=True),
     ]

@@ -99,13 +99,16 @@ def make_optimizer(case: Case, named: Iterable[tuple[str, Tensor]]) -> Optimizer
             optimizer: Optimizer = cls(named, **{"lr": 1e-2, "weight_decay": 1e-2, **case.options})
             return optimizer
         own: dict[str, Any] = {"lr": 1e-2, "weight_decay": 1e-2}
-        if not case.cls.startswith(("DCT", "SST", "Switch")):
+        if not case.cls.startswith(("DCT", "SST", "Switch", "LDAdam")):
             own["update_proj_gap"] = GAP
         if "density" not in case.options:
             own["rank"] = RANK
         own |= case.options
-        if own.get("rank", 0) is None:  # a key of groups
-            named = [{"params": list(named), "rank": own.pop("rank")}]  # type: ignore[assignment]
+        keys = {k: own.pop(k) for k in ("random_from",) if k in own}  # keys of groups alone
+        if own.get("rank", 0) is None:
+            keys["rank"] = own.pop("rank")
+        if keys:
+            named = [{"params": list(named), **keys}]  # type: ignore[assignment]
         optimizer = getattr(lowrank_optim, case.cls)(named, **own)
         return optimizer
 
