@@ -109,11 +109,12 @@ def column_factors(c, j0, n, cj, BN: tl.constexpr):
 
 @triton.jit
 def lift_scaled_kernel(
-    w, g, p, n_, r_, c, finite, m, n, rank,
+    w, g, p, n_, r_, c, finite, step, shrink, m, n, rank,
     wb, wi, wj, gb, gi, gj, pb, pi, pk, nb, nk, nj, rb, rk, rj, cb, cj,
     decay, lr, scale,
     READY: tl.constexpr, HALF: tl.constexpr, EVEN: tl.constexpr,
-    WIDE: tl.constexpr, SOUND: tl.constexpr, GROUP: tl.constexpr,
+    WIDE: tl.constexpr, SOUND: tl.constexpr, STEPPED: tl.constexpr, DECAYED: tl.constexpr,
+    GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """``W <- decay W - lr (P (a N - a R o c) + G o c)``: the residual costs no second product.
@@ -123,6 +124,10 @@ def lift_scaled_kernel(
     if SOUND:  # noqa: SIM102 (one is decided at compile time)
         if tl.load(finite) == 0:
             return
+    if STEPPED:
+        lr *= tl.load(step).to(tl.float32)
+    if DECAYED:
+        decay *= tl.load(shrink).to(tl.float32)
     b = tl.program_id(1).to(tl.int64)
     i0, j0 = tile_corner(tl.program_id(0), m, n, BM, BN, GROUP)
     if not READY:
@@ -172,17 +177,22 @@ def write_sign(
 
 @triton.jit
 def lift_sign_kernel(
-    w, g, p, n_, r_, finite, m, n, rank,
+    w, g, p, n_, r_, finite, step, shrink, m, n, rank,
     wb, wi, wj, gb, gi, gj, pb, pi, pk, nb, nk, nj, rb, rk, rj,
     decay, lr, scale, gain,
     HALF: tl.constexpr, EVEN: tl.constexpr,
-    WIDE: tl.constexpr, SOUND: tl.constexpr, GROUP: tl.constexpr,
+    WIDE: tl.constexpr, SOUND: tl.constexpr, STEPPED: tl.constexpr, DECAYED: tl.constexpr,
+    GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """``W <- decay W - lr (a P N + gain sign(G - P R))``: two products share the tiles of P."""
     if SOUND:  # noqa: SIM102 (one is decided at compile time)
         if tl.load(finite) == 0:
             return
+    if STEPPED:
+        lr *= tl.load(step).to(tl.float32)
+    if DECAYED:
+        decay *= tl.load(shrink).to(tl.float32)
     b = tl.program_id(1).to(tl.int64)
     i0, j0 = tile_corner(tl.program_id(0), m, n, BM, BN, GROUP)
     up = tl.zeros((BM, BN), tl.float32)
@@ -225,6 +235,8 @@ def lift_add_scaled_(
     lr: float,
     scale: float,
     finite: Sequence[Tensor] = (),
+    steps: Sequence[Tensor] = (),
+    decays: Sequence[Tensor] = (),
 ) -> None:
     """``W <- decay W - lr (P (a N - a R o c) + G o c)`` for each matrix, ``c (..., 1, n)``.
 
@@ -239,9 +251,11 @@ def lift_add_scaled_(
         lr: learning rate.
         scale: a.
         finite: 0-dim bools; where False, W is left as it is.
+        steps: 0-dim factors of ``lr`` on the device.
+        decays: 0-dim factors of ``decay``.
     """
     lists = (params, grads, bases, terms, lows, columns)
-    _lift(lift_scaled_kernel, 1, lists, (decay, lr, scale), finite)
+    _lift(lift_scaled_kernel, 1, lists, (decay, lr, scale), (finite, steps, decays))
 
 
 def lift_add_sign_(
@@ -255,10 +269,12 @@ def lift_add_sign_(
     scale: float,
     gain: float,
     finite: Sequence[Tensor] = (),
+    steps: Sequence[Tensor] = (),
+    decays: Sequence[Tensor] = (),
 ) -> None:
     """``W <- decay W - lr (a P N + gain sign(G - P R))`` for each matrix; arguments as above."""
     lists = (params, grads, bases, terms, lows)
-    _lift(lift_sign_kernel, 2, lists, (decay, lr, scale, gain), finite)
+    _lift(lift_sign_kernel, 2, lists, (decay, lr, scale, gain), (finite, steps, decays))
 
 
 def _lift(
@@ -266,14 +282,14 @@ def _lift(
     products: int,
     lists: tuple[Sequence[Tensor], ...],
     scalars: tuple[float, ...],
-    finite: Sequence[Tensor],
+    singles: Sequence[Sequence[Tensor]],
 ) -> None:
-    fine = [*map(loadable, finite)] or [None] * len(lists[0])
-    for *operands, flag in zip(*lists, fine, strict=True):
+    each = [[*map(loadable, own)] or [None] * len(lists[0]) for own in singles]
+    for operands, *own in zip(zip(*lists, strict=True), *each, strict=True):
         if operands[0].numel():
             for at in slices(operands[0]):
-                own = [x[at] for x in operands] if at else operands
-                _lift_one(kernel, products, own, scalars, flag)
+                some = [x[at] for x in operands] if at else operands
+                _lift_one(kernel, products, some, scalars, own)
 
 
 def _lift_one(
@@ -281,9 +297,10 @@ def _lift_one(
     products: int,
     operands: Sequence[Tensor],
     scalars: tuple[float, ...],
-    flag: Tensor | None,
+    singles: Sequence[Tensor | None],
 ) -> None:
     w, g, p, n_, r_, *rest = operands
+    flag, step, shrink = singles
     batch = tuple(w.shape[:-2])
     w, g, p, n_, r_ = (batched(x, batch) for x in (w, g, p, n_, r_))
     columns = [batched(x, batch) for x in rest]
@@ -306,10 +323,10 @@ def _lift_one(
         for c in columns:
             strides += [c.stride(0), c.stride(2)]
         kernel[(blocks.tiles(m, n), count)](
-            w, g, p, n_, low, *columns, flag, m, n, rank, *strides, *scalars,
+            w, g, p, n_, low, *columns, *singles, m, n, rank, *strides, *scalars,
             HALF=half, EVEN=rank % blocks.BR == 0, WIDE=wide(256, *views),
-            SOUND=flag is not None, GROUP=BAND,
-            BM=blocks.BM, BN=blocks.BN, BR=blocks.BR, PART=blocks.PART,
+            SOUND=flag is not None, STEPPED=step is not None, DECAYED=shrink is not None,
+            GROUP=BAND, BM=blocks.BM, BN=blocks.BN, BR=blocks.BR, PART=blocks.PART,
             num_warps=warps(blocks.num_warps), num_stages=blocks.num_stages, **meta,
         )  # fmt: skip
 
