@@ -66,8 +66,8 @@ def backend(
     Args:
         like: an argument of the op.
         in_8bit: whether it reads or writes 8-bit codes, which plain torch is slow at.
-        factors_on_device: whether step sizes or decays are tensors. Native kernels take numbers of
-            the host, so that the reference serves in their place.
+        factors_on_device: whether step sizes, decays or gains are tensors. Native kernels take
+            numbers of the host, so that the reference serves in their place.
 
     Raises:
         RuntimeError: a backend was forced that cannot run here; there is no silent fall-back.

@@ -63,10 +63,14 @@ def lift_add_sign_(
     finite: Sequence[Tensor] = (),
     steps: Sequence[Tensor] = (),
     decays: Sequence[Tensor] = (),
+    gains: Sequence[Tensor] = (),
 ) -> None:
-    """``W <- decay W - lr (a P N + gain sign(G - P R))`` for each matrix; arguments as above."""
+    """``W <- decay W - lr (a P N + gain sign(G - P R))`` for each matrix.
+
+    Arguments as above; ``gains`` are factors of ``gain`` on the device, as ``steps`` of ``lr``.
+    """
     lists = params, grads, bases, updates, lows
-    _ops.lift_add_sign_(*lists, decay, lr, scale, gain, finite, steps, decays)
+    _ops.lift_add_sign_(*lists, decay, lr, scale, gain, finite, steps, decays, gains)
 
 
 def coordinate_add_(
@@ -82,6 +86,7 @@ def coordinate_add_(
     finite: Sequence[Tensor] = (),
     steps: Sequence[Tensor] = (),
     decays: Sequence[Tensor] = (),
+    gains: Sequence[Tensor] = (),
 ) -> None:
     """Rows in ``indices``: ``W <- decay W - lr a N``; others: ``W <- decay W - lr gain f(G)``.
 
@@ -98,9 +103,10 @@ def coordinate_add_(
         finite: 0-d bools on the device, one a tensor; where False, W stays as it is, bit for bit.
         steps: s, a factor of ``lr``: ``()`` in float32 on the device, one a tensor (default: 1).
         decays: factors of ``decay``, likewise (default: 1).
+        gains: factors of ``gain``, likewise (default: 1).
     """
     lists = params, grads, indices, updates
-    _ops.coordinate_add_(*lists, decay, lr, scale, gain, free, finite, steps, decays)
+    _ops.coordinate_add_(*lists, decay, lr, scale, gain, free, finite, steps, decays, gains)
 
 
 def coordinate_adamw_(

@@ -56,9 +56,9 @@ SCHEMAS = {
     "lift_add_scaled_": f"({_APPLY}, Tensor[] bases, Tensor[] updates, Tensor[] lows, "
     f"Tensor[] columns, float decay, float lr, float scale, Tensor[] finite, {_FACTORS}) -> ()",
     "lift_add_sign_": f"({_APPLY}, Tensor[] bases, Tensor[] updates, Tensor[] lows, float decay, "
-    f"float lr, float scale, float gain, Tensor[] finite, {_FACTORS}) -> ()",
+    f"float lr, float scale, float gain, Tensor[] finite, {_FACTORS}, Tensor[] gains) -> ()",
     "coordinate_add_": f"({_APPLY}, Tensor[] indices, Tensor[] updates, float decay, float lr, "
-    f"float scale, float gain, str free, Tensor[] finite, {_FACTORS}) -> ()",
+    f"float scale, float gain, str free, Tensor[] finite, {_FACTORS}, Tensor[] gains) -> ()",
     "coordinate_adamw_": f"({_APPLY}, Tensor[] indices, Tensor(b!)[] exp_avgs, "
     "Tensor(c!)[] exp_avg_sqs, float beta1, float beta2, float[] eps, float[] steps, "
     "float[] free_steps, float decay, str free) -> ()",
@@ -83,7 +83,7 @@ ROLES = {"codes": torch.uint8, "scales": torch.float32, "finite": torch.bool, "u
 """Dtype of the arguments whose names start so."""
 
 
-ON_DEVICE = ("steps", "decays")
+ON_DEVICE = ("steps", "decays", "gains")
 """Optional lists of factors on the device, one a tensor, that come last: ``()``, in float32 or in
 float64. Where they are, what serves takes them (:func:`~lowrank_optim.ops.dispatch.backend`)."""
 

@@ -21,7 +21,7 @@ from lowrank_optim.subspaces.base import (
     Subspace,
     register,
 )
-from lowrank_optim.subspaces.target import Target, is_number, of_kernels
+from lowrank_optim.subspaces.target import Target, gains_of, is_number, number_of, of_kernels
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.values import check_index
@@ -123,17 +123,18 @@ class Coordinates(Subspace):
         for n, (into, term) in enumerate(zip(intos, terms, strict=True)):
             if fusible(into, term):
                 free, gain = ("none", 0.0) if term is None else (FREE[term.kind], term.gain)
-                alike.setdefault((into.numbers, into.read, gain, free), []).append(n)
+                own = number_of(gain), isinstance(gain, Tensor)
+                alike.setdefault((into.numbers, into.read, own, free), []).append(n)
             else:
                 assert into.step is None  # as takes_step has it
                 self._push_tiles_(into, states[n], updates[n], term)
                 yield n
-        for ((decay, lr), _, gain, free), at in alike.items():
-            some = [intos[n] for n in at]
+        for ((decay, lr), _, (gain, _), free), at in alike.items():
+            some, gains = [intos[n] for n in at], gains_of([terms[n] for n in at], intos[0].param)
             ops.coordinate_add_(
                 [into.param for into in some], [into.grad for into in some],
                 [states[n]["index"] for n in at], [updates[n]["low"] for n in at],
-                decay, lr, self.scale, gain, free, *of_kernels(some),
+                decay, lr, self.scale, gain, free, *of_kernels(some), gains,
             )  # fmt: skip
             yield from at
 
@@ -211,7 +212,7 @@ def fusible(into: Target, term: Term | None) -> bool:
 
 
 def _takes(term: Term | None) -> bool:
-    return term is None or (term.kind in FREE and not isinstance(term.gain, Tensor))
+    return term is None or (term.kind in FREE and is_number(term.gain))
 
 
 def add_by_tiles_(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.ops.stacked import stacked
+from lowrank_optim.subspaces.terms import Term
 
 
 class Target(NamedTuple):
@@ -41,7 +42,7 @@ class Target(NamedTuple):
     @property
     def numbers(self) -> tuple[float, float]:
         """Decay and step size as kernels get them from the host."""
-        return 1.0 if isinstance(self.decay, Tensor) else self.decay, self.lr
+        return number_of(self.decay), self.lr
 
     @property
     def read(self) -> tuple[bool, bool, bool]:
@@ -115,6 +116,11 @@ def is_one(factor: float | Tensor) -> bool:
     return isinstance(factor, float) and factor == 1
 
 
+def number_of(factor: float | Tensor) -> float:
+    """What kernels get of it from the host, and 1 if it is on the device."""
+    return 1.0 if isinstance(factor, Tensor) else factor
+
+
 def is_number(factor: float | Tensor) -> bool:
     """Whether it is one for all of a matrix, and not one for each expert."""
     return not isinstance(factor, Tensor) or factor.numel() == 1
@@ -133,6 +139,12 @@ def on_device(factors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
         found = [*whole.to(like.device, wide, non_blocking=True).unbind(0)]
     known = {id(x): own.reshape(()) for x, own in zip(distinct, found, strict=True)}
     return [known[id(x)] for x in factors]
+
+
+def gains_of(terms: Sequence[Term | None], like: Tensor) -> list[Tensor]:
+    """What kernels read on the device of terms that have their gain there."""
+    gains = [term.gain for term in terms if term is not None and isinstance(term.gain, Tensor)]
+    return on_device(gains, like)
 
 
 def of_kernels(intos: Sequence[Target]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

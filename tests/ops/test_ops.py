@@ -101,12 +101,12 @@ def test_matrices(backend: str, op: str, how: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("op", "factors", "dtype", "how"),
-    paired(cases.APPLIES, [("steps",), ("decays",), cases.FACTORS], DTYPES, HOW),
+    paired(cases.APPLIES, [("steps",), ("decays",), ("gains",), cases.FACTORS], DTYPES, HOW),
 )
 def test_factors_on_the_device(
     backend: str, op: str, factors: tuple[str, ...], dtype: torch.dtype, how: str
 ) -> None:
-    """Of step size and decay, each matrix its own: a decay of nothing else, or of both.
+    """Of step size, decay and gain, each matrix its own: one of them alone, or all.
 
     One that is not finite keeps its bits. Native kernels take numbers of the host: the reference
     serves in their place.

@@ -12,14 +12,15 @@ from torch import Tensor
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def from_host(steps: Sequence[Tensor], decays: Sequence[Tensor]) -> None:
-    """Raise where step sizes or decays are on the device: kernels take numbers of the host.
+def from_host(**factors: Sequence[Tensor]) -> None:
+    """Raise where step sizes, decays or gains are tensors: kernels take numbers of the host.
 
     Raises:
         TypeError: they are; the dispatcher lets the reference serve such a call.
     """
-    if steps or decays:
-        raise TypeError("steps and decays must be empty: the reference serves factors on a device")
+    given = [name for name, xs in factors.items() if xs]
+    if given:
+        raise TypeError(f"{given[0]} must be empty: the reference serves factors on a device")
 
 
 class Arrays:

@@ -39,12 +39,13 @@ def coordinate_add_(
     finite: Sequence[Tensor] = (),
     steps: Sequence[Tensor] = (),
     decays: Sequence[Tensor] = (),
+    gains: Sequence[Tensor] = (),
 ) -> None:
     """Rows in ``index``: ``W <- decay W - lr a N[k]``; others ``W <- decay W - lr gain f(G)``."""
     check_name("free", free, [*FREE])
     if not W:
         return
-    from_host(steps, decays)
+    from_host(steps=steps, decays=decays, gains=gains)
     same(len(W), G=G, index=index, N=N)
     floating(N, "updates")
     dtype_of([*W, *G], "weights and gradients")

@@ -66,7 +66,7 @@ def lift_add_scaled_(
     """
     if not W:
         return
-    from_host(steps, decays)
+    from_host(steps=steps, decays=decays)
     same(len(W), G=G, P=P, N=N, R=R, columns=columns)
     floating([*P, *N, *R], "bases and coordinates")
     dtype = dtype_of(W, "weights")
@@ -110,11 +110,12 @@ def lift_add_sign_(
     finite: Sequence[Tensor] = (),
     steps: Sequence[Tensor] = (),
     decays: Sequence[Tensor] = (),
+    gains: Sequence[Tensor] = (),
 ) -> None:
     """``W <- decay W - lr (a P N + gain sign(G - P R))``: two GEMMs into tiles, then one pass."""
     if not W:
         return
-    from_host(steps, decays)
+    from_host(steps=steps, decays=decays, gains=gains)
     same(len(W), G=G, P=P, N=N, R=R)
     floating([*P, *N, *R], "bases and coordinates")
     dtype = dtype_of(W, "weights")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,6 +52,17 @@ def _own(
     return zip(*factors, or_none(finite, count), strict=True)
 
 
+def _scaled(size: float | Tensor, x: Tensor, c: Tensor, g: Tensor, p: Tensor) -> Tensor:
+    return size * (p @ x + g * c)
+
+
+def _signed(
+    size: float | Tensor, scale: float, gain: float | Tensor, n: Tensor, r: Tensor, g: Tensor,
+    p: Tensor,
+) -> Tensor:  # fmt: skip
+    return size * (scale * (p @ n) + gain * (g - p @ r).sign_())
+
+
 def lift_add_scaled_(
     params: Tensors,
     grads: Tensors,
@@ -70,13 +82,8 @@ def lift_add_scaled_(
     own = _own(decay, lr, finite, steps, decays, len(params))
     for (w, g, p, n, r, c), (d, size, ok) in zip(matrices, own, strict=True):
         small = scale * (wide(n) - wide(r) * c)
-
-        def update(
-            g: Tensor, p: Tensor, size: float | Tensor = size, x: Tensor = small, c: Tensor = c
-        ) -> Tensor:
-            return size * (p @ x + g * c)
-
-        _update_by_tiles_(w, d, update, ok, g, p)
+        lifted = partial(_scaled, size, small, c)
+        _update_by_tiles_(w, d, lifted, ok, g, p)
 
 
 def lift_add_sign_(
@@ -92,19 +99,15 @@ def lift_add_sign_(
     finite: Tensors = (),
     steps: Tensors = (),
     decays: Tensors = (),
+    gains: Tensors = (),
 ) -> None:
     """``W <- decay W - lr (a P N + gain sign(G - P R))``: two products on the same tiles of P."""
     matrices = zip(params, grads, bases, updates, lows, strict=True)
     own = _own(decay, lr, finite, steps, decays, len(params))
-    for (w, g, p, n, r), (d, size, ok) in zip(matrices, own, strict=True):
-        n, r = wide(n), wide(r)
-
-        def update(
-            g: Tensor, p: Tensor, size: float | Tensor = size, n: Tensor = n, r: Tensor = r
-        ) -> Tensor:
-            return size * (scale * (p @ n) + gain * (g - p @ r).sign_())
-
-        _update_by_tiles_(w, d, update, ok, g, p)
+    each = zip(matrices, own, times(gain, gains, len(params)), strict=True)
+    for (w, g, p, n, r), (d, size, ok), more in each:
+        lifted = partial(_signed, size, scale, more, wide(n), wide(r))
+        _update_by_tiles_(w, d, lifted, ok, g, p)
 
 
 FREE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -128,6 +131,7 @@ def coordinate_add_(
     finite: Tensors = (),
     steps: Tensors = (),
     decays: Tensors = (),
+    gains: Tensors = (),
 ) -> None:
     """Rows in ``index``: ``W <- decay W - lr a N``; the others: ``W <- decay W - lr gain f(G)``."""
     check_name("free", free, [*FREE])
@@ -135,7 +139,8 @@ def coordinate_add_(
         check_rows("coordinate_add_", index, w.shape[-2])
     matrices = zip(params, grads, indices, updates, strict=True)
     own = _own(decay, lr, finite, steps, decays, len(params))
-    for (w, g, index, n), (d, size, ok) in zip(matrices, own, strict=True):
+    each = zip(matrices, own, times(gain, gains, len(params)), strict=True)
+    for (w, g, index, n), (d, size, ok), more in each:
         at = index.long().unsqueeze(-1).expand(n.shape)
         old = w.gather(-2, at)
         rows = wide(old).mul(d)
@@ -143,7 +148,7 @@ def coordinate_add_(
             rows.sub_(wide(n) * (size * scale))
         else:
             rows.sub_(wide(n), alpha=size * scale)
-        _update_by_tiles_(w, d, lambda g, s=size * gain: s * FREE[free](g), ok, g)
+        _update_by_tiles_(w, d, lambda g, s=size * more: s * FREE[free](g), ok, g)
         rows = rows.to(w.dtype)
         w.scatter_(-2, at, rows if ok is None else torch.where(ok, rows, old))
 

@@ -76,13 +76,15 @@ _POINTERS = {
     "n_": "*fp32", "r_": "*fp32", "c": "*fp32", "index": "*i32", "turn": "*i64",
     "places": "*i32", "low": "*fp32", "direction": "*fp32", "norm": "*fp32", "factor": "*fp32",
     "age": "*fp32", "score": "*fp32", "source": "*i32", "usable": "*u8",
-    "new": "*i32", "step": "*fp32", "shrink": "*fp32",
+    "new": "*i32", "step": "*fp32", "shrink": "*fp32", "more": "*fp32",
 }  # fmt: skip
 _NUMBERS = {"decay", "lr", "scale", "gain", "weight", "weight1", "weight2", "beta2"}
 _NUMBERS |= {"tiny", "share", "noise", "limiter"}
 _PLAIN = {"step": None, "shrink": None, "STEPPED": False, "DECAYED": False}
 _FACTORED = {"STEPPED": True, "DECAYED": True}
-"""Step size and decay from the host, and from the device."""
+_PLAIN_GAIN = {**_PLAIN, "more": None, "GAINED": False}
+_FACTORED_GAIN = {**_FACTORED, "GAINED": True}
+"""Step size, decay and gain from the host, and from the device."""
 _ONE = {"table": None, "MANY": False, "DEPTH": 0, "ALIGNED": False}
 _MANY = {"MANY": True, "DEPTH": 8, "ALIGNED": True}
 
@@ -164,8 +166,8 @@ def _matrices() -> Iterator[Variant]:
             **unit("x"), **(_ONE if down else _MANY), fusion=True,
         )  # fmt: skip
         bm, bn = coordinate._COLUMNS_CONTIGUOUS if down else coordinate._ROWS_CONTIGUOUS
-        forms = [(free, code, _PLAIN) for free, code in coordinate.FREE.items()]
-        forms += [] if down else [("sign steps", coordinate.FREE["sign"], _FACTORED)]
+        forms = [(free, code, _PLAIN_GAIN) for free, code in coordinate.FREE.items()]
+        forms += [] if down else [("sign steps", coordinate.FREE["sign"], _FACTORED_GAIN)]
         for free, code, given in forms:
             yield _variant(
                 f"coordinate {free}/{layout}", coordinate.coordinate_kernel, 4, BM=bm, BN=bn,
@@ -182,8 +184,9 @@ def _matrices() -> Iterator[Variant]:
             own: dict[str, Any] = {"cj": 1, "READY": half} if products == 1 else {}
             own |= {"r_": None} if products == 1 and half else {"rj": 1}
             narrow = "*bf16" if half else "*fp32"
-            for given in (_PLAIN,) if down else (_PLAIN, _FACTORED):
-                steps = "" if given is _PLAIN else " steps"
+            forms = (_PLAIN, _FACTORED) if products == 1 else (_PLAIN_GAIN, _FACTORED_GAIN)
+            for given in forms[: 1 if down else 2]:
+                steps = " steps" if given["STEPPED"] else ""
                 yield _variant(
                     f"{name} {form}{family}{steps}/{layout}", kernel, b.num_warps, b.num_stages,
                     fusion=True, pointers=dict.fromkeys(("w", "g", "p", "n_", "r_"), narrow),

@@ -54,12 +54,12 @@ def find(index, rows, rank, DEPTH: tl.constexpr):
 
 @triton.jit
 def coordinate_kernel(
-    table, tensors, w, g, index, n_, finite, step, shrink, m, n, rank,
+    table, tensors, w, g, index, n_, finite, step, shrink, more, m, n, rank,
     wb, wi, wj, gb, gi, gj, xb, nb, nk, nj,
     decay, lr, scale, gain,
     MANY: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
     FREE: tl.constexpr, PROBES: tl.constexpr, WIDE: tl.constexpr, SOUND: tl.constexpr,
-    STEPPED: tl.constexpr, DECAYED: tl.constexpr,
+    STEPPED: tl.constexpr, DECAYED: tl.constexpr, GAINED: tl.constexpr,
     GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Rows of ``index``: ``W <- decay W - lr a N[k]``; others: ``W <- decay W - lr gain f(G)``."""
@@ -71,6 +71,8 @@ def coordinate_kernel(
         lr *= tl.load(pointer(table, tensors, t, 6, step, MANY, False)).to(tl.float32)
     if DECAYED:
         decay *= tl.load(pointer(table, tensors, t, 7, shrink, MANY, False)).to(tl.float32)
+    if GAINED:
+        gain *= tl.load(pointer(table, tensors, t, 8, more, MANY, False)).to(tl.float32)
     w = pointer(table, tensors, t, 1, w, MANY, ALIGNED)
     g = pointer(table, tensors, t, 2, g, MANY, ALIGNED)
     index = pointer(table, tensors, t, 3, index, MANY, False)
@@ -108,6 +110,7 @@ def coordinate_add_(
     finite: Sequence[Tensor] = (),
     steps: Sequence[Tensor] = (),
     decays: Sequence[Tensor] = (),
+    gains: Sequence[Tensor] = (),
 ) -> None:
     """Update the rows of a coordinate subspace with N, the others with a function of G.
 
@@ -124,9 +127,10 @@ def coordinate_add_(
         finite: 0-dim bools; where False, W is left as it is.
         steps: 0-dim factors of ``lr`` on the device.
         decays: 0-dim factors of ``decay``.
+        gains: 0-dim factors of ``gain``.
     """
     check_name("free", free, [*FREE])
-    singles = finite, steps, decays
+    singles = finite, steps, decays, gains
     lists: list[list[Tensor]] = [[] for _ in range(4 + len(singles))]
     for n, (w, g, index, n_) in enumerate(zip(params, grads, indices, terms, strict=True)):
         whole = [w, g, index, n_]
@@ -159,5 +163,6 @@ def _coordinates(lists: Sequence[Sequence[Tensor]], scalars: tuple[float, ...], 
         *batch_strides(w, batch), *batch_strides(g, batch), rows, *batch_strides(n_, batch),
         *scalars,
         FREE=free, PROBES=rank.bit_length(), WIDE=wide(128, w, g), SOUND=bool(lists[4]),
-        STEPPED=bool(lists[5]), DECAYED=bool(lists[6]), GROUP=8, BM=bm, BN=bn, num_warps=warps(4),
+        STEPPED=bool(lists[5]), DECAYED=bool(lists[6]), GAINED=bool(lists[7]),
+        GROUP=8, BM=bm, BN=bn, num_warps=warps(4),
     )  # fmt: skip

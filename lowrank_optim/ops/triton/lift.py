@@ -177,12 +177,12 @@ def write_sign(
 
 @triton.jit
 def lift_sign_kernel(
-    w, g, p, n_, r_, finite, step, shrink, m, n, rank,
+    w, g, p, n_, r_, finite, step, shrink, more, m, n, rank,
     wb, wi, wj, gb, gi, gj, pb, pi, pk, nb, nk, nj, rb, rk, rj,
     decay, lr, scale, gain,
     HALF: tl.constexpr, EVEN: tl.constexpr,
     WIDE: tl.constexpr, SOUND: tl.constexpr, STEPPED: tl.constexpr, DECAYED: tl.constexpr,
-    GROUP: tl.constexpr,
+    GAINED: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """``W <- decay W - lr (a P N + gain sign(G - P R))``: two products share the tiles of P."""
@@ -193,6 +193,8 @@ def lift_sign_kernel(
         lr *= tl.load(step).to(tl.float32)
     if DECAYED:
         decay *= tl.load(shrink).to(tl.float32)
+    if GAINED:
+        gain *= tl.load(more).to(tl.float32)
     b = tl.program_id(1).to(tl.int64)
     i0, j0 = tile_corner(tl.program_id(0), m, n, BM, BN, GROUP)
     up = tl.zeros((BM, BN), tl.float32)
@@ -271,10 +273,14 @@ def lift_add_sign_(
     finite: Sequence[Tensor] = (),
     steps: Sequence[Tensor] = (),
     decays: Sequence[Tensor] = (),
+    gains: Sequence[Tensor] = (),
 ) -> None:
-    """``W <- decay W - lr (a P N + gain sign(G - P R))`` for each matrix; arguments as above."""
+    """``W <- decay W - lr (a P N + gain sign(G - P R))`` for each matrix.
+
+    Arguments as above; ``gains`` are factors of ``gain``, as ``steps`` of ``lr``.
+    """
     lists = (params, grads, bases, terms, lows)
-    _lift(lift_sign_kernel, 2, lists, (decay, lr, scale, gain), (finite, steps, decays))
+    _lift(lift_sign_kernel, 2, lists, (decay, lr, scale, gain), (finite, steps, decays, gains))
 
 
 def _lift(
@@ -300,7 +306,7 @@ def _lift_one(
     singles: Sequence[Tensor | None],
 ) -> None:
     w, g, p, n_, r_, *rest = operands
-    flag, step, shrink = singles
+    flag, step, shrink, *more = singles
     batch = tuple(w.shape[:-2])
     w, g, p, n_, r_ = (batched(x, batch) for x in (w, g, p, n_, r_))
     columns = [batched(x, batch) for x in rest]
@@ -315,6 +321,8 @@ def _lift_one(
                 n_, low = n_.to(p.dtype), r_.to(p.dtype)
         if products == 1:
             meta["READY"] = low is None
+        else:
+            meta["GAINED"] = more[0] is not None
         # the interpreter computes nonsense for products of bfloat16: it gets float32 ones
         half = p.dtype == torch.bfloat16 and not interpreted()
         blocks = choose(products, half, w.device, count, m, n)
