@@ -124,10 +124,6 @@ def lift_scaled_kernel(
     if SOUND:  # noqa: SIM102 (one is decided at compile time)
         if tl.load(finite) == 0:
             return
-    if STEPPED:
-        lr *= tl.load(step).to(tl.float32)
-    if DECAYED:
-        decay *= tl.load(shrink).to(tl.float32)
     b = tl.program_id(1).to(tl.int64)
     i0, j0 = tile_corner(tl.program_id(0), m, n, BM, BN, GROUP)
     if not READY:
@@ -154,6 +150,10 @@ def lift_scaled_kernel(
     w += b * wb
     g += b * gb
     c += b * cb
+    if STEPPED:  # after the loop: registers are what it needs
+        lr *= tl.load(step).to(tl.float32)
+    if DECAYED:
+        decay *= tl.load(shrink).to(tl.float32)
     for s in tl.static_range(BN // PART):
         write_scaled(
             part(up, s, BN // PART), w, g, c, i0, j0 + s * PART, m, n,
@@ -189,12 +189,6 @@ def lift_sign_kernel(
     if SOUND:  # noqa: SIM102 (one is decided at compile time)
         if tl.load(finite) == 0:
             return
-    if STEPPED:
-        lr *= tl.load(step).to(tl.float32)
-    if DECAYED:
-        decay *= tl.load(shrink).to(tl.float32)
-    if GAINED:
-        gain *= tl.load(more).to(tl.float32)
     b = tl.program_id(1).to(tl.int64)
     i0, j0 = tile_corner(tl.program_id(0), m, n, BM, BN, GROUP)
     up = tl.zeros((BM, BN), tl.float32)
@@ -219,6 +213,12 @@ def lift_sign_kernel(
         r_at += BR * rk
     w += b * wb
     g += b * gb
+    if STEPPED:
+        lr *= tl.load(step).to(tl.float32)
+    if DECAYED:
+        decay *= tl.load(shrink).to(tl.float32)
+    if GAINED:
+        gain *= tl.load(more).to(tl.float32)
     for s in tl.static_range(BN // PART):
         write_sign(
             part(up, s, BN // PART), part(seen, s, BN // PART), w, g, i0, j0 + s * PART, m, n,
