@@ -489,7 +489,7 @@ def test_experts_and_convolutions(projector: str) -> None:
 @pytest.mark.parametrize("projector", INDEX)
 @pytest.mark.parametrize("free", ["sign", "sgd", "none"])
 def test_tiles_are_the_fused_pass(projector: str, free: str, monkeypatch: Any) -> None:
-    """Where no kernel takes a term it goes in tiles, on a device too; the arithmetic is the same."""
+    """Where no kernel takes a term it goes in tiles, of a device too: the same arithmetic."""
     start = cases.parameter((6, 11), torch.float32).detach()
     grads = cases.gradients((6, 11), STEPS, torch.float32)
     options = {"projector": projector, "free_rule": free}
