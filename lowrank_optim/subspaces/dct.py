@@ -217,6 +217,10 @@ class DCT(FixedBasis):
             ops.cosine_lift_add_(params, indices, lows, plan, self.basis, decay, rates, finite)
             yield from dict.fromkeys(numbers)
 
+    def takes_step(self, param: Tensor, term: Term | None) -> bool:
+        """Where a product lifts, and no transform."""
+        return not self.fast(param.shape[-2], param) and super().takes_step(param, term)
+
     def _push_tiles_(self, into: Target, state: State, low: Tensor, term: Term | None) -> None:
         """With a term, a factor on the device, or stochastic rounding."""
         seen, index, decay = into.low, state["basis_index"], into.guarded_decay()

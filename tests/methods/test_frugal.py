@@ -489,13 +489,13 @@ def test_experts_and_convolutions(projector: str) -> None:
 @pytest.mark.parametrize("projector", INDEX)
 @pytest.mark.parametrize("free", ["sign", "sgd", "none"])
 def test_tiles_are_the_fused_pass(projector: str, free: str, monkeypatch: Any) -> None:
-    """Device tensors for lr and soundness take the apply in tiles; the arithmetic is the same."""
+    """Where no kernel takes a term it goes in tiles, of a device too: the same arithmetic."""
     start = cases.parameter((6, 11), torch.float32).detach()
     grads = cases.gradients((6, 11), STEPS, torch.float32)
     options = {"projector": projector, "free_rule": free}
     want, *_ = follow("adamw", start, grads, **options)
     monkeypatch.setattr("lowrank_optim.engine.step.FUSED", ())
-    monkeypatch.setattr("lowrank_optim.subspaces.coordinate.fusible", lambda into, term: False)
+    monkeypatch.setattr("lowrank_optim.subspaces.coordinate._takes", lambda term: False)
     got, *_ = follow("adamw", start, grads, **options)
     assert_close(got[-1], want[-1])
     cases.branching(monkeypatch, lambda tensor: True)

@@ -439,6 +439,17 @@ def test_batches_of_matrices() -> None:
         assert torch.equal(batch, single)
 
 
+@pytest.mark.parametrize("op", ops_cases.APPLIES)
+def test_factors_on_a_device_are_declined(op: str) -> None:
+    """Kernels take numbers of the host: what is not read must not be ignored."""
+    for name in set(ops_cases.FACTORS) & set(ops_cases.names(op)):
+        a = ops_cases.matrices(op, torch.float32, factors=(name,))
+        before = [w.clone() for w in a["params"]]
+        with pytest.raises(TypeError, match=f"{name} must be empty"):
+            getattr(native, op)(*a.values())
+        assert all(map(torch.equal, a["params"], before))
+
+
 def test_strides_are_never_read_as_flat_memory() -> None:
     g, out, m = torch.randn(40, 30).T, torch.empty(30, 40), torch.zeros(30, 40)
     with pytest.raises(ValueError, match="contiguous gradients"):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops.native.arrays import dtype_of, floating, on, same
+from lowrank_optim.ops.native.arrays import dtype_of, floating, from_host, on, same
 from lowrank_optim.ops.native.loader import Apply, run
 from lowrank_optim.ops.native.matrices import (
     flags_of,
@@ -57,6 +57,8 @@ def lift_add_scaled_(
     lr: float,
     scale: float,
     finite: Sequence[Tensor] = (),
+    steps: Sequence[Tensor] = (),
+    decays: Sequence[Tensor] = (),
 ) -> None:
     """``W <- decay W - lr (P (a N - a R c) + G c)``: a GEMM into a tile, then one pass over it.
 
@@ -64,6 +66,7 @@ def lift_add_scaled_(
     """
     if not W:
         return
+    from_host(steps=steps, decays=decays)
     same(len(W), G=G, P=P, N=N, R=R, columns=columns)
     floating([*P, *N, *R], "bases and coordinates")
     dtype = dtype_of(W, "weights")
@@ -105,10 +108,14 @@ def lift_add_sign_(
     scale: float,
     gain: float,
     finite: Sequence[Tensor] = (),
+    steps: Sequence[Tensor] = (),
+    decays: Sequence[Tensor] = (),
+    gains: Sequence[Tensor] = (),
 ) -> None:
     """``W <- decay W - lr (a P N + gain sign(G - P R))``: two GEMMs into tiles, then one pass."""
     if not W:
         return
+    from_host(steps=steps, decays=decays, gains=gains)
     same(len(W), G=G, P=P, N=N, R=R)
     floating([*P, *N, *R], "bases and coordinates")
     dtype = dtype_of(W, "weights")
