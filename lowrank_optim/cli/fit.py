@@ -36,6 +36,9 @@ COUNT = click.IntRange(min=1)
     "--calibrate.",
 )
 @click.option("--budget-gib", type=number, metavar="NUMBER", required=True, help="Of the device.")
+@click.option(
+    "--host-gib", type=number, metavar="NUMBER", help="For moments in host memory.  [default: all]"
+)
 @click.option("--tokens", type=COUNT, help="Of a sequence: count activations too.")
 @click.option("--micro-batch", type=COUNT, help="Sequences of --tokens at once.  [default: 1]")
 @click.option("--checkpointing", is_flag=True, help="Of every layer: keep its input alone.")
@@ -66,6 +69,14 @@ COUNT = click.IntRange(min=1)
     help="Of those to choose from, best first; repeatable.  [default: all]",
 )
 @click.option(
+    "--state-device",
+    "places",
+    type=click.Choice(["none", "cpu"]),
+    multiple=True,
+    help="Where moments may lie: on the device (none) or in host memory; repeatable.  "
+    "[default: both]",
+)
+@click.option(
     "--calibrate",
     metavar="MODULE:FUNCTION",
     help="A function of the model that yields losses: ranks go where gradients need them.",
@@ -82,6 +93,7 @@ COUNT = click.IntRange(min=1)
     type=click.Choice(["bfloat16", "float16", "float32"]),
     help="Of the weights of a model that is not your own.  [default: bfloat16]",
 )
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), help="That trains.  [default: cuda]")
 @click.option("--json", "as_text", is_flag=True, help="Print the plan as JSON, and nothing else.")
 @click.option(
     "--save", type=click.Path(dir_okay=False, path_type=Path), help="Write the plan as JSON."
@@ -89,6 +101,7 @@ COUNT = click.IntRange(min=1)
 def fit(
     model: str,
     budget_gib: float,
+    host_gib: float | None,
     tokens: int | None,
     micro_batch: int | None,
     checkpointing: bool,
@@ -98,11 +111,13 @@ def fit(
     pairs: tuple[str, ...],
     modes: tuple[str, ...],
     stores: tuple[str, ...],
+    places: tuple[str, ...],
     calibrate: str | None,
     energy: str | None,
     multiple: int,
     least: int | None,
     dtype: str | None,
+    device: str | None,
     as_text: bool,
     save: Path | None,
 ) -> None:
@@ -131,10 +146,13 @@ def fit(
         optimizers=list(names) or None,
         in_backward=[None if mode == "none" else mode for mode in modes] or None,
         state_dtypes=list(stores) or None,
+        state_devices=[None if place == "none" else place for place in places] or None,
         calibrate=losses,
         energy=energy,
         multiple=multiple,
         least=least,
+        host_gib=host_gib,
+        device=device or "cuda",
         **options_of(pairs),
     )
     if save is not None:

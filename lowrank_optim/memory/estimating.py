@@ -26,7 +26,13 @@ from lowrank_optim.memory.inputs import model_of
 from lowrank_optim.memory.losses import Loss
 from lowrank_optim.memory.moments import worst_moments
 from lowrank_optim.memory.rehearsal import Rehearsal
-from lowrank_optim.memory.reporting import host_bytes, report, staging_bytes, storage_bytes
+from lowrank_optim.memory.reporting import (
+    host_bytes,
+    pinned_bytes,
+    report,
+    staging_bytes,
+    storage_bytes,
+)
 from lowrank_optim.ops.devices import standing_for
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.parts import is_sharded, local
@@ -246,6 +252,7 @@ def _estimated(
         other=held.other,
         in_backward=training.in_backward,
         host=host_bytes(optimizer),
+        pinned=pinned_bytes(optimizer),
         staging=staging_bytes(optimizer, alone=training.in_backward == "step"),
         activations=None if flight is None else max(0, flight.most - gradients.live),
         step_transients=worst.step,

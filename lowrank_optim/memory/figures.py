@@ -34,6 +34,9 @@ class Estimate:
     host: int = 0
     """The part of the state in host memory: moments with ``state_device="cpu"``, SwitchLoRA's
     pools. It is not in the peak."""
+    pinned: int = 0
+    """What these take of the host beside a GPU: torch rounds each pinned moment up to a power of
+    two."""
     staging: int = 0
     """Two buffers on the device, through which moments in host memory pass in a step."""
     activations: int | None = None

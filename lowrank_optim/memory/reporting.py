@@ -122,16 +122,32 @@ def _resting(optimizer: Optimizer) -> Iterator[tuple[Strategies, list[ParamPlan]
 
 def host_bytes(optimizer: Optimizer) -> int:
     """The part of the state that lies in host memory by choice, such as SwitchLoRA's pools."""
+    moments, pools = _on_host(optimizer)
+    return storage_bytes([*moments, *pools])
+
+
+def pinned_bytes(optimizer: Optimizer) -> int:
+    """What these take of a host beside a GPU: torch rounds pinned memory up to a power of two."""
+    moments, pools = _on_host(optimizer)
+    return sum(_power_of_two(x.untyped_storage().nbytes()) for x in moments) + storage_bytes(pools)
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length() if size else 0
+
+
+def _on_host(optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
+    """Moments that lie in host memory, which are pinned, and what else does by choice."""
     resting: dict[Tensor, list[str]] = {}
     for chosen, items in _resting(optimizer):
         resting |= {item.param: resting_keys(item, chosen) for item in items}
-    found = [
-        local(value)
+    entries = [
+        (key in resting.get(param, ()), key, local(value))
         for param, state in optimizer.state.items()
         for key, value in state.items()
-        if key.startswith("host.") or key in resting.get(param, ())
     ]
-    return storage_bytes(found)
+    moments = [x for rests, _, x in entries if rests]
+    return moments, [x for rests, key, x in entries if key.startswith("host.") and not rests]
 
 
 def staging_bytes(optimizer: Optimizer, alone: bool = False) -> int:

@@ -112,6 +112,16 @@ def test_cosines_are_those_of_the_device(shape, rank, dtype):
     assert modes[0] == modes[1]
 
 
+def test_the_host_is_other_memory_on_a_gpu_alone():
+    """A CPU was said to keep moments in host memory, with buffers beside, which it does not."""
+    model = Model()
+    check(model, GaLoreAdamW, rank=8, state_device="cpu")
+    here = estimate(model, GaLoreAdamW, rank=8, state_device="cpu")
+    assert here == estimate(model, GaLoreAdamW, rank=8) and here.host == here.staging == 0
+    there = estimate(model, GaLoreAdamW, rank=8, state_device="cpu", device="cuda")
+    assert there.host > 0 and there.staging > 0 and there.pinned >= there.host
+
+
 def test_device_must_be_one():
     with pytest.raises(ValueError, match=r"device must be None or one of torch's.*'gpu'"):
         estimate(Model(), GaLoreAdamW, device="gpu")
