@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
 from torch.overrides import TorchFunctionMode
 
 from lowrank_optim.memory.alive import Alive
+from lowrank_optim.memory.blocks import Sized
 from lowrank_optim.memory.inputs import batch_of, innermost
 from lowrank_optim.memory.losses import Loss, loss_by
 
@@ -174,6 +175,7 @@ def in_flight(
     loss: Loss,
     left: Callable[[int, bool], Left | None],
     trained: Collection[int],
+    sized: Sized,
 ) -> Flight:
     """Bytes of activations and gradients alive at once, at most and as each gradient arrives.
 
@@ -191,6 +193,7 @@ def in_flight(
             stays.
         trained: numbers of the parameters that ask for gradients, as the optimizer left it: layers
             that wait for their turn do not.
+        sized: what is taken for a tensor.
 
     Raises:
         NotImplementedError: the model cannot run without memory, or has no such loss.
@@ -204,7 +207,7 @@ def in_flight(
         if checkpointing:
             checkpoint_layers(innermost(model))
         batch = batch_of(model, shape)
-        alive, parts, done = Alive(), dict[Tensor, list[Tensor]](), 0
+        alive, parts, done = Alive(sized=sized), dict[Tensor, list[Tensor]](), 0
         arrivals: list[Arrival] = []
 
         def arrived(param: Tensor) -> None:

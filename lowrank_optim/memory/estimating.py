@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lowrank_optim.backward.projecting import check_choices, check_projecting
 from lowrank_optim.memory.activations import Flight, Left, in_flight
+from lowrank_optim.memory.blocks import CACHING, sized_on
 from lowrank_optim.memory.checks import (
     check,
     check_device,
@@ -27,6 +28,7 @@ from lowrank_optim.memory.losses import Loss
 from lowrank_optim.memory.moments import worst_moments
 from lowrank_optim.memory.rehearsal import Rehearsal
 from lowrank_optim.memory.reporting import (
+    blocks_of,
     host_bytes,
     pinned_bytes,
     report,
@@ -226,7 +228,7 @@ def _estimated(
         if not isinstance(optimizer, LowRankOptimizer):
             raise ValueError(f"in_backward='project' is not for {type(optimizer).__name__}")
         check_projecting(optimizer)
-    held = report(optimizer)
+    held, sized = report(optimizer), sized_on(training.device)
     gradients = Gradients.of(optimizer, list(twins.values()), training)
     flight: Flight | None = None
     if training.tokens is not None:
@@ -238,12 +240,18 @@ def _estimated(
     if training.transients and not any(map(is_sharded, params)):
         stepping = *chosen, training.attached
         if stepping not in known:
-            known[stepping] = Rehearsal.of(params, made, *training.attached)
+            known[stepping] = Rehearsal.of(params, made, *training.attached, sized)
         rehearsal = known[stepping]
     absent = held.moments + held.other
     worst = worst_moments(gradients, training, flight, rehearsal, absent)
+    weights = storage_bytes([local(p) for p in twins.values()])
+    staging = staging_bytes(optimizer, alone=training.in_backward == "step")
+    rounding = 0
+    if training.device in CACHING:
+        taken = blocks_of(optimizer, twins.values(), staging)
+        rounding = taken - (weights + held.total - host_bytes(optimizer) + staging)
     return Estimate(
-        weights=storage_bytes([local(p) for p in twins.values()]),
+        weights=weights,
         gradients=gradients.total,
         largest_gradient=gradients.largest,
         live_gradients=gradients.live,
@@ -253,7 +261,8 @@ def _estimated(
         in_backward=training.in_backward,
         host=host_bytes(optimizer),
         pinned=pinned_bytes(optimizer),
-        staging=staging_bytes(optimizer, alone=training.in_backward == "step"),
+        staging=staging,
+        rounding=rounding,
         activations=None if flight is None else max(0, flight.most - gradients.live),
         step_transients=worst.step,
         refresh_transients=worst.refresh,
@@ -283,6 +292,7 @@ def _flight(module: nn.Module, training: Training, gradients: Gradients) -> Flig
         loss=training.loss,
         left=left,
         trained=gradients.sizes,
+        sized=gradients.sized,
     )
 
 

@@ -69,7 +69,7 @@ def figures(*arguments: str) -> dict[str, Any]:
 
 def test_figures_by_hand() -> None:
     """Rank 8 of two matrices of 32 by 64: bases, moments and coordinates, counted in float32."""
-    said = figures(*SMALL, "--optimizer", "GaLoreAdamW")
+    said = figures(*SMALL, "--optimizer", "GaLoreAdamW", "--device", "cpu")
     (row,) = said["rows"]
     matrix, bias = 32 * 64, 32
     assert said["parameters"] == 2 * matrix + bias and said["dtype"] == "float32"

@@ -393,7 +393,8 @@ def test_configurations_without_transformers_get_the_same_ranks(name):
 
 
 def test_a_configuration_is_its_model(model):
-    assert fit(CONFIG, some(model), dtype=torch.float32) == fit(model, some(model))
+    own = {"dtype": torch.float32, "device": "cpu"}
+    assert fit(CONFIG, some(model), **own) == fit(model, some(model))
 
 
 def test_the_loss_is_that_of_every_estimate_with_tokens(monkeypatch):
