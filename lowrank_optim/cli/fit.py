@@ -20,6 +20,7 @@ from lowrank_optim.fitting import Plan
 from lowrank_optim.fitting import fit as best
 from lowrank_optim.groups.keys import METHODS
 from lowrank_optim.memory import GIB
+from lowrank_optim.memory.autocast import AUTOCASTS, Autocast
 from lowrank_optim.memory.losses import LOSSES, Loss
 from lowrank_optim.memory.models import MODELS
 from lowrank_optim.stores import STORES
@@ -46,6 +47,11 @@ COUNT = click.IntRange(min=1)
     "--loss",
     type=click.Choice(LOSSES),
     help="With all logits; of 1,024 tokens at once; or Liger's, fused.  [default: transformers]",
+)
+@click.option(
+    "--autocast",
+    type=click.Choice(AUTOCASTS),
+    help="Train float32 weights (--dtype float32) under torch.autocast.",
 )
 @click.option("--accumulation-steps", type=COUNT, default=1, show_default=True)
 @click.option(
@@ -106,6 +112,7 @@ def fit(
     micro_batch: int | None,
     checkpointing: bool,
     loss: Loss | None,
+    autocast: Autocast | None,
     accumulation_steps: int,
     names: tuple[str, ...],
     pairs: tuple[str, ...],
@@ -125,7 +132,7 @@ def fit(
 
     Without --calibrate nothing is allocated, and nothing is downloaded.
     """
-    check_tokens(tokens, micro_batch, checkpointing, loss)
+    check_tokens(tokens, micro_batch, checkpointing, loss, autocast)
     for name in names:
         if name not in METHODS:
             raise Refused(f"--optimizer {name!r} is no class of them{nearest(name, METHODS)}")
@@ -142,6 +149,7 @@ def fit(
         tokens=None if tokens is None else (micro_batch or 1, tokens),
         checkpointing=checkpointing,
         loss=loss or LOSSES[0],
+        autocast=autocast,
         accumulation_steps=accumulation_steps,
         optimizers=list(names) or None,
         in_backward=[None if mode == "none" else mode for mode in modes] or None,

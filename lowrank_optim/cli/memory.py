@@ -35,6 +35,7 @@ from lowrank_optim.cli.rows import (
 )
 from lowrank_optim.cli.tables import print_table
 from lowrank_optim.memory import GIB
+from lowrank_optim.memory.autocast import AUTOCASTS, Autocast
 from lowrank_optim.memory.losses import LOSSES, Loss
 from lowrank_optim.memory.models import MODELS
 
@@ -89,6 +90,11 @@ PARAGRAPH = "\n\n".join(["Known models: " + ", ".join(MODELS), "Optimizers: " + 
     help="With all logits; of 1,024 tokens at once; or Liger's, fused.  [default: transformers]",
 )
 @click.option(
+    "--autocast",
+    type=click.Choice(AUTOCASTS),
+    help="Train float32 weights (--dtype float32) under torch.autocast.",
+)
+@click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
     help="Of the weights of a model that is not your own.  [default: bfloat16]",
@@ -131,6 +137,7 @@ def memory(
     micro_batch: int | None,
     checkpointing: bool,
     loss: Loss | None,
+    autocast: Autocast | None,
     dtype: str | None,
     modes: tuple[str, ...],
     accumulation_steps: int | None,
@@ -150,7 +157,7 @@ def memory(
         really.check(tokens, budget, device, loss)
     if picture is not None and find_spec("matplotlib") is None:
         raise Refused("--plot needs matplotlib: pip install matplotlib")
-    check_tokens(tokens, micro_batch, checkpointing, loss)
+    check_tokens(tokens, micro_batch, checkpointing, loss, autocast)
     if coords and modes and "project" not in modes:
         raise Refused("--coords-dtype has no effect without --in-backward project")
     batch = None if tokens is None else (micro_batch or 1, tokens)
@@ -163,12 +170,16 @@ def memory(
         checkpointing,
         device or "cuda",
         loss or LOSSES[0],
+        autocast,
     )
     about = _about(model, module, rank, batch, checkpointing)
     about |= {"device": device or "cuda", "loss": None if batch is None else loss or LOSSES[0]}
+    about |= {"autocast": autocast}
     found: really.Measured = {}
     if measuring and batch is not None:
-        found = really.measured(rows, really.Run(model, dtype, batch, checkpointing, budget))
+        found = really.measured(
+            rows, really.Run(model, dtype, batch, checkpointing, budget, autocast)
+        )
     if as_text:
         click.echo(json.dumps(figures(rows, about, budget, found), indent=1))
     else:
@@ -185,6 +196,7 @@ def _measured(
     checkpointing: bool,
     device: str,
     loss: Loss,
+    autocast: Autocast | None,
 ) -> list[Row]:
     """The rows; what an optimizer warns of is said, once.
 
@@ -194,7 +206,7 @@ def _measured(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a training run that this is not
-            rows = measure(module, choices, asked, batch, checkpointing, device, loss)
+            rows = measure(module, choices, asked, batch, checkpointing, device, loss, autocast)
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
         raise Refused(str(error) or type(error).__name__) from error
     for note in dict.fromkeys(note for row in rows for note in row.notes):
@@ -258,6 +270,7 @@ def _title(about: dict[str, Any]) -> str:
         text += f", {about['micro_batch']} x {about['tokens']} tokens"
         text += ", checkpointed" * about["checkpointing"]
         text += f", {about['loss']} loss" * (about["loss"] != LOSSES[0])
+        text += f", autocast to {about['autocast']}" * (about["autocast"] is not None)
     return text
 
 

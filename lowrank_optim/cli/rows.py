@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lowrank_optim import methods
 from lowrank_optim.memory import LAYOUTS, Estimate
+from lowrank_optim.memory.autocast import Autocast, check_autocast
 from lowrank_optim.memory.checks import class_of
 from lowrank_optim.memory.estimating import Training, device_of, estimated
 from lowrank_optim.memory.losses import Loss
@@ -141,11 +142,13 @@ def measure(
     checkpointing: bool = False,
     device: str | None = None,
     loss: Loss = "transformers",
+    autocast: Autocast | None = None,
 ) -> list[Row]:
     """The rows of ``module``: every figure is one of :func:`lowrank_optim.memory.estimate`.
 
     What does not depend on the optimizer, or on the column, is found once.
     """
+    check_autocast(autocast, tokens, {p.dtype for p in module.parameters()})
     known: dict[Any, Any] = {}
     place = device_of(module, device)
 
@@ -168,6 +171,7 @@ def measure(
                 checkpointing=checkpointing,
                 device=place,
                 loss=loss,
+                autocast=autocast,
             )
             try:
                 peaks[column] = one(choice, training)

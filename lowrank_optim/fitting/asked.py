@@ -14,6 +14,7 @@ from lowrank_optim.fitting.costs import Budget, Mode, Place
 from lowrank_optim.groups.keys import METHODS
 from lowrank_optim.groups.values import number, whole
 from lowrank_optim.memory import GIB
+from lowrank_optim.memory.autocast import check_autocast
 from lowrank_optim.memory.checks import check_device, check_loss
 from lowrank_optim.memory.estimating import device_of
 from lowrank_optim.methods import DCTAdamW, FrugalAdamW, GaLoreAdamW
@@ -71,6 +72,7 @@ def check_asked(
     tokens: Any,
     checkpointing: Any,
     loss: Any,
+    autocast: Any,
     accumulation_steps: Any,
     in_backward: Any,
     state_dtypes: Any,
@@ -109,6 +111,10 @@ def check_asked(
     if tokens is None and checkpointing:
         raise ValueError("checkpointing has no effect without tokens, which count activations")
     check_loss(loss, tokens)
+    own = {dtype or torch.bfloat16}  # of a configuration
+    if isinstance(model, nn.Module):
+        own = {p.dtype for p in model.parameters()}
+    check_autocast(autocast, tokens, own)
     if energy is not None and not calibrated:
         raise ValueError(f"energy={energy!r} has no effect without calibrate")
     if energy not in (None, "relative", "absolute"):

@@ -16,6 +16,7 @@ from lowrank_optim.fitting.plan import Plan
 from lowrank_optim.fitting.searching import Search, ways
 from lowrank_optim.fitting.spectra import Calibrate, spectra
 from lowrank_optim.groups.names import bare
+from lowrank_optim.memory.autocast import Autocast
 from lowrank_optim.memory.inputs import model_of
 from lowrank_optim.memory.losses import Loss
 
@@ -28,6 +29,7 @@ def fit(
     tokens: int | tuple[int, int] | None = None,
     checkpointing: bool = False,
     loss: Loss = "transformers",
+    autocast: Autocast | None = None,
     accumulation_steps: int = 1,
     optimizers: Sequence[Any] | None = None,
     in_backward: Sequence[Mode] | None = None,
@@ -70,6 +72,7 @@ def fit(
         tokens: as of :func:`lowrank_optim.memory.estimate`: activations count too.
         checkpointing: likewise.
         loss: likewise.
+        autocast: likewise.
         accumulation_steps: micro-batches of a step (default: 1).
         optimizers: classes, names of them, or pairs of either and a dict of arguments, best first
             (default: GaLoreAdamW, FrugalAdamW, DCTAdamW). FrugalAdamW is by columns where its
@@ -123,6 +126,7 @@ def fit(
         tokens=tokens,
         checkpointing=checkpointing,
         loss=loss,
+        autocast=autocast,
         accumulation_steps=accumulation_steps,
         in_backward=in_backward,
         state_dtypes=state_dtypes,
@@ -155,6 +159,7 @@ def fit(
         tokens=tokens,
         checkpointing=checkpointing,
         loss=loss,
+        autocast=autocast,
         device=asked.device,
     )
     search = Search(costs, asked, ways(named, asked))

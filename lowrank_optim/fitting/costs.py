@@ -13,6 +13,7 @@ from torch import nn
 from lowrank_optim.groups import Group, lowrank_groups
 from lowrank_optim.groups.names import bare
 from lowrank_optim.memory import GIB, Estimate, estimate
+from lowrank_optim.memory.autocast import Autocast
 from lowrank_optim.memory.losses import Loss
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.tensors.matrix import MatrixView, matrix_view
@@ -124,6 +125,7 @@ class Costs:
         tokens: int | tuple[int, int] | None,
         checkpointing: bool,
         loss: Loss,
+        autocast: Autocast | None,
         device: str,
     ) -> None:
         self.model, self.matrices, self.tokens = model, matrices, tokens
@@ -135,6 +137,7 @@ class Costs:
             "device": device,
         }
         self._run: dict[str, Any] = {"tokens": tokens, "checkpointing": checkpointing, "loss": loss}
+        self._run |= {"autocast": autocast}
         self._known: dict[Any, Estimate] = {}
         self._exactly: dict[Any, Estimate] = {}
 

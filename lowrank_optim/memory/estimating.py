@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lowrank_optim.backward.projecting import check_choices, check_projecting
 from lowrank_optim.memory.activations import Flight, Left, in_flight
+from lowrank_optim.memory.autocast import Autocast, check_autocast
 from lowrank_optim.memory.blocks import CACHING, sized_on
 from lowrank_optim.memory.checks import (
     check,
@@ -54,11 +55,12 @@ class Training:
     device: str = "meta"
     """The type of the one that it is trained on; ``"meta"`` is an accelerator."""
     loss: Loss = "transformers"
+    autocast: Autocast | None = None
 
     @property
     def forward_and_backward(self) -> tuple[Any, ...]:
         """What they depend on, apart from the coordinates that gradients become."""
-        run = self.tokens, self.checkpointing, self.loss
+        run = self.tokens, self.checkpointing, self.loss, self.autocast
         return self.in_backward == "step", self.accumulation_steps, *run
 
     @property
@@ -81,6 +83,7 @@ def estimate(
     tokens: int | tuple[int, int] | None = None,
     checkpointing: bool = False,
     loss: Loss = "transformers",
+    autocast: Autocast | None = None,
     transients: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device | None = None,
@@ -115,7 +118,7 @@ def estimate(
         coords_dtype: likewise.
         tokens: count activations too: those of a micro-batch of one sequence of so many tokens, or
             ``(sequences, length)``. Forward and backward of a copy run without memory, and every
-            storage is followed: bfloat16 weights mean bfloat16 activations, as without autocast.
+            storage is followed: bfloat16 weights mean bfloat16 activations, but for ``autocast``.
             The model is one of ``transformers``, of text or of images, or has one in it, as PEFT's
             do; or it is a configuration. Of images, ``(images, tokens of one)``. Experts run as
             products of groups, attention fused unless the model's own is ``"eager"``.
@@ -125,6 +128,10 @@ def estimate(
             in backward; or ``"fused"``, Liger's fused linear cross entropy, which makes the
             gradient of the head in forward. The last two are for causal language models (default:
             ``"transformers"``).
+        autocast: train under ``torch.autocast`` of this dtype, ``"bfloat16"`` or ``"float16"``,
+            with weights of float32: activations are mostly in half, and the cast copy of each
+            weight lives to the end of forward, that of a layer that is not checkpointed until
+            backward has used it (default: None, without).
         transients: whether to find what steps and refreshes need in passing. The optimizer really
             steps, as on an accelerator and without memory: some seconds for a model of 7B, the
             matrices that are stepped alike once. Products, factorisations and kernels may take
@@ -140,10 +147,11 @@ def estimate(
     Raises:
         NotImplementedError: ``in_backward`` or ``tokens`` of a model of DTensors; ``tokens`` of a
             model that looks at values; a ``loss`` that is not for the model.
-        ValueError: ``in_backward``, ``first_basis``, ``coords_dtype``, ``loss`` or a named layout
-            is not known, ``loss`` would have no effect without ``tokens``, the method has no such
-            mode, or activations are asked for of a model that is none of ``transformers``, takes
-            other inputs, or has no place for as many tokens.
+        ValueError: ``in_backward``, ``first_basis``, ``coords_dtype``, ``loss``, ``autocast`` or a
+            named layout is not known, ``loss`` or ``autocast`` would have no effect without
+            ``tokens`` or of weights that are not float32, the method has no such mode, or
+            activations are asked for of a model that is none of ``transformers``, takes other
+            inputs, or has no place for as many tokens.
 
     Example:
         >>> import torch
@@ -167,6 +175,7 @@ def estimate(
     if not isinstance(model, nn.Module):
         with torch.device("meta"):
             module = model_of(model, dtype)
+    check_autocast(autocast, tokens, {p.dtype for p in module.parameters()})
     training = Training(
         in_backward,
         accumulation_steps,
@@ -177,6 +186,7 @@ def estimate(
         transients,
         device_of(module, device),
         loss,
+        autocast,
     )
     return estimated(module, class_of(optimizer_class), training, groups, options, {})
 
@@ -293,6 +303,8 @@ def _flight(module: nn.Module, training: Training, gradients: Gradients) -> Flig
         left=left,
         trained=gradients.sizes,
         sized=gradients.sized,
+        autocast=training.autocast,
+        device=training.device,
     )
 
 
