@@ -15,7 +15,7 @@ from lowrank_optim.groups.keys import METHODS
 from lowrank_optim.groups.values import number, whole
 from lowrank_optim.memory import GIB
 from lowrank_optim.memory.autocast import check_autocast
-from lowrank_optim.memory.checks import check_device, check_loss
+from lowrank_optim.memory.checks import check_device, check_flag, check_loss
 from lowrank_optim.memory.estimating import device_of
 from lowrank_optim.methods import DCTAdamW, FrugalAdamW, GaLoreAdamW
 from lowrank_optim.ops.devices import HOST_MEMORY
@@ -73,6 +73,7 @@ def check_asked(
     checkpointing: Any,
     loss: Any,
     autocast: Any,
+    transients: Any,
     accumulation_steps: Any,
     in_backward: Any,
     state_dtypes: Any,
@@ -95,6 +96,7 @@ def check_asked(
     """
     _check_model(model, dtype, calibrated)
     check_device(device)
+    check_flag("transients", transients)
     positive = number(lambda x: x > 0, "a positive number")
     for name, value, allowed in (
         ("budget_gib", budget_gib, positive),

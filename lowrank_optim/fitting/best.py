@@ -30,6 +30,7 @@ def fit(
     checkpointing: bool = False,
     loss: Loss = "transformers",
     autocast: Autocast | None = None,
+    transients: bool = True,
     accumulation_steps: int = 1,
     optimizers: Sequence[Any] | None = None,
     in_backward: Sequence[Mode] | None = None,
@@ -73,6 +74,8 @@ def fit(
         checkpointing: likewise.
         loss: likewise.
         autocast: likewise.
+        transients: likewise. False leaves out what steps need in passing, so that training may pass
+            the budget: it is quick, and compares states (default: True).
         accumulation_steps: micro-batches of a step (default: 1).
         optimizers: classes, names of them, or pairs of either and a dict of arguments, best first
             (default: GaLoreAdamW, FrugalAdamW, DCTAdamW). FrugalAdamW is by columns where its
@@ -127,6 +130,7 @@ def fit(
         checkpointing=checkpointing,
         loss=loss,
         autocast=autocast,
+        transients=transients,
         accumulation_steps=accumulation_steps,
         in_backward=in_backward,
         state_dtypes=state_dtypes,
@@ -160,6 +164,7 @@ def fit(
         checkpointing=checkpointing,
         loss=loss,
         autocast=autocast,
+        transients=transients,
         device=asked.device,
     )
     search = Search(costs, asked, ways(named, asked))

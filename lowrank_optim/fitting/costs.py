@@ -126,6 +126,7 @@ class Costs:
         checkpointing: bool,
         loss: Loss,
         autocast: Autocast | None,
+        transients: bool,
         device: str,
     ) -> None:
         self.model, self.matrices, self.tokens = model, matrices, tokens
@@ -137,7 +138,7 @@ class Costs:
             "device": device,
         }
         self._run: dict[str, Any] = {"tokens": tokens, "checkpointing": checkpointing, "loss": loss}
-        self._run |= {"autocast": autocast}
+        self._run |= {"autocast": autocast, "transients": transients}
         self._known: dict[Any, Estimate] = {}
         self._exactly: dict[Any, Estimate] = {}
 
@@ -199,8 +200,7 @@ class Costs:
                 way.optimizer,
                 groups=lambda _: with_ranks(self._groups, by_name),
                 in_backward=way.in_backward,
-                transients=counted,
-                **(self._run if counted else {}),
+                **(self._run if counted else {"transients": False}),
                 **self._common,
                 **way.arguments,
             )
