@@ -43,6 +43,7 @@ def check_tokens(
     micro_batch: int | None,
     checkpointing: bool,
     loss: str | None,
+    loss_chunk: int | None,
     autocast: str | None,
 ) -> None:
     """Raise for what says how activations are counted, where nothing asks for them.
@@ -56,6 +57,7 @@ def check_tokens(
         ("--micro-batch", micro_batch is not None),
         ("--checkpointing", checkpointing),
         ("--loss", loss is not None),
+        ("--loss-chunk", loss_chunk is not None),
         ("--autocast", autocast is not None),
     ):
         if given:

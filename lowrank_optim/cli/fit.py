@@ -46,8 +46,9 @@ COUNT = click.IntRange(min=1)
 @click.option(
     "--loss",
     type=click.Choice(LOSSES),
-    help="With all logits; of 1,024 tokens at once; or Liger's, fused.  [default: transformers]",
+    help="With all logits; of some tokens at once; or Liger's, fused.  [default: transformers]",
 )
+@click.option("--loss-chunk", type=COUNT, help="Tokens of chunked at once.  [default: 1024]")
 @click.option(
     "--autocast",
     type=click.Choice(AUTOCASTS),
@@ -112,6 +113,7 @@ def fit(
     micro_batch: int | None,
     checkpointing: bool,
     loss: Loss | None,
+    loss_chunk: int | None,
     autocast: Autocast | None,
     accumulation_steps: int,
     names: tuple[str, ...],
@@ -132,7 +134,7 @@ def fit(
 
     Without --calibrate nothing is allocated, and nothing is downloaded.
     """
-    check_tokens(tokens, micro_batch, checkpointing, loss, autocast)
+    check_tokens(tokens, micro_batch, checkpointing, loss, loss_chunk, autocast)
     for name in names:
         if name not in METHODS:
             raise Refused(f"--optimizer {name!r} is no class of them{nearest(name, METHODS)}")
@@ -149,6 +151,7 @@ def fit(
         tokens=None if tokens is None else (micro_batch or 1, tokens),
         checkpointing=checkpointing,
         loss=loss or LOSSES[0],
+        loss_chunk=loss_chunk,
         autocast=autocast,
         accumulation_steps=accumulation_steps,
         optimizers=list(names) or None,

@@ -72,6 +72,7 @@ def check_asked(
     tokens: Any,
     checkpointing: Any,
     loss: Any,
+    loss_chunk: Any,
     autocast: Any,
     transients: Any,
     accumulation_steps: Any,
@@ -112,7 +113,7 @@ def check_asked(
         raise ValueError(f"least must be a multiple of multiple={multiple}, got {least}")
     if tokens is None and checkpointing:
         raise ValueError("checkpointing has no effect without tokens, which count activations")
-    check_loss(loss, tokens)
+    check_loss(loss, tokens, loss_chunk)
     own = {dtype or torch.bfloat16}  # of a configuration
     if isinstance(model, nn.Module):
         own = {p.dtype for p in model.parameters()}

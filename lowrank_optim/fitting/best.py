@@ -29,6 +29,7 @@ def fit(
     tokens: int | tuple[int, int] | None = None,
     checkpointing: bool = False,
     loss: Loss = "transformers",
+    loss_chunk: int | None = None,
     autocast: Autocast | None = None,
     transients: bool = True,
     accumulation_steps: int = 1,
@@ -73,6 +74,7 @@ def fit(
         tokens: as of :func:`lowrank_optim.memory.estimate`: activations count too.
         checkpointing: likewise.
         loss: likewise.
+        loss_chunk: likewise.
         autocast: likewise.
         transients: likewise. False leaves out what steps need in passing, so that training may pass
             the budget: it is quick, and compares states (default: True).
@@ -129,6 +131,7 @@ def fit(
         tokens=tokens,
         checkpointing=checkpointing,
         loss=loss,
+        loss_chunk=loss_chunk,
         autocast=autocast,
         transients=transients,
         accumulation_steps=accumulation_steps,
@@ -163,6 +166,7 @@ def fit(
         tokens=tokens,
         checkpointing=checkpointing,
         loss=loss,
+        loss_chunk=loss_chunk,
         autocast=autocast,
         transients=transients,
         device=asked.device,

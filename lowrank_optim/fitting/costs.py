@@ -125,6 +125,7 @@ class Costs:
         tokens: int | tuple[int, int] | None,
         checkpointing: bool,
         loss: Loss,
+        loss_chunk: int | None,
         autocast: Autocast | None,
         transients: bool,
         device: str,
@@ -138,7 +139,7 @@ class Costs:
             "device": device,
         }
         self._run: dict[str, Any] = {"tokens": tokens, "checkpointing": checkpointing, "loss": loss}
-        self._run |= {"autocast": autocast, "transients": transients}
+        self._run |= {"loss_chunk": loss_chunk, "autocast": autocast, "transients": transients}
         self._known: dict[Any, Estimate] = {}
         self._exactly: dict[Any, Estimate] = {}
 

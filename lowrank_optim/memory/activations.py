@@ -180,6 +180,7 @@ def in_flight(
     checkpointing: bool,
     passes: int,
     loss: Loss,
+    loss_chunk: int | None,
     left: Callable[[int, bool], Left | None],
     trained: Collection[int],
     sized: Sized,
@@ -198,6 +199,7 @@ def in_flight(
         checkpointing: keep the inputs of the layers alone, and run each again inside backward.
         passes: micro-batches that add up.
         loss: which it has.
+        loss_chunk: its tokens at once, if it goes in chunks.
         left: what is left of the gradient of parameter i, in the last pass or before; None if it
             stays.
         trained: numbers of the parameters that ask for gradients, as the optimizer left it: layers
@@ -238,7 +240,7 @@ def in_flight(
         with alive:
             alive.leave_out([*numbers, *model.buffers(), *batch.values()])
             while done < passes:
-                _run(model, batch, loss, casting(autocast, device))
+                _run(model, batch, loss, loss_chunk, casting(autocast, device))
                 done += 1
         return Flight(alive.most, tuple(arrivals))
 
@@ -249,7 +251,11 @@ def _contexts(device: str) -> tuple[AbstractContextManager[Any], AbstractContext
 
 
 def _run(
-    model: nn.Module, batch: dict[str, Tensor], loss: Loss, cast: AbstractContextManager[Any]
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    loss: Loss,
+    chunk: int | None,
+    cast: AbstractContextManager[Any],
 ) -> None:
     """Forward and backward of one micro-batch.
 
@@ -258,7 +264,7 @@ def _run(
     """
     try:
         with cast:
-            found = loss_by(loss, model, batch)
+            found = loss_by(loss, model, batch, chunk)
         found.backward()  # type: ignore[no-untyped-call]
     except WITHOUT_VALUES as error:
         raise NotImplementedError(

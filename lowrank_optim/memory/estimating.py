@@ -55,12 +55,13 @@ class Training:
     device: str = "meta"
     """The type of the one that it is trained on; ``"meta"`` is an accelerator."""
     loss: Loss = "transformers"
+    loss_chunk: int | None = None
     autocast: Autocast | None = None
 
     @property
     def forward_and_backward(self) -> tuple[Any, ...]:
         """What they depend on, apart from the coordinates that gradients become."""
-        run = self.tokens, self.checkpointing, self.loss, self.autocast
+        run = self.tokens, self.checkpointing, self.loss, self.loss_chunk, self.autocast
         return self.in_backward == "step", self.accumulation_steps, *run
 
     @property
@@ -83,6 +84,7 @@ def estimate(
     tokens: int | tuple[int, int] | None = None,
     checkpointing: bool = False,
     loss: Loss = "transformers",
+    loss_chunk: int | None = None,
     autocast: Autocast | None = None,
     transients: bool = True,
     dtype: torch.dtype = torch.bfloat16,
@@ -124,10 +126,11 @@ def estimate(
             products of groups, attention fused unless the model's own is ``"eager"``.
         checkpointing: whether its layers are checkpointed.
         loss: ``"transformers"``, as the model computes it, with all logits in float32;
-            ``"chunked"``, cross entropy of 1,024 tokens after another, whose logits are made again
+            ``"chunked"``, cross entropy of some tokens after another, whose logits are made again
             in backward; or ``"fused"``, Liger's fused linear cross entropy, which makes the
             gradient of the head in forward. The last two are for causal language models (default:
             ``"transformers"``).
+        loss_chunk: tokens of which ``"chunked"`` has logits at once (default: 1,024).
         autocast: train under ``torch.autocast`` of this dtype, ``"bfloat16"`` or ``"float16"``,
             with weights of float32: activations are mostly in half, and the cast copy of each
             weight lives to the end of forward, that of a layer that is not checkpointed until
@@ -168,7 +171,7 @@ def estimate(
     check_sharded(model, in_backward, tokens)
     check_device(device)
     check_choices(first_basis, coords_dtype)
-    check_loss(loss, tokens)
+    check_loss(loss, tokens, loss_chunk)
     if isinstance(tokens, list):
         tokens = tuple(tokens)
     module = model
@@ -186,6 +189,7 @@ def estimate(
         transients,
         device_of(module, device),
         loss,
+        loss_chunk,
         autocast,
     )
     return estimated(module, class_of(optimizer_class), training, groups, options, {})
@@ -300,6 +304,7 @@ def _flight(module: nn.Module, training: Training, gradients: Gradients) -> Flig
         checkpointing=training.checkpointing,
         passes=min(training.accumulation_steps, 2),
         loss=training.loss,
+        loss_chunk=training.loss_chunk,
         left=left,
         trained=gradients.sizes,
         sized=gradients.sized,
