@@ -254,7 +254,8 @@ def _estimated(
     if training.transients and not any(map(is_sharded, params)):
         stepping = *chosen, training.attached
         if stepping not in known:
-            known[stepping] = Rehearsal.of(params, made, *training.attached, sized)
+            mode, attached = training.attached
+            known[stepping] = Rehearsal.of(params, made, mode, attached, sized)
         rehearsal = known[stepping]
     absent = held.moments + held.other
     worst = worst_moments(gradients, training, flight, rehearsal, absent)

@@ -62,7 +62,7 @@ def loss_by(
     aux = getattr(out, "aux_loss", None)
     hidden = seen.pop().reshape(-1, head.in_features)
     del out
-    inputs_of = hidden, head.weight, head.bias, labels, cap
+    inputs_of: tuple[Any, ...] = hidden, head.weight, head.bias, labels, cap
     of: Any = Fused
     if kind == "chunked":
         of, inputs_of = Chunked, (*inputs_of, chunk or CHUNK)
@@ -116,7 +116,8 @@ class Chunked(torch.autograd.Function):
     """Cross entropy of a chunk of tokens after another, whose logits are made again in backward."""
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu")  # of tensors without memory, which are on a CPU
+    # tensors without memory are on a CPU
+    @torch.amp.custom_fwd(device_type="cpu")  # type: ignore[untyped-decorator]
     def forward(
         ctx: Any,
         x: Tensor,
@@ -136,7 +137,7 @@ class Chunked(torch.autograd.Function):
         return total / _counted(labels)
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")
+    @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Each chunk's logits again; its gradients are added to those of the others."""
         x, weight, bias, labels = ctx.saved_tensors
