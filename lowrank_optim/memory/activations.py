@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ from torch._subclasses.fake_tensor import (
 from torch.overrides import TorchFunctionMode
 
 from lowrank_optim.memory.alive import Alive
+from lowrank_optim.memory.autocast import Autocast, casting, run_again
+from lowrank_optim.memory.blocks import Sized
 from lowrank_optim.memory.inputs import batch_of, innermost
 from lowrank_optim.memory.losses import Loss, loss_by
 
@@ -148,10 +151,15 @@ def _as_on_a_gpu(model: nn.Module) -> None:
         inner.set_experts_implementation("grouped")
 
 
-def checkpoint_layers(model: Any) -> None:
-    """Every layer of a model of ``transformers``, whichever name its version has for it."""
+def checkpoint_layers(model: Any, **own: Any) -> None:
+    """Every layer of a model of ``transformers``, whichever name its version has for it.
+
+    Args:
+        model: the model.
+        **own: further arguments of ``torch.utils.checkpoint``.
+    """
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": False, **own})
 
 
 def _grouped_experts(*args: Any, **kwargs: Any) -> Any:
@@ -172,8 +180,12 @@ def in_flight(
     checkpointing: bool,
     passes: int,
     loss: Loss,
+    loss_chunk: int | None,
     left: Callable[[int, bool], Left | None],
     trained: Collection[int],
+    sized: Sized,
+    autocast: Autocast | None = None,
+    device: str = "meta",
 ) -> Flight:
     """Bytes of activations and gradients alive at once, at most and as each gradient arrives.
 
@@ -187,10 +199,14 @@ def in_flight(
         checkpointing: keep the inputs of the layers alone, and run each again inside backward.
         passes: micro-batches that add up.
         loss: which it has.
+        loss_chunk: its tokens at once, if it goes in chunks.
         left: what is left of the gradient of parameter i, in the last pass or before; None if it
             stays.
         trained: numbers of the parameters that ask for gradients, as the optimizer left it: layers
             that wait for their turn do not.
+        sized: what is taken for a tensor.
+        autocast: as of :func:`lowrank_optim.memory.estimate`.
+        device: the type of the one to train on.
 
     Raises:
         NotImplementedError: the model cannot run without memory, or has no such loss.
@@ -202,9 +218,10 @@ def in_flight(
         model = without_memory(model)
         _as_on_a_gpu(model)
         if checkpointing:
-            checkpoint_layers(innermost(model))
+            within = {} if autocast is None else {"context_fn": lambda: _contexts(device)}
+            checkpoint_layers(innermost(model), **within)
         batch = batch_of(model, shape)
-        alive, parts, done = Alive(), dict[Tensor, list[Tensor]](), 0
+        alive, parts, done = Alive(sized=sized), dict[Tensor, list[Tensor]](), 0
         arrivals: list[Arrival] = []
 
         def arrived(param: Tensor) -> None:
@@ -223,19 +240,32 @@ def in_flight(
         with alive:
             alive.leave_out([*numbers, *model.buffers(), *batch.values()])
             while done < passes:
-                _run(model, batch, loss)
+                _run(model, batch, loss, loss_chunk, casting(autocast, device))
                 done += 1
         return Flight(alive.most, tuple(arrivals))
 
 
-def _run(model: nn.Module, batch: dict[str, Tensor], loss: Loss) -> None:
+def _contexts(device: str) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Of a checkpointed layer, run and run again."""
+    return nullcontext(), run_again(device)
+
+
+def _run(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    loss: Loss,
+    chunk: int | None,
+    cast: AbstractContextManager[Any],
+) -> None:
     """Forward and backward of one micro-batch.
 
     Raises:
         NotImplementedError: something in it needs values, or is not known without memory.
     """
     try:
-        loss_by(loss, model, batch).backward()  # type: ignore[no-untyped-call]
+        with cast:
+            found = loss_by(loss, model, batch, chunk)
+        found.backward()  # type: ignore[no-untyped-call]
     except WITHOUT_VALUES as error:
         raise NotImplementedError(
             f"tokens of a {type(innermost(model)).__name__}: forward or backward does what tensors "

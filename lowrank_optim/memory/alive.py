@@ -10,18 +10,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from lowrank_optim.memory.blocks import Sized, sized_on
+
 
 class Alive(TorchDispatchMode):
     """Counts bytes of the storages that operations made and that still exist.
 
     Args:
         device: type of the device whose storages count; those of others are the host's.
+        sized: what is taken for a storage (default: its bytes).
     """
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: str = "cpu", sized: Sized | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = 0
         self._device = device
+        self._sized = sized or sized_on("cpu")
         self._known: set[int] = set()
 
     @classmethod
@@ -54,7 +58,7 @@ class Alive(TorchDispatchMode):
         if is_traceable_wrapper_subclass(x):
             return  # what it holds was counted as it was made
         storage = x.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage._cdata, self._sized(storage.nbytes())
         if key in self._known:
             return
         self._known.add(key)

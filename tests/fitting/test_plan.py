@@ -161,6 +161,20 @@ def test_what_steps_need_in_passing_is_in_the_budget():
     assert less.estimate.peak < found.peak
 
 
+def test_what_steps_need_in_passing_may_be_left_out():
+    """A budget of weights, gradients and state alone; the state is that of all ranks, as asked."""
+    own = {"in_backward": [None], "state_dtypes": ["float32"], "optimizers": ["GaLoreAdamW"]}
+    plan = fit(net(), 1.0, transients=False, **own)
+    assert plan.estimate.step_transients is None
+    assert plan.estimate.peak == plan.estimate.held + plan.estimate.gradients
+    budget = plan.estimate.peak / 2**30
+    assert fit(net(), budget, transients=False, **own).ranks == plan.ranks
+    with pytest.raises(ValueError, match="nothing fits"):
+        fit(net(), budget, **own)
+    with pytest.raises(ValueError, match="transients must be True or False"):
+        fit(net(), 1.0, transients="no")
+
+
 def test_nothing_to_attach():
     plan, model = fit(net(), 1.0, in_backward=[None]), net()
     optimizer = plan.optimizer(model, lr=1e-3)

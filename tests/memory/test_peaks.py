@@ -64,7 +64,9 @@ def both(
     """What is predicted, and what is counted while the package takes the CPU for an accelerator."""
     cls = getattr(methods, name, None) or getattr(torch.optim, name)
     options = options_of(name) if hasattr(methods, name) else {}
+    training["device"] = "cpu"  # whose allocator adds nothing, and the tracker neither
     found = estimate(model, cls, tokens=TOKENS, **training, **options)
+    del training["device"]
     training["mode"] = training.pop("in_backward", None)
     with monkeypatch.context() as patch:
         patch.setattr(devices, "HOSTS", frozenset())
