@@ -33,6 +33,9 @@ settings.register_profile(
 settings.load_profile("lowrank_optim")
 
 
+collect_ignore = ["sharded/preload.py"]  # of the server of worlds: it silences a process that ends
+
+
 gc.disable()  # imports and collected tests are no garbage, and there are more and more to walk
 
 

@@ -115,16 +115,18 @@ def test_one_pass_steps(
 NARROW = ("dropped", *(name for name in RESIDUALS if name.startswith("feedback")))
 
 
-@pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("turn", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2, 3))])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("residual", NARROW)
 def test_narrow_weights(
-    residual: str, dtype: torch.dtype, half: int, monkeypatch: pytest.MonkeyPatch
+    residual: str, dtype: torch.dtype, turn: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Error feedback raised in a GEMM where a basis is kept in the weights' bfloat16."""
-    backends = (NATIVE, "reference")
-    for (i, subspace), rounding in itertools.product(enumerate(SUBSPACES), (False, True)):
-        backend = backends[(i + rounding + half) % 2]
+    """Error feedback raised in a GEMM where a basis is kept in the weights' bfloat16.
+
+    Rounding and backend take turns, so that a format and a residual have all four.
+    """
+    for i, subspace in enumerate(SUBSPACES, turn + 2 * (dtype == torch.float16)):
+        rounding, backend = i % 2 == 1, (NATIVE, "reference")[i // 2 % 2]
         monkeypatch.setenv(dispatch.VARIABLE, backend)
         generator = random.Random(f"{subspace}/{residual}/{rounding}/{dtype}")
         fixed = {"rule": "adamw", "store": "float32", "rounding": rounding, "scale": 1.0}

@@ -125,6 +125,7 @@ def check(
         source = target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flat", [True])
 def test_torch_passes_its_own_measure(flat: bool, ranks: Worlds, tmp_path: Path) -> None:
     case = Case("torch.AdamW", {"foreach": False}, only=SHORT)
@@ -139,7 +140,7 @@ def test_torch_passes_its_own_measure(flat: bool, ranks: Worlds, tmp_path: Path)
         "dct memory",
         "frugal block",
         "sst",
-        "switchlora",
+        pytest.param("switchlora", marks=pytest.mark.slow),  # test_full_state.py has it
     ],
 )
 def test_a_run_over_several_numbers_of_ranks_is_one_run(
@@ -162,7 +163,7 @@ def test_moments_in_8_bits_over_several_numbers_of_ranks(
 ) -> None:
     """To the bit at every step, so that nothing was encoded again on the way."""
     case = BLOCKS if name == "block" else EIGHT[name]
-    check(ranks, name, case, flat, tmp_path, ROUTE[:3], plain=not flat)
+    check(ranks, name, case, flat, tmp_path, (3, 1, 2), plain=not flat)
 
 
 @pytest.mark.slow
@@ -207,7 +208,12 @@ def in_memory(world: World, case: Case, flat: bool, full: bool) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "full"), [("torch", True), ("fira svd", False), ("dct memory", True)]
+    ("name", "full"),
+    [
+        ("torch", True),
+        ("fira svd", False),
+        pytest.param("dct memory", True, marks=pytest.mark.slow),
+    ],
 )
 def test_another_optimizer_takes_over(name: str, full: bool, ranks: Worlds) -> None:
     torchs = Case("torch.AdamW", {"foreach": False})
@@ -233,7 +239,9 @@ def own_methods(world: World, case: Case) -> Any:
     return out
 
 
-@pytest.mark.parametrize("name", ["torch", "svd", "frugal block"])
+@pytest.mark.parametrize(
+    "name", ["torch", "frugal block", pytest.param("svd", marks=pytest.mark.slow)]
+)
 def test_the_optimizers_own_methods(name: str, ranks: Worlds) -> None:
     torchs = Case("torch.AdamW", {"foreach": False})
     case = replace(torchs if name == "torch" else NAMED[name], only=SHORT, steps=2 * LEG)
