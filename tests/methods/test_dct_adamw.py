@@ -53,7 +53,7 @@ def test_the_oracle(shape: tuple[int, int], gap: int, feedback: Any, transform: 
         assert_close(got, want[-1], torch.float32 if feedback in (8, 4) else None)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     m=st.integers(2, 24),
     n=st.integers(2, 24),
@@ -259,7 +259,7 @@ def test_the_accelerators_path_of_the_memory(
         assert_close(e, f)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     rows=st.integers(1, 5),
     k=st.integers(1, 40),

@@ -97,7 +97,7 @@ def test_maximize_is_descent_on_the_negative(on_refresh: str, mode: str) -> None
 
 
 @pytest.mark.filterwarnings("ignore:rank")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.tuples(st.integers(2, 12), st.integers(2, 12)),
     st.integers(1, 12),
