@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,10 +60,16 @@ def nodes(tree: ast.AST, typing: bool = False) -> Iterator[ast.AST]:
             yield from nodes(child, typing)
 
 
+@functools.cache
+def parsed(name: str) -> ast.Module:
+    return ast.parse(EVERY[name].read_text(encoding="utf-8"))
+
+
+@functools.cache
 def imported(name: str, typing: bool = False) -> set[str]:
     """Full names of what a module imports, attributes of a package included."""
     found = set()
-    for node in nodes(ast.parse(EVERY[name].read_text(encoding="utf-8")), typing):
+    for node in nodes(parsed(name), typing):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -158,7 +165,7 @@ def test_nothing_of_several_processes_is_imported_before_there_are_any(name: str
 
     ``import torch.distributed`` is all that any torch allows.
     """
-    for node in at_import(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+    for node in at_import(parsed(name)):
         if isinstance(node, ast.ImportFrom):
             assert not (node.module or "").startswith("torch.distributed"), ast.unparse(node)
         elif isinstance(node, ast.Import):

@@ -142,7 +142,9 @@ def test_arguments_that_change_what_is_counted_are_refused():
     for own in ({"state_dtype": "bfloat16"}, {"projector": "dct"}, {"stagger": False}):
         with pytest.raises(ValueError, match=f"{next(iter(own))} would change the memory"):
             plan.optimizer(model, lr=1e-3, **own)
-    moving = fit(net(), 1.0, optimizers=["GaLoreSGD"], state_dtypes=["float32"])
+    moving = fit(
+        net(), 1.0, in_backward=["project"], optimizers=["GaLoreSGD"], state_dtypes=["float32"]
+    )
     with pytest.raises(ValueError, match="momentum would change the memory"):
         moving.optimizer(model, lr=1e-3, momentum=0.9)
     optimizer = plan.optimizer(model, lr=1e-3, weight_decay=0.1, on_refresh="project")

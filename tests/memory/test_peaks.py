@@ -82,8 +82,6 @@ EVERY = [
 DEFAULT = {
     ("gpt2", "FiraAdamW", None),
     ("llama", "BAdamW", None),
-    ("llama", "LisaAdamW", "step"),
-    ("mixtral", "FrugalAdamW", "step"),
 }
 OVER = {("mixtral", "GaLoreAdafactor", None): 0.03}
 """Too much by more than 2 %: at a first step, bases that are found after its worst moment count."""
