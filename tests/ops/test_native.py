@@ -9,9 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +17,7 @@ from torch import Tensor
 from lowrank_optim.ops import native
 from tests.ops import ops_cases, ops_cosines
 from tests.ops.rounding import flat_places
+from tests.sharded.ranks import Ranks, World
 
 AVAILABLE, REASON = native.available("cpu")
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason=REASON)
@@ -534,21 +532,19 @@ def test_results_do_not_depend_on_threads() -> None:
     assert len(set(prints)) == 1
 
 
+def of_instructions(world: World, name: str) -> tuple[str, str]:
+    os.environ["LOWRANK_OPTIM_ISA"] = name
+    return native.isa(), fingerprint()
+
+
 def test_results_do_not_depend_on_the_instruction_set() -> None:
     """Baseline, AVX2 and AVX-512 give the same bits: one source, and no fused multiply-add."""
     wanted = ["baseline", "avx2", "avx512"]
     wanted = wanted[: wanted.index(native.isa()) + 1]
-    code = "from tests.ops import test_native as t; print(t.native.isa(), t.fingerprint())"
-    prints = {wanted[-1]: [native.isa(), by_one_thread()]}  # what this process loaded
+    prints = {wanted[-1]: (native.isa(), by_one_thread())}  # what this process loaded
     for name in wanted[:-1]:
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "LOWRANK_OPTIM_ISA": name},
-            cwd=Path(__file__).parents[2],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        prints[name] = done.stdout.split()
+        world = Ranks(1)  # a process that has loaded none
+        (prints[name],) = world.run(name, of_instructions, name=name).checked()
+        world.close()
     assert all(p[0] == name for name, p in prints.items())
     assert len({p[1] for p in prints.values()}) == 1
