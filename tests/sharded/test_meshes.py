@@ -352,7 +352,19 @@ ON_SQUARE: dict[str, tuple[str, Any, Table, Table, Table]] = {
 and in all of them."""
 
 
-@pytest.mark.parametrize("name", ON_SQUARE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        # of columns nothing turns, and who sends a basis or scores is in the others
+        pytest.param(
+            x,
+            marks=pytest.mark.slow
+            if x.startswith(("copies of col", "copies, ", "columns of columns, "))
+            else (),
+        )
+        for x in ON_SQUARE
+    ],
+)
 def test_a_step_sends_exactly_this(name: str, ranks: Worlds) -> None:
     place, (cls, options), each, first, copies = ON_SQUARE[name]
     args = {"cls": cls, "options": options, "place": place, "alike": 1}
