@@ -532,8 +532,8 @@ def test_results_do_not_depend_on_threads() -> None:
     assert len(set(prints)) == 1
 
 
-def of_instructions(world: World, name: str) -> tuple[str, str]:
-    os.environ["LOWRANK_OPTIM_ISA"] = name
+def of_instructions(world: World, isa: str) -> tuple[str, str]:
+    os.environ["LOWRANK_OPTIM_ISA"] = isa
     return native.isa(), fingerprint()
 
 
@@ -544,7 +544,7 @@ def test_results_do_not_depend_on_the_instruction_set() -> None:
     prints = {wanted[-1]: (native.isa(), by_one_thread())}  # what this process loaded
     for name in wanted[:-1]:
         world = Ranks(1)  # a process that has loaded none
-        (prints[name],) = world.run(name, of_instructions, name=name).checked()
+        (prints[name],) = world.run(name, of_instructions, isa=name).checked()
         world.close()
     assert all(p[0] == name for name, p in prints.items())
     assert len({p[1] for p in prints.values()}) == 1

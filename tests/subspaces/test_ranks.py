@@ -22,7 +22,7 @@ from lowrank_optim.nn import convert
 from tests import runs
 from tests.sharded.ranks import Ranks, World
 
-STEPS = 11
+STEPS = 14
 GAP = 3
 SST: dict[str, Any] = {"steps_per_iteration": GAP, "iterations_per_round": 2, "warmup_steps": 2}
 SWITCH: dict[str, Any] = {"interval": 4, "freeze_steps": 2, "total_steps": 2 * STEPS}
