@@ -644,8 +644,8 @@ def floors() -> tuple[int, int, int]:
     [
         (None, False),
         ("project", False),
-        ("project", True),
         ("step", True),
+        pytest.param("project", True, marks=pytest.mark.slow),
         pytest.param(None, True, marks=pytest.mark.slow),
         pytest.param("step", False, marks=pytest.mark.slow),
     ],

@@ -25,7 +25,7 @@ from lowrank_optim.subspaces.base import identity
 from tests import cases
 from tests.ops import ops_cosines
 from tests.ops.checks import check
-from tests.ops.interpreted import INTERPRETED, crossed, unless_interpreted
+from tests.ops.interpreted import INTERPRETED, unless_interpreted
 from tests.ops.ops_cases import strided
 from tests.oracles.dct_adamw import dct_adamw
 
@@ -47,6 +47,11 @@ PAIRED = [
 spectrum: a fifth tile of one pair, and of it and the middle.
 """
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = [
+    pytest.param(how, dtype, m, marks=pytest.mark.slow if INTERPRETED and i != j else ())
+    for i, how in enumerate(("rows", "columns", "slice"))
+    for j, (dtype, m) in enumerate((d, (35, 66)[(k + i) % 2]) for k, d in enumerate(FLOATS))
+]
 
 
 def randn(*shape: int, how: str = "rows", dtype: torch.dtype = torch.float32) -> Tensor:
@@ -122,9 +127,7 @@ class TestTransforms:
         assert out[1:-1].isnan().all()
         assert torch.equal(out[[0, -1]], project(grad, index[[0, -1]], basis))
 
-    @pytest.mark.parametrize(
-        ("how", "dtype", "m"), crossed(("rows", "columns", "slice"), FLOATS, (35, 66))
-    )
+    @pytest.mark.parametrize(("how", "dtype", "m"), LAYOUTS)
     def test_layouts_and_formats(self, basis: str, how: str, dtype: torch.dtype, m: int) -> None:
         """Matrices of any strides; coefficients, too, are read wherever they lie."""
         q, index = rows(m, basis), some(m, 20)

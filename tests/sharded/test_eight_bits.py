@@ -39,9 +39,9 @@ SIZES = (2, 3, 4)
 HOWS = ("fsdp", "fsdp columns", "tensors")
 OF_A_BASIS = [name for name, case in EIGHT.items() if case.only == WITH_BLOCKS]
 TURNS = [(name, SIZES[i % 3], HOWS[i // 2 % 3]) for i, name in enumerate(OF_A_BASIS)]
-COVERED = ("galore dct", "galore sgd", "frugal rows")
+COVERED = ("galore dct", "galore sgd", "apollo", "frugal rows", "frugal columns")
 """The first is compared with one process in ``test_mutations.py``; codes of the others are as those
-of columns, and of two moments."""
+of columns, and of two moments, of GaLore."""
 OTHERS = {
     "sst": ("two sides", "small"),
     "switchlora": ("some blocks", "two sides"),

@@ -105,7 +105,7 @@ def goes_on(world: World, case: Case, way: str, cuts: Any = CUTS) -> list[int]:
     [
         ("frugal block", WAYS[0]),
         ("frugal block", WAYS[2]),
-        ("torch", WAYS[0]),
+        pytest.param("torch", WAYS[0], marks=pytest.mark.slow),
         ("dct memory", WAYS[0]),
         ("sst", WAYS[1]),
         ("switchlora", WAYS[0]),

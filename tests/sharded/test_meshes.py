@@ -99,8 +99,8 @@ ADAFACTOR = {"scale_parameter": True, "beta1": None, "clip_threshold": 0.7}
 @pytest.mark.parametrize(
     ("how", "rank"),
     [
-        ("parallel", 3),
         ("every tensor", None),
+        pytest.param("parallel", 3, marks=pytest.mark.slow),
         *(pytest.param(how, None, marks=pytest.mark.slow) for how in HOWS),
         pytest.param("tensors", 3, marks=pytest.mark.slow),
     ],

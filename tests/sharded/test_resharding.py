@@ -137,7 +137,7 @@ def test_torch_passes_its_own_measure(flat: bool, ranks: Worlds, tmp_path: Path)
     # of a basis that is found test_adafactor.py has as many ranks in turn, and codes have them here
     [
         pytest.param("rsvd", marks=pytest.mark.slow),
-        "dct memory",
+        pytest.param("dct memory", marks=pytest.mark.slow),
         "frugal block",
         "sst",
         pytest.param("switchlora", marks=pytest.mark.slow),  # test_full_state.py has it

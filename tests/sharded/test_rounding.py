@@ -56,7 +56,9 @@ def check(ranks: Worlds, size: int, name: str, how: str, only: tuple[str, ...]) 
     training.assert_equal_runs(training.assembled(values), expected, weights=0, state=0)
 
 
-COVERED = ("dense lion", "galore lion columns", "galore float32 moments", "frugal sign")
+COVERED = (
+    "dense adamw", "dense lion", "galore lion columns", "galore float32 moments", "frugal sign",
+)  # fmt: skip
 """Lion's rule has no noise of its own, wide moments have none, and rows are those of SGD."""
 
 
