@@ -164,9 +164,10 @@ def test_parameters_without_gradient_that_a_step_writes(name: str, backend: str)
     assert_compiles_once(lambda: modules(name), backend)
 
 
+@pytest.mark.slow
 @inductor
 @pytest.mark.parametrize(
-    # of DCTAdamW, in float32, the last test of this file
+    # by default Inductor compiles DCTAdamW, the last test of this file
     "name",
     [
         "GaLoreAdamW",

@@ -94,8 +94,8 @@ def as_one(world: World, case: str) -> None:
 
 
 DEFAULT = (
-    "galore rsvd", "galore random", "galore adafactor", "galore 8bit", "fira", "frugal columns",
-    "frugal randk", "dct", "sst active", "switchlora", "bfloat16",
+    "galore rsvd", "galore adafactor", "galore 8bit", "fira", "frugal randk", "dct", "sst active",
+    "switchlora",
 )  # fmt: skip
 """Everything that is drawn, or has a mean, and one of each residual."""
 

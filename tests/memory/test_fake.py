@@ -78,7 +78,9 @@ def layout(states: list[dict[str, torch.Tensor]]) -> list[dict[str, Any]]:
         pytest.param(
             *x,
             marks=pytest.mark.slow
-            if cases.is_beyond(*x[:2]) or (x[2] == {"state_dtype": "8bit"} and x[0] not in IN_CODES)
+            if cases.is_beyond(*x[:2])
+            or x[1] in ("random", "golore", "hadamard", "rows")  # as svd, dct and columns
+            or (x[2] == {"state_dtype": "8bit"} and x[0] not in IN_CODES)
             else (),
         )
         for x in KINDS
