@@ -100,7 +100,9 @@ def test_without_tokens_it_is_one_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "steps"), [(None, 1), ("step", 1), ("project", 2)], ids=["none", "step", "project"]
+    ("mode", "steps"),
+    [(None, 1), *(pytest.param(*x, marks=pytest.mark.slow) for x in (("step", 1), ("project", 2)))],
+    ids=["none", "step", "project"],
 )
 def test_real_steps_hold_what_is_estimated(mode: Any, steps: int, told: Job) -> None:
     """On a CPU, where the counters are the profiler's: within the temporaries of a step.

@@ -134,6 +134,7 @@ def test_every_class_has_a_row(name: str) -> None:
     assert row["peaks"][0]["peak"] == found.peak
 
 
+@pytest.mark.usefixtures("held_or_stepped")
 def test_table_shows_the_figures_under_their_names(tmp_path: Path) -> None:
     """What does not fit says by how much; a column says its mode and its micro-batches."""
     wide = {**TINY, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 64000}

@@ -229,11 +229,11 @@ def test_errors():
 @pytest.mark.parametrize(
     ("mode", "checkpointing", "dtype"),
     [  # every pair of two meets; of the default ones every value
-        (None, True, torch.bfloat16), ("project", True, torch.float32),
-        ("step", False, torch.bfloat16),
+        ("project", True, torch.float32), ("step", False, torch.bfloat16),
         *(
             pytest.param(*x, marks=pytest.mark.slow)
             for x in (
+                (None, True, torch.bfloat16),
                 (None, False, torch.float32), ("project", False, torch.bfloat16),
                 ("step", True, torch.float32),
             )

@@ -81,12 +81,7 @@ EVERY = [
     if mode != "project" or projects(name)
     if not (model == "gpt2" and name.startswith("BAdam"))  # of turns of unlike layers, the first
 ]
-DEFAULT = {
-    ("gpt2", "FiraAdamW", None),
-    ("llama", "BAdamW", None),
-    ("llama", "LisaAdamW", "step"),
-    ("mixtral", "FrugalAdamW", "step"),
-}
+DEFAULT = {("llama", "FiraAdamW", None)}
 OVER = {("mixtral", "GaLoreAdafactor", None): 0.03}
 """Too much by more than 2 %: at a first step, bases that are found after its worst moment count."""
 

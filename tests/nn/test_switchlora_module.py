@@ -186,8 +186,9 @@ def test_factor_gradients_are_the_chain_rule() -> None:
             assert_close(layer.lora_B.grad, layer.s * grad @ layer.lora_A.mT)
 
 
-@pytest.mark.parametrize("make", [network, gpt])
-@pytest.mark.parametrize("cls", [SwitchLoRAAdamW, SwitchLoRAAdamW8bit])
+@pytest.mark.parametrize(
+    ("cls", "make"), in_turns([SwitchLoRAAdamW, SwitchLoRAAdamW8bit], [network, gpt])
+)
 def test_a_run_may_change_form_and_back(
     make: Callable[[], nn.Module], cls: type[SwitchLoRAAdamW]
 ) -> None:

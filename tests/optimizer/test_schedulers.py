@@ -93,8 +93,14 @@ SCHEDULED = [
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.optim")
-@pytest.mark.parametrize("tensor_lr", [False, True])
-@pytest.mark.parametrize(("name", "scheduler"), SCHEDULED)
+@pytest.mark.parametrize(
+    ("name", "scheduler", "tensor_lr"),
+    [
+        pytest.param(*row, lr, marks=() if (i + i // 2) % 2 == lr else pytest.mark.slow)
+        for i, row in enumerate(SCHEDULED)
+        for lr in (False, True)
+    ],
+)
 def test_the_scheduled_rate_is_the_one_applied(name: str, scheduler: str, tensor_lr: bool) -> None:
     """The rates are torch.optim.AdamW's, and the weights decay by each of them.
 

@@ -260,7 +260,16 @@ def metered(collectives: list[Collective], news: list[New]) -> Meter:
 BY_COLUMNS = (
     "svd", "columns", "fira", "memory", "adafactor", "sst", "switchlora", "restarts"
 )  # fmt: skip
-SPLIT = [(name, 0) for name in SENT] + [(name, 1) for name in BY_COLUMNS]
+SPLIT = [
+    pytest.param(
+        name, place, id=f"{name}-{place}",
+        marks=() if name not in BY_COLUMNS or BY_COLUMNS.index(name) % 2 == place
+        else pytest.mark.slow,
+    )
+    for name in SENT
+    for place in (0, 1)
+    if not place or name in BY_COLUMNS
+]  # fmt: skip
 FROM_OWNER = ("two sides", "adafactor two sides", "sst", "restarts")
 """Where something that is split goes back from the owner."""
 

@@ -19,7 +19,7 @@ def llama_like(layers: int) -> Model:
     return Model("small", 4, layers, shapes, frozenset(k for k in shapes if "layers" in k))
 
 
-@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize("placed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_figures_are_those_that_the_table_gives(placed: bool) -> None:
     """Wide matrices are exchanged where rows are split; bases are whole, moments a part."""
     layers, m, n, r = 3, 16, 48, 4

@@ -98,7 +98,7 @@ def in_chunks(world: World | None, cls: str, place: int, options: dict[str, Any]
     return run.weights()
 
 
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("place", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("cls", "options"),
     [
@@ -195,7 +195,7 @@ def test_bfloat16_weights_of_split_rows_lose_nothing(ranks: Worlds) -> None:
     assert gaps[1] <= 1.02 * gaps[0], gaps
 
 
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("place", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_learning_rate_that_is_a_tensor(place: int, ranks: Worlds) -> None:
     args: dict[str, Any] = {"place": place, "dtype": torch.float64}
     one = decayed(None, lr=torch.tensor(1e-2, dtype=torch.float64), **args)
@@ -248,7 +248,7 @@ WHERE = {
 
 
 @pytest.mark.parametrize("when", WHERE)
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("place", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("cls", "options"),
     [

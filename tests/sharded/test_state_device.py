@@ -105,6 +105,7 @@ def test_shards_train_with_either_setting(names: Sequence[str], ranks: Worlds) -
         assert found == [""] * len(cases)
 
 
+@pytest.mark.slow  # codes rest as moments do: tests/engine/test_state_device.py has them
 def test_shards_in_8_bits_train_with_either_setting(ranks: Worlds) -> None:
     """DTensors of blocks, and the memory of error feedback beside them."""
     names = ("galore", "dct memory 8bit", "switchlora", "ldadam")
@@ -171,6 +172,7 @@ def _layers_differ(world: World, name: str) -> str:
     return "" if _alike(*found) else f"{name} differs"
 
 
+@pytest.mark.slow  # of weights SST and SwitchLoRA are among those above
 def test_layers_of_factors_train_with_either_setting(ranks: Worlds) -> None:
     names = ("sst", "restarts")
     for found in ranks(2).run("layers", layers, names=names).checked():
