@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 
 from lowrank_optim import (
@@ -160,7 +161,7 @@ def _ranks(world: World) -> None:
             net(torch.randn(3, 24)).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-        fully_shard(net)
+        fully_shard(net, mesh=init_device_mesh(device.type, (world.size,)))
         net(torch.randn(3, 24)).square().mean().backward()
         with pytest.raises(RuntimeError, match=r"make the optimizer after fully_shard\(model\)"):
             optimizer.step()
