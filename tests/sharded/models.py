@@ -6,13 +6,16 @@ full rank: of one that has not, the sign of what a subspace leaves is rounding.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 SAMPLES = 48
@@ -154,6 +157,22 @@ def by_columns(size: int) -> Callable[[nn.Parameter], Any]:
         return Shard(1) if even else None
 
     return place
+
+
+TAKES_WHOLE_NUMBERS = torch.__version__ >= "2.13"
+"""Whether FSDP2 shards parameters of whole numbers: that of 2.11 does not."""
+shards_whole_numbers = pytest.mark.skipif(
+    "ignored_params" not in inspect.signature(fully_shard).parameters,
+    reason="FSDP2 of torch 2.6 takes no parameters of whole numbers, and cannot leave them out",
+)
+"""Of layers that have some."""
+
+
+def left_out(model: nn.Module, always: bool = False) -> dict[str, Any]:
+    """Options by which ``fully_shard`` leaves whole numbers as they are, where it must."""
+    if TAKES_WHOLE_NUMBERS and not always:
+        return {}
+    return {"ignored_params": {x for x in model.parameters() if not x.is_floating_point()}}
 
 
 def parallelize(model: Model, mesh: DeviceMesh) -> None:
