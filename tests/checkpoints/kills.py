@@ -1,8 +1,8 @@
 """Kills at any point of a run: a clock that counts operations and bytes, and dies at its time.
 
-The processes are forked from a server that has torch loaded, so that a hundred cost a minute and not
-ten: see test_crash.py. Not from this one: a process whose autograd has met a GPU has no backward in
-those that are forked from it.
+The processes are forked from a server that has torch loaded, so that a hundred cost a minute and
+not ten: see test_crash.py. Not from this one: a process whose autograd has met a GPU has no
+backward in those that are forked from it.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def test_a_whole_matrix_is_caught(how: str, ranks: Worlds) -> None:
 
 
 def each_kind(world: World) -> Any:
-    """Every collective once: what was seen, and whether this torch has gloo's all_to_all of lists."""
+    """Every collective once: what was seen, and whether gloo has all_to_all of lists here."""
     x = torch.ones(12, dtype=torch.float64)
     out = torch.empty(12 * world.size, dtype=torch.float64)
     group = dist.group.WORLD

@@ -79,8 +79,8 @@ class Chosen:
     name: str
     how: str = "rows"
     """By ``fully_shard``, ``rows`` or where it is even ``columns``, the same but for whole numbers,
-    which are ``left out``, or plain ``tensors``, or by FSDP2 over tensor parallel, ``parallel``. The
-    last two have gradients that are drawn."""
+    which are ``left out``, or plain ``tensors``, or by FSDP2 over tensor parallel, ``parallel``.
+    The last two have gradients that are drawn."""
     bad: int = -1
     mesh: str = "all"
     """Ranks in one dimension, or in a ``square``, over which FSDP2 has copies of shards."""
