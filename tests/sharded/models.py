@@ -170,9 +170,8 @@ shards_whole_numbers = pytest.mark.skipif(
 
 def left_out(model: nn.Module, always: bool = False) -> dict[str, Any]:
     """Options by which ``fully_shard`` leaves whole numbers as they are, where it must."""
-    if TAKES_WHOLE_NUMBERS and not always:
-        return {}
-    return {"ignored_params": {x for x in model.parameters() if not x.is_floating_point()}}
+    whole = {x for x in model.parameters() if not x.is_floating_point()}
+    return {"ignored_params": whole} if whole and (always or not TAKES_WHOLE_NUMBERS) else {}
 
 
 def here(x: Tensor, mesh: DeviceMesh, places: Sequence[Any]) -> DTensor:
