@@ -476,8 +476,7 @@ class LowRankOptimizer(PlannedOptimizer):
         recorded = recording()
         if recorded:
             check_recorded(self.param_groups, bool(self.state), type(self).__name__)
-        if not self.state:
-            self._introduce(any(ready for *_, ready in work))
+        self._introduce(any(ready for *_, ready in work))
         self._make_state()
         undo = Undo(self._staging.wait)
         try:
@@ -553,14 +552,20 @@ class LowRankOptimizer(PlannedOptimizer):
             refresh_alike(replicas, alike, undo)
 
     def _introduce(self, ready: bool) -> None:
-        """Say before the first step what it will do, and what it will not."""
+        """Say before the first step what it will do, and of any, once, that it does nothing."""
+        begun, told = bool(self.state), self.__dict__.setdefault("_told", set())
         if not ready:
+            # inside backward, or before an error, they may have had one that is used by now
+            if begun and (self._discarding is not None or self._taken or "idle" in told):
+                return
+            told.add("idle")
             warnings.warn(
                 f"no parameter of this {type(self).__name__} has a gradient, and its step changes "
                 "nothing: call backward() before it, and make the optimizer after what replaces "
                 "the parameters of a model",
                 stacklevel=notices.users_level(),
             )
+        if begun or not ready:
             return
         found = summary_of(self)
         logger.info("%s", found)

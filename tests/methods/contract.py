@@ -116,8 +116,9 @@ def experts_are_separate_matrices(name: str) -> None:
     """A batch of experts takes the steps of a list of matrices, with their own parameter scale.
 
     Both sides of a gradient's own singular vectors leave a diagonal, and beside it the rounding of
-    products, of which Lion takes signs: cosines for that one. Of this shape "left" is "std", and
-    "right" the other.
+    products, of which Lion takes signs: cosines for that one. LDAdam has no other first basis, and
+    its Adam makes a step of d / eps of a rounding d: 3e-9 at its eps of 1e-8, if gradients are
+    rounded otherwise, and 2e-13 at 1e-4. Of this shape "left" is "std", and "right" the other.
     """
     extras: list[dict[str, Any]] = [{}]
     if name == "GaLoreAdafactor":
@@ -127,7 +128,8 @@ def experts_are_separate_matrices(name: str) -> None:
     for extra in extras:
         for proj_type in ("std", "right", "full"):
             own = {"proj_type": proj_type, **extra}
-            own |= {"projector": "dct"} if proj_type == "full" else {}
+            if proj_type == "full":
+                own |= {"eps": 1e-4} if name.startswith("LDAdam") else {"projector": "dct"}
             batch, _ = cases.train(name, start, grads, **own)
             for i in range(3):
                 one, _ = cases.train(name, start[i], [g[i] for g in grads], **own)

@@ -371,6 +371,12 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         SwitchLoRAAdamW([{**groups[0], "factor_starts": (0,), "freeze_steps": 0}])
 
 
+@pytest.mark.xfail(
+    torch.__version__.startswith("2.6."),
+    raises=KeyError,
+    strict=True,
+    reason="torch 2.6 takes it for granted that each parameter with a gradient has a state",
+)
 def test_torch_s_loader_leaves_factors_as_they_were_loaded() -> None:
     """It takes a step of zeros after that, to make the state; the run goes on as it was."""
 

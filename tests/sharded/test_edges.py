@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import lowrank_optim
 from lowrank_optim.engine import step as engine_step
 from lowrank_optim.engine.sharded import step as sharded_step
+from tests.sharded.models import here
 from tests.sharded.ranks import Ranks, World
 
 Worlds = Callable[[int], Ranks]
@@ -32,7 +33,7 @@ def spread(x: Tensor, world: World | None, place: int | None) -> Tensor:
         return x.clone()
     mesh = init_device_mesh("cpu", (world.size,))
     places = [Replicate() if place is None else Shard(place)]
-    return distribute_tensor(x, mesh, places, src_data_rank=None)
+    return here(x, mesh, places)
 
 
 def whole(x: Tensor) -> Tensor:

@@ -243,7 +243,11 @@ def own_methods(world: World, case: Case) -> Any:
 
 @pytest.mark.parametrize(
     "name",
-    ["torch", "frugal block", *(pytest.param(x, marks=pytest.mark.slow) for x in ("svd", "ldadam"))],
+    [
+        "torch",
+        "frugal block",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("svd", "ldadam")),
+    ],
 )
 def test_the_optimizers_own_methods(name: str, ranks: Worlds) -> None:
     torchs = Case("torch.AdamW", {"foreach": False})

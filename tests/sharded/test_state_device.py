@@ -18,6 +18,7 @@ from lowrank_optim.sharding.parts import local
 from tests.engine.races import Device
 from tests.sharded import replicas, test_layers, training
 from tests.sharded.combinations import EIGHT, NAMED, SHORT
+from tests.sharded.models import shards_whole_numbers
 from tests.sharded.ranks import Ranks, World
 
 Worlds = Callable[[int], Ranks]
@@ -173,6 +174,7 @@ def _layers_differ(world: World, name: str) -> str:
 
 
 @pytest.mark.slow  # of weights SST and SwitchLoRA are among those above
+@shards_whole_numbers
 def test_layers_of_factors_train_with_either_setting(ranks: Worlds) -> None:
     names = ("sst", "restarts")
     for found in ranks(2).run("layers", layers, names=names).checked():

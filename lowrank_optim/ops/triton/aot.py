@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -279,18 +280,31 @@ def build(variant: Variant, target: GPUTarget) -> Any:
     """Compile to a binary of ``target``; pointers and 32-bit numbers are taken as aligned to 16."""
     names = variant.kernel.arg_names
     skip = {names[i] for i in range(len(names)) if variant.kernel.params[i].do_not_specialize}
-    attrs = {
-        (i,): [["tt.divisibility", 16]]
+    aligned = [
+        i
         for i, name in enumerate(names)
         if name not in skip and variant.types[name].startswith(("*", "i32"))
-    }
-    source = ASTSource(variant.kernel, variant.types, constexprs=variant.constants, attrs=attrs)
+    ]
+    source = _source(variant, aligned)
     options = {
         "num_warps": warps_on(variant, target),
         "num_stages": variant.num_stages,
         "enable_fp_fusion": variant.fusion,
     }
     return triton.compile(source, target=target, options=options)
+
+
+def _source(variant: Variant, aligned: Sequence[int]) -> ASTSource:
+    """What Triton compiles; that of torch 2.6, 3.2, wants constants apart from the signature."""
+    if "constexprs" in inspect.signature(ASTSource).parameters:
+        attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
+        return ASTSource(variant.kernel, variant.types, constexprs=variant.constants, attrs=attrs)
+    from triton.backends.compiler import AttrsDescriptor
+
+    types = {name: kind for name, kind in variant.types.items() if kind != "constexpr"}
+    known = {"arg_properties": {"tt.divisibility": aligned}, "cls": "AttrsDescriptor"}
+    attrs = AttrsDescriptor.from_dict(known)
+    return ASTSource(variant.kernel, types, constants=dict(variant.constants), attrs=attrs)
 
 
 def resources(compiled: Any, target: GPUTarget) -> Resources:
