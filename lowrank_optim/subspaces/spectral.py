@@ -36,7 +36,13 @@ from lowrank_optim.subspaces.searches import Searching, alone
 from lowrank_optim.subspaces.target import Target, guarded
 from lowrank_optim.subspaces.terms import Term, Wants
 from lowrank_optim.tensors.matrix import MatrixView
-from lowrank_optim.tensors.values import check_counter, check_finite, check_index
+from lowrank_optim.tensors.values import (
+    WIDE_COUNTER_MAX,
+    check_counter,
+    check_finite,
+    check_index,
+    set_counter_,
+)
 
 FACTORS = ("basis_u", "basis_v", "basis_s")
 """State keys of what is trained."""
@@ -157,7 +163,7 @@ class Spectral(Subspace):
             check_finite(state, key)
         check_finite(state, "basis_s", least=0)
         check_index(state, "basis_order", view.full_rank, "distinct")
-        check_counter(state, "host.iteration")
+        check_counter(state, "host.iteration", most=WIDE_COUNTER_MAX)
 
     def _offloads(self, param: Tensor) -> bool:
         return self.offload_inactive and not param.is_meta
@@ -222,7 +228,7 @@ class Spectral(Subspace):
             moved = self._all_new(state, fine)
         else:
             moved = self._redraw_(state, iteration, noise)
-        state["host.iteration"] += 1
+        set_counter_(state["host.iteration"], iteration + 1)
         return moved
 
     def weight(self, state: State, ctx: RefreshContext) -> Tensor:

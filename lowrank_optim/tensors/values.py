@@ -19,6 +19,25 @@ Values = Mapping[str, Tensor]
 
 COUNTER_MAX = 2**24 - 1
 """The most that a float32 counter may say: one more is the last that it can count to."""
+WIDE_COUNTER_MAX = 2**53 - 1
+"""The same of float64."""
+
+
+def counts(x: Tensor) -> bool:
+    """Whether an entry, as it is made, is a counter of the host, and so may become float64."""
+    return x.dim() == 0 and x.is_cpu and x.dtype == torch.float32
+
+
+def widen_(counter: Tensor) -> None:
+    """Let a counter of the host be float64 from here on; it stays the same tensor."""
+    counter.data = counter.data.double()
+
+
+def set_counter_(counter: Tensor, count: float) -> None:
+    """Let a counter of the host say ``count``, in float64 where float32 could not add 1 to it."""
+    if count >= COUNTER_MAX:
+        widen_(counter)
+    counter.fill_(count)
 
 
 def check_counter(state: Values, key: str, least: int = 0, most: float = COUNTER_MAX) -> None:
