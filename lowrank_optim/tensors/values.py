@@ -19,8 +19,8 @@ Values = Mapping[str, Tensor]
 
 COUNTER_MAX = 2**24 - 1
 """The most that a float32 counter may say: one more is the last that it can count to."""
-WIDE_COUNTER_MAX = 2**53 - 1
-"""The same of float64."""
+WIDE_COUNTER_MAX = 2**53
+"""The last that a float64 counter can count to."""
 
 
 def counts(x: Tensor) -> bool:
@@ -53,7 +53,8 @@ def check_counter(state: Values, key: str, least: int = 0, most: float = COUNTER
     whole = not x.is_floating_point() or bool((x == x.floor()).all())
     # NaN compares as neither
     if not (whole and least <= low and high <= most and math.isfinite(high)):
-        wrong = ~((x >= least) & (x <= most) & x.isfinite())
+        exact = x.double()  # in float32 a bound may be rounded
+        wrong = ~((exact >= least) & (exact <= most) & x.isfinite())
         if x.is_floating_point():
             wrong |= x != x.floor()
         raise _found(key, x, wrong, f"whole numbers from {least} to {most:.0f}")
