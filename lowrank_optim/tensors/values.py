@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.devices import on_accelerator
+
 Values = Mapping[str, Tensor]
 """Entries of one parameter by their key, in the dtypes and shapes that a step expects."""
 
@@ -34,8 +36,11 @@ def widen_(counter: Tensor) -> None:
 
 
 def set_counter_(counter: Tensor, count: float) -> None:
-    """Let a counter of the host say ``count``, in float64 where float32 could not add 1 to it."""
-    if count >= COUNTER_MAX:
+    """Let a counter say ``count``; on the host in float64 where float32 could not add 1 to it.
+
+    One on a device stays what it is: a graph may know where.
+    """
+    if count >= COUNTER_MAX and not on_accelerator(counter):
         widen_(counter)
     counter.fill_(count)
 

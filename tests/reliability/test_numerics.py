@@ -349,3 +349,5 @@ def test_counters_of_a_device_say_where_they_end(
     cases.run(optimizer, [param], [[g] for g in grads[3:]])
     (record,) = caplog.records
     assert "parameter 0 has taken 16777215 steps" in record.getMessage()
+    state = optimizer.state[param]
+    assert {state[key].dtype for key in ("step", "refresh_step")} == {torch.float32}
