@@ -77,6 +77,11 @@ from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
 logger = logging.getLogger(__name__)
 
+PARTLY = (
+    "a step that raised may have stepped %s in part, and this one steps it whole: moments and "
+    "decay of that batch may be in it twice. Load a checkpoint where that matters"
+)
+
 
 class Options(TypedDict, total=False):
     """Keyword arguments that every optimizer takes, and every parameter group may override."""
@@ -202,6 +207,8 @@ class LowRankOptimizer(PlannedOptimizer):
         self._staging = Staging()
         self._taken: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         """Who took a step that raised, by place: the gradient that it was, and its version."""
+        self._partly: list[str] = []
+        """Names of those that a step which raised may have left stepped in part."""
         super().__init__(groups, defaults)
         self._traced = Traced(self)
 
@@ -256,7 +263,7 @@ class LowRankOptimizer(PlannedOptimizer):
         self._shared = Shared()
         self._replicas = Replicas()
         self._staging = Staging()
-        self._taken = {}
+        self._taken, self._partly = {}, []
         self._traced = Traced(self, self.__dict__.get("_traced"))
         for group in self.param_groups:
             for key, value in self.defaults.items():
@@ -478,6 +485,9 @@ class LowRankOptimizer(PlannedOptimizer):
             check_recorded(self.param_groups, bool(self.state), type(self).__name__)
         self._introduce(any(ready for *_, ready in work))
         self._make_state()
+        if self._partly:
+            logger.warning(PARTLY, ", ".join(self._partly))
+            self._partly = []
         undo = Undo(self._staging.wait)
         try:
             with (
@@ -501,6 +511,7 @@ class LowRankOptimizer(PlannedOptimizer):
                 f"{type(self).__name__}{this_rank()}; the others are as they were. step() again "
                 "steps these alone, zero_grad() leaves them out"
             )
+            self._partly = undo.partly
             if undo.partly:
                 error.add_note(
                     f"but {', '.join(undo.partly)} may have been stepped in part: what is large, "
@@ -748,6 +759,7 @@ class LowRankOptimizer(PlannedOptimizer):
                 use, such as an index outside its matrix; the optimizer is left as it was.
         """
         load_state_dict(self, super().load_state_dict, state_dict)
+        self._partly = []
 
     def projected_factor(self, group: Group) -> float:
         """What multiplies the learning rate of the projected part of ``group``."""

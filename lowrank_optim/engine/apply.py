@@ -63,6 +63,9 @@ def prepared(
     plain = all(len(w.directions) == 1 for w in work)
     corrections = [c for w in work for _, c in w.directions.values()]
     plain = plain and all(isinstance(x, float) for x in (*sizes, *corrections))
+    # a direction that is beyond the format of the weights may be a step that is not
+    dtype = work[0].item.param.dtype
+    plain = plain and (ops.product_dtype(dtype) == dtype or any(term is not None for term in terms))
     updates = [{k: x for k, (x, _) in w.directions.items()} for w in work]
     rates = [1.0] * len(work)
     steps: Sequence[Tensor | None] = [None] * len(work)

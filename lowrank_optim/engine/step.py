@@ -190,7 +190,7 @@ def _measure(work: Sequence[MatrixStep]) -> None:
     first = [w for w in work if not w.based]
     if first:
         for w, norm in zip(first, ops.total_norms([w.grad for w in first]), strict=True):
-            w.norm = norm
+            w.norm = w.norm + norm  # finite if both are
     if on_accelerator(work[0].grad):
         mark(work)
 
@@ -338,7 +338,9 @@ def _adapt(
     # in the weights' dtype if it goes into their GEMM as it is, else in that of arithmetic
     plain = coord == "low" and isinstance(chosen.residual, Drop) and not chosen.rounding
     plain = plain and not chosen.capturable  # factors on the device multiply it first
-    dtype = work[0].item.param.dtype if plain else compute_dtype(work[0].item.param.dtype)
+    dtype = work[0].item.param.dtype
+    if not plain or ops.product_dtype(dtype) != dtype:  # or it may be beyond that format
+        dtype = compute_dtype(dtype)
     moments = [
         [_columns(x, slot, g) for _, slot, x in own] for own, g in zip(held, grads, strict=True)
     ]

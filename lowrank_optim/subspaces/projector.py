@@ -177,7 +177,8 @@ class Projector(Subspace):
         """As of each; those of several lie one after the other in memory."""
         outs: Sequence[Tensor | None] = [None] * len(grads)
         if len(grads) > 1 and grads[0].dim() == 2:
-            outs = empty_like_all(grads, (self.rank, grads[0].shape[1]), grads[0].dtype)
+            dtype = ops.product_dtype(grads[0].dtype)
+            outs = empty_like_all(grads, (self.rank, grads[0].shape[1]), dtype)
         found = []
         for state, grad, out in zip(states, grads, outs, strict=True):
             low = ops.project(state["basis"], grad, out)

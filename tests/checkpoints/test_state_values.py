@@ -78,7 +78,7 @@ def wrong(key: str, x: Tensor) -> Iterator[tuple[str, Any]]:
     if counter:
         yield "half", with_first(0.5)
         if key != "step":  # a dense parameter's may be large
-            yield "too many", with_first(2.0**24)
+            yield "too many", with_first(2.0**54)
 
 
 def assert_refuses(optimizer: LowRankOptimizer, names: list[str]) -> int:
