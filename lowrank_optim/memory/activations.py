@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,10 @@ from torch._subclasses.fake_tensor import (
 from torch.overrides import TorchFunctionMode
 
 from lowrank_optim.memory.alive import Alive
+from lowrank_optim.memory.gathered import without_activations
 from lowrank_optim.memory.inputs import batch_of, innermost
 from lowrank_optim.memory.losses import Loss, loss_by
+from lowrank_optim.sharding.parts import local
 
 Left = Sequence[tuple[Sequence[int], torch.dtype]]
 """Shapes and dtypes of the tensors that take a gradient's place, if any does."""
@@ -93,11 +96,18 @@ class GroupedProducts(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def without_memory(model: nn.Module) -> nn.Module:
-    """A copy in training mode whose parameters and buffers are fake tensors on the CPU.
+def without_memory(
+    model: nn.Module, asked: str = "tokens", device: Literal["cpu", "meta"] = "cpu"
+) -> nn.Module:
+    """A copy in training mode whose parameters and buffers have no memory.
 
-    To be called inside ``FakeTensorMode``. All the rest of the model is copied as it is: adapters,
-    heads and hooks, so that what runs is what was given.
+    They are on the CPU if this is called inside ``FakeTensorMode``. All the rest of the model is
+    copied as it is: adapters, heads and hooks, so that what runs is what was given.
+
+    Args:
+        model: to be copied.
+        asked: the argument of :func:`lowrank_optim.memory.estimate` that needs a copy, for errors.
+        device: that its tensors say they are on (default: "cpu").
 
     Raises:
         NotImplementedError: the model cannot be copied, or has tensors of a class of their own,
@@ -107,11 +117,11 @@ def without_memory(model: nn.Module) -> nn.Module:
     for name, x in (*model.named_parameters(), *model.named_buffers()):
         if type(x) not in (Tensor, nn.Parameter, FakeTensor):
             raise NotImplementedError(
-                f"tokens of a {type(model).__name__} with a {type(x).__name__} ({name}): its "
-                "operations are not known without memory. Leave tokens out, and measure "
-                "activations in a real step"
+                f"{asked} of a {type(model).__name__} with a {type(x).__name__} ({name}): its "
+                f"operations are not known without memory. Leave {asked} out, and measure "
+                "a real step"
             )
-        fake = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
+        fake = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
         memo[id(x)] = (
             nn.Parameter(fake, requires_grad=x.requires_grad)
             if isinstance(x, nn.Parameter)
@@ -121,8 +131,8 @@ def without_memory(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, memo).train()
     except Exception as error:
         raise NotImplementedError(
-            f"tokens of a {type(model).__name__} that cannot be copied ({_line(error)}): give it "
-            "without wrappers, or leave tokens out"
+            f"{asked} of a {type(model).__name__} that cannot be copied ({_line(error)}): give it "
+            f"without wrappers, or leave {asked} out"
         ) from error
 
 
@@ -167,13 +177,14 @@ def _grouped_experts(*args: Any, **kwargs: Any) -> Any:
 
 def in_flight(
     model: nn.Module,
-    tokens: int | Sequence[int],
+    tokens: int | Sequence[int] | None,
     *,
     checkpointing: bool,
     passes: int,
     loss: Loss,
     left: Callable[[int, bool], Left | None],
     trained: Collection[int],
+    sharded: Callable[[nn.Module], nn.Module] | None = None,
 ) -> Flight:
     """Bytes of activations and gradients alive at once, at most and as each gradient arrives.
 
@@ -183,7 +194,8 @@ def in_flight(
 
     Args:
         model: one of ``transformers``, or what wraps one.
-        tokens: of a micro-batch: one sequence of so many, or ``(sequences, length)``.
+        tokens: of a micro-batch: one sequence of so many, or ``(sequences, length)``. None of a
+            model that is sharded: what is gathered and reduced, without activations.
         checkpointing: keep the inputs of the layers alone, and run each again inside backward.
         passes: micro-batches that add up.
         loss: which it has.
@@ -191,19 +203,27 @@ def in_flight(
             stays.
         trained: numbers of the parameters that ask for gradients, as the optimizer left it: layers
             that wait for their turn do not.
+        sharded: shards the copy that runs (default: None, which leaves it whole).
 
     Raises:
         NotImplementedError: the model cannot run without memory, or has no such loss.
         ValueError: it is not one of ``transformers``, or takes other inputs.
     """
-    shape = (1, tokens) if isinstance(tokens, int) else (tokens[0], tokens[1])
-    innermost(model)
+    if tokens is not None:
+        innermost(model)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = without_memory(model)
-        _as_on_a_gpu(model)
-        if checkpointing:
-            checkpoint_layers(innermost(model))
-        batch = batch_of(model, shape)
+        for i, param in enumerate(model.parameters()):
+            param.requires_grad_(i in trained)
+        batch: dict[str, Tensor] = {}
+        if tokens is not None:
+            _as_on_a_gpu(model)
+            if checkpointing:
+                checkpoint_layers(innermost(model))
+            shape = (1, tokens) if isinstance(tokens, int) else (tokens[0], tokens[1])
+            batch = batch_of(model, shape)
+        model = model if sharded is None else sharded(model)
+        run = partial(loss_by, loss, model, batch) if batch else without_activations(model)
         alive, parts, done = Alive(), dict[Tensor, list[Tensor]](), 0
         arrivals: list[Arrival] = []
 
@@ -212,30 +232,29 @@ def in_flight(
             found = left(numbers[param], done == passes - 1)
             if found is not None:
                 if param not in parts:
-                    parts[param] = [torch.empty(tuple(s), dtype=own) for s, own in found]
+                    parts[param] = [torch.empty(tuple(s), dtype=kept) for s, kept in found]
                 param.grad = None
 
         numbers: dict[Tensor, int] = {p: i for i, p in enumerate(model.parameters())}
-        for param, number in numbers.items():
-            param.requires_grad_(number in trained)
-            if param.requires_grad:
-                param.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
+        for own in numbers:
+            if own.requires_grad:
+                own.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
+        alive.leave_out([*map(local, numbers), *model.buffers(), *batch.values()])
         with alive:
-            alive.leave_out([*numbers, *model.buffers(), *batch.values()])
             while done < passes:
-                _run(model, batch, loss)
+                _run(model, run)
                 done += 1
         return Flight(alive.most, tuple(arrivals))
 
 
-def _run(model: nn.Module, batch: dict[str, Tensor], loss: Loss) -> None:
+def _run(model: nn.Module, run: Callable[[], Tensor]) -> None:
     """Forward and backward of one micro-batch.
 
     Raises:
         NotImplementedError: something in it needs values, or is not known without memory.
     """
     try:
-        loss_by(loss, model, batch).backward()  # type: ignore[no-untyped-call]
+        run().backward()  # type: ignore[no-untyped-call]
     except WITHOUT_VALUES as error:
         raise NotImplementedError(
             f"tokens of a {type(innermost(model)).__name__}: forward or backward does what tensors "

@@ -1,0 +1,104 @@
+"""Estimates of one of several GPUs, against ranks that train under FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from lowrank_optim import GaLoreAdamW, GaLoreAdamW8bit, SSTAdamW, memory
+from lowrank_optim.memory import estimate
+from lowrank_optim.memory.alive import Alive
+from lowrank_optim.memory.world import pretended
+from tests import cases
+from tests.memory.ranks import SHARDS, TOKENS, class_of, config, held, peaks
+from tests.sharded.ranks import Ranks
+
+Worlds = Callable[[int], Ranks]
+
+UNEVEN = {"hidden_size": 44, "intermediate_size": 275, "vocab_size": 255}
+"""Rows that two ranks do not divide, and columns of 8-bit moments that are no whole blocks."""
+
+
+def options_of(name: str, projector: str | None = None) -> dict[str, Any]:
+    own: dict[str, Any] = {"rank": 16, "update_proj_gap": 3, "stagger": False}
+    if name.startswith("SST"):
+        own = {"rank": 16, "steps_per_iteration": 3, "factors": "active", "stagger": False}
+    if name.startswith("Switch"):
+        own = {"rank": 16}
+    if projector is not None:
+        own["projector"] = projector
+    if projector == "block" or (projector is None and name.startswith("Frugal")):
+        own["rank"] = 0.25
+    return own
+
+
+def refused(name: str, projector: str | None) -> bool:
+    """What no DTensor may be."""
+    return name.startswith("LDAdam") or projector == "randk" or (
+        projector == "block" and ("Adafactor" in name or name.startswith(("Fira", "Apollo")))
+    )  # fmt: skip
+
+
+EVERY = [
+    (name, projector)
+    for name in cases.method_names()
+    for projector in (*cases.projector_names(), None)
+    if not refused(name, projector)
+    if projector is None or name in cases.projecting_names()
+    if not (projector is not None and name in cases.WHOLE_LAYERS)
+]
+FEW = [
+    ("GaLoreAdamW", "rsvd"),
+    ("GaLoreAdamW8bit", None),
+    ("FrugalAdamW", None),
+    ("DCTAdamW", None),
+    ("SSTAdamW8bit", None),
+    ("GaLoreAdafactor", None),
+    ("LisaAdamW", None),
+    ("AdamW", None),
+]
+
+
+def runs(pairs: list[tuple[str, str | None]], **own: Any) -> list[dict[str, Any]]:
+    return [
+        {"name": n, "options": options_of(n, p) if n != "AdamW" else {}, **own} for n, p in pairs
+    ]
+
+
+def told(run: dict[str, Any], size: int = 2, **own: Any) -> Any:
+    """The estimate of a run."""
+    return estimate(
+        config(**run.get("sizes", {})),
+        class_of(run["name"]),
+        world_size=size,
+        shard=SHARDS[run.get("shard")],
+        dtype=run.get("dtype", torch.bfloat16),
+        checkpointing=run.get("checkpointing", False),
+        accumulation_steps=run.get("accumulation_steps", 1),
+        **own,
+        **run["options"],
+    )
+
+
+@pytest.mark.parametrize(
+    "pairs", [pytest.param(FEW, id="few"), pytest.param(EVERY, id="all", marks=pytest.mark.slow)]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_rank_holds_what_is_told(ranks: Worlds, pairs: list[tuple[str, str | None]]) -> None:
+    """Of two real ranks, to the byte: weights, gradients, bases, moments, the rest; even and not."""
+    asked = runs(pairs) + runs(pairs, sizes=UNEVEN)
+    first, last = ranks(2).run("held", held, runs=asked).checked()
+    wrong = []
+    for run, real, other in zip(asked, first, last, strict=True):
+        e = told(run, device="cpu", transients=False)
+        found = (e.weights, e.gradients, e.basis, e.moments, e.other)
+        least = other[0] + sum(other[2:])
+        if found != real or e.least != least:
+            wrong.append((run, found, real, e.least, least))
+    assert not wrong, wrong
