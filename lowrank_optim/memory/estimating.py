@@ -28,7 +28,7 @@ from lowrank_optim.memory.losses import Loss
 from lowrank_optim.memory.moments import worst_moments
 from lowrank_optim.memory.rehearsal import Rehearsal
 from lowrank_optim.memory.reporting import host_bytes, report, staging_bytes, storage_bytes
-from lowrank_optim.memory.world import Shard, World, check_world, pretended
+from lowrank_optim.memory.world import Shard, World, check_world, pretended, refusals_of_fsdp
 from lowrank_optim.ops.devices import standing_for
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.parts import is_sharded, local
@@ -168,14 +168,14 @@ def estimate(
     check_device(device)
     check_choices(first_basis, coords_dtype)
     check_loss(loss, tokens)
-    check_world(model, world_size, shard, in_backward)
+    cls = class_of(optimizer_class)
+    check_world(model, cls, world_size, shard, in_backward)
     if isinstance(tokens, list):
         tokens = tuple(tokens)
     module = model
     if not isinstance(model, nn.Module):
         with torch.device("meta"):
             module = model_of(model, dtype)
-    cls = class_of(optimizer_class)
     training = Training(
         in_backward,
         accumulation_steps,
@@ -332,18 +332,19 @@ def _flight(
         return gradients.staying(i)
 
     staying = tuple((i, gradients.staying(i)) for i in gradients.sizes)
-    flying = training.forward_and_backward, staying
+    flying, world = (training.forward_and_backward, staying), training.world
     if flying not in known:
-        known[flying] = in_flight(
-            module,
-            training.tokens,
-            checkpointing=training.checkpointing,
-            passes=min(training.accumulation_steps, 2),
-            loss=training.loss,
-            left=left,
-            trained=gradients.sizes,
-            sharded=None if training.world is None else training.world.sharded,
-        )
+        with nullcontext() if world is None else refusals_of_fsdp(module):
+            known[flying] = in_flight(
+                module,
+                training.tokens,
+                checkpointing=training.checkpointing,
+                passes=min(training.accumulation_steps, 2),
+                loss=training.loss,
+                left=left,
+                trained=gradients.sizes,
+                sharded=None if world is None else world.sharded,
+            )
     found: Flight = known[flying]
     return found
 

@@ -17,6 +17,8 @@ from torch import nn
 
 from lowrank_optim.groups.layers import LAYERS
 from lowrank_optim.memory.activations import without_memory
+from lowrank_optim.memory.layouts import AdamW8bitLayout
+from lowrank_optim.nn.base import Reparameterized
 from lowrank_optim.sharding.parts import is_sharded
 
 Shard = Callable[[nn.Module, Any], object]
@@ -61,7 +63,7 @@ def refusals_of_fsdp(model: nn.Module) -> Iterator[None]:
     """
     try:
         yield
-    except (AssertionError, NotImplementedError) as error:
+    except AssertionError as error:
         raise ValueError(
             f"world_size of a {type(model).__name__}: fully_shard does not take it ({error}). Give "
             "shard, a function of the model and a mesh that calls fully_shard as your script does"
@@ -79,7 +81,9 @@ def by_layers(model: nn.Module, mesh: Any) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def check_world(model: Any, world_size: Any, shard: Any, in_backward: Any) -> None:
+def check_world(
+    model: Any, optimizer_class: type, world_size: Any, shard: Any, in_backward: Any
+) -> None:
     """Raise for a number of ranks, or what goes with it, that cannot be.
 
     Raises:
@@ -102,6 +106,18 @@ def check_world(model: Any, world_size: Any, shard: Any, in_backward: Any) -> No
             "without world_size are those of this rank. Leave it out, or give the model as it was "
             "before fully_shard"
         )
+    if issubclass(optimizer_class, AdamW8bitLayout):
+        raise NotImplementedError(
+            f"world_size={world_size} of 'adamw-8bit': bitsandbytes does not step the DTensors of "
+            "FSDP2. Take GaLoreAdamW8bit or another 8-bit class of this package"
+        )
+    factors = sorted(_layers_of_factors(model))
+    if factors:
+        raise NotImplementedError(
+            f"world_size={world_size} of a model with layers of factors ({', '.join(factors)}): "
+            "what ranks gather of them is not known without a run. Give the model before it is "
+            "converted, with SwitchLoRAAdamW, or SSTAdamW with factors='active'"
+        )
     if in_backward is not None:
         raise NotImplementedError(
             f"in_backward={in_backward!r} with world_size: what lives of gradients then is not "
@@ -116,6 +132,11 @@ def check_world(model: Any, world_size: Any, shard: Any, in_backward: Any) -> No
             "makes one of its own that sends nothing. Call it before init_process_group, or in "
             "another process; of a model that is sharded already leave world_size out"
         )
+
+
+def _layers_of_factors(model: Any) -> set[str]:
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return {type(x).__name__ for x in modules if isinstance(x, Reparameterized)}
 
 
 @contextmanager

@@ -57,6 +57,12 @@ def class_of(name: str) -> Any:
     return getattr(methods, name, None) or getattr(torch.optim, name)
 
 
+def batch_for(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Tokens that tell every matrix something: a refresh that finds nothing comes again."""
+    shape = batch_of(model, TOKENS)
+    return {key: torch.randint(LLAMA["vocab_size"] - 1, x.shape) for key, x in shape.items()}
+
+
 @contextmanager
 def as_accelerator() -> Iterator[None]:
     """The package takes the CPU for one."""
@@ -74,7 +80,7 @@ def _made(shard: str | None, dtype: torch.dtype, sizes: dict[str, int]) -> nn.Mo
     return model
 
 
-def held(world: World, runs: list[dict[str, Any]], size: int = 2) -> list[tuple[int, ...]]:
+def held(world: World, runs: list[dict[str, Any]]) -> list[tuple[int, ...]]:
     """Weights, gradients and the three parts of the state, by storage, after a step of each run."""
     mesh = init_device_mesh("cpu", (world.size,))
     found = []
@@ -82,7 +88,7 @@ def held(world: World, runs: list[dict[str, Any]], size: int = 2) -> list[tuple[
         model = _made(run.get("shard"), run.get("dtype", torch.bfloat16), run.get("sizes", {}))
         SHARDS[run.get("shard")](model, mesh)
         optimizer = class_of(run["name"])(model.named_parameters(), **run["options"])
-        loss_by("transformers", model, batch_of(model, TOKENS)).backward()
+        loss_by("transformers", model, batch_for(model)).backward()
         grads = [p.grad.to_local() for p in model.parameters()]
         optimizer.step()
         weights = memory.storage_bytes(p.to_local() for p in model.parameters())
@@ -116,12 +122,15 @@ def _peaks(
     if checkpointing:
         checkpoint_layers(model)
     SHARDS[shard](model, mesh)
-    batch = batch_of(model, TOKENS)
+    batch = batch_for(model)
     optimizer = class_of(name)(model.named_parameters(), **options)
     tracker, most = Tracker(), dict[str, int]()
     tracker.track_external(model, *batch.values(), optimizer)
     with tracker:
         before = tracker.now()
+
+        def backward() -> None:
+            loss_by("transformers", model, batch).backward()
 
         def step() -> None:
             clip_grad_norm_(model.parameters(), 1.0)
@@ -129,9 +138,8 @@ def _peaks(
 
         for n in range(4):
             for _ in range(accumulation_steps):
-                backward = loss_by
-                found = tracker.piece(lambda: backward("transformers", model, batch).backward())
-                most["backward"] = max(most.get("backward", 0), found - before)
+                found = tracker.piece(backward) - before
+                most["backward"] = max(most.get("backward", 0), found)
             moment = "refresh" if n % 3 == 0 else "step"
             most[moment] = max(most.get(moment, 0), tracker.piece(step) - before)
             optimizer.zero_grad()
