@@ -14,11 +14,14 @@ from torch.optim import Optimizer
 from lowrank_optim import methods
 from lowrank_optim.memory import LAYOUTS, Estimate
 from lowrank_optim.memory.checks import class_of
-from lowrank_optim.memory.estimating import Training, device_of, estimated
+from lowrank_optim.memory.estimating import Training, among, device_of, estimated
 from lowrank_optim.memory.losses import Loss
+from lowrank_optim.memory.world import check_world
 
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 HOSTED = "moments on host"
+WHOLE = ("AdamW 8-bit", "GaLore 4-bit")
+"""Rows that are not for shards of several GPUs."""
 QUARTER = 0.25
 """The rank where none is given: of the smaller side of each matrix."""
 
@@ -50,10 +53,16 @@ USUAL = (LIVE, STEP, ACCUMULATED, PROJECT)
 
 
 def columns(
-    modes: Sequence[str], accumulation_steps: int | None, coords_dtypes: Sequence[str]
+    modes: Sequence[str],
+    accumulation_steps: int | None,
+    coords_dtypes: Sequence[str],
+    world_size: int | None = None,
 ) -> tuple[Column, ...]:
-    """The columns that options ask for; empty and None are no choice."""
-    modes = modes or ("none", "step", "project")
+    """The columns that options ask for; empty and None are no choice.
+
+    Of several GPUs it is the one without a mode.
+    """
+    modes = modes or (("none", "step", "project") if world_size is None else ("none",))
     found: list[Column] = []
     for mode in ("none", "step", "project"):
         if mode not in modes:
@@ -141,13 +150,24 @@ def measure(
     checkpointing: bool = False,
     device: str | None = None,
     loss: Loss = "transformers",
+    world_size: int | None = None,
 ) -> list[Row]:
     """The rows of ``module``: every figure is one of :func:`lowrank_optim.memory.estimate`.
 
     What does not depend on the optimizer, or on the column, is found once.
     """
+    for choice in chosen:
+        check_world(module, class_of(choice.optimizer), world_size, None, None)
+    own = Training(tokens=tokens, checkpointing=checkpointing, loss=loss)
+    own = replace(own, device=device_of(module, device))
+    with among(world_size) as world:
+        return _measured(module, chosen, asked, replace(own, world=world))
+
+
+def _measured(
+    module: nn.Module, chosen: Sequence[Chosen], asked: Sequence[Column], common: Training
+) -> list[Row]:
     known: dict[Any, Any] = {}
-    place = device_of(module, device)
 
     def one(choice: Chosen, training: Training) -> Estimate:
         cls = class_of(choice.optimizer)
@@ -157,17 +177,14 @@ def measure(
     for choice in chosen:
         with warnings.catch_warnings(record=True) as raised:
             warnings.simplefilter("always")
-            state = one(choice, Training(transients=False, device=place))  # or says what is wrong
+            state = one(choice, replace(common, tokens=None, transients=False))  # or says why not
         peaks: dict[Column, Estimate | None] = {}
         for column in asked:
-            training = Training(
-                column.in_backward,
-                column.accumulation_steps,
+            training = replace(
+                common,
+                in_backward=column.in_backward,
+                accumulation_steps=column.accumulation_steps,
                 coords_dtype=column.coords_dtype,
-                tokens=tokens,
-                checkpointing=checkpointing,
-                device=place,
-                loss=loss,
             )
             try:
                 peaks[column] = one(choice, training)

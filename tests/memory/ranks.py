@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -80,31 +79,32 @@ def _made(shard: str | None, dtype: torch.dtype, sizes: dict[str, int]) -> nn.Mo
     return model
 
 
-def held(world: World, runs: list[dict[str, Any]]) -> list[tuple[int, ...]]:
-    """Weights, gradients and the three parts of the state, by storage, after a step of each run."""
-    mesh = init_device_mesh("cpu", (world.size,))
-    found = []
-    for run in runs:
-        model = _made(run.get("shard"), run.get("dtype", torch.bfloat16), run.get("sizes", {}))
-        SHARDS[run.get("shard")](model, mesh)
-        optimizer = class_of(run["name"])(model.named_parameters(), **run["options"])
-        loss_by("transformers", model, batch_for(model)).backward()
-        grads = [p.grad.to_local() for p in model.parameters()]
-        optimizer.step()
-        weights = memory.storage_bytes(p.to_local() for p in model.parameters())
-        found.append((weights, memory.storage_bytes(grads), *memory.report(optimizer)))
-    return found
+def held(
+    world: World,
+    name: str,
+    options: dict[str, Any],
+    shard: str | None = None,
+    sizes: dict[str, int] | None = None,
+) -> tuple[int, ...]:
+    """Weights, gradients and the three parts of the state, by storage, after a step."""
+    model = _made(shard, torch.bfloat16, sizes or {})
+    SHARDS[shard](model, init_device_mesh("cpu", (world.size,)))
+    optimizer = class_of(name)(model.named_parameters(), **options)
+    loss_by("transformers", model, batch_for(model)).backward()
+    grads = [p.grad.to_local() for p in model.parameters() if p.grad is not None]
+    optimizer.step()
+    weights = memory.storage_bytes(p.to_local() for p in model.parameters())
+    return weights, memory.storage_bytes(grads), *memory.report(optimizer)
 
 
-def peaks(world: World, runs: list[dict[str, Any]]) -> list[dict[str, int]]:
+def peaks(world: World, **run: Any) -> dict[str, int]:
     """Most bytes alive at once beside the weights, as torch's MemTracker counts real steps.
 
     Of forward and backward, of steps, and of steps that find bases: of four steps with a gap of
     three the first and the last do.
     """
-    mesh = init_device_mesh("cpu", (world.size,))
     with as_accelerator():
-        return [_peaks(mesh, **run) for run in runs]
+        return _peaks(init_device_mesh("cpu", (world.size,)), **run)
 
 
 def _peaks(
@@ -116,7 +116,6 @@ def _peaks(
     sizes: dict[str, int] | None = None,
     checkpointing: bool = False,
     accumulation_steps: int = 1,
-    **_: Any,
 ) -> dict[str, int]:
     model = _made(shard, dtype, sizes or {})
     if checkpointing:
@@ -143,5 +142,4 @@ def _peaks(
             moment = "refresh" if n % 3 == 0 else "step"
             most[moment] = max(most.get(moment, 0), tracker.piece(step) - before)
             optimizer.zero_grad()
-    dist.barrier()
     return most
