@@ -69,7 +69,7 @@ def check_alone(world_size: int | None, modes: Sequence[str], measuring: bool) -
     if others:
         raise Refused(
             f"--in-backward {others[0]} with --world-size: what lives of gradients then is not "
-            "known without a run. Leave it out: figures with all gradients of a GPU live are a bound"
+            "known without a run. Leave it out, for a bound: all gradients of a GPU live"
         )
     if measuring:
         raise Refused("--measure trains on one GPU: leave --world-size out")
