@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -222,8 +223,11 @@ def estimated(
         options: of the optimizer.
         known: what was found of this module before, and is not found again.
     """
+    run = _estimated
+    if "torch._dynamo" in sys.modules:  # which, where it watches frames, lets arguments live longer
+        run = torch.compiler.disable(_estimated)  # type: ignore[no-untyped-call]
     with standing_for(training.device):
-        return _estimated(module, optimizer_class, training, groups, options, known)
+        return run(module, optimizer_class, training, groups, options, known)
 
 
 def _estimated(

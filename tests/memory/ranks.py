@@ -79,17 +79,11 @@ def _made(shard: str | None, dtype: torch.dtype, sizes: dict[str, int]) -> nn.Mo
     return model
 
 
-def held(
-    world: World,
-    name: str,
-    options: dict[str, Any],
-    shard: str | None = None,
-    sizes: dict[str, int] | None = None,
-) -> tuple[int, ...]:
+def held(world: World, run: dict[str, Any]) -> tuple[int, ...]:
     """Weights, gradients and the three parts of the state, by storage, after a step."""
-    model = _made(shard, torch.bfloat16, sizes or {})
-    SHARDS[shard](model, init_device_mesh("cpu", (world.size,)))
-    optimizer = class_of(name)(model.named_parameters(), **options)
+    model = _made(run.get("shard"), torch.bfloat16, run["sizes"])
+    SHARDS[run.get("shard")](model, init_device_mesh("cpu", (world.size,)))
+    optimizer = class_of(run["name"])(model.named_parameters(), **run["options"])
     loss_by("transformers", model, batch_for(model)).backward()
     grads = [p.grad.to_local() for p in model.parameters() if p.grad is not None]
     optimizer.step()
@@ -97,7 +91,7 @@ def held(
     return weights, memory.storage_bytes(grads), *memory.report(optimizer)
 
 
-def peaks(world: World, **run: Any) -> dict[str, int]:
+def peaks(world: World, run: dict[str, Any]) -> dict[str, int]:
     """Most bytes alive at once beside the weights, as torch's MemTracker counts real steps.
 
     Of forward and backward, of steps, and of steps that find bases: of four steps with a gap of

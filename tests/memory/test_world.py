@@ -84,7 +84,7 @@ def test_a_rank_holds_what_is_told(ranks: Worlds, pairs: list[tuple[str, str | N
     """Of two real ranks, to the byte: weights, gradients, bases, moments, the rest."""
     wrong = []
     for run in runs(pairs, sizes=UNEVEN):
-        real, other = ranks(2).run("held", held, **run).checked()
+        real, other = ranks(2).run("held", held, run=run).checked()
         e = told(run, device="cpu", transients=False)
         found = (e.weights, e.gradients, e.basis, e.moments, e.other)
         least = other[0] + sum(other[2:])
@@ -120,7 +120,7 @@ def test_peaks_of_a_rank_are_what_torch_counts(ranks: Worlds, asked: list[dict[s
     """
     wrong = []
     for run in asked:
-        own, other = ranks(2).run("peaks", peaks, **run).checked()
+        own, other = ranks(2).run("peaks", peaks, run=run).checked()
         e = told(run, tokens=TOKENS)
         counted = {moment: min(own[moment], other[moment]) for moment in own}
         for moment, size in counted.items():
