@@ -15,10 +15,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from lowrank_optim import nn as layers
 from lowrank_optim.groups.layers import LAYERS
 from lowrank_optim.memory.activations import without_memory
 from lowrank_optim.memory.layouts import AdamW8bitLayout
-from lowrank_optim.nn.base import Reparameterized
 from lowrank_optim.sharding.parts import is_sharded
 
 Shard = Callable[[nn.Module, Any], object]
@@ -136,7 +136,8 @@ def check_world(
 
 def _layers_of_factors(model: Any) -> set[str]:
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    return {type(x).__name__ for x in modules if isinstance(x, Reparameterized)}
+    kinds = {type(x) for x in modules}
+    return {x.__name__ for x in kinds if x.__module__.startswith(f"{layers.__name__}.")}
 
 
 @contextmanager

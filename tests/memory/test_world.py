@@ -7,8 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
+from lowrank_optim import GaLoreAdamW, GaLoreAdamW8bit, memory
 from lowrank_optim.memory import estimate
+from lowrank_optim.memory.alive import Alive
+from lowrank_optim.memory.inputs import model_of
+from lowrank_optim.memory.world import pretended
+from lowrank_optim.nn import convert
 from tests import cases
 from tests.memory.ranks import SHARDS, TOKENS, class_of, config, held, peaks
 from tests.sharded.ranks import Ranks
@@ -125,8 +132,94 @@ def test_peaks_of_a_rank_are_what_torch_counts(ranks: Worlds, asked: list[dict[s
         counted = {moment: min(own[moment], other[moment]) for moment in own}
         for moment, size in counted.items():
             found = e.state + e.beside.get(moment, 0)
-            if moment in e.beside and not 0.98 * size <= found <= 1.02 * size:
+            over = 1.05 if moment == "refresh" else 1.02  # bases count before they are found
+            if moment in e.beside and not 0.98 * size <= found <= over * size:
                 wrong.append((run["name"], moment, found / size))
-        if not 0.98 <= (e.peak - e.weights) / max(counted.values()) <= 1.02:
-            wrong.append((run["name"], "peak", e.peak_at, counted, dict(e.beside), e.state))
+        most = e.peak - e.weights + e.host  # here all is on the CPU
+        if not 0.98 <= most / max(counted.values()) <= 1.05:
+            wrong.append((run["name"], "peak", most, counted))
     assert not wrong, wrong
+
+
+@pytest.mark.parametrize("size", [3, 8])
+def test_the_first_rank_holds_most(size: int) -> None:
+    """Of all ranks that there are, and together they hold each weight once."""
+    run = runs([("GaLoreAdamW8bit", None)], sizes=UNEVEN)[0]
+    e = told(run, size, transients=False)
+    found, weights = [], 0
+    for rank in range(size):
+        with pretended(size, rank=rank) as world, torch.device("meta"):
+            model = world.on_meta(model_of(config(**UNEVEN), torch.bfloat16))
+            optimizer = GaLoreAdamW8bit(model.named_parameters(), **run["options"])
+            optimizer._make_state()
+            params = [p.to_local() for p in model.parameters()]
+            weights += sum(x.nbytes for x in params)
+            found.append(memory.storage_bytes(params) + memory.report(optimizer).total)
+    assert weights == estimate(config(**UNEVEN), torch.optim.SGD, transients=False).weights
+    assert max(found) == found[0] == e.weights + e.state
+    assert min(found) == found[-1] == e.least
+
+
+def test_one_gpu_is_no_other() -> None:
+    """A world of one holds the state of one process, and one estimate leaves nothing to another."""
+    run = runs(GALORE)[0]
+    before = told(run, 4, transients=False)
+    alone = estimate(config(), GaLoreAdamW, transients=False, **run["options"])
+    one = told(run, 1, transients=False)
+    assert (one.weights, one.gradients, one.state) == (
+        alone.weights,
+        alone.gradients,
+        alone.state,
+    )
+    assert not dist.is_initialized()
+    assert told(run, 4, transients=False) == before
+    assert before.weights == alone.weights // 4 and before.gathered > 0
+
+
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "none": ({"world_size": 0}, ValueError, "world_size must be a number of ranks, 1 or more"),
+    "a bool": ({"world_size": True}, ValueError, "world_size must be a number of ranks"),
+    "shard alone": ({"shard": print}, ValueError, "shard has no effect without world_size"),
+    "no function": ({"world_size": 2, "shard": 3}, TypeError, "shard must be a function"),
+    "shards nothing": ({"world_size": 2, "shard": lambda *_: None}, ValueError, "shard must shard"),
+    "a mode": ({"world_size": 2, "in_backward": "step"}, NotImplementedError, "in_backward='step'"),
+    "4 bits": ({"world_size": 2, "state_dtype": "4bit"}, NotImplementedError, "4bit"),
+    "randk": ({"world_size": 2, "projector": "randk"}, NotImplementedError, "randk"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(case: str) -> None:
+    """With a sentence, and with nothing left behind."""
+    given, error, text = REFUSED[case]
+    with pytest.raises(error, match=text):
+        estimate(config(), GaLoreAdamW, rank=8, **given)
+    assert not dist.is_initialized()
+
+
+def test_models_and_processes_that_are_refused() -> None:
+    """Two dtypes in one unit, layers of factors, a layout, a process that is in a group."""
+    mixed = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8).bfloat16())
+    with pytest.raises(ValueError, match="fully_shard does not take it"):
+        estimate(mixed, GaLoreAdamW, rank=2, world_size=2)
+    model = nn.Sequential(nn.Linear(32, 32))
+    with pytest.raises(NotImplementedError, match="bitsandbytes"):
+        estimate(model, "adamw-8bit", world_size=2)
+    with pretended(2), pytest.raises(RuntimeError, match="is in a process group already"):
+        estimate(model, GaLoreAdamW, rank=2, world_size=2)
+    convert(model, "switchlora", rank=4)
+    with pytest.raises(NotImplementedError, match="layers of factors"):
+        estimate(model, GaLoreAdamW, rank=2, world_size=2)
+
+
+def test_a_storage_that_is_emptied_counts_no_more() -> None:
+    """As FSDP2 does with gathered parameters."""
+    with Alive() as alive:
+        x = torch.empty(64)
+        x.untyped_storage().resize_(0)
+        assert (alive.now, alive.most) == (0, 256)
+        x.untyped_storage().resize_(256)
+        y = torch.empty(8)
+        assert (alive.now, alive.most) == (288, 288)
+        del x, y
+        assert alive.now == 0
