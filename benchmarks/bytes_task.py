@@ -8,9 +8,11 @@ by the root of twice the number of layers. So one learning rate serves the embed
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,16 @@ class Text:
     train: Tensor
     held: Tensor
 
+    def to(self, device: torch.device) -> Text:
+        """The same text there."""
+        return Text(self.train.to(device), self.held.to(device))
+
+    @property
+    def digest(self) -> str:
+        """The same for the same text."""
+        parts = (part.cpu().numpy().tobytes() for part in (self.train, self.held))
+        return hashlib.sha256(b"\0".join(parts)).hexdigest()[:10]
+
     def batches(self, count: int, shape: Shape, seed: int) -> Iterator[Tensor]:
         """``count`` batches ``(batch, context + 1)`` drawn from the training text."""
         generator = torch.Generator().manual_seed(seed)
@@ -45,18 +57,19 @@ class Text:
         for _ in range(count):
             high = len(self.train) - shape.context
             starts = torch.randint(high, (shape.batch, 1), generator=generator)
-            yield self.train[starts + span].long()
+            yield self.train[(starts + span).to(self.train.device)].long()
 
     def validation(self, windows: int, shape: Shape) -> Tensor:
         """The same windows always, spread over the held-out text."""
         starts = torch.linspace(0, len(self.held) - shape.context - 1, windows).long()
-        return self.held[starts.unsqueeze(1) + torch.arange(shape.context + 1)].long()
+        places = starts.unsqueeze(1) + torch.arange(shape.context + 1)
+        return self.held[places.to(self.held.device)].long()
 
 
-def load_text() -> Text:
-    """The standard library, split by file."""
+def load_text(root: Path | None = None) -> Text:
+    """The standard library, or the copy of it in ``root``, split by file."""
     parts: dict[bool, bytearray] = {True: bytearray(), False: bytearray()}
-    for file in stdlib_files():
+    for file in stdlib_files(root):
         content = file.read_bytes()
         parts[held_out(content)] += content
     return Text(*(torch.frombuffer(parts[side], dtype=torch.uint8) for side in (False, True)))

@@ -65,6 +65,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "FRUGAL columns": ("FrugalAdamW", {"projector": "columns", **EVERY}),
     "GaLore dct": ("GaLoreAdamW", {"projector": "dct", **EVERY}),
     "DCT-AdamW": ("DCTAdamW", {"update_proj_gap": 1}),
+    "LDAdam": ("LDAdamW", {"error_feedback": "8bit", "update_proj_gap": 1}),
     "SST active": ("SSTAdamW", {"factors": "active", "steps_per_iteration": GAP}),
     "SwitchLoRA": ("SwitchLoRAAdamW", {"interval": 40}),
 }
@@ -319,9 +320,9 @@ def measure(model: Model, ranks: int, methods: Sequence[str] = tuple(METHODS)) -
     rows = [Row("AdamW", 0, adamw / ranks, 0, 0, 0, 0, 0, adamw, gradients, None)]
     for name in track(methods, f"{model.name}, {ranks} ranks", transient=True):
         cls, options = METHODS[name]
-        split = count(name, model, ranks, "rows", refreshes=False)
-        placed, whole = (count(name, model, ranks, layout) for layout in ("placed", "replicas"))
         always = options.get("update_proj_gap") == 1
+        split = count(name, model, ranks, "rows", refreshes=always)
+        placed, whole = (count(name, model, ranks, layout) for layout in ("placed", "replicas"))
         refresh = 0 if always else (placed.refreshed - placed.sent) / GAP
         # their steps use coordinates alone
         exact = cls in ("GaLoreAdamW", "SSTAdamW")

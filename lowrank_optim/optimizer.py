@@ -77,6 +77,11 @@ from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
 logger = logging.getLogger(__name__)
 
+PARTLY = (
+    "a step that raised may have stepped %s in part, and this one steps it whole: moments and "
+    "decay of that batch may be in it twice. Load a checkpoint where that matters"
+)
+
 
 class Options(TypedDict, total=False):
     """Keyword arguments that every optimizer takes, and every parameter group may override."""
@@ -202,6 +207,8 @@ class LowRankOptimizer(PlannedOptimizer):
         self._staging = Staging()
         self._taken: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         """Who took a step that raised, by place: the gradient that it was, and its version."""
+        self._partly: list[str] = []
+        """Names of those that a step which raised may have left stepped in part."""
         super().__init__(groups, defaults)
         self._traced = Traced(self)
 
@@ -256,7 +263,7 @@ class LowRankOptimizer(PlannedOptimizer):
         self._shared = Shared()
         self._replicas = Replicas()
         self._staging = Staging()
-        self._taken = {}
+        self._taken, self._partly = {}, []
         self._traced = Traced(self, self.__dict__.get("_traced"))
         for group in self.param_groups:
             for key, value in self.defaults.items():
@@ -476,9 +483,11 @@ class LowRankOptimizer(PlannedOptimizer):
         recorded = recording()
         if recorded:
             check_recorded(self.param_groups, bool(self.state), type(self).__name__)
-        if not self.state:
-            self._introduce(any(ready for *_, ready in work))
+        self._introduce(any(ready for *_, ready in work))
         self._make_state()
+        if self._partly:
+            logger.warning(PARTLY, ", ".join(self._partly))
+            self._partly = []
         undo = Undo(self._staging.wait)
         try:
             with (
@@ -502,6 +511,7 @@ class LowRankOptimizer(PlannedOptimizer):
                 f"{type(self).__name__}{this_rank()}; the others are as they were. step() again "
                 "steps these alone, zero_grad() leaves them out"
             )
+            self._partly = undo.partly
             if undo.partly:
                 error.add_note(
                     f"but {', '.join(undo.partly)} may have been stepped in part: what is large, "
@@ -553,14 +563,20 @@ class LowRankOptimizer(PlannedOptimizer):
             refresh_alike(replicas, alike, undo)
 
     def _introduce(self, ready: bool) -> None:
-        """Say before the first step what it will do, and what it will not."""
+        """Say before the first step what it will do, and of any, once, that it does nothing."""
+        begun, told = bool(self.state), self.__dict__.setdefault("_told", set())
         if not ready:
+            # inside backward, or before an error, they may have had one that is used by now
+            if begun and (self._discarding is not None or self._taken or "idle" in told):
+                return
+            told.add("idle")
             warnings.warn(
                 f"no parameter of this {type(self).__name__} has a gradient, and its step changes "
                 "nothing: call backward() before it, and make the optimizer after what replaces "
                 "the parameters of a model",
                 stacklevel=notices.users_level(),
             )
+        if begun or not ready:
             return
         found = summary_of(self)
         logger.info("%s", found)
@@ -743,6 +759,7 @@ class LowRankOptimizer(PlannedOptimizer):
                 use, such as an index outside its matrix; the optimizer is left as it was.
         """
         load_state_dict(self, super().load_state_dict, state_dict)
+        self._partly = []
 
     def projected_factor(self, group: Group) -> float:
         """What multiplies the learning rate of the projected part of ``group``."""

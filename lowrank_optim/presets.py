@@ -112,8 +112,8 @@ def fira_pretrain(size: str) -> Arguments:
     Sequences, batches, warm-up and schedule as GaLore's; 10, 20, 60, 100 and 10 thousand steps; 7B
     clips at 1.0.
 
-    Source: the scripts of the release (fira 1.0.2), whose code is ``alpha_mode="release"``. The
-    tables are in Chen et al. (2024), arXiv:2410.01623.
+    Source: the scripts of the release (fira 1.0.2), whose code is ``alpha_mode="release"``, not the
+    tables of Chen et al. (2024), arXiv:2410.01623.
 
     Raises:
         ValueError: nothing was published for ``size``.
@@ -165,7 +165,8 @@ def frugal_pretrain(size: str) -> Arguments:
     and 100 thousand steps, each with 10 % of warm-up and a decay to 10 %. 7B is pure bfloat16, has
     no state-full blocks at all, one cycle of 150 thousand steps, and clips at 1.0.
 
-    Source: the scripts of the release of FRUGAL (Zmushko et al., 2024, arXiv:2411.07837).
+    Source: the scripts of the release of FRUGAL (Zmushko et al., 2024, arXiv:2411.07837), not the
+    paper's tables.
 
     Raises:
         ValueError: nothing was published for ``size``.
@@ -196,7 +197,8 @@ def frugal_glue(task: str, rank: int = 8) -> Arguments:
         task: cola, mnli, mrpc, qnli, qqp, rte, sst2 or stsb.
         rank: 8, which is a density of 8/768, or 0, no state-full columns at all (default: 8).
 
-    Source: the GLUE scripts of the release of FRUGAL (Zmushko et al., 2024, arXiv:2411.07837).
+    Source: the GLUE scripts of the release of FRUGAL (Zmushko et al., 2024, arXiv:2411.07837), not
+    the paper's tables.
 
     Raises:
         ValueError: nothing was published for ``task`` or ``rank``.
@@ -243,8 +245,8 @@ def ldadam_pretrain(size: str, *, error_feedback: bool = True) -> Arguments:
         error_feedback: whether of the script that keeps errors, at rank 8, or of that which drops
             them, at rank 256 (default: True).
 
-    Source: the scripts of the release of LDAdam (Robert et al., 2024, arXiv:2410.16103), which
-    keeps the error in the gradients, and so in their dtype.
+    Source: the scripts of the release of LDAdam (f3c5daf; Robert et al., 2024, arXiv:2410.16103),
+    not the paper's table. It keeps the error in the gradients, and so in their dtype.
 
     Raises:
         ValueError: nothing was published for ``size`` or ``error_feedback``.
@@ -265,11 +267,11 @@ def ldadam_pretrain(size: str, *, error_feedback: bool = True) -> Arguments:
 def lisa_finetune(model: str) -> Arguments:
     """Arguments of ``LisaAdamW`` for LLaMA-2-7B on Alpaca; the model is llama2-7b.
 
-    One epoch in bfloat16, sequences of 256. The paper searches rates and numbers of layers by task;
-    this is the release's script.
+    One epoch in bfloat16, sequences of 256. The paper searches rates and numbers of layers by task.
 
-    Source: the script of the release (LMFlow, 03736b9) of Pan et al. (2024), arXiv:2403.17919. It
-    leaves betas, eps and decay to transformers, whose defaults are (0.9, 0.999), 1e-8 and 0.
+    Source: the script of the release (LMFlow, 03736b9) of Pan et al. (2024), arXiv:2403.17919, not
+    the paper. It leaves betas, eps and decay to transformers, whose defaults are (0.9, 0.999), 1e-8
+    and 0.
 
     Raises:
         ValueError: nothing was published for ``model``.
@@ -292,8 +294,9 @@ def badam_finetune(model: str) -> Arguments:
     3 epochs, batches of 16, cosine. The release trains neither embedding nor head: freeze them
     first, or they have turns of their own.
 
-    Source: the README of the release (BAdam, 05c52af) of Luo et al. (2024), arXiv:2404.02827. It
-    leaves betas, eps and decay to transformers, whose defaults are (0.9, 0.999), 1e-8 and 0.
+    Source: the README of the release (BAdam, 05c52af) of Luo et al. (2024), arXiv:2404.02827, which
+    says that its command is not the paper's setting. It leaves betas, eps and decay to
+    transformers, whose defaults are (0.9, 0.999), 1e-8 and 0.
 
     Raises:
         ValueError: nothing was published for ``model``.

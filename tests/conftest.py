@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import pytest
 import torch
+from _pytest.doctest import DoctestModule
 from hypothesis import settings
 
 from tests.sharded.ranks import Ranks
@@ -33,7 +35,17 @@ settings.register_profile(
 settings.load_profile("lowrank_optim")
 
 
+collect_ignore = ["sharded/preload.py"]  # of the server of worlds: it silences a process that ends
+
+
 gc.disable()  # imports and collected tests are no garbage, and there are more and more to walk
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file() -> Generator[None, list[Any], list[Any]]:
+    """Tests have no examples in their docstrings; to look takes a second in each process."""
+    found = yield
+    return [x for x in found if not isinstance(x, DoctestModule)]
 
 
 def pytest_collection_finish() -> None:

@@ -92,7 +92,7 @@ class Captured:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             optimizer.step()
-        self.optimizer = optimizer
+        self.optimizer, self.state = optimizer, optimizer.state
 
     def step(self) -> None:
         """Replay it."""

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from benchmarks.gpu import variants
 from benchmarks.gpu.report import Section
 from benchmarks.gpu.settings import Settings
-from benchmarks.gpu.times import FUSED
-from benchmarks.matrices import linear_shapes, weights
+from benchmarks.gpu.times import FUSED, Captured
+from benchmarks.matrices import NEVER, linear_shapes, weights
 from benchmarks.timing import device_clock, host_clock
 from lowrank_optim.cli.display import gib
 from lowrank_optim.memory.measuring import free
@@ -29,6 +29,8 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "DCTAdamW gap 1": ("DCTAdamW", {"update_proj_gap": 1}),
 }
 """As they are used: a basis is found every 200 steps, each matrix at a step of its own."""
+CAPTURED = ("GaLoreAdamW8bit", "FrugalAdamW columns")
+"""Those that are timed once more as a CUDA graph, of a step in which no basis is found."""
 PEERS = ("bitsandbytes AdamW8bit",)
 
 
@@ -38,13 +40,18 @@ def run(section: Section, settings: Settings) -> None:
     shape = linear_shapes(*size.shape[:2]) * size.shape[2]
     params = weights(shape, settings.dtype, settings.device)
     makers, _ = variants.peers()
-    makes: dict[str, Callable[[], Optimizer]] = {
+    makes: dict[str, Callable[[], Optimizer | Captured]] = {
         FUSED: partial(torch.optim.AdamW, params, lr=variants.LR, fused=True)
     }
     for label, (name, options) in STEPS.items():
         chosen = {"update_proj_gap": GAP, "stagger": True, **options}
         gap = chosen.pop("update_proj_gap")
         makes[label] = partial(variants.ours, name, params, size.rank, gap, **chosen)
+    for label in CAPTURED if settings.device.type == "cuda" else ():
+        name, options = STEPS[label]
+        chosen = {"capturable": True, **options}
+        plain = partial(variants.ours, name, params, size.rank, NEVER, **chosen)
+        makes[f"{label}, captured"] = partial(Captured, plain)
     for label in PEERS:
         if label in makers:
             makes[label] = partial(makers[label], params, size.rank, GAP)
@@ -70,7 +77,7 @@ def run(section: Section, settings: Settings) -> None:
     section.add(title, header, rows)
 
 
-def measured(settings: Settings, make: Callable[[], Optimizer]) -> dict[str, float]:
+def measured(settings: Settings, make: Callable[[], Optimizer | Captured]) -> dict[str, float]:
     """Milliseconds of the first step, which finds all bases, and medians of steps after it."""
     device, host = device_clock(settings.device), host_clock(settings.device)
     optimizer = make()

@@ -24,7 +24,7 @@ from benchmarks.study.recipes import METHODS, Case
 from benchmarks.study.search import SEARCH_SEED, search
 from benchmarks.study.sets import SETS
 from benchmarks.study.sizes import SIZES, Size
-from benchmarks.study.training import Trial, kept, machine, seconds_a_step
+from benchmarks.study.training import Place, Trial, kept, machine, seconds_a_step
 from lowrank_optim import presets
 
 PRESETS = {"galore": presets.galore_pretrain, "fira": presets.fira_pretrain}
@@ -46,6 +46,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="cases of the sets, by name")
     parser.add_argument("--seeds", type=int, default=5, help="0, 1, ... (default: 5)")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--jobs", type=int, default=1, help="processes that make runs")
+    parser.add_argument("--stdlib", type=Path, help="a copy of the library: the same text anywhere")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--page", type=Path, help="where tables go, between its markers")
     parser.add_argument("--recipe", choices=RECIPES, help="print the published arguments, and end")
@@ -61,7 +64,7 @@ def cost(cases: Sequence[Case], size: Size, seeds: int, out: Path) -> tuple[int,
         missing = sum(record is None for record in tried) + seeds - len(line.records)
         if missing:
             runs += missing
-            seconds += missing * size.steps * seconds_a_step(size, case)
+            seconds += missing * size.steps * seconds_a_step(size, case, out)
     return runs, seconds / 3600
 
 
@@ -82,14 +85,18 @@ def named(found: Sequence[Case], only: Sequence[str] | None) -> list[Case]:
 
 def study(cases: Sequence[Case], size: Size, seeds: int, runner: Runner) -> None:
     """Search every rate, then run every seed."""
-    best = {case.name: search(size, case, runner.loss).best for case in cases}
-    for seed, case in itertools.product(range(seeds), cases):
-        runner.loss(Trial(size, case, best[case.name], seed))
+    found = runner.each(lambda case: search(size, case, runner.loss, each=runner.each), cases)
+    best = {case.name: f.best for case, f in zip(cases, found, strict=True)}
+    trials = [
+        Trial(size, case, best[case.name], seed)
+        for seed, case in itertools.product(range(seeds), cases)
+    ]
+    runner.each(runner.loss, trials)
 
 
 def checked(size: Size, runner: Runner, console: Console) -> tuple[bool, str]:
     """Whether every fact holds, and the table of them."""
-    facts = acceptance.facts(acceptance.measure(size, runner.loss))
+    facts = acceptance.facts(acceptance.measure(size, runner.loss, runner.each))
     console.print(acceptance.spoken(facts), highlight=False)
     rows, header = acceptance.table(facts), acceptance.HEADER
     return all(fact.holds for fact in facts), markdown_table(header, rows)
@@ -97,6 +104,10 @@ def checked(size: Size, runner: Runner, console: Console) -> tuple[bool, str]:
 
 def write(args: argparse.Namespace, size: Size, cases: dict[str, list[Case]], facts: str) -> None:
     """The page's tables and figures, of all that is kept."""
+    if args.device.type == "cpu":
+        for case in itertools.chain(*cases.values()):
+            if any("device" in e for e in report.read(case, size, [], args.out).machines):
+                seconds_a_step(size, case, args.out)
     lines = {
         name: [report.read(case, size, range(args.seeds), args.out) for case in own]
         for name, own in cases.items()
@@ -125,9 +136,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"Schedule, batch and steps: {(make.__doc__ or '').strip()}", highlight=False)
         return 0
     torch.set_num_threads(args.threads)
-    machine()
+    machine(args.device)
     console.print(environment_line(), highlight=False)
-    with Runner(args.out, console) as runner:
+    place = Place(args.device, args.stdlib, read_every=1 if args.device.type == "cpu" else 10)
+    with Runner(args.out, console, place, args.jobs) as runner:
         holds, facts = checked(size, runner, console)
         if not holds:
             console.print("The task does not show what is known. Nothing is compared on it.")
@@ -135,12 +147,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wanted = [name for name in args.sets if name in SETS]
         for name in wanted:
             cases = named(SETS[name](size), args.only)
-            runs, hours = cost(cases, size, args.seeds, args.out)
-            console.print(
-                f"{name}: {runs} runs at least, about {hours:.1f} hours of one core; searches that "
-                "grow their grids take more",
-                highlight=False,
-            )
+            if args.device.type == "cpu":
+                runs, hours = cost(cases, size, args.seeds, args.out)
+                console.print(
+                    f"{name}: {runs} runs at least, about {hours:.1f} hours of one core; searches "
+                    "that grow their grids take more",
+                    highlight=False,
+                )
             begun = time.perf_counter()
             study(cases, size, args.seeds, runner)
             console.print(f"{name}: done in {(time.perf_counter() - begun) / 3600:.1f} hours")

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.study.recipes import Case
-from benchmarks.study.search import SEARCH_SEED, Found, Loss, search
+from benchmarks.study.search import SEARCH_SEED, Each, Found, Loss, search
 from benchmarks.study.sizes import Size
 from benchmarks.study.training import Trial
 
@@ -70,27 +70,26 @@ def ranks(size: Size) -> tuple[int, int, int]:
     return size.small_rank, size.rank // 2, size.shape.hidden // 2
 
 
-def measure(size: Size, loss: Loss) -> Measured:
+def measure(size: Size, loss: Loss, each: Each = map) -> Measured:
     """Every run that the facts need."""
     adamw, lora = Case("AdamW", "adamw"), small_lora(size)
-    adam = {lr: loss(Trial(size, adamw, lr, SEARCH_SEED)) for lr in RATES}
+    tried = each(loss, [Trial(size, adamw, lr, SEARCH_SEED) for lr in RATES])
+    adam = dict(zip(RATES, tried, strict=True))
     best = min(RATES, key=lambda lr: adam[lr])
     found: dict[str, Found] = {
-        "SGD": search(size, Case("SGD", "sgd"), loss),
-        "frozen": search(size, Case("frozen matrices", "frozen"), loss),
-        "LoRA": search(size, lora, loss),
+        "SGD": search(size, Case("SGD", "sgd"), loss, each=each),
+        "frozen": search(size, Case("frozen matrices", "frozen"), loss, each=each),
+        "LoRA": search(size, lora, loss, each=each),
     }
-    galore = {
-        rank: loss(Trial(size, Case("GaLore", "galore", {"rank": rank}), best, SEARCH_SEED))
-        for rank in ranks(size)
-    }
+    cases = [Case("GaLore", "galore", {"rank": rank}) for rank in ranks(size)]
+    by_rank = each(loss, [Trial(size, case, best, SEARCH_SEED) for case in cases])
     return Measured(
         adamw=adam,
         sgd=min(found["SGD"].losses.values()),
         frozen=min(found["frozen"].losses.values()),
-        galore=galore,
-        full=[loss(Trial(size, adamw, best, seed)) for seed in SEEDS],
-        lora=[loss(Trial(size, lora, found["LoRA"].best, seed)) for seed in SEEDS],
+        galore=dict(zip(ranks(size), by_rank, strict=True)),
+        full=[*each(loss, [Trial(size, adamw, best, seed) for seed in SEEDS])],
+        lora=[*each(loss, [Trial(size, lora, found["LoRA"].best, seed) for seed in SEEDS])],
         rates={"AdamW": best, **{name: f.best for name, f in found.items()}},
     )
 

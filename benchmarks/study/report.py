@@ -14,7 +14,7 @@ from benchmarks.study.recipes import METHODS, Case
 from benchmarks.study.search import GROWN, SEARCH_SEED, beside
 from benchmarks.study.sets import RELATIONS, Relation
 from benchmarks.study.sizes import Size
-from benchmarks.study.training import Record, Trial, kept
+from benchmarks.study.training import Record, Trial, kept, timing
 
 HEADER = (
     "optimizer",
@@ -53,6 +53,16 @@ class Line:
         return {seed: record["final_loss"] for seed, record in self.records.items()}
 
 
+def on_cpu(record: Record, size: Size, out: Path) -> Record:
+    """A run of an accelerator with the seconds of a CPU: those of the few steps that are kept."""
+    if "device" not in record["environment"]:
+        return record
+    timed = kept(timing(size, Case(**record["trial"]["case"])), out)
+    steps = [step for step, _ in record["validation"]]
+    each = math.nan if timed is None else timed["cpu_seconds"][-1] / timed["validation"][-1][0]
+    return {**record, "cpu_seconds": [step * each for step in steps]}
+
+
 def read(case: Case, size: Size, seeds: Sequence[int], out: Path) -> Line:
     """The kept runs of a case."""
     rates = sorted(METHODS[case.method].grid)
@@ -64,7 +74,7 @@ def read(case: Case, size: Size, seeds: Sequence[int], out: Path) -> Line:
         return Line(case)
     best = min(searched, key=lambda lr: searched[lr])
     found = {seed: kept(Trial(size, case, best, seed), out) for seed in seeds}
-    records = {seed: record for seed, record in found.items() if record is not None}
+    records = {seed: on_cpu(r, size, out) for seed, r in found.items() if r is not None}
     made = [*(r for r in tried.values() if r is not None), *records.values()]
     inside = min(searched) < best < max(searched)
     return Line(case, searched, inside, records, tuple(r["environment"] for r in made))
@@ -101,7 +111,7 @@ def row(line: Line, first: Line) -> list[str]:
         "" if gain is None else f"{gain[0]:+.3f} ± {gain[1]:.3f}",
         str(len(losses)),
         f"{records[0]['state_bytes'] / 1024:.0f}",
-        f"{1e3 * statistics.median(steps):.0f}",
+        f"{1e3 * statistics.median(steps):.0f}" if math.isfinite(steps[0]) else "",
     ]
 
 
@@ -128,8 +138,8 @@ def searches(lines: Sequence[Line]) -> list[list[str]]:
 def provenance(lines: Sequence[Line]) -> str:
     """Commits, machines and versions of the runs."""
     said = {
-        f"{e['cpu']}, {e['threads']} thread{'s' * (e['threads'] > 1)}, torch {e['torch']}, "
-        f"commit {e['commit']}"
+        f"{e.get('device', e['cpu'])}, {e['threads']} thread{'s' * (e['threads'] > 1)}, "
+        f"torch {e['torch']}, commit {e['commit']}"
         for line in lines
         for e in line.machines
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.study.recipes import METHODS, Case
@@ -17,6 +17,8 @@ LADDER = (1.0, 3.0)
 GROWN = 3
 """How often a grid grows at most."""
 Loss = Callable[[Trial], float]
+Each = Callable[[Loss, Iterable[Trial]], Iterable[float]]
+"""``map``, or one that makes runs beside each other."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,16 @@ def beside(lr: float, up: bool) -> float:
     return float(f"{LADDER[place]:g}e{exponent}")
 
 
-def search(size: Size, case: Case, loss: Loss, grid: Sequence[float] | None = None) -> Found:
+def search(
+    size: Size, case: Case, loss: Loss, grid: Sequence[float] | None = None, each: Each = map
+) -> Found:
     """The best of the method's grid, which grows by one rate while the best is at its end."""
     rates = sorted(METHODS[case.method].grid if grid is None else grid)
     losses: dict[float, float] = {}
     for _ in range(GROWN + 1):
-        for lr in rates:
-            if lr not in losses:
-                losses[lr] = loss(Trial(size, case, lr, SEARCH_SEED))
+        new = [lr for lr in rates if lr not in losses]
+        found = each(loss, [Trial(size, case, lr, SEARCH_SEED) for lr in new])
+        losses |= dict(zip(new, found, strict=True))
         best = min(rates, key=lambda lr: losses[lr])
         if best not in (rates[0], rates[-1]):
             return Found(losses, best, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ def at_most(case: Case, size: Size, budget: int) -> Case | None:
     return with_rank(case, fits * step) if fits else None
 
 
+@cache
 def equal_bytes(size: Size) -> list[Case]:
     """Every method with a rank to choose, at the bytes of GaLore at the rank; AdamW is first."""
     every = methods(size)

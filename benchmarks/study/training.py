@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks.bytes_task import Text, evaluate, load_text, make_model
@@ -23,6 +23,7 @@ from benchmarks.study.recipes import METHODS, Case
 from benchmarks.study.sizes import Size
 from lowrank_optim import __version__, memory
 
+CPU = torch.device("cpu")
 TASK = 1
 """Raise it with any change to the task or to a recipe: kept runs are of one task."""
 Record = dict[str, Any]
@@ -51,16 +52,35 @@ class Trial:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@cache
-def text() -> Text:
-    """The standard library, read once."""
-    return load_text()
+TIMED_STEPS = 6
 
 
 @cache
-def machine() -> Record:
+def text(device: torch.device = CPU, root: Path | None = None) -> Text:
+    """The standard library, or the copy of it in ``root``, read once."""
+    return load_text(root).to(device)
+
+
+@cache
+def machine(device: torch.device = CPU) -> Record:
     """As the command began: a commit made while it runs is not what runs."""
-    return environment()
+    found = environment()
+    if device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(device)
+    return found
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where runs are made, and of which text: neither names a run."""
+
+    device: torch.device = CPU
+    stdlib: Path | None = None
+    read_every: int = 1
+    """Steps between two looks at the losses, for which a look makes an accelerator wait."""
+
+
+HERE = Place()
 
 
 def rate(step: int, size: Size) -> float:
@@ -78,14 +98,14 @@ def state_bytes(model: nn.Module, optimizer: Optimizer) -> int:
     return memory.report(optimizer).total - memory.host_bytes(optimizer) + adapters
 
 
-def train(trial: Trial, watch: Watch = ignore) -> Record:
+def train(trial: Trial, watch: Watch = ignore, place: Place = HERE) -> Record:
     """The run, as it is kept. A loss that is not finite ends it, and counts as infinite."""
     size, shape = trial.size, trial.size.shape
-    model = make_model(shape, trial.seed)
+    model = make_model(shape, trial.seed).to(place.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(trial.seed)
         made = METHODS[trial.case.method].make(model, trial.lr, size, **trial.case.options)
-        return _steps(trial, model, made.optimizer, made.after, watch)
+        return _steps(trial, model, made.optimizer, made.after, watch, place)
 
 
 def _steps(
@@ -94,16 +114,19 @@ def _steps(
     optimizer: Optimizer,
     after: Callable[[int], None],
     watch: Watch,
+    place: Place,
 ) -> Record:
     size, shape = trial.size, trial.size.shape
-    held = text().validation(size.windows, shape)
+    words = text(place.device, place.stdlib)
+    held = words.validation(size.windows, shape)
+    unread: list[Tensor] = []
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, size))
     params = [*model.parameters()]  # whose turn it is to have gradients may change
     held_most = 0
     train_loss: list[float] = []
     validation = [(0, evaluate(model, held))]  # type: ignore[arg-type]
     wall, spent = [0.0], [0.0]
-    for step, window in enumerate(text().batches(size.steps, shape, trial.seed), start=1):
+    for step, window in enumerate(words.batches(size.steps, shape, trial.seed), start=1):
         begun, cpu = time.perf_counter(), time.process_time()
         loss = model(window)
         loss.backward()
@@ -112,14 +135,20 @@ def _steps(
         optimizer.zero_grad()
         scheduler.step()
         after(step)
-        train_loss.append(loss.item())
+        unread.append(loss.detach())
+        looked = step % size.validate_every == 0 or step == size.steps
+        if looked or step % place.read_every == 0:
+            train_loss += torch.stack(unread).tolist()
+            unread.clear()
         wall.append(wall[-1] + time.perf_counter() - begun)
         spent.append(spent[-1] + time.process_time() - cpu)
         if step % 10 == 1:  # layers that take turns have none of it at the end of one
             held_most = max(held_most, state_bytes(model, optimizer))
+        if unread:
+            continue
         watch(step, train_loss[-1])
-        broken = not math.isfinite(train_loss[-1])
-        if broken or step % size.validate_every == 0 or step == size.steps:
+        broken = not math.isfinite(sum(train_loss))
+        if broken or looked:
             validation.append((step, evaluate(model, held)))  # type: ignore[arg-type]
         if broken:
             break
@@ -130,7 +159,8 @@ def _steps(
         "trial": asdict(trial),
         "task": TASK,
         "version": __version__,
-        "environment": machine(),
+        "environment": machine(place.device),
+        "text": words.digest,
         "final_loss": final if finite else math.inf,
         "train_loss": train_loss,
         "validation": validation,
@@ -141,10 +171,14 @@ def _steps(
     }
 
 
-def seconds_a_step(size: Size, case: Case, steps: int = 6) -> float:
-    """Of CPU, measured on ``steps`` steps at a small rate."""
-    trial = Trial(replace(size, steps=steps, windows=1), case, 1e-4, 0)
-    return float(train(trial)["cpu_seconds"][-1]) / steps
+def timing(size: Size, case: Case) -> Trial:
+    """A few steps at a small rate, whose CPU seconds are what counts."""
+    return Trial(replace(size, steps=TIMED_STEPS, windows=1), case, 1e-4, 0)
+
+
+def seconds_a_step(size: Size, case: Case, out: Path) -> float:
+    """Of CPU, measured once and kept."""
+    return float(run(timing(size, case), out)["cpu_seconds"][-1]) / TIMED_STEPS
 
 
 def kept(trial: Trial, out: Path) -> Record | None:
@@ -156,12 +190,12 @@ def kept(trial: Trial, out: Path) -> Record | None:
     return record
 
 
-def run(trial: Trial, out: Path, watch: Watch = ignore) -> Record:
+def run(trial: Trial, out: Path, watch: Watch = ignore, place: Place = HERE) -> Record:
     """The record of the run: read if it was made, else made and written whole or not at all."""
     found = kept(trial, out)
     if found is not None:
         return found
-    record = train(trial, watch)
+    record = train(trial, watch, place)
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{trial.key()}.json"
     part = path.with_suffix(f".{os.getpid()}.part")

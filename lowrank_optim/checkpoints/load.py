@@ -32,7 +32,7 @@ from lowrank_optim.ops.quant4 import scale_count
 from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.stores import scale_key
 from lowrank_optim.subspaces.block import Block
-from lowrank_optim.tensors.values import as_dtype, readable
+from lowrank_optim.tensors.values import COUNTER_MAX, as_dtype, counts, readable
 
 StateDict = dict[str, Any]
 STRUCTURE = ("rank", "proj_type", "projector", "basis", "flatten")
@@ -344,7 +344,13 @@ def _fitting(
     idle = isinstance(item.subspace, Block) and float(tensors["refresh_step"]) < 0
     # moments that a reader left in its place: of another turn, or zeros of :func:`hold_blocks`
     kept = whole_meta_state(item, chosen, active=False) if idle else expected
-    return {k: v.dtype for k, v in kept.items()}
+    return {k: _counting(v, tensors[k]) for k, v in kept.items()}
+
+
+def _counting(kept: Tensor, saved: Tensor) -> torch.dtype:
+    """The dtype of an entry: float64 of a number beyond what a float32 counter tells apart."""
+    beyond = counts(kept) and COUNTER_MAX < float(saved) < math.inf
+    return torch.float64 if beyond else kept.dtype
 
 
 @contextmanager

@@ -39,7 +39,12 @@ def share(given: str) -> int | float:
 
 
 def check_tokens(
-    tokens: int | None, micro_batch: int | None, checkpointing: bool, loss: str | None
+    tokens: int | None,
+    micro_batch: int | None,
+    checkpointing: bool,
+    loss: str | None,
+    loss_chunk: int | None,
+    autocast: str | None,
 ) -> None:
     """Raise for what says how activations are counted, where nothing asks for them.
 
@@ -52,6 +57,8 @@ def check_tokens(
         ("--micro-batch", micro_batch is not None),
         ("--checkpointing", checkpointing),
         ("--loss", loss is not None),
+        ("--loss-chunk", loss_chunk is not None),
+        ("--autocast", autocast is not None),
     ):
         if given:
             raise Refused(f"{flag} has no effect without --tokens, which counts activations")

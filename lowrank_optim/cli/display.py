@@ -92,7 +92,10 @@ def _not_counted(rows: Sequence[Row]) -> str:
 
 
 def segments(e: Estimate) -> dict[str, int]:
-    """What a bar is made of, at the moment of the peak; counters, a few KiB, count as moments."""
+    """What a bar is made of, at the moment of the peak.
+
+    Counters, a few KiB, count as moments, and what the allocator takes beyond bytes likewise.
+    """
     at = e.peak_at
     passing = {"step": e.step_transients, "refresh": e.refresh_transients}.get(at) or 0
     rest = e.beside[at] - passing
@@ -103,7 +106,7 @@ def segments(e: Estimate) -> dict[str, int]:
         "weights": e.weights,
         "gradient": gradient,
         "basis": e.basis,
-        "moments": e.moments + e.other - e.host + e.staging,
+        "moments": e.moments + e.other - e.host + e.staging + e.rounding,
         **({} if e.activations is None else {"activations": rest - gradient}),
         **({} if e.gathered is None else {"gathered": gathered}),
         "in passing": passing if e.activations is not None else passing + rest - gradient,

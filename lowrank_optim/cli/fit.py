@@ -20,6 +20,7 @@ from lowrank_optim.fitting import Plan
 from lowrank_optim.fitting import fit as best
 from lowrank_optim.groups.keys import METHODS
 from lowrank_optim.memory import GIB
+from lowrank_optim.memory.autocast import AUTOCASTS, Autocast
 from lowrank_optim.memory.losses import LOSSES, Loss
 from lowrank_optim.memory.models import MODELS
 from lowrank_optim.stores import STORES
@@ -36,13 +37,22 @@ COUNT = click.IntRange(min=1)
     "--calibrate.",
 )
 @click.option("--budget-gib", type=number, metavar="NUMBER", required=True, help="Of the device.")
+@click.option(
+    "--host-gib", type=number, metavar="NUMBER", help="For moments in host memory.  [default: all]"
+)
 @click.option("--tokens", type=COUNT, help="Of a sequence: count activations too.")
 @click.option("--micro-batch", type=COUNT, help="Sequences of --tokens at once.  [default: 1]")
 @click.option("--checkpointing", is_flag=True, help="Of every layer: keep its input alone.")
 @click.option(
     "--loss",
     type=click.Choice(LOSSES),
-    help="With all logits; of 1,024 tokens at once; or Liger's, fused.  [default: transformers]",
+    help="With all logits; of some tokens at once; or Liger's, fused.  [default: transformers]",
+)
+@click.option("--loss-chunk", type=COUNT, help="Tokens of chunked at once.  [default: 1024]")
+@click.option(
+    "--autocast",
+    type=click.Choice(AUTOCASTS),
+    help="Train float32 weights (--dtype float32) under torch.autocast.",
 )
 @click.option("--accumulation-steps", type=COUNT, default=1, show_default=True)
 @click.option(
@@ -66,6 +76,14 @@ COUNT = click.IntRange(min=1)
     help="Of those to choose from, best first; repeatable.  [default: all]",
 )
 @click.option(
+    "--state-device",
+    "places",
+    type=click.Choice(["none", "cpu"]),
+    multiple=True,
+    help="Where moments may lie: on the device (none) or in host memory; repeatable.  "
+    "[default: both]",
+)
+@click.option(
     "--calibrate",
     metavar="MODULE:FUNCTION",
     help="A function of the model that yields losses: ranks go where gradients need them.",
@@ -82,6 +100,7 @@ COUNT = click.IntRange(min=1)
     type=click.Choice(["bfloat16", "float16", "float32"]),
     help="Of the weights of a model that is not your own.  [default: bfloat16]",
 )
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), help="That trains.  [default: cuda]")
 @click.option("--json", "as_text", is_flag=True, help="Print the plan as JSON, and nothing else.")
 @click.option(
     "--save", type=click.Path(dir_okay=False, path_type=Path), help="Write the plan as JSON."
@@ -89,20 +108,25 @@ COUNT = click.IntRange(min=1)
 def fit(
     model: str,
     budget_gib: float,
+    host_gib: float | None,
     tokens: int | None,
     micro_batch: int | None,
     checkpointing: bool,
     loss: Loss | None,
+    loss_chunk: int | None,
+    autocast: Autocast | None,
     accumulation_steps: int,
     names: tuple[str, ...],
     pairs: tuple[str, ...],
     modes: tuple[str, ...],
     stores: tuple[str, ...],
+    places: tuple[str, ...],
     calibrate: str | None,
     energy: str | None,
     multiple: int,
     least: int | None,
     dtype: str | None,
+    device: str | None,
     as_text: bool,
     save: Path | None,
 ) -> None:
@@ -110,7 +134,7 @@ def fit(
 
     Without --calibrate nothing is allocated, and nothing is downloaded.
     """
-    check_tokens(tokens, micro_batch, checkpointing, loss)
+    check_tokens(tokens, micro_batch, checkpointing, loss, loss_chunk, autocast)
     for name in names:
         if name not in METHODS:
             raise Refused(f"--optimizer {name!r} is no class of them{nearest(name, METHODS)}")
@@ -127,14 +151,19 @@ def fit(
         tokens=None if tokens is None else (micro_batch or 1, tokens),
         checkpointing=checkpointing,
         loss=loss or LOSSES[0],
+        loss_chunk=loss_chunk,
+        autocast=autocast,
         accumulation_steps=accumulation_steps,
         optimizers=list(names) or None,
         in_backward=[None if mode == "none" else mode for mode in modes] or None,
         state_dtypes=list(stores) or None,
+        state_devices=[None if place == "none" else place for place in places] or None,
         calibrate=losses,
         energy=energy,
         multiple=multiple,
         least=least,
+        host_gib=host_gib,
+        device=device or "cuda",
         **options_of(pairs),
     )
     if save is not None:

@@ -48,6 +48,7 @@ class Run:
     checkpointing: bool
     budget: int
     """Bytes that the allocator may have."""
+    autocast: str | None = None
 
 
 class Found(NamedTuple):
@@ -126,6 +127,7 @@ def job(row: Row, column: Column, run: Run) -> Job:
         "options": dict(row.chosen.options),
         "shape": run.shape,
         "checkpointing": run.checkpointing,
+        "autocast": run.autocast,
         "in_backward": column.in_backward,
         "accumulation_steps": column.accumulation_steps,
         "coords_dtype": column.coords_dtype,
@@ -162,6 +164,7 @@ def one(told: Mapping[str, Any], device: torch.device, meter: Meter) -> Found:
             kind,
             shape=(sequences, length),
             checkpointing=told["checkpointing"],
+            autocast=told["autocast"],
             **own,
             **options,
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +35,7 @@ from lowrank_optim.cli.rows import (
 )
 from lowrank_optim.cli.tables import print_table
 from lowrank_optim.memory import GIB
+from lowrank_optim.memory.autocast import AUTOCASTS, Autocast
 from lowrank_optim.memory.losses import LOSSES, Loss
 from lowrank_optim.memory.models import MODELS
 
@@ -86,7 +87,13 @@ PARAGRAPH = "\n\n".join(["Known models: " + ", ".join(MODELS), "Optimizers: " + 
 @click.option(
     "--loss",
     type=click.Choice(LOSSES),
-    help="With all logits; of 1,024 tokens at once; or Liger's, fused.  [default: transformers]",
+    help="With all logits; of some tokens at once; or Liger's, fused.  [default: transformers]",
+)
+@click.option("--loss-chunk", type=COUNT, help="Tokens of chunked at once.  [default: 1024]")
+@click.option(
+    "--autocast",
+    type=click.Choice(AUTOCASTS),
+    help="Train float32 weights (--dtype float32) under torch.autocast.",
 )
 @click.option(
     "--dtype",
@@ -134,6 +141,8 @@ def memory(
     micro_batch: int | None,
     checkpointing: bool,
     loss: Loss | None,
+    loss_chunk: int | None,
+    autocast: Autocast | None,
     dtype: str | None,
     modes: tuple[str, ...],
     accumulation_steps: int | None,
@@ -155,10 +164,12 @@ def memory(
         really.check(tokens, budget, device, loss)
     if picture is not None and find_spec("matplotlib") is None:
         raise Refused("--plot needs matplotlib: pip install matplotlib")
-    check_tokens(tokens, micro_batch, checkpointing, loss)
+    check_tokens(tokens, micro_batch, checkpointing, loss, loss_chunk, autocast)
     if coords and modes and "project" not in modes:
         raise Refused("--coords-dtype has no effect without --in-backward project")
     batch = None if tokens is None else (micro_batch or 1, tokens)
+    forward: dict[str, Any] = {"loss": loss or LOSSES[0], "loss_chunk": loss_chunk}
+    forward |= {"autocast": autocast}
     module = load(model, None if dtype is None else getattr(torch, dtype), runs=batch is not None)
     rows = _measured(
         module,
@@ -167,18 +178,17 @@ def memory(
         batch,
         checkpointing,
         device or "cuda",
-        loss or LOSSES[0],
+        forward,
         world_size,
     )
     about = _about(model, module, rank, batch, checkpointing)
-    about |= {
-        "world_size": world_size,
-        "device": device or "cuda",
-        "loss": None if batch is None else loss or LOSSES[0],
-    }
+    about |= {"world_size": world_size, "device": device or "cuda"}
+    about |= forward if batch is not None else dict.fromkeys(forward)
     found: really.Measured = {}
     if measuring and batch is not None:
-        found = really.measured(rows, really.Run(model, dtype, batch, checkpointing, budget))
+        found = really.measured(
+            rows, really.Run(model, dtype, batch, checkpointing, budget, autocast)
+        )
     if as_text:
         click.echo(json.dumps(figures(rows, about, budget, found), indent=1))
     else:
@@ -194,7 +204,7 @@ def _measured(
     batch: tuple[int, int] | None,
     checkpointing: bool,
     device: str,
-    loss: Loss,
+    forward: Mapping[str, Any],
     world_size: int | None,
 ) -> list[Row]:
     """The rows; what an optimizer warns of is said, once.
@@ -205,8 +215,8 @@ def _measured(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a training run that this is not
-            own = (batch, checkpointing, device, loss, world_size)
-            rows = measure(module, choices, asked, *own)
+            own = (batch, checkpointing, device, world_size)
+            rows = measure(module, choices, asked, *own, **forward)
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
         raise Refused(str(error) or type(error).__name__) from error
     for note in dict.fromkeys(note for row in rows for note in row.notes):
@@ -272,6 +282,8 @@ def _title(about: dict[str, Any]) -> str:
         text += f", {about['micro_batch']} x {about['tokens']} tokens"
         text += ", checkpointed" * about["checkpointing"]
         text += f", {about['loss']} loss" * (about["loss"] != LOSSES[0])
+        text += f" of {about['loss_chunk']} tokens" * (about["loss_chunk"] is not None)
+        text += f", autocast to {about['autocast']}" * (about["autocast"] is not None)
     return text
 
 

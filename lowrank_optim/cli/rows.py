@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 
 from lowrank_optim import methods
 from lowrank_optim.memory import LAYOUTS, Estimate
-from lowrank_optim.memory.checks import class_of
+from lowrank_optim.memory.autocast import check_autocast
+from lowrank_optim.memory.checks import check_loss, class_of
 from lowrank_optim.memory.estimating import Training, among, device_of, estimated
-from lowrank_optim.memory.losses import Loss
+from lowrank_optim.memory.losses import LOSSES
 from lowrank_optim.memory.world import check_world
 
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -149,16 +150,31 @@ def measure(
     tokens: tuple[int, int] | None = None,
     checkpointing: bool = False,
     device: str | None = None,
-    loss: Loss = "transformers",
     world_size: int | None = None,
+    **forward: Any,
 ) -> list[Row]:
     """The rows of ``module``: every figure is one of :func:`lowrank_optim.memory.estimate`.
 
     What does not depend on the optimizer, or on the column, is found once.
+
+    Args:
+        module: the model.
+        chosen: optimizers.
+        asked: columns.
+        tokens: of a micro-batch.
+        checkpointing: whether layers are checkpointed.
+        device: where training is to run.
+        world_size: GPUs among which the model is sharded.
+        **forward: ``loss``, ``loss_chunk`` and ``autocast``, as of
+            :func:`lowrank_optim.memory.estimate`.
     """
+    if tokens is not None:
+        check_loss(forward.get("loss", LOSSES[0]), tokens, forward.get("loss_chunk"))
+        dtypes = {p.dtype for p in module.parameters()}
+        check_autocast(forward.get("autocast"), tokens, dtypes)
     for choice in chosen:
         check_world(module, class_of(choice.optimizer), world_size, None, None)
-    own = Training(tokens=tokens, checkpointing=checkpointing, loss=loss)
+    own = Training(tokens=tokens, checkpointing=checkpointing, **forward)
     own = replace(own, device=device_of(module, device))
     with among(world_size) as world:
         return _measured(module, chosen, asked, replace(own, world=world))

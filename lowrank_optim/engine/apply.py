@@ -15,9 +15,9 @@ from lowrank_optim.engine.plan import State, Strategies
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops import Noise
 from lowrank_optim.ops.devices import on_accelerator
-from lowrank_optim.ops.stacked import cast_all, stacked, zeros_like_all
+from lowrank_optim.ops.stacked import cast_all, stacked
 from lowrank_optim.subspaces.base import Subspace
-from lowrank_optim.subspaces.target import Target, decayed_, same_number
+from lowrank_optim.subspaces.target import Target, is_number, same_number
 from lowrank_optim.subspaces.terms import Term
 
 
@@ -54,12 +54,18 @@ def prepared(
             undo.keep(w.state, w.item.subspace.pushed(w.state))
     terms = _terms(work, chosen)
     sizes = [_step_size(w, chosen, lr) for w in work]
-    decays = _each(sizes, lambda size: 1 - size * weight_decay)
+    if weight_decay == 0 and is_number(sizes[0]):
+        decays: list[float | Tensor] = [1.0] * len(work)
+    else:
+        decays = _each(sizes, lambda size: 1 - size * weight_decay)
     if chosen.lr_scale != 1:
         sizes = _each(sizes, lambda size: size * chosen.lr_scale)
     plain = all(len(w.directions) == 1 for w in work)
     corrections = [c for w in work for _, c in w.directions.values()]
     plain = plain and all(isinstance(x, float) for x in (*sizes, *corrections))
+    # a direction that is beyond the format of the weights may be a step that is not
+    dtype = work[0].item.param.dtype
+    plain = plain and (ops.product_dtype(dtype) == dtype or any(term is not None for term in terms))
     updates = [{k: x for k, (x, _) in w.directions.items()} for w in work]
     rates = [1.0] * len(work)
     steps: Sequence[Tensor | None] = [None] * len(work)
@@ -68,7 +74,7 @@ def prepared(
             ((_, correction),) = w.directions.values()
             assert isinstance(size, float) and isinstance(correction, float)
             rates[n] = size * correction
-    elif _apart(work[0], sizes, terms, chosen):
+    elif _takes_steps(work[0], sizes, terms, chosen, rounding[0]):
         steps = _steps(work, sizes)
     else:
         updates = _times(work, sizes)
@@ -154,21 +160,31 @@ def _times(work: Sequence[MatrixStep], sizes: Sequence[float | Tensor]) -> list[
     return updates
 
 
-def _apart(
-    w: MatrixStep, sizes: Sequence[float | Tensor], terms: Sequence[Term | None], chosen: Strategies
+def _takes_steps(
+    w: MatrixStep,
+    sizes: Sequence[float | Tensor],
+    terms: Sequence[Term | None],
+    chosen: Strategies,
+    rounding: Noise | None,
 ) -> bool:
-    """Whether updates and terms are made without their factor, which is on the device.
+    """Whether the subspace multiplies by step sizes that are on the device, as its kernels do.
 
-    Their kernels take numbers of the host.
+    What is rounded stochastically has to be written in float32 for that (:func:`_push_wide_`).
     """
     subspace, param = w.item.subspace, w.item.param
-    if subspace is None or not (subspace.takes_wide and on_accelerator(param)):
+    if subspace is None or not on_accelerator(param) or len(w.directions) > 1:
         return False
-    if len(w.directions) > 1 or any(term is None for term in terms):
+    if not (chosen.capturable or isinstance(sizes[0], Tensor)):
         return False
-    single = all(not isinstance(size, Tensor) or size.numel() == 1 for size in sizes)
+    if rounding is not None and not _goes_wide(subspace, param):
+        return False
+    return all(map(is_number, sizes)) and all(subspace.takes_step(param, x) for x in terms)
+
+
+def _goes_wide(subspace: Subspace, param: Tensor) -> bool:
+    """Whether weights that are rounded stochastically are written in float32 before."""
     whole = 0 < param.numel() <= ops.tile_elements(param)
-    return single and whole and (chosen.capturable or isinstance(sizes[0], Tensor))
+    return subspace.takes_wide and on_accelerator(param) and whole
 
 
 def _steps(work: Sequence[MatrixStep], sizes: Sequence[float | Tensor]) -> list[Tensor]:
@@ -217,19 +233,17 @@ def _pushed_(
 ) -> Iterator[int]:
     """What subspaces write, each matrix by number when it has been written.
 
-    On an accelerator weights that are rounded stochastically, or whose step size is on the device,
-    go as many at a time as a tile holds.
+    On an accelerator weights that are rounded stochastically go as many at a time as a tile holds.
     """
     param = intos[0].param
-    size, most = param.numel(), ops.tile_elements(param)
-    together = intos[0].rounding is not None and on_accelerator(param) and 0 < size <= most
-    if not (intos[0].step is not None or (together and subspace.takes_wide)):
+    if intos[0].rounding is None or not _goes_wide(subspace, param):
         yield from subspace.push_all_(intos, states, updates, terms)
         return
-    for start in range(0, len(intos), most // size):
-        at = slice(start, start + most // size)
+    most = ops.tile_elements(param) // param.numel()
+    for start in range(0, len(intos), most):
+        at = slice(start, start + most)
         _push_wide_(subspace, intos[at], states[at], updates[at], terms[at])
-        yield from range(start, min(start + most // size, len(intos)))
+        yield from range(start, min(start + most, len(intos)))
 
 
 def _push_wide_(
@@ -239,44 +253,14 @@ def _push_wide_(
     updates: Sequence[dict[str, Tensor]],
     terms: Sequence[Term | None],
 ) -> None:
-    """Weights in the format of arithmetic, written as any others, and rounded at once.
-
-    What has its factor on the device is added to zeros, multiplied, and added to the weights.
-    """
+    """Weights in the format of arithmetic, written as any others, and rounded at once."""
     params = [into.param for into in intos]
     dtype = torch.promote_types(params[0].dtype, torch.float32)
     wide = cast_all(params, dtype)
-    written, decays = wide, [into.decay for into in intos]
-    if intos[0].step is not None:
-        written, decays = zeros_like_all(params, dtype), [1.0] * len(intos)
-    grads = written
+    grads = wide
     if intos[0].grad is not intos[0].param:
         grads = cast_all([into.grad for into in intos], dtype)
-    each = zip(intos, written, grads, decays, strict=True)
-    own = [
-        into._replace(param=w, grad=g, decay=d, rounding=None, step=None) for into, w, g, d in each
-    ]
+    each = zip(intos, wide, grads, strict=True)
+    own = [into._replace(param=w, grad=g, rounding=None) for into, w, g in each]
     deque(subspace.push_all_(own, states, updates, terms), maxlen=0)
-    if written is not wide:
-        plain = [into._replace(param=w, rounding=None) for into, w in zip(intos, wide, strict=True)]
-        for w, left in zip(wide, decayed_(plain), strict=True):
-            if isinstance(left, Tensor) or left != 1:
-                w.mul_(left)
-        _multiply_(written, [into.step for into in intos if into.step is not None])
-        torch._foreach_add_(wide, written)
-    rounding = [into.rounding for into in intos if into.rounding is not None]
-    if rounding:
-        ops.put_all_(params, wide, rounding)
-    elif params[0].dtype != dtype:
-        torch._foreach_copy_(params, wide)
-
-
-def _multiply_(xs: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
-    """Matrices that lie one after the other, each by its factor ``()``."""
-    first = xs[0]
-    whole = stacked([x.mT for x in xs] if not first.is_contiguous() else xs)
-    if all(own is factors[0] for own in factors):
-        factor = factors[0].reshape(())
-    else:
-        factor = stacked([own.reshape(()) for own in factors]).view(-1, *[1] * first.dim())
-    whole.mul_(factor.to(first.device, first.dtype, non_blocking=True))
+    ops.put_all_(params, wide, [into.rounding for into in intos if into.rounding is not None])

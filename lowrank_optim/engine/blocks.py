@@ -26,6 +26,7 @@ from lowrank_optim.subspaces.block import Block
 from lowrank_optim.subspaces.coordinate import Rows
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.tensors.matrix import shares_memory
+from lowrank_optim.tensors.values import set_counter_
 
 States = Mapping[Tensor, State]
 
@@ -114,7 +115,7 @@ def turned_(groups: Sequence[tuple[Sequence[ParamPlan], Strategies]], states: St
         active = block.position in sets[key]
         state = states.get(item.param)
         if state:
-            state["clock"].fill_(now)
+            set_counter_(state["clock"], now)
             if not active:
                 _switch_(item, state, chosen, frozenset(), restart=False)
         found.append(active)
@@ -150,7 +151,7 @@ def advance(
         state = states[item.param]
         _switch_(item, state, chosen, active, restart=phase == 0)
         if item.param.grad is not None:
-            state["clock"].fill_(now)
+            set_counter_(state["clock"], now)
 
 
 def catch_up(
@@ -180,7 +181,7 @@ def catch_up(
     active = active_blocks(item, chosen, switches)
     for other in blocks if ticks else [item]:
         _switch_(other, states[other.param], chosen, active, restart=ticks and phase == 0)
-    state["clock"].fill_(now)
+    set_counter_(state["clock"], now)
 
 
 def _latest(blocks: Sequence[ParamPlan], states: States) -> int:
@@ -204,7 +205,7 @@ def _switch_(
         alloc_moments(item, chosen, state, item.param)
     elif state["refresh_step"] >= 0:
         return
-    state["refresh_step"].copy_(state["step"])
+    set_counter_(state["refresh_step"], float(state["step"]))
 
 
 class IdleBlock:

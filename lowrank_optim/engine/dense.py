@@ -22,7 +22,7 @@ from lowrank_optim.engine.plan import (
 from lowrank_optim.engine.undo import SMALL
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.ops.quant import Moment, Quantized
-from lowrank_optim.rules.base import Asking, Split, Steps, compute_dtype, finished
+from lowrank_optim.rules.base import Asking, Rule, Split, Steps, compute_dtype, finished
 from lowrank_optim.stores import scale_key
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.subspaces.target import Target
@@ -67,12 +67,16 @@ def dense_phases(
         return
     keys = [slot.name for slot in rule.slots(param.shape)]
     same = all(x.dtype == param.dtype for x in (grad, *(state[k] for k in keys)))
+    nearest = not chosen.store.rounds and not rounds(item, chosen)  # as torch rounds
+    plain = same and nearest and factor == 1 and not finite
+    plain = plain and type(rule).step_dense_ is not Rule.step_dense_
+    if param.numel() > SMALL and rule.elementwise:
+        _reserve(bucket, plain)
     undo.loosen([state], [param], [item.name])
     if item.param.numel() <= SMALL and not on_accelerator(param):
         undo.keep_all([state], [*keys, *map(scale_key, keys)])
         undo.keep_weights(state, param)
-    nearest = not chosen.store.rounds and not rounds(item, chosen)  # as torch rounds
-    if same and nearest and factor == 1 and not finite:
+    if plain:
         slots = [state[k] for k in keys]
         taken = state["step"] - since if since else state["step"]
         if rule.step_dense_(
@@ -105,6 +109,32 @@ def dense_phases(
         # a rate that is a tensor would widen what has no dimension
         update = (direction * (size * correction)).to(direction.dtype)
         ops.add_(p, update, decay, -1.0, noise)
+        del g, own, direction, update  # before those of the next tile are made
+
+
+def _reserve(bucket: Bucket, plain: bool) -> None:
+    """Ask for the memory that the operations of a step will need, at once, and give it back.
+
+    What is too large to be copied must not run out of memory once its moments are written: what an
+    allocator has given it keeps for whoever asks next, and if it has none nothing has begun.
+    """
+    (item,), _, chosen, *_ = bucket
+    param, wide = item.param, compute_dtype(item.param.dtype)
+    turned = chosen.maximize and param.dtype == wide
+    if plain:  # torch's root and quotient
+        count, size = 2 + turned, param.numel()
+    else:  # a direction and its multiple, the new weights, and what is cast
+        count = 3 + 2 * (param.dtype != wide) + turned
+        if chosen.store.rounds:  # it copies moments to be read
+            count += len(chosen.rule.slots(param.shape)) - turned
+        size = min(param.numel(), _tile_rows(param) * (param.numel() // len(param)))
+    for _ in [torch.empty(size, dtype=wide, device=param.device) for _ in range(count)]:
+        pass
+
+
+def _tile_rows(param: Tensor) -> int:
+    """Rows of the first dimension that are stepped at once, where each entry is stepped alone."""
+    return max(1, ops.tile_elements(param) * len(param) // max(1, param.numel()))
 
 
 Tile = tuple[int, Tensor, Tensor, Sequence[Moment]]
@@ -121,7 +151,7 @@ def _tiles(bucket: Bucket, finite: Sequence[Tensor]) -> Iterator[Tile]:
     param, grad, rows = item.param, item.param.grad, None
     assert grad is not None
     if chosen.rule.elementwise and param.dim() and len(param):
-        rows = max(1, ops.tile_elements(param) * len(param) // max(1, param.numel()))
+        rows = _tile_rows(param)
     if rows is not None and rows < len(param) and param.dim() > 1 and chosen.store.rounds:
         slots = slot_keys("", param.shape, chosen)
         for start in range(0, len(param), rows):
@@ -130,6 +160,7 @@ def _tiles(bucket: Bucket, finite: Sequence[Tensor]) -> Iterator[Tile]:
             (held,) = read_slots([item], [rows_of(state, slots, span)], "", p.shape, chosen)
             yield start, p, g, [x for _, _, x in held]
             write_slots_([item], [state], [held], chosen, finite, span)
+            del held
         return
     (held,) = read_slots([item], [state], "", param.shape, chosen)
     moments = [x for _, _, x in held]

@@ -7,7 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank_optim.engine.offload import on_device
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, slot_key
+from lowrank_optim.stores import scale_key
+from lowrank_optim.subspaces.base import BasisChange
 from lowrank_optim.subspaces.projector import new_to_old
 
 
@@ -25,18 +28,30 @@ class Momentum(NamedTuple):
         """``x <- x + factor P m Q^T``."""
         _add_(x, self.bases, self.mean, factor)
 
-    def add_lost_to_(self, x: Tensor, state: State, factor: float) -> None:
+    def add_lost_to_(
+        self, x: Tensor, state: State, factor: float, moved: BasisChange | None = None
+    ) -> None:
         r"""``x <- x + factor L``, what the new bases cannot hold of it.
 
         .. math:: L = P_{old} m Q_{old}^T - P_{new} C m D^T Q_{new}^T
 
         with :math:`C = P_{new}^T P_{old}` and D likewise. The new coordinates of L are zero.
+
+        Args:
+            x: the matrix, or columns of it.
+            state: with the new bases.
+            factor: of L.
+            moved: C and D, where others have rows of a basis (default: all of both is here).
         """
         new = _bases(state)
-        left, *right = (new_to_old(p, old) for p, old in zip(new, self.bases, strict=True))
+        turns = [None, None] if moved is None else [moved.rotation, moved.right]
+        left, *right = (
+            new_to_old(p, old) if turn is None else turn()
+            for p, old, turn in zip(new, self.bases, turns, strict=False)
+        )
         kept = left @ self.mean.to(left.dtype)
-        for turn in right:
-            kept = kept @ turn.mT
+        for turned in right:
+            kept = kept @ turned.to(kept.dtype).mT
         self.add_to_(x, factor)
         _add_(x, new, kept, -factor)
 
@@ -71,9 +86,10 @@ def momentum_of(
     shape = item.subspace.coord_shapes(item.view)["low"]
     n, slot = next((n, slot) for n, slot in enumerate(chosen.rule.slots(shape)) if slot.signed)
     key = slot_key("low", slot.name)
-    mean = chosen.store.read(state, key, slot, shape, item.param, dense=True)
+    with on_device(item, state, chosen, [key, scale_key(key)]):
+        mean = chosen.store.read(state, key, slot, shape, item.param, dense=True)
     assert isinstance(mean, Tensor)
-    mean = mean.to(item.param.device)  # from the host, where moments rest there
+    mean = mean[..., : shape[-1]]  # without what fills up a block
     bases = _bases(state)
     if copied:
         mean, bases = mean.clone(), tuple(x.clone() for x in bases)
@@ -95,7 +111,13 @@ def sought(item: ParamPlan, state: State, grad: Tensor, chosen: Strategies) -> T
     return mixed
 
 
-def join_lost_(held: Momentum | None, state: State, grad: Tensor, chosen: Strategies) -> None:
+def join_lost_(
+    held: Momentum | None,
+    state: State,
+    grad: Tensor,
+    chosen: Strategies,
+    moved: BasisChange | None = None,
+) -> None:
     """What a transport lost of the first moment joins the memory that a residual keeps.
 
     Args:
@@ -103,7 +125,8 @@ def join_lost_(held: Momentum | None, state: State, grad: Tensor, chosen: Strate
         state: with the new bases.
         grad: the matrix that the residual made, of which it keeps the rest.
         chosen: of the group.
+        moved: how bases moved, where others have rows of one (default: all of both is here).
     """
     if held is not None and int(state["refresh_step"]) == int(state["step"]):
         sign = -1 if chosen.maximize else 1
-        held.add_lost_to_(grad, state, sign * chosen.residual.lost)
+        held.add_lost_to_(grad, state, sign * chosen.residual.lost, moved)

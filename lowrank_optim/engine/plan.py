@@ -22,7 +22,7 @@ from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
-from lowrank_optim.tensors.values import COUNTER_MAX, check_counter
+from lowrank_optim.tensors.values import COUNTER_MAX, WIDE_COUNTER_MAX, check_counter
 
 State = MutableMapping[str, Tensor]
 
@@ -178,15 +178,16 @@ def check_state(item: ParamPlan, chosen: Strategies, state: Mapping[str, Tensor]
         ValueError: with the key, what was found, and what is allowed.
     """
     # a dense parameter's may stand still, as torch's does: nothing is due by it
-    check_counter(state, "step", most=COUNTER_MAX if item.subspace is not None else math.inf)
+    most = WIDE_COUNTER_MAX
+    check_counter(state, "step", most=most if item.subspace is not None else math.inf)
     check_counter(state, "refresh_step", least=-1, most=float(state["step"]))
-    for key in ("postponed", "clock"):
-        check_counter(state, key)
+    check_counter(state, "postponed")
+    check_counter(state, "clock", most=most)
     if item.subspace is not None and item.view is not None:
         item.subspace.check_state(state, item.view)
         chosen.residual.check_state(state)
     for coord, shape in _coords(item).items():
-        check_counter(state, age_key(coord))
+        check_counter(state, age_key(coord), most=COUNTER_MAX + 1)  # where ages stand still
         for slot in chosen.rule.slots(shape):
             chosen.store.check_state(state, slot_key(coord, slot.name), slot)
 
@@ -276,6 +277,11 @@ def moving_keys(item: ParamPlan, chosen: Strategies) -> list[str]:
     remembers = item.subspace is not None and item.view is not None
     memory = chosen.residual.memory if remembers else ()
     return [*(k for key in keys for k in (key, scale_key(key))), *memory]
+
+
+def refreshed_keys(subspace: Subspace, state: State, chosen: Strategies) -> list[str]:
+    """State keys that a refresh may overwrite: all but the memory of a residual."""
+    return [key for key in subspace.refreshed(state) if key not in chosen.residual.memory]
 
 
 def unit_of(view: MatrixView, subspace: Subspace, chosen: Strategies) -> int:

@@ -32,7 +32,7 @@ from lowrank_optim.rules.base import Slot
 from lowrank_optim.subspaces.base import BasisChange, RefreshContext
 from lowrank_optim.subspaces.projector import usable
 from lowrank_optim.subspaces.searches import Ask, Searching, alone
-from lowrank_optim.tensors.values import COUNTER_MAX
+from lowrank_optim.tensors.values import COUNTER_MAX, set_counter_
 from lowrank_optim.transports import TRANSPORTS
 
 logger = logging.getLogger(__name__)
@@ -48,9 +48,8 @@ def refresh_due(step: int, last: int, gap: int, offset: int) -> bool:
 
 
 LAST_STEP = (
-    "%s has taken %d steps, the most that its float32 counter can tell apart: no refresh comes "
-    "after this, and a checkpoint of later ones does not load. Save now, and begin a new run from "
-    "the weights"
+    "%s has taken %d steps, the most that its float32 counter on the device can tell apart: no "
+    "refresh comes after this. Save now, and go on with capturable=False, whose counters go on"
 )
 
 
@@ -62,7 +61,7 @@ def basis_due(item: ParamPlan, state: State, chosen: Strategies) -> bool:
     if chosen.capturable and recording():
         return False
     step = int(state["step"])
-    if step == COUNTER_MAX:
+    if step == COUNTER_MAX and chosen.capturable:  # a graph may know where it is
         logger.warning(LAST_STEP, item.name, step)
     if item.tried == step:
         return False
@@ -131,7 +130,8 @@ def refreshing_(
     that the refresh was queued.
     """
     before = _counters(item, state)
-    moved, ok = yield from _search(item, state, grad, step, chosen, look)
+    shown = grad if look else sought(item, state, grad, chosen)
+    moved, ok = yield from _search(item, state, shown, step, chosen, look)
     if moved is None:
         return False
     if ok is not None and not later and not _came_about(item, state, step, ok, before):
@@ -156,7 +156,10 @@ def find_(
     chosen: Strategies,
     look: tuple[Tensor, Any] | None = None,
 ) -> dict[str, BasisChange] | None:
-    """Find new coordinates; None, and counted, if that had to be postponed."""
+    """Find new coordinates from what :func:`~lowrank_optim.engine.momentum.sought` gives.
+
+    None, and counted, if that had to be postponed.
+    """
     before = _counters(item, state)
     moved, ok = alone(_search(item, state, grad, step, chosen, look))
     return moved if ok is None or _came_about(item, state, step, ok, before) else None
@@ -184,7 +187,6 @@ def _search(
     assert view is not None and subspace is not None
     seen = None if look is None else look[1]
     fine: Tensor | None = None
-    grad = sought(item, state, grad, chosen)
     if subspace.needs_grad:
         norm, seen = look or (yield from subspace.looking(grad))
         if norm is None:
@@ -261,7 +263,7 @@ def _following_(
     if turns or any(own.fresh for own in moved.values()):
         with on_device(item, state, chosen):
             yield from _moments_follow_(item, state, moved, step, chosen, sources, ok)
-    state["refresh_step"].fill_(step)
+    set_counter_(state["refresh_step"], step)
 
 
 def _moments_follow_(

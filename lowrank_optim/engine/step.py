@@ -34,6 +34,7 @@ from lowrank_optim.engine.plan import (
     Strategies,
     age_key,
     read_slots,
+    refreshed_keys,
     slot_keys,
     weight_noises,
     write_slots_,
@@ -52,7 +53,7 @@ from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
 _Plan = TypeVar("_Plan", bound=ParamPlan)
 
-CHUNK_BYTES = {False: 1 << 22, True: 1 << 26}
+CHUNK_BYTES = {False: 1 << 22, True: 1 << 28}
 """Low-rank gradients alive at once: within a CPU's cache, or enough to fill an accelerator."""
 
 
@@ -189,7 +190,7 @@ def _measure(work: Sequence[MatrixStep]) -> None:
     first = [w for w in work if not w.based]
     if first:
         for w, norm in zip(first, ops.total_norms([w.grad for w in first]), strict=True):
-            w.norm = norm
+            w.norm = w.norm + norm  # finite if both are
     if on_accelerator(work[0].grad):
         mark(work)
 
@@ -213,7 +214,7 @@ def _project(
         not (own or item.tried >= 0) or _has_basis(item, state)
         for (item, state), own in zip(pairs, due, strict=True)
     ]
-    _keep(list(compress(pairs, due)), undo)
+    _keep(list(compress(pairs, due)), chosen, undo)
     work = zip(pairs, _gradients(pairs, chosen), due, strict=True)
     found = together([_refreshed(*pair, grad, own, chosen) for pair, grad, own in work])
     at = [n for n, (_, coords, _) in enumerate(found) if not coords]
@@ -240,14 +241,14 @@ def _has_basis(item: ParamPlan, state: State) -> bool:
     return drawn or int(state["refresh_step"]) >= 0
 
 
-def _keep(pairs: Sequence[tuple[ParamPlan, State]], undo: Undo) -> None:
+def _keep(pairs: Sequence[tuple[ParamPlan, State]], chosen: Strategies, undo: Undo) -> None:
     """What refreshes may overwrite, of all at once."""
     keys: dict[str, None] = {}
     for item, state in pairs:
         assert item.subspace is not None
         if item.subspace.moves_weights:
             undo.keep_weights(state, item.param)
-        keys.update(dict.fromkeys(item.subspace.refreshed(state)))
+        keys.update(dict.fromkeys(refreshed_keys(item.subspace, state, chosen)))
     undo.keep_all([state for _, state in pairs], keys)
 
 
@@ -337,7 +338,9 @@ def _adapt(
     # in the weights' dtype if it goes into their GEMM as it is, else in that of arithmetic
     plain = coord == "low" and isinstance(chosen.residual, Drop) and not chosen.rounding
     plain = plain and not chosen.capturable  # factors on the device multiply it first
-    dtype = work[0].item.param.dtype if plain else compute_dtype(work[0].item.param.dtype)
+    dtype = work[0].item.param.dtype
+    if not plain or ops.product_dtype(dtype) != dtype:  # or it may be beyond that format
+        dtype = compute_dtype(dtype)
     moments = [
         [_columns(x, slot, g) for _, slot, x in own] for own, g in zip(held, grads, strict=True)
     ]

@@ -14,6 +14,7 @@ from lowrank_optim.engine.plan import on_host
 from lowrank_optim.ops.devices import on_accelerator, recording
 from lowrank_optim.ops.stacked import as_words, is_words
 from lowrank_optim.tensors.matrix import shares_memory
+from lowrank_optim.tensors.values import COUNTER_MAX, widen_
 
 State = MutableMapping[str, Tensor]
 COUNTERS = ("step", "refresh_step", "postponed", "clock")
@@ -78,6 +79,9 @@ class Undo:
         if own is None:
             found = [state[key] for key in COUNTERS if key in state]
             counters = [x.clone() if on_accelerator(x) else float(x) for x in found]
+            for x, count in zip(found, counters, strict=True):
+                if isinstance(count, float) and count >= COUNTER_MAX:
+                    widen_(x)
             own = _Kept(state, dict(state), counters, answers.of(state), {}, [])
             self._kept[id(state)] = own
         if place >= 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,12 +10,15 @@ import torch
 from torch import nn
 
 from lowrank_optim.backward.projecting import check_choices
-from lowrank_optim.fitting.costs import Mode
+from lowrank_optim.fitting.costs import Budget, Mode, Place
 from lowrank_optim.groups.keys import METHODS
 from lowrank_optim.groups.values import number, whole
 from lowrank_optim.memory import GIB
-from lowrank_optim.memory.checks import check_loss
+from lowrank_optim.memory.autocast import check_autocast
+from lowrank_optim.memory.checks import check_device, check_flag, check_loss
+from lowrank_optim.memory.estimating import device_of
 from lowrank_optim.methods import DCTAdamW, FrugalAdamW, GaLoreAdamW
+from lowrank_optim.ops.devices import HOST_MEMORY
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.rules.base import Slot
 from lowrank_optim.sharding.parts import is_sharded
@@ -33,6 +37,7 @@ Not Fira, which needs what GaLore needs, and whole gradients.
 """
 
 MODES: tuple[Mode, ...] = (None, "project", "step")
+PLACES: tuple[Place, ...] = (None, "cpu")
 
 FOUND = {
     "rank": "fit finds ranks: least and multiple bound them",
@@ -46,10 +51,13 @@ FOUND = {
 class Asked(NamedTuple):
     """Arguments with their defaults."""
 
-    budget: float
-    """Bytes."""
+    budget: Budget
     modes: tuple[Mode, ...]
     state_dtypes: tuple[str, ...]
+    places: tuple[Place, ...]
+    """Where moments may lie."""
+    device: str
+    """The type of the one to train on; ``"meta"`` is an accelerator."""
     energy: str
     multiple: int
     least: int
@@ -60,18 +68,24 @@ def check_asked(
     *,
     model: Any,
     budget_gib: Any,
+    host_gib: Any,
     tokens: Any,
     checkpointing: Any,
     loss: Any,
+    loss_chunk: Any,
+    autocast: Any,
+    transients: Any,
     accumulation_steps: Any,
     in_backward: Any,
     state_dtypes: Any,
+    state_devices: Any,
     calibrated: bool,
     energy: Any,
     multiple: Any,
     least: Any,
     coords_dtype: Any,
     dtype: Any,
+    device: Any,
     options: Mapping[str, Any],
 ) -> Asked:
     """The arguments of :func:`lowrank_optim.fit`.
@@ -82,9 +96,12 @@ def check_asked(
         ValueError: one is out of range or would have no effect.
     """
     _check_model(model, dtype, calibrated)
+    check_device(device)
+    check_flag("transients", transients)
     positive = number(lambda x: x > 0, "a positive number")
     for name, value, allowed in (
         ("budget_gib", budget_gib, positive),
+        ("host_gib", host_gib, number(lambda x: x > 0, positive.text, none=True)),
         ("accumulation_steps", accumulation_steps, whole(1)),
         ("multiple", multiple, whole(1)),
         ("least", least, whole(1, none=True)),
@@ -96,7 +113,11 @@ def check_asked(
         raise ValueError(f"least must be a multiple of multiple={multiple}, got {least}")
     if tokens is None and checkpointing:
         raise ValueError("checkpointing has no effect without tokens, which count activations")
-    check_loss(loss, tokens)
+    check_loss(loss, tokens, loss_chunk)
+    own = {dtype or torch.bfloat16}  # of a configuration
+    if isinstance(model, nn.Module):
+        own = {p.dtype for p in model.parameters()}
+    check_autocast(autocast, tokens, own)
     if energy is not None and not calibrated:
         raise ValueError(f"energy={energy!r} has no effect without calibrate")
     if energy not in (None, "relative", "absolute"):
@@ -107,8 +128,13 @@ def check_asked(
         raise ValueError(f"coords_dtype={coords_dtype!r} has no effect without 'project'")
     _check_options(options)
     stores = _chosen("state_dtypes", state_dtypes, sorted(STORES, key=_bytes_of, reverse=True))
-    budget = float(budget_gib) * GIB
-    return Asked(budget, modes, stores, energy or "absolute", multiple, least, accumulation_steps)
+    kind = device_of(model, device) if isinstance(model, nn.Module) else str(device or "meta")
+    kind = torch.device(kind).type
+    places = _places(state_devices, kind, options)
+    host = math.inf if host_gib is None else float(host_gib) * GIB
+    budget = Budget(float(budget_gib) * GIB, host)
+    energy = energy or "absolute"
+    return Asked(budget, modes, stores, places, kind, energy, multiple, least, accumulation_steps)
 
 
 def named_optimizers(given: Sequence[Any] | None, options: Mapping[str, Any]) -> list[Named]:
@@ -184,6 +210,29 @@ def _modes(given: Any, accumulation_steps: int) -> tuple[Mode, ...]:
             "before the last micro-batch: take it out, or take one micro-batch"
         )
     return modes
+
+
+def _places(given: Any, device: str, options: Mapping[str, Any]) -> tuple[Place, ...]:
+    """Where moments may lie, the device first.
+
+    Raises:
+        ValueError: one is not known, would have no effect, or an option says it too.
+    """
+    both = device not in HOST_MEMORY
+    if given is None:
+        return PLACES if both else PLACES[:1]
+    if "state_device" in options:
+        raise ValueError(
+            f"state_device={options['state_device']!r} and state_devices={given!r} both say where "
+            "moments lie: give one"
+        )
+    found = _chosen("state_devices", given, PLACES)
+    if "cpu" in found and not both:
+        raise ValueError(
+            "state_devices has 'cpu', which has no effect where the device is a CPU: its memory is "
+            "the host's. Leave it out, or give the device to train on, such as device='cuda'"
+        )
+    return found
 
 
 def _bytes_of(store: str) -> int:

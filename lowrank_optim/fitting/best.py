@@ -10,12 +10,13 @@ from torch import nn
 
 from lowrank_optim.fitting.asked import check_asked, named_optimizers
 from lowrank_optim.fitting.concessions import concessions
-from lowrank_optim.fitting.costs import Costs, Matrix, Mode, matrices_of
+from lowrank_optim.fitting.costs import Costs, Matrix, Mode, Place, matrices_of
 from lowrank_optim.fitting.paths import captured, greedy
 from lowrank_optim.fitting.plan import Plan
 from lowrank_optim.fitting.searching import Search, ways
 from lowrank_optim.fitting.spectra import Calibrate, spectra
 from lowrank_optim.groups.names import bare
+from lowrank_optim.memory.autocast import Autocast
 from lowrank_optim.memory.inputs import model_of
 from lowrank_optim.memory.losses import Loss
 
@@ -24,13 +25,18 @@ def fit(
     model: Any,
     budget_gib: float,
     *,
+    host_gib: float | None = None,
     tokens: int | tuple[int, int] | None = None,
     checkpointing: bool = False,
     loss: Loss = "transformers",
+    loss_chunk: int | None = None,
+    autocast: Autocast | None = None,
+    transients: bool = True,
     accumulation_steps: int = 1,
     optimizers: Sequence[Any] | None = None,
     in_backward: Sequence[Mode] | None = None,
     state_dtypes: Sequence[str] | None = None,
+    state_devices: Sequence[Place] | None = None,
     calibrate: Calibrate | None = None,
     energy: Literal["relative", "absolute"] | None = None,
     multiple: int = 8,
@@ -38,13 +44,15 @@ def fit(
     target_modules: str | Sequence[str] = "all-linear",
     coords_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
     **options: Any,
 ) -> Plan:
     r"""The best plan to train ``model`` within a budget: method, mode, store, and every rank.
 
-    A way to train is an optimizer, a mode of :func:`lowrank_optim.attach_in_backward` and a format
-    of moments. Ways are tried in the order of what they give up: all modes but ``"step"``, format
-    by format; then ``"step"``; then the next optimizer. The first that has room for ranks of a
+    A way to train is an optimizer, a mode of :func:`lowrank_optim.attach_in_backward`, and a format
+    and a place of moments. Ways are tried in the order of what they give up: all modes but
+    ``"step"``, format by format; then ``"step"``; then the next optimizer; then all of these with
+    moments in host memory, which costs time on the bus. The first that has room for ranks of a
     quarter of each smaller side is taken; where none has, the one with room for the largest share.
     Its ranks are then as large as fits, up to half of the sides. Every figure is one of
     :func:`lowrank_optim.memory.estimate`, and so is the last, that of the plan itself.
@@ -61,9 +69,15 @@ def fit(
         model: an ``nn.Module`` on any device, the meta device included, or a ``transformers``
             configuration.
         budget_gib: of the device, in GiB.
+        host_gib: that moments may take of the host, in GiB, as torch pins them: each tensor rounded
+            up to a power of two (default: no limit; ``plan.estimate.pinned`` is what they take).
         tokens: as of :func:`lowrank_optim.memory.estimate`: activations count too.
         checkpointing: likewise.
         loss: likewise.
+        loss_chunk: likewise.
+        autocast: likewise.
+        transients: likewise. False leaves out what steps need in passing, so that training may pass
+            the budget: it is quick, and compares states (default: True).
         accumulation_steps: micro-batches of a step (default: 1).
         optimizers: classes, names of them, or pairs of either and a dict of arguments, best first
             (default: GaLoreAdamW, FrugalAdamW, DCTAdamW). FrugalAdamW is by columns where its
@@ -71,6 +85,8 @@ def fit(
         in_backward: modes, least intrusive first (default: None, ``"project"``, and ``"step"``,
             which is for one micro-batch).
         state_dtypes: formats of moments, best first (default: every one there is).
+        state_devices: where moments may lie, best first: None, which is on the device, and
+            ``"cpu"``, in host memory (default: both; on a CPU None alone).
         calibrate: a function of the model that yields losses, or an iterable of micro-batches
             (dicts of the model's arguments, with labels) or of losses. A few suffice. The model
             must have values; one gradient lives at a time (default: no calibration, uniform
@@ -84,6 +100,9 @@ def fit(
         target_modules: as of :func:`lowrank_optim.lowrank_groups`.
         coords_dtype: as of :func:`lowrank_optim.attach_in_backward`.
         dtype: of the weights of a model made from a configuration (default: bfloat16).
+        device: as of :func:`lowrank_optim.memory.estimate`: where training is to run (default: the
+            device of the model's parameters; an accelerator for those on the meta device and for a
+            configuration).
         **options: further arguments of every optimizer.
 
     Returns:
@@ -108,18 +127,24 @@ def fit(
     asked = check_asked(
         model=model,
         budget_gib=budget_gib,
+        host_gib=host_gib,
         tokens=tokens,
         checkpointing=checkpointing,
         loss=loss,
+        loss_chunk=loss_chunk,
+        autocast=autocast,
+        transients=transients,
         accumulation_steps=accumulation_steps,
         in_backward=in_backward,
         state_dtypes=state_dtypes,
+        state_devices=state_devices,
         calibrated=calibrate is not None,
         energy=energy,
         multiple=multiple,
         least=least,
         coords_dtype=coords_dtype,
         dtype=dtype,
+        device=device,
         options=options,
     )
     named = named_optimizers(optimizers, options)
@@ -141,6 +166,10 @@ def fit(
         tokens=tokens,
         checkpointing=checkpointing,
         loss=loss,
+        loss_chunk=loss_chunk,
+        autocast=autocast,
+        transients=transients,
+        device=asked.device,
     )
     search = Search(costs, asked, ways(named, asked))
     way = search.way()
@@ -160,8 +189,9 @@ def fit(
         accumulation_steps=accumulation_steps,
         ranks={bare(m.name): r for m, r in zip(matrices, ranks, strict=True)},
         estimate=estimate,
-        budget=asked.budget,
+        budget=asked.budget.device,
         coords_dtype=coords_dtype,
+        device=asked.device,
         gave_up=tuple(concessions(search, way, ranks, spectrum)),
         dense=_sizes(model, matrices, trained=True),
         frozen=_sizes(model, matrices, trained=False),

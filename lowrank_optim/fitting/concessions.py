@@ -30,6 +30,12 @@ def concessions(
         spectrum: of their gradients, where there was a calibration.
     """
     asked, first = search.asked, search.ways[0]
+    if way.state_device != asked.places[0] and "state_device" not in way.options:
+        moved = search.costs.exact(way, ranks).host
+        yield (
+            f"Moments on the device: {gib(moved)} GiB of them lie in host memory and cross the bus "
+            f"twice in every step; {_needed(search, replace(way, state_device=asked.places[0]))}"
+        )
     if (way.optimizer, way.options) != (first.optimizer, first.options):
         own = replace(way, optimizer=first.optimizer, options=first.options)
         yield f"{first.optimizer.__name__}: {_needed(search, own)}"

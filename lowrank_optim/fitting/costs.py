@@ -13,26 +13,42 @@ from torch import nn
 from lowrank_optim.groups import Group, lowrank_groups
 from lowrank_optim.groups.names import bare
 from lowrank_optim.memory import GIB, Estimate, estimate
+from lowrank_optim.memory.autocast import Autocast
 from lowrank_optim.memory.losses import Loss
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.tensors.matrix import MatrixView, matrix_view
 
 Mode = Literal["project", "step"] | None
+Place = Literal["cpu"] | None
+"""Where moments lie between steps: in host memory, or on the device."""
+
+
+class Budget(NamedTuple):
+    """What there is, in bytes."""
+
+    device: float
+    host: float = math.inf
+
+    def holds(self, found: Estimate) -> bool:
+        """Whether an estimate is within both."""
+        return found.fits(self.device) and found.pinned <= self.host
 
 
 @dataclass(frozen=True)
 class Way:
-    """An optimizer, what happens inside backward, and how moments are kept."""
+    """An optimizer, what happens inside backward, and how and where moments are kept."""
 
     optimizer: type[LowRankOptimizer]
     options: Mapping[str, Any]
     in_backward: Mode
     state_dtype: str
+    state_device: Place = None
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Of the constructor."""
-        return {**self.options, "state_dtype": self.state_dtype}
+        own = {"state_dtype": self.state_dtype, "state_device": self.state_device}
+        return {**self.options, **{k: x for k, x in own.items() if x is not None}}
 
     def __str__(self) -> str:
         """As it would be called."""
@@ -109,6 +125,10 @@ class Costs:
         tokens: int | tuple[int, int] | None,
         checkpointing: bool,
         loss: Loss,
+        loss_chunk: int | None,
+        autocast: Autocast | None,
+        transients: bool,
+        device: str,
     ) -> None:
         self.model, self.matrices, self.tokens = model, matrices, tokens
         self._least = [least] * len(matrices)
@@ -116,8 +136,10 @@ class Costs:
         self._common: dict[str, Any] = {
             "accumulation_steps": accumulation_steps,
             "coords_dtype": coords_dtype,
+            "device": device,
         }
         self._run: dict[str, Any] = {"tokens": tokens, "checkpointing": checkpointing, "loss": loss}
+        self._run |= {"loss_chunk": loss_chunk, "autocast": autocast, "transients": transients}
         self._known: dict[Any, Estimate] = {}
         self._exactly: dict[Any, Estimate] = {}
 
@@ -131,9 +153,13 @@ class Costs:
         """
         return self._plain(way, ranks).peak + (self._of_running(way) if added is None else added)
 
-    def fits(self, way: Way, ranks: Sequence[int], budget: float) -> bool:
-        """Whether the peak is within ``budget`` bytes; the model runs only where it may be."""
-        return self._plain(way, ranks).peak <= budget and self.exact(way, ranks).fits(budget)
+    def host(self, way: Way, ranks: Sequence[int]) -> int:
+        """Bytes of host memory."""
+        return self._plain(way, ranks).pinned
+
+    def fits(self, way: Way, ranks: Sequence[int], budget: Budget) -> bool:
+        """Whether the peak is within the budget; the model runs only where it may be."""
+        return budget.holds(self._plain(way, ranks)) and budget.holds(self.exact(way, ranks))
 
     def exact(self, way: Way, ranks: Sequence[int]) -> Estimate:
         """The estimate of these very ranks, with activations and what steps need in passing."""
@@ -175,8 +201,7 @@ class Costs:
                 way.optimizer,
                 groups=lambda _: with_ranks(self._groups, by_name),
                 in_backward=way.in_backward,
-                transients=counted,
-                **(self._run if counted else {}),
+                **(self._run if counted else {"transients": False}),
                 **self._common,
                 **way.arguments,
             )

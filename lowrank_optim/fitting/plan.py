@@ -20,6 +20,7 @@ from lowrank_optim.groups.keys import METHODS
 from lowrank_optim.groups.names import bare
 from lowrank_optim.groups.values import check_module, whole
 from lowrank_optim.memory import GIB, Estimate, estimate
+from lowrank_optim.memory.checks import check_device
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.tensors.matrix import matrix_view
 
@@ -51,6 +52,8 @@ class Plan:
     """Trainable parameters of two dimensions and more that get no rank, and bytes of each."""
     frozen: Mapping[str, int] = field(default_factory=dict)
     """Parameters that are not trained, and bytes of each."""
+    device: str | None = None
+    """The type of the one to train on; None is that of the model."""
     energy: float | None = None
     """Share of the energy of the gradients of ``calibrate`` that the ranks capture."""
 
@@ -187,6 +190,8 @@ class Plan:
             f"peak {gib(self.estimate.peak)} GiB of {self.budget / GIB:.6g} GiB"
             + " without activations" * (self.estimate.activations is None),
         ]
+        if self.estimate.staging:
+            lines[1] += f", and {gib(self.estimate.pinned)} GiB of the host"
         if self.energy is not None:
             lines.append(f"{self.energy:.1%} of the energy of gradients captured")
         by_rank: dict[int, list[str]] = {}
@@ -215,6 +220,7 @@ class Plan:
             in_backward=self.in_backward,
             accumulation_steps=self.accumulation_steps,
             coords_dtype=self.coords_dtype,  # type: ignore[arg-type]
+            device=self.device,
             **arguments,
         )
 
@@ -235,6 +241,7 @@ class Plan:
             raise ValueError(
                 f"accumulation_steps must be a positive int, got {self.accumulation_steps!r}"
             )
+        check_device(self.device)
 
     def _check(self, model: nn.Module) -> None:
         """Raise unless this is a plan of ``model``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import NoReturn
@@ -10,6 +11,7 @@ from lowrank_optim.fitting.asked import Asked, Named
 from lowrank_optim.fitting.costs import Costs, Way, gib
 from lowrank_optim.fitting.paths import Path, largest, steps_to, uniform
 from lowrank_optim.memory import GIB, Estimate
+from lowrank_optim.ops.devices import HOST_MEMORY
 
 ENOUGH, MOST = Fraction(1, 4), Fraction(1, 2)
 """Shares of the smaller sides: from which on nothing is given up for rank, and where it ends."""
@@ -19,8 +21,10 @@ def ways(named: Sequence[Named], asked: Asked) -> list[Way]:
     """Every way, in the order of what it gives up."""
     gentle = [mode for mode in asked.modes if mode != "step"]
     return [
-        Way(optimizer, own, mode, store)
+        Way(optimizer, own, mode, store, own.get("state_device", place))
+        for n, place in enumerate(asked.places)
         for optimizer, own in named
+        if n == 0 or "state_device" not in own
         for modes in (gentle, [mode for mode in asked.modes if mode == "step"])
         for store in asked.state_dtypes
         for mode in modes
@@ -82,15 +86,37 @@ class Search:
         Raises:
             ValueError: always.
         """
-        peak, least = self.costs.least(possible)
+        peak, least = self.costs.least(self._within_host(possible))
         raise ValueError(
-            f"nothing fits {self.asked.budget / GIB:.6g} GiB: the least is {gib(peak)} GiB, by "
-            f"{least} at rank {self.asked.least}. {self._advice()}"
+            f"nothing fits {self.asked.budget.device / GIB:.6g} GiB: the least is {gib(peak)} GiB, "
+            f"by {least} at rank {self.asked.least}. {self._advice(possible)}"
         )
 
-    def _advice(self) -> str:
+    def _within_host(self, possible: Sequence[Way]) -> list[Way]:
+        """Those whose moments are within what the host has, at the least ranks.
+
+        Raises:
+            ValueError: there is none.
+        """
+        limit, first = self.asked.budget.host, self.even.ranks(0)
+        sizes = [self.costs.host(way, first) for way in possible]
+        found = [way for way, size in zip(possible, sizes, strict=True) if size <= limit]
+        if not found:
+            raise ValueError(
+                f"host_gib={limit / GIB:.6g} has no room for moments: the least is "
+                f"{gib(min(sizes))} GiB at rank {self.asked.least}. Give that, or let moments lie "
+                "on the device"
+            )
+        return found
+
+    def _advice(self, possible: Sequence[Way]) -> str:
         """What would lower the least."""
         found = []
+        sizes = [self.costs.host(way, self.even.ranks(0)) for way in possible]
+        if max(sizes) > self.asked.budget.host:
+            found.append(f"a host_gib of {gib(max(sizes))}, for moments in host memory")
+        elif "cpu" not in self.asked.places and self.asked.device not in HOST_MEMORY:
+            found.append("state_devices=[None, 'cpu'], for moments in host memory")
         if self.costs.tokens is not None:
             found.append("give fewer tokens, or checkpointing=True")
         if self.asked.accumulation_steps > 1:
@@ -111,7 +137,9 @@ class Search:
         it leaves more room, and bounds what they add at those found in it. Where a bound does not
         hold, as larger ranks need more in passing, they are searched by their own estimates.
         """
-        budget = self.asked.budget
+        budget, host = self.asked.budget
+        if host < math.inf:
+            most = largest(lambda n: self.costs.host(way, path.ranks(n)), host, most)
         count = largest(self._peaks(way, path), budget, most)
         found = self._exact(way, path, count)
         if self.costs.tokens is not None and count < most and found.fits(budget):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +21,8 @@ from torch._subclasses.fake_tensor import (
 from torch.overrides import TorchFunctionMode
 
 from lowrank_optim.memory.alive import Alive
+from lowrank_optim.memory.autocast import Autocast, casting, run_again
+from lowrank_optim.memory.blocks import Sized
 from lowrank_optim.memory.gathered import without_activations
 from lowrank_optim.memory.inputs import batch_of, innermost
 from lowrank_optim.memory.losses import Loss, loss_by
@@ -158,10 +161,15 @@ def _as_on_a_gpu(model: nn.Module) -> None:
         inner.set_experts_implementation("grouped")
 
 
-def checkpoint_layers(model: Any) -> None:
-    """Every layer of a model of ``transformers``, whichever name its version has for it."""
+def checkpoint_layers(model: Any, **own: Any) -> None:
+    """Every layer of a model of ``transformers``, whichever name its version has for it.
+
+    Args:
+        model: the model.
+        **own: further arguments of ``torch.utils.checkpoint``.
+    """
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": False, **own})
 
 
 def _grouped_experts(*args: Any, **kwargs: Any) -> Any:
@@ -182,8 +190,12 @@ def in_flight(
     checkpointing: bool,
     passes: int,
     loss: Loss,
+    loss_chunk: int | None,
     left: Callable[[int, bool], Left | None],
     trained: Collection[int],
+    sized: Sized,
+    autocast: Autocast | None = None,
+    device: str = "meta",
     sharded: Callable[[nn.Module], nn.Module] | None = None,
 ) -> Flight:
     """Bytes of activations and gradients alive at once, at most and as each gradient arrives.
@@ -199,10 +211,14 @@ def in_flight(
         checkpointing: keep the inputs of the layers alone, and run each again inside backward.
         passes: micro-batches that add up.
         loss: which it has.
+        loss_chunk: its tokens at once, if it goes in chunks.
         left: what is left of the gradient of parameter i, in the last pass or before; None if it
             stays.
         trained: numbers of the parameters that ask for gradients, as the optimizer left it: layers
             that wait for their turn do not.
+        sized: what is taken for a tensor.
+        autocast: as of :func:`lowrank_optim.memory.estimate`.
+        device: the type of the one to train on.
         sharded: shards the copy that runs (default: None, which leaves it whole).
 
     Raises:
@@ -219,12 +235,17 @@ def in_flight(
         if tokens is not None:
             _as_on_a_gpu(model)
             if checkpointing:
-                checkpoint_layers(innermost(model))
+                within = {} if autocast is None else {"context_fn": lambda: _contexts(device)}
+                checkpoint_layers(innermost(model), **within)
             shape = (1, tokens) if isinstance(tokens, int) else (tokens[0], tokens[1])
             batch = batch_of(model, shape)
         model = model if sharded is None else sharded(model)
-        run = partial(loss_by, loss, model, batch) if batch else without_activations(model)
-        alive, parts, done = Alive(), dict[Tensor, list[Tensor]](), 0
+        run: Callable[[], Tensor] = (
+            partial(loss_by, loss, model, batch, loss_chunk)
+            if batch
+            else without_activations(model)
+        )
+        alive, parts, done = Alive(sized=sized), dict[Tensor, list[Tensor]](), 0
         arrivals: list[Arrival] = []
 
         def arrived(param: Tensor) -> None:
@@ -242,19 +263,26 @@ def in_flight(
         alive.leave_out([*map(local, numbers), *model.buffers(), *batch.values()])
         with alive:
             while done < passes:
-                _run(model, run)
+                _run(model, run, casting(autocast, device))
                 done += 1
         return Flight(alive.most, tuple(arrivals))
 
 
-def _run(model: nn.Module, run: Callable[[], Tensor]) -> None:
+def _contexts(device: str) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Of a checkpointed layer, run and run again."""
+    return nullcontext(), run_again(device)
+
+
+def _run(model: nn.Module, run: Callable[[], Tensor], cast: AbstractContextManager[Any]) -> None:
     """Forward and backward of one micro-batch.
 
     Raises:
         NotImplementedError: something in it needs values, or is not known without memory.
     """
     try:
-        run().backward()  # type: ignore[no-untyped-call]
+        with cast:
+            found = run()
+        found.backward()  # type: ignore[no-untyped-call]
     except WITHOUT_VALUES as error:
         raise NotImplementedError(
             f"tokens of a {type(innermost(model)).__name__}: forward or backward does what tensors "

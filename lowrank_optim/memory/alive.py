@@ -10,6 +10,8 @@ from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from lowrank_optim.memory.blocks import Sized, sized_on
+
 
 class Alive(TorchDispatchMode):
     """Counts bytes of the storages that operations made and that still exist.
@@ -19,12 +21,14 @@ class Alive(TorchDispatchMode):
 
     Args:
         device: type of the device whose storages count; those of others are the host's.
+        sized: what is taken for a storage (default: its bytes).
     """
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: str = "cpu", sized: Sized | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = 0
         self._device = device
+        self._sized = sized or sized_on("cpu")
         self._sizes: dict[int, int] = {}
         """Of the storages that count."""
         self._left_out: set[int] = set()
@@ -80,18 +84,19 @@ class Alive(TorchDispatchMode):
         if is_traceable_wrapper_subclass(x):
             return  # what it holds was counted as it was made
         storage = x.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key = storage._cdata
         if key in self._sizes or key in self._left_out:
             return
-        self._grow(key, size)
+        self._grow(storage)
         weakref.finalize(storage, self._gone, key).atexit = False
 
     def _resized(self, storage: UntypedStorage) -> None:
         if storage._cdata in self._sizes:
-            self._grow(storage._cdata, storage.nbytes())
+            self._grow(storage)
 
-    def _grow(self, key: int, size: int) -> None:
-        """A storage has ``size`` bytes from now on."""
+    def _grow(self, storage: UntypedStorage) -> None:
+        """A storage has as many bytes from now on as it has now."""
+        key, size = storage._cdata, self._sized(storage.nbytes())
         self.now += size - self._sizes.get(key, 0)
         self._sizes[key] = size
         self.most = max(self.most, self.now)

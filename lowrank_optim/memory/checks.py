@@ -58,8 +58,8 @@ def check_flag(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
-def check_loss(loss: Any, tokens: Any) -> None:
-    """Raise unless a loss is one of those known, and would have an effect.
+def check_loss(loss: Any, tokens: Any, chunk: Any = None) -> None:
+    """Raise unless a loss, and its chunk, are among those known and would have an effect.
 
     Raises:
         ValueError: it is not, or would have none.
@@ -68,6 +68,14 @@ def check_loss(loss: Any, tokens: Any) -> None:
         raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}, got {loss!r}")
     if tokens is None and loss != LOSSES[0]:
         raise ValueError(f"loss={loss!r} has no effect without tokens, which count activations")
+    allowed = whole(1, none=True)
+    if not allowed.holds(chunk):
+        raise ValueError(f"loss_chunk must be {allowed.text}, got {chunk!r}")
+    if chunk is not None and loss != "chunked":
+        raise ValueError(
+            f"loss_chunk={chunk} has no effect on loss={loss!r}: it is the tokens of which "
+            "loss='chunked' has logits at once"
+        )
 
 
 def check_sharded(model: Any, in_backward: Any, tokens: Any) -> None:

@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 
 from lowrank_optim.backward.projecting import check_choices, check_projecting
 from lowrank_optim.memory.activations import Flight, Left, in_flight
+from lowrank_optim.memory.autocast import Autocast, check_autocast
+from lowrank_optim.memory.blocks import CACHING, sized_on
 from lowrank_optim.memory.checks import (
     check,
     check_device,
@@ -28,7 +30,14 @@ from lowrank_optim.memory.inputs import model_of
 from lowrank_optim.memory.losses import Loss
 from lowrank_optim.memory.moments import worst_moments
 from lowrank_optim.memory.rehearsal import Rehearsal
-from lowrank_optim.memory.reporting import host_bytes, report, staging_bytes, storage_bytes
+from lowrank_optim.memory.reporting import (
+    blocks_of,
+    host_bytes,
+    pinned_bytes,
+    report,
+    staging_bytes,
+    storage_bytes,
+)
 from lowrank_optim.memory.world import Shard, World, check_world, pretended, refusals_of_fsdp
 from lowrank_optim.ops.devices import standing_for
 from lowrank_optim.optimizer import LowRankOptimizer
@@ -49,13 +58,15 @@ class Training:
     device: str = "meta"
     """The type of the one that it is trained on; ``"meta"`` is an accelerator."""
     loss: Loss = "transformers"
+    loss_chunk: int | None = None
+    autocast: Autocast | None = None
     world: World | None = None
     """The ranks among which FSDP2 shards the model."""
 
     @property
     def forward_and_backward(self) -> tuple[Any, ...]:
         """What they depend on, apart from the coordinates that gradients become."""
-        run = self.tokens, self.checkpointing, self.loss
+        run = self.tokens, self.checkpointing, self.loss, self.loss_chunk, self.autocast
         return self.in_backward == "step", self.accumulation_steps, *run
 
     @property
@@ -78,6 +89,8 @@ def estimate(
     tokens: int | tuple[int, int] | None = None,
     checkpointing: bool = False,
     loss: Loss = "transformers",
+    loss_chunk: int | None = None,
+    autocast: Autocast | None = None,
     transients: bool = True,
     world_size: int | None = None,
     shard: Shard | None = None,
@@ -114,16 +127,21 @@ def estimate(
         coords_dtype: likewise.
         tokens: count activations too: those of a micro-batch of one sequence of so many tokens, or
             ``(sequences, length)``. Forward and backward of a copy run without memory, and every
-            storage is followed: bfloat16 weights mean bfloat16 activations, as without autocast.
+            storage is followed: bfloat16 weights mean bfloat16 activations, but for ``autocast``.
             The model is one of ``transformers``, of text or of images, or has one in it, as PEFT's
             do; or it is a configuration. Of images, ``(images, tokens of one)``. Experts run as
             products of groups, attention fused unless the model's own is ``"eager"``.
         checkpointing: whether its layers are checkpointed.
         loss: ``"transformers"``, as the model computes it, with all logits in float32;
-            ``"chunked"``, cross entropy of 1,024 tokens after another, whose logits are made again
+            ``"chunked"``, cross entropy of some tokens after another, whose logits are made again
             in backward; or ``"fused"``, Liger's fused linear cross entropy, which makes the
             gradient of the head in forward. The last two are for causal language models (default:
             ``"transformers"``).
+        loss_chunk: tokens of which ``"chunked"`` has logits at once (default: 1,024).
+        autocast: train under ``torch.autocast`` of this dtype, ``"bfloat16"`` or ``"float16"``,
+            with weights of float32: activations are mostly in half, and the cast copy of each
+            weight lives to the end of forward, that of a layer that is not checkpointed until
+            backward has used it (default: None, without).
         transients: whether to find what steps and refreshes need in passing. The optimizer really
             steps, as on an accelerator and without memory: some seconds for a model of 7B, the
             matrices that are stepped alike once. Products, factorisations and kernels may take
@@ -148,10 +166,11 @@ def estimate(
             ``in_backward`` with ``world_size``; ``tokens`` of a model that looks at values; a
             ``loss`` that is not for the model.
         RuntimeError: ``world_size`` in a process that is in a process group already.
-        ValueError: ``in_backward``, ``first_basis``, ``coords_dtype``, ``loss`` or a named layout
-            is not known, ``loss`` would have no effect without ``tokens``, the method has no such
-            mode, or activations are asked for of a model that is none of ``transformers``, takes
-            other inputs, or has no place for as many tokens; or FSDP2 does not take the model.
+        ValueError: ``in_backward``, ``first_basis``, ``coords_dtype``, ``loss``, ``autocast`` or a
+            named layout is not known, ``loss`` or ``autocast`` would have no effect without
+            ``tokens`` or of weights that are not float32, the method has no such mode, or
+            activations are asked for of a model that is none of ``transformers``, takes other
+            inputs, or has no place for as many tokens; or FSDP2 does not take the model.
 
     Example:
         >>> import torch
@@ -168,7 +187,7 @@ def estimate(
     check_sharded(model, in_backward, tokens)
     check_device(device)
     check_choices(first_basis, coords_dtype)
-    check_loss(loss, tokens)
+    check_loss(loss, tokens, loss_chunk)
     cls = class_of(optimizer_class)
     check_world(model, cls, world_size, shard, in_backward)
     if isinstance(tokens, list):
@@ -177,6 +196,7 @@ def estimate(
     if not isinstance(model, nn.Module):
         with torch.device("meta"):
             module = model_of(model, dtype)
+    check_autocast(autocast, tokens, {p.dtype for p in module.parameters()})
     training = Training(
         in_backward,
         accumulation_steps,
@@ -187,6 +207,8 @@ def estimate(
         transients,
         device_of(module, device),
         loss,
+        loss_chunk,
+        autocast,
     )
     with among(world_size, shard) as world:
         training = replace(training, world=world)
@@ -252,7 +274,7 @@ def _estimated(
         if not isinstance(optimizer, LowRankOptimizer):
             raise ValueError(f"in_backward='project' is not for {type(optimizer).__name__}")
         check_projecting(optimizer)
-    held = report(optimizer)
+    held, sized = report(optimizer), sized_on(training.device)
     gradients = Gradients.of(optimizer, twins, training)
     flight: Flight | None = None
     if training.tokens is not None:
@@ -264,13 +286,21 @@ def _estimated(
     if training.transients and (world is not None or not any(map(is_sharded, params))):
         stepping = *chosen, training.attached
         if stepping not in known:
-            known[stepping] = Rehearsal.of(params, make, *training.attached)
+            mode, attached = training.attached
+            known[stepping] = Rehearsal.of(params, make, mode, attached, sized)
         rehearsal = known[stepping]
     absent = held.moments + held.other
     worst = worst_moments(gradients, training, flight or passing, rehearsal, absent)
     gathered = None if passing is None else passing.most - gradients.live
+    own = twins if world is None else params  # FSDP2 fills up the last shard
+    weights = _weights(own)
+    staging = staging_bytes(optimizer, alone=training.in_backward == "step")
+    rounding = 0
+    if training.device in CACHING:
+        taken = blocks_of(optimizer, own, staging)
+        rounding = taken - (weights + held.total - host_bytes(optimizer) + staging)
     return Estimate(
-        weights=_weights(twins if world is None else params),  # FSDP2 fills up the last shard
+        weights=weights,
         gradients=gradients.total,
         largest_gradient=gradients.largest,
         live_gradients=gradients.live,
@@ -279,7 +309,9 @@ def _estimated(
         other=held.other,
         in_backward=training.in_backward,
         host=host_bytes(optimizer),
-        staging=staging_bytes(optimizer, alone=training.in_backward == "step"),
+        pinned=pinned_bytes(optimizer),
+        staging=staging,
+        rounding=rounding,
         activations=(
             None if flight is None else max(0, flight.most - gradients.live - (gathered or 0))
         ),
@@ -345,8 +377,12 @@ def _flight(
                 checkpointing=training.checkpointing,
                 passes=min(training.accumulation_steps, 2),
                 loss=training.loss,
+                loss_chunk=training.loss_chunk,
                 left=left,
                 trained=gradients.sizes,
+                sized=gradients.sized,
+                autocast=training.autocast,
+                device=training.device,
                 sharded=None if world is None else world.sharded,
             )
     found: Flight = known[flying]

@@ -34,8 +34,15 @@ class Estimate:
     host: int = 0
     """The part of the state in host memory: moments with ``state_device="cpu"``, SwitchLoRA's
     pools. It is not in the peak."""
+    pinned: int = 0
+    """What these take of the host beside a GPU: torch rounds each pinned moment up to a power of
+    two."""
     staging: int = 0
     """Two buffers on the device, through which moments in host memory pass in a step."""
+    rounding: int = 0
+    """What the allocator takes for weights, state and staging beyond their bytes. On a GPU it gives
+    blocks, of multiples of 512 bytes, and a weight has the rest of its segment up to 1 MiB. In
+    figures of gradients, activations and steps a tensor counts as its block."""
     activations: int | None = None
     """What forward and backward need beside the live gradients; None where nobody asked."""
     step_transients: int | None = None
@@ -64,7 +71,7 @@ class Estimate:
     @property
     def held(self) -> int:
         """Weights, state and staging buffers, on the device: what is there all the time."""
-        return self.weights + self.state - self.host + self.staging
+        return self.weights + self.state - self.host + self.staging + self.rounding
 
     @property
     def peak(self) -> int:
@@ -98,6 +105,8 @@ class Estimate:
             rows += [("staging", self.staging, "  (two buffers that they pass through)")]
         if self.gathered is not None:
             rows.append(("gathered", self.gathered, "  (weights, and gradients to be reduced)"))
+        if self.rounding > 0:
+            rows.append(("in blocks", self.rounding, "  (what the allocator takes beyond these)"))
         if self.activations is not None:
             rows.append(("activations", self.activations, ""))
         if self.step_transients is not None:

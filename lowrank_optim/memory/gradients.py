@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lowrank_optim.backward.projecting import coords_of, items_of, kept_dtype
 from lowrank_optim.engine.refresh import phase
 from lowrank_optim.memory.activations import Left
+from lowrank_optim.memory.blocks import Sized, sized_on
 from lowrank_optim.memory.reporting import storage_bytes
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.parts import local
@@ -24,25 +25,29 @@ class Gradients:
     """Those of a model; parameters are numbered in its order."""
 
     sizes: dict[int, int]
-    """Bytes of the gradient of each that is trained."""
+    """What is taken for the gradient of each that is trained."""
     left: dict[int, Left]
     """What takes its place once it has arrived, where something does."""
     whole: frozenset[int]
     """Who keeps a whole one at the worst step though there are coordinates: a basis is due."""
     one_by_one: bool
     """Whether each arrives where others are already, to be added up."""
+    sized: Sized
+    """What is taken for a tensor."""
 
     @classmethod
     def of(cls, optimizer: Optimizer, params: Sequence[Tensor], training: Any) -> Gradients:
         """Gradients of ``params``, which stand for those of the model."""
-        sizes = {i: storage_bytes([local(p)]) for i, p in enumerate(params) if p.requires_grad}
+        sized = sized_on(training.device)
+        trained = ((i, p) for i, p in enumerate(params) if p.requires_grad)
+        sizes = {i: sized(storage_bytes([local(p)])) for i, p in trained}
         many = training.accumulation_steps > 1
         if training.in_backward == "project" and training.first_basis == "micro":
-            left, whole = _coordinates(optimizer, params, training.coords_dtype)
-            return cls(sizes, left, whole, many)
+            left, whole = _coordinates(optimizer, params, training.coords_dtype, sized)
+            return cls(sizes, left, whole, many, sized)
         if training.in_backward == "step" and not many:
-            return cls(sizes, {i: () for i in sizes}, frozenset(), many)
-        return cls(sizes, {}, frozenset(), many)
+            return cls(sizes, {i: () for i in sizes}, frozenset(), many, sized)
+        return cls(sizes, {}, frozenset(), many, sized)
 
     @property
     def total(self) -> int:
@@ -57,7 +62,7 @@ class Gradients:
     def kept(self, whole: Collection[int]) -> int:
         """Bytes once all have arrived, where those of ``whole`` are to stay as they are."""
         kept = {i: parts for i, parts in self.left.items() if i not in whole}
-        return self.total + sum(bytes_of(x) - self.sizes[i] for i, x in kept.items())
+        return self.total + sum(bytes_of(x, self.sized) - self.sizes[i] for i, x in kept.items())
 
     @property
     def in_flight(self) -> int:
@@ -75,13 +80,13 @@ class Gradients:
         return None if i in self.whole else self.left.get(i)
 
 
-def bytes_of(left: Left) -> int:
-    """Of tensors of these shapes and dtypes."""
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in left)
+def bytes_of(left: Left, sized: Sized) -> int:
+    """What is taken for tensors of these shapes and dtypes."""
+    return sum(sized(math.prod(shape) * dtype.itemsize) for shape, dtype in left)
 
 
 def _coordinates(
-    optimizer: Optimizer, params: Sequence[Tensor], coords_dtype: str
+    optimizer: Optimizer, params: Sequence[Tensor], coords_dtype: str, sized: Sized
 ) -> tuple[dict[int, Left], frozenset[int]]:
     """What becomes of gradients that become coordinates, and who stays whole at the worst step.
 
@@ -99,11 +104,11 @@ def _coordinates(
         coords = coords_of(item, optimizer.state[param], torch.empty_like(param)).values()
         number = numbers[param]
         found[number] = tuple((tuple(x.shape), kept_dtype(x.dtype, coords_dtype)) for x in coords)
-        sizes[number] = param.nbytes
+        sizes[number] = sized(param.nbytes)
         due.setdefault(chosen.gap, {}).setdefault(phase(item, chosen), []).append(number)
 
     def saved(own: Iterable[int]) -> int:
-        return sum(sizes[i] - bytes_of(found[i]) for i in own)
+        return sum(sizes[i] - bytes_of(found[i], sized) for i in own)
 
     whole: set[int] = set()
     for phases in due.values():

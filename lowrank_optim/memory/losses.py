@@ -21,7 +21,7 @@ Loss = Literal["transformers", "chunked", "fused"]
 LOSSES: tuple[Loss, ...] = get_args(Loss)
 
 CHUNK = 1024
-"""Tokens of which ``"chunked"`` has logits at once."""
+"""Tokens of which ``"chunked"`` has logits at once, where nobody says how many."""
 
 IGNORED = -100
 """The label of tokens without one, as everywhere."""
@@ -29,13 +29,16 @@ IGNORED = -100
 _KERNEL = "lowrank_optim::cross_entropy_"
 
 
-def loss_by(kind: Loss, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def loss_by(
+    kind: Loss, model: nn.Module, batch: dict[str, Tensor], chunk: int | None = None
+) -> Tensor:
     """The loss of a batch.
 
     Args:
         kind: ``"transformers"``, the model's own; or one of those here.
         model: of ``transformers``, or what wraps one.
         batch: as :func:`lowrank_optim.memory.inputs.batch_of` makes it.
+        chunk: tokens of which ``"chunked"`` has logits at once (default: 1,024).
 
     Raises:
         NotImplementedError: the model has no such loss.
@@ -43,6 +46,11 @@ def loss_by(kind: Loss, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     if kind == "transformers":
         return loss_of(model, batch)
     inner = innermost(model)
+    if kind == "fused" and torch.is_autocast_enabled("cpu"):
+        raise NotImplementedError(
+            "loss='fused' under autocast: which of its buffers Liger has in half is not known. "
+            "Leave one of the two out"
+        )
     head = _head_of(inner, kind, batch)
     labels = functional.pad(batch["labels"], (0, 1), value=IGNORED)[..., 1:].reshape(-1)
     inputs = {name: x for name, x in batch.items() if name != "labels"}
@@ -54,8 +62,11 @@ def loss_by(kind: Loss, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     aux = getattr(out, "aux_loss", None)
     hidden = seen.pop().reshape(-1, head.in_features)
     del out
-    of: Any = Chunked if kind == "chunked" else Fused
-    loss: Tensor = of.apply(hidden, head.weight, head.bias, labels, cap)
+    inputs_of: tuple[Any, ...] = hidden, head.weight, head.bias, labels, cap
+    of: Any = Fused
+    if kind == "chunked":
+        of, inputs_of = Chunked, (*inputs_of, chunk or CHUNK)
+    loss: Tensor = of.apply(*inputs_of)
     return loss if aux is None else loss + inner.config.router_aux_loss_coef * aux
 
 
@@ -105,27 +116,36 @@ class Chunked(torch.autograd.Function):
     """Cross entropy of a chunk of tokens after another, whose logits are made again in backward."""
 
     @staticmethod
+    # tensors without memory are on a CPU
+    @torch.amp.custom_fwd(device_type="cpu")  # type: ignore[untyped-decorator]
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cap: float | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        cap: float | None,
+        chunk: int,
     ) -> Tensor:
         """The mean over tokens of ``(tokens, in)`` that have a label."""
         ctx.save_for_backward(x, weight, bias, labels)
-        ctx.cap = cap
+        ctx.cap, ctx.chunk = cap, chunk
         total = torch.zeros((), dtype=_float(x), device=x.device)
-        for start in range(0, len(x), CHUNK):
-            rows = slice(start, start + CHUNK)
+        for start in range(0, len(x), chunk):
+            rows = slice(start, start + chunk)
             total += _summed(_log_probabilities(x[rows], weight, bias, cap), labels[rows])
         return total / _counted(labels)
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Each chunk's logits again; its gradients are added to those of the others."""
         x, weight, bias, labels = ctx.saved_tensors
         scale = grads[0] / _counted(labels)
         needed = [i for i in range(3) if ctx.needs_input_grad[i]]
         sums: list[Tensor | None] = [torch.empty_like(x) if 0 in needed else None, None, None]
-        for start in range(0, len(x), CHUNK):
-            rows = slice(start, start + CHUNK)
+        for start in reversed(range(0, len(x), ctx.chunk)):  # as autograd goes
+            rows = slice(start, start + ctx.chunk)
             with torch.enable_grad():
                 given: list[Any] = [
                     None if y is None else y.detach().requires_grad_(i in needed)
@@ -143,7 +163,7 @@ class Chunked(torch.autograd.Function):
                 else:
                     there[rows].copy_(grad) if i == 0 else there.add_(grad)
             del found, grad, loss, kept
-        return *sums, None, None
+        return *sums, None, None, None
 
 
 def _log_probabilities(x: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None) -> Tensor:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lowrank_optim.backward.attach import attach_in_backward
 from lowrank_optim.memory.activations import checkpoint_layers
+from lowrank_optim.memory.autocast import Autocast
 from lowrank_optim.memory.inputs import batch_of, innermost, loss_of
 from lowrank_optim.optimizer import LowRankOptimizer
 
@@ -101,6 +102,7 @@ def train(
     accumulation_steps: int = 1,
     coords_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     checkpointing: bool = False,
+    autocast: Autocast | None = None,
     steps: int = STEPS,
     **options: Any,
 ) -> None:
@@ -114,6 +116,7 @@ def train(
         accumulation_steps: micro-batches of a step.
         coords_dtype: as of :func:`lowrank_optim.attach_in_backward`.
         checkpointing: whether its layers are checkpointed.
+        autocast: the dtype of ``torch.autocast``, if there is one.
         steps: how many (default: 3).
         **options: arguments of the optimizer.
 
@@ -132,10 +135,15 @@ def train(
         attach_in_backward(
             made, in_backward, accumulation_steps=accumulation_steps, coords_dtype=coords_dtype
         )
-    with torch.device(next(model.parameters()).device):
+    device = next(model.parameters()).device
+    with torch.device(device):
         batch = batch_of(model, shape)
+    half = None if autocast is None else getattr(torch, autocast)
     for _ in range(steps):
         for _ in range(accumulation_steps):
-            (loss_of(model, batch) / accumulation_steps).backward()  # type: ignore[no-untyped-call]
+            with torch.autocast(device.type, half, enabled=half is not None):
+                loss = loss_of(model, batch) / accumulation_steps
+            loss.backward()  # type: ignore[no-untyped-call]
+            del loss
         made.step()
         made.zero_grad()

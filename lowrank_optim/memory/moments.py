@@ -107,7 +107,11 @@ def _beside_others(gradients: Gradients, kept: int, i: int) -> int:
     parts = gradients.staying(i)
     if parts is None:
         return kept
-    return kept + gradients.sizes[i] - (0 if gradients.one_by_one else bytes_of(parts))
+    return (
+        kept
+        + gradients.sizes[i]
+        - (0 if gradients.one_by_one else bytes_of(parts, gradients.sized))
+    )
 
 
 def _refreshing(gradients: Gradients, rehearsal: Rehearsal, at_first: int) -> tuple[int, int]:

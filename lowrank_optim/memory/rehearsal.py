@@ -23,6 +23,7 @@ from lowrank_optim.engine.refresh import phase
 from lowrank_optim.engine.step import bucketed
 from lowrank_optim.groups import Group
 from lowrank_optim.memory.alive import Alive
+from lowrank_optim.memory.blocks import Sized, in_blocks
 from lowrank_optim.ops.tiles import sizes_alone
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.parts import is_sharded, local
@@ -42,6 +43,7 @@ class Rehearsal:
         make: makes the optimizer over what stands for each of them.
         mode: of :func:`lowrank_optim.attach_in_backward`, if there is one.
         attached: its other arguments.
+        sized: what is taken for a tensor.
     """
 
     def __init__(
@@ -50,8 +52,9 @@ class Rehearsal:
         make: Callable[[Mapping[int, nn.Parameter]], Optimizer],
         mode: Literal["project", "step"] | None = None,
         attached: Sequence[tuple[str, Any]] = (),
+        sized: Sized = in_blocks,
     ) -> None:
-        self._mode = mode
+        self._mode, self._sized = mode, sized
         with self._within():
             self.params = [_stand_in(p) for p in params]
             self.optimizer = make({id(p): own for p, own in zip(params, self.params, strict=True)})
@@ -67,9 +70,10 @@ class Rehearsal:
     def of(
         cls, params: Sequence[Tensor], make: Callable[[Mapping[int, nn.Parameter]], Optimizer],
         mode: Literal["project", "step"] | None, attached: Sequence[tuple[str, Any]],
+        sized: Sized = in_blocks,
     ) -> Rehearsal | None:  # fmt: skip
         """A rehearsal; None of an optimizer that is not of this package and needs memory."""
-        found = cls(params, make, mode, attached)
+        found = cls(params, make, mode, attached, sized)
         if isinstance(found.optimizer, LowRankOptimizer):
             return found
         try:
@@ -233,13 +237,13 @@ class Rehearsal:
         most: dict[Tensor, int] = {}
         for p, _ in self._ordered(order):
             p.grad = torch.empty_like(p)
-            alive = Alive("meta")
+            alive = Alive("meta", self._sized)
             alive.hold([*self._held()])
             with alive:
                 self._hook(p)
-            most[p] = alive.most - p.nbytes
+            most[p] = alive.most - self._sized(p.nbytes)
         self._finish()
-        after = Alive("meta")
+        after = Alive("meta", self._sized)
         after.hold([*self._held()])
         return [max(0, most[p] - after.now) if p in most else 0 for p in self.params]
 
@@ -298,12 +302,12 @@ class Rehearsal:
 
         A gradient that goes counts as there after, as it is counted apart.
         """
-        alive = Alive("meta")
+        alive = Alive("meta", self._sized)
         alive.hold([*self._held(), *more])
         before, grads = alive.now, [p for p in self.params if p.grad is not None]
         with alive:
             work()
-        gone = sum(p.nbytes for p in grads if p.grad is None)
+        gone = sum(self._sized(p.nbytes) for p in grads if p.grad is None)
         return alive.most - max(before, alive.now + gone)
 
     def _held(self) -> Iterator[Tensor]:

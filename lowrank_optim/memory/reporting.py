@@ -13,6 +13,7 @@ from lowrank_optim.engine.offload import load_of
 from lowrank_optim.engine.plan import ParamPlan, Strategies, on_host, resting_keys
 from lowrank_optim.engine.sharded.step import bucketed_shards
 from lowrank_optim.engine.step import bucketed
+from lowrank_optim.memory.blocks import in_blocks, of_a_new_segment
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.parts import local
 
@@ -122,16 +123,51 @@ def _resting(optimizer: Optimizer) -> Iterator[tuple[Strategies, list[ParamPlan]
 
 def host_bytes(optimizer: Optimizer) -> int:
     """The part of the state that lies in host memory by choice, such as SwitchLoRA's pools."""
+    moments, pools = _on_host(optimizer)
+    return storage_bytes([*moments, *pools])
+
+
+def pinned_bytes(optimizer: Optimizer) -> int:
+    """What these take of a host beside a GPU: torch rounds pinned memory up to a power of two."""
+    moments, pools = _on_host(optimizer)
+    return sum(_power_of_two(x.untyped_storage().nbytes()) for x in moments) + storage_bytes(pools)
+
+
+def blocks_of(optimizer: Optimizer, params: Iterable[Tensor], staging: int) -> int:
+    """What an accelerator's allocator takes for parameters, state and staging.
+
+    Args:
+        optimizer: with its state, all over tensors without memory.
+        params: of the model.
+        staging: bytes of two buffers.
+    """
+    hosted = {id(x) for some in _on_host(optimizer) for x in some}
+    entries = (x for state in optimizer.state.values() for x in state.values())
+    kept = [local(x) for x in entries if isinstance(x, Tensor)]
+    if isinstance(optimizer, LowRankOptimizer):
+        kept += optimizer._shared.tensors()
+    there = {id(x): x for x in kept if x.is_meta and id(x) not in hosted}
+    weights = sum(of_a_new_segment(storage_bytes([local(p)])) for p in params)
+    states = sum(in_blocks(storage_bytes([x])) for x in there.values())
+    return weights + states + 2 * in_blocks(staging // 2)
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length() if size else 0
+
+
+def _on_host(optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
+    """Moments that lie in host memory, which are pinned, and what else does by choice."""
     resting: dict[Tensor, list[str]] = {}
     for chosen, items in _resting(optimizer):
         resting |= {item.param: resting_keys(item, chosen) for item in items}
-    found = [
-        local(value)
+    entries = [
+        (key in resting.get(param, ()), key, local(value))
         for param, state in optimizer.state.items()
         for key, value in state.items()
-        if key.startswith("host.") or key in resting.get(param, ())
     ]
-    return storage_bytes(found)
+    moments = [x for rests, _, x in entries if rests]
+    return moments, [x for rests, key, x in entries if key.startswith("host.") and not rests]
 
 
 def staging_bytes(optimizer: Optimizer, alone: bool = False) -> int:

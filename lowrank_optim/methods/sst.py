@@ -29,6 +29,7 @@ from lowrank_optim.engine.sharded.layers import (
     keep_,
     placed_as,
     refresh_by_owners,
+    with_copies,
 )
 from lowrank_optim.engine.sharded.refusals import check_layer
 from lowrank_optim.engine.sharded.replicas import refresh_layers
@@ -59,7 +60,8 @@ class Layer(ParamPlan):
 
     def named(self) -> State:
         """Factors, as the subspace names them."""
-        return dict(zip(Spectral.keys, (x.detach() for x in self.members), strict=True))
+        members = with_copies(self.members)
+        return dict(zip(Spectral.keys, (x.detach() for x in members), strict=True))
 
     def gradients(self) -> State:
         """Those of the factors in use, as far as there are any."""

@@ -31,10 +31,15 @@ class LOSTLinear(FromStart):
 
     Of the weight :math:`U \Sigma V^T` that was there, ``b (out, r)`` starts as
     :math:`U_r \Sigma_r^{1/2}` and ``a (r, in)`` as :math:`\Sigma_r^{1/2} V_r^T`. ``index`` are the
-    share ``density`` of the columns that are largest in :math:`W - U_r \Sigma_r V_r^T`, and
-    ``values (out, k)`` starts as those columns of W. Outputs are not those of W: the layer is for
-    training from the start. Without ``activation`` it is a linear map, and merges into one. Made by
-    :func:`lowrank_optim.nn.convert`, for any optimizer.
+    share ``density`` of the columns whose norm is largest in :math:`W - U_r \Sigma_r V_r^T`, and
+    ``values (out, k)`` starts as those columns of W, not of that difference. Outputs are not those
+    of W: the layer is for training from the start. Made by :func:`lowrank_optim.nn.convert`, for
+    any optimizer.
+
+    Differs from the paper, as far as its reviews and summaries quote it (neither its full text nor
+    its code was read): there :math:`\phi` is SiLU, ``activation="silu"`` here. By default there is
+    none, so that the layer is a linear map and merges into one. How the singular values are divided
+    between ``a`` and ``b``, and the default of ``density``, are this package's choice.
 
     Example:
         >>> import torch

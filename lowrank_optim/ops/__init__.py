@@ -6,7 +6,6 @@ from lowrank_optim.ops.composite import (
     lift_add_term_,
     matrix_norm,
     matrix_norms,
-    project,
     put_,
     put_all_,
     stochastic_round,
@@ -39,6 +38,7 @@ from lowrank_optim.ops.moments import (
     row_steps,
 )
 from lowrank_optim.ops.noise import Noise
+from lowrank_optim.ops.products import mixed_matmul, product_dtype, project
 from lowrank_optim.ops.reference import limited_, scaled_squares
 from lowrank_optim.ops.tiles import tile_elements, tile_rows
 
@@ -66,8 +66,10 @@ __all__ = [
     "lion_direction_",
     "matrix_norm",
     "matrix_norms",
+    "mixed_matmul",
     "moment_",
     "move_rows_",
+    "product_dtype",
     "project",
     "put_",
     "put_all_",

@@ -14,22 +14,6 @@ from lowrank_optim.ops.schema import calls
 from lowrank_optim.ops.tiles import tile_rows
 
 
-def project(basis: Tensor, grad: Tensor, out: Tensor | None = None) -> Tensor:
-    """``P^T G (..., r, n)`` from ``basis (..., m, r)`` and ``grad (..., m, n)``, in its dtype.
-
-    The product accumulates in float32, as GEMMs of narrow formats do.
-
-    Args:
-        basis: P.
-        grad: G.
-        out: where the product goes, of one matrix (default: new memory).
-    """
-    left = basis.mT
-    if basis.dtype != grad.dtype:
-        left = left.to(grad.dtype)
-    return torch.mm(left, grad, out=out) if grad.dim() == 2 else left @ grad
-
-
 def matrix_norm(x: Tensor) -> Tensor:
     """Frobenius norm ``(..., 1, 1)`` of ``x (..., m, n)`` in at least float32, a tile at a time.
 

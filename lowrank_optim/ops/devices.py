@@ -45,7 +45,7 @@ def kind_of(like: Tensor) -> str:
 
 def apart(tensor: Tensor) -> bool:
     """Whether host memory is other memory than that of this tensor's device."""
-    return tensor.device.type not in HOST_MEMORY
+    return kind_of(tensor) not in HOST_MEMORY
 
 
 def pinned(x: Tensor, device: torch.device) -> Tensor:

@@ -58,18 +58,24 @@ def serving(dtype: torch.dtype, device_type: str) -> ModuleType:
     return _choose(os.environ.get(VARIABLE), device_type, dtype == torch.float64)
 
 
-def backend(like: torch.Tensor, in_8bit: bool = False) -> ModuleType:
+def backend(
+    like: torch.Tensor, in_8bit: bool = False, factors_on_device: bool = False
+) -> ModuleType:
     """The module whose functions serve ops on tensors like this one.
 
     Args:
         like: an argument of the op.
         in_8bit: whether it reads or writes 8-bit codes, which plain torch is slow at.
+        factors_on_device: whether step sizes, decays or gains are tensors. Native kernels take
+            numbers of the host, so that the reference serves in their place.
 
     Raises:
         RuntimeError: a backend was forced that cannot run here; there is no silent fall-back.
     """
     device_type = like.device.type
     chosen = serving(like.dtype, device_type)
+    if factors_on_device and chosen is native:
+        return reference
     slow = in_8bit and chosen is reference and device_type in ORDER
     if slow and not os.environ.get(VARIABLE) and like.dtype != torch.float64:
         _warn_slow(device_type)

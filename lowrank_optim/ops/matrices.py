@@ -24,9 +24,12 @@ def lift_add_scaled_(
     lr: float,
     scale: float,
     finite: Sequence[Tensor] = (),
+    steps: Sequence[Tensor] = (),
+    decays: Sequence[Tensor] = (),
 ) -> None:
     """``W <- decay W - lr (P (a N - a R o c) + G o c)`` for each matrix: one GEMM and one pass.
 
+    With ``steps`` and ``decays`` it is ``W <- decay d W - lr s (…)``, where no host knows s and d.
     A column whose factor c is 0 gets exactly ``P (a N)``, whatever finite numbers R and G hold.
 
     Args:
@@ -40,8 +43,11 @@ def lift_add_scaled_(
         lr: step size.
         scale: a.
         finite: 0-d bools on the device, one a tensor; where False, W stays as it is, bit for bit.
+        steps: s, a factor of ``lr``: ``()`` in float32 on the device, one a tensor (default: 1).
+        decays: factors of ``decay``, likewise (default: 1).
     """
-    _ops.lift_add_scaled_(params, grads, bases, updates, lows, columns, decay, lr, scale, finite)
+    lists = params, grads, bases, updates, lows, columns
+    _ops.lift_add_scaled_(*lists, decay, lr, scale, finite, steps, decays)
 
 
 def lift_add_sign_(
@@ -55,9 +61,16 @@ def lift_add_sign_(
     scale: float,
     gain: float,
     finite: Sequence[Tensor] = (),
+    steps: Sequence[Tensor] = (),
+    decays: Sequence[Tensor] = (),
+    gains: Sequence[Tensor] = (),
 ) -> None:
-    """``W <- decay W - lr (a P N + gain sign(G - P R))`` for each matrix; arguments as above."""
-    _ops.lift_add_sign_(params, grads, bases, updates, lows, decay, lr, scale, gain, finite)
+    """``W <- decay W - lr (a P N + gain sign(G - P R))`` for each matrix.
+
+    Arguments as above; ``gains`` are factors of ``gain`` on the device, as ``steps`` of ``lr``.
+    """
+    lists = params, grads, bases, updates, lows
+    _ops.lift_add_sign_(*lists, decay, lr, scale, gain, finite, steps, decays, gains)
 
 
 def coordinate_add_(
@@ -71,6 +84,9 @@ def coordinate_add_(
     gain: float,
     free: str,
     finite: Sequence[Tensor] = (),
+    steps: Sequence[Tensor] = (),
+    decays: Sequence[Tensor] = (),
+    gains: Sequence[Tensor] = (),
 ) -> None:
     """Rows in ``indices``: ``W <- decay W - lr a N``; others: ``W <- decay W - lr gain f(G)``.
 
@@ -85,8 +101,12 @@ def coordinate_add_(
         gain: factor of the free rows.
         free: f: ``"sign"``, ``"sgd"`` (G itself) or ``"none"``.
         finite: 0-d bools on the device, one a tensor; where False, W stays as it is, bit for bit.
+        steps: s, a factor of ``lr``: ``()`` in float32 on the device, one a tensor (default: 1).
+        decays: factors of ``decay``, likewise (default: 1).
+        gains: factors of ``gain``, likewise (default: 1).
     """
-    _ops.coordinate_add_(params, grads, indices, updates, decay, lr, scale, gain, free, finite)
+    lists = params, grads, indices, updates
+    _ops.coordinate_add_(*lists, decay, lr, scale, gain, free, finite, steps, decays, gains)
 
 
 def coordinate_adamw_(

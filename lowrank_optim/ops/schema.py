@@ -22,6 +22,7 @@ NAMESPACE = "lowrank_optim"
 _BLOCKS = "int[] rows, int[] cols, int[] blocks"
 _ROWS = "Tensor[] row_eps, Tensor[] row_scale, Tensor[] finite"
 _APPLY = "Tensor(a!)[] params, Tensor[] grads"
+_FACTORS = "Tensor[] steps, Tensor[] decays"
 
 SCHEMAS = {
     "adamw_direction_": "(Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor(b!)[] exp_avg_sqs, "
@@ -53,11 +54,11 @@ SCHEMAS = {
     "Tensor(b!)[] outs, float tiny, float share, float noise, float limiter, Tensor[] finite) "
     "-> ()",
     "lift_add_scaled_": f"({_APPLY}, Tensor[] bases, Tensor[] updates, Tensor[] lows, "
-    "Tensor[] columns, float decay, float lr, float scale, Tensor[] finite) -> ()",
+    f"Tensor[] columns, float decay, float lr, float scale, Tensor[] finite, {_FACTORS}) -> ()",
     "lift_add_sign_": f"({_APPLY}, Tensor[] bases, Tensor[] updates, Tensor[] lows, float decay, "
-    "float lr, float scale, float gain, Tensor[] finite) -> ()",
+    f"float lr, float scale, float gain, Tensor[] finite, {_FACTORS}, Tensor[] gains) -> ()",
     "coordinate_add_": f"({_APPLY}, Tensor[] indices, Tensor[] updates, float decay, float lr, "
-    "float scale, float gain, str free, Tensor[] finite) -> ()",
+    f"float scale, float gain, str free, Tensor[] finite, {_FACTORS}, Tensor[] gains) -> ()",
     "coordinate_adamw_": f"({_APPLY}, Tensor[] indices, Tensor(b!)[] exp_avgs, "
     "Tensor(c!)[] exp_avg_sqs, float beta1, float beta2, float[] eps, float[] steps, "
     "float[] free_steps, float decay, str free) -> ()",
@@ -80,6 +81,11 @@ PLAN = "plan"
 
 ROLES = {"codes": torch.uint8, "scales": torch.float32, "finite": torch.bool, "usable": torch.bool}
 """Dtype of the arguments whose names start so."""
+
+
+ON_DEVICE = ("steps", "decays", "gains")
+"""Optional lists of factors on the device, one a tensor, that come last: ``()``, in float32 or in
+float64. Where they are, what serves takes them (:func:`~lowrank_optim.ops.dispatch.backend`)."""
 
 
 PACKED = {"stochastic_round_": ("xs",)}
@@ -105,9 +111,16 @@ def _check(
         dtype = ROLES.get(argument.rstrip("12"))
         if dtype is not None and not all([x.dtype == dtype for x in value]):
             raise ValueError(f"{name}: {argument} must be {dtype}")
+        if argument in ON_DEVICE and not all([_is_factor(x) for x in value]):
+            found = next(f"{x.dtype} {tuple(x.shape)}" for x in value if not _is_factor(x))
+            raise ValueError(f"{name}: {argument} must be float32 or float64 (), got {found}")
         if argument in packed and not all([x.is_contiguous() for x in value]):
             strides = [x.stride() for x in value if not x.is_contiguous()]
             raise ValueError(f"{name}: {argument} must be contiguous, got strides {strides[0]}")
+
+
+def _is_factor(x: Tensor) -> bool:
+    return x.dim() == 0 and x.dtype in (torch.float32, torch.float64)
 
 
 calls = SimpleNamespace()
@@ -162,12 +175,14 @@ def _define(name: str, schema: str) -> None:
     flat, in_8bit = name in FLAT, any(argument.startswith("codes") for argument in arguments)
 
     places = [i for i, argument in enumerate(arguments) if argument in written]
+    taken = [str(a.type) == "List[Tensor]" and a.name in ON_DEVICE for a in op._schema.arguments]
+    plain = len(arguments) - sum(taken)
 
     def run(*args: Any) -> Any:
         _check(name, arguments, packed, args)
         if not args[0]:
             return [] if name in FOUND else None
-        call = getattr(backend(args[0][0], in_8bit), name)
+        call = getattr(backend(args[0][0], in_8bit, any(args[plain:])), name)
         found = None
         if flat and not all([x.is_contiguous() for x in args[0]]):
             by_tiles(call, arguments, args)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,24 +34,12 @@ def cast_all(xs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     first = xs[0]
     if first.dtype == dtype:
         return [*xs]
-    wide = _as_they_lie(xs, torch.empty, dtype)
-    torch._foreach_copy_(wide, [*xs])
-    return wide
-
-
-def zeros_like_all(xs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Zeros for each of alike matrices ``(..., m, n)``, stored as they are, one after the other."""
-    return _as_they_lie(xs, torch.zeros, dtype)
-
-
-def _as_they_lie(
-    xs: Sequence[Tensor], make: Callable[..., Tensor], dtype: torch.dtype
-) -> list[Tensor]:
-    first = xs[0]
     turned = first.stride(-2) == 1 and first.stride(-1) != 1
     shape = first.mT.shape if turned else first.shape
-    own = make((len(xs), *shape), dtype=dtype, device=first.device).unbind(0)
-    return [x.mT for x in own] if turned else list(own)
+    own = torch.empty((len(xs), *shape), dtype=dtype, device=first.device).unbind(0)
+    wide = [x.mT for x in own] if turned else list(own)
+    torch._foreach_copy_(wide, [*xs])
+    return wide
 
 
 def is_words(x: Tensor, length: int | None = None) -> bool:

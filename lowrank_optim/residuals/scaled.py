@@ -119,7 +119,9 @@ class Scaled(Forgetful):
         b = 1.0 if self.paper else seen.subspace.scale
         # sums are exact to a few units of their dtype; coordinates and a basis in bfloat16 bring
         # errors of 3e-4 at most, as they average out
-        noise = max(4 * torch.finfo(dtype).eps, torch.finfo(seen.low.dtype).eps / 16)
+        # (of float16 the basis alone is)
+        kept = seen.grad if ops.product_dtype(seen.grad.dtype) == seen.low.dtype else seen.low
+        noise = max(4 * torch.finfo(dtype).eps, torch.finfo(kept.dtype).eps / 16)
         share = 2 * b - b * b
         return {"tiny": TINY, "share": share, "noise": noise, "limiter": self.limiter}
 

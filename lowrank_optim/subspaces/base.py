@@ -302,6 +302,13 @@ class Subspace(ABC):
             self.push_(*own)
             yield n
 
+    def takes_step(self, param: Tensor, term: Term | None) -> bool:
+        """Whether :meth:`push_all_` minds :attr:`Target.step` for weights like ``param``.
+
+        If not, updates and terms are multiplied by a step size that is on the device before.
+        """
+        return False
+
     def across(self, into: Target, state: State, update: dict[str, Tensor]) -> Tensor | None:
         """What :meth:`push_` must know of all columns, as sums over those that are here.
 

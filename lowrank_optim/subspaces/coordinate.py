@@ -21,7 +21,7 @@ from lowrank_optim.subspaces.base import (
     Subspace,
     register,
 )
-from lowrank_optim.subspaces.target import Target
+from lowrank_optim.subspaces.target import Target, gains_of, is_number, number_of, of_kernels
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.values import check_index
@@ -123,19 +123,24 @@ class Coordinates(Subspace):
         for n, (into, term) in enumerate(zip(intos, terms, strict=True)):
             if fusible(into, term):
                 free, gain = ("none", 0.0) if term is None else (FREE[term.kind], term.gain)
-                alike.setdefault((into.decay, into.lr, self.scale, gain, free), []).append(n)
+                own = number_of(gain), isinstance(gain, Tensor)
+                alike.setdefault((into.numbers, into.read, own, free), []).append(n)
             else:
+                assert into.step is None  # as takes_step has it
                 self._push_tiles_(into, states[n], updates[n], term)
                 yield n
-        for (decay, lr, scale, gain, free), at in alike.items():
-            some = [intos[n] for n in at]
+        for ((decay, lr), _, (gain, _), free), at in alike.items():
+            some, gains = [intos[n] for n in at], gains_of([terms[n] for n in at], intos[0].param)
             ops.coordinate_add_(
                 [into.param for into in some], [into.grad for into in some],
                 [states[n]["index"] for n in at], [updates[n]["low"] for n in at],
-                decay, lr, scale, gain, free,
-                [into.finite for into in some if into.finite is not None],
+                decay, lr, self.scale, gain, free, *of_kernels(some), gains,
             )  # fmt: skip
             yield from at
+
+    def takes_step(self, param: Tensor, term: Term | None) -> bool:
+        """All that the one-pass op takes."""
+        return _takes(term)
 
     def _push_tiles_(
         self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
@@ -202,10 +207,12 @@ class Rows(Coordinates):
 
 
 def fusible(into: Target, term: Term | None) -> bool:
-    """Whether the one-pass op takes this apply: numbers on the host, rounding to nearest."""
-    factors = into.decay, into.lr, 0.0 if term is None else term.gain
-    numbers = not any(isinstance(x, Tensor) for x in factors)
-    return numbers and into.rounding is None and (term is None or term.kind in FREE)
+    """Whether the one-pass op takes this apply: one decay a matrix, rounding to nearest."""
+    return is_number(into.decay) and into.rounding is None and _takes(term)
+
+
+def _takes(term: Term | None) -> bool:
+    return term is None or (term.kind in FREE and is_number(term.gain))
 
 
 def add_by_tiles_(

@@ -174,7 +174,7 @@ class DCT(FixedBasis):
             bases = self._columns(xs[0], stacked(indices)).to(xs[0].dtype).unbind(0)
             outs: Sequence[Tensor | None] = [None] * len(xs)
             if len(xs) > 1 and xs[0].dim() == 2:
-                outs = empty_like_all(xs, (self.rank, n), xs[0].dtype)
+                outs = empty_like_all(xs, (self.rank, n), ops.product_dtype(xs[0].dtype))
             return [ops.project(p, x, out) for p, x, out in zip(bases, xs, outs, strict=True)]
         plan = self._plan(m, xs[0])
         lows = empty_like_all(xs, (*xs[0].shape[:-2], self.rank, n), plan.sign.dtype)
@@ -216,6 +216,10 @@ class DCT(FixedBasis):
             finite = [into.finite for into in owners if into.finite is not None]
             ops.cosine_lift_add_(params, indices, lows, plan, self.basis, decay, rates, finite)
             yield from dict.fromkeys(numbers)
+
+    def takes_step(self, param: Tensor, term: Term | None) -> bool:
+        """Where a product lifts, and no transform."""
+        return not self.fast(param.shape[-2], param) and super().takes_step(param, term)
 
     def _push_tiles_(self, into: Target, state: State, low: Tensor, term: Term | None) -> None:
         """With a term, a factor on the device, or stochastic rounding."""

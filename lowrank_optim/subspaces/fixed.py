@@ -187,8 +187,7 @@ class FixedBasis(Projector):
             spectrum = None
         right = [*rotations[1:], None][0], [*sources[1:], None][0]
         (finite, ok), *_ = told
-        # sums of absolute values say nothing of squares, nor float32 of what float16 holds
-        sure = self.ranking == "l2" and grad.dtype != torch.float16
+        sure = self.ranking == "l2"  # sums of absolute values say nothing of squares
         moved = BasisChange(rotations[0], right[0], sources[0], right[1], low=low, ok=ok)
         return {"low": moved._replace(finite=finite if sure else None)}
 

@@ -11,7 +11,6 @@ from lowrank_optim import ops
 from lowrank_optim.subspaces.base import RefreshContext
 from lowrank_optim.subspaces.projector import Projector
 from lowrank_optim.subspaces.random import orthogonal
-from lowrank_optim.subspaces.randomized import mixed_matmul
 from lowrank_optim.subspaces.searches import Ask, Searching
 from lowrank_optim.subspaces.svd import left_singular_vectors
 
@@ -37,14 +36,6 @@ class PowerIteration(Projector):
         """ρ."""
         return self.rho
 
-    @property
-    def whole(self) -> str | None:
-        """Moments are of columns, and a basis is found where all of them are lifted."""
-        return (
-            "its bases are found from gradients and moments of whole matrices. Take DCTAdamW with "
-            "error_feedback, or GaLoreAdamW with on_refresh='project'"
-        )
-
     def find(self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext) -> Tensor:
         """One product with ``B B^T``, made orthonormal by Householder's reflections."""
         if previous is None:
@@ -67,4 +58,4 @@ def _applied(grad: Tensor, basis: Tensor) -> Tensor:
     norm = ops.matrix_norm(grad)
     norm = torch.where(norm > 0, norm, 1)
     q = basis.to(torch.promote_types(basis.dtype, torch.float32))
-    return mixed_matmul(grad, mixed_matmul((q / norm).mT, grad).mT) / norm
+    return ops.mixed_matmul(grad, ops.mixed_matmul((q / norm).mT, grad).mT) / norm

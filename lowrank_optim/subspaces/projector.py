@@ -17,7 +17,14 @@ from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.ops.stacked import cast_all, empty_like_all
 from lowrank_optim.subspaces.base import BasisChange, Reduce, RefreshContext, State, Subspace
 from lowrank_optim.subspaces.searches import Ask, Searching, alone
-from lowrank_optim.subspaces.target import Target, decayed_
+from lowrank_optim.subspaces.target import (
+    Target,
+    decayed_,
+    gains_of,
+    is_number,
+    number_of,
+    of_kernels,
+)
 from lowrank_optim.subspaces.terms import KINDS, Term, unknown_kind
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.values import check_finite
@@ -170,7 +177,8 @@ class Projector(Subspace):
         """As of each; those of several lie one after the other in memory."""
         outs: Sequence[Tensor | None] = [None] * len(grads)
         if len(grads) > 1 and grads[0].dim() == 2:
-            outs = empty_like_all(grads, (self.rank, grads[0].shape[1]), grads[0].dtype)
+            dtype = ops.product_dtype(grads[0].dtype)
+            outs = empty_like_all(grads, (self.rank, grads[0].shape[1]), dtype)
         found = []
         for state, grad, out in zip(states, grads, outs, strict=True):
             low = ops.project(state["basis"], grad, out)
@@ -211,6 +219,10 @@ class Projector(Subspace):
         rights = [state["basis_right"] for state in states] if self.two_sided else []
         yield from self._push_terms_(intos, bases, rights, updates, terms)
 
+    def takes_step(self, param: Tensor, term: Term | None) -> bool:
+        """What has a term, in the ops that lift and add it."""
+        return term is not None and is_number(term.gain)
+
     def _push_terms_(
         self,
         intos: Sequence[Target],
@@ -220,7 +232,7 @@ class Projector(Subspace):
         terms: Sequence[Term | None],
     ) -> Iterator[int]:
         """Updates with a term: those with the same numbers are one call of an op."""
-        fused: dict[Any, list[tuple[int, list[Tensor]]]] = {}
+        fused: dict[Any, list[tuple[int, Target, Term, list[Tensor]]]] = {}
         for n, (into, basis, term) in enumerate(zip(intos, bases, terms, strict=True)):
             if term is None:
                 continue
@@ -238,32 +250,31 @@ class Projector(Subspace):
             if scale == 0 and term.kind == "scaled":  # nothing is lifted: no directions
                 basis, wide, low = basis[..., :0], wide[..., :0, :], low[..., :0, :]
             rounds = into.rounding is not None
-            if rounds or isinstance(term.gain, Tensor) or isinstance(into.decay, Tensor):
+            if rounds or not (is_number(term.gain) and is_number(into.decay)):
+                assert into.step is None  # as takes_step has it
                 ops.lift_add_term_(
                     into.param, into.grad, basis, wide, low, term.columns, term.gain,
                     into.decay, into.lr, scale, into.rounding, into.finite,
                 )  # fmt: skip
                 yield n
                 continue
-            more = (term.columns if term.kind == "scaled" else None, into.finite)
             operands = [into.param, into.grad, basis, wide, low]
-            operands += [x for x in more if x is not None]
-            key = term.kind, into.decay, into.lr, scale, term.gain, into.finite is None
-            fused.setdefault(key, []).append((n, operands))
-        for (kind, decay, lr, scale, gain, known), own in fused.items():
-            lists = [[*xs] for xs in zip(*(operands for _, operands in own), strict=True)]
-            finite = [] if known else lists.pop()
+            if term.kind == "scaled":
+                assert term.columns is not None
+                operands.append(term.columns)
+            gain = number_of(term.gain), isinstance(term.gain, Tensor)
+            key = term.kind, into.numbers, into.read, scale, gain
+            fused.setdefault(key, []).append((n, into, term, operands))
+        for (kind, (decay, lr), _, scale, (gain, _)), own in fused.items():
+            at, some, alike, operands_of = zip(*own, strict=True)
+            params, grads, own_bases, wides, lows, *columns = zip(*operands_of, strict=True)
+            lists, more = (params, grads, own_bases, wides, lows), of_kernels(some)
             if kind == "scaled":
-                params, grads, own_bases, wides, lows, columns = lists
-                ops.lift_add_scaled_(
-                    params, grads, own_bases, wides, lows, columns, decay, lr, scale, finite
-                )
+                ops.lift_add_scaled_(*lists, columns[0], decay, lr, scale, *more)
             else:  # "sign"
-                params, grads, own_bases, wides, lows = lists
-                ops.lift_add_sign_(
-                    params, grads, own_bases, wides, lows, decay, lr, scale, gain, finite
-                )
-            yield from (n for n, _ in own)
+                gains = gains_of(alike, params[0])
+                ops.lift_add_sign_(*lists, decay, lr, scale, gain, *more, gains)
+            yield from at
 
 
 def _with_columns(intos: Sequence[Target], terms: Sequence[Term | None]) -> list[Term | None]:
@@ -277,8 +288,8 @@ def _with_columns(intos: Sequence[Target], terms: Sequence[Term | None]) -> list
             key = (id(gain) if isinstance(gain, Tensor) else gain, into.param.shape, into.low.dtype)
             if key not in known:
                 wider = torch.promote_types(into.low.dtype, torch.float32)
-                ones = torch.ones(*batch, 1, n, dtype=wider, device=into.param.device)
-                known[key] = ones * gain
+                one = torch.ones((), dtype=wider, device=into.param.device)
+                known[key] = (one * gain).expand(*batch, 1, n)
             term = term._replace(columns=known[key])
         found.append(term)
     return found

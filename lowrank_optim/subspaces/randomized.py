@@ -11,7 +11,6 @@ from torch.linalg import LinAlgError
 
 from lowrank_optim import ops
 from lowrank_optim.ops.devices import on_accelerator
-from lowrank_optim.ops.tiles import ACCELERATOR_TILE_ELEMENTS, tiles
 from lowrank_optim.subspaces.base import RefreshContext, register
 from lowrank_optim.subspaces.projector import Projector, replaced, usable
 from lowrank_optim.subspaces.random import gaussian, orthogonal
@@ -92,11 +91,11 @@ class RandomizedSVD(Projector):
         left = self.tolerance / 2  # of each half of an iteration
         captured = norm.new_zeros(norm.shape[:-2])
         for _ in range(self.max_iterations):
-            sketch = mixed_matmul((q / norm).mT, grad)  # (..., width, n), of norm <= 1
+            sketch = ops.mixed_matmul((q / norm).mT, grad)  # (..., width, n), of norm <= 1
             before = sketch[..., : self.rank, :].square().sum((-2, -1))
             if bool((before <= (1 + left) * captured).all()):
                 break
-            y = mixed_matmul(grad, sketch.mT) / norm
+            y = ops.mixed_matmul(grad, sketch.mT) / norm
             z = whiten(y, q)
             values, vectors = eigh(z.mT @ z)
             captured = values[..., -self.rank :].sum(-1)
@@ -124,8 +123,8 @@ class RandomizedSVD(Projector):
             start = yield Ask(orthonormal_start, (start,))
         q, norm = start, torch.where(known, norm, 1)
         for left in range(min(self.max_iterations, ITERATIONS[cold]) - 1, -1, -1):
-            sketch = mixed_matmul((q / norm).mT, grad)
-            y = mixed_matmul(grad, sketch.mT) / norm
+            sketch = ops.mixed_matmul((q / norm).mT, grad)
+            y = ops.mixed_matmul(grad, sketch.mT) / norm
             if left:
                 q = yield Ask(next_start, (y, q))
         q = yield Ask(last_basis, (y, q), (self.rank,))
@@ -255,28 +254,3 @@ def _error(gram: Tensor) -> Tensor:
 def unit_columns(x: Tensor) -> Tensor:
     """``x (..., m, r)`` with columns of length one, or zero."""
     return torch.nn.functional.normalize(x, dim=-2, eps=torch.finfo(x.dtype).tiny)
-
-
-TILE_ELEMENTS = 1 << 20
-
-
-def mixed_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in the wider of the two dtypes, casting the narrow one a tile at a time.
-
-    A bfloat16 gradient is the largest tensor of a refresh: it is never copied whole.
-    """
-    if a.dtype == b.dtype:
-        return a @ b
-    if torch.promote_types(a.dtype, b.dtype) == b.dtype:
-        return mixed_matmul(b.mT, a.mT).mT
-    *batch, k, n = b.shape
-    out = a.new_zeros(*batch, a.shape[-2], n)
-    by_column = n >= k  # cut the longer side of b
-    most = ACCELERATOR_TILE_ELEMENTS if on_accelerator(b) else TILE_ELEMENTS
-    width = max(1, min(most // min(k, n), -(-max(k, n) // 8)))
-    for tile in tiles(max(k, n), width):
-        if by_column:
-            out[..., tile] = a @ b[..., tile].to(a.dtype)
-        else:
-            out += a[..., tile] @ b[..., tile, :].to(a.dtype)
-    return out

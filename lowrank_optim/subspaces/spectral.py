@@ -36,7 +36,13 @@ from lowrank_optim.subspaces.searches import Searching, alone
 from lowrank_optim.subspaces.target import Target, guarded
 from lowrank_optim.subspaces.terms import Term, Wants
 from lowrank_optim.tensors.matrix import MatrixView
-from lowrank_optim.tensors.values import check_counter, check_finite, check_index
+from lowrank_optim.tensors.values import (
+    WIDE_COUNTER_MAX,
+    check_counter,
+    check_finite,
+    check_index,
+    set_counter_,
+)
 
 FACTORS = ("basis_u", "basis_v", "basis_s")
 """State keys of what is trained."""
@@ -157,7 +163,7 @@ class Spectral(Subspace):
             check_finite(state, key)
         check_finite(state, "basis_s", least=0)
         check_index(state, "basis_order", view.full_rank, "distinct")
-        check_counter(state, "host.iteration")
+        check_counter(state, "host.iteration", most=WIDE_COUNTER_MAX)
 
     def _offloads(self, param: Tensor) -> bool:
         return self.offload_inactive and not param.is_meta
@@ -222,7 +228,7 @@ class Spectral(Subspace):
             moved = self._all_new(state, fine)
         else:
             moved = self._redraw_(state, iteration, noise)
-        state["host.iteration"] += 1
+        set_counter_(state["host.iteration"], iteration + 1)
         return moved
 
     def weight(self, state: State, ctx: RefreshContext) -> Tensor:
@@ -350,7 +356,7 @@ class Spectral(Subspace):
     def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
         """Gradients of the factors, by the chain rule; ``enhanced`` leaves out the factor s."""
         u, v = state["basis_u"], state["basis_v"]
-        gu, gv = v.to(grad.dtype) @ grad.mT, u.to(grad.dtype) @ grad
+        gu, gv = ops.project(v.mT, grad.mT), ops.project(u.mT, grad)
         return {name: reduce(x) for name, x in self._chained(state, grad, gu, gv).items()}
 
     def coords_of(
@@ -367,10 +373,11 @@ class Spectral(Subspace):
             whole = _whole([states[n] for n in at])
             u, v = (whole[key].to(grads[0].dtype).unbind(0) for key in ("basis_u", "basis_v"))
             own = [grads[n] for n in at]
-            gu, gv = (torch.empty_like(whole[key], dtype=own[0].dtype) for key in FACTORS[:2])
+            dtype = ops.product_dtype(own[0].dtype)
+            gu, gv = (torch.empty_like(whole[key], dtype=dtype) for key in FACTORS[:2])
             for g, a, b, of_u, of_v in zip(own, u, v, gu.unbind(0), gv.unbind(0), strict=True):
-                torch.mm(b, g.mT, out=of_u)
-                torch.mm(a, g, out=of_v)
+                ops.project(b.mT, g.mT, of_u)
+                ops.project(a.mT, g, of_v)
             parts = self._chained(whole, own[0], gu, gv)
             each = zip(*(x.unbind(0) for x in parts.values()), strict=True)
             found += [dict(zip(parts, xs, strict=True)) for xs in each]
@@ -390,7 +397,7 @@ class Spectral(Subspace):
         if self.exact:
             parts, index = [gs], [self._active(state)]
             for where, ui, vi in self.rest(state):
-                parts.append(((vi.to(grad.dtype) @ grad.mT).to(ui.dtype) * ui).sum(-1))
+                parts.append((ops.project(vi.mT, grad.mT).to(ui.dtype) * ui).sum(-1))
                 index.append(where)
             gs = torch.empty_like(state["basis_s"]).scatter_(
                 -1, torch.cat(index, -1), torch.cat(parts, -1)

@@ -392,13 +392,14 @@ class Switched(Subspace):
                 found.append(self.coords(states[at[0]], grads[at[0]], reduce=identity))
                 continue
             factors = self._whole([states[n] for n in at])
-            lows = {side: torch.empty_like(x, dtype=grads[0].dtype) for side, x in factors.items()}
+            dtype = ops.product_dtype(grads[0].dtype)
+            lows = {side: torch.empty_like(x, dtype=dtype) for side, x in factors.items()}
             narrow = {side: x.to(grads[0].dtype).unbind(0) for side, x in factors.items()}
             parts = zip(*(x.unbind(0) for x in lows.values()), strict=True)
             for n, (low_a, low_b), a, b in zip(at, parts, *narrow.values(), strict=True):
                 grad = self.natural(grads[n])
-                torch.mm(b, grad, out=low_a)
-                torch.mm(a, grad.mT, out=low_b)
+                ops.project(b.mT, grad, low_a)
+                ops.project(a.mT, grad.mT, low_b)
             torch._foreach_mul_([*lows.values()], self.s)
             each = zip(*(x.unbind(0) for x in lows.values()), strict=True)
             own = zip(at, each, strict=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.ops.stacked import stacked
+from lowrank_optim.subspaces.terms import Term
 
 
 class Target(NamedTuple):
@@ -30,19 +31,29 @@ class Target(NamedTuple):
     finite: Tensor | None = None
     """0-d bool on the device; where False the weights must stay as they are."""
     step: Tensor | None = None
-    """Factor, on the device, of all that is added: an update and its term. The engine applies it to
-    what :attr:`Subspace.takes_wide` subspaces add to zeros."""
+    """Factor of :attr:`lr`, ``()`` on the device: of an update and its term. Subspaces get it that
+    take it (:meth:`Subspace.takes_step`)."""
     across: Tensor | None = None
     """Sums over all columns, by :meth:`Subspace.across`, where W has only some of them."""
 
     guarded: Tensor | None = None
     """What :meth:`guarded_decay` returns, where :func:`guarded` has computed it of several."""
 
+    @property
+    def numbers(self) -> tuple[float, float]:
+        """Decay and step size as kernels get them from the host."""
+        return number_of(self.decay), self.lr
+
+    @property
+    def read(self) -> tuple[bool, bool, bool]:
+        """Which of :func:`of_kernels` there are."""
+        return self.finite is not None, self.step is not None, isinstance(self.decay, Tensor)
+
     def guarded_decay(self) -> float | Tensor:
         """The decay, 1 where the gradient is not finite."""
         if self.guarded is not None:
             return self.guarded
-        if self.finite is None or (isinstance(self.decay, float) and self.decay == 1):
+        if self.finite is None or is_one(self.decay):
             return self.decay
         # in full precision: a bare scalar would be float32
         dtype = torch.promote_types(self.param.dtype, torch.float32)
@@ -71,7 +82,8 @@ def decayed_(intos: Sequence[Target]) -> list[float | Tensor]:
     here = [
         n
         for n, into in enumerate(intos)
-        if into.finite is not None and into.rounding is None and _decays_alike(into.decay)
+        if into.finite is not None and into.rounding is None
+        if is_number(into.decay) and not is_one(into.decay)
     ]
     by_decay: dict[Any, list[int]] = {}
     for n in here:
@@ -82,9 +94,8 @@ def decayed_(intos: Sequence[Target]) -> list[float | Tensor]:
         finite = [intos[n].finite for n in at]
         params = [intos[n].param for n in at]
         if isinstance(decay, Tensor):
-            wide = torch.promote_types(params[0].dtype, torch.float32)
-            factor = decay.reshape(()).to(params[0].device, wide, non_blocking=True)
-            ops.decay_(params, 1.0, [factor] * len(at), finite)  # type: ignore[arg-type]
+            factors = on_device([decay] * len(at), params[0])
+            ops.decay_(params, 1.0, factors, finite)  # type: ignore[arg-type]
         else:
             ops.decay_(params, decay, [], finite)  # type: ignore[arg-type]
         for n in at:
@@ -100,6 +111,46 @@ def same_number(a: float | Tensor, b: float | Tensor) -> bool:
     return a is b or (isinstance(a, float) and isinstance(b, float) and a == b)
 
 
-def _decays_alike(decay: float | Tensor) -> bool:
-    """Whether it is one factor for all of a matrix, and not one for each expert, nor none."""
-    return decay.numel() == 1 if isinstance(decay, Tensor) else decay != 1
+def is_one(factor: float | Tensor) -> bool:
+    """Whether the host knows that it changes nothing."""
+    return isinstance(factor, float) and factor == 1
+
+
+def number_of(factor: float | Tensor) -> float:
+    """What kernels get of it from the host, and 1 if it is on the device."""
+    return 1.0 if isinstance(factor, Tensor) else factor
+
+
+def is_number(factor: float | Tensor) -> bool:
+    """Whether it is one for all of a matrix, and not one for each expert."""
+    return not isinstance(factor, Tensor) or factor.numel() == 1
+
+
+def on_device(factors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
+    """Numbers as the kernels of matrices like ``like`` read them: ``()``, in at least float32.
+
+    One that several have in common is brought there once, others all at once.
+    """
+    wide = torch.promote_types(like.dtype, torch.float32)
+    distinct = [*{id(x): x for x in factors}.values()]
+    found = distinct
+    if any(x.dtype != wide or x.device != like.device for x in distinct):
+        whole = stacked([x.reshape(()) for x in distinct])
+        found = [*whole.to(like.device, wide, non_blocking=True).unbind(0)]
+    known = {id(x): own.reshape(()) for x, own in zip(distinct, found, strict=True)}
+    return [known[id(x)] for x in factors]
+
+
+def gains_of(terms: Sequence[Term | None], like: Tensor) -> list[Tensor]:
+    """What kernels read on the device of terms that have their gain there."""
+    gains = [term.gain for term in terms if term is not None and isinstance(term.gain, Tensor)]
+    return on_device(gains, like)
+
+
+def of_kernels(intos: Sequence[Target]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """What kernels read of matrices on the device: flags, steps and decays, one of each or none."""
+    flags = [into.finite for into in intos if into.finite is not None]
+    steps = [into.step for into in intos if into.step is not None]
+    decays = [into.decay for into in intos if isinstance(into.decay, Tensor)]
+    like = intos[0].param
+    return flags, on_device(steps, like), on_device(decays, like)

@@ -14,11 +14,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.devices import on_accelerator
+
 Values = Mapping[str, Tensor]
 """Entries of one parameter by their key, in the dtypes and shapes that a step expects."""
 
 COUNTER_MAX = 2**24 - 1
 """The most that a float32 counter may say: one more is the last that it can count to."""
+WIDE_COUNTER_MAX = 2**53
+"""The last that a float64 counter can count to."""
+
+
+def counts(x: Tensor) -> bool:
+    """Whether an entry, as it is made, is a counter of the host, and so may become float64."""
+    return x.dim() == 0 and x.is_cpu and x.dtype == torch.float32
+
+
+def widen_(counter: Tensor) -> None:
+    """Let a counter of the host be float64 from here on; it stays the same tensor."""
+    counter.data = counter.data.double()
+
+
+def set_counter_(counter: Tensor, count: float) -> None:
+    """Let a counter say ``count``; on the host in float64 where float32 could not add 1 to it.
+
+    One on a device stays what it is: a graph may know where.
+    """
+    if count >= COUNTER_MAX and not on_accelerator(counter):
+        widen_(counter)
+    counter.fill_(count)
 
 
 def check_counter(state: Values, key: str, least: int = 0, most: float = COUNTER_MAX) -> None:
@@ -34,7 +58,8 @@ def check_counter(state: Values, key: str, least: int = 0, most: float = COUNTER
     whole = not x.is_floating_point() or bool((x == x.floor()).all())
     # NaN compares as neither
     if not (whole and least <= low and high <= most and math.isfinite(high)):
-        wrong = ~((x >= least) & (x <= most) & x.isfinite())
+        exact = x.double()  # in float32 a bound may be rounded
+        wrong = ~((exact >= least) & (exact <= most) & x.isfinite())
         if x.is_floating_point():
             wrong |= x != x.floor()
         raise _found(key, x, wrong, f"whole numbers from {least} to {most:.0f}")

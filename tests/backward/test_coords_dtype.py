@@ -361,6 +361,7 @@ class Weights(nn.Module):
         sum((p * torch.randn_like(p)).sum() for p in self.all).backward()
 
 
+@pytest.mark.usefixtures("held_or_stepped")
 @pytest.mark.parametrize(("kind", "dtype"), in_turns([*KINDS], (torch.float32, torch.bfloat16)))
 def test_the_estimate_is_what_the_worst_step_holds(kind: str, dtype: torch.dtype) -> None:
     """To the byte, over two gaps: coordinates in their formats, and what is due whole.

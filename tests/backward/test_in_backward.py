@@ -31,15 +31,23 @@ from tests.backward.nets import (
     train,
 )
 from tests.compare import assert_close
-from tests.pairwise import paired
+from tests.pairwise import in_turns
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "stagger"),
-    paired([*METHODS], [torch.float64, torch.float32, torch.bfloat16], [False, True]),
+    ("name", "way"),
+    in_turns(
+        [*METHODS],
+        [
+            (dtype, stagger)
+            for stagger in (False, True)
+            for dtype in (torch.float64, torch.float32, torch.bfloat16)
+        ],
+    ),
 )
-def test_projecting_one_batch_is_the_step_to_the_bit(name, dtype, stagger) -> None:
+def test_projecting_one_batch_is_the_step_to_the_bit(name, way) -> None:
     """Without accumulation nothing is reordered: parameters and state are the same bits."""
+    dtype, stagger = way
     if not projectable(name):
         with pytest.raises(ValueError, match="use mode='step'"):
             attach_in_backward(make(name)[1])
@@ -636,8 +644,8 @@ def floors() -> tuple[int, int, int]:
     [
         (None, False),
         ("project", False),
-        ("project", True),
         ("step", True),
+        pytest.param("project", True, marks=pytest.mark.slow),
         pytest.param(None, True, marks=pytest.mark.slow),
         pytest.param("step", False, marks=pytest.mark.slow),
     ],

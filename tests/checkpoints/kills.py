@@ -1,7 +1,8 @@
 """Kills at any point of a run: a clock that counts operations and bytes, and dies at its time.
 
-The processes are forked from one that has torch loaded, so that a hundred cost a minute and not
-ten: see test_crash.py.
+The processes are forked from a server that has torch loaded, so that a hundred cost a minute and
+not ten: see test_crash.py. Not from this one: a process whose autograd has met a GPU has no
+backward in those that are forked from it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import io
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.checkpoints import crash
+from tests.sharded.ranks import server
 
 PIECES = 16
 """Writes of a checkpoint, each a point at which a run may be killed."""
@@ -60,19 +61,6 @@ class Clock(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.tick()
 
 
-def forked(work: Callable[[], None]) -> int:
-    """What a child of this process ends with: its exit code, or minus the signal."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def run(folder: Path, mode: str, end: int = -1) -> Clock:
     """A run from the last checkpoint in a folder, if there is one, to its end or its death."""
     clock = Clock(end)
@@ -85,11 +73,21 @@ def run(folder: Path, mode: str, end: int = -1) -> Clock:
     return clock
 
 
+def forked(folder: Path, mode: str, end: int) -> int:
+    """What a process of :func:`run` ends with: its exit code, or minus the signal."""
+    process = server().Process(target=run, args=(folder, mode, end))
+    process.start()
+    process.join()
+    code = process.exitcode
+    assert code is not None
+    return code
+
+
 def killed_until_done(folder: Path, mode: str, ends: list[int]) -> int:
     """Runs that are killed one after the other, and one that is not; how many died."""
     died = 0
     for end in [*ends, -1]:
-        code = forked(lambda end=end: run(folder, mode, end) and None)
+        code = forked(folder, mode, end)
         assert code in (0, -signal.SIGKILL), code
         died += code == -signal.SIGKILL
         if code == 0:

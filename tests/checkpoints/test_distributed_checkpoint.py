@@ -40,7 +40,7 @@ from lowrank_optim.checkpoints.load import hold_blocks
 from lowrank_optim.ops import quant
 from lowrank_optim.optimizer import LowRankOptimizer
 from tests import runs
-from tests.pairwise import paired
+from tests.pairwise import in_turns
 
 SAVED, STEPS = 4, 9  # with a gap of 3: between refreshes, and two refreshes after
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -103,12 +103,14 @@ def round_trip(
 
 
 @pytest.mark.parametrize(
-    ("method", "flat", "disk"), paired([*METHODS], [False, True], [False, True])
+    ("method", "way"),
+    in_turns([*METHODS], [(False, False), (True, True), (False, True), (True, False)]),
 )
 def test_run_goes_on_exactly(
-    method: str, flat: bool, disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, way: tuple[bool, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """State, groups and weights, into a model of other weights and an optimizer without state."""
+    flat, disk = way
     monkeypatch.setattr(quant, "MIN_SIZE", 30)  # some moments in codes, some too small for them
     model, optimizer = make(method, seed=0)
     runs.train(list(model.parameters()), optimizer, range(SAVED))
@@ -173,7 +175,19 @@ def test_a_checkpoint_of_another_rank_is_refused(flat: bool) -> None:
         set_optimizer_state_dict(model, other, state, options=options)
 
 
-@pytest.mark.parametrize("flat", [False, True])
+flattened = pytest.param(
+    True,
+    marks=pytest.mark.xfail(
+        torch.__version__.startswith("2.6."),
+        raises=KeyError,
+        strict=True,
+        reason="torch 2.6 raises where a flattened state lacks an entry that the optimizer has",
+    ),
+)
+"""Of checkpoints whose optimizer had others."""
+
+
+@pytest.mark.parametrize("flat", [False, flattened])
 def test_a_run_without_momentum_loads_where_there_is_some(flat: bool) -> None:
     """The checkpoint's hyper-parameters win, flattened or not.
 
@@ -197,8 +211,15 @@ def test_a_run_without_momentum_loads_where_there_is_some(flat: bool) -> None:
 FORMATS = {"float32": GaLoreAdamW, "8bit": GaLoreAdamW8bit}
 
 
-@pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("saved", FORMATS)
+@pytest.mark.parametrize(
+    ("saved", "flat"),
+    [
+        ("float32", False),
+        pytest.param("float32", True, marks=flattened.marks),
+        ("8bit", False),
+        ("8bit", True),
+    ],
+)
 def test_the_format_of_moments_is_the_checkpoints(saved: str, flat: bool) -> None:
     """As any hyper-parameter of a group: no bit of a moment is lost.
 
@@ -333,7 +354,7 @@ def test_on_disk_blocks_without_their_moments_are_refused(flat: bool, tmp_path: 
         round_trip((model, optimizer), (twin, resumed), flat, tmp_path / "part", planner=planner)
 
 
-@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("flat", [False, flattened])
 def test_in_memory_blocks_of_any_age_are_read(flat: bool) -> None:
     """Nothing to prepare, unless torch reads by the entries that the optimizer has: flattened."""
     model, optimizer = blocks(0)

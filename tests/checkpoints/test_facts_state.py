@@ -106,11 +106,23 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("name, projector, dtype", cases.params(cases.in_turn(PAIRS, DTYPES)))
+@pytest.mark.parametrize(
+    "name, projector, dtype",
+    [
+        pytest.param(
+            *row,
+            marks=pytest.mark.slow
+            # test_state.py resumes with every projector
+            if cases.is_beyond(*row[:2]) or (row[0] == "GaLoreAdamW" and i % 3)
+            else (),
+        )
+        for i, row in enumerate(cases.in_turn(PAIRS, DTYPES))
+    ],
+)
 def test_fact_13_a_resumed_run_is_bit_identical(
     name: str, projector: str, dtype: torch.dtype
 ) -> None:
-    """Saved at some of eight steps, loaded with ``weights_only=True``: the same bits at the end.
+    """Saved at some of six steps, loaded with ``weights_only=True``: the same bits at the end.
 
     A projected matrix refreshes at every third step: three steps in turn are before, on and after
     one, wherever its own falls. ``test_state.py`` resumes at every step. bfloat16 parameters
@@ -118,7 +130,7 @@ def test_fact_13_a_resumed_run_is_bit_identical(
     release pickles a Python object, which ``weights_only`` refuses.
     """
     start = [cases.parameter(s, dtype).detach() for s in SHAPES]
-    grads = [[g[i] for g in (cases.gradients(s, 8, dtype) for s in SHAPES)] for i in range(8)]
+    grads = [[g[i] for g in (cases.gradients(s, 6, dtype) for s in SHAPES)] for i in range(6)]
 
     def make() -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
         params = [torch.nn.Parameter(x.clone()) for x in start]
@@ -133,7 +145,7 @@ def test_fact_13_a_resumed_run_is_bit_identical(
         torch.save(([p.detach() for p in params], optimizer.state_dict()), file)
         checkpoints.append(file.getvalue())
         cases.run(optimizer, params, [row])
-    for i in (2, 3, 4) if name in cases.projecting_names() else range(8):
+    for i in (2, 3, 4):
         weights, state = torch.load(io.BytesIO(checkpoints[i]), weights_only=True)
         again, resumed = make()
         for p, w in zip(again, weights, strict=True):

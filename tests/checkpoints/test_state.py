@@ -22,7 +22,7 @@ from lowrank_optim import (
     memory,
 )
 from tests import cases, runs
-from tests.pairwise import in_turns, paired
+from tests.pairwise import in_turns
 from tests.sharded.ranks import Ranks, World
 
 GAP, STEPS = 3, 8  # three refreshes of every matrix, and steps between them
@@ -74,17 +74,19 @@ FORMATS = {
 
 
 @pytest.mark.parametrize(
-    ("projector", "formats", "stagger"),
-    paired(["svd", "rsvd", "random"], [*FORMATS], [True, False]),
+    ("formats", "way"),
+    in_turns([*FORMATS], [(x, y) for y in (True, False) for x in ("svd", "rsvd", "random")]),
 )
-def test_resume_at_every_step_is_exact(projector: str, formats: str, stagger: bool) -> None:
-    dtype, options = FORMATS[formats]
+def test_resume_at_every_step_is_exact(formats: str, way: tuple[str, bool]) -> None:
+    (dtype, options), (projector, stagger) = FORMATS[formats], way
     options = {**options, "projector": projector, "stagger": stagger}
     assert_resumes(GaLoreAdamW, dtype, options, range(STEPS))
 
 
-@pytest.mark.parametrize("on_refresh", ["keep", "reset", "project"])
-@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right", "full"])
+@pytest.mark.parametrize(
+    ("proj_type", "on_refresh"),
+    in_turns(["std", "reverse_std", "left", "right", "full"], ["keep", "reset", "project"]),
+)
 def test_resume_is_exact_for_every_side_and_transport(proj_type: str, on_refresh: str) -> None:
     assert_resumes(GaLoreAdamW, torch.float32, {"proj_type": proj_type, "on_refresh": on_refresh})
 

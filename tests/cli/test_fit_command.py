@@ -49,7 +49,7 @@ def test_json_is_the_plan(tmp_path) -> None:
     assert done.exit_code == 0, done.output
     expected = fit(
         small(), 0.0001, optimizers=[GaLoreAdamW], in_backward=[None, "project"],
-        accumulation_steps=4, update_proj_gap=7, multiple=4, least=8,
+        accumulation_steps=4, update_proj_gap=7, multiple=4, least=8, device="cuda",
     )  # fmt: skip
     assert Plan.from_json(done.stdout, small()) == expected
     assert Plan.from_json((tmp_path / "plan.json").read_text()) == expected
@@ -61,9 +61,24 @@ def test_calibrate_runs_the_model(monkeypatch) -> None:
     done = run(*SMALL, "--json", "--calibrate", f"{HERE}:losses", "--energy", "absolute")
     assert done.exit_code == 0, done.output
     torch.manual_seed(0)
-    expected = fit(small(), 0.0001, calibrate=losses, energy="absolute")
+    expected = fit(small(), 0.0001, calibrate=losses, energy="absolute", device="cuda")
     assert Plan.from_json(done.stdout) == expected
     assert 0 < expected.energy <= 1
+
+
+def test_moments_in_host_memory() -> None:
+    """Their place and limit reach fit(), and the device is a GPU unless it is said."""
+    own = ["--optimizer", "GaLoreAdamW", "--state-device", "cpu", "--host-gib", "0.00002"]
+    done = run(*SMALL, "--json", "--in-backward", "none", *own)
+    assert done.exit_code == 0, done.output
+    expected = fit(
+        small(), 0.0001, optimizers=[GaLoreAdamW], in_backward=[None], state_devices=["cpu"],
+        host_gib=0.00002, device="cuda",
+    )  # fmt: skip
+    found = Plan.from_json(done.stdout)
+    assert found == expected and 0 < found.estimate.pinned <= 0.00002 * 2**30
+    refused = run(*SMALL, *own, "--device", "cpu")
+    assert refused.exit_code == 2 and "no effect where the device is a CPU" in refused.output
 
 
 def test_the_table(tmp_path) -> None:

@@ -45,6 +45,7 @@ def told(tmp_path: Path) -> Job:
         "model": str(tmp_path), "dtype": "float32", "budget": GIB, "shape": [1, 32],
         "optimizer": "GaLoreAdamW8bit", "options": {"rank": 16, "betas": [0.9, 0.99]},
         "checkpointing": True, "in_backward": None, "accumulation_steps": 1, "coords_dtype": "auto",
+        "autocast": None,
     }  # fmt: skip
 
 
@@ -99,7 +100,9 @@ def test_without_tokens_it_is_one_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "steps"), [(None, 1), ("step", 1), ("project", 2)], ids=["none", "step", "project"]
+    ("mode", "steps"),
+    [(None, 1), *(pytest.param(*x, marks=pytest.mark.slow) for x in (("step", 1), ("project", 2)))],
+    ids=["none", "step", "project"],
 )
 def test_real_steps_hold_what_is_estimated(mode: Any, steps: int, told: Job) -> None:
     """On a CPU, where the counters are the profiler's: within the temporaries of a step.
@@ -237,6 +240,7 @@ def test_the_table_and_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "model": str(tmp_path), "dtype": "bfloat16", "budget": 24 * GIB, "shape": [1, 64],
         "optimizer": "GaLoreAdamW8bit", "options": {"rank": 64}, "checkpointing": True,
         "in_backward": None, "accumulation_steps": 1, "coords_dtype": "auto",
+        "autocast": None,
     }  # fmt: skip
     printed = run(*own).stdout.split("Measured in 3 steps under a cap of 24 GiB")[1]
     lines = [" ".join(line.split()) for line in printed.splitlines()]

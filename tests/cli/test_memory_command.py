@@ -69,7 +69,7 @@ def figures(*arguments: str) -> dict[str, Any]:
 
 def test_figures_by_hand() -> None:
     """Rank 8 of two matrices of 32 by 64: bases, moments and coordinates, counted in float32."""
-    said = figures(*SMALL, "--optimizer", "GaLoreAdamW")
+    said = figures(*SMALL, "--optimizer", "GaLoreAdamW", "--device", "cpu")
     (row,) = said["rows"]
     matrix, bias = 32 * 64, 32
     assert said["parameters"] == 2 * matrix + bias and said["dtype"] == "float32"
@@ -134,6 +134,7 @@ def test_every_class_has_a_row(name: str) -> None:
     assert row["peaks"][0]["peak"] == found.peak
 
 
+@pytest.mark.usefixtures("held_or_stepped")
 def test_table_shows_the_figures_under_their_names(tmp_path: Path) -> None:
     """What does not fit says by how much; a column says its mode and its micro-batches."""
     wide = {**TINY, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 64000}
@@ -222,6 +223,14 @@ def test_losses_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert given["rows"][0]["peaks"][0]["activations"] == fused < whole
     assert given["loss"] == "fused"
+    more = ("--loss", "chunked", "--loss-chunk", "8", "--autocast", "float16", "--dtype", "float32")
+    given = figures(*own, *more)
+    asked = {"loss": "chunked", "loss_chunk": 8, "autocast": "float16"}
+    found = estimate(config, GaLoreAdamW8bit, rank=8, dtype=torch.float32, **asked, **options)
+    assert given["rows"][0]["peaks"][0]["activations"] == found.activations
+    assert {key: given[key] for key in asked} == asked
+    printed = " ".join(run(*own, *more).stdout.split())
+    assert "chunked loss of 8 tokens, autocast to float16" in printed
 
 
 def long() -> nn.Module:
@@ -301,6 +310,8 @@ BAD = {
     "micro-batch": ([*SMALL, "--micro-batch", "4"], "--micro-batch has no effect without --tokens"),
     "checkpointing": ([*SMALL, "--checkpointing"], "--checkpointing has no effect without"),
     "loss": ([*SMALL, "--loss", "fused"], "--loss has no effect without --tokens"),
+    "chunk": ([*SMALL, "--loss-chunk", "8"], "--loss-chunk has no effect without --tokens"),
+    "autocast": ([*SMALL, "--autocast", "bfloat16"], "--autocast has no effect without --tokens"),
     "tokens": ([*SMALL, "--tokens", "0"], "0 is not in the range x>=1"),
     "mode": ([*SMALL, "--in-backward", "all"], "'all' is not one of 'none', 'step', 'project'"),
     "coordinates": (

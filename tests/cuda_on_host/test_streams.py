@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from contextlib import nullcontext
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE
 from typing import Any
 
 import pytest
@@ -65,8 +67,33 @@ def test_tensors_of_two_devices_are_refused_before_a_launch(host: Host, op: str)
             assert not launched, name
 
 
-def test_a_launch_on_another_device_is_seen(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_low_memory(x: Tensor) -> Tensor:
+    """A copy where the heap of a Python is that is not position-independent, as Ubuntu's."""
+    if not x.numel():
+        return x.clone()
+    data = low_memory(x.nbytes)
+    return torch.frombuffer(data, dtype=x.dtype, count=x.numel()).view(x.shape).copy_(x)
+
+
+def low_memory(size: int) -> ctypes.Array[ctypes.c_char]:
+    """A mapping at an address of 32 bits, which stays: where nothing is, a hint is taken."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *3 * [ctypes.c_int], ctypes.c_long]
+    for hint in range(1 << 29, 1 << 31, 1 << 20):
+        at = libc.mmap(hint, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+        if at == hint:
+            return (ctypes.c_char * size).from_address(at)
+    raise MemoryError("no place below 2 GiB")
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_a_launch_on_another_device_is_seen(
+    host: Host, low: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the tests above would see if the loader did not change the device."""
+    if low:
+        monkeypatch.setattr(host, "_guarded", in_low_memory)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     with pytest.raises(AssertionError, match="on device 0 was given an address of device 1"):
         compare(host, "moment_", example("moment_"), 1)

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import demo
 from benchmarks.bytes_task import make_model
 from benchmarks.study.sizes import SIZES
-from lowrank_optim import GaLoreAdamW, lowrank_groups
+from lowrank_optim import GaLoreAdamW8bit, lowrank_groups
 from lowrank_optim.memory import estimate
 
 
@@ -25,7 +25,7 @@ def made(tmp_path_factory):
 def test_both_runs_begin_alike(made):
     """The same weights and the same first batch: before a step the runs are one run."""
     first = {(r["validation"][0][1], r["train_loss"][0]) for r in made[1].values()}
-    assert list(made[1]) == ["torch.optim.AdamW", "GaLoreAdamW"] and len(first) == 1
+    assert list(made[1]) == ["torch.optim.AdamW", "GaLoreAdamW8bit"] and len(first) == 1
 
 
 def test_the_swapped_line_is_the_only_difference(made):
@@ -37,11 +37,11 @@ def test_state_is_what_the_estimate_says(made):
     size, rank = SIZES["small"], demo.LINES[1][0].options["rank"]
     expected = estimate(
         make_model(size.shape, 0),
-        GaLoreAdamW,
+        GaLoreAdamW8bit,
         groups=lambda model: lowrank_groups(model, rank=rank),
         **{k: v for k, v in demo.LINES[1][0].options.items() if k != "rank"},
     )
-    assert made[1]["GaLoreAdamW"]["state_bytes"] == expected.state
+    assert made[1]["GaLoreAdamW8bit"]["state_bytes"] == expected.state
 
 
 def test_table_and_figure_are_of_the_results(made):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,10 +60,16 @@ def nodes(tree: ast.AST, typing: bool = False) -> Iterator[ast.AST]:
             yield from nodes(child, typing)
 
 
+@functools.cache
+def parsed(name: str) -> ast.Module:
+    return ast.parse(EVERY[name].read_text(encoding="utf-8"))
+
+
+@functools.cache
 def imported(name: str, typing: bool = False) -> set[str]:
     """Full names of what a module imports, attributes of a package included."""
     found = set()
-    for node in nodes(ast.parse(EVERY[name].read_text(encoding="utf-8")), typing):
+    for node in nodes(parsed(name), typing):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -78,20 +85,23 @@ def layer(name: str) -> str:
     return parts[1] if len(parts) > 1 and parts[1] != "__init__" else ""
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
-def test_dependencies_point_down(name: str) -> None:
+FOLDERS = sorted({layer(name) for name in MODULES})
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_dependencies_point_down(folder: str) -> None:
     """Also those that only annotations use. Members of one layer do not import each other.
 
     Accelerators are behind ops alone, so that everything else runs, and is tested, without them.
     """
-    own, names = layer(name), imported(name, typing=True)
-    if own != "ops":
-        assert not {n.split(".")[0] for n in names} & ACCELERATORS
-    if own != "cli":
-        assert not {n.split(".")[0] for n in names} & COMMAND, "for the command alone"
-    inner = {layer(n) for n in names if n.split(".")[0] == "lowrank_optim"} - {own}
-    assert own in HEIGHT, f"{own} has no place among LAYERS"
-    assert {other for other in inner if HEIGHT[other] >= HEIGHT[own]} == set()
+    assert folder in HEIGHT, f"{folder} has no place among LAYERS"
+    for name in (x for x in MODULES if layer(x) == folder):
+        names = imported(name, typing=True)
+        tops = {n.split(".")[0] for n in names}
+        assert folder == "ops" or not tops & ACCELERATORS, name
+        assert folder == "cli" or not tops & COMMAND, f"{name}: for the command alone"
+        inner = {layer(n) for n in names if n.split(".")[0] == "lowrank_optim"} - {folder}
+        assert {other for other in inner if HEIGHT[other] >= HEIGHT[folder]} == set(), name
 
 
 def test_benchmarks_use_the_package_as_anybody_does() -> None:
@@ -152,15 +162,18 @@ def at_import(tree: ast.AST) -> Iterator[ast.AST]:
             yield from at_import(child)
 
 
-@pytest.mark.parametrize("name", sorted(set(MODULES) - {"lowrank_optim.distributed"}))
-def test_nothing_of_several_processes_is_imported_before_there_are_any(name: str) -> None:
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_nothing_of_several_processes_is_imported_before_there_are_any(folder: str) -> None:
     """DTensors take a second to import, and a torch built without distributed has no groups.
 
     ``import torch.distributed`` is all that any torch allows.
     """
-    for node in at_import(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+    inside = [x for x in MODULES if layer(x) == folder and x != "lowrank_optim.distributed"]
+    for name, node in ((x, node) for x in inside for node in at_import(parsed(x))):
         if isinstance(node, ast.ImportFrom):
-            assert not (node.module or "").startswith("torch.distributed"), ast.unparse(node)
+            told = f"{name}: {ast.unparse(node)}"
+            assert not (node.module or "").startswith("torch.distributed"), told
         elif isinstance(node, ast.Import):
             for alias in node.names:
-                assert not alias.name.startswith("torch.distributed."), ast.unparse(node)
+                told = f"{name}: {ast.unparse(node)}"
+                assert not alias.name.startswith("torch.distributed."), told

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
-from benchmarks.bytes_task import Shape, make_model
+from benchmarks.bytes_task import Shape, load_text, make_model
 from benchmarks.study import acceptance, report, training
 from benchmarks.study.acceptance import Measured, facts, measure
+from benchmarks.study.progress import Runner
 from benchmarks.study.recipes import METHODS, Case, Method, restart
-from benchmarks.study.search import beside, search
+from benchmarks.study.search import SEARCH_SEED, beside, search
 from benchmarks.study.sets import (
     RELATIONS,
     ablations,
@@ -23,7 +26,7 @@ from benchmarks.study.sets import (
     with_rank,
 )
 from benchmarks.study.sizes import SIZES, Size
-from benchmarks.study.training import Trial, kept, rate, run, train
+from benchmarks.study.training import Place, Trial, kept, rate, run, train
 
 MICRO = Size(
     Shape(hidden=32, mlp=64, layers=1, heads=2, batch=8, context=32),
@@ -172,6 +175,42 @@ def test_a_kept_run_is_not_made_again_and_the_same_seed_is_the_same_run(tmp_path
     monkeypatch.setattr(training, "train", lambda *_: pytest.fail("made again"))
     assert run(trial, tmp_path)["final_loss"] == first["final_loss"]
     assert [p.name for p in tmp_path.iterdir()] == [f"{trial.key()}.json"]
+
+
+def test_looks_at_losses_may_be_rare(tmp_path):
+    trial = Trial(replace(MICRO, steps=7, validate_every=5), Case("GaLore", "galore"), 1e-2, 0)
+    often, rarely = train(trial), train(trial, place=Place(read_every=4))
+    for key in ("train_loss", "validation", "final_loss", "state_bytes", "text"):
+        assert rarely[key] == often[key]
+    broken = Trial(replace(MICRO, steps=7), Case("SGD", "sgd"), 1e30, 0)
+    assert train(broken, place=Place(read_every=4))["final_loss"] == math.inf
+
+
+def test_runs_beside_each_other_are_those_after_each_other(tmp_path):
+    trials = [Trial(replace(MICRO, steps=2, windows=1), ADAMW, lr, 0) for lr in (1e-3, 1e-2, 1e-1)]
+    with Runner(tmp_path, Console(quiet=True), jobs=2) as runner:
+        found = runner.each(runner.loss, trials)
+    assert found == [train(trial)["final_loss"] for trial in trials] and len({*found}) == 3
+    assert all(kept(trial, tmp_path) for trial in trials)
+
+
+def test_a_copy_of_the_library_is_the_text(tmp_path):
+    for i in range(60):
+        (tmp_path / f"{i:02}.py").write_text(f"x = {i:02}\n" * 10)
+    here, there = load_text(), load_text(tmp_path)
+    assert len(there.train) + len(there.held) == 60 * 70
+    assert there.digest == load_text(tmp_path).digest != here.digest
+
+
+def test_seconds_of_a_run_on_a_gpu_are_those_of_a_cpu(tmp_path):
+    trial = Trial(replace(MICRO, steps=4, windows=1), ADAMW, 1e-2, SEARCH_SEED)
+    record = train(trial)
+    record["environment"] = {**record["environment"], "device": "a card"}
+    (tmp_path / f"{trial.key()}.json").write_text(json.dumps(record))
+    assert math.isnan(report.on_cpu(record, trial.size, tmp_path)["cpu_seconds"][-1])
+    seconds = training.seconds_a_step(trial.size, ADAMW, tmp_path)
+    assert report.on_cpu(record, trial.size, tmp_path)["cpu_seconds"] == [0, 4 * seconds]
+    assert "a card" in report.provenance([report.read(ADAMW, trial.size, [0], tmp_path)])
 
 
 def test_a_run_that_is_ended_leaves_nothing(tmp_path):

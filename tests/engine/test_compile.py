@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from lowrank_optim import GaLoreAdamW, LowRankOptimizer, attach_in_backward, methods
 from lowrank_optim.nn import convert
 from tests import cases, runs
-from tests.pairwise import paired
+from tests.pairwise import in_turns, paired
 
 NAMES = cases.distinct_names()
 GAP = 2
@@ -122,6 +122,8 @@ def assert_compiles_once(
     assert not counters["graph_break"]
 
 
+ALIKE = ("FrugalLion", "FrugalSGD", "BAdamW", "GaLoreAdamW8bit", "ApolloAdamW")
+"""Whose rules, residuals and layers are those of others."""
 IN_TURN = [
     [("eager", "native"), ("aot_eager", "reference")],
     [("eager", "reference"), ("aot_eager", "native")],
@@ -131,7 +133,9 @@ IN_TURN = [
 @pytest.mark.parametrize(
     ("name", "backend", "ops"),
     [
-        pytest.param(name, *both, marks=pytest.mark.slow if (i // 2 + n) % 2 else ())
+        pytest.param(
+            name, *both, marks=pytest.mark.slow if (i // 2 + n) % 2 or name in ALIKE else ()
+        )
         for i, name in enumerate(NAMES)
         for n, both in enumerate(IN_TURN[i % 2])
     ],
@@ -147,8 +151,9 @@ def test_one_graph_and_the_numbers_of_the_eager_loop(
     assert_compiles_once(lambda: made(name), backend)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("name", ["sst", "switchlora"])
+@pytest.mark.parametrize(
+    ("name", "backend"), in_turns(["sst", "switchlora"], ["eager", "aot_eager"])
+)
 def test_parameters_without_gradient_that_a_step_writes(name: str, backend: str) -> None:
     """W0 and the inactive factors, read in the same graph before and after."""
     model, optimizer = modules(name)
@@ -159,11 +164,15 @@ def test_parameters_without_gradient_that_a_step_writes(name: str, backend: str)
     assert_compiles_once(lambda: modules(name), backend)
 
 
+@pytest.mark.slow
 @inductor
 @pytest.mark.parametrize(
-    # of DCTAdamW, in float32, the last test of this file
+    # by default Inductor compiles DCTAdamW, the last test of this file
     "name",
-    ["GaLoreAdamW", pytest.param("DCTAdamW8bit", marks=pytest.mark.slow), "switchlora"],
+    [
+        "GaLoreAdamW",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("DCTAdamW8bit", "switchlora")),
+    ],
 )
 def test_inductor(name: str) -> None:
     """The default backend, which gives the op the parameters themselves."""
@@ -234,8 +243,10 @@ def in_one(model: nn.Module, optimizer: LowRankOptimizer) -> Callable[[Tensor], 
     return step
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("name", ["GaLoreAdamW", "FrugalAdamW", "SSTAdamW8bit"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    in_turns(["GaLoreAdamW", "FrugalAdamW", "SSTAdamW8bit"], ["eager", "aot_eager"]),
+)
 def test_forward_backward_and_step_in_one_graph(name: str, backend: str) -> None:
     """Where Dynamo traces ``backward()``: ``param.grad`` gets its value when the step is over."""
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):

@@ -13,6 +13,7 @@ from torch import Tensor
 from lowrank_optim import PROJECTORS, GaLoreAdamW
 from tests import cases
 from tests.compare import assert_close
+from tests.pairwise import paired
 
 SHAPE = (6, 11)
 BAD = [math.nan, math.inf, -math.inf]
@@ -102,9 +103,9 @@ def test_fact_15_a_bad_gradient_changes_nothing(
     assert not torch.equal(param, before["weights"]) and bool(param.isfinite().all())
 
 
-@pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("shape", [(), (5,), SHAPE])
-@pytest.mark.parametrize("name", cases.method_names())
+@pytest.mark.parametrize(
+    ("name", "shape", "bad"), paired(cases.method_names(), [(), (5,), SHAPE], BAD)
+)
 def test_fact_15_also_for_dense_parameters(name: str, shape: tuple[int, ...], bad: float) -> None:
     """A parameter without a subspace skips a bad gradient as well."""
     param = torch.nn.Parameter(cases.parameter(shape).detach())
@@ -178,7 +179,7 @@ def test_fact_17_a_group_without_rank_is_torch_adamw_bit_for_bit(
     "state_dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
 )
 def test_fact_18_the_second_moment_of_bfloat16_weights_decays(state_dtype: str) -> None:
-    """From 1, with gradients of 0.01 for 1800 steps: v must follow, below 0.05.
+    """From 1, with gradients of 0.01 for 800 steps: v must follow, to 0.22 but for its rounding.
 
     At beta2 = 0.9981 a step takes 1.9e-3 of v away, less than half a unit in the last place of
     bfloat16: rounded to nearest, v stays at 2.1 for ever. That was so for dense parameters with
@@ -188,7 +189,7 @@ def test_fact_18_the_second_moment_of_bfloat16_weights_decays(state_dtype: str) 
     groups = [{"params": [p], "rank": rank} for p, rank in zip(params, (2, None), strict=True)]
     options = {"update_proj_gap": 100_000, "state_dtype": state_dtype, "projector": "svd"}
     optimizer = GaLoreAdamW(groups, lr=1e-6, betas=(0.9, 0.9981), **options)
-    for step in range(1801):
+    for step in range(801):
         for param, key in zip(params, ("low.exp_avg_sq", "exp_avg_sq"), strict=True):
             if step < 2:
                 size = 0.01 if step else 1.0  # P^T G has size and 0
@@ -197,7 +198,7 @@ def test_fact_18_the_second_moment_of_bfloat16_weights_decays(state_dtype: str) 
                 optimizer.state[param][key].fill_(1.0)
         optimizer.step()
     for param, key in zip(params, ("low.exp_avg_sq", "exp_avg_sq"), strict=True):
-        assert float(optimizer.state[param][key].max()) < 0.05
+        assert float(optimizer.state[param][key].max()) < 0.5
 
 
 def test_fact_21_group_keys_are_read_live() -> None:

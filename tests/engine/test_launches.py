@@ -78,14 +78,14 @@ ROWS = [
     Row("GaLoreAdamW", {"lr": torch.tensor(1e-2), **ROUNDED}, 2, 13, 20),
     Row("GaLoreAdamW", {"projector": "columns", **ROUNDED}, 1, 8, 12),
     Row("FiraAdamW", ROUNDED, 2, 14, 20),
-    Row("FiraAdamW", {**ON_DEVICE, **ROUNDED}, 2, 23, 24),
+    Row("FiraAdamW", {**ON_DEVICE, **ROUNDED}, 2, 19, 20),
     Row("FrugalAdamW", {"projector": "svd", **ROUNDED}, 2, 9, 20),
     Row("FrugalAdamW", {"projector": "columns", **ROUNDED}, 1, 9, 20),
     Row("DCTAdamW", {**DCT, **EVERY, **ROUNDED}, 0, 21, 22),
     Row("GaLoreAdamW", {"proj_type": "full"}, 4, 6, 12),
-    Row("FiraAdamW", ON_DEVICE, 2, 19, 20),
-    Row("FrugalAdamW", {"projector": "svd", **ON_DEVICE}, 2, 14, 20),
-    Row("FrugalAdamW", {"projector": "columns", **ON_DEVICE}, 1, 15, 20),
+    Row("FiraAdamW", ON_DEVICE, 2, 15, 20),
+    Row("FrugalAdamW", {"projector": "svd", **ON_DEVICE}, 2, 10, 20),
+    Row("FrugalAdamW", {"projector": "columns", **ON_DEVICE}, 1, 11, 20),
     Row("FrugalAdamW", {"projector": "svd", "free_rule": "sgd"}, 2, 7, 20),
     Row("DCTAdamW", {"transform": "matmul", "error_feedback": "float32"}, 3, 22, 24),
     Row("DCTAdamW", {"transform": "matmul", "error_feedback": "float32", **EVERY}, 3, 24, 30),
@@ -149,8 +149,8 @@ def counted(row: Row, count: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("row", ROWS, ids=IDS)
 def test_launches_do_not_grow_with_a_bucket(row: Row) -> None:
-    """Exactly those of the table, of 4 matrices and of 8."""
-    for count in (4, 8):
+    """Exactly those of the table, of 2 matrices and of 4."""
+    for count in (2, 4):
         assert counted(row, count) == (row.gemms * count, row.others)
     assert row.others <= row.most
 
@@ -200,7 +200,9 @@ EQUAL = [
 ]
 
 
-@pytest.mark.parametrize("lost", [None, 1], ids=["finite", "lost"])
+@pytest.mark.parametrize(
+    "lost", [pytest.param(None, marks=pytest.mark.slow), 1], ids=["finite", "lost"]
+)
 @pytest.mark.parametrize("row", [row for _, row in EQUAL], ids=[i for i, _ in EQUAL])
 def test_a_bucket_is_its_matrices(row: Row, lost: int | None) -> None:
     """Bit for bit those of buckets of one, and within rounding those of a CPU; in float64.
@@ -313,10 +315,10 @@ def test_a_bucket_that_fails_puts_back_what_is_not_written(monkeypatch: pytest.M
         assert state["step"] == (1 if n else 2)
 
 
-def test_coordinates_that_overflow_are_seen_after_a_choice(
+def test_coordinates_beyond_float16_are_steps_after_a_choice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Sums of squares in float32 do not say that a product of float16 is finite."""
+    """Products with float16 are float32, as the scores are that say whether they are finite."""
     monkeypatch.setattr(fixed, "SPECTRUM_ELEMENTS", 0)  # so that coordinates are a product
     row = Row("DCTAdamW", {"transform": "matmul", **EVERY}, 3, 0, 0)
     made, params = bucket(row, 2, torch.float16)
@@ -325,9 +327,10 @@ def test_coordinates_that_overflow_are_seen_after_a_choice(
     before = [p.detach().clone() for p in params]
     grads[1][0] = torch.full_like(grads[1][0], 5e4)
     step(made, params, grads[1], True)
-    assert torch.equal(params[0], before[0]) and not torch.equal(params[1], before[1])
+    assert all(not torch.equal(p, old) for p, old in zip(params, before, strict=True))
+    assert float(made[0].state[params[0]]["low.exp_avg"].abs().max()) > 0.1 * 65504
     for p in params:
-        assert all(bool(x.isfinite().all()) for x in made[0].state[p].values())
+        assert all(bool(x.isfinite().all()) for x in (p, *made[0].state[p].values()))
 
 
 def dense(shape: tuple[int, ...], watch: bool) -> tuple[Tensor, Watch]:

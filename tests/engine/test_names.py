@@ -18,7 +18,7 @@ from lowrank_optim.groups.names import NAMED, _hash, bare, uid_of
 from lowrank_optim.nn import convert
 from tests import cases, runs
 
-STEPS = 7
+STEPS = 5
 SHAPES = {
     "embed.weight": (9, 6),
     "layers.0.up.weight": (6, 11),
@@ -36,12 +36,11 @@ DRAWING: dict[str, dict[str, Any]] = {
 }
 """Methods without a projector."""
 CASES = [(name, p, {}) for name, p in cases.pairs()] + [(k, None, v) for k, v in DRAWING.items()]
+WHO_DRAWS = ("GaLoreAdamW", *DRAWING)
+"""Every projector is here, and what has none; other classes draw by these, and round alike."""
 ALL = pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, marks=pytest.mark.slow if cases.is_beyond(*case[:2]) else ())
-        for case in CASES
-    ],
+    [pytest.param(case, marks=() if case[0] in WHO_DRAWS else pytest.mark.slow) for case in CASES],
     ids=lambda case: f"{case[0]}-{case[1]}",
 )
 OWN_ORDER = [(name, p, o) for name, p, o in CASES if p == "block"]

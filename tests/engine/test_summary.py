@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 
 from lowrank_optim import (
@@ -17,6 +18,7 @@ from lowrank_optim import (
     GaLoreAdafactor,
     GaLoreAdamW,
     LowRankOptimizer,
+    attach_in_backward,
     lowrank_groups,
     memory,
     methods,
@@ -122,6 +124,30 @@ def test_a_step_without_any_gradient_is_told() -> None:
         optimizer.step()
 
 
+def test_a_later_step_without_any_gradient_is_told_once() -> None:
+    """As of a model whose parameters something has replaced since."""
+    net = model()
+    optimizer = GaLoreAdamW(net.named_parameters(), rank=4)
+    stepped(optimizer, net)
+    optimizer.zero_grad()
+    with pytest.warns(UserWarning, match="make the optimizer after what replaces the parameters"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+@pytest.mark.parametrize("mode", ["project", "step"])
+def test_a_step_inside_backward_is_not_told_of(mode: Any) -> None:
+    net = model()
+    optimizer = GaLoreAdamW(net.named_parameters(), rank=4)
+    with attach_in_backward(optimizer, mode), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            stepped(optimizer, net)
+            optimizer.zero_grad()
+
+
 # ------------------------------------------------------------------ sharded
 
 
@@ -160,9 +186,16 @@ def _ranks(world: World) -> None:
             net(torch.randn(3, 24)).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-        fully_shard(net)
+        own = next(net.parameters())
+        fully_shard(net, mesh=init_device_mesh(device.type, (world.size,)))
         net(torch.randn(3, 24)).square().mean().backward()
-        with pytest.raises(RuntimeError, match=r"make the optimizer after fully_shard\(model\)"):
+        if hasattr(own, "_fsdp_orig_uid"):  # torch 2.13 leaves a mark
+            told: Any = pytest.raises(
+                RuntimeError, match=r"make the optimizer after fully_shard\(model\)"
+            )
+        else:
+            told = pytest.warns(UserWarning, match="make the optimizer after what replaces")
+        with told:
             optimizer.step()
 
 

@@ -93,7 +93,16 @@ def as_one(world: World, case: str) -> None:
     assert_as_one(case, sharded, whole)
 
 
-@pytest.mark.parametrize("case", CASES)
+DEFAULT = (
+    "galore rsvd", "galore adafactor", "galore 8bit", "fira", "frugal randk", "dct", "sst active",
+    "switchlora",
+)  # fmt: skip
+"""Everything that is drawn, or has a mean, and one of each residual."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(x, marks=() if x in DEFAULT else pytest.mark.slow) for x in CASES]
+)
 def test_a_method_trains_as_one_process(case: str, ranks: Worlds) -> None:
     """It gives each rank its parameters alone, the largest first, without or with wrong names."""
     ranks(2).run(case, as_one, case=case).checked()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.common import llama
 from lowrank_optim import DCTAdamW, FiraAdamW, GaLoreAdamW, fit, lowrank_groups
 from lowrank_optim.cli.models import load
+from lowrank_optim.fitting import Plan
 from lowrank_optim.fitting.costs import gib
 from lowrank_optim.fitting.spectra import spectra
 from lowrank_optim.memory import GIB, estimate, report
@@ -144,6 +146,88 @@ def test_order_of_what_is_given_up(model):
         if expected[1] != "float32":
             needed = gib(costs[expected[0], "float32"] * GIB)
             assert f"take {needed} GiB" in told
+
+
+def stack() -> nn.Module:
+    """Alike layers: with ``mode="step"`` buffers have the moments of one, states those of all."""
+    return nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8)))
+
+
+HOSTED = {"device": "cuda", "optimizers": TINY, "in_backward": ["step"]}
+
+
+def test_moments_leave_for_the_host_where_nothing_else_has_room():
+    """After all else was given up, in the same order; and the plan says what it costs."""
+    model = stack()
+    quarter = lambda **own: peak(model, 0.25, in_backward="step", device="cuda", **own)  # noqa: E731
+    stores = ["float32", "8bit"]
+    costs = {
+        (place, store): quarter(state_device=place, state_dtype=store)
+        for place in (None, "cpu")
+        for store in stores
+    }
+    assert min(costs["cpu", s] for s in stores) < min(costs[None, s] for s in stores)
+    for budget in sorted({*costs.values()}):
+        plan = fit(model, budget, state_dtypes=stores, **HOSTED)
+        expected = next(c for c in costs if costs[c] <= budget)
+        assert (plan.arguments.get("state_device"), plan.arguments["state_dtype"]) == expected
+        told = " ".join(plan.gave_up)
+        hosted = expected[0] == "cpu"
+        assert ("cross the bus twice in every step" in told) == hosted
+        assert ("GiB of the host" in str(plan)) == hosted
+        assert (plan.estimate.host > 0) == hosted
+    assert hosted is False and plan == Plan.from_json(plan.to_json(), model)
+    here = fit(model, min(costs.values()), state_devices=[None], state_dtypes=stores, **HOSTED)
+    assert here.estimate.host == 0 and max(here.ranks.values()) < 16
+
+
+def test_what_moments_take_of_the_host_is_what_torch_pins():
+    """Each tensor a power of two; ranks end where the host does, and a bit less is refused."""
+    model = stack()
+    own = {**HOSTED, "state_dtypes": ["float32"], "state_devices": ["cpu"]}
+    plan = fit(model, 1.0, **own)
+    optimizer = trained_alone(plan, model)
+    moments = [
+        x.nbytes
+        for state in optimizer.state.values()
+        for key, x in state.items()
+        if key.startswith("low.exp_avg")
+    ]
+    assert plan.estimate.host == sum(moments)
+    assert plan.estimate.pinned == sum(2 ** math.ceil(math.log2(x)) for x in moments)
+    assert set(plan.ranks.values()) == {32}
+    limit = plan.estimate.pinned / GIB
+    assert fit(model, 1.0, host_gib=limit, **own).ranks == plan.ranks
+    less = fit(model, 1.0, host_gib=limit * 0.99, **own)
+    assert set(less.ranks.values()) == {16} and less.estimate.pinned <= limit * 0.99 * GIB
+    with pytest.raises(ValueError, match="host_gib=1e-06 has no room for moments: the least") as e:
+        fit(model, 1.0, host_gib=1e-6, **own)
+    least = float(re.search(r"the least is ([\d.e-]+) GiB", str(e.value))[1])
+    assert set(fit(model, 1.0, host_gib=least, **own).ranks.values()) == {8}
+
+
+def test_a_limit_of_the_host_refuses_what_only_it_would_meet():
+    """And the message has the limit that would do."""
+    model = stack()
+    own = {**HOSTED, "state_dtypes": ["float32"]}
+    with pytest.raises(ValueError, match="nothing fits") as error:
+        fit(model, 1e-5, state_devices=[None], **own)
+    assert "state_devices=[None, 'cpu']" in str(error.value)
+    budget = float(re.search(r"the least is ([\d.]+) GiB", str(error.value))[1]) * 0.99
+    plan = fit(model, budget, **own)
+    assert plan.arguments["state_device"] == "cpu"
+    with pytest.raises(ValueError, match=r"nothing fits.* a host_gib of") as error:
+        fit(model, budget, host_gib=1e-6, **own)
+    needed = float(re.search(r"a host_gib of ([\d.e-]+),", str(error.value))[1])
+    assert fit(model, budget, host_gib=needed, **own).estimate.pinned <= needed * GIB
+
+
+def trained_alone(plan, model):
+    optimizer = plan.optimizer(model, lr=1e-3)
+    plan.attach(optimizer)
+    model(torch.randn(4, 64)).square().mean().backward()
+    optimizer.step()
+    return optimizer
 
 
 def test_where_no_way_has_room_for_a_quarter_the_largest_share_is_taken(model):
@@ -309,7 +393,8 @@ def test_configurations_without_transformers_get_the_same_ranks(name):
 
 
 def test_a_configuration_is_its_model(model):
-    assert fit(CONFIG, some(model), dtype=torch.float32) == fit(model, some(model))
+    own = {"dtype": torch.float32, "device": "cpu"}
+    assert fit(CONFIG, some(model), **own) == fit(model, some(model))
 
 
 def test_the_loss_is_that_of_every_estimate_with_tokens(monkeypatch):
@@ -345,6 +430,11 @@ REFUSED = [
     (ValueError, "state_dtypes must be a list", {"state_dtypes": "8bit"}),
     (ValueError, "state_dtypes must be a list .*'3bit'", {"state_dtypes": ["3bit"]}),
     (ValueError, "in_backward must be a list", {"in_backward": ["both"]}),
+    (ValueError, "host_gib must be None or a positive number", {"host_gib": 0}),
+    (ValueError, "state_devices must be a list", {"state_devices": "cpu", "device": "cuda"}),
+    (ValueError, "which has no effect where the device is a CPU", {"state_devices": ["cpu"]}),
+    (ValueError, "device must be None or one of", {"device": "gpu"}),
+    (ValueError, "both say where", {"state_devices": [None], "state_device": "cpu"}),
     (ValueError, "twice", {"state_dtypes": ["8bit", "8bit"]}),
     (ValueError, "frees no gradient", {"in_backward": ["step"], "accumulation_steps": 2}),
     (ValueError, "no way to train", {"in_backward": ["project"], "optimizers": ["FiraAdamW"]}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 
@@ -24,8 +25,10 @@ def net() -> nn.Module:
         )
 
 
-def planned(**own) -> Plan:
-    return fit(net(), 1.0, in_backward=["project"], update_proj_gap=3, **own)
+@functools.cache
+def planned() -> Plan:
+    """Once for all tests: a plan is not changed, and to find one takes a second."""
+    return fit(net(), 1.0, in_backward=["project"], update_proj_gap=3)
 
 
 def edited(**own) -> Plan:
@@ -42,7 +45,9 @@ def train(model, optimizer, steps) -> None:
 
 def test_round_trip():
     """Everything comes back, pairs and figures included."""
-    plan = planned(optimizers=[(GaLoreAdamW, {"betas": (0.9, 0.95)})])
+    plan = fit(
+        net(), 1.0, in_backward=["project"], optimizers=[(GaLoreAdamW, {"betas": (0.9, 0.95)})]
+    )
     again = Plan.from_json(plan.to_json(), net())
     assert again == plan
     assert json.loads(plan.to_json())["ranks"] == dict(plan.ranks)
@@ -137,7 +142,9 @@ def test_arguments_that_change_what_is_counted_are_refused():
     for own in ({"state_dtype": "bfloat16"}, {"projector": "dct"}, {"stagger": False}):
         with pytest.raises(ValueError, match=f"{next(iter(own))} would change the memory"):
             plan.optimizer(model, lr=1e-3, **own)
-    moving = planned(optimizers=["GaLoreSGD"], state_dtypes=["float32"])
+    moving = fit(
+        net(), 1.0, in_backward=["project"], optimizers=["GaLoreSGD"], state_dtypes=["float32"]
+    )
     with pytest.raises(ValueError, match="momentum would change the memory"):
         moving.optimizer(model, lr=1e-3, momentum=0.9)
     optimizer = plan.optimizer(model, lr=1e-3, weight_decay=0.1, on_refresh="project")
@@ -159,6 +166,20 @@ def test_what_steps_need_in_passing_is_in_the_budget():
     less = fit(net(), (found.peak - 1) / 2**30, **own)
     assert sum(less.ranks.values()) < sum(plan.ranks.values())
     assert less.estimate.peak < found.peak
+
+
+def test_what_steps_need_in_passing_may_be_left_out():
+    """A budget of weights, gradients and state alone; the state is that of all ranks, as asked."""
+    own = {"in_backward": [None], "state_dtypes": ["float32"], "optimizers": ["GaLoreAdamW"]}
+    plan = fit(net(), 1.0, transients=False, **own)
+    assert plan.estimate.step_transients is None
+    assert plan.estimate.peak == plan.estimate.held + plan.estimate.gradients
+    budget = plan.estimate.peak / 2**30
+    assert fit(net(), budget, transients=False, **own).ranks == plan.ranks
+    with pytest.raises(ValueError, match="nothing fits"):
+        fit(net(), budget, **own)
+    with pytest.raises(ValueError, match="transients must be True or False"):
+        fit(net(), 1.0, transients="no")
 
 
 def test_nothing_to_attach():

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from lowrank_optim import GaLoreAdamW, attach_in_backward
 from tests import cases
 from tests.compare import assert_close
+from tests.pairwise import in_turns
 
 NAMES = cases.method_names()
 
@@ -51,8 +52,7 @@ def equal(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize(("name", "pieces"), in_turns(cases.distinct_names(), [1, 3]))
 def test_accelerate(name: str, pieces: int) -> None:
     """``prepare`` reads the state and loads it back before the first step."""
     accelerate = pytest.importorskip("accelerate")

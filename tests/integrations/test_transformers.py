@@ -79,6 +79,10 @@ def test_interrupted_runs_resume(tmp_path: Path, mode: Any) -> None:
     assert_equal_models(whole.model, resumed.model)
 
 
+UNLIKE = ("FrugalAdamW", "GaLoreAdafactor", "GaLoreSGD", "LisaAdamW", "SSTAdamW", "SwitchLoRAAdamW")
+"""Classes that take other arguments than GaLoreAdamW, or other rates."""
+
+
 def test_layer_wise_is_the_ordinary_run(tmp_path: Path) -> None:
     """Without clipping nothing differs, to the bit, with accumulation too."""
     more = {"max_grad_norm": 0.0, "gradient_accumulation_steps": 2}
@@ -91,7 +95,7 @@ def test_layer_wise_is_the_ordinary_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=pytest.mark.slow if n.endswith("8bit") else ())
+        pytest.param(n, marks=() if n in UNLIKE else pytest.mark.slow)
         for n in methods.__all__
         if n != "GaLoreAdamW"
     ],

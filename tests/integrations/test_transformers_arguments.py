@@ -151,7 +151,16 @@ def test_nothing_is_frozen_at_the_call(tmp_path: Path, field: str) -> None:
 # ------------------------------------------------------------------ every field has its effect
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(
+    "name",
+    # by the fields that they take: of those of Adam all, of which others have none or some
+    [
+        pytest.param(
+            x, marks=pytest.mark.slow if x in ("FiraAdamW", "ApolloAdamW", "DCTAdamW") else ()
+        )
+        for x in CLASSES
+    ],
+)
 def test_a_field_has_its_effect_or_is_an_error(tmp_path: Path, name: str) -> None:
     """At 1e-9 nothing moves; weights differ where a field does, unless the class refuses it."""
     method = getattr(methods, name)

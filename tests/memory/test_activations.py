@@ -145,11 +145,10 @@ def test_the_model_is_left_alone() -> None:
 def test_a_configuration_is_the_class_that_it_names() -> None:
     """``architectures`` wins; ViT has no causal language model, and says its tokens."""
     config = BertConfig(**TEXT, architectures=["BertForSequenceClassification"])
-    one = estimate(
-        config, GaLoreAdamW, rank=4, transients=False, tokens=(4, 64), dtype=torch.float32
-    )
+    own = {"rank": 4, "transients": False, "tokens": (4, 64)}
+    one = estimate(config, GaLoreAdamW, dtype=torch.float32, device="cpu", **own)
     model = BertForSequenceClassification(BertConfig(**TEXT))
-    assert one == estimate(model, GaLoreAdamW, rank=4, transients=False, tokens=(4, 64))
+    assert one == estimate(model, GaLoreAdamW, **own)
     assert (
         estimate(
             ViTConfig(**IMAGE), GaLoreAdamW, rank=4, transients=False, tokens=(2, 17)

@@ -42,6 +42,10 @@ KINDS = [
 ]
 
 
+IN_CODES = ("GaLoreAdamW", "GaLoreAdafactor", "SSTAdamW", "SwitchLoRAAdamW", "LisaAdamW")
+"""Of each place that moments may have, and of means: one in 8 bits."""
+
+
 def states(
     name: str, projector: str, options: dict[str, Any], dtype: torch.dtype
 ) -> list[dict[str, torch.Tensor]]:
@@ -70,7 +74,17 @@ def layout(states: list[dict[str, torch.Tensor]]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("name", "projector", "options", "dtype"),
-    cases.params(KINDS),
+    [
+        pytest.param(
+            *x,
+            marks=pytest.mark.slow
+            if cases.is_beyond(*x[:2])
+            or x[1] in ("random", "golore", "hadamard", "rows")  # as svd, dct and columns
+            or (x[2] == {"state_dtype": "8bit"} and x[0] not in IN_CODES)
+            else (),
+        )
+        for x in KINDS
+    ],
     ids=["-".join(map(str, x)) for x in KINDS],
 )
 def test_a_fake_step_is_a_real_one(

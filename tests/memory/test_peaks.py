@@ -12,12 +12,11 @@ from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import GPT2Config, LlamaConfig, MixtralConfig
 
-from lowrank_optim import FiraAdamW, FrugalAdamW, GaLoreAdamW, GaLoreAdamW8bit, methods
+from lowrank_optim import FiraAdamW, FrugalAdamW, GaLoreAdamW, GaLoreAdamW8bit, methods, ops
 from lowrank_optim.memory import Estimate, estimate
 from lowrank_optim.memory.alive import Alive
 from lowrank_optim.memory.rehearsal import Rehearsal
 from lowrank_optim.ops import devices, tiles
-from lowrank_optim.subspaces import randomized
 from tests import cases
 from tests.memory.trained import tracked
 
@@ -64,7 +63,9 @@ def both(
     """What is predicted, and what is counted while the package takes the CPU for an accelerator."""
     cls = getattr(methods, name, None) or getattr(torch.optim, name)
     options = options_of(name) if hasattr(methods, name) else {}
+    training["device"] = "cpu"  # whose allocator adds nothing, and the tracker neither
     found = estimate(model, cls, tokens=TOKENS, **training, **options)
+    del training["device"]
     training["mode"] = training.pop("in_backward", None)
     with monkeypatch.context() as patch:
         patch.setattr(devices, "HOSTS", frozenset())
@@ -79,12 +80,7 @@ EVERY = [
     if mode != "project" or projects(name)
     if not (model == "gpt2" and name.startswith("BAdam"))  # of turns of unlike layers, the first
 ]
-DEFAULT = {
-    ("gpt2", "FiraAdamW", None),
-    ("llama", "BAdamW", None),
-    ("llama", "LisaAdamW", "step"),
-    ("mixtral", "FrugalAdamW", "step"),
-}
+DEFAULT = {("llama", "FiraAdamW", None)}
 OVER = {("mixtral", "GaLoreAdafactor", None): 0.03}
 """Too much by more than 2 %: at a first step, bases that are found after its worst moment count."""
 
@@ -234,14 +230,14 @@ def test_some_tiles_need_what_all_do(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
 ) -> None:
     """A rehearsal takes the first two and the last of alike tiles; real steps take all of them."""
-    monkeypatch.setattr(randomized, "TILE_ELEMENTS", 1 << 12)
+    monkeypatch.setattr(ops.products, "TILE_ELEMENTS", 1 << 12)
     a = torch.randn(8, shape[0], dtype=torch.float64)
     b = torch.randn(shape).bfloat16()
     counted, outs = [], []
     for mode in (nullcontext, tiles.sizes_alone):
         alive = Alive()
         with mode(), alive:
-            outs.append(randomized.mixed_matmul(a, b))
+            outs.append(ops.mixed_matmul(a, b))
         counted.append(alive.most)
     assert counted[0] == counted[1]
     torch.testing.assert_close(outs[0], a @ b.double())

@@ -62,6 +62,7 @@ def tracked(
     accumulation_steps: int = 1,
     checkpointing: bool = False,
     loss: Loss = "transformers",
+    autocast: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     steps: int = 4,
 ) -> dict[str, int]:
@@ -85,8 +86,11 @@ def tracked(
             before = tracker.now()
 
             def backward() -> None:
+                half = None if autocast is None else getattr(torch, autocast)
                 with tracing.hosted():  # autograd adds to coordinates, outside of any step
-                    loss_by(loss, model, batch).backward()
+                    with torch.autocast("cpu", half, enabled=half is not None):
+                        found = loss_by(loss, model, batch)
+                    found.backward()
 
             def step() -> None:
                 if mode is None:

@@ -42,9 +42,9 @@ def descends(name: str) -> None:
     )
     x, y = torch.randn(64, 12), torch.randn(12, 4)
     y = torch.tanh(x @ y)
-    optimizer = cases.build(name, model.parameters(), projector="rsvd", lr=0.02, scale=1.0)
+    optimizer = cases.build(name, model.parameters(), projector="rsvd", lr=0.04, scale=1.0)
     losses = []
-    for _ in range(80):
+    for _ in range(24):
         optimizer.zero_grad()
         loss = F.mse_loss(model(x), y)
         loss.backward()
@@ -116,17 +116,20 @@ def experts_are_separate_matrices(name: str) -> None:
     """A batch of experts takes the steps of a list of matrices, with their own parameter scale.
 
     Both sides of a gradient's own singular vectors leave a diagonal, and beside it the rounding of
-    products, of which Lion takes signs: cosines for that one.
+    products, of which Lion takes signs: cosines for that one. LDAdam has no other first basis, and
+    its Adam makes a step of d / eps of a rounding d: 3e-9 at its eps of 1e-8, if gradients are
+    rounded otherwise, and 2e-13 at 1e-4. Of this shape "left" is "std", and "right" the other.
     """
     extras: list[dict[str, Any]] = [{}]
     if name == "GaLoreAdafactor":
         extras.append({"scale_parameter": True})
-    start, grads = cases.parameter((3, 6, 10)).detach(), cases.gradients((3, 6, 10), 7)
+    start, grads = cases.parameter((3, 6, 10)).detach(), cases.gradients((3, 6, 10), 5)
     start = start * torch.tensor([1.0, 3.0, 0.2]).double()[:, None, None]
     for extra in extras:
-        for proj_type in cases.PROJ_TYPES:
+        for proj_type in ("std", "right", "full"):
             own = {"proj_type": proj_type, **extra}
-            own |= {"projector": "dct"} if proj_type == "full" else {}
+            if proj_type == "full":
+                own |= {"eps": 1e-4} if name.startswith("LDAdam") else {"projector": "dct"}
             batch, _ = cases.train(name, start, grads, **own)
             for i in range(3):
                 one, _ = cases.train(name, start[i], [g[i] for g in grads], **own)
@@ -270,7 +273,7 @@ def decay_reaches_bfloat16_weights(name: str) -> None:
 
     The accelerator's path multiplied first, rounded to nearest, and so never decayed at all.
     """
-    steps = 25  # the mean of thousands of entries strays by 2e-4; without decay it is off by 0.02
+    steps = 10  # the mean of thousands of entries strays by 2e-4; without decay it is off by 0.01
     for forced in (False, True):
         with pytest.MonkeyPatch.context() as patch:
             if forced:
@@ -291,7 +294,7 @@ def branchless_is_branching(name: str) -> None:
     A NaN among the gradients of the matrices must select, without a branch, what the other path
     skips: weights, moments and decay.
     """
-    for bad in (None, 2, 3):  # at a refresh is 3
+    for bad in (1, 3):  # at a refresh is 3
         results = []
         for forced in (False, True):
             with pytest.MonkeyPatch.context() as patch:
@@ -299,9 +302,8 @@ def branchless_is_branching(name: str) -> None:
                     cases.branching(patch, lambda tensor: True)
                 params = [p for p in fresh() if p.dim() >= 2]
                 optimizer = cases.build(name, params, weight_decay=0.1)
-                grads = [[g for g in row if g.dim() >= 2] for row in rows(7)]
-                if bad is not None:
-                    grads[bad] = [g * float("nan") for g in grads[bad]]
+                grads = [[g for g in row if g.dim() >= 2] for row in rows(5)]
+                grads[bad] = [g * float("nan") for g in grads[bad]]
                 cases.run(optimizer, params, grads)
                 states = [optimizer.state[p] for p in params]
                 results.append((params, states))

@@ -20,6 +20,7 @@ from lowrank_optim.tensors.matrix import matrix_view
 from tests import cases
 from tests.compare import assert_close, relative
 from tests.oracles.dct_adamw import dct_adamw
+from tests.pairwise import in_turns, paired
 
 CPU = torch.device("cpu")
 HYPER: dict[str, Any] = {"lr": 0.05, "betas": (0.8, 0.95), "weight_decay": 0.1}
@@ -37,10 +38,10 @@ def train(start: Tensor, grads: list[Tensor], **options: Any) -> tuple[Tensor, D
     return weight.detach(), optimizer
 
 
-@pytest.mark.parametrize("transform", ["matmul", "fft"])
-@pytest.mark.parametrize("feedback", MEMORIES)
-@pytest.mark.parametrize("gap", [1, 3])
-@pytest.mark.parametrize("shape", [(9, 14), (15, 7), (8, 8)], ids=["left", "right", "square"])
+@pytest.mark.parametrize(
+    ("shape", "gap", "feedback", "transform"),
+    paired([(9, 14), (15, 7), (8, 8)], [1, 3], [*MEMORIES], ["matmul", "fft"]),
+)
 def test_the_oracle(shape: tuple[int, int], gap: int, feedback: Any, transform: str) -> None:
     """Seven steps of each side, gap, memory and evaluation, with both ranks of ages."""
     start, grads = cases.parameter(shape).detach(), cases.gradients(shape, 7)
@@ -53,7 +54,7 @@ def test_the_oracle(shape: tuple[int, int], gap: int, feedback: Any, transform: 
         assert_close(got, want[-1], torch.float32 if feedback in (8, 4) else None)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     m=st.integers(2, 24),
     n=st.integers(2, 24),
@@ -259,7 +260,7 @@ def test_the_accelerators_path_of_the_memory(
         assert_close(e, f)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     rows=st.integers(1, 5),
     k=st.integers(1, 40),
@@ -316,8 +317,10 @@ def test_the_memory_holds_what_the_formula_says() -> None:
 # ---------------------------------------------------------------- state
 
 
-@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "8bit"])
-@pytest.mark.parametrize("kept", [None, "float32", "4bit"])
+@pytest.mark.parametrize(
+    ("state_dtype", "kept"),
+    in_turns(["float32", "bfloat16", "8bit"], [None, "float32", "4bit"]),
+)
 def test_resumed_is_uninterrupted(kept: str | None, state_dtype: str) -> None:
     """Bit for bit, through ``torch.save`` and ``weights_only=True``, with bfloat16 weights too."""
     for dtype in (torch.float32, torch.bfloat16):

@@ -97,7 +97,7 @@ def test_maximize_is_descent_on_the_negative(on_refresh: str, mode: str) -> None
 
 
 @pytest.mark.filterwarnings("ignore:rank")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.tuples(st.integers(2, 12), st.integers(2, 12)),
     st.integers(1, 12),
@@ -180,7 +180,8 @@ def test_bfloat16_weights_follow_the_float64_oracle(shape: tuple[int, ...], mode
 
 
 @pytest.mark.parametrize(
-    "shape", [pytest.param((24, 80), marks=pytest.mark.slow), (80, 24), (3, 24, 64)]
+    "shape",
+    [(80, 24), *(pytest.param(x, marks=pytest.mark.slow) for x in ((24, 80), (3, 24, 64)))],
 )
 def test_stochastic_rounding_of_the_residual_is_unbiased(shape: tuple[int, ...]) -> None:
     """Steps a hundredth of a unit in the last place: to nearest, bfloat16 weights never move.

@@ -276,12 +276,12 @@ def test_the_permutation_is_one(rows: int, cols: int, key: int) -> None:
 
 @pytest.mark.parametrize("shape", [(24, 32), (2, 300), (2, 151), (13, 31)])
 def test_entries_are_drawn_evenly(shape: tuple[int, int]) -> None:
-    """Over 2000 keys every entry, and every pair of neighbours, is drawn as chance has it.
+    """Over 500 keys every entry, and every pair of neighbours, is drawn as chance has it.
 
     The statistic is chi-squared, within five deviations of its mean.
     """
     m, n = shape
-    k, keys = m * n // 4, 2000
+    k, keys = m * n // 4, 500
     hits, pairs = torch.zeros(m * n), torch.zeros(m * n - 1)
     for key in range(keys):
         generator = seeded(key)
@@ -489,13 +489,13 @@ def test_experts_and_convolutions(projector: str) -> None:
 @pytest.mark.parametrize("projector", INDEX)
 @pytest.mark.parametrize("free", ["sign", "sgd", "none"])
 def test_tiles_are_the_fused_pass(projector: str, free: str, monkeypatch: Any) -> None:
-    """Device tensors for lr and soundness take the apply in tiles; the arithmetic is the same."""
+    """Where no kernel takes a term it goes in tiles, of a device too: the same arithmetic."""
     start = cases.parameter((6, 11), torch.float32).detach()
     grads = cases.gradients((6, 11), STEPS, torch.float32)
     options = {"projector": projector, "free_rule": free}
     want, *_ = follow("adamw", start, grads, **options)
     monkeypatch.setattr("lowrank_optim.engine.step.FUSED", ())
-    monkeypatch.setattr("lowrank_optim.subspaces.coordinate.fusible", lambda into, term: False)
+    monkeypatch.setattr("lowrank_optim.subspaces.coordinate._takes", lambda term: False)
     got, *_ = follow("adamw", start, grads, **options)
     assert_close(got[-1], want[-1])
     cases.branching(monkeypatch, lambda tensor: True)
@@ -535,19 +535,19 @@ def test_a_bad_gradient_changes_nothing(projector: str) -> None:
 
 @pytest.mark.parametrize(("projector", "free"), in_turns([*INDEX, "block"], ("sign", "sgd")))
 def test_bfloat16_weights_follow_float32_ones(projector: str, free: str) -> None:
-    """With stochastic rounding small steps add up: 200 of 1e-3 on weights of 1, where half a unit
+    """With stochastic rounding small steps add up: 100 of 1e-3 on weights of 1, where half a unit
     in the last place is 4e-3."""
     options: dict[str, Any] = {"projector": projector, "density": 0.5, "update_proj_gap": 20}
     options |= {"lr": 1e-3, "weight_decay": 0.0, "stochastic_rounding": True, "free_rule": free}
     params = [nn.Parameter(torch.ones(64, 96, dtype=torch.bfloat16)) for _ in range(2)]
     optimizer = FrugalAdamW([{"params": params}], **options)
     grads = torch.ones(64, 96, dtype=torch.bfloat16)
-    for _ in range(200):
+    for _ in range(100):
         for p in params:
             p.grad = grads
         optimizer.step()
     for p in params:
-        assert 1 - float(p.detach().double().mean()) == pytest.approx(0.2, rel=0.03)
+        assert 1 - float(p.detach().double().mean()) == pytest.approx(0.1, rel=0.03)
 
 
 @pytest.mark.parametrize("projector", [*INDEX, "svd", "block"])

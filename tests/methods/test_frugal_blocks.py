@@ -19,6 +19,7 @@ from lowrank_optim.subspaces.block import BLOCK_ORDERS, Block
 from tests import cases, runs
 from tests.compare import assert_close
 from tests.oracles.frugal import frugal
+from tests.pairwise import in_turns, paired
 
 GAP = 3
 RELEASED = ("ascending", "descending", "mirror")
@@ -96,9 +97,10 @@ def test_everyone_has_a_turn() -> None:
     assert abs(chi - 16) < 5 * math.sqrt(2 * 16)
 
 
-@pytest.mark.parametrize("on_refresh", ["reset", "keep", "project"])
-@pytest.mark.parametrize("free", ["sign", "sgd", "none"])
-@pytest.mark.parametrize("order", BLOCK_ORDERS)
+@pytest.mark.parametrize(
+    ("order", "free", "on_refresh"),
+    paired(BLOCK_ORDERS, ["sign", "sgd", "none"], ["reset", "keep", "project"]),
+)
 def test_blocks_are_the_straight_line_code(order: str, free: str, on_refresh: str) -> None:
     """float64, four switches of six tensors: each is a matrix that is all or nothing."""
     params = weights(6)
@@ -185,8 +187,7 @@ def test_a_parameter_without_gradient_changes_nobodys_schedule() -> None:
             assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize("order", BLOCK_ORDERS)
-@pytest.mark.parametrize("saved", [1, 4, 6, 8])
+@pytest.mark.parametrize(("order", "saved"), in_turns(BLOCK_ORDERS, [1, 4, 6, 8]))
 def test_resumed_is_uninterrupted(order: str, saved: int) -> None:
     """Bit for bit, from ``weights_only=True``, at a switch and between: who holds moments differs
     between the checkpoint and an optimizer of any other age."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.meter import Meter
 from lowrank_optim import LDAdamW, LDAdamW8bit, attach_in_backward
 from tests import cases
 from tests.cases import matrices
@@ -168,6 +169,23 @@ def test_what_moves_at_every_step_keeps_no_coordinates() -> None:
         optimizer = LDAdamW(model.named_parameters(), rank=4, **own)
         with pytest.raises(ValueError, match=f"{why}.*use mode='step'"):
             attach_in_backward(optimizer, "project")
+
+
+@pytest.mark.parametrize("memory", ["float32", "8bit"])
+def test_a_refresh_copies_no_memory_of_errors(memory: str) -> None:
+    """It writes none, so that what puts a failed step back need not hold another."""
+    param = cases.parameter((32, 48), torch.float32)
+    optimizer = build(param, error_feedback=memory, rank=4)
+    for _ in range(2):
+        param.grad = torch.randn(32, 48)
+        with Meter() as meter:
+            optimizer.step()
+    error = optimizer.state[param]["error"]
+    copied = [
+        new for new in meter.news
+        if new.op in ("aten::empty_like", "aten::clone") and new.shape == tuple(error.shape)
+    ]  # fmt: skip
+    assert not copied
 
 
 def test_a_bad_gradient_changes_nothing() -> None:

@@ -70,6 +70,18 @@ CASES: list[tuple[str, Callable[..., dict[str, Any]], tuple[Any, ...]]] = [
 """Every preset, and the optimizer it is for."""
 
 
+def test_each_says_where_its_figures_are_from() -> None:
+    """The paper, or what of the release; and then that they are not the paper's."""
+    own = [f for name, f in vars(presets).items() if inspect.isfunction(f) and name[0] != "_"]
+    assert len(own) >= 10
+    for preset in own:
+        source = (inspect.getdoc(preset) or "").partition("Source: ")[2].partition("\n\n")[0]
+        first = " ".join(source.split())
+        assert "arXiv:" in first, preset.__name__
+        if not first.split(" (")[0].endswith("et al."):
+            assert "not the" in first, f"{preset.__name__}: {first}"
+
+
 @pytest.mark.parametrize("name", PRETRAIN)
 def test_pretraining_is_as_in_the_tables(name: str) -> None:
     preset = {"galore": presets.galore_pretrain, "fira": presets.fira_pretrain}[name]

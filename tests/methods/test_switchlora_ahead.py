@@ -86,13 +86,13 @@ def test_every_window_was_fetched_and_the_run_is_the_same(
 ) -> None:
     """The order is known, so but for the very first switch all windows are there in time."""
     fetched = make(**options)
-    steps(*fetched, range(30))
+    steps(*fetched, range(20))
     misses = [i for i, hit in enumerate(taken) if not hit]
     assert len(taken) >= 8 and len(misses) <= 4  # two matrices, two sides, at step 0
     assert all(taken[8:])
     monkeypatch.undo()
     plain = make(**options)
-    steps(*plain, range(30))
+    steps(*plain, range(20))
     assert_same(fetched, plain)
     assert not plain[1]._shared.tensors() and fetched[1]._shared.tensors()
 

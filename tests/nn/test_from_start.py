@@ -23,6 +23,7 @@ from tests import cases
 from tests.compare import TOLERANCES, assert_close, relative
 from tests.nn.test_nn import Conv1D, network, train
 from tests.oracles import sltrain as oracle
+from tests.pairwise import in_turns
 
 F64 = torch.float64
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -251,7 +252,7 @@ def test_no_form_over_dense_weights(method: str) -> None:
 @pytest.mark.parametrize(
     ("name", "case"),
     [
-        *((name, case) for name in cases.method_names() for case in ("sltrain", "lost")),
+        *in_turns(cases.method_names(), ("sltrain", "lost")),
         ("GaLoreAdamW", "lost-silu"),
     ],
 )

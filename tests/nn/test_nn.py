@@ -86,14 +86,14 @@ SAME: dict[str, dict[str, Any]] = {
     ],
 )  # fmt: skip
 def test_modules_and_weights_follow_the_same_run(stagger: bool, options: dict[str, Any]) -> None:
-    """Ten iterations and several factorisations, layer by layer."""
+    """Five iterations and several factorisations, layer by layer."""
     dense, model = network(), network()
     options = {**SST, "weight_decay": 0.1, "stagger": stagger, **options}
     of_weights = SSTAdamW(lowrank_groups(dense, rank=3), **options)
     at_convert = {k: v for k, v in options.items() if k in SpectralLinear.options}
     of_factors = SSTAdamW(convert(model, "sst", rank=3, **at_convert), **options)
     assert sum(isinstance(m, SpectralLinear) for m in model) == 5
-    for step in range(40):
+    for step in range(20):
         train(dense, of_weights, range(step, step + 1))
         train(model, of_factors, range(step, step + 1))
         for a, b in zip(weights(model), weights(dense), strict=True):
@@ -127,19 +127,19 @@ def test_a_run_may_change_its_form(cls: type[SSTAdamW], first: int, groups: Any)
     dense, model = (nn.Sequential(OrderedDict(body=network())) for _ in range(2))
     want = cls(groups(dense), rank=3, **SST)
     got: Any = cls(groups(model), rank=3, **SST)
-    train(dense, want, range(30))
+    train(dense, want, range(20))
     train(model, got, range(first))
     got = to_modules(model, got, "sst")
     assert isinstance(model.body[0], SpectralLinear)
-    train(model, got, range(first, 18))
+    train(model, got, range(first, 16))
     got = to_weights(model, got)
     assert type(model.body[0]) is nn.Linear
-    train(model, got, range(18, 30))
+    train(model, got, range(16, 20))
     for a, b in zip(weights(model), weights(dense), strict=True):
         assert_close(a, b)
     for a, b in zip(model.parameters(), dense.parameters(), strict=True):
         assert got.state[a].keys() == want.state[b].keys()
-        assert got.state[a]["step"] == 30
+        assert got.state[a]["step"] == 20
 
 
 def reference(layer: SpectralLinear, x: Tensor, enhanced: bool) -> dict[str, Tensor]:
@@ -236,8 +236,8 @@ def test_resume(cls: type[SSTAdamW]) -> None:
     resumed = cls(convert(other, "sst", rank=3), **SST)
     other.load_state_dict(torch.load(file, weights_only=True))
     resumed.load_state_dict(runs.loaded(runs.saved(optimizer)))
-    train(model, optimizer, range(7, 25))
-    train(other, resumed, range(7, 25))
+    train(model, optimizer, range(7, 15))
+    train(other, resumed, range(7, 15))
     runs.assert_same(other.parameters(), model.parameters())
     runs.assert_same_state(runs.entries(resumed), runs.entries(optimizer))
 

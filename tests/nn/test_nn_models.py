@@ -15,6 +15,7 @@ from lowrank_optim import nn as forms
 from lowrank_optim.optimizer import LowRankOptimizer
 from tests import runs
 from tests.compare import assert_close
+from tests.pairwise import in_turns
 
 transformers = pytest.importorskip("transformers")
 
@@ -56,6 +57,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {"gpt2": (gpt2, 8), "ll
 """Models, and how many linear layers they have but for the head."""
 
 every = pytest.mark.parametrize("method", METHODS)
+in_turn = pytest.mark.parametrize(("method", "name"), in_turns([*METHODS], [*MODELS]))
+in_other_turn = pytest.mark.parametrize(("method", "name"), in_turns([*METHODS], [*MODELS][::-1]))
 on_both = pytest.mark.parametrize("name", MODELS)
 
 
@@ -123,8 +126,7 @@ def test_convert_and_merge(method: str, name: str) -> None:
     assert_same_model(model, plain)
 
 
-@on_both
-@every
+@in_turn
 def test_modules_follow_the_weights(method: str, name: str) -> None:
     """From ``convert`` to ``merge``: the weights that the dense form ends with."""
     make, _ = MODELS[name]
@@ -134,8 +136,7 @@ def test_modules_follow_the_weights(method: str, name: str) -> None:
     assert_same_model(forms.merge(model), twin)
 
 
-@on_both
-@every
+@in_other_turn
 def test_a_run_may_change_form_twice(method: str, name: str) -> None:
     """Weights, modules, weights: the end of a run that never changed, and its state."""
     make, layers = MODELS[name]
@@ -159,8 +160,7 @@ def test_a_run_may_change_form_twice(method: str, name: str) -> None:
             assert_close(got[key][entry].double(), x.double(), torch.float64)
 
 
-@on_both
-@every
+@in_turn
 def test_resume_of_modules(method: str, name: str) -> None:
     """Weights and state of a converted model, saved and read safely: the same bits."""
     make, _ = MODELS[name]

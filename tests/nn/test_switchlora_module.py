@@ -186,8 +186,9 @@ def test_factor_gradients_are_the_chain_rule() -> None:
             assert_close(layer.lora_B.grad, layer.s * grad @ layer.lora_A.mT)
 
 
-@pytest.mark.parametrize("make", [network, gpt])
-@pytest.mark.parametrize("cls", [SwitchLoRAAdamW, SwitchLoRAAdamW8bit])
+@pytest.mark.parametrize(
+    ("cls", "make"), in_turns([SwitchLoRAAdamW, SwitchLoRAAdamW8bit], [network, gpt])
+)
 def test_a_run_may_change_form_and_back(
     make: Callable[[], nn.Module], cls: type[SwitchLoRAAdamW]
 ) -> None:
@@ -370,6 +371,12 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         SwitchLoRAAdamW([{**groups[0], "factor_starts": (0,), "freeze_steps": 0}])
 
 
+@pytest.mark.xfail(
+    torch.__version__.startswith("2.6."),
+    raises=KeyError,
+    strict=True,
+    reason="torch 2.6 takes it for granted that each parameter with a gradient has a state",
+)
 def test_torch_s_loader_leaves_factors_as_they_were_loaded() -> None:
     """It takes a step of zeros after that, to make the state; the run goes on as it was."""
 

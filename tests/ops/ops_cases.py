@@ -21,6 +21,8 @@ FLAT = [(0,), (1,), (17,), (5, 1, 67), (3, 300), (2, 512), (2, 3, 40)]
 MATRICES = [(1, 1), (17, 33), (70, 35), (2, 9, 14)]
 ELEMENTWISE = ["adamw_direction_", "lion_direction_", "moment_"]
 BITS8 = [f"{name}8bit_" for name in ELEMENTWISE]
+FACTORS = ("steps", "decays", "gains")
+"""Optional factors of numbers of the host, on the device."""
 APPLIES = ["lift_add_scaled_", "lift_add_sign_", "coordinate_add_"]
 
 
@@ -198,10 +200,12 @@ def matrices(
     free: str = "sign",
     unsound: int | None = None,
     magnitude: float = 1.0,
+    factors: Sequence[str] = (),
 ) -> Arguments:
     """Weights, gradients, a basis of a quarter of the rank, and coordinates of half the rows.
 
-    Gradient ``unsound`` is NaN, and so is what is computed from it, and said to be.
+    Gradient ``unsound`` is NaN, and so is what is computed from it, and said to be. ``factors``
+    names those of :data:`FACTORS` that there are; those of each matrix its own.
     """
     wide = _wide(dtype)
     found: Arguments = {
@@ -232,6 +236,10 @@ def matrices(
         found["finite"] = [torch.tensor(i != unsound) for i in range(len(shapes))]
         for name in ("grads", "updates", "lows", "columns"):
             found[name][unsound].fill_(torch.nan)
+    for name in FACTORS:
+        given = [torch.tensor(0.5 + (i + 1) / 7, dtype=wide) for i in range(len(shapes))]
+        found[name] = given if name in factors else []
+    found["gains"] = found["gains"][::-1]
     return {name: found[name] for name in names(op)}
 
 
@@ -306,17 +314,18 @@ def expected(op: str, a: Arguments) -> Expected:
     for i, (w, g, p, n, r) in enumerate(
         zip(*(a[k] for k in ("params", "grads", "bases", "updates", "lows")), strict=True)
     ):
+        lr, decay, gain = _numbers(a, i)
         if op == "lift_add_sign_":
             outside = g.double() - p.double() @ r.double()
             slack = {torch.float64: 1e-12, torch.float32: 1e-5}.get(w.dtype, 2**-4)
             size = p.double().abs() @ r.double().abs()
             firm = outside.abs() > slack * (g.double().abs() + size)
-            step = SCALE * (p.double() @ n.double()) + GAIN * outside.sign()
-            found.append((DECAY * w.double() - LR * step, firm))
+            step = SCALE * (p.double() @ n.double()) + gain * outside.sign()
+            found.append((decay * w.double() - lr * step, firm))
         else:
             c = a["columns"][i].double()
             low = SCALE * (n.double() - r.double() * c)
-            found.append((DECAY * w.double() - LR * (p.double() @ low + g.double() * c), None))
+            found.append((decay * w.double() - lr * (p.double() @ low + g.double() * c), None))
     return {"params": _where_sound(a, found)}
 
 
@@ -328,15 +337,23 @@ def _where_sound(
     return [new if ok else kept for ok, new, kept in zip(finite, found, old, strict=True)]
 
 
+def _numbers(a: Arguments, i: int) -> tuple[float, float, float]:
+    """Step size, decay and gain of a matrix."""
+    step, decay, gain = (float(a[name][i]) if a.get(name) else 1.0 for name in FACTORS)
+    return LR * step, DECAY * decay, GAIN * gain
+
+
 def _coordinates(a: Arguments) -> list[Tensor]:
     free = {"sign": torch.sign, "sgd": torch.clone, "none": torch.zeros_like}[a["free"]]
     found = []
-    for w, g, index, n in zip(a["params"], a["grads"], a["indices"], a["updates"], strict=True):
-        new = DECAY * w.double() - LR * GAIN * free(g.double())
+    lists = zip(a["params"], a["grads"], a["indices"], a["updates"], strict=True)
+    for i, (w, g, index, n) in enumerate(lists):
+        lr, decay, gain = _numbers(a, i)
+        new = decay * w.double() - lr * gain * free(g.double())
         batch = [(new, w, index, n)] if w.dim() == 2 else zip(new, w, index, n, strict=True)
         for new2, w2, k2, n2 in batch:
             for j, row in enumerate(k2.tolist()):
-                new2[row] = DECAY * w2[row].double() - LR * SCALE * n2[j].double()
+                new2[row] = decay * w2[row].double() - lr * SCALE * n2[j].double()
         found.append(new)
     return found
 

@@ -83,7 +83,9 @@ def cases(op: str) -> list[ops_cases.Arguments]:
                     own = {"how": how, "factors": factors, "unsound": unsound}
                     found.append(ops_factors.arguments(op, torch.float32, **own))
     elif op in (*ops_cases.APPLIES, "column_norms"):
-        found.append(ops_cases.matrices(op, torch.float32, shapes=[(17, 33)] * 3))
+        for factors in ((), ops_cases.FACTORS):
+            given = {"shapes": [(17, 33)] * 3, "factors": factors}
+            found.append(ops_cases.matrices(op, torch.float32, **given))
     return found
 
 

@@ -99,6 +99,41 @@ def test_matrices(backend: str, op: str, how: str, dtype: torch.dtype) -> None:
         run(op, cases.matrices(op, dtype, how=how, free=free))
 
 
+@pytest.mark.parametrize(
+    ("op", "factors", "dtype", "how"),
+    paired(cases.APPLIES, [("steps",), ("decays",), ("gains",), cases.FACTORS], DTYPES, HOW),
+)
+def test_factors_on_the_device(
+    backend: str, op: str, factors: tuple[str, ...], dtype: torch.dtype, how: str
+) -> None:
+    """Of step size, decay and gain, each matrix its own: one of them alone, or all.
+
+    One that is not finite keeps its bits. Native kernels take numbers of the host: the reference
+    serves in their place.
+    """
+    for free in ("sign", "sgd", "none") if op == "coordinate_add_" else ("sign",):
+        run(op, cases.matrices(op, dtype, how=how, free=free, factors=factors))
+        a = cases.matrices(op, dtype, how=how, free=free, factors=factors, unsound=2)
+        kept = a["params"][2].clone()
+        run(op, a)
+        assert torch.equal(a["params"][2], kept)
+
+
+@pytest.mark.parametrize("op", cases.APPLIES)
+def test_factors_of_no_step(backend: str, op: str) -> None:
+    """As many as matrices, ``()``, of float32 or float64: kernels read one number, unasked."""
+    a = cases.matrices(op, torch.float32, factors=cases.FACTORS)
+    for wrong, why in (
+        (a["steps"][1:], "steps has 3 tensors, not 4"),
+        ([x.reshape(1) for x in a["steps"]], r"steps must be .* \(\), got torch.float32 \(1,\)"),
+        ([x.half() for x in a["steps"]], r"steps must be float32 .* got torch.float16 \(\)"),
+    ):
+        before = [w.clone() for w in a["params"]]
+        with pytest.raises(ValueError, match=why):
+            cases.call(op, {**a, "steps": wrong})
+        assert all(map(torch.equal, a["params"], before))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("how", HOW)
 def test_coordinate_steps(backend: str, how: str, dtype: torch.dtype) -> None:
@@ -326,6 +361,8 @@ def test_float64(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
         run(op, ops_factors.arguments(op, torch.float64))
     elif op != "stochastic_round_":
         run(op, cases.matrices(op, torch.float64))
+        if op in cases.APPLIES:
+            run(op, cases.matrices(op, torch.float64, factors=cases.FACTORS))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

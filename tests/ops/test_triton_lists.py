@@ -82,7 +82,8 @@ def alike(op: str) -> ops_cases.Arguments:
     else:
         unsound = None if op == "column_norms" else 1
         shapes = [(17, 33)] * COUNT
-        found = ops_cases.matrices(op, torch.float32, shapes=shapes, unsound=unsound)
+        given = {"unsound": unsound, "factors": ops_cases.FACTORS}
+        found = ops_cases.matrices(op, torch.float32, shapes=shapes, **given)
     return ops_cases.on(DEVICE, found)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowrank_optim.memory.alive import Alive
 
 
 class OutOfMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -29,3 +33,25 @@ class OutOfMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if len(self.names) - 1 == self.at:
             raise torch.OutOfMemoryError(f"before {func}")
         return func(*args, **(kwargs or {}))
+
+
+class Limited(Alive):
+    """A device that has so many bytes for what operations make; none is taken away in place.
+
+    Args:
+        size: its bytes beside those of what is there already.
+        there: what is.
+    """
+
+    def __init__(self, size: int, there: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.size = size
+        self.leave_out(there)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if self.now > self.size:
+            raise torch.OutOfMemoryError(f"no room for what {func} returns")
+        return out

@@ -11,24 +11,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lowrank_optim import LowRankOptimizer, methods
+from lowrank_optim import LowRankOptimizer, methods, ops
 from lowrank_optim.engine import step as engine_step
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.nn import convert
 from tests import cases
 from tests.engine.races import Device
 from tests.engine.snapshots import everything, same
-from tests.reliability.injection import OutOfMemory
+from tests.reliability.injection import Limited, OutOfMemory
 
 SHAPES = [(6, 11), (9, 5), (6, 11), (5,), ()]
 """Two alike, that are stepped as one bucket, one seen transposed, and dense ones."""
 GAP = 3
 
 EVERY = [*cases.pairs(), ("SSTAdamW", None), ("SwitchLoRAAdamW", None)]
-CHEAP = 12
-"""Operations that fail of a step, of some hundreds: others in every case."""
+CHEAP = PARTS = 12
+"""Operations that fail of a step, of some hundreds: others in every case; and sizes of memory."""
 
 
 def prepared(name: str, projector: str | None, steps: int, **options: Any) -> LowRankOptimizer:
@@ -49,9 +49,9 @@ def params_of(optimizer: LowRankOptimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def set_grads(optimizer: LowRankOptimizer, row: int) -> None:
+def set_grads(optimizer: LowRankOptimizer, row: int, dtype: torch.dtype = torch.float32) -> None:
     for n, param in enumerate(params_of(optimizer)):
-        param.grad = cases.gradients(param.shape, 1, torch.float32, seed=10 * row + n)[0]
+        param.grad = cases.gradients(param.shape, 1, dtype, seed=10 * row + n)[0]
 
 
 def copied(optimizer: LowRankOptimizer) -> LowRankOptimizer:
@@ -183,7 +183,7 @@ def test_gradients_that_were_changed_are_a_new_batch() -> None:
     assert max(steps) == 3 and min(steps) == 2
 
 
-def test_what_is_too_large_to_be_copied_is_named() -> None:
+def test_what_is_too_large_to_be_copied_is_named(caplog: pytest.LogCaptureFixture) -> None:
     """A dense embedding and a matrix: torch steps the one in several operations."""
     params = [nn.Parameter(torch.ones(300, 300)), nn.Parameter(torch.ones(8, 8))]
     groups = [{"params": [("embed", params[0])], "rank": None}, {"params": [("w", params[1])]}]
@@ -202,11 +202,80 @@ def test_what_is_too_large_to_be_copied_is_named() -> None:
         assert all("w may" not in note for note in notes)
         if any("embed may have been stepped in part" in note for note in notes):
             partly.append(at)
+            new.step()
+            (record,) = caplog.records
+            assert "may have stepped embed in part" in record.getMessage()
+            caplog.clear()
+            new.step()
+            assert not caplog.records
             continue
         embed = params_of(new)[0]
         stepped = float(new.state.get(embed, {}).get("step", 0)) == 1
         assert stepped or embed.eq(1).all()
     assert 3 < len(partly) < len(names) // 2
+
+
+LARGE = [
+    (name, options, dtype, accelerated)
+    for name in ("GaLoreAdamW", "GaLoreLion", "GaLoreSGD")
+    for options in ({}, {"state_dtype": "8bit"}, {"state_dtype": "bfloat16"}, {"maximize": True})
+    for dtype in (torch.float32, torch.bfloat16)
+    for accelerated in (False, True)
+]
+SOME_LARGE = [LARGE[0], LARGE[1], LARGE[9], LARGE[11]]
+"""Torch's own step, and tiles without and with moments that are copied to be read."""
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "dtype", "accelerated"),
+    [pytest.param(*x, marks=() if x in SOME_LARGE else pytest.mark.slow) for x in LARGE],
+)
+def test_a_large_dense_parameter_has_its_memory_before_it_is_written(
+    name: str,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    accelerated: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the memory that is left, it takes a step or none: nothing of it was copied.
+
+    It ran out between moments and weights before. Tiles are small here, so that there are some.
+    """
+    if accelerated:
+        cases.branching(monkeypatch, lambda _: True)
+    for key in ("TILE_ELEMENTS", "ACCELERATOR_TILE_ELEMENTS"):
+        monkeypatch.setattr(ops.tiles, key, 1 << 15)
+    param = nn.Parameter(cases.parameter((300, 256), dtype).detach())
+    base = cases.build(name, [{"params": [param], "rank": None}], weight_decay=0.1, **options)
+    for row in range(2):
+        set_grads(base, row, dtype)
+        base.step()
+    wanted = copied(base)
+    wanted.step()
+
+    def there(optimizer: LowRankOptimizer) -> list[Tensor]:
+        (own,) = params_of(optimizer)
+        assert own.grad is not None
+        return [own, own.grad, *optimizer.state[own].values()]
+
+    free = copied(base)
+    with Limited(1 << 40, there(free)) as most:
+        free.step()
+    short = 0
+    for part in range(PARTS):
+        new = copied(base)
+        with Limited(most.most * part // PARTS, there(new)):
+            try:
+                new.step()
+            except torch.OutOfMemoryError as error:
+                short += 1
+                notes = " ".join(getattr(error, "__notes__", []))
+                assert "stepped in part" not in notes
+        if params_of(new)[0].eq(params_of(base)[0]).all():
+            assert not same(everything(new), everything(base)), part
+            new.step()
+        assert not same(everything(new), everything(wanted)), part
+    assert short > PARTS // 2
 
 
 @pytest.mark.parametrize("accelerated", [False, True], ids=["cpu", "accelerator"])

@@ -38,10 +38,17 @@ FACTORED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Methods whose coordinates are of factors of the weight: they have no projector, and no side."""
 
+FOLLOWING: dict[str, tuple[str, dict[str, Any]]] = {
+    "ldadam": ("LDAdamW", {}),
+    "ldadam bare": ("LDAdamW", {"error_feedback": None}),
+}
+"""Methods with a basis of their own, and one transport: they have no projector."""
+
 _NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "svd": ("galore adamw", {"projector": "svd", "rank": 3}),
     "rsvd": ("galore adamw", {"projector": "rsvd", "on_refresh": "project"}),
     "random": ("galore adamw", {"projector": "random", "on_refresh": "reset"}),
+    "golore": ("galore adamw", {"projector": "golore", "random_from": 3, "rank": 3}),
     "dct": ("galore adamw", {"projector": "dct", "on_refresh": "project"}),
     "hadamard": ("galore adamw", {"projector": "hadamard"}),
     "columns": ("galore adamw", {"projector": "columns", "on_refresh": "project"}),
@@ -89,6 +96,11 @@ _NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "switchlora restarts": ("switchlora", {"restart_every": 2, "weight_decay": 0.1}),
     "switchlora larger side": ("switchlora", {"proj_type": "reverse_std", "rank": 2}),
+    "ldadam": ("ldadam", {}),
+    "ldadam bare": ("ldadam bare", {"proj_type": "right"}),
+    "ldadam in 8 bits": ("ldadam", {"error_feedback": "8bit", "maximize": True}),
+    "ldadam now and then": ("ldadam", {"update_proj_gap": GAP, "proj_type": "reverse_std"}),
+    "ldadam full": ("ldadam", {"proj_type": "full"}),
 }
 
 
@@ -98,7 +110,7 @@ def case_of(method: str, options: Mapping[str, Any], **of: Any) -> Case:
     Between singular vectors of both sides a gradient is diagonal: what Adam makes of the zeros
     beside it depends on rounding, unless eps is above that.
     """
-    cls, own = {**METHODS, **FACTORED}[method]
+    cls, own = {**METHODS, **FACTORED, **FOLLOWING}[method]
     own = {**own, **options}
     density = own.pop("density", None)
     projector = own.get("projector", "block" if cls.startswith("Frugal") else None)
@@ -148,6 +160,8 @@ _EIGHT: dict[str, Case] = {
     "dct memory": Case("DCTAdamW8bit", {"error_feedback": "float32", "update_proj_gap": GAP}),
     "dct memory 8bit": Case("DCTAdamW8bit", {"error_feedback": "8bit"}),
     "dct memory 4bit": Case("DCTAdamW8bit", {"error_feedback": "4bit"}),
+    "ldadam": Case("LDAdamW8bit"),
+    "ldadam memory 4bit": Case("LDAdamW8bit", {"error_feedback": "4bit", "update_proj_gap": GAP}),
 }
 _OF_FACTORS: dict[str, tuple[str, dict[str, Any]]] = {
     "sst": ("SSTAdamW8bit", {**SST, "lr": 1e-3, "rank": 0.95}),
@@ -196,6 +210,12 @@ EIGHT = {
 
 BLOCKS = Case("FrugalAdamW8bit", {"density": 0.5}, only=("some blocks", "table", "four blocks"))
 """By rows that blocks lie within: whole tensors, of which some have moments at a time."""
+
+LAYERS = {
+    "lisa": replace(BLOCKS, cls="LisaAdamW8bit", options={**BY_SHAPE, "active_layers": 2}),
+    "badam": replace(BLOCKS, cls="BAdamW8bit", options={**BY_SHAPE, "active_layers": 2}),
+}
+"""The same of whole layers."""
 
 FACTORS: dict[str, Sequence[Any]] = {
     "method": tuple(METHODS),

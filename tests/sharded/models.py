@@ -6,13 +6,16 @@ full rank: of one that has not, the sign of what a subspace leaves is rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 SAMPLES = 48
@@ -156,11 +159,32 @@ def by_columns(size: int) -> Callable[[nn.Parameter], Any]:
     return place
 
 
+TAKES_WHOLE_NUMBERS = torch.__version__ >= "2.13"
+"""Whether FSDP2 shards parameters of whole numbers: that of 2.11 does not."""
+shards_whole_numbers = pytest.mark.skipif(
+    "ignored_params" not in inspect.signature(fully_shard).parameters,
+    reason="FSDP2 of torch 2.6 takes no parameters of whole numbers, and cannot leave them out",
+)
+"""Of layers that have some."""
+
+
+def left_out(model: nn.Module, always: bool = False) -> dict[str, Any]:
+    """Options by which ``fully_shard`` leaves whole numbers as they are, where it must."""
+    whole = {x for x in model.parameters() if not x.is_floating_point()}
+    return {"ignored_params": whole} if whole and (always or not TAKES_WHOLE_NUMBERS) else {}
+
+
+def here(x: Tensor, mesh: DeviceMesh, places: Sequence[Any]) -> DTensor:
+    """What every rank has, in other placements: none need send any, but by torch 2.6."""
+    silent = "src_data_rank" in inspect.signature(distribute_tensor).parameters
+    return distribute_tensor(x, mesh, places, **({"src_data_rank": None} if silent else {}))
+
+
 def parallelize(model: Model, mesh: DeviceMesh) -> None:
     """Matrices split by rows and by columns in turn, as tensor parallel splits them."""
     layers = [x for x in model.modules() if isinstance(x, Layer) and len(x.shape) == 2]
     for i, layer in enumerate(layers):
         for name, param in list(layer.named_parameters()):
             split = [Shard(i % 2)] if name == "weight" else [Replicate()]
-            x = distribute_tensor(param.detach(), mesh, split, src_data_rank=None)
+            x = here(param.detach(), mesh, split)
             layer.register_parameter(name, nn.Parameter(x))

@@ -2,7 +2,8 @@
 
 Processes are forked from a server that has imported torch, so that a world costs a fraction of a
 second. A job that raises on one rank gives the tracebacks of all; one that hangs is a failure with
-its name and the stacks of those that hung, and the jobs after it run in a new world.
+its name and the stacks of those that hung. Either way the jobs after it run in new processes: torch
+still knows meshes of a group that is gone, and gives them to later tensors.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,13 +70,13 @@ class Outcome:
         return self.values
 
 
-def _begin(rank: int, size: int, store: dist.Store, epoch: int) -> None:
-    """The default group, on keys of its own; the environment is that of torchrun."""
+def _begin(rank: int, size: int, store: dist.Store) -> None:
+    """The default group; the environment is that of torchrun."""
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ.update({key: str(value) for key, value in own.items()})
     dist.init_process_group(
         "gloo",
-        store=dist.PrefixStore(f"epoch{epoch}", store),
+        store=store,
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=GROUP_TIMEOUT),
@@ -112,23 +114,18 @@ def serve(pipe: Connection, rank: int, size: int, folder: str, port: int) -> Non
     sys.stderr = open(f"{folder}/stderr{rank}", "w")  # noqa: SIM115
     # a store of files asks every second whether the others are there
     store = dist.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=GROUP_TIMEOUT))
-    held = -1
-    while True:
-        try:
-            task = pipe.recv()
-        except EOFError:
-            return
-        epoch, job, args = task
-        if epoch != held:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            try:
-                _begin(rank, size, store, epoch)
-            except BaseException:
-                pipe.send((traceback.format_exc(), None))
-                continue
-            held = epoch
-        pipe.send(_answer(rank, size, job, args))
+    _begin(rank, size, store)
+    with contextlib.suppress(EOFError):  # there are no more
+        while True:
+            job, args = pipe.recv()
+            pipe.send(_answer(rank, size, job, args))
+
+
+def server() -> ForkServerContext:
+    """Makes processes that have torch loaded, and no thread or device of this one."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.sharded.preload"])
+    return context
 
 
 class Ranks:
@@ -137,7 +134,6 @@ class Ranks:
     def __init__(self, size: int, grace: float = GRACE) -> None:
         self.size = size
         self.grace = grace
-        self._epoch = 0
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -147,7 +143,7 @@ class Ranks:
         """What every rank makes of ``job(world, **args)``, a function of a module."""
         self._start()
         for pipe in self._pipes:
-            pipe.send((self._epoch, job, args))
+            pipe.send((job, args))
         answers = self._gather()
         if any(answer is None for answer in answers):
             stacks = self._hung(answers)
@@ -159,7 +155,7 @@ class Ranks:
         done = [answer for answer in answers if answer is not None]
         errors = [error for error, _ in done]
         if any(error is not None for error in errors):
-            self._epoch += 1  # the group is broken: the next job has a new one
+            self._end()
             return Outcome(name, [None] * self.size, errors)
         values = [torch.load(io.BytesIO(data), weights_only=False) for _, data in done]
         return Outcome(name, values, errors)
@@ -180,8 +176,7 @@ class Ranks:
     def _start(self) -> None:
         if self._processes:
             return
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["tests.sharded.preload"])
+        context = server()
         self._folder = tempfile.TemporaryDirectory()
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(self.size):
@@ -216,9 +211,14 @@ class Ranks:
                 with contextlib.suppress(ProcessLookupError):  # it ended since
                     os.kill(process.pid, signal.SIGUSR1)
         time.sleep(0.3)
-        for rank, process in enumerate(self._processes):
+        for rank in range(self.size):
             ends = [folder / f"{kind}{rank}" for kind in ("stack", "stderr")]
             stacks.append("\n".join(f.read_text()[-3000:] for f in ends if f.exists()))
+        self._end()
+        return stacks
+
+    def _end(self) -> None:
+        """End the processes at once: their group is broken."""
+        for process in self._processes:
             process.kill()
         self.close()
-        return stacks

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lowrank_optim import GaLoreAdamW, attach_in_backward
 from lowrank_optim.sharding import averages, collectives
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
+from tests.pairwise import in_turns
 from tests.sharded.meter import Meter
 from tests.sharded.ranks import Ranks, World
 from tests.sharded.replicas import SHORT, Run, Together, train
@@ -102,8 +103,16 @@ def by_ddp(plain: Run, world: Ranks) -> list[Step]:
 _by_ddp: dict[tuple[int, str], list[Step]] = {}
 
 
+COVERED = ("accumulated, told how often", "scaled", "unused, accumulated", "stepped")
+"""Others accumulate, leave layers out and step; of a scaled loss the clipping is that of DDP."""
+
+
 @pytest.mark.parametrize(
-    "name", [*EQUAL, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+    "name",
+    [
+        pytest.param(x, marks=pytest.mark.slow if x in SLOW or x in COVERED else ())
+        for x in (*EQUAL, *SLOW)
+    ],
 )
 def test_it_is_ddp(name: str, ranks: Worlds) -> None:
     """Weights, state, choices and counters, over refreshes; ranks alike to the bit."""
@@ -162,7 +171,7 @@ def resumed(world: World, run: Run, at: int) -> Any:
     return [whole[-1]], [second.held()]
 
 
-@pytest.mark.parametrize("how", ["project", "step"])
+@pytest.mark.parametrize("how", ["project", pytest.param("step", marks=pytest.mark.slow)])
 def test_resumed_to_the_bit(how: str, ranks: Worlds) -> None:
     """Three ranks: a sum in other buckets would be added up in another order."""
     run = Run(SVD, how, pieces=2)
@@ -299,8 +308,9 @@ def mutated(world: World, run: Run, how: str) -> Any:
         return train(world, run)
 
 
-@pytest.mark.parametrize("way", ["project", "step", "hook"])
-@pytest.mark.parametrize("how", ["alone", "twice", "summed"])
+@pytest.mark.parametrize(
+    ("how", "way"), in_turns(["alone", "twice", "summed"], ["project", "step", "hook"])
+)
 def test_a_run_without_averaging_is_seen(how: str, way: str, ranks: Worlds) -> None:
     run = Run(replace(SVD, only=("wide", "tall"), steps=4, cls="GaLoreSGD"), way)
     values = ranks(2).run(f"{how}, {way}", mutated, run=run, how=how).checked()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.communication import SIZE, Model, _counted, count, pretended, wire
+from benchmarks.communication import SIZE, Model, _counted, count, measure, pretended, wire
 from benchmarks.meter import Collective
 
 RANKS = 4
@@ -19,7 +19,7 @@ def llama_like(layers: int) -> Model:
     return Model("small", 4, layers, shapes, frozenset(k for k in shapes if "layers" in k))
 
 
-@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize("placed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_figures_are_those_that_the_table_gives(placed: bool) -> None:
     """Wide matrices are exchanged where rows are split; bases are whole, moments a part."""
     layers, m, n, r = 3, 16, 48, 4
@@ -36,6 +36,20 @@ def test_figures_are_those_that_the_table_gives(placed: bool) -> None:
     refresh = found.refreshed - found.sent
     assert refresh == pytest.approx(gathered + broadcast, rel=0.1)  # each message is rounded up
     assert found.messages == (1 if placed else 3)
+
+
+@pytest.mark.slow
+def test_a_basis_of_every_step_is_counted_in_every_layout() -> None:
+    """LDAdam: the matrix to its owner; the basis, and how moments turn, to all."""
+    layers, m, n, r = 3, 16, 48, 4
+    row = measure(llama_like(layers), RANKS, ("LDAdam",))[1]
+    gathered = 2 * layers * m * n // RANKS * SIZE * (RANKS - 1) / RANKS
+    broadcast = 2 * layers * (m * r + r * r) * SIZE
+    guard = 2 * (RANKS - 1) / RANKS * 2 * (2 * layers + 1) * 8
+    assert row.placed == pytest.approx(gathered + broadcast + guard, rel=0.1)
+    turned = layers * 2 * m * n // RANKS * SIZE * (RANKS - 1) / RANKS
+    assert row.sent - row.placed == pytest.approx(turned)
+    assert row.refresh == 0
 
 
 COORDINATES = {"GaLore rsvd": lambda m, n, r: r * n, "SST active": lambda m, n, r: r * (m + n + 1)}

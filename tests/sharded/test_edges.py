@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import lowrank_optim
 from lowrank_optim.engine import step as engine_step
 from lowrank_optim.engine.sharded import step as sharded_step
+from tests.sharded.models import here
 from tests.sharded.ranks import Ranks, World
 
 Worlds = Callable[[int], Ranks]
@@ -32,7 +33,7 @@ def spread(x: Tensor, world: World | None, place: int | None) -> Tensor:
         return x.clone()
     mesh = init_device_mesh("cpu", (world.size,))
     places = [Replicate() if place is None else Shard(place)]
-    return distribute_tensor(x, mesh, places, src_data_rank=None)
+    return here(x, mesh, places)
 
 
 def whole(x: Tensor) -> Tensor:
@@ -98,15 +99,16 @@ def in_chunks(world: World | None, cls: str, place: int, options: dict[str, Any]
     return run.weights()
 
 
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("place", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("cls", "options"),
     [
         ("DCTAdamW", {"error_feedback": "float32", "update_proj_gap": 2}),
         ("GaLoreAdamW", {"projector": "svd", "update_proj_gap": 2}),
         ("GaLoreAdamW", {"projector": "dct", "proj_type": "full", "update_proj_gap": 2}),
+        pytest.param("LDAdamW", {}, marks=pytest.mark.slow),
     ],
-    ids=["memory", "svd", "full"],
+    ids=["memory", "svd", "full", "ldadam"],
 )
 def test_ranks_cut_alike_weights_into_the_same_chunks(
     cls: str, options: dict[str, Any], place: int, ranks: Worlds
@@ -194,7 +196,7 @@ def test_bfloat16_weights_of_split_rows_lose_nothing(ranks: Worlds) -> None:
     assert gaps[1] <= 1.02 * gaps[0], gaps
 
 
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("place", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_learning_rate_that_is_a_tensor(place: int, ranks: Worlds) -> None:
     args: dict[str, Any] = {"place": place, "dtype": torch.float64}
     one = decayed(None, lr=torch.tensor(1e-2, dtype=torch.float64), **args)
@@ -247,14 +249,15 @@ WHERE = {
 
 
 @pytest.mark.parametrize("when", WHERE)
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("place", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("cls", "options"),
     [
         ("DCTAdamW", {"error_feedback": "float32", "update_proj_gap": 3}),
         ("FiraAdamW", {"projector": "svd", "update_proj_gap": 3, "on_refresh": "project"}),
+        pytest.param("LDAdamW", {}, marks=pytest.mark.slow),
     ],
-    ids=["memory", "fira"],
+    ids=["memory", "fira", "ldadam"],
 )
 def test_an_error_leaves_every_bit(
     cls: str, options: dict[str, Any], place: int, when: str, ranks: Worlds

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from lowrank_optim import GaLoreAdamW
 from lowrank_optim.nn import convert
 from tests.compare import assert_close
-from tests.sharded.models import part
+from tests.sharded.models import left_out, part, shards_whole_numbers
 from tests.sharded.ranks import Ranks, World
 
 Worlds = Callable[[int], Ranks]
@@ -33,10 +33,11 @@ def train(world: World | None, method: str, how: str) -> dict[str, Tensor]:
     model: Any = nn.Sequential(nn.Linear(11, 20), nn.Tanh(), nn.Linear(20, 7)).double()
     groups = convert(model, method, rank=3, density=0.1)
     run = model
-    if world is not None and how == "fsdp":
+    if world is not None and how != "ddp":
         mesh = init_device_mesh("cpu", (size,))
+        own = left_out(model, how == "fsdp but for index")
         for layer in (model[0], model[2], model):
-            fully_shard(layer, mesh=mesh)
+            fully_shard(layer, mesh=mesh, **own)
     elif world is not None:
         run = nn.parallel.DistributedDataParallel(model)
     named = dict(model.named_parameters())
@@ -52,7 +53,13 @@ def train(world: World | None, method: str, how: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("method", "how", "size"), [("sltrain", "fsdp", 3), ("lost", "fsdp", 2), ("sltrain", "ddp", 2)]
+    ("method", "how", "size"),
+    [
+        pytest.param("sltrain", "fsdp", 3, marks=shards_whole_numbers),
+        pytest.param("lost", "fsdp", 2, marks=shards_whole_numbers),
+        pytest.param("sltrain", "fsdp but for index", 2, marks=shards_whole_numbers),
+        ("sltrain", "ddp", 2),
+    ],
 )
 def test_it_is_one_process(method: str, how: str, size: int, ranks: Worlds) -> None:
     expected = train(None, method, how)

@@ -33,6 +33,7 @@ CASES = [
     ("FrugalAdamW", {"projector": "block"}),
     ("FrugalAdamW", {"projector": "columns"}),
     ("DCTAdamW", {}),
+    ("LDAdamW", {"error_feedback": "8bit"}),
 ]
 STEPS = 5
 
@@ -109,3 +110,31 @@ def test_distributed_data_parallel(world: DeviceMesh, name: str, options: dict[s
     model = network(world.device_type)
     plain = trained(copy.deepcopy(model), name, options)
     close(trained(DistributedDataParallel(model), name, options), plain)
+
+
+@pytest.mark.parametrize("name", ["GaLoreAdamW", "LDAdamW"])
+def test_a_bad_gradient_changes_nothing_of_shards(world: DeviceMesh, name: str) -> None:
+    """On a device nobody looks: weights, basis, moments and errors are selected."""
+    model = network(world.device_type)
+    fully_shard(model, mesh=world, shard_placement_fn=shard_placement_fn(1))
+    optimizer = cases.build(name, model.named_parameters(), update_proj_gap=1)
+    for step in range(4):
+        model(torch.full((6, 48), 0.1 * step, device=world.device_type)).square().mean().backward()
+        if step == 2:
+            bad = next(iter(model.parameters()))
+            assert bad.grad is not None
+            local(bad.grad)[0, 0] = float("nan")
+            held = {k: local(x).clone() for k, x in optimizer.state[bad].items()}
+            before = local(bad.detach()).clone()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 2:
+            now = {k: local(x) for k, x in optimizer.state[bad].items()}
+            moved = [k for k, x in held.items() if not torch.equal(x, now[k])]
+            assert set(moved) <= {"step", "postponed"}
+            assert torch.equal(before, local(bad.detach()))
+    assert not torch.equal(before, local(bad.detach())), "the next step goes on"
+
+
+def local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x

@@ -11,8 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import Shard
-from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.distributed.tensor import Shard, _utils
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from lowrank_optim.sharding import collectives
@@ -21,6 +20,8 @@ from tests.sharded.meter import Meter, assert_collectives
 from tests.sharded.ranks import Ranks, World
 
 Worlds = Callable[[int], Ranks]
+READS = hasattr(_utils, "_compute_local_shape_and_global_offset")
+"""torch 2.6 has not: it says of uneven pieces of pieces what is not so, of its own weights too."""
 MESHES = ((4,), (2, 2), (2, 3), (4, 2), (3, 2, 2))
 SIZES = (1, 2, 3, 5, 6, 7, 8, 9, 12, 17)
 
@@ -36,7 +37,7 @@ def by_torch(cut: Cut, size: int, at: Sequence[int]) -> tuple[int, int]:
     places = [
         Shard(0) if factor == 1 else _StridedShard(0, split_factor=factor) for factor in cut.factors
     ]
-    own = _compute_local_shape_and_global_offset((size,), cut.sizes, list(at), places)
+    own = _utils._compute_local_shape_and_global_offset((size,), cut.sizes, list(at), places)
     return own[0][0], own[1][0]
 
 
@@ -55,11 +56,12 @@ def test_a_cut_is_chunks_of_chunks(cut: Cut) -> None:
             start, stop = cut.interval(size, at, unit)
             expected = torch.cat(list(own)).tolist() if own else []
             assert list(range(start, stop)) == expected, (size, unit, at)
-            if unit == 1 and cut.is_read_alike(size):
+            if READS and unit == 1 and cut.is_read_alike(size):
                 length, offset = by_torch(cut, size, at)
                 assert length == stop - start and (not length or offset == start), (size, at)
 
 
+@pytest.mark.skipif(not READS, reason="of torch 2.6 nothing uneven agrees")
 def test_where_dtensor_does_not_agree() -> None:
     """Nine rows over tensor parallel of two, then four: DTensor gives the last to another rank."""
     cut = Cut((4, 2), (1, 0))

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests.sharded.ranks import Ranks, World
 
@@ -20,6 +22,14 @@ def total(world: World, start: int) -> float:
     x = torch.tensor(float(start + world.rank))
     dist.all_reduce(x)
     return float(x)
+
+
+def spread(world: World) -> float:
+    """On a mesh that torch keeps, in the results of operators too."""
+    mesh = init_device_mesh("cpu", (world.size,))
+    x: Any = distribute_tensor(torch.ones(4), mesh, [Shard(0)]).mul(2.0)
+    assert x.device_mesh.get_group() is mesh.get_group()
+    return float(x.full_tensor().sum())
 
 
 def one_raises(world: World) -> None:
@@ -83,9 +93,11 @@ def test_ranks_share_no_numbers(ranks: Worlds) -> None:
 def test_a_failure_has_its_name_and_the_next_job_runs(
     job: Callable[..., Any], told: str, brief: Ranks
 ) -> None:
+    brief.run("spread", spread).checked()
     began = time.monotonic()
     outcome = brief.run(job.__name__, job)
     assert outcome.failed and time.monotonic() - began < 15
     with pytest.raises(AssertionError, match=told):
         outcome.checked()
     assert brief.run("total", total, start=1).checked() == [3.0, 3.0]
+    assert brief.run("spread", spread).checked() == [8.0, 8.0]

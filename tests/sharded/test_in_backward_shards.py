@@ -193,6 +193,14 @@ SLOW: dict[str, Run] = {
     "step, memory": Run(
         Case("DCTAdamW", {"error_feedback": "float32"}, how="fsdp columns", only=SHORT), "step"
     ),
+    "step, following": Run(Case("LDAdamW", how="fsdp columns", only=SHORT), "step"),
+    "step, following by rows": Run(Case("LDAdamW", how="fsdp", only=SHORT), "step", pieces=2),
+    "project, following": Run(
+        Case(
+            "LDAdamW", {"error_feedback": None, "update_proj_gap": 2},
+            how="fsdp columns", only=SHORT,
+        )
+    ),
     "project, zeroed in place": Run(SVD, pieces=2, zeroed=True),
     "project, offloaded": Run(replace(SVD, how="fsdp offloaded", only=()), pieces=2),
     "step, offloaded": Run(replace(SVD, how="fsdp offloaded"), "step"),

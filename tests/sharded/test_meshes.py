@@ -80,8 +80,10 @@ def check(ranks: Worlds, name: str, case: Case) -> None:
     [
         pytest.param("rsvd", "copies", marks=pytest.mark.slow),  # as what is found once for all
         ("fira svd", "parallel"),
-        ("sst", "parallel"),
+        pytest.param("sst", "parallel", marks=pytest.mark.slow),
         ("switchlora of weights", "copies"),
+        ("ldadam", "parallel"),
+        pytest.param("ldadam full", "copies", marks=pytest.mark.slow),
     ],
 )
 def test_it_is_one_process(name: str, how: str, ranks: Worlds) -> None:
@@ -99,10 +101,9 @@ ADAFACTOR = {"scale_parameter": True, "beta1": None, "clip_threshold": 0.7}
 @pytest.mark.parametrize(
     ("how", "rank"),
     [
-        ("copies", None),
-        ("parallel", 3),
         ("every tensor", None),
-        *(pytest.param(how, None, marks=pytest.mark.slow) for how in HOWS if how != "copies"),
+        pytest.param("parallel", 3, marks=pytest.mark.slow),
+        *(pytest.param(how, None, marks=pytest.mark.slow) for how in HOWS),
         pytest.param("tensors", 3, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -247,7 +248,11 @@ def test_a_basis_is_found_once_for_all_copies_everywhere(
     training.assert_equal_runs(training.assembled(values), training.reference(case.reference))
 
 
-@pytest.mark.parametrize("places", [("r0", "0r", "rr"), ("r1", "a0")], ids=str)
+@pytest.mark.parametrize(
+    "places",
+    [("r0", "0r", "rr"), pytest.param(("r1", "a0"), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_copies_round_alike(places: tuple[str, ...], ranks: Worlds) -> None:
     """Moments in bfloat16 are rounded by noise, which all copies of a part share."""
     options = {"state_dtype": "bfloat16", "projector": "columns", "density": 0.5}
@@ -289,7 +294,8 @@ def full(x: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "how", ["parallel", "tensors", pytest.param("every tensor", marks=pytest.mark.slow)]
+    "how",
+    ["parallel", *(pytest.param(x, marks=pytest.mark.slow) for x in ("tensors", "every tensor"))],
 )
 def test_torch_gathers_what_one_process_has(how: str, ranks: Worlds) -> None:
     """``full_tensor`` of weights and of moments: a second account of what is where."""
@@ -348,7 +354,19 @@ ON_SQUARE: dict[str, tuple[str, Any, Table, Table, Table]] = {
 and in all of them."""
 
 
-@pytest.mark.parametrize("name", ON_SQUARE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        # of columns nothing turns, and who sends a basis or scores is in the others
+        pytest.param(
+            x,
+            marks=pytest.mark.slow
+            if x.startswith(("copies of col", "copies, ", "columns of columns, "))
+            else (),
+        )
+        for x in ON_SQUARE
+    ],
+)
 def test_a_step_sends_exactly_this(name: str, ranks: Worlds) -> None:
     place, (cls, options), each, first, copies = ON_SQUARE[name]
     args = {"cls": cls, "options": options, "place": place, "alike": 1}
@@ -390,7 +408,10 @@ def train_in_units(world: World, case: Case, unit: int) -> Any:
     return out
 
 
-@pytest.mark.parametrize(("size", "places"), [(3, ("0", "1")), (4, ("01", "b1", "a0", "r1"))])
+@pytest.mark.parametrize(
+    ("size", "places"),
+    [(3, ("0", "1")), pytest.param(4, ("01", "b1", "a0", "r1"), marks=pytest.mark.slow)],
+)
 def test_steps_in_units_are_one_process(size: int, places: Any, ranks: Worlds) -> None:
     mesh = "square" if size == 4 else "all"
     case = replace(NAMED["svd"], how="tensors", only=("wide", "tall"), places=places, mesh=mesh)
@@ -468,7 +489,11 @@ def backwards(world: World, sizes: tuple[int, ...], case: Case) -> Any:
 
 @pytest.mark.parametrize(
     ("sizes", "places", "name"),
-    [((4,), "0", "svd full"), ((2, 2), "01", "rsvd"), ((2, 2), "r1", "svd full")],
+    [
+        ((2, 2), "01", "rsvd"),
+        pytest.param((4,), "0", "svd full", marks=pytest.mark.slow),
+        pytest.param((2, 2), "r1", "svd full", marks=pytest.mark.slow),
+    ],
 )
 def test_ranks_in_another_order(sizes: Any, places: str, name: str, ranks: Worlds) -> None:
     case = replace(NAMED[name], how="tensors", only=("wide", "tall"), places=(places,), steps=5)

@@ -56,7 +56,9 @@ def test_a_run_from_mesh_to_mesh_is_one_run(ranks: Worlds, tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("route", [ROUTE, OTHER], ids=["there", "other"])
-@pytest.mark.parametrize("name", ["torch", "rsvd", "svd full", "dct memory", "frugal columns"])
+@pytest.mark.parametrize(
+    "name", ["torch", "rsvd", "svd full", "dct memory", "frugal columns", "ldadam"]
+)
 def test_a_run_from_mesh_to_mesh_is_one_run_everywhere(
     name: str, route: tuple[str, ...], flat: bool, ranks: Worlds, tmp_path: Path
 ) -> None:

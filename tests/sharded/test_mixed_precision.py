@@ -24,6 +24,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "fira": ("FiraAdamW", {"rank": 3}, {"update_proj_gap": 3}),
     "dct": ("DCTAdamW", {"rank": 3}, {"error_feedback": "bfloat16"}),
     "frugal": ("FrugalAdamW", {"density": 0.34}, {"update_proj_gap": 3}),
+    "ldadam": ("LDAdamW", {"rank": 3}, {"error_feedback": "bfloat16"}),
 }
 
 

@@ -113,7 +113,18 @@ def without_any(world: Ranks, case: Case, poisoned: bool) -> str:
 _without_any: dict[str, str] = {}
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+DEFAULT = (
+    "guard", "scores", "scalars of Fira", "means of Adafactor", "turn to columns", "turn to rows",
+    "edges to blocks", "broadcast of the basis", "sum of SST's u and s",
+    "sum of one factor of SwitchLoRA", "factors to the owner of a restart",
+)  # fmt: skip
+"""Every function of the seam, every case but that of two sides, which tests of meshes have."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=() if x in DEFAULT else pytest.mark.slow) for x in MUTATIONS],
+)
 def test_a_run_without_it_is_seen(name: str, brief: Ranks) -> None:
     case = replace(CASES[SEEN_BY[name]], steps=STEPS)
     case = replace(case, options={**case.options, "stagger": False})

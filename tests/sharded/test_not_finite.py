@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from tests import cases
 from tests.sharded import training
 from tests.sharded.combinations import NAMED, SHORT
 from tests.sharded.ranks import Ranks, World
@@ -32,7 +33,7 @@ CASES: dict[str, Case] = (
     }
     | {
         name: replace(NAMED[name], only=SHORT, steps=STEPS)
-        for name in ("sst", "switchlora restarts")
+        for name in ("sst", "switchlora restarts", "ldadam", "ldadam bare")
     }
 )
 
@@ -142,7 +143,9 @@ TURNS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "when", "bad", "size"), TURNS[::3])
+@pytest.mark.parametrize(
+    ("name", "when", "bad", "size"), [x for x in TURNS[::3] if not x[0].startswith("switchlora")]
+)
 def test_all_ranks_skip_the_weight(
     name: str, when: str, bad: str, size: int, ranks: Worlds
 ) -> None:
@@ -169,7 +172,7 @@ def test_factors_of_the_weight_are_found_all_the_same(name: str, when: str, rank
     check(ranks, 2, CASES[name], BAD["wide"], when, float("nan"))
 
 
-@pytest.mark.parametrize("place", ["0", "r"])
+@pytest.mark.parametrize("place", ["0", pytest.param("r", marks=pytest.mark.slow)])
 def test_plain_dtensors_too(place: str, ranks: Worlds) -> None:
     case = replace(CASES["svd"], how="tensors", places=(place,))
     check(ranks, 3, case, f"wide_{place}_0.weight", "in mid-run", float("nan"))
@@ -195,7 +198,9 @@ def missing(world: World | None, case: Case) -> Any:
     return out
 
 
-@pytest.mark.parametrize("name", ["fira svd", "dct memory", "frugal block"])
+@pytest.mark.parametrize(
+    "name", ["fira svd", "frugal block", pytest.param("dct memory", marks=pytest.mark.slow)]
+)
 def test_a_weight_without_a_gradient_stands_still(name: str, ranks: Worlds) -> None:
     """As in one process, and the others step."""
     case = replace(CASES[name], only=SHORT)
@@ -230,3 +235,20 @@ def test_a_gradient_that_only_some_ranks_have_is_no_hang(ranks: Worlds) -> None:
         assert set(told) == {"moved: False"}, told
     else:
         assert all("wide_0_0.weight" in text for text in told), told
+
+
+def unasked(world: World | None, case: Case, bad: str, at: int) -> Any:
+    """The same where a host may not look at what a device has: it selects, and asks nobody."""
+    with pytest.MonkeyPatch.context() as patch:
+        cases.branching(patch, lambda _: True)
+        return run(world, case, bad, at, float("nan"))[1]
+
+
+@pytest.mark.parametrize("name", [pytest.param("svd", marks=pytest.mark.slow), "ldadam"])
+def test_a_device_selects_what_a_host_would_skip(name: str, ranks: Worlds) -> None:
+    """Where a basis is due: neither it, moments nor errors take anything of such a gradient."""
+    case = replace(CASES[name], only=("wide", "tall"), steps=4)
+    bad = BAD["tall"]
+    found = ranks(2).run(name, unasked, case=case, bad=bad, at=2).checked()
+    expected = run(None, case.reference, bad, 2, float("nan"))[1]
+    training.assert_equal_runs(training.assembled(found), training.assembled([expected]))

@@ -9,9 +9,19 @@ from typing import Any
 import pytest
 import torch
 
+from tests import cases
 from tests.pairwise import pairwise
 from tests.sharded import training
-from tests.sharded.combinations import FACTORS, NAMED, SHORT, is_defined, to_case
+from tests.sharded.combinations import (
+    BLOCKS,
+    EIGHT,
+    FACTORS,
+    LAYERS,
+    NAMED,
+    SHORT,
+    is_defined,
+    to_case,
+)
 from tests.sharded.ranks import Ranks, World
 from tests.sharded.training import LONG, Case, Trained
 
@@ -35,14 +45,26 @@ def check(ranks: Worlds, size: int, name: str, case: Case, **within: float) -> N
     training.assert_all_moved(case.reference, run)
 
 
-@pytest.mark.parametrize(("size", "how"), list(zip(SIZES, HOWS, strict=True)))
+@pytest.mark.parametrize(
+    ("size", "how"),
+    [
+        pytest.param(*x, marks=pytest.mark.slow if i else ())
+        for i, x in enumerate(zip(SIZES, HOWS, strict=True))
+    ],
+)
 def test_torch_passes_its_own_measure(size: int, how: str, ranks: Worlds) -> None:
     """What the harness measures is right for an optimizer that is."""
     only = () if how == "fsdp columns" else SHORT
     check(ranks, size, f"torch {how}", Case("torch.AdamW", {"foreach": False}, how, only, steps=4))
 
 
-@pytest.mark.parametrize("name", list(NAMED)[::4])
+def test_every_class_is_run_by_several_ranks() -> None:
+    """A class that is added is a case, here or, of means, in ``test_adafactor.py``."""
+    every = [*NAMED.values(), *EIGHT.values(), *LAYERS.values(), BLOCKS]
+    assert {case.cls for case in every} | {"GaLoreAdafactor"} >= set(cases.method_names())
+
+
+@pytest.mark.parametrize("name", list(NAMED)[::8])
 def test_a_named_case_is_well_posed(name: str) -> None:
     """Gradients rounded otherwise change nothing that is compared, so that a difference is one."""
     case = replace(NAMED[name], only=SHORT)
@@ -61,11 +83,11 @@ def test_all_cases_are_well_posed() -> None:
 
 TURNS = [(name, SIZES[i // 3 % 3], HOWS[i % 3]) for i, name in enumerate(NAMED)]
 DEFAULT = (
-    "rsvd", "random", "columns", "block", "fira svd", "apollo mini", "frugal rows", "dct memory",
-    "sst", "switchlora of weights",
+    "columns", "block", "fira svd", "apollo mini", "frugal rows", "dct memory",
+    "ldadam in 8 bits", "ldadam full",
 )  # fmt: skip
 """What the default run has of them, by columns and in plain DTensors. ``test_mutations.py`` has
-others by rows, and by rows these: each basis, side and residual. All, everywhere, are slow."""
+others by rows: each basis, side and residual, SST and SwitchLoRA. All, everywhere, are slow."""
 
 
 @pytest.mark.parametrize(("name", "size", "how"), [x for x in TURNS if x[0] in DEFAULT])
@@ -94,7 +116,7 @@ def torch_or(name: str, **of: Any) -> Case:
         pytest.param("torch", "fsdp", marks=pytest.mark.slow),
         pytest.param("svd", "tensors", marks=pytest.mark.slow),
         ("fira svd", "fsdp"),
-        ("dct each step", "tensors"),
+        pytest.param("dct each step", "tensors", marks=pytest.mark.slow),
     ],
 )
 def test_pairs_of_ranks_are_worlds_of_their_own(name: str, how: str, ranks: Worlds) -> None:
@@ -129,7 +151,10 @@ def test_micro_batches_that_are_not_reduced(name: str, ranks: Worlds) -> None:
     check(ranks, 2, name, torch_or(name, only=SHORT, pieces=3, steps=4))
 
 
-@pytest.mark.parametrize("name", [TORCH, "svd", "dct memory"])
+@pytest.mark.parametrize(
+    "name",
+    [TORCH, "svd", *(pytest.param(x, marks=pytest.mark.slow) for x in ("dct memory", "ldadam"))],
+)
 def test_float32(name: str, ranks: Worlds) -> None:
     """To the rounding of its products, which are of fewer columns than in one process."""
     case = torch_or(name, how="tensors", only=("wide", "tall", "few"), steps=4, dtype=torch.float32)
@@ -144,9 +169,9 @@ def test_it_is_one_process_everywhere(name: str, size: int, how: str, ranks: Wor
     check(ranks, size, name, replace(NAMED[name], how=how, steps=LONG))
 
 
-@pytest.mark.parametrize("at", range(0, len(ROWS), 16), ids=lambda i: named(ROWS[i]))
+@pytest.mark.parametrize("at", range(0, len(ROWS), 48), ids=lambda i: named(ROWS[i]))
 def test_any_two_choices_go_together(at: int, ranks: Worlds) -> None:
-    check(ranks, SIZES[at // 16 % 3], named(ROWS[at]), to_case(ROWS[at]))
+    check(ranks, SIZES[at // 48 % 3], named(ROWS[at]), to_case(ROWS[at]))
 
 
 @pytest.mark.slow

@@ -43,6 +43,7 @@ METHODS = (
     "frugal momentum",
     "sst",
     "switchlora restarts",
+    "ldadam",
 )
 
 
@@ -125,6 +126,7 @@ def check(
         source = target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flat", [True])
 def test_torch_passes_its_own_measure(flat: bool, ranks: Worlds, tmp_path: Path) -> None:
     case = Case("torch.AdamW", {"foreach": False}, only=SHORT)
@@ -136,10 +138,11 @@ def test_torch_passes_its_own_measure(flat: bool, ranks: Worlds, tmp_path: Path)
     # of a basis that is found test_adafactor.py has as many ranks in turn, and codes have them here
     [
         pytest.param("rsvd", marks=pytest.mark.slow),
-        "dct memory",
+        pytest.param("dct memory", marks=pytest.mark.slow),
         "frugal block",
         "sst",
-        "switchlora",
+        # test_full_state.py has the one, and test_one_process.py the other by columns
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("switchlora", "ldadam")),
     ],
 )
 def test_a_run_over_several_numbers_of_ranks_is_one_run(
@@ -162,7 +165,7 @@ def test_moments_in_8_bits_over_several_numbers_of_ranks(
 ) -> None:
     """To the bit at every step, so that nothing was encoded again on the way."""
     case = BLOCKS if name == "block" else EIGHT[name]
-    check(ranks, name, case, flat, tmp_path, ROUTE[:3], plain=not flat)
+    check(ranks, name, case, flat, tmp_path, (3, 1, 2), plain=not flat)
 
 
 @pytest.mark.slow
@@ -207,7 +210,12 @@ def in_memory(world: World, case: Case, flat: bool, full: bool) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "full"), [("torch", True), ("fira svd", False), ("dct memory", True)]
+    ("name", "full"),
+    [
+        ("torch", True),
+        ("fira svd", False),
+        pytest.param("dct memory", True, marks=pytest.mark.slow),
+    ],
 )
 def test_another_optimizer_takes_over(name: str, full: bool, ranks: Worlds) -> None:
     torchs = Case("torch.AdamW", {"foreach": False})
@@ -233,7 +241,14 @@ def own_methods(world: World, case: Case) -> Any:
     return out
 
 
-@pytest.mark.parametrize("name", ["torch", "svd", "frugal block"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch",
+        "frugal block",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("svd", "ldadam")),
+    ],
+)
 def test_the_optimizers_own_methods(name: str, ranks: Worlds) -> None:
     torchs = Case("torch.AdamW", {"foreach": False})
     case = replace(torchs if name == "torch" else NAMED[name], only=SHORT, steps=2 * LEG)

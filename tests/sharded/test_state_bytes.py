@@ -35,6 +35,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dct": ("DCTAdamW", {}),
     "dct memory": ("DCTAdamW", {"error_feedback": "float32"}),
     "dct memory bfloat16": ("DCTAdamW", {"error_feedback": "bfloat16", "update_proj_gap": 9}),
+    "ldadam": ("LDAdamW", {}),
+    "ldadam memory 8bit": ("LDAdamW", {"error_feedback": "8bit"}),
     "dense": ("GaLoreAdamW", {"rank": None}),
 }
 

@@ -18,6 +18,7 @@ from lowrank_optim.sharding.parts import local
 from tests.engine.races import Device
 from tests.sharded import replicas, test_layers, training
 from tests.sharded.combinations import EIGHT, NAMED, SHORT
+from tests.sharded.models import shards_whole_numbers
 from tests.sharded.ranks import Ranks, World
 
 Worlds = Callable[[int], Ranks]
@@ -82,6 +83,7 @@ CASES = {
     "fira": NAMED["fira rsvd"],
     "blocks": NAMED["frugal block"],
     "memory": NAMED["dct memory now and then"],
+    "following": NAMED["ldadam"],
     "sst": NAMED["sst"],
     "switchlora": NAMED["switchlora"],
     "columns": replace(NAMED["rsvd"], how="fsdp columns"),
@@ -104,9 +106,10 @@ def test_shards_train_with_either_setting(names: Sequence[str], ranks: Worlds) -
         assert found == [""] * len(cases)
 
 
+@pytest.mark.slow  # codes rest as moments do: tests/engine/test_state_device.py has them
 def test_shards_in_8_bits_train_with_either_setting(ranks: Worlds) -> None:
     """DTensors of blocks, and the memory of error feedback beside them."""
-    names = ("galore", "dct memory 8bit", "switchlora")
+    names = ("galore", "dct memory 8bit", "switchlora", "ldadam")
     cases = [replace(EIGHT[name], only=EIGHT[name].only[:1]) for name in names]
     for found in ranks(2).run("eight", both, cases=cases).checked():
         assert found == [""] * len(cases)
@@ -133,9 +136,11 @@ def test_replicas_train_with_either_setting(ranks: Worlds) -> None:
     turned = replace(svd, options={**svd.options, "on_refresh": "project"})
     memory = replace(NAMED["dct memory now and then"], only=SHORTEST, steps=4)
     memory = replace(memory, options={**memory.options, "projector": "svd"})
+    following = replace(NAMED["ldadam"], only=SHORTEST, steps=4)
     runs = [
         replicas.Run(turned, "ddp"),
         replicas.Run(memory, "ddp"),
+        replicas.Run(following, "ddp"),
         replicas.Run(turned, "project"),
         replicas.Run(turned, "step", told=True),
     ]
@@ -168,6 +173,8 @@ def _layers_differ(world: World, name: str) -> str:
     return "" if _alike(*found) else f"{name} differs"
 
 
+@pytest.mark.slow  # of weights SST and SwitchLoRA are among those above
+@shards_whole_numbers
 def test_layers_of_factors_train_with_either_setting(ranks: Worlds) -> None:
     names = ("sst", "restarts")
     for found in ranks(2).run("layers", layers, names=names).checked():

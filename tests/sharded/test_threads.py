@@ -40,6 +40,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dct": ("DCTAdamW", {}),
     "dct memory": ("DCTAdamW", {"error_feedback": "float32"}),
     "columns": ("FrugalAdamW", {"projector": "columns"}),
+    "ldadam": ("LDAdamW", {}),
 }
 
 

@@ -16,13 +16,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.optim import Optimizer
 
 import lowrank_optim
 from tests.sharded import models
+from tests.sharded.models import here
 from tests.sharded.ranks import World
 
 WEIGHTS, STATE = 1e-10, 1e-7
@@ -99,13 +100,16 @@ def make_optimizer(case: Case, named: Iterable[tuple[str, Tensor]]) -> Optimizer
             optimizer: Optimizer = cls(named, **{"lr": 1e-2, "weight_decay": 1e-2, **case.options})
             return optimizer
         own: dict[str, Any] = {"lr": 1e-2, "weight_decay": 1e-2}
-        if not case.cls.startswith(("DCT", "SST", "Switch")):
+        if not case.cls.startswith(("DCT", "SST", "Switch", "LDAdam")):
             own["update_proj_gap"] = GAP
         if "density" not in case.options:
             own["rank"] = RANK
         own |= case.options
-        if own.get("rank", 0) is None:  # a key of groups
-            named = [{"params": list(named), "rank": own.pop("rank")}]  # type: ignore[assignment]
+        keys = {k: own.pop(k) for k in ("random_from",) if k in own}  # keys of groups alone
+        if own.get("rank", 0) is None:
+            keys["rank"] = own.pop("rank")
+        if keys:
+            named = [{"params": list(named), **keys}]  # type: ignore[assignment]
         optimizer = getattr(lowrank_optim, case.cls)(named, **own)
         return optimizer
 
@@ -175,11 +179,6 @@ def places_fit(shape: Sequence[int], place: str, dense: bool = False) -> bool:
     if len(shape) == 3 and 0 in found and len(found) > 1:
         return False  # both the matrices and their number
     return all(x < (2 if len(shape) == 4 else len(shape)) for x in found)
-
-
-def here(x: Tensor, mesh: DeviceMesh, places: Sequence[Any]) -> DTensor:
-    """What every rank has, in other placements: none need send any."""
-    return distribute_tensor(x, mesh, places, src_data_rank=None)
 
 
 def set_tensor_grads(named: dict[str, nn.Parameter], step: int) -> None:

@@ -234,6 +234,7 @@ def ended(**patched: Any) -> tuple[float, float]:
         return full, regression(make("4bit"), 0, **options)[1]
 
 
+@pytest.mark.slow  # of 8 bits the default run has it, and of 4 bits what follows
 def test_training_ends_near_float32() -> None:
     """Within 15 %; far from it where squares may become 0, as in a map that has a 0."""
     full, low = ended()

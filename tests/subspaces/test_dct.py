@@ -69,7 +69,7 @@ def test_the_matrix_is_orthonormal_in_float64(n: int) -> None:
     assert float((rows @ rows.mT - torch.eye(n, dtype=torch.float64)).abs().max()) < 1e-12
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(n=st.integers(1, 130), c=st.integers(1, 5), basis=st.sampled_from(BASES), data=st.data())
 def test_the_transform_is_the_matrix(n: int, c: int, basis: str, data: Any) -> None:
     """Any length, both layouts: all coefficients, some of them, and the way back."""
@@ -168,7 +168,7 @@ def test_a_gradient_made_of_r_vectors_is_found(basis: str, transform: str) -> No
             assert refreshed(view, sub, turned.contiguous())[0]["basis_index"].tolist() == planted
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     m=st.integers(2, 40),
     n=st.integers(2, 40),

@@ -14,6 +14,7 @@ from lowrank_optim.subspaces.base import view_for
 from lowrank_optim.tensors.matrix import matrix_view
 from tests import cases
 from tests.compare import assert_close, relative
+from tests.pairwise import in_turns
 
 PLAIN: dict[str, Any] = {"scale": 1.0, "weight_decay": 0.0}
 
@@ -155,8 +156,7 @@ def test_fact_07a_the_sign_of_a_basis_does_not_matter_within_a_period() -> None:
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("proj_type", cases.PROJ_TYPES)
-@pytest.mark.parametrize("name", PROJECTING)
+@pytest.mark.parametrize(("name", "proj_type"), in_turns(PROJECTING, cases.PROJ_TYPES))
 def test_fact_07b_signs_of_the_svd_driver_do_not_matter(
     name: str, proj_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

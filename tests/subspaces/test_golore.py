@@ -40,6 +40,8 @@ STALLS = {
     "fira": ("FiraAdamW", {"projector": "svd"}),
     "fira, matrix": ("FiraAdamW", {"projector": "svd", "scaling": "matrix"}),
     "frugal, none": ("FrugalAdamW", {"projector": "svd", "free_rule": "none"}),
+    "ldadam": ("LDAdamW", {}),
+    "ldadam, no errors": ("LDAdamW", {"error_feedback": None, "update_proj_gap": 1}),
 }
 
 
@@ -48,7 +50,8 @@ def test_singular_vectors_of_noise_stall(case: str) -> None:
     """All steps are in coordinates where f is flat. Fira's residual has the scale of those steps.
 
     Of columns without noise Fira's factor is that of coordinates that are zero, and of the whole
-    matrix it is the direction over noise.
+    matrix it is the direction over noise. LDAdam keeps what it does not use, for ever: its basis
+    turns to a direction only if the gradient has it in a column beside one that is in the basis.
     """
     name, options = STALLS[case]
     assert left(name, **options)[1] > 0.9

@@ -8,9 +8,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lowrank_optim import ops
 from lowrank_optim.ops import devices
 from lowrank_optim.subspaces import SVD, RandomizedSVD, RefreshContext, randomized
-from lowrank_optim.subspaces.randomized import mixed_matmul, orthonormal
+from lowrank_optim.subspaces.randomized import orthonormal
 from lowrank_optim.tensors.matrix import matrix_view
 from tests.compare import assert_close
 
@@ -218,9 +219,9 @@ def test_orthonormal_repairs_what_one_round_of_cholesky_leaves() -> None:
 @pytest.mark.parametrize("shape", [(30, 50), (50, 30), (2, 17, 19)])
 def test_tiled_product_of_mixed_dtypes(shape: tuple[int, ...], monkeypatch) -> None:
     """Tiles along either side, on either operand, add up to the whole product."""
-    monkeypatch.setattr("lowrank_optim.subspaces.randomized.TILE_ELEMENTS", 64)
+    monkeypatch.setattr("lowrank_optim.ops.products.TILE_ELEMENTS", 64)
     grad = torch.randn(shape).bfloat16()
     a = torch.randn(*shape[:-2], 7, shape[-2])
     b = torch.randn(*shape[:-2], shape[-1], 7)
-    assert_close(mixed_matmul(a, grad), a @ grad.float(), torch.float32)
-    assert_close(mixed_matmul(grad, b), grad.float() @ b, torch.float32)
+    assert_close(ops.mixed_matmul(a, grad), a @ grad.float(), torch.float32)
+    assert_close(ops.mixed_matmul(grad, b), grad.float() @ b, torch.float32)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank_optim.engine.momentum import Momentum, momentum_of
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.sharded.local import stepped
 from lowrank_optim.sharding.parts import Part
@@ -49,6 +50,13 @@ class Due(NamedTuple):
         """Its subspace."""
         assert self.item.subspace is not None
         return self.item.subspace
+
+    @property
+    def momentum(self) -> Momentum | None:
+        """The first moment that is here, where a residual asks what a refresh loses of it."""
+        if not self.chosen.residual.lost:
+            return None
+        return momentum_of(self.columns, self.state, self.chosen, copied=True)
 
     @property
     def balanced(self) -> Sequence[str]:

@@ -20,12 +20,13 @@ from torch.linalg import LinAlgError
 from lowrank_optim.engine.plan import State
 from lowrank_optim.engine.sharded import failures
 from lowrank_optim.engine.sharded.failures import Failure, raise_together
+from lowrank_optim.engine.sharded.local import as_dtensor
 from lowrank_optim.engine.sharded.owner import Input
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.collectives import Form, form
 from lowrank_optim.sharding.grid import Interval
 from lowrank_optim.sharding.groups import coordinate, coordinates_over, group_over
-from lowrank_optim.sharding.parts import local, region, replica
+from lowrank_optim.sharding.parts import is_sharded, local, region, replica
 
 
 def spans(x: Tensor) -> tuple[Interval, ...]:
@@ -45,6 +46,21 @@ def everyone(x: Tensor) -> tuple[int, ...]:
     """Dimensions of a DTensor's mesh over which there are other ranks, or the first."""
     mesh: Any = x.device_mesh  # type: ignore[attr-defined]
     return tuple(i for i in range(mesh.ndim) if mesh.size(i) > 1) or (0,)
+
+
+def with_copies(members: Sequence[Tensor]) -> list[Tensor]:
+    """All of a layer's parameters alike: plain ones beside DTensors are what every rank has.
+
+    ``fully_shard`` of a torch that takes no parameters of whole numbers leaves them so, if they are
+    among its ``ignored_params``.
+    """
+    first: Any = next((x for x in members if is_sharded(x)), None)
+    if first is None or all(map(is_sharded, members)):
+        return list(members)
+    from torch.distributed.tensor import Replicate  # slow; who has a DTensor has it
+
+    mesh, places = first.device_mesh, (Replicate(),) * first.device_mesh.ndim
+    return [x if is_sharded(x) else as_dtensor(x.detach(), mesh, places, x.shape) for x in members]
 
 
 At = tuple[int, ...]

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.linalg import LinAlgError
 
+from lowrank_optim.engine.momentum import join_lost_, sought
 from lowrank_optim.engine.plan import State, on_host
 from lowrank_optim.engine.refresh import find_, follow_, postpone_, refresh_
 from lowrank_optim.engine.sharded import failures
@@ -28,7 +29,7 @@ from lowrank_optim.subspaces.projector import Projector, new_to_old
 def by_owner(jobs: Sequence[Due | None]) -> None:
     """A round: rank i finds the basis of ``jobs[i]``, in the first copy of what they have."""
     part = next(d for d in jobs if d is not None).part
-    told, failure = _from_owners(jobs) if part.leads else ({}, None)
+    told, failure = _from_owners([_shown(d) for d in jobs]) if part.leads else ({}, None)
     if part.copies is not None:
         told = _to_copies(jobs, told, part.copies)
     for owner, own in told.items():
@@ -37,6 +38,13 @@ def by_owner(jobs: Sequence[Due | None]) -> None:
     for owner, d in enumerate(jobs):
         if d is not None:
             _follow(d, told[owner], part.leads and owner == part.rank)
+
+
+def _shown(d: Due | None) -> Due | None:
+    """With what a basis is found from, of the columns that are here."""
+    if d is None or d.grad is None:
+        return d
+    return d._replace(grad=sought(d.columns, d.state, d.grad, d.chosen))
 
 
 def _from_owners(jobs: Sequence[Due | None]) -> tuple[dict[int, Told], Failure | None]:
@@ -327,6 +335,7 @@ def _follow(d: Due, told: Told, here: bool) -> None:
             d.state["postponed"] += 1
         return
     old = {key: d.state[key].clone() for key in d.entries}
+    held = d.momentum
     for key, x in told.entries.items():
         d.state[key].copy_(x)
     if d.balanced:
@@ -336,6 +345,8 @@ def _follow(d: Due, told: Told, here: bool) -> None:
     new = {key: d.state[key] for key in d.entries}
     moved = d.subspace.changed(old, new) or told.moved(d) or _moved_here(old, new)
     follow_(d.columns, d.state, moved, d.step, d.chosen)
+    if d.grad is not None:
+        join_lost_(held, d.state, d.grad, d.chosen, moved.get("low"))
 
 
 def _moved_here(old: State, new: State) -> dict[str, BasisChange]:

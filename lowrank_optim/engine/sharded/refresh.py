@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lowrank_optim.engine import answers
+from lowrank_optim.engine.momentum import join_lost_
 from lowrank_optim.engine.offload import on_device
 from lowrank_optim.engine.plan import on_host
 from lowrank_optim.engine.refresh import refresh_, refreshing_
@@ -79,6 +80,7 @@ def refresh_replicas(due: Sequence[Due]) -> None:
     """
     if not due:
         return
+    held = [d.momentum if d.grad is not None else None for d in due]
     rank, group, device = due[0].part.rank, due[0].part.group, due[0].twin.param.device
     for owner, own in enumerate(owners(due)):
         if not own:
@@ -100,6 +102,9 @@ def refresh_replicas(due: Sequence[Due]) -> None:
         if owner != rank:
             for x, new in zip(entries, got, strict=True):
                 x.copy_(new)
+    for d, before in zip(due, held, strict=True):
+        if d.grad is not None:
+            join_lost_(before, d.state, d.grad, d.chosen)
 
 
 def _refresh_own(own: Sequence[Due]) -> Failure | None:
@@ -123,6 +128,8 @@ def _refreshing(d: Due) -> Searching[Failure | None]:
 
 def _whole_gradient(d: Due) -> Tensor:
     """All of it is here; made when it is needed, as error feedback makes a matrix of its own."""
+    if d.grad is not None:
+        return d.grad
     if not d.subspace.needs_grad:
         return d.twin.param
     assert d.twin.view is not None and d.twin.param.grad is not None
@@ -134,5 +141,6 @@ def _whole_gradient(d: Due) -> Tensor:
 def _copied(d: Due) -> list[str]:
     """What a refresh may have changed of a state that every rank has."""
     if d.subspace.of_weight or d.chosen.on_refresh != "keep":
-        return [key for key in d.state if key != "step"]
+        kept = ("step", *d.chosen.residual.memory)  # which a refresh does not write
+        return [key for key in d.state if key not in kept]
     return [*d.entries, "refresh_step", "postponed"]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lowrank_optim.engine.plan import ParamPlan, Strategies, rounds
 from lowrank_optim.ops import quant
-from lowrank_optim.sharding.parts import lies_in_intervals
+from lowrank_optim.sharding.parts import is_sharded, lies_in_intervals
 from lowrank_optim.stores import STORES, Block8Store, FloatStore
 from lowrank_optim.subspaces.base import PROJECTORS, Subspace
 from lowrank_optim.subspaces.block import Block
@@ -41,6 +41,9 @@ def check_layer(
 ) -> None:
     """Raise for a layer of factors that lie on several ranks in a way that is not supported.
 
+    Whole numbers among its parameters may be plain, the same on every rank: see
+    :func:`lowrank_optim.engine.sharded.layers.with_copies`.
+
     Args:
         name: of the layer's first factor.
         members: all its parameters.
@@ -50,9 +53,10 @@ def check_layer(
     Raises:
         NotImplementedError: with what to use in its place.
     """
-    places = [tuple(getattr(x, "placements", ())) for x in members]
-    if not any(places):
+    if not any(is_sharded(x) for x in members):
         return
+    members = [x for x in members if is_sharded(x) or x.is_floating_point()]
+    places = [tuple(getattr(x, "placements", ())) for x in members]
     meshes = {getattr(x, "device_mesh", None) for x in members}
     why = ""
     if len(meshes) > 1:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_optim.engine.momentum import momentum_of
-from lowrank_optim.engine.plan import ParamPlan, State, Strategies
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies, refreshed_keys
 from lowrank_optim.engine.refresh import basis_due, refreshing_
 from lowrank_optim.engine.sharded.due import Due
 from lowrank_optim.engine.sharded.refresh import refresh_replicas
@@ -169,7 +169,7 @@ def refresh_alike(
         group = groups[id(item.param)]
         item.part = item.part or replica(item.view, group, item.param.shape)
         undo.begin(state)
-        undo.keep(state, subspace.refreshed(state))
+        undo.keep(state, refreshed_keys(subspace, state, chosen))
         if chosen.residual.lost:
             item.before = momentum_of(item, state, chosen, copied=True)
         by_group.setdefault(id(group), []).append(Due(item, item, state, None, chosen))

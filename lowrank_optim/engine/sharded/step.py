@@ -29,6 +29,7 @@ from lowrank_optim.engine.plan import (
     ParamPlan,
     State,
     Strategies,
+    refreshed_keys,
     rounds,
     weight_noise,
 )
@@ -245,13 +246,13 @@ def refresh_works(chunks: Sequence[list[Work]], skipped: Sequence[Work], undo: U
         if not subspace.needs_grad:
             due.append(w)
             continue
-        undo.keep(w.state, subspace.refreshed(w.state))
+        undo.keep(w.state, refreshed_keys(subspace, w.state, w.chosen))
         plan, step = stepped(w.item, weight), int(w.state["step"])
         refresh_(plan, w.state, weight, step, w.chosen, look=(w.norm, None))
     for w in due:
         subspace = w.item.subspace
         assert subspace is not None
-        undo.keep(w.state, subspace.refreshed(w.state))
+        undo.keep(w.state, refreshed_keys(subspace, w.state, w.chosen))
     refresh_together([Due(w.item, w.twin, w.state, w.grad, w.chosen, w.norm) for w in due])
 
 
@@ -261,9 +262,11 @@ def is_projected(w: Work) -> bool:
 
 
 def _looks(w: Work) -> bool:
-    """Whether a refresh looks at the columns that are here."""
+    """Whether a refresh looks at the columns that are here, or adds what it loses to them."""
     assert w.item.subspace is not None and w.item.part is not None
-    return w.item.subspace.needs_grad and w.item.part.side != "whole"
+    if not w.item.subspace.needs_grad:
+        return False
+    return w.item.part.side != "whole" or bool(w.chosen.residual.lost)
 
 
 def fetch(works: Sequence[Work]) -> None:

@@ -12,6 +12,17 @@ from torch import Tensor
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+def from_host(**factors: Sequence[Tensor]) -> None:
+    """Raise where step sizes, decays or gains are tensors: kernels take numbers of the host.
+
+    Raises:
+        TypeError: they are; the dispatcher lets the reference serve such a call.
+    """
+    given = [name for name, xs in factors.items() if xs]
+    if given:
+        raise TypeError(f"{given[0]} must be empty: the reference serves factors on a device")
+
+
 class Arrays:
     """Arrays for one call, alive as long as this is.
 

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from lowrank_optim.ops import reference
 from lowrank_optim.ops.cosine import check_name
-from lowrank_optim.ops.native.arrays import DTYPES, Arrays, dtype_of, exactly, floating, same
+from lowrank_optim.ops.native.arrays import (
+    DTYPES,
+    Arrays,
+    dtype_of,
+    exactly,
+    floating,
+    from_host,
+    same,
+)
 from lowrank_optim.ops.native.loader import Coordinate, CoordinateStep, run
 from lowrank_optim.ops.native.matrices import flags_of, matrices_of, stored_by_rows, tile_length
 
@@ -29,11 +37,15 @@ def coordinate_add_(
     gain: float,
     free: str,
     finite: Sequence[Tensor] = (),
+    steps: Sequence[Tensor] = (),
+    decays: Sequence[Tensor] = (),
+    gains: Sequence[Tensor] = (),
 ) -> None:
     """Rows in ``index``: ``W <- decay W - lr a N[k]``; others ``W <- decay W - lr gain f(G)``."""
     check_name("free", free, [*FREE])
     if not W:
         return
+    from_host(steps=steps, decays=decays, gains=gains)
     same(len(W), G=G, index=index, N=N)
     floating(N, "updates")
     dtype_of([*W, *G], "weights and gradients")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops.native.arrays import dtype_of, floating, on, same
+from lowrank_optim.ops.native.arrays import DTYPES, dtype_of, floating, from_host, on, same
 from lowrank_optim.ops.native.loader import Apply, run
 from lowrank_optim.ops.native.matrices import (
     flags_of,
@@ -18,6 +18,7 @@ from lowrank_optim.ops.native.matrices import (
     stored_by_rows,
     tile_length,
 )
+from lowrank_optim.ops.products import product_dtype
 
 
 def _check_shapes(
@@ -31,11 +32,11 @@ def _check_shapes(
         raise ValueError(f"shapes do not fit: W, G, P and low-rank {shapes}")
 
 
-def _tiles(w: Tensor, buffers: int) -> tuple[list[Tensor], int]:
+def _tiles(w: Tensor, buffers: int, dtype: torch.dtype) -> tuple[list[Tensor], int]:
     """Buffers of one tile together as large as a tile, and their rows."""
     rows, cols = w.shape
     step = tile_length(rows, buffers * cols)
-    return [torch.empty(step, cols, dtype=w.dtype, device=w.device) for _ in range(buffers)], step
+    return [torch.empty(step, cols, dtype=dtype, device=w.device) for _ in range(buffers)], step
 
 
 def _apply(op: str, w: Tensor, g: Tensor, low: Tensor, other: Tensor, args: Any) -> None:
@@ -57,18 +58,23 @@ def lift_add_scaled_(
     lr: float,
     scale: float,
     finite: Sequence[Tensor] = (),
+    steps: Sequence[Tensor] = (),
+    decays: Sequence[Tensor] = (),
 ) -> None:
     """``W <- decay W - lr (P (a N - a R c) + G c)``: a GEMM into a tile, then one pass over it.
 
-    The GEMM has the dtype of W, as `lift_add_`; the pass is in float32 and rounds W once.
+    The GEMM is in `product_dtype` of W; the pass is in float32 and rounds W once.
     """
     if not W:
         return
+    from_host(steps=steps, decays=decays)
     same(len(W), G=G, P=P, N=N, R=R, columns=columns)
     floating([*P, *N, *R], "bases and coordinates")
     dtype = dtype_of(W, "weights")
     dtype_of([*W, *G], "weights and gradients")
-    args = Apply(decay=decay, lr=lr, weight_dtype=dtype, grad_dtype=dtype, low_dtype=dtype)
+    product = product_dtype(W[0].dtype)
+    args = Apply(decay=decay, lr=lr, weight_dtype=dtype, grad_dtype=dtype)
+    args.low_dtype = DTYPES[product]
     matrices = zip(*(matrices_of(x) for x in (W, G, P, N, R, columns)), strict=True)
     flags = flags_of(finite, W) or itertools.repeat(None)
     for (w, g, p, n, r, c), flag in zip(matrices, flags, strict=False):
@@ -79,12 +85,12 @@ def lift_add_scaled_(
             continue
         args.finite = flag.data_ptr() if flag is not None else None
         c = c.contiguous()
-        x = torch.addcmul(n.float(), r.float(), c, value=-1.0).mul_(scale).to(w.dtype)
-        left, right = p.to(w.dtype), x
+        x = torch.addcmul(n.float(), r.float(), c, value=-1.0).mul_(scale).to(product)
+        left, right = p.to(product), x
         by_rows = stored_by_rows(w)
         if not by_rows:
             w, g, left, right = w.t(), g.t(), x.t(), left.t()
-        (tile,), step = _tiles(w, 1)
+        (tile,), step = _tiles(w, 1, product)
         args.factor_row, args.factor_col = (0, 1) if by_rows else (1, 0)
         for start in range(0, w.shape[0], step):
             stop = min(start + step, w.shape[0])
@@ -105,16 +111,22 @@ def lift_add_sign_(
     scale: float,
     gain: float,
     finite: Sequence[Tensor] = (),
+    steps: Sequence[Tensor] = (),
+    decays: Sequence[Tensor] = (),
+    gains: Sequence[Tensor] = (),
 ) -> None:
     """``W <- decay W - lr (a P N + gain sign(G - P R))``: two GEMMs into tiles, then one pass."""
     if not W:
         return
+    from_host(steps=steps, decays=decays, gains=gains)
     same(len(W), G=G, P=P, N=N, R=R)
     floating([*P, *N, *R], "bases and coordinates")
     dtype = dtype_of(W, "weights")
     dtype_of([*W, *G], "weights and gradients")
     args = Apply(decay=decay, lr=lr, scale=scale, gain=gain)
-    args.weight_dtype = args.grad_dtype = args.low_dtype = dtype
+    product = product_dtype(W[0].dtype)
+    args.weight_dtype = args.grad_dtype = dtype
+    args.low_dtype = DTYPES[product]
     matrices = zip(*(matrices_of(x) for x in (W, G, P, N, R)), strict=True)
     flags = flags_of(finite, W) or itertools.repeat(None)
     for (w, g, p, n, r), flag in zip(matrices, flags, strict=False):
@@ -123,10 +135,10 @@ def lift_add_sign_(
             continue
         args.finite = flag.data_ptr() if flag is not None else None
         by_rows = stored_by_rows(w)
-        p, n, r = p.to(w.dtype), n.to(w.dtype), r.to(w.dtype)
+        p, n, r = p.to(product), n.to(product), r.to(product)
         if not by_rows:
             w, g = w.t(), g.t()
-        (first, second), step = _tiles(w, 2)
+        (first, second), step = _tiles(w, 2, product)
         for start in range(0, w.shape[0], step):
             stop = min(start + step, w.shape[0])
             rows = slice(start, stop)

@@ -15,6 +15,11 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def times(number: float, factors: Tensors, count: int) -> Sequence[float | Tensor]:
+    """``number`` times each of an optional list; itself for each of ``count`` where it is empty."""
+    return [number * x for x in factors] if len(factors) else [number] * count
+
+
 def or_none(xs: Tensors, count: int) -> Sequence[Tensor | None]:
     """An optional list: None for each of ``count`` where it is empty."""
     return xs if len(xs) else [None] * count

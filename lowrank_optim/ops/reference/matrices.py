@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_optim.ops.cosine import check_name
-from lowrank_optim.ops.reference.arguments import Tensors, or_none, wide
+from lowrank_optim.ops.reference.arguments import Tensors, or_none, times, wide
 from lowrank_optim.ops.reference.moments import adamw
 from lowrank_optim.ops.rows import check_rows
 from lowrank_optim.ops.stacked import stacked
@@ -30,7 +31,7 @@ def column_norms(xs: Tensors) -> list[Tensor]:
 
 def _update_by_tiles_(
     w: Tensor,
-    decay: float,
+    decay: float | Tensor,
     update: Callable[..., Tensor],
     finite: Tensor | None,
     *others: Tensor,
@@ -41,6 +42,25 @@ def _update_by_tiles_(
     for tile, *rest in zip(*tiles, strict=True):
         new = wide(tile).mul(decay).sub_(update(*map(wide, rest))).to(w.dtype)
         tile.copy_(new if finite is None else torch.where(finite, new, tile))
+
+
+def _own(
+    decay: float, lr: float, finite: Tensors, steps: Tensors, decays: Tensors, count: int
+) -> Iterator[tuple[float | Tensor, float | Tensor, Tensor | None]]:
+    """Decay, step size and flag of each matrix."""
+    factors = times(decay, decays, count), times(lr, steps, count)
+    return zip(*factors, or_none(finite, count), strict=True)
+
+
+def _scaled(size: float | Tensor, x: Tensor, c: Tensor, g: Tensor, p: Tensor) -> Tensor:
+    return size * (p @ x + g * c)
+
+
+def _signed(
+    size: float | Tensor, scale: float, gain: float | Tensor, n: Tensor, r: Tensor, g: Tensor,
+    p: Tensor,
+) -> Tensor:  # fmt: skip
+    return size * (scale * (p @ n) + gain * (g - p @ r).sign_())
 
 
 def lift_add_scaled_(
@@ -54,12 +74,16 @@ def lift_add_scaled_(
     lr: float,
     scale: float,
     finite: Tensors = (),
+    steps: Tensors = (),
+    decays: Tensors = (),
 ) -> None:
     """``W <- decay W - lr (P (a N - a R o c) + G o c)``: one GEMM and one pass."""
     matrices = zip(params, grads, bases, updates, lows, columns, strict=True)
-    for (w, g, p, n, r, c), ok in zip(matrices, or_none(finite, len(params)), strict=True):
+    own = _own(decay, lr, finite, steps, decays, len(params))
+    for (w, g, p, n, r, c), (d, size, ok) in zip(matrices, own, strict=True):
         small = scale * (wide(n) - wide(r) * c)
-        _update_by_tiles_(w, decay, lambda g, p, s=small, c=c: lr * (p @ s + g * c), ok, g, p)
+        lifted = partial(_scaled, size, small, c)
+        _update_by_tiles_(w, d, lifted, ok, g, p)
 
 
 def lift_add_sign_(
@@ -73,16 +97,17 @@ def lift_add_sign_(
     scale: float,
     gain: float,
     finite: Tensors = (),
+    steps: Tensors = (),
+    decays: Tensors = (),
+    gains: Tensors = (),
 ) -> None:
     """``W <- decay W - lr (a P N + gain sign(G - P R))``: two products on the same tiles of P."""
     matrices = zip(params, grads, bases, updates, lows, strict=True)
-    for (w, g, p, n, r), ok in zip(matrices, or_none(finite, len(params)), strict=True):
-        n, r = wide(n), wide(r)
-
-        def update(g: Tensor, p: Tensor, n: Tensor = n, r: Tensor = r) -> Tensor:
-            return lr * (scale * (p @ n) + gain * (g - p @ r).sign_())
-
-        _update_by_tiles_(w, decay, update, ok, g, p)
+    own = _own(decay, lr, finite, steps, decays, len(params))
+    each = zip(matrices, own, times(gain, gains, len(params)), strict=True)
+    for (w, g, p, n, r), (d, size, ok), more in each:
+        lifted = partial(_signed, size, scale, more, wide(n), wide(r))
+        _update_by_tiles_(w, d, lifted, ok, g, p)
 
 
 FREE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -104,17 +129,27 @@ def coordinate_add_(
     gain: float,
     free: str,
     finite: Tensors = (),
+    steps: Tensors = (),
+    decays: Tensors = (),
+    gains: Tensors = (),
 ) -> None:
     """Rows in ``index``: ``W <- decay W - lr a N``; the others: ``W <- decay W - lr gain f(G)``."""
     check_name("free", free, [*FREE])
     for w, index in zip(params, indices, strict=True):
         check_rows("coordinate_add_", index, w.shape[-2])
     matrices = zip(params, grads, indices, updates, strict=True)
-    for (w, g, index, n), ok in zip(matrices, or_none(finite, len(params)), strict=True):
+    own = _own(decay, lr, finite, steps, decays, len(params))
+    each = zip(matrices, own, times(gain, gains, len(params)), strict=True)
+    for (w, g, index, n), (d, size, ok), more in each:
         at = index.long().unsqueeze(-1).expand(n.shape)
         old = w.gather(-2, at)
-        rows = wide(old).mul(decay).sub_(wide(n), alpha=lr * scale).to(w.dtype)
-        _update_by_tiles_(w, decay, lambda g: lr * gain * FREE[free](g), ok, g)
+        rows = wide(old).mul(d)
+        if isinstance(size, Tensor):  # what multiplies in sub_ is read by the host
+            rows.sub_(wide(n) * (size * scale))
+        else:
+            rows.sub_(wide(n), alpha=size * scale)
+        _update_by_tiles_(w, d, lambda g, s=size * more: s * FREE[free](g), ok, g)
+        rows = rows.to(w.dtype)
         w.scatter_(-2, at, rows if ok is None else torch.where(ok, rows, old))
 
 

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,10 +77,15 @@ _POINTERS = {
     "n_": "*fp32", "r_": "*fp32", "c": "*fp32", "index": "*i32", "turn": "*i64",
     "places": "*i32", "low": "*fp32", "direction": "*fp32", "norm": "*fp32", "factor": "*fp32",
     "age": "*fp32", "score": "*fp32", "source": "*i32", "usable": "*u8",
-    "new": "*i32",
+    "new": "*i32", "step": "*fp32", "shrink": "*fp32", "more": "*fp32",
 }  # fmt: skip
 _NUMBERS = {"decay", "lr", "scale", "gain", "weight", "weight1", "weight2", "beta2"}
 _NUMBERS |= {"tiny", "share", "noise", "limiter"}
+_PLAIN = {"step": None, "shrink": None, "STEPPED": False, "DECAYED": False}
+_FACTORED = {"STEPPED": True, "DECAYED": True}
+_PLAIN_GAIN = {**_PLAIN, "more": None, "GAINED": False}
+_FACTORED_GAIN = {**_FACTORED, "GAINED": True}
+"""Step size, decay and gain from the host, and from the device."""
 _ONE = {"table": None, "MANY": False, "DEPTH": 0, "ALIGNED": False}
 _MANY = {"MANY": True, "DEPTH": 8, "ALIGNED": True}
 
@@ -161,11 +167,13 @@ def _matrices() -> Iterator[Variant]:
             **unit("x"), **(_ONE if down else _MANY), fusion=True,
         )  # fmt: skip
         bm, bn = coordinate._COLUMNS_CONTIGUOUS if down else coordinate._ROWS_CONTIGUOUS
-        for free, code in coordinate.FREE.items():
+        forms = [(free, code, _PLAIN_GAIN) for free, code in coordinate.FREE.items()]
+        forms += [] if down else [("sign steps", coordinate.FREE["sign"], _FACTORED_GAIN)]
+        for free, code, given in forms:
             yield _variant(
                 f"coordinate {free}/{layout}", coordinate.coordinate_kernel, 4, BM=bm, BN=bn,
                 FREE=code, PROBES=11, WIDE=False, SOUND=not down, GROUP=8, nj=1, **unit("w", "g"),
-                **(_ONE if down else _MANY),
+                **given, **(_ONE if down else _MANY),
             )  # fmt: skip
         for products, form, family, b, targets in _lift_blocks():
             name, kernel = (
@@ -177,12 +185,16 @@ def _matrices() -> Iterator[Variant]:
             own: dict[str, Any] = {"cj": 1, "READY": half} if products == 1 else {}
             own |= {"r_": None} if products == 1 and half else {"rj": 1}
             narrow = "*bf16" if half else "*fp32"
-            yield _variant(
-                f"{name} {form}{family}/{layout}", kernel, b.num_warps, b.num_stages, fusion=True,
-                pointers=dict.fromkeys(("w", "g", "p", "n_", "r_"), narrow), HALF=half,
-                EVEN=not down, WIDE=False, SOUND=not down, GROUP=lift.BAND, BM=b.BM, BN=b.BN,
-                BR=b.BR, PART=b.PART, pk=1, nj=1, targets=targets, **own, **unit("w", "g"),
-            )  # fmt: skip
+            forms = (_PLAIN, _FACTORED) if products == 1 else (_PLAIN_GAIN, _FACTORED_GAIN)
+            for given in forms[: 1 if down else 2]:
+                steps = " steps" if given["STEPPED"] else ""
+                yield _variant(
+                    f"{name} {form}{family}{steps}/{layout}", kernel, b.num_warps, b.num_stages,
+                    fusion=True, pointers=dict.fromkeys(("w", "g", "p", "n_", "r_"), narrow),
+                    HALF=half, EVEN=not down, WIDE=False, SOUND=not down, GROUP=lift.BAND,
+                    BM=b.BM, BN=b.BN, BR=b.BR, PART=b.PART, pk=1, nj=1, targets=targets,
+                    **given, **own, **unit("w", "g"),
+                )  # fmt: skip
     bm, bn = lift.TERM
     yield _variant(
         "lift_term/rows", lift.lift_term_kernel, fusion=True, pointers={"out": "*bf16"},
@@ -268,18 +280,31 @@ def build(variant: Variant, target: GPUTarget) -> Any:
     """Compile to a binary of ``target``; pointers and 32-bit numbers are taken as aligned to 16."""
     names = variant.kernel.arg_names
     skip = {names[i] for i in range(len(names)) if variant.kernel.params[i].do_not_specialize}
-    attrs = {
-        (i,): [["tt.divisibility", 16]]
+    aligned = [
+        i
         for i, name in enumerate(names)
         if name not in skip and variant.types[name].startswith(("*", "i32"))
-    }
-    source = ASTSource(variant.kernel, variant.types, constexprs=variant.constants, attrs=attrs)
+    ]
+    source = _source(variant, aligned)
     options = {
         "num_warps": warps_on(variant, target),
         "num_stages": variant.num_stages,
         "enable_fp_fusion": variant.fusion,
     }
     return triton.compile(source, target=target, options=options)
+
+
+def _source(variant: Variant, aligned: Sequence[int]) -> ASTSource:
+    """What Triton compiles; that of torch 2.6, 3.2, wants constants apart from the signature."""
+    if "constexprs" in inspect.signature(ASTSource).parameters:
+        attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
+        return ASTSource(variant.kernel, variant.types, constexprs=variant.constants, attrs=attrs)
+    from triton.backends.compiler import AttrsDescriptor
+
+    types = {name: kind for name, kind in variant.types.items() if kind != "constexpr"}
+    known = {"arg_properties": {"tt.divisibility": aligned}, "cls": "AttrsDescriptor"}
+    attrs = AttrsDescriptor.from_dict(known)
+    return ASTSource(variant.kernel, types, constants=dict(variant.constants), attrs=attrs)
 
 
 def resources(compiled: Any, target: GPUTarget) -> Resources:

@@ -54,11 +54,12 @@ def find(index, rows, rank, DEPTH: tl.constexpr):
 
 @triton.jit
 def coordinate_kernel(
-    table, tensors, w, g, index, n_, finite, m, n, rank,
+    table, tensors, w, g, index, n_, finite, step, shrink, more, m, n, rank,
     wb, wi, wj, gb, gi, gj, xb, nb, nk, nj,
     decay, lr, scale, gain,
     MANY: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
     FREE: tl.constexpr, PROBES: tl.constexpr, WIDE: tl.constexpr, SOUND: tl.constexpr,
+    STEPPED: tl.constexpr, DECAYED: tl.constexpr, GAINED: tl.constexpr,
     GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Rows of ``index``: ``W <- decay W - lr a N[k]``; others: ``W <- decay W - lr gain f(G)``."""
@@ -66,6 +67,12 @@ def coordinate_kernel(
     if SOUND:  # noqa: SIM102 (one is decided at compile time)
         if tl.load(pointer(table, tensors, t, 5, finite, MANY, False)) == 0:
             return
+    if STEPPED:
+        lr *= tl.load(pointer(table, tensors, t, 6, step, MANY, False)).to(tl.float32)
+    if DECAYED:
+        decay *= tl.load(pointer(table, tensors, t, 7, shrink, MANY, False)).to(tl.float32)
+    if GAINED:
+        gain *= tl.load(pointer(table, tensors, t, 8, more, MANY, False)).to(tl.float32)
     w = pointer(table, tensors, t, 1, w, MANY, ALIGNED)
     g = pointer(table, tensors, t, 2, g, MANY, ALIGNED)
     index = pointer(table, tensors, t, 3, index, MANY, False)
@@ -101,6 +108,9 @@ def coordinate_add_(
     gain: float,
     free: str,
     finite: Sequence[Tensor] = (),
+    steps: Sequence[Tensor] = (),
+    decays: Sequence[Tensor] = (),
+    gains: Sequence[Tensor] = (),
 ) -> None:
     """Update the rows of a coordinate subspace with N, the others with a function of G.
 
@@ -115,9 +125,13 @@ def coordinate_add_(
         gain: factor of the function of G.
         free: ``sign``, ``sgd`` (G itself) or ``none``.
         finite: 0-dim bools; where False, W is left as it is.
+        steps: 0-dim factors of ``lr`` on the device.
+        decays: 0-dim factors of ``decay``.
+        gains: 0-dim factors of ``gain``.
     """
     check_name("free", free, [*FREE])
-    lists: list[list[Tensor]] = [[], [], [], [], []]
+    singles = finite, steps, decays, gains
+    lists: list[list[Tensor]] = [[] for _ in range(4 + len(singles))]
     for n, (w, g, index, n_) in enumerate(zip(params, grads, indices, terms, strict=True)):
         whole = [w, g, index, n_]
         if w.dim() > 2:
@@ -128,8 +142,9 @@ def coordinate_add_(
                 operands = [batched(x, tuple(operands[0].shape[:-2])) for x in operands]
             if operands[2].stride(-1) != 1:
                 operands[2] = operands[2].contiguous()
-            for own, x in zip(lists, (*operands, *finite[n : n + 1]), strict=False):
-                own.append(x)
+            optional = [own[n : n + 1] for own in singles]
+            for own, xs in zip(lists, [*([x] for x in operands), *optional], strict=True):
+                own += xs
     keys = [tuple((x.shape, x.stride()) for x in own) for own in zip(*lists[:4], strict=True)]
     for same in groups(lists, keys) if lists[0] else ():
         _coordinates(select(lists, same), (decay, lr, scale, gain), FREE[free])
@@ -147,6 +162,7 @@ def _coordinates(lists: Sequence[Sequence[Tensor]], scalars: tuple[float, ...], 
         [cdiv(m, bm) * cdiv(n, bn) * math.prod(batch)] * len(lists[0]), m, n, rank,
         *batch_strides(w, batch), *batch_strides(g, batch), rows, *batch_strides(n_, batch),
         *scalars,
-        FREE=free, PROBES=rank.bit_length(), WIDE=wide(128, w, g), SOUND=len(lists[4]) > 0,
+        FREE=free, PROBES=rank.bit_length(), WIDE=wide(128, w, g), SOUND=bool(lists[4]),
+        STEPPED=bool(lists[5]), DECAYED=bool(lists[6]), GAINED=bool(lists[7]),
         GROUP=8, BM=bm, BN=bn, num_warps=warps(4),
     )  # fmt: skip

@@ -79,7 +79,7 @@ def length(table, tensors, t, ROW: tl.constexpr, one, MANY: tl.constexpr, ALIGNE
     """How many elements a flat tensor has: if a multiple of 16, lanes need no mask each."""
     found = number(table, tensors, t, ROW, one, MANY)
     if ALIGNED:
-        found = tl.multiple_of(found, 16)
+        found = found // 16 * 16  # Triton 3.6 forgets a hint about a number that was loaded
     return found
 
 

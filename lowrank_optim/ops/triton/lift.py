@@ -109,11 +109,12 @@ def column_factors(c, j0, n, cj, BN: tl.constexpr):
 
 @triton.jit
 def lift_scaled_kernel(
-    w, g, p, n_, r_, c, finite, m, n, rank,
+    w, g, p, n_, r_, c, finite, step, shrink, m, n, rank,
     wb, wi, wj, gb, gi, gj, pb, pi, pk, nb, nk, nj, rb, rk, rj, cb, cj,
     decay, lr, scale,
     READY: tl.constexpr, HALF: tl.constexpr, EVEN: tl.constexpr,
-    WIDE: tl.constexpr, SOUND: tl.constexpr, GROUP: tl.constexpr,
+    WIDE: tl.constexpr, SOUND: tl.constexpr, STEPPED: tl.constexpr, DECAYED: tl.constexpr,
+    GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """``W <- decay W - lr (P (a N - a R o c) + G o c)``: the residual costs no second product.
@@ -149,6 +150,10 @@ def lift_scaled_kernel(
     w += b * wb
     g += b * gb
     c += b * cb
+    if STEPPED:  # after the loop: registers are what it needs
+        lr *= tl.load(step).to(tl.float32)
+    if DECAYED:
+        decay *= tl.load(shrink).to(tl.float32)
     for s in tl.static_range(BN // PART):
         write_scaled(
             part(up, s, BN // PART), w, g, c, i0, j0 + s * PART, m, n,
@@ -172,11 +177,12 @@ def write_sign(
 
 @triton.jit
 def lift_sign_kernel(
-    w, g, p, n_, r_, finite, m, n, rank,
+    w, g, p, n_, r_, finite, step, shrink, more, m, n, rank,
     wb, wi, wj, gb, gi, gj, pb, pi, pk, nb, nk, nj, rb, rk, rj,
     decay, lr, scale, gain,
     HALF: tl.constexpr, EVEN: tl.constexpr,
-    WIDE: tl.constexpr, SOUND: tl.constexpr, GROUP: tl.constexpr,
+    WIDE: tl.constexpr, SOUND: tl.constexpr, STEPPED: tl.constexpr, DECAYED: tl.constexpr,
+    GAINED: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """``W <- decay W - lr (a P N + gain sign(G - P R))``: two products share the tiles of P."""
@@ -207,6 +213,12 @@ def lift_sign_kernel(
         r_at += BR * rk
     w += b * wb
     g += b * gb
+    if STEPPED:
+        lr *= tl.load(step).to(tl.float32)
+    if DECAYED:
+        decay *= tl.load(shrink).to(tl.float32)
+    if GAINED:
+        gain *= tl.load(more).to(tl.float32)
     for s in tl.static_range(BN // PART):
         write_sign(
             part(up, s, BN // PART), part(seen, s, BN // PART), w, g, i0, j0 + s * PART, m, n,
@@ -225,6 +237,8 @@ def lift_add_scaled_(
     lr: float,
     scale: float,
     finite: Sequence[Tensor] = (),
+    steps: Sequence[Tensor] = (),
+    decays: Sequence[Tensor] = (),
 ) -> None:
     """``W <- decay W - lr (P (a N - a R o c) + G o c)`` for each matrix, ``c (..., 1, n)``.
 
@@ -239,9 +253,11 @@ def lift_add_scaled_(
         lr: learning rate.
         scale: a.
         finite: 0-dim bools; where False, W is left as it is.
+        steps: 0-dim factors of ``lr`` on the device.
+        decays: 0-dim factors of ``decay``.
     """
     lists = (params, grads, bases, terms, lows, columns)
-    _lift(lift_scaled_kernel, 1, lists, (decay, lr, scale), finite)
+    _lift(lift_scaled_kernel, 1, lists, (decay, lr, scale), (finite, steps, decays))
 
 
 def lift_add_sign_(
@@ -255,10 +271,16 @@ def lift_add_sign_(
     scale: float,
     gain: float,
     finite: Sequence[Tensor] = (),
+    steps: Sequence[Tensor] = (),
+    decays: Sequence[Tensor] = (),
+    gains: Sequence[Tensor] = (),
 ) -> None:
-    """``W <- decay W - lr (a P N + gain sign(G - P R))`` for each matrix; arguments as above."""
+    """``W <- decay W - lr (a P N + gain sign(G - P R))`` for each matrix.
+
+    Arguments as above; ``gains`` are factors of ``gain``, as ``steps`` of ``lr``.
+    """
     lists = (params, grads, bases, terms, lows)
-    _lift(lift_sign_kernel, 2, lists, (decay, lr, scale, gain), finite)
+    _lift(lift_sign_kernel, 2, lists, (decay, lr, scale, gain), (finite, steps, decays, gains))
 
 
 def _lift(
@@ -266,14 +288,14 @@ def _lift(
     products: int,
     lists: tuple[Sequence[Tensor], ...],
     scalars: tuple[float, ...],
-    finite: Sequence[Tensor],
+    singles: Sequence[Sequence[Tensor]],
 ) -> None:
-    fine = [*map(loadable, finite)] or [None] * len(lists[0])
-    for *operands, flag in zip(*lists, fine, strict=True):
+    each = [[*map(loadable, own)] or [None] * len(lists[0]) for own in singles]
+    for operands, *own in zip(zip(*lists, strict=True), *each, strict=True):
         if operands[0].numel():
             for at in slices(operands[0]):
-                own = [x[at] for x in operands] if at else operands
-                _lift_one(kernel, products, own, scalars, flag)
+                some = [x[at] for x in operands] if at else operands
+                _lift_one(kernel, products, some, scalars, own)
 
 
 def _lift_one(
@@ -281,9 +303,10 @@ def _lift_one(
     products: int,
     operands: Sequence[Tensor],
     scalars: tuple[float, ...],
-    flag: Tensor | None,
+    singles: Sequence[Tensor | None],
 ) -> None:
     w, g, p, n_, r_, *rest = operands
+    flag, step, shrink, *more = singles
     batch = tuple(w.shape[:-2])
     w, g, p, n_, r_ = (batched(x, batch) for x in (w, g, p, n_, r_))
     columns = [batched(x, batch) for x in rest]
@@ -298,6 +321,8 @@ def _lift_one(
                 n_, low = n_.to(p.dtype), r_.to(p.dtype)
         if products == 1:
             meta["READY"] = low is None
+        else:
+            meta["GAINED"] = more[0] is not None
         # the interpreter computes nonsense for products of bfloat16: it gets float32 ones
         half = p.dtype == torch.bfloat16 and not interpreted()
         blocks = choose(products, half, w.device, count, m, n)
@@ -306,10 +331,10 @@ def _lift_one(
         for c in columns:
             strides += [c.stride(0), c.stride(2)]
         kernel[(blocks.tiles(m, n), count)](
-            w, g, p, n_, low, *columns, flag, m, n, rank, *strides, *scalars,
+            w, g, p, n_, low, *columns, *singles, m, n, rank, *strides, *scalars,
             HALF=half, EVEN=rank % blocks.BR == 0, WIDE=wide(256, *views),
-            SOUND=flag is not None, GROUP=BAND,
-            BM=blocks.BM, BN=blocks.BN, BR=blocks.BR, PART=blocks.PART,
+            SOUND=flag is not None, STEPPED=step is not None, DECAYED=shrink is not None,
+            GROUP=BAND, BM=blocks.BM, BN=blocks.BN, BR=blocks.BR, PART=blocks.PART,
             num_warps=warps(blocks.num_warps), num_stages=blocks.num_stages, **meta,
         )  # fmt: skip
 
