@@ -9,7 +9,7 @@ import click
 import torch
 
 from lowrank_optim.cli.errors import Refused, nearest
-from lowrank_optim.cli.rows import CLASSES, QUARTER, Chosen, low_rank, usual
+from lowrank_optim.cli.rows import CLASSES, QUARTER, WHOLE, Chosen, low_rank, usual
 from lowrank_optim.integrations.arguments import parse_optim_args
 
 
@@ -64,14 +64,33 @@ def check_tokens(
             raise Refused(f"{flag} has no effect without --tokens, which counts activations")
 
 
+def check_alone(world_size: int | None, modes: Sequence[str], measuring: bool) -> None:
+    """Raise for what is of one GPU, where figures are of one of several.
+
+    Raises:
+        Refused: there is such an option.
+    """
+    if world_size is None:
+        return
+    others = [mode for mode in modes if mode != "none"]
+    if others:
+        raise Refused(
+            f"--in-backward {others[0]} with --world-size: what lives of gradients then is not "
+            "known without a run. Leave it out, for a bound: all gradients of a GPU live"
+        )
+    if measuring:
+        raise Refused("--measure trains on one GPU: leave --world-size out")
+
+
 def chosen(
     names: Sequence[str],
     pairs: Sequence[str],
     only: Sequence[str],
     rank: int | float | None,
     dtype: torch.dtype,
+    world_size: int | None = None,
 ) -> list[Chosen]:
-    """The rows that were asked for.
+    """The rows that were asked for; of several GPUs the usual ones that train shards.
 
     Raises:
         Refused: a name is unknown, or an option would have no effect.
@@ -82,7 +101,11 @@ def chosen(
         if pairs:
             raise Refused(f"--option {pairs[0]} has no effect without --optimizer")
         rows = {row.name: row for row in usual(QUARTER if rank is None else rank, dtype)}
+        if world_size is not None:
+            rows = {name: row for name, row in rows.items() if name not in WHOLE}
         for name in only:
+            if world_size is not None and name in WHOLE:
+                raise Refused(f"--only {name!r} does not train shards: leave --world-size out")
             if name not in rows:
                 raise Refused(f"--only {name!r} is no row: they are {', '.join(rows)}")
         return [row for name, row in rows.items() if not only or name in only]

@@ -11,13 +11,14 @@ from lowrank_optim.memory import GIB, Estimate
 
 HEADER = ("moments in", "basis", "moments")
 PARTS = {"weights": "█", "gradient": "▓", "basis": "▒", "moments": "░"}
-PARTS |= {"activations": "▪", "in passing": "▫"}
+PARTS |= {"activations": "▪", "gathered": "▧", "in passing": "▫"}
 COLOURS = {
     "weights": "#4c72b0",
     "gradient": "#c44e52",
     "basis": "#55a868",
     "moments": "#dd8452",
     "activations": "#8172b3",
+    "gathered": "#64b5cd",
     "in passing": "#937860",
 }
 
@@ -99,12 +100,15 @@ def segments(e: Estimate) -> dict[str, int]:
     passing = {"step": e.step_transients, "refresh": e.refresh_transients}.get(at) or 0
     rest = e.beside[at] - passing
     gradient = min(rest, e.live_gradients)
+    gathered = min(e.gathered or 0, rest - gradient) if at == "backward" else 0
+    rest -= gathered
     return {
         "weights": e.weights,
         "gradient": gradient,
         "basis": e.basis,
         "moments": e.moments + e.other - e.host + e.staging + e.rounding,
         **({} if e.activations is None else {"activations": rest - gradient}),
+        **({} if e.gathered is None else {"gathered": gathered}),
         "in passing": passing if e.activations is not None else passing + rest - gradient,
     }
 

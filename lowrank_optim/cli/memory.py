@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import nn
 
 from lowrank_optim.cli import measure as really
-from lowrank_optim.cli.choices import check_tokens, chosen, number, share
+from lowrank_optim.cli.choices import check_alone, check_tokens, chosen, number, share
 from lowrank_optim.cli.display import HEADER, bars, cells, gib, reading
 from lowrank_optim.cli.errors import Refused
 from lowrank_optim.cli.models import load
@@ -121,6 +121,9 @@ PARAGRAPH = "\n\n".join(["Known models: " + ", ".join(MODELS), "Optimizers: " + 
     help="That trains: a DCT basis is kept as it is fastest there.  [default: cuda]",
 )
 @click.option(
+    "--world-size", type=COUNT, help="GPUs among which FSDP2 shards the model: figures of each."
+)
+@click.option(
     "--measure", "measuring", is_flag=True, help="Train for some steps on a GPU: peaks as they are."
 )
 @click.option("--json", "as_text", is_flag=True, help="Print figures in bytes, and nothing else.")
@@ -145,6 +148,7 @@ def memory(
     accumulation_steps: int | None,
     coords: tuple[str, ...],
     device: str | None,
+    world_size: int | None,
     measuring: bool,
     as_text: bool,
     picture: Path | None,
@@ -155,6 +159,7 @@ def memory(
     allocated but with --measure, and nothing is downloaded.
     """
     budget = round(budget_gib * GIB)
+    check_alone(world_size, modes, measuring)
     if measuring:
         really.check(tokens, budget, device, loss)
     if picture is not None and find_spec("matplotlib") is None:
@@ -168,15 +173,16 @@ def memory(
     module = load(model, None if dtype is None else getattr(torch, dtype), runs=batch is not None)
     rows = _measured(
         module,
-        chosen(names, pairs, only, rank, next(module.parameters()).dtype),
-        columns(modes, accumulation_steps, coords),
+        chosen(names, pairs, only, rank, next(module.parameters()).dtype, world_size),
+        columns(modes, accumulation_steps, coords, world_size),
         batch,
         checkpointing,
         device or "cuda",
         forward,
+        world_size,
     )
     about = _about(model, module, rank, batch, checkpointing)
-    about |= {"device": device or "cuda"}
+    about |= {"world_size": world_size, "device": device or "cuda"}
     about |= forward if batch is not None else dict.fromkeys(forward)
     found: really.Measured = {}
     if measuring and batch is not None:
@@ -199,6 +205,7 @@ def _measured(
     checkpointing: bool,
     device: str,
     forward: Mapping[str, Any],
+    world_size: int | None,
 ) -> list[Row]:
     """The rows; what an optimizer warns of is said, once.
 
@@ -208,7 +215,8 @@ def _measured(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a training run that this is not
-            rows = measure(module, choices, asked, batch, checkpointing, device, **forward)
+            own = (batch, checkpointing, device, world_size)
+            rows = measure(module, choices, asked, *own, **forward)
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
         raise Refused(str(error) or type(error).__name__) from error
     for note in dict.fromkeys(note for row in rows for note in row.notes):
@@ -268,6 +276,8 @@ def _title(about: dict[str, Any]) -> str:
     rank = about["rank"]
     of = f"rank {rank}" if isinstance(rank, int) else f"rank {rank:g} of the smaller side"
     text = f"{about['model']}, {of}, {about['dtype']} weights"
+    if about["world_size"]:
+        text += f", each of {about['world_size']} GPU" + "s" * (about["world_size"] > 1)
     if about["tokens"]:
         text += f", {about['micro_batch']} x {about['tokens']} tokens"
         text += ", checkpointed" * about["checkpointing"]
@@ -285,8 +295,12 @@ def _print(
     title = (
         f"{_title(about)}, beside {budget / GIB:g} GiB (figures in GiB)\n"
         f"weights {gib(state.weights)}, gradients {gib(state.gradients)} (largest "
-        f"{gib(state.largest_gradient)}); peaks by mode of attach_in_backward"
+        f"{gib(state.largest_gradient)})"
     )
+    if state.world_size is None:
+        title += "; peaks by mode of attach_in_backward"
+    else:
+        title += f", gathered by FSDP2 {gib(state.gathered or 0)}; of the first, which holds most"
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH + max(len(row.name) for row in rows))

@@ -15,11 +15,14 @@ from lowrank_optim import methods
 from lowrank_optim.memory import LAYOUTS, Estimate
 from lowrank_optim.memory.autocast import check_autocast
 from lowrank_optim.memory.checks import check_loss, class_of
-from lowrank_optim.memory.estimating import Training, device_of, estimated
+from lowrank_optim.memory.estimating import Training, among, device_of, estimated
 from lowrank_optim.memory.losses import LOSSES
+from lowrank_optim.memory.world import check_world
 
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 HOSTED = "moments on host"
+WHOLE = ("AdamW 8-bit", "GaLore 4-bit")
+"""Rows that are not for shards of several GPUs."""
 QUARTER = 0.25
 """The rank where none is given: of the smaller side of each matrix."""
 
@@ -51,10 +54,16 @@ USUAL = (LIVE, STEP, ACCUMULATED, PROJECT)
 
 
 def columns(
-    modes: Sequence[str], accumulation_steps: int | None, coords_dtypes: Sequence[str]
+    modes: Sequence[str],
+    accumulation_steps: int | None,
+    coords_dtypes: Sequence[str],
+    world_size: int | None = None,
 ) -> tuple[Column, ...]:
-    """The columns that options ask for; empty and None are no choice."""
-    modes = modes or ("none", "step", "project")
+    """The columns that options ask for; empty and None are no choice.
+
+    Of several GPUs it is the one without a mode.
+    """
+    modes = modes or (("none", "step", "project") if world_size is None else ("none",))
     found: list[Column] = []
     for mode in ("none", "step", "project"):
         if mode not in modes:
@@ -141,6 +150,7 @@ def measure(
     tokens: tuple[int, int] | None = None,
     checkpointing: bool = False,
     device: str | None = None,
+    world_size: int | None = None,
     **forward: Any,
 ) -> list[Row]:
     """The rows of ``module``: every figure is one of :func:`lowrank_optim.memory.estimate`.
@@ -154,6 +164,7 @@ def measure(
         tokens: of a micro-batch.
         checkpointing: whether layers are checkpointed.
         device: where training is to run.
+        world_size: GPUs among which the model is sharded.
         **forward: ``loss``, ``loss_chunk`` and ``autocast``, as of
             :func:`lowrank_optim.memory.estimate`.
     """
@@ -161,8 +172,18 @@ def measure(
         check_loss(forward.get("loss", LOSSES[0]), tokens, forward.get("loss_chunk"))
         dtypes = {p.dtype for p in module.parameters()}
         check_autocast(forward.get("autocast"), tokens, dtypes)
+    for choice in chosen:
+        check_world(module, class_of(choice.optimizer), world_size, None, None)
+    own = Training(tokens=tokens, checkpointing=checkpointing, **forward)
+    own = replace(own, device=device_of(module, device))
+    with among(world_size) as world:
+        return _measured(module, chosen, asked, replace(own, world=world))
+
+
+def _measured(
+    module: nn.Module, chosen: Sequence[Chosen], asked: Sequence[Column], common: Training
+) -> list[Row]:
     known: dict[Any, Any] = {}
-    place = device_of(module, device)
 
     def one(choice: Chosen, training: Training) -> Estimate:
         cls = class_of(choice.optimizer)
@@ -172,17 +193,14 @@ def measure(
     for choice in chosen:
         with warnings.catch_warnings(record=True) as raised:
             warnings.simplefilter("always")
-            state = one(choice, Training(transients=False, device=place))  # or says what is wrong
+            state = one(choice, replace(common, tokens=None, transients=False))  # or says why not
         peaks: dict[Column, Estimate | None] = {}
         for column in asked:
-            training = Training(
-                column.in_backward,
-                column.accumulation_steps,
+            training = replace(
+                common,
+                in_backward=column.in_backward,
+                accumulation_steps=column.accumulation_steps,
                 coords_dtype=column.coords_dtype,
-                tokens=tokens,
-                checkpointing=checkpointing,
-                device=place,
-                **forward,
             )
             try:
                 peaks[column] = one(choice, training)

@@ -18,8 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lowrank_optim.tensors.projected_grad import ProjectedGrad
-
 aten = torch.ops.aten
 _DRAWS = (aten.exponential_, aten.normal_, aten.uniform_)
 _WRITES = (aten.addmm_, aten.clamp_, aten.copysign_)
@@ -74,8 +72,8 @@ class _Hosted(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if ProjectedGrad in types:  # what it does for itself comes here, and asks questions
-            return NotImplemented
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # what a DTensor or coordinates do for themselves comes here
         kwargs = kwargs or {}
         given = list(_tensors((*args, *kwargs.values())))
         fakes = [x for x in given if self._is_fake(x)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,10 @@ from torch.overrides import TorchFunctionMode
 from lowrank_optim.memory.alive import Alive
 from lowrank_optim.memory.autocast import Autocast, casting, run_again
 from lowrank_optim.memory.blocks import Sized
+from lowrank_optim.memory.gathered import without_activations
 from lowrank_optim.memory.inputs import batch_of, innermost
 from lowrank_optim.memory.losses import Loss, loss_by
+from lowrank_optim.sharding.parts import local
 
 Left = Sequence[tuple[Sequence[int], torch.dtype]]
 """Shapes and dtypes of the tensors that take a gradient's place, if any does."""
@@ -96,11 +99,18 @@ class GroupedProducts(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def without_memory(model: nn.Module) -> nn.Module:
-    """A copy in training mode whose parameters and buffers are fake tensors on the CPU.
+def without_memory(
+    model: nn.Module, asked: str = "tokens", device: Literal["cpu", "meta"] = "cpu"
+) -> nn.Module:
+    """A copy in training mode whose parameters and buffers have no memory.
 
-    To be called inside ``FakeTensorMode``. All the rest of the model is copied as it is: adapters,
-    heads and hooks, so that what runs is what was given.
+    They are on the CPU if this is called inside ``FakeTensorMode``. All the rest of the model is
+    copied as it is: adapters, heads and hooks, so that what runs is what was given.
+
+    Args:
+        model: to be copied.
+        asked: the argument of :func:`lowrank_optim.memory.estimate` that needs a copy, for errors.
+        device: that its tensors say they are on (default: "cpu").
 
     Raises:
         NotImplementedError: the model cannot be copied, or has tensors of a class of their own,
@@ -110,11 +120,11 @@ def without_memory(model: nn.Module) -> nn.Module:
     for name, x in (*model.named_parameters(), *model.named_buffers()):
         if type(x) not in (Tensor, nn.Parameter, FakeTensor):
             raise NotImplementedError(
-                f"tokens of a {type(model).__name__} with a {type(x).__name__} ({name}): its "
-                "operations are not known without memory. Leave tokens out, and measure "
-                "activations in a real step"
+                f"{asked} of a {type(model).__name__} with a {type(x).__name__} ({name}): its "
+                f"operations are not known without memory. Leave {asked} out, and measure "
+                "a real step"
             )
-        fake = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
+        fake = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
         memo[id(x)] = (
             nn.Parameter(fake, requires_grad=x.requires_grad)
             if isinstance(x, nn.Parameter)
@@ -124,8 +134,8 @@ def without_memory(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, memo).train()
     except Exception as error:
         raise NotImplementedError(
-            f"tokens of a {type(model).__name__} that cannot be copied ({_line(error)}): give it "
-            "without wrappers, or leave tokens out"
+            f"{asked} of a {type(model).__name__} that cannot be copied ({_line(error)}): give it "
+            f"without wrappers, or leave {asked} out"
         ) from error
 
 
@@ -175,7 +185,7 @@ def _grouped_experts(*args: Any, **kwargs: Any) -> Any:
 
 def in_flight(
     model: nn.Module,
-    tokens: int | Sequence[int],
+    tokens: int | Sequence[int] | None,
     *,
     checkpointing: bool,
     passes: int,
@@ -186,6 +196,7 @@ def in_flight(
     sized: Sized,
     autocast: Autocast | None = None,
     device: str = "meta",
+    sharded: Callable[[nn.Module], nn.Module] | None = None,
 ) -> Flight:
     """Bytes of activations and gradients alive at once, at most and as each gradient arrives.
 
@@ -195,7 +206,8 @@ def in_flight(
 
     Args:
         model: one of ``transformers``, or what wraps one.
-        tokens: of a micro-batch: one sequence of so many, or ``(sequences, length)``.
+        tokens: of a micro-batch: one sequence of so many, or ``(sequences, length)``. None of a
+            model that is sharded: what is gathered and reduced, without activations.
         checkpointing: keep the inputs of the layers alone, and run each again inside backward.
         passes: micro-batches that add up.
         loss: which it has.
@@ -207,20 +219,32 @@ def in_flight(
         sized: what is taken for a tensor.
         autocast: as of :func:`lowrank_optim.memory.estimate`.
         device: the type of the one to train on.
+        sharded: shards the copy that runs (default: None, which leaves it whole).
 
     Raises:
         NotImplementedError: the model cannot run without memory, or has no such loss.
         ValueError: it is not one of ``transformers``, or takes other inputs.
     """
-    shape = (1, tokens) if isinstance(tokens, int) else (tokens[0], tokens[1])
-    innermost(model)
+    if tokens is not None:
+        innermost(model)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = without_memory(model)
-        _as_on_a_gpu(model)
-        if checkpointing:
-            within = {} if autocast is None else {"context_fn": lambda: _contexts(device)}
-            checkpoint_layers(innermost(model), **within)
-        batch = batch_of(model, shape)
+        for i, param in enumerate(model.parameters()):
+            param.requires_grad_(i in trained)
+        batch: dict[str, Tensor] = {}
+        if tokens is not None:
+            _as_on_a_gpu(model)
+            if checkpointing:
+                within = {} if autocast is None else {"context_fn": lambda: _contexts(device)}
+                checkpoint_layers(innermost(model), **within)
+            shape = (1, tokens) if isinstance(tokens, int) else (tokens[0], tokens[1])
+            batch = batch_of(model, shape)
+        model = model if sharded is None else sharded(model)
+        run: Callable[[], Tensor] = (
+            partial(loss_by, loss, model, batch, loss_chunk)
+            if batch
+            else without_activations(model)
+        )
         alive, parts, done = Alive(sized=sized), dict[Tensor, list[Tensor]](), 0
         arrivals: list[Arrival] = []
 
@@ -229,18 +253,17 @@ def in_flight(
             found = left(numbers[param], done == passes - 1)
             if found is not None:
                 if param not in parts:
-                    parts[param] = [torch.empty(tuple(s), dtype=own) for s, own in found]
+                    parts[param] = [torch.empty(tuple(s), dtype=kept) for s, kept in found]
                 param.grad = None
 
         numbers: dict[Tensor, int] = {p: i for i, p in enumerate(model.parameters())}
-        for param, number in numbers.items():
-            param.requires_grad_(number in trained)
-            if param.requires_grad:
-                param.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
+        for own in numbers:
+            if own.requires_grad:
+                own.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
+        alive.leave_out([*map(local, numbers), *model.buffers(), *batch.values()])
         with alive:
-            alive.leave_out([*numbers, *model.buffers(), *batch.values()])
             while done < passes:
-                _run(model, batch, loss, loss_chunk, casting(autocast, device))
+                _run(model, run, casting(autocast, device))
                 done += 1
         return Flight(alive.most, tuple(arrivals))
 
@@ -250,13 +273,7 @@ def _contexts(device: str) -> tuple[AbstractContextManager[Any], AbstractContext
     return nullcontext(), run_again(device)
 
 
-def _run(
-    model: nn.Module,
-    batch: dict[str, Tensor],
-    loss: Loss,
-    chunk: int | None,
-    cast: AbstractContextManager[Any],
-) -> None:
+def _run(model: nn.Module, run: Callable[[], Tensor], cast: AbstractContextManager[Any]) -> None:
     """Forward and backward of one micro-batch.
 
     Raises:
@@ -264,7 +281,7 @@ def _run(
     """
     try:
         with cast:
-            found = loss_by(loss, model, batch, chunk)
+            found = run()
         found.backward()  # type: ignore[no-untyped-call]
     except WITHOUT_VALUES as error:
         raise NotImplementedError(

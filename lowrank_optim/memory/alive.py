@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -15,6 +15,9 @@ from lowrank_optim.memory.blocks import Sized, sized_on
 
 class Alive(TorchDispatchMode):
     """Counts bytes of the storages that operations made and that still exist.
+
+    A storage may change its size without an operation: FSDP2 empties those of gathered parameters,
+    and fills them again.
 
     Args:
         device: type of the device whose storages count; those of others are the host's.
@@ -26,7 +29,30 @@ class Alive(TorchDispatchMode):
         self.now = self.most = 0
         self._device = device
         self._sized = sized or sized_on("cpu")
-        self._known: set[int] = set()
+        self._sizes: dict[int, int] = {}
+        """Of the storages that count."""
+        self._left_out: set[int] = set()
+        self._resize: list[Any] = []
+        """What resized a storage before, once for each time that this was entered."""
+
+    def __enter__(self) -> Alive:
+        """Count from now on."""
+        before = UntypedStorage.resize_
+        self._resize.append(before)
+
+        def resize_(storage: UntypedStorage, size: int) -> Any:
+            out = before(storage, size)
+            self._resized(storage)
+            return out
+
+        UntypedStorage.resize_ = resize_  # type: ignore[method-assign,assignment]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        """Count no more."""
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+        UntypedStorage.resize_ = self._resize.pop()  # type: ignore[method-assign]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -46,7 +72,7 @@ class Alive(TorchDispatchMode):
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
         """Not to be counted: there before, and to the end."""
-        self._known.update(x.untyped_storage()._cdata for x in tensors)
+        self._left_out.update(x.untyped_storage()._cdata for x in tensors)
 
     def hold(self, tensors: Sequence[Tensor]) -> None:
         """Count what is there before, from now on until it goes; what was counted is forgotten."""
@@ -58,14 +84,22 @@ class Alive(TorchDispatchMode):
         if is_traceable_wrapper_subclass(x):
             return  # what it holds was counted as it was made
         storage = x.untyped_storage()
-        key, size = storage._cdata, self._sized(storage.nbytes())
-        if key in self._known:
+        key = storage._cdata
+        if key in self._sizes or key in self._left_out:
             return
-        self._known.add(key)
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._gone, key, size).atexit = False
+        self._grow(storage)
+        weakref.finalize(storage, self._gone, key).atexit = False
 
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
+    def _resized(self, storage: UntypedStorage) -> None:
+        if storage._cdata in self._sizes:
+            self._grow(storage)
+
+    def _grow(self, storage: UntypedStorage) -> None:
+        """A storage has as many bytes from now on as it has now."""
+        key, size = storage._cdata, self._sized(storage.nbytes())
+        self.now += size - self._sizes.get(key, 0)
+        self._sizes[key] = size
+        self.most = max(self.most, self.now)
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -36,6 +38,7 @@ from lowrank_optim.memory.reporting import (
     staging_bytes,
     storage_bytes,
 )
+from lowrank_optim.memory.world import Shard, World, check_world, pretended, refusals_of_fsdp
 from lowrank_optim.ops.devices import standing_for
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.parts import is_sharded, local
@@ -57,6 +60,8 @@ class Training:
     loss: Loss = "transformers"
     loss_chunk: int | None = None
     autocast: Autocast | None = None
+    world: World | None = None
+    """The ranks among which FSDP2 shards the model."""
 
     @property
     def forward_and_backward(self) -> tuple[Any, ...]:
@@ -87,6 +92,8 @@ def estimate(
     loss_chunk: int | None = None,
     autocast: Autocast | None = None,
     transients: bool = True,
+    world_size: int | None = None,
+    shard: Shard | None = None,
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device | None = None,
     **options: Any,
@@ -140,6 +147,13 @@ def estimate(
             matrices that are stepped alike once. Products, factorisations and kernels may take
             workspace of their own, which is not counted. False leaves it out, which is quick
             (default: True).
+        world_size: figures of one of so many GPUs, among which FSDP2 shards the model: the first,
+            which holds the most. Layers that are gathered and gradients that are reduced count at
+            the worst moment of backward (default: None, one process).
+        shard: shards the model in place, called with it and a mesh of one dimension, as
+            ``lambda model, mesh: fully_shard(model, mesh=mesh)`` does. It can give a
+            ``MixedPrecisionPolicy`` or ``shard_placement_fn`` (default: ``fully_shard`` of each
+            layer, told by names such as ``layers.0.``, and of the model).
         dtype: of the weights of a model made from a configuration (default: bfloat16).
         device: where training is to run, such as ``"cuda"`` or ``"cpu"``. A ``dct`` basis with
             ``transform="auto"`` keeps a matrix of cosines where that is faster than transforms,
@@ -148,13 +162,15 @@ def estimate(
         **options: arguments of the optimizer.
 
     Raises:
-        NotImplementedError: ``in_backward`` or ``tokens`` of a model of DTensors; ``tokens`` of a
-            model that looks at values; a ``loss`` that is not for the model.
+        NotImplementedError: ``in_backward`` or ``tokens`` of a model of DTensors, or
+            ``in_backward`` with ``world_size``; ``tokens`` of a model that looks at values; a
+            ``loss`` that is not for the model.
+        RuntimeError: ``world_size`` in a process that is in a process group already.
         ValueError: ``in_backward``, ``first_basis``, ``coords_dtype``, ``loss``, ``autocast`` or a
             named layout is not known, ``loss`` or ``autocast`` would have no effect without
             ``tokens`` or of weights that are not float32, the method has no such mode, or
             activations are asked for of a model that is none of ``transformers``, takes other
-            inputs, or has no place for as many tokens.
+            inputs, or has no place for as many tokens; or FSDP2 does not take the model.
 
     Example:
         >>> import torch
@@ -172,6 +188,8 @@ def estimate(
     check_device(device)
     check_choices(first_basis, coords_dtype)
     check_loss(loss, tokens, loss_chunk)
+    cls = class_of(optimizer_class)
+    check_world(model, cls, world_size, shard, in_backward)
     if isinstance(tokens, list):
         tokens = tuple(tokens)
     module = model
@@ -192,7 +210,21 @@ def estimate(
         loss_chunk,
         autocast,
     )
-    return estimated(module, class_of(optimizer_class), training, groups, options, {})
+    with among(world_size, shard) as world:
+        training = replace(training, world=world)
+        found = estimated(module, cls, training, groups, options, {})
+    if world_size is None:
+        return found
+    with pretended(world_size, shard, rank=world_size - 1) as last, standing_for(training.device):
+        own = last.on_meta(module)
+        params = list(own.parameters())
+        _, optimizer = _with_state(params, _maker(own, cls, groups, options))
+        return replace(found, least=_weights(params) + report(optimizer).total)
+
+
+def among(size: int | None, shard: Shard | None = None) -> AbstractContextManager[World | None]:
+    """The ranks that an estimate is one of; none but this process if ``size`` is None."""
+    return nullcontext() if size is None else pretended(size, shard)
 
 
 def estimated(
@@ -213,8 +245,11 @@ def estimated(
         options: of the optimizer.
         known: what was found of this module before, and is not found again.
     """
+    run = _estimated
+    if "torch._dynamo" in sys.modules:  # which, where it watches frames, lets arguments live longer
+        run = torch.compiler.disable(_estimated)  # type: ignore[no-untyped-call]
     with standing_for(training.device):
-        return _estimated(module, optimizer_class, training, groups, options, known)
+        return run(module, optimizer_class, training, groups, options, known)
 
 
 def _estimated(
@@ -225,45 +260,44 @@ def _estimated(
     options: Mapping[str, Any],
     known: dict[Any, Any],
 ) -> Estimate:
+    plain, world = module, training.world
+    if world is not None:
+        module = known["sharded"] if "sharded" in known else world.on_meta(module)
+        known["sharded"] = module
     params = list(module.parameters())
-    entries = list(module.named_parameters() if groups is None else groups(module))
-
-    def made(places: Mapping[int, nn.Parameter]) -> Optimizer:
-        return optimizer_class([_over(entry, places) for entry in entries], **options)
-
+    make = _maker(module, optimizer_class, groups, options)
     chosen = optimizer_class, repr(options)
     if chosen not in known:
-        twins = {id(p): _meta_twin(p) for p in params}
-        optimizer = made(twins)
-        _make_state(optimizer)
-        known[chosen] = twins, optimizer
+        known[chosen] = _with_state(params, make)
     twins, optimizer = known[chosen]
     if training.in_backward == "project":
         if not isinstance(optimizer, LowRankOptimizer):
             raise ValueError(f"in_backward='project' is not for {type(optimizer).__name__}")
         check_projecting(optimizer)
     held, sized = report(optimizer), sized_on(training.device)
-    gradients = Gradients.of(optimizer, list(twins.values()), training)
+    gradients = Gradients.of(optimizer, twins, training)
     flight: Flight | None = None
     if training.tokens is not None:
-        staying = tuple((i, gradients.staying(i)) for i in gradients.sizes)
-        flying = training.forward_and_backward, staying
-        flight = known.get(flying) or _flight(module, training, gradients)
-        known[flying] = flight
+        flight = _flight(plain, training, gradients, known)
+    passing: Flight | None = None
+    if world is not None:
+        passing = _flight(plain, replace(training, tokens=None), gradients, known)
     rehearsal: Rehearsal | None = None
-    if training.transients and not any(map(is_sharded, params)):
+    if training.transients and (world is not None or not any(map(is_sharded, params))):
         stepping = *chosen, training.attached
         if stepping not in known:
             mode, attached = training.attached
-            known[stepping] = Rehearsal.of(params, made, mode, attached, sized)
+            known[stepping] = Rehearsal.of(params, make, mode, attached, sized)
         rehearsal = known[stepping]
     absent = held.moments + held.other
-    worst = worst_moments(gradients, training, flight, rehearsal, absent)
-    weights = storage_bytes([local(p) for p in twins.values()])
+    worst = worst_moments(gradients, training, flight or passing, rehearsal, absent)
+    gathered = None if passing is None else passing.most - gradients.live
+    own = twins if world is None else params  # FSDP2 fills up the last shard
+    weights = _weights(own)
     staging = staging_bytes(optimizer, alone=training.in_backward == "step")
     rounding = 0
     if training.device in CACHING:
-        taken = blocks_of(optimizer, twins.values(), staging)
+        taken = blocks_of(optimizer, own, staging)
         rounding = taken - (weights + held.total - host_bytes(optimizer) + staging)
     return Estimate(
         weights=weights,
@@ -278,11 +312,44 @@ def _estimated(
         pinned=pinned_bytes(optimizer),
         staging=staging,
         rounding=rounding,
-        activations=None if flight is None else max(0, flight.most - gradients.live),
+        activations=(
+            None if flight is None else max(0, flight.most - gradients.live - (gathered or 0))
+        ),
+        gathered=gathered,
+        world_size=None if world is None else world.size,
         step_transients=worst.step,
         refresh_transients=worst.refresh,
         beside=worst.beside,
     )
+
+
+def _maker(
+    module: nn.Module,
+    optimizer_class: type[Optimizer],
+    groups: Callable[[nn.Module], Iterable[Any]] | None,
+    options: Mapping[str, Any],
+) -> Callable[[Mapping[int, nn.Parameter]], Optimizer]:
+    """What makes the optimizer over tensors that stand for the parameters, by their ids."""
+    entries = list(module.named_parameters() if groups is None else groups(module))
+
+    def make(places: Mapping[int, nn.Parameter]) -> Optimizer:
+        return optimizer_class([_over(entry, places) for entry in entries], **options)
+
+    return make
+
+
+def _with_state(
+    params: Sequence[Tensor], make: Callable[[Mapping[int, nn.Parameter]], Optimizer]
+) -> tuple[list[nn.Parameter], Optimizer]:
+    """What stands for the parameters on the meta device, and an optimizer with its state."""
+    twins = [_meta_twin(p) for p in params]
+    optimizer = make({id(p): twin for p, twin in zip(params, twins, strict=True)})
+    _make_state(optimizer)
+    return twins, optimizer
+
+
+def _weights(twins: Sequence[Tensor]) -> int:
+    return storage_bytes(map(local, twins))
 
 
 def device_of(module: nn.Module, device: str | torch.device | None) -> str:
@@ -292,26 +359,34 @@ def device_of(module: nn.Module, device: str | torch.device | None) -> str:
     return torch.device(device).type
 
 
-def _flight(module: nn.Module, training: Training, gradients: Gradients) -> Flight:
+def _flight(
+    module: nn.Module, training: Training, gradients: Gradients, known: dict[Any, Any]
+) -> Flight:
     def left(i: int, last: bool) -> Left | None:
         if training.in_backward == "step":
             return () if last else None
         return gradients.staying(i)
 
-    assert training.tokens is not None
-    return in_flight(
-        module,
-        training.tokens,
-        checkpointing=training.checkpointing,
-        passes=min(training.accumulation_steps, 2),
-        loss=training.loss,
-        loss_chunk=training.loss_chunk,
-        left=left,
-        trained=gradients.sizes,
-        sized=gradients.sized,
-        autocast=training.autocast,
-        device=training.device,
-    )
+    staying = tuple((i, gradients.staying(i)) for i in gradients.sizes)
+    flying, world = (training.forward_and_backward, staying), training.world
+    if flying not in known:
+        with nullcontext() if world is None else refusals_of_fsdp(module):
+            known[flying] = in_flight(
+                module,
+                training.tokens,
+                checkpointing=training.checkpointing,
+                passes=min(training.accumulation_steps, 2),
+                loss=training.loss,
+                loss_chunk=training.loss_chunk,
+                left=left,
+                trained=gradients.sizes,
+                sized=gradients.sized,
+                autocast=training.autocast,
+                device=training.device,
+                sharded=None if world is None else world.sharded,
+            )
+    found: Flight = known[flying]
+    return found
 
 
 def _meta_twin(param: Tensor) -> nn.Parameter:

@@ -54,6 +54,14 @@ class Estimate:
     beside: Mapping[str, int] = field(default_factory=dict, hash=False)
     """What is alive beside weights and state at the worst moment of ``"backward"``, of a ``"step"``
     without a refresh, and of a ``"refresh"``; the last two may be inside backward."""
+    world_size: int | None = None
+    """GPUs among which FSDP2 shards the model: all figures are of the one that holds the most. None
+    of a model that nobody shards, or that came sharded."""
+    least: int | None = None
+    """Weights and state of the GPU that holds the least; None without ``world_size``."""
+    gathered: int | None = None
+    """What FSDP2 gathers and reduces at the worst moment of a backward without activations, beside
+    the shards of gradients; None without ``world_size``."""
 
     @property
     def state(self) -> int:
@@ -95,6 +103,8 @@ class Estimate:
         if self.staging:
             rows += [("on the host", self.host, "  (of these, not in the peak)")]
             rows += [("staging", self.staging, "  (two buffers that they pass through)")]
+        if self.gathered is not None:
+            rows.append(("gathered", self.gathered, "  (weights, and gradients to be reduced)"))
         if self.rounding > 0:
             rows.append(("in blocks", self.rounding, "  (what the allocator takes beyond these)"))
         if self.activations is not None:

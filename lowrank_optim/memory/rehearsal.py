@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lowrank_optim.backward import attach_in_backward
 from lowrank_optim.backward.handle import InBackward
+from lowrank_optim.backward.shards import like_shard
 from lowrank_optim.engine import tracing
 from lowrank_optim.engine.plan import ParamPlan
 from lowrank_optim.engine.refresh import phase
@@ -25,6 +26,7 @@ from lowrank_optim.memory.alive import Alive
 from lowrank_optim.memory.blocks import Sized, in_blocks
 from lowrank_optim.ops.tiles import sizes_alone
 from lowrank_optim.optimizer import LowRankOptimizer
+from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.subspaces.spectral import Spectral
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
@@ -138,8 +140,10 @@ class Rehearsal:
         for group, items in self._groups():
             flags = {item.param: self._is_due(item, due) for item in items}
             chosen = self.optimizer._strategies(group)
-            told = _told_apart(items, chosen, flags, apart=self._mode == "project")
-            own = [item for chunk in told for item in chunk]
+            own = [item for item in items if item.sharded]  # one message is of all of them
+            plain = [item for item in items if not item.sharded]
+            told = _told_apart(plain, chosen, flags, apart=self._mode == "project")
+            own += [item for chunk in told for item in chunk]
             self._make_state(own + list({_kind(item): item for item in items}.values()), chosen)
             if due != "first":
                 _set_counters(self.optimizer, group, items, flags)
@@ -307,21 +311,24 @@ class Rehearsal:
         return alive.most - max(before, alive.now + gone)
 
     def _held(self) -> Iterator[Tensor]:
-        yield from self.params
+        yield from map(local, self.params)
         for p in self.params:
             if isinstance(p.grad, ProjectedGrad):
                 yield from (*p.grad.coords.values(), *p.grad.fresh.values())
             elif p.grad is not None:
-                yield p.grad
+                yield local(p.grad)
         for state in self.optimizer.state.values():
-            yield from (x for x in state.values() if isinstance(x, Tensor) and x.is_meta)
+            yield from (local(x) for x in state.values() if isinstance(x, Tensor) and x.is_meta)
         if isinstance(self.optimizer, LowRankOptimizer):
             yield from self.optimizer._shared.tensors()
             yield from self.optimizer._staging.tensors()
 
 
 def _stand_in(param: Tensor) -> nn.Parameter:
-    like = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device="meta")
+    if is_sharded(param):
+        like = like_shard(param, torch.empty_like(local(param), device="meta"))
+    else:
+        like = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device="meta")
     return nn.Parameter(like, requires_grad=param.requires_grad)
 
 

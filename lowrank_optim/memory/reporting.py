@@ -23,10 +23,10 @@ GIB = 2**30
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind ``tensors``, each counted once: a view holds all it views."""
     storages = {}
-    for tensor in tensors:
+    for tensor in list(tensors):  # one that goes would leave its place to another
         storage = tensor.untyped_storage()
         no_data = tensor.is_meta or isinstance(tensor, FakeTensor)
-        key = id(tensor) if no_data else (str(tensor.device), storage.data_ptr())
+        key = storage._cdata if no_data else (str(tensor.device), storage.data_ptr())
         if storage.nbytes():
             storages[key] = storage.nbytes()
     return sum(storages.values())

@@ -96,7 +96,7 @@ class RandomizedSVD(Projector):
             if bool((before <= (1 + left) * captured).all()):
                 break
             y = ops.mixed_matmul(grad, sketch.mT) / norm
-            z = whiten(y, q.mT @ y)
+            z = whiten(y, q)
             values, vectors = eigh(z.mT @ z)
             captured = values[..., -self.rank :].sum(-1)
             q = unit_columns(z @ vectors.flip(-1))
@@ -141,8 +141,8 @@ SHIFTS = 4
 
 def next_start(y: Tensor, q: Tensor) -> Tensor:
     """Where the next iteration starts from ``Y = G G^T Q``: a basis of the same directions."""
-    z = whiten(y, q.mT @ y)
-    return whiten(z, z.mT @ z)
+    z = whiten(y, q)
+    return whiten(z, z)
 
 
 def last_basis(y: Tensor, q: Tensor, rank: int) -> Tensor:
@@ -151,14 +151,15 @@ def last_basis(y: Tensor, q: Tensor, rank: int) -> Tensor:
     gram = x.mT @ x
     # a look right after that of the driver, when nothing else is queued
     if gram.is_meta or bool((_error(gram) < NEAR).all()):
-        x = whiten(x, gram)
-        return whiten(x, x.mT @ x)
+        x = whiten(x, x, gram)
+        del gram
+        return whiten(x, x)
     return orthogonal(x)
 
 
 def _leading(y: Tensor, q: Tensor, rank: int) -> Tensor:
     """Columns of length one, nearly orthogonal, whose order is that of singular values."""
-    z = whiten(y, q.mT @ y)
+    z = whiten(y, q)
     gram = z.mT @ z
     sound = torch.linalg.matrix_norm(gram) < torch.inf  # NaN is not
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -173,8 +174,8 @@ def orthonormal_start(x: Tensor) -> Tensor:
     """
     if x.shape[-2] < 2 * x.shape[-1]:
         return orthogonal(x)
-    x = whiten(x, x.mT @ x)
-    return whiten(x, x.mT @ x)
+    x = whiten(x, x)
+    return whiten(x, x)
 
 
 def eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,8 +187,16 @@ def eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(gram.dtype), vectors.to(gram.dtype)
 
 
-def whiten(y: Tensor, gram: Tensor) -> Tensor:
-    """``Y L^-T`` with ``gram = L L^T``, shifted by rounding error so that it is definite."""
+def whiten(y: Tensor, q: Tensor, gram: Tensor | None = None) -> Tensor:
+    """``Y L^-T`` with ``Q^T Y = L L^T``, shifted by rounding error so that it is definite.
+
+    Args:
+        y: what is to be whitened.
+        q: the other side of the Gram matrix. It is made here, as what a caller makes for a call may
+            stay until that returns: it does where torch.compile watches frames.
+        gram: that matrix, where the caller has it.
+    """
+    gram = q.mT @ y if gram is None else gram
     gram = (gram + gram.mT) / 2
     info = torch.finfo(gram.dtype)
     shift = info.eps * gram.diagonal(dim1=-2, dim2=-1).sum(-1) + info.tiny

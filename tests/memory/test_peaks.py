@@ -143,6 +143,26 @@ def test_staging_is_counted_once() -> None:
     assert there.beside == here.beside
 
 
+def test_what_runs_beside_it_changes_no_figure() -> None:
+    """A frame that torch.compile watches holds what it was called with until it returns.
+
+    What a refresh makes for a call must not be in it, and of an estimate nothing is watched.
+    """
+
+    def refresh() -> int:
+        weight = nn.Parameter(torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta"))
+        found = Rehearsal([weight], lambda own: GaLoreAdamW([*own.values()], rank=1024), "step")
+        return found.arrivals("first")[0]
+
+    def sst() -> Estimate:
+        model = nn.Linear(176, 64, bias=False, device="meta")
+        return estimate(model, methods.SSTAdamW, in_backward="step", **options_of("SSTAdamW"))
+
+    watched = torch._dynamo.run
+    assert watched(refresh)() == refresh()
+    assert watched(sst)() == sst()
+
+
 SHAPES = [(64, 96)] * 5 + [(96, 64), (64,), (64, 96), (32, 32), (64,)]
 
 

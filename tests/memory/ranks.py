@@ -1,0 +1,139 @@
+"""What each of several processes holds in real training steps under FSDP2; jobs of a world."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.utils import clip_grad_norm_
+from transformers import LlamaConfig
+
+from lowrank_optim import memory, methods
+from lowrank_optim.distributed import shard_placement_fn
+from lowrank_optim.memory.activations import _as_on_a_gpu, checkpoint_layers
+from lowrank_optim.memory.inputs import batch_of, model_of
+from lowrank_optim.memory.losses import loss_by
+from lowrank_optim.ops import devices
+from tests.memory.trained import Tracker
+from tests.sharded.ranks import World
+
+LLAMA = {"hidden_size": 64, "intermediate_size": 176, "vocab_size": 256}
+LLAMA |= {"num_attention_heads": 2, "num_hidden_layers": 2}
+TOKENS = (2, 32)
+
+
+def config(**sizes: int) -> Any:
+    return LlamaConfig(**(LLAMA | sizes))
+
+
+def layers(model: nn.Module, mesh: DeviceMesh, **own: Any) -> None:
+    """As users write it."""
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, **own)
+    fully_shard(model, mesh=mesh, **own)
+
+
+def mixed(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Float32 weights, used in bfloat16; what is gathered stays until backward."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    layers(model, mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def placed(model: nn.Module, mesh: DeviceMesh) -> None:
+    """No projected side is split, where ranks divide the other."""
+    layers(model, mesh, shard_placement_fn=shard_placement_fn(mesh.size()))
+
+
+SHARDS = {None: layers, "mixed": mixed, "placed": placed}
+
+
+def class_of(name: str) -> Any:
+    return getattr(methods, name, None) or getattr(torch.optim, name)
+
+
+def batch_for(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Tokens that tell every matrix something: a refresh that finds nothing comes again."""
+    shape = batch_of(model, TOKENS)
+    return {key: torch.randint(LLAMA["vocab_size"] - 1, x.shape) for key, x in shape.items()}
+
+
+@contextmanager
+def as_accelerator() -> Iterator[None]:
+    """The package takes the CPU for one."""
+    before, devices.HOSTS = devices.HOSTS, frozenset()
+    try:
+        yield
+    finally:
+        devices.HOSTS = before
+
+
+def _made(shard: str | None, dtype: torch.dtype, sizes: dict[str, int]) -> nn.Module:
+    torch.manual_seed(0)
+    model = model_of(config(**sizes), dtype).train()
+    _as_on_a_gpu(model)
+    return model
+
+
+def held(world: World, run: dict[str, Any]) -> tuple[int, ...]:
+    """Weights, gradients and the three parts of the state, by storage, after a step."""
+    model = _made(run.get("shard"), torch.bfloat16, run["sizes"])
+    SHARDS[run.get("shard")](model, init_device_mesh("cpu", (world.size,)))
+    optimizer = class_of(run["name"])(model.named_parameters(), **run["options"])
+    loss_by("transformers", model, batch_for(model)).backward()
+    grads = [p.grad.to_local() for p in model.parameters() if p.grad is not None]
+    optimizer.step()
+    weights = memory.storage_bytes(p.to_local() for p in model.parameters())
+    return weights, memory.storage_bytes(grads), *memory.report(optimizer)
+
+
+def peaks(world: World, run: dict[str, Any]) -> dict[str, int]:
+    """Most bytes alive at once beside the weights, as torch's MemTracker counts real steps.
+
+    Of forward and backward, of steps, and of steps that find bases: of four steps with a gap of
+    three the first and the last do.
+    """
+    with as_accelerator():
+        return _peaks(init_device_mesh("cpu", (world.size,)), **run)
+
+
+def _peaks(
+    mesh: DeviceMesh,
+    name: str,
+    options: dict[str, Any],
+    shard: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    sizes: dict[str, int] | None = None,
+    checkpointing: bool = False,
+    accumulation_steps: int = 1,
+) -> dict[str, int]:
+    model = _made(shard, dtype, sizes or {})
+    if checkpointing:
+        checkpoint_layers(model)
+    SHARDS[shard](model, mesh)
+    batch = batch_for(model)
+    optimizer = class_of(name)(model.named_parameters(), **options)
+    tracker, most = Tracker(), dict[str, int]()
+    tracker.track_external(model, *batch.values(), optimizer)
+    with tracker:
+        before = tracker.now()
+
+        def backward() -> None:
+            loss_by("transformers", model, batch).backward()
+
+        def step() -> None:
+            clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+        for n in range(4):
+            for _ in range(accumulation_steps):
+                found = tracker.piece(backward) - before
+                most["backward"] = max(most.get("backward", 0), found)
+            moment = "refresh" if n % 3 == 0 else "step"
+            most[moment] = max(most.get(moment, 0), tracker.piece(step) - before)
+            optimizer.zero_grad()
+    return most
