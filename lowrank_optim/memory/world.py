@@ -94,7 +94,7 @@ def check_world(
     """
     if world_size is None:
         if shard is not None:
-            raise ValueError("shard has no effect without world_size, a number of ranks")
+            raise ValueError(f"shard={shard!r} has no effect without world_size, a number of ranks")
         return
     if not (isinstance(world_size, int) and not isinstance(world_size, bool) and world_size >= 1):
         raise ValueError(f"world_size must be a number of ranks, 1 or more, got {world_size!r}")

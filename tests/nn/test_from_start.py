@@ -353,7 +353,7 @@ def test_memory_is_known_before_there_is_any(case: str, optimizer: Any) -> None:
         shell = nn.Sequential(nn.Linear(96, 64), nn.Linear(64, 96))
     groups = convert(shell, method, rank=8, **options)
     assert all(p.is_meta for p in shell.parameters())
-    said = memory.estimate(shell, optimizer, groups=lambda _: groups)
+    said = memory.estimate(shell, optimizer, groups=lambda _: groups, device="cpu")
     model = nn.Sequential(nn.Linear(96, 64), nn.Linear(64, 96))
     real = optimizer(convert(model, method, rank=8, **options))
     model(torch.randn(4, 96)).sum().backward()

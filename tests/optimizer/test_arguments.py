@@ -267,6 +267,15 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Wrong]]] = {
             "loss": [*((x, ValueError, "must be one of 'transformers', 'chunked', 'fused', got")
                        for x in ("liger", 1, None, ["fused"])),
                      ("fused", ValueError, "loss='fused' has no effect without tokens")],
+            "loss_chunk": [*((x, ValueError, "loss_chunk must be .*got")
+                             for x in (0, -1, 1.5, "64", True)),
+                           (64, ValueError, "loss_chunk=64 has no effect on loss='transformers'")],
+            "autocast": [*((x, ValueError, "None or one of 'bfloat16', 'float16', got")
+                           for x in ("float32", torch.bfloat16, True)),
+                         ("bfloat16", ValueError, "autocast='bfloat16' has no effect without")],
+            "world_size": [(x, ValueError, "world_size must be a number of ranks, 1 or more, got")
+                           for x in (0, -1, 1.5, "2", True)],
+            "shard": [(print, ValueError, "shard=.* has no effect without world_size")],
             "transients": [(x, ValueError, "transients must be True or False, got")
                            for x in (1, "no", None)],
             "dtype": [(x, TypeError, "dtype must be a torch.dtype, got")
