@@ -116,6 +116,20 @@ def test_every_figure_is_an_estimate() -> None:
     assert modes == [("step", "auto"), ("project", "float32"), ("project", "bfloat16")]
 
 
+def test_one_of_several_gpus_is_an_estimate_of_it() -> None:
+    """Of every usual row that trains shards; whole weights are there at the worst moment."""
+    model = small()
+    said = figures(*SMALL, "--world-size", "2")
+    assert said["world_size"] == 2 and len(said["rows"]) == 8
+    for row in said["rows"]:
+        own = {**row["options"], **GPU, "world_size": 2}
+        found = estimate(model, CLASSES[row["optimizer"]], **own)
+        (peak,) = row["peaks"]
+        assert (peak["peak"], row["moments"]) == (found.peak, found.moments)
+        assert row["weights"] == sum(p.numel() for p in model.parameters()) * 4 // 2
+    assert "each of 2 GPUs" in run(*SMALL, "--world-size", "2").output
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -317,6 +331,15 @@ BAD = {
     "coordinates": (
         [*SMALL, "--in-backward", "step", "--coords-dtype", "float32"],
         "--coords-dtype has no effect without --in-backward project",
+    ),
+    "no rank": ([*SMALL, "--world-size", "0"], "0 is not in the range x>=1"),
+    "mode of several": (
+        [*SMALL, "--world-size", "2", "--in-backward", "step"],
+        "--in-backward step with --world-size",
+    ),
+    "row of several": (
+        [*SMALL, "--world-size", "2", "--only", "GaLore 4-bit"],
+        "'GaLore 4-bit' does not train shards: leave --world-size out",
     ),
     "unknown": ([*SMALL, "--foo"], "No such option '--foo'"),
 }
