@@ -174,6 +174,7 @@ def test_share_of_parameters_projected(name: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_mixtral_8x7b_holds_the_state_of_low_rank_experts() -> None:
     """Before, 2.9 % of it were projected, and 343 GiB of state was AdamW's."""
     model = mixtral()
