@@ -141,14 +141,16 @@ def blocks_of(optimizer: Optimizer, params: Iterable[Tensor], staging: int) -> i
         params: of the model.
         staging: bytes of two buffers.
     """
-    hosted = {id(x) for some in _on_host(optimizer) for x in some}
+    # by storage: what :func:`local` gives of a DTensor is another tensor each time
+    hosted = {x.untyped_storage()._cdata for some in _on_host(optimizer) for x in some}
     entries = (x for state in optimizer.state.values() for x in state.values())
     kept = [local(x) for x in entries if isinstance(x, Tensor)]
     if isinstance(optimizer, LowRankOptimizer):
         kept += optimizer._shared.tensors()
-    there = {id(x): x for x in kept if x.is_meta and id(x) not in hosted}
+    on_device = {x.untyped_storage()._cdata: x for x in kept if x.is_meta}
+    there = [x for key, x in on_device.items() if key not in hosted]
     weights = sum(of_a_new_segment(storage_bytes([local(p)])) for p in params)
-    states = sum(in_blocks(storage_bytes([x])) for x in there.values())
+    states = sum(in_blocks(storage_bytes([x])) for x in there)
     return weights + states + 2 * in_blocks(staging // 2)
 
 
