@@ -110,9 +110,8 @@ MORE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "asked", [pytest.param(PEAKS, id="few"), pytest.param(MORE, id="all", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("asked", [pytest.param(PEAKS, id="few"), pytest.param(MORE, id="all")])
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_peaks_of_a_rank_are_what_torch_counts(ranks: Worlds, asked: list[dict[str, Any]]) -> None:
     """Of backward, of a step, and of one that finds bases, on two ranks that train.

@@ -84,7 +84,11 @@ def test_ranks_share_no_numbers(ranks: Worlds) -> None:
     ("job", "told"),
     [
         (one_raises, r"one_raises failed on 2 ranks(?s:.)*rank 1: (?s:.)*ValueError: on purpose"),
-        (one_sleeps, r"one_sleeps failed on 1 ranks(?s:.)*rank 0: hung(?s:.)*in one_sleeps"),
+        pytest.param(
+            one_sleeps,
+            r"one_sleeps failed on 1 ranks(?s:.)*rank 0: hung(?s:.)*in one_sleeps",
+            marks=pytest.mark.slow,
+        ),
         (one_more_collective, r"one_more_collective failed on 1 ranks(?s:.)*rank 0: hung"),
         (one_dies, r"one_dies failed on 1 ranks(?s:.)*rank 1: hung, or died, in 'one_dies'"),
     ],
