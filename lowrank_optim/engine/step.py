@@ -55,6 +55,9 @@ _Plan = TypeVar("_Plan", bound=ParamPlan)
 
 CHUNK_BYTES = {False: 1 << 22, True: 1 << 28}
 """Low-rank gradients alive at once: within a CPU's cache, or enough to fill an accelerator."""
+SEARCH_BYTES = 1 << 26
+"""Those of matrices of an accelerator whose bases are fitted at once: a search holds several
+tensors as large as a basis of each."""
 
 
 class Phases:
@@ -155,14 +158,15 @@ def bucketed(
     return found
 
 
-def chunk_size(item: ParamPlan, chosen: Strategies) -> int:
-    """How many alike matrices to step at once."""
+def chunk_size(item: ParamPlan, chosen: Strategies, most: int | None = None) -> int:
+    """How many alike matrices to step at once, or so many that they have ``most`` bytes."""
     assert item.subspace is not None and item.view is not None
     shapes = item.subspace.coord_shapes(item.view).values()
     size = 4 * sum(math.prod(shape) for shape in shapes)
     if chosen.residual.wants == "memory":
         size += 4 * item.param.numel()
-    return max(1, CHUNK_BYTES[on_accelerator(item.param)] // max(1, size))
+    most = CHUNK_BYTES[on_accelerator(item.param)] if most is None else most
+    return max(1, most // max(1, size))
 
 
 def count_(steps: list[Tensor]) -> None:
@@ -216,7 +220,10 @@ def _project(
     ]
     _keep(list(compress(pairs, due)), chosen, undo)
     work = zip(pairs, _gradients(pairs, chosen), due, strict=True)
-    found = together([_refreshed(*pair, grad, own, chosen) for pair, grad, own in work])
+    searches = [_refreshed(*pair, grad, own, chosen) for pair, grad, own in work]
+    size = _searched_at_once(pairs, due, chosen)
+    parts = (searches[i : i + size] for i in range(0, len(searches), size))
+    found = [x for part in parts for x in together(part)]
     at = [n for n, (_, coords, _) in enumerate(found) if not coords]
     if at:
         (item, _), *_ = pairs
@@ -232,6 +239,17 @@ def _project(
         w.based = known
     turn_(works, chosen)
     return works
+
+
+def _searched_at_once(
+    pairs: Sequence[tuple[ParamPlan, State]], due: Sequence[bool], chosen: Strategies
+) -> int:
+    """How many of alike matrices look for bases beside each other."""
+    (item, _), *_ = pairs
+    assert item.subspace is not None
+    if any(due) and (item.subspace.fitted or item.subspace.of_weight):
+        return chunk_size(item, chosen, SEARCH_BYTES)
+    return len(pairs)
 
 
 def _has_basis(item: ParamPlan, state: State) -> bool:
