@@ -122,7 +122,7 @@ def test_peaks_of_a_rank_are_what_torch_counts(ranks: Worlds, asked: list[dict[s
     wrong = []
     for run in asked:
         own, other = ranks(2).run("peaks", peaks, run=run).checked()
-        e = told(run, tokens=TOKENS)
+        e = told(run, device="cpu", tokens=TOKENS)
         counted = {moment: min(own[moment], other[moment]) for moment in own}
         for moment, size in counted.items():
             found = e.state + e.beside.get(moment, 0)
