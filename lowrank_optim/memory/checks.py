@@ -89,13 +89,14 @@ def check_sharded(model: Any, in_backward: Any, tokens: Any) -> None:
         return
     if in_backward is not None:
         raise NotImplementedError(
-            f"in_backward={in_backward!r} of a model of DTensors: attach_in_backward does not "
-            "support them, as FSDP2 frees whole gradients itself. Leave it out"
+            f"in_backward={in_backward!r} of a model of DTensors: what lives of gradients then is "
+            "not known without a run. Leave in_backward out, which is an upper bound, as FSDP2 "
+            "frees whole gradients itself"
         )
     if tokens is not None:
         raise NotImplementedError(
             "tokens of a model of DTensors: what is gathered at once depends on how it is sharded. "
-            "Give its configuration for the activations, or leave tokens out"
+            "Give the model as it was before fully_shard, with world_size, or leave tokens out"
         )
 
 
