@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import click
 import torch
@@ -11,6 +11,34 @@ import torch
 from lowrank_optim.cli.errors import Refused, nearest
 from lowrank_optim.cli.rows import CLASSES, QUARTER, WHOLE, Chosen, low_rank, usual
 from lowrank_optim.integrations.arguments import parse_optim_args
+from lowrank_optim.memory.autocast import AUTOCASTS
+from lowrank_optim.memory.losses import LOSSES
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+COUNT = click.IntRange(min=1)
+FORWARD = (
+    click.option("--tokens", type=COUNT, help="Of a sequence: count activations too."),
+    click.option("--micro-batch", type=COUNT, help="Sequences of --tokens at once.  [default: 1]"),
+    click.option("--checkpointing", is_flag=True, help="Of every layer: keep its input alone."),
+    click.option(
+        "--loss",
+        type=click.Choice(LOSSES),
+        help="With all logits; of some tokens at once; or Liger's, fused.  [default: transformers]",
+    ),
+    click.option("--loss-chunk", type=COUNT, help="Tokens of chunked at once.  [default: 1024]"),
+    click.option(
+        "--autocast",
+        type=click.Choice(AUTOCASTS),
+        help="Train float32 weights (--dtype float32) under torch.autocast.",
+    ),
+)
+
+
+def forward_options(command: Command) -> Command:
+    """Options of a command that counts what forward and backward need."""
+    for option in reversed(FORWARD):
+        command = option(command)
+    return command
 
 
 def number(given: str | float) -> float:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from lowrank_optim.cli.choices import check_tokens, number, options_of
+from lowrank_optim.cli.choices import COUNT, check_tokens, forward_options, number, options_of
 from lowrank_optim.cli.errors import Refused, nearest
 from lowrank_optim.cli.models import imported, load
 from lowrank_optim.cli.tables import print_table
@@ -20,12 +20,10 @@ from lowrank_optim.fitting import Plan
 from lowrank_optim.fitting import fit as best
 from lowrank_optim.groups.keys import METHODS
 from lowrank_optim.memory import GIB
-from lowrank_optim.memory.autocast import AUTOCASTS, Autocast
+from lowrank_optim.memory.autocast import Autocast
 from lowrank_optim.memory.losses import LOSSES, Loss
 from lowrank_optim.memory.models import MODELS
 from lowrank_optim.stores import STORES
-
-COUNT = click.IntRange(min=1)
 
 
 @click.command(epilog="Known models: " + ", ".join(MODELS))
@@ -40,20 +38,7 @@ COUNT = click.IntRange(min=1)
 @click.option(
     "--host-gib", type=number, metavar="NUMBER", help="For moments in host memory.  [default: all]"
 )
-@click.option("--tokens", type=COUNT, help="Of a sequence: count activations too.")
-@click.option("--micro-batch", type=COUNT, help="Sequences of --tokens at once.  [default: 1]")
-@click.option("--checkpointing", is_flag=True, help="Of every layer: keep its input alone.")
-@click.option(
-    "--loss",
-    type=click.Choice(LOSSES),
-    help="With all logits; of some tokens at once; or Liger's, fused.  [default: transformers]",
-)
-@click.option("--loss-chunk", type=COUNT, help="Tokens of chunked at once.  [default: 1024]")
-@click.option(
-    "--autocast",
-    type=click.Choice(AUTOCASTS),
-    help="Train float32 weights (--dtype float32) under torch.autocast.",
-)
+@forward_options
 @click.option("--accumulation-steps", type=COUNT, default=1, show_default=True)
 @click.option(
     "--optimizer", "names", multiple=True, help="Of those to choose from, best first; repeatable."

@@ -19,7 +19,15 @@ from rich.console import Console
 from torch import nn
 
 from lowrank_optim.cli import measure as really
-from lowrank_optim.cli.choices import check_alone, check_tokens, chosen, number, share
+from lowrank_optim.cli.choices import (
+    COUNT,
+    check_alone,
+    check_tokens,
+    chosen,
+    forward_options,
+    number,
+    share,
+)
 from lowrank_optim.cli.display import HEADER, bars, cells, gib, reading
 from lowrank_optim.cli.errors import Refused
 from lowrank_optim.cli.models import load
@@ -35,7 +43,7 @@ from lowrank_optim.cli.rows import (
 )
 from lowrank_optim.cli.tables import print_table
 from lowrank_optim.memory import GIB
-from lowrank_optim.memory.autocast import AUTOCASTS, Autocast
+from lowrank_optim.memory.autocast import Autocast
 from lowrank_optim.memory.losses import LOSSES, Loss
 from lowrank_optim.memory.models import MODELS
 
@@ -47,7 +55,6 @@ PER_COLUMN = {"live_gradients", "in_backward", "activations", "beside"}
 PER_COLUMN |= {"step_transients", "refresh_transients"}
 """Figures that each column has of its own."""
 
-COUNT = click.IntRange(min=1)
 PARAGRAPH = "\n\n".join(["Known models: " + ", ".join(MODELS), "Optimizers: " + ", ".join(CLASSES)])
 
 
@@ -81,20 +88,7 @@ PARAGRAPH = "\n\n".join(["Known models: " + ", ".join(MODELS), "Optimizers: " + 
     show_default=True,
     help="Of the card.",
 )
-@click.option("--tokens", type=COUNT, help="Of a sequence: count activations too.")
-@click.option("--micro-batch", type=COUNT, help="Sequences of --tokens at once.  [default: 1]")
-@click.option("--checkpointing", is_flag=True, help="Of every layer: keep its input alone.")
-@click.option(
-    "--loss",
-    type=click.Choice(LOSSES),
-    help="With all logits; of some tokens at once; or Liger's, fused.  [default: transformers]",
-)
-@click.option("--loss-chunk", type=COUNT, help="Tokens of chunked at once.  [default: 1024]")
-@click.option(
-    "--autocast",
-    type=click.Choice(AUTOCASTS),
-    help="Train float32 weights (--dtype float32) under torch.autocast.",
-)
+@forward_options
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
