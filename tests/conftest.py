@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 from _pytest.doctest import DoctestModule
 from hypothesis import settings
 
-from tests.sharded.ranks import Ranks
+from tests.logged import Logged
+
+if TYPE_CHECKING:  # what deals tests to other processes needs no torch, whose import they wait for
+    from tests.sharded.ranks import Ranks
 
 # what helpers assert is explained as what tests assert is
 pytest.register_assert_rewrite(
@@ -22,8 +25,8 @@ pytest.register_assert_rewrite(
     *(f"tests.{name}" for name in ("backward.nets", "engine.product_cases", "ops.checks")),
 )
 
-torch.set_num_threads(1)  # the suite runs in parallel processes; results do not depend on cores
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so do the processes that tests start
+# the suite runs in parallel processes, and tests start others; results do not depend on cores
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # this package is compiled by the first process, and read by those that it starts and by later runs
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -39,6 +42,13 @@ collect_ignore = ["sharded/preload.py"]  # of the server of worlds: it silences 
 
 
 gc.disable()  # imports and collected tests are no garbage, and there are more and more to walk
+
+
+def pytest_collection() -> None:
+    """One thread of torch, whatever else has set."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -65,15 +75,27 @@ def seed() -> None:
     ``torch.manual_seed`` keeps, for kinds of devices that are not there, from where it was called:
     half a millisecond of each of thousands of tests.
     """
+    import torch
+
     if torch.cuda.is_available():
         torch.manual_seed(0)
     else:
         torch.default_generator.manual_seed(0)
 
 
+@pytest.fixture
+def logged() -> Iterator[Logged]:
+    handler, logger = Logged(), logging.getLogger("lowrank_optim")
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
     """The world of a size: its processes start with its first job and stay for the others."""
+    from tests.sharded.ranks import Ranks
+
     worlds: dict[int, Ranks] = {}
 
     def of(size: int) -> Ranks:

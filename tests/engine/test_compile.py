@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config
+import torch._inductor.config
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
@@ -87,6 +89,16 @@ def around(model: nn.Module, optimizer: LowRankOptimizer) -> Loop:
     return loop
 
 
+def alone(_: nn.Module, optimizer: LowRankOptimizer) -> Loop:
+    """Nothing but the step, of which Inductor makes no C++ that has to be compiled."""
+
+    def loop() -> list[Tensor]:
+        optimizer.step()
+        return []
+
+    return loop
+
+
 def train(
     model: nn.Module, optimizer: LowRankOptimizer, loop: Loop, count: int = STEPS
 ) -> list[list[Tensor]]:
@@ -107,14 +119,17 @@ def train(
 
 
 def assert_compiles_once(
-    make: Callable[[], tuple[nn.Module, LowRankOptimizer]], backend: str, graphs: int = 1
+    make: Callable[[], tuple[nn.Module, LowRankOptimizer]],
+    backend: str,
+    graphs: int = 1,
+    loop: Callable[[nn.Module, LowRankOptimizer], Loop] = around,
 ) -> None:
     """Bitwise the eager loop, state included, in one graph without a break."""
     model, optimizer = make()
-    expected, state = train(model, optimizer, around(model, optimizer)), runs.entries(optimizer)
+    expected, state = train(model, optimizer, loop(model, optimizer)), runs.entries(optimizer)
     model, optimizer = make()
     counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(around(model, optimizer), backend=counter, fullgraph=True)
+    compiled = torch.compile(loop(model, optimizer), backend=counter, fullgraph=True)
     for got, want in zip(train(model, optimizer, compiled), expected, strict=True):
         runs.assert_same(got, want)
     runs.assert_same_state(runs.entries(optimizer), state)
@@ -167,7 +182,7 @@ def test_parameters_without_gradient_that_a_step_writes(name: str, backend: str)
 @pytest.mark.slow
 @inductor
 @pytest.mark.parametrize(
-    # by default Inductor compiles DCTAdamW, the last test of this file
+    # by default Inductor has a step of DCTAdamW alone, the last test of this file
     "name",
     [
         "GaLoreAdamW",
@@ -517,8 +532,13 @@ def test_an_optimizer_that_is_gone() -> None:
         torch.ops.lowrank_optim.step_(name, [], [], [], True)
 
 
-@inductor
-def test_a_transform_that_is_planned_inside_the_op() -> None:
-    """Its factors held a lazy conjugate, which is dropped below the dispatch keys of a graph."""
+def test_inductor_of_a_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default backend, with a basis at every step that is found inside the op.
+
+    Nothing is compiled beside this process, nor looked for in a cache, whose key is all of Triton.
+    """
     keys = {"transform": "fft", "update_proj_gap": 1}
-    assert_compiles_once(lambda: made("DCTAdamW", **keys), "inductor")
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
+    monkeypatch.setattr(torch._inductor.config, "fx_graph_cache", False)
+    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)
+    assert_compiles_once(lambda: made("DCTAdamW", **keys), "inductor", loop=alone)

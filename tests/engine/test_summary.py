@@ -25,6 +25,7 @@ from lowrank_optim import (
 )
 from lowrank_optim.nn import convert
 from tests import cases
+from tests.logged import Logged
 from tests.sharded.ranks import Ranks, World
 
 
@@ -75,13 +76,13 @@ def test_modules_count_as_projected() -> None:
     assert found.state_bytes == memory.report(optimizer).total
 
 
-def test_one_line_at_the_first_step(caplog: pytest.LogCaptureFixture) -> None:
+def test_one_line_at_the_first_step(logged: Logged) -> None:
     net = model()
     optimizer = GaLoreAdamW(net.named_parameters(), lr=0.02, rank=4)
-    with caplog.at_level(logging.INFO, "lowrank_optim"):
+    with logged.at_level(logging.INFO, "lowrank_optim"):
         stepped(optimizer, net)
         stepped(optimizer, net)
-    lines = [r.message for r in caplog.records if "tensors projected" in r.message]
+    lines = [r.getMessage() for r in logged.records if "tensors projected" in r.getMessage()]
     assert lines == [str(optimizer.summary())]
     assert lines[0].startswith("GaLoreAdamW: 2 of 4 tensors projected, 97.2% of 3,160 parameters;")
 

@@ -14,6 +14,7 @@ from torch import nn
 from lowrank_optim import GaLoreAdamW, GaLoreSGD, lowrank_groups
 from lowrank_optim.groups import Group
 from tests import runs
+from tests.logged import Logged
 
 
 class Block(nn.Module):
@@ -213,10 +214,10 @@ def test_order_of_groups_and_parameters_is_the_models() -> None:
     assert heads == sorted(heads, key=order.index)
 
 
-def test_the_split_is_logged_as_a_table(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="lowrank_optim.groups"):
+def test_the_split_is_logged_as_a_table(logged: Logged) -> None:
+    with logged.at_level(logging.INFO, "lowrank_optim.groups"):
         lowrank_groups(Model(), rank=2)
-    rows = [line.split() for line in caplog.messages[-1].splitlines()]
+    rows = [line.split() for line in logged.messages[-1].splitlines()]
     assert rows[0] == ["rank", "tensors", "parameters", "first"]
     assert ["2", "22", "2,112", "layers.0.attn.weight"] in rows  # 11 (64 + 128)
     dense = 20 * 8 * 2 + 11 * (8 + 16 + 8 + 8)
@@ -370,13 +371,13 @@ def test_constructor_rank_applies_where_no_group_names_one() -> None:
 
 
 def test_a_rank_that_does_not_fit_leaves_a_matrix_dense_and_says_so(
-    caplog: pytest.LogCaptureFixture,
+    logged: Logged,
 ) -> None:
     """Under the one-line swap: a basis as wide as the matrix would only cost memory."""
     named = list(zip(("small", "large"), matrices((4, 30), (5, 30)), strict=True))
-    with caplog.at_level(logging.INFO, logger="lowrank_optim"):
+    with logged.at_level(logging.INFO, "lowrank_optim"):
         assert projected(GaLoreAdamW(named, rank=4)) == [False, True]
-    assert any("dense in a group of rank 4: small" in m for m in caplog.messages)
+    assert any("dense in a group of rank 4: small" in m for m in logged.messages)
 
 
 def test_a_clamped_rank_warns_once_for_a_group_that_names_it() -> None:

@@ -24,6 +24,7 @@ from lowrank_optim import (
 from lowrank_optim.groups.linear_maps import is_linear_map, looks_like_vocabulary
 from lowrank_optim.tensors.matrix import matrix_view
 from tests.compare import assert_close
+from tests.logged import Logged
 
 transformers = pytest.importorskip("transformers")
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -383,9 +384,9 @@ def warnings_off() -> Iterator[None]:
         yield
 
 
-def test_a_kernel_without_its_module_is_dense_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_kernel_without_its_module_is_dense_and_logged(logged: Logged) -> None:
     model = nn.Sequential(nn.Conv1d(6, 9, 3), nn.Linear(6, 9))
-    with caplog.at_level(logging.INFO, logger="lowrank_optim"):
+    with logged.at_level(logging.INFO, "lowrank_optim"):
         optimizer = GaLoreAdamW(model.named_parameters(), rank=2)
         optimizer._items(optimizer.param_groups[0])
-    assert any("dense in a group of rank 2: 0.weight" in m for m in caplog.messages)
+    assert any("dense in a group of rank 2: 0.weight" in m for m in logged.messages)

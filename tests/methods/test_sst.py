@@ -20,6 +20,7 @@ from lowrank_optim.subspaces.spectral import Spectral
 from lowrank_optim.tensors.matrix import matrix_view
 from tests import cases, runs
 from tests.compare import assert_close, relative
+from tests.logged import Logged
 from tests.oracles import sst as oracle
 from tests.pairwise import in_turns, paired
 
@@ -215,7 +216,7 @@ def test_null_vectors_are_kept() -> None:
     assert_close(new_v[3:], v[[1, 3, 5]])
 
 
-def test_an_infinite_weight_postpones(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_infinite_weight_postpones(logged: Logged) -> None:
     """No factorisation: counted and reported, and taken once the weight is finite again."""
     weight = nn.Parameter(torch.full((4, 6), float("inf")))
     optimizer = SSTAdamW([{"params": [weight], "rank": 2}])

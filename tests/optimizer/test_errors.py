@@ -13,6 +13,7 @@ from torch import nn
 
 from lowrank_optim import GaLoreAdafactor, GaLoreAdamW, GaLoreLion, GaLoreSGD
 from tests import runs
+from tests.logged import Logged
 
 
 def weight(*shape: int) -> nn.Parameter:
@@ -190,9 +191,7 @@ def test_step_param_of_a_stranger() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("at_refresh", [False, True])
-def test_a_bad_gradient_corrupts_nothing(
-    bad: float, at_refresh: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_bad_gradient_corrupts_nothing(bad: float, at_refresh: bool, logged: Logged) -> None:
     """One entry is enough: moments, basis and weights stay as they were, and the run goes on.
 
     The release calls the SVD on it and ends the run (GaLore#26, #58), or averages NaN for good.
@@ -206,9 +205,9 @@ def test_a_bad_gradient_corrupts_nothing(
     for p in params:
         assert p.grad is not None
         p.grad.view(-1)[0] = bad
-    with caplog.at_level(logging.WARNING, logger="lowrank_optim"):
+    with logged.at_level(logging.WARNING, "lowrank_optim"):
         optimizer.step()
-    assert any("not finite" in message for message in caplog.messages)
+    assert any("not finite" in message for message in logged.messages)
     runs.assert_same(params, weights)
     for old, new in zip(before, runs.entries(optimizer), strict=True):
         for key in old.keys() - {"step", "postponed"}:

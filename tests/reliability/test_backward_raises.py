@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowrank_optim import LowRankOptimizer, attach_in_backward, methods
 from tests.compare import assert_close
+from tests.logged import Logged
 
 BATCHES, BAD = 6, 2
 
@@ -139,7 +140,7 @@ CASES = [
     ("name", "keep_norms"), [("GaLoreAdamW", False), ("FiraAdamW", True), ("FrugalAdamW", False)]
 )
 def test_step_mode(
-    name: str, keep_norms: bool, steps: int, at: int, recover: Recover, caplog: Any
+    name: str, keep_norms: bool, steps: int, at: int, recover: Recover, logged: Logged
 ) -> None:
     """Every later batch was an error."""
     model = Net()
@@ -147,11 +148,11 @@ def test_step_mode(
     reached = at == steps - 1
     with (
         attach_in_backward(optimizer, "step", accumulation_steps=steps, keep_norms=keep_norms),
-        caplog.at_level(logging.WARNING),
+        logged.at_level(logging.WARNING),
     ):
         run(optimizer, model, steps, recover, at)
     assert same(model, expected(name, steps, reached))
-    said = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+    said = [r.getMessage() for r in logged.records if "left out" in r.getMessage()]
     assert len(said) == reached
     assert not reached or "after 2 of 4 parameters had taken its step" in said[0]
 

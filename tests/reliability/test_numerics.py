@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lowrank_optim.ops import devices
 from tests import cases, runs
 from tests.compare import assert_close
+from tests.logged import Logged
 
 SHAPE, RANK, GAP = (12, 20), 4, 3
 ORTHONORMAL = 1e-5
@@ -291,7 +292,7 @@ COUNTERS = ("step", "refresh_step", "clock", "host.iteration", "low.age")
 
 @pytest.mark.parametrize(("name", "projector", "options"), COUNTED)
 def test_counters_go_on_beyond_float32(
-    name: str, projector: str | None, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+    name: str, projector: str | None, options: dict[str, Any], logged: Logged
 ) -> None:
     """A float32 counts to 2^24, and there refreshes ended without a word.
 
@@ -323,7 +324,7 @@ def test_counters_go_on_beyond_float32(
     for run, own in ((optimizer, params), (resumed, twins)):
         cases.run(run, own, rows[14:])
     runs.assert_same(twins, params)
-    assert not caplog.records
+    assert not logged.records
     for param, twin in zip(params, twins, strict=True):
         state = optimizer.state[param]
         assert int(state.get("clock", state["step"])) == by + 18
@@ -335,7 +336,7 @@ def test_counters_go_on_beyond_float32(
 
 
 def test_counters_of_a_device_say_where_they_end(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, logged: Logged
 ) -> None:
     """A graph may know where they are, so that they stay what they are."""
     monkeypatch.setattr(devices, "HOSTS", frozenset())  # the CPU stands for a device
@@ -345,9 +346,9 @@ def test_counters_of_a_device_say_where_they_end(
     cases.run(optimizer, [param], [[grads[0]]])
     late(optimizer, 2**24 - 4)  # a multiple of the gap, so that 2^24 - 3 steps are taken
     cases.run(optimizer, [param], [[g] for g in grads[1:3]])
-    assert not caplog.records
+    assert not logged.records
     cases.run(optimizer, [param], [[g] for g in grads[3:]])
-    (record,) = caplog.records
+    (record,) = logged.records
     assert "parameter 0 has taken 16777215 steps" in record.getMessage()
     state = optimizer.state[param]
     assert {state[key].dtype for key in ("step", "refresh_step")} == {torch.float32}

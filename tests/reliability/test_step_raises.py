@@ -20,6 +20,7 @@ from lowrank_optim.nn import convert
 from tests import cases
 from tests.engine.races import Device
 from tests.engine.snapshots import everything, same
+from tests.logged import Logged
 from tests.reliability.injection import Limited, OutOfMemory
 
 SHAPES = [(6, 11), (9, 5), (6, 11), (5,), ()]
@@ -183,7 +184,7 @@ def test_gradients_that_were_changed_are_a_new_batch() -> None:
     assert max(steps) == 3 and min(steps) == 2
 
 
-def test_what_is_too_large_to_be_copied_is_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_too_large_to_be_copied_is_named(logged: Logged) -> None:
     """A dense embedding and a matrix: torch steps the one in several operations."""
     params = [nn.Parameter(torch.ones(300, 300)), nn.Parameter(torch.ones(8, 8))]
     groups = [{"params": [("embed", params[0])], "rank": None}, {"params": [("w", params[1])]}]
@@ -203,11 +204,11 @@ def test_what_is_too_large_to_be_copied_is_named(caplog: pytest.LogCaptureFixtur
         if any("embed may have been stepped in part" in note for note in notes):
             partly.append(at)
             new.step()
-            (record,) = caplog.records
+            (record,) = logged.records
             assert "may have stepped embed in part" in record.getMessage()
-            caplog.clear()
+            logged.clear()
             new.step()
-            assert not caplog.records
+            assert not logged.records
             continue
         embed = params_of(new)[0]
         stepped = float(new.state.get(embed, {}).get("step", 0)) == 1

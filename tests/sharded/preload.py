@@ -10,11 +10,14 @@ import os
 import torch
 
 LATER = (
+    "pytest",
     "torch._dynamo",
+    "torch._functorch.aot_autograd",
     "torch._inductor.utils",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
-    "torch.distributed.tensor",
+    "torch.distributed.optim",
+    "torch.distributed.tensor.experimental",
     "torch.nn.parallel",
     "tests.sharded.ranks",
     "tests.sharded.training",

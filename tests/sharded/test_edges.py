@@ -172,12 +172,14 @@ def test_gradients_of_zeros_postpone_as_in_one_process(
 # ---------------------------------------------------------------- arithmetic
 
 
-def decayed(world: World | None, place: int, dtype: torch.dtype, lr: Any) -> list[Tensor]:
+def decayed(
+    world: World | None, place: int, dtype: torch.dtype, lr: Any, steps: int
+) -> list[Tensor]:
     run = Run(world, [(32, 48)], [place], dtype)
     optimizer = lowrank_optim.GaLoreAdamW(
-        run.named, lr=lr, rank=8, update_proj_gap=50, weight_decay=0.1, projector="svd"
+        run.named, lr=lr, rank=8, update_proj_gap=steps // 2, weight_decay=0.1, projector="svd"
     )
-    for step in range(100):
+    for step in range(steps):
         run.grads(step)
         optimizer.step()
     return run.weights()
@@ -188,7 +190,7 @@ def test_bfloat16_weights_of_split_rows_lose_nothing(ranks: Worlds) -> None:
 
     A decay of 0.002 by itself is less than half of a last bit, and never comes about.
     """
-    args: dict[str, Any] = {"place": 0, "lr": 2e-2}
+    args: dict[str, Any] = {"place": 0, "lr": 2e-2, "steps": 100}
     (exact,) = decayed(None, dtype=torch.float32, **args)
     (one,) = decayed(None, dtype=torch.bfloat16, **args)
     ((many,), _) = ranks(2).run("bf16", decayed, dtype=torch.bfloat16, **args).checked()
@@ -198,7 +200,7 @@ def test_bfloat16_weights_of_split_rows_lose_nothing(ranks: Worlds) -> None:
 
 @pytest.mark.parametrize("place", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_learning_rate_that_is_a_tensor(place: int, ranks: Worlds) -> None:
-    args: dict[str, Any] = {"place": place, "dtype": torch.float64}
+    args: dict[str, Any] = {"place": place, "dtype": torch.float64, "steps": 8}
     one = decayed(None, lr=torch.tensor(1e-2, dtype=torch.float64), **args)
     lr = torch.tensor(1e-2, dtype=torch.float64)
     nearest(one, ranks(2).run("tensor lr", decayed, lr=lr, **args).checked())

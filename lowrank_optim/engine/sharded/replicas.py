@@ -18,7 +18,7 @@ from lowrank_optim.engine.refresh import basis_due, refreshing_
 from lowrank_optim.engine.sharded.due import Due
 from lowrank_optim.engine.sharded.refresh import refresh_replicas
 from lowrank_optim.engine.undo import Undo
-from lowrank_optim.sharding.parts import replica
+from lowrank_optim.sharding.parts import is_sharded, replica
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.subspaces.searches import together
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
@@ -31,7 +31,9 @@ def averaged(params: Iterable[Tensor]) -> dict[int, dist.ProcessGroup]:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return {}
-    wanted = {id(p) for p in params}
+    wanted = {id(p) for p in params if not is_sharded(p)}  # it takes no DTensors
+    if not wanted:
+        return {}
     kinds = {id(cls) for cls in _with_subclasses(DistributedDataParallel)}
     found: dict[int, dist.ProcessGroup] = {}
     for x in gc.get_objects():
