@@ -29,7 +29,7 @@ def averaged(params: Iterable[Tensor]) -> dict[int, dist.ProcessGroup]:
 
     It leaves no trace on a parameter, so all objects are asked; milliseconds, where ranks exist.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return {}
     wanted = {id(p) for p in params if not is_sharded(p)}  # it takes no DTensors
     if not wanted:
