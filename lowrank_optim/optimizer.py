@@ -139,20 +139,23 @@ DEFAULTS: Options = {
 def with_defaults(cls: type[LowRankOptimizer], options: Options) -> Group:
     """``options`` of a constructor completed, without torch's that have no effect here.
 
+    What the projector reads is an option too, as it is a key of groups.
+
     Raises:
         TypeError: an option is not known.
         ValueError: an argument of torch asks for something that no optimizer here does.
     """
     name = cls.__name__
     refuse_apollo(options, cls.group_keys(), name, "the constructor")
-    given = without_torch_flags(options, name)
-    unknown = [key for key in given if key not in DEFAULTS]
+    given = {**DEFAULTS, **without_torch_flags(options, name)}
+    read = set() if "projector" in cls.unused else projector_keys(given["projector"])
+    unknown = [key for key in given if key not in DEFAULTS and key not in read]
     if unknown:
-        key, allowed = unknown[0], cls.group_keys() | TORCH_FLAGS.keys()
+        key, allowed = unknown[0], cls.group_keys() | read | TORCH_FLAGS.keys()
         raise TypeError(
             f"{name}() got an unexpected keyword argument {key!r}{remedy(key, allowed)}"
         )
-    return {**DEFAULTS, **given}
+    return given
 
 
 class LowRankOptimizer(PlannedOptimizer):
