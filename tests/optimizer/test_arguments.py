@@ -20,10 +20,10 @@ from torch import nn
 
 from lowrank_optim import LowRankOptimizer, lowrank_groups, memory, methods, presets
 from lowrank_optim.groups import keys
-from lowrank_optim.groups.keys import known_keys
+from lowrank_optim.groups.keys import PROJECTORS, known_keys, projector_keys
 from lowrank_optim.groups.values import CHOICES, FLAGS
 from lowrank_optim.nn import convert, merge
-from lowrank_optim.optimizer import DEFAULTS
+from lowrank_optim.optimizer import DEFAULTS, Options, ProjectorOptions
 
 CLASSES = {name: getattr(methods, name) for name in methods.__all__}
 NAN, INF, TENSOR = math.nan, math.inf, torch.tensor(0.5)
@@ -437,6 +437,14 @@ def test_what_a_projector_reads_may_be_said_to_the_constructor(name: str) -> Non
             optimizer.step()
         found.append(param.detach())
     assert torch.equal(*found)
+
+
+def test_type_checkers_know_what_projectors_read() -> None:
+    """``block_order`` is an argument of FRUGAL's own."""
+    ours = [name for name, cls in PROJECTORS.items() if cls.__module__.startswith("lowrank_optim.")]
+    read = set[str]().union(*map(projector_keys, ours))
+    known = ProjectorOptions.__annotations__.keys() | {"block_order"}
+    assert read - DEFAULTS.keys() == known - Options.__annotations__.keys()
 
 
 @pytest.mark.parametrize("name", ["GaLoreAdamW", "LDAdamW", "SSTAdamW", "LisaAdamW"])
