@@ -54,9 +54,9 @@ class ApolloAdamW(LowRankOptimizer):
         limiter: largest growth γ >= 1 of ``|S|`` from one step to the next, the first and any after
             a gradient of zero excepted; None is no limit (default: 1.01).
         **options: see :class:`~lowrank_optim.optimizer.ProjectorOptions`; each may be set per
-            group. Here ``scale=1.0``, the square of α, as released groups have it: 128 is α = 11.3. By default
-            ``projector="random"``, normal entries of variance 1/r, which keep the norm of a column
-            on average; "svd" and every other basis is orthonormal, as elsewhere.
+            group. Here ``scale=1.0``, the square of α, as released groups have it: 128 is α = 11.3.
+            By default ``projector="random"``, normal entries of variance 1/r, which keep the norm
+            of a column on average; "svd" and every other basis is orthonormal, as elsewhere.
 
     Raises:
         ValueError: a hyper-parameter is out of range; the projector is a set of entries or blocks;

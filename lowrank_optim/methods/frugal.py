@@ -94,9 +94,9 @@ class FrugalAdamW(_Frugal):
         block_order: the turns of blocks: ``"random"``, ``"ascending"``, ``"descending"``,
             ``"mirror"`` (default: "random"; published runs: "descending").
         **options: see :class:`~lowrank_optim.optimizer.ProjectorOptions`; each may be set per
-            group. Defaults that differ: ``projector="block"`` (``"columns"``, ``"rows"``, ``"randk"`` and every
-            other registered one), ``scale=1.0``, ``on_refresh="reset"``. Blocks of a group switch
-            together: ``stagger`` does not apply to them.
+            group. Defaults that differ: ``projector="block"`` (``"columns"``, ``"rows"``,
+            ``"randk"`` and every other registered one), ``scale=1.0``, ``on_refresh="reset"``.
+            Blocks of a group switch together: ``stagger`` does not apply to them.
 
     Raises:
         ValueError: a hyper-parameter is out of range, ``density`` and ``rank`` are both given, or
