@@ -187,6 +187,7 @@ RELATIONS = (
         "GoLore, random from 80 %",
         "GaLore",
     ),
+    Relation("LOST ends below SLTrain", "LOST (arXiv:2508.02668)", "rank", "LOST", "SLTrain"),
     Relation("LOST ends below LoRA", "LOST (arXiv:2508.02668)", "rank", "LOST", "LoRA"),
     Relation("LOST ends below full rank", "LOST (arXiv:2508.02668)", "rank", "LOST", "AdamW"),
     Relation("SST ends below LoRA", "SST (arXiv:2405.15481)", "rank", "SST", "LoRA"),

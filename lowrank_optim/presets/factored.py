@@ -86,10 +86,11 @@ def sltrain_pretrain(size: str) -> Arguments:
 def lost_pretrain(size: str) -> Arguments:
     """Arguments of ``convert(model, "lost")`` for LLaMA on C4, of which reviews quote 130m.
 
-    **They are not complete.** No source that was read has ranks, shares of columns, learning rates
-    or steps: give ``rank`` and ``density`` beside these, or ours are 128 and 0.03.
+    **They are not complete.** γ is one value of an ablation, which need not be that of the main
+    runs. No source that was read has ranks, shares of columns, learning rates or steps: give
+    ``rank`` and ``density`` beside these, or ours are 128 and 0.03.
 
-    Source: reviews of Li et al. (2025), arXiv:2508.02668, that quote its ablation, not the paper
+    Source: reviews of Li et al. (2025), arXiv:2508.02668, that quote its table 9, not the paper
     itself nor the release: neither was read.
 
     Raises:
