@@ -118,6 +118,33 @@ class Options(TypedDict, total=False):
     """Of random bases and stochastic rounding (default: 0)."""
 
 
+class ProjectorOptions(Options, total=False):
+    """:class:`Options`, and what one ``projector`` reads: another refuses it."""
+
+    oversample: int
+    """Of ``"rsvd"``: columns of the search beyond the rank."""
+    max_iterations: int
+    """Of ``"rsvd"``: power iterations at most."""
+    tolerance: float
+    """Of ``"rsvd"``: part of the captured energy for which another iteration is not worth it."""
+    random_from: int | float
+    """Of ``"golore"``: the first step with random bases, or the part of ``total_steps`` before."""
+    total_steps: int | None
+    """Of ``"golore"``: steps of the run."""
+    basis: str
+    """Of ``"dct"``: ``"dct2"`` or ``"dct3"``."""
+    transform: str
+    """Of ``"dct"``: how the transform is computed."""
+    ranking: str
+    """Of ``"dct"`` and ``"hadamard"``: the norm by which directions are chosen."""
+    layers: str | None
+    """Of ``"block"``: a pattern whose matches are one block each."""
+    active_layers: int
+    """Of ``"block"``: blocks of ``layers`` that are active at once."""
+    layer_weights: Any
+    """Of ``"block"``: weights of the draws of ``layers``."""
+
+
 DEFAULTS: Options = {
     "rank": 128,
     "update_proj_gap": 200,
@@ -136,8 +163,10 @@ DEFAULTS: Options = {
 }
 
 
-def with_defaults(cls: type[LowRankOptimizer], options: Options) -> Group:
+def with_defaults(cls: type[LowRankOptimizer], options: Mapping[str, Any]) -> Group:
     """``options`` of a constructor completed, without torch's that have no effect here.
+
+    What the projector reads is an option too, as it is a key of groups.
 
     Raises:
         TypeError: an option is not known.
@@ -145,14 +174,15 @@ def with_defaults(cls: type[LowRankOptimizer], options: Options) -> Group:
     """
     name = cls.__name__
     refuse_apollo(options, cls.group_keys(), name, "the constructor")
-    given = without_torch_flags(options, name)
-    unknown = [key for key in given if key not in DEFAULTS]
+    given = {**DEFAULTS, **without_torch_flags(options, name)}
+    read = set() if "projector" in cls.unused else projector_keys(given["projector"])
+    unknown = [key for key in given if key not in DEFAULTS and key not in read]
     if unknown:
-        key, allowed = unknown[0], cls.group_keys() | TORCH_FLAGS.keys()
+        key, allowed = unknown[0], cls.group_keys() | read | TORCH_FLAGS.keys()
         raise TypeError(
             f"{name}() got an unexpected keyword argument {key!r}{remedy(key, allowed)}"
         )
-    return {**DEFAULTS, **given}
+    return given
 
 
 class LowRankOptimizer(PlannedOptimizer):

@@ -20,20 +20,13 @@ from benchmarks.common import environment_line, markdown_table, print_table
 from benchmarks.study import acceptance, report
 from benchmarks.study.figures import draw
 from benchmarks.study.progress import Runner
+from benchmarks.study.published import RECIPES
 from benchmarks.study.recipes import METHODS, Case
 from benchmarks.study.search import SEARCH_SEED, search
 from benchmarks.study.sets import SETS
 from benchmarks.study.sizes import SIZES, Size
 from benchmarks.study.training import Place, Trial, kept, machine, seconds_a_step
-from lowrank_optim import presets
 
-PRESETS = {"galore": presets.galore_pretrain, "fira": presets.fira_pretrain}
-PRESETS |= {"frugal": presets.frugal_pretrain}
-RECIPES = {
-    f"{name}-{size}": (make, size)
-    for name, make in PRESETS.items()
-    for size in ("60m", "130m", "350m", "1b", "7b")
-}
 PUBLISHED = ("published",)
 """Has no runs of its own: relations are read from those of the other sets."""
 
@@ -51,8 +44,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--stdlib", type=Path, help="a copy of the library: the same text anywhere")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--page", type=Path, help="where tables go, between its markers")
-    parser.add_argument("--recipe", choices=RECIPES, help="print the published arguments, and end")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--recipe", metavar="NAME", choices=RECIPES,
+        help="print a published setting as Python, and end; nothing is trained, as there is no "
+        f"data: {', '.join(RECIPES)}",
+    )  # fmt: skip
+    args = parser.parse_args(arguments)
+    if args.recipe is not None:
+        known = {action.dest: action.option_strings[0] for action in parser._actions}
+        given = [
+            known[name]
+            for name, value in vars(args).items()
+            if name != "recipe" and value != parser.get_default(name)
+        ]
+        if given:
+            parser.error(
+                f"--recipe prints a setting and runs nothing: {', '.join(given)} would have no "
+                "effect, drop it or --recipe"
+            )
+    return args
 
 
 def cost(cases: Sequence[Case], size: Size, seeds: int, out: Path) -> tuple[int, float]:
@@ -131,9 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     console, size = Console(), SIZES[args.size]
     if args.recipe is not None:
-        make, name = RECIPES[args.recipe]
-        console.print(make(name), highlight=False)
-        console.print(f"Schedule, batch and steps: {(make.__doc__ or '').strip()}", highlight=False)
+        print(RECIPES[args.recipe].text())
         return 0
     torch.set_num_threads(args.threads)
     machine(args.device)

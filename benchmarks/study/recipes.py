@@ -148,15 +148,38 @@ def restart(model: nn.Module, optimizer: Optimizer) -> None:
                 optimizer.state.pop(factor, None)
 
 
-def _sltrain(
+def _golore(
     model: nn.Module, lr: float, size: Size, *, rank: int | None = None, **options: Any
 ) -> Made:
-    """Every matrix as factors, times the published 1/4, and 3 % of its entries."""
-    r = size.rank if rank is None else rank
-    own = {"density": 0.03, "scale": r / 4, "seed": drawn_seed()}
-    layers.convert(model, "sltrain", rank=r, **{**own, **options})
-    params = [p for p in model.parameters() if p.requires_grad]
-    return Made(torch.optim.AdamW(params, lr=lr, betas=size.betas, weight_decay=0.0))
+    """Exact bases for 80 % of the steps and random ones then, with moments that follow them."""
+    own = {"projector": "golore", "random_from": 0.8, "total_steps": size.steps}
+    groups = groups_of(model, size.rank if rank is None else rank, **own)
+    chosen = {"scale": 1.0, "update_proj_gap": size.gap, "on_refresh": "project", **options}
+    return Made(GaLoreAdamW(groups, lr=lr, betas=size.betas, weight_decay=0.0, **chosen))
+
+
+def _from_start(kind: str, own: Callable[[int], dict[str, Any]]) -> Callable[..., Made]:
+    """Every matrix as layers of ``kind``, with the options that ``own`` has for a rank."""
+
+    def make(
+        model: nn.Module, lr: float, size: Size, *, rank: int | None = None, **options: Any
+    ) -> Made:
+        r = size.rank if rank is None else rank
+        layers.convert(model, kind, rank=r, **{**own(r), **options})
+        params = [p for p in model.parameters() if p.requires_grad]
+        return Made(torch.optim.AdamW(params, lr=lr, betas=size.betas, weight_decay=0.0))
+
+    return make
+
+
+def _sltrain(rank: int) -> dict[str, Any]:
+    """3 % of the entries, and factors times the published 1/4."""
+    return {"density": 0.03, "scale": rank / 4, "seed": drawn_seed()}
+
+
+def _lost(rank: int) -> dict[str, Any]:
+    """3 % of the columns, and the activation that the paper has between the factors."""
+    return {"density": 0.03, "gamma": 0.9, "activation": "silu"}
 
 
 def _adamw8bit(model: nn.Module, lr: float, size: Size) -> Made:
@@ -176,6 +199,7 @@ METHODS: dict[str, Method] = {
     "frozen": Method(_frozen, ADAM),
     "adamw8bit": Method(_adamw8bit, ADAM),
     "galore": Method(_ours(GaLoreAdamW, scale=1.0), ADAM),
+    "golore": Method(_golore, ADAM),
     "galore8bit": Method(_ours(GaLoreAdamW8bit, scale=1.0), ADAM),
     "fira": Method(_ours(FiraAdamW, scale=1.0), ADAM),
     "frugal": Method(_ours(FrugalAdamW), ADAM),
@@ -187,5 +211,6 @@ METHODS: dict[str, Method] = {
     "sst": Method(_ours(SSTAdamW, factors="active"), FACTORS),
     "switchlora": Method(_ours(SwitchLoRAAdamW), FACTORS),
     "lora": Method(_lora, FACTORS),
-    "sltrain": Method(_sltrain, FACTORS),
+    "sltrain": Method(_from_start("sltrain", _sltrain), FACTORS),
+    "lost": Method(_from_start("lost", _lost), FACTORS),
 }

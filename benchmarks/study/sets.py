@@ -30,6 +30,7 @@ def methods(size: Size) -> list[Case]:
         Case("AdamW 8-bit (bitsandbytes)", "adamw8bit"),
         Case("GaLore", "galore", {"rank": size.rank}),
         Case("GaLore 8-bit", "galore8bit", {"rank": size.rank}),
+        Case("GoLore, random from 80 %", "golore", rank),
         Case("Fira", "fira", {"rank": size.rank}),
         Case("FRUGAL, block", "frugal", {"rank": share, "projector": "block"}),
         Case("FRUGAL, columns", "frugal", {"rank": size.rank, "projector": "columns"}),
@@ -47,6 +48,8 @@ def methods(size: Size) -> list[Case]:
         Case("LoRA", "lora", {"rank": size.rank}),
         Case("LoRA with restarts, as ReLoRA", "lora", {"rank": size.rank, "restarts": 2}),
         Case("SLTrain", "sltrain", rank),
+        Case("LOST", "lost", rank),
+        Case("LOST, no activation", "lost", {**rank, "activation": None}),
     ]
 
 
@@ -100,6 +103,7 @@ def ablations(size: Size) -> list[Case]:
         ADAMW,
         Case("GaLore", "galore", base),
         *(galore(name, projector=name) for name in names),
+        Case("GaLore, golore", "golore", {**base, "on_refresh": "keep"}),
         *(galore(f"gap {gap}", update_proj_gap=gap) for gap in (size.gap // 5, size.steps)),
         *(galore(f"rank {r}", rank=r) for r in (size.rank // 4, size.rank * 2)),
         *(galore(f"scale {scale:g}", scale=scale) for scale in (0.25, 4.0)),
@@ -176,6 +180,16 @@ RELATIONS = (
         "SLTrain",
         "LoRA with restarts, as ReLoRA",
     ),
+    Relation(
+        "random bases late end below GaLore",
+        "GoLore (arXiv:2410.11289)",
+        "rank",
+        "GoLore, random from 80 %",
+        "GaLore",
+    ),
+    Relation("LOST ends below SLTrain", "LOST (arXiv:2508.02668)", "rank", "LOST", "SLTrain"),
+    Relation("LOST ends below LoRA", "LOST (arXiv:2508.02668)", "rank", "LOST", "LoRA"),
+    Relation("LOST ends below full rank", "LOST (arXiv:2508.02668)", "rank", "LOST", "AdamW"),
     Relation("SST ends below LoRA", "SST (arXiv:2405.15481)", "rank", "SST", "LoRA"),
     Relation(
         "SST ends below ReLoRA",

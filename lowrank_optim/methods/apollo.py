@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, Unpack
 from torch import Tensor
 
 from lowrank_optim.groups import Group, check
-from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
+from lowrank_optim.optimizer import LowRankOptimizer, Options, ProjectorOptions, with_defaults
 from lowrank_optim.residuals import Residual, Scaled
 from lowrank_optim.rules import AdamW, Rule
 from lowrank_optim.subspaces.base import PROJECTORS, Subspace, make_projector
@@ -53,10 +53,10 @@ class ApolloAdamW(LowRankOptimizer):
             matrix: they get one for the matrix (default: "channel").
         limiter: largest growth γ >= 1 of ``|S|`` from one step to the next, the first and any after
             a gradient of zero excepted; None is no limit (default: 1.01).
-        **options: see :class:`lowrank_optim.optimizer.Options`; each may be set per group. Here
-            ``scale=1.0``, the square of α, as released groups have it: 128 is α = 11.3. By default
-            ``projector="random"``, normal entries of variance 1/r, which keep the norm of a column
-            on average; "svd" and every other basis is orthonormal, as elsewhere.
+        **options: see :class:`~lowrank_optim.optimizer.ProjectorOptions`; each may be set per
+            group. Here ``scale=1.0``, the square of α, as released groups have it: 128 is α = 11.3.
+            By default ``projector="random"``, normal entries of variance 1/r, which keep the norm
+            of a column on average; "svd" and every other basis is orthonormal, as elsewhere.
 
     Raises:
         ValueError: a hyper-parameter is out of range; the projector is a set of entries or blocks;
@@ -96,7 +96,7 @@ class ApolloAdamW(LowRankOptimizer):
         *,
         scale_type: Literal["channel", "tensor"] = "channel",
         limiter: float | None = 1.01,
-        **options: Unpack[Options],
+        **options: Unpack[ProjectorOptions],
     ) -> None:
         own: Group = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         own |= {"scale_type": scale_type, "limiter": limiter}

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal, Unpack
 from torch import Tensor
 
 from lowrank_optim.groups import Group
-from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
+from lowrank_optim.optimizer import LowRankOptimizer, Options, ProjectorOptions, with_defaults
 from lowrank_optim.residuals import Residual, Scaled
 from lowrank_optim.rules import AdamW, Rule
 
@@ -53,7 +53,8 @@ class FiraAdamW(LowRankOptimizer):
             matrix: they get one for the matrix (default: "column").
         limiter: largest growth γ >= 1 of ``|S|`` from one step to the next, the first and any after
             a residual of zero excepted; None is no limit (default: 1.01).
-        **options: see :class:`lowrank_optim.optimizer.Options`; each may be set per group.
+        **options: see :class:`~lowrank_optim.optimizer.ProjectorOptions`; each may be set per
+            group.
 
     Raises:
         ValueError: a hyper-parameter is out of range.
@@ -91,7 +92,7 @@ class FiraAdamW(LowRankOptimizer):
         alpha_mode: Literal["release", "paper"] = "release",
         scaling: Literal["column", "matrix"] = "column",
         limiter: float | None = 1.01,
-        **options: Unpack[Options],
+        **options: Unpack[ProjectorOptions],
     ) -> None:
         own: Group = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         own |= {"alpha_mode": alpha_mode, "scaling": scaling, "limiter": limiter}

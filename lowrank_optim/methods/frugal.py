@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Literal, Unpack
 from torch import Tensor
 
 from lowrank_optim.groups import Group, canonical
-from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
+from lowrank_optim.optimizer import LowRankOptimizer, Options, ProjectorOptions, with_defaults
 from lowrank_optim.residuals import Drop, Free, Residual
 from lowrank_optim.rules import SGD, AdamW, Lion, Rule
 
@@ -39,11 +39,11 @@ class _Frugal(LowRankOptimizer):
     """Defaults of a subclass that differ."""
 
     def __init__(
-        self, params: Iterable[Any], own: Group, density: float | None, options: Options
+        self, params: Iterable[Any], own: Group, density: float | None, options: ProjectorOptions
     ) -> None:
         if density is not None and "rank" in options:
             raise ValueError(f"density={density} and rank={options['rank']} are both given")
-        common: Options = {
+        common: ProjectorOptions = {
             "rank": 0.25,
             "scale": 1.0,
             "projector": "block",
@@ -93,10 +93,10 @@ class FrugalAdamW(_Frugal):
             not of its decay (default: 1.0).
         block_order: the turns of blocks: ``"random"``, ``"ascending"``, ``"descending"``,
             ``"mirror"`` (default: "random"; published runs: "descending").
-        **options: see :class:`lowrank_optim.optimizer.Options`; each may be set per group. Defaults
-            that differ: ``projector="block"`` (``"columns"``, ``"rows"``, ``"randk"`` and every
-            other registered one), ``scale=1.0``, ``on_refresh="reset"``. Blocks of a group switch
-            together: ``stagger`` does not apply to them.
+        **options: see :class:`~lowrank_optim.optimizer.ProjectorOptions`; each may be set per
+            group. Defaults that differ: ``projector="block"`` (``"columns"``, ``"rows"``,
+            ``"randk"`` and every other registered one), ``scale=1.0``, ``on_refresh="reset"``.
+            Blocks of a group switch together: ``stagger`` does not apply to them.
 
     Raises:
         ValueError: a hyper-parameter is out of range, ``density`` and ``rank`` are both given, or
@@ -133,7 +133,7 @@ class FrugalAdamW(_Frugal):
         free_lr_scale: float = 1.0,
         proj_params_lr_scale: float = 1.0,
         block_order: str = "random",
-        **options: Unpack[Options],
+        **options: Unpack[ProjectorOptions],
     ) -> None:
         own: Group = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         own |= {"free_rule": free_rule, "free_lr_scale": free_lr_scale}
@@ -174,7 +174,7 @@ class FrugalLion(_Frugal):
         free_lr_scale: default: 1.0.
         proj_params_lr_scale: default: 1.0.
         block_order: default: "random".
-        **options: see :class:`lowrank_optim.optimizer.Options`.
+        **options: see :class:`~lowrank_optim.optimizer.ProjectorOptions`.
 
     Raises:
         ValueError: as in :class:`FrugalAdamW`.
@@ -207,7 +207,7 @@ class FrugalLion(_Frugal):
         free_lr_scale: float = 1.0,
         proj_params_lr_scale: float = 1.0,
         block_order: str = "random",
-        **options: Unpack[Options],
+        **options: Unpack[ProjectorOptions],
     ) -> None:
         own: Group = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         own |= {"free_rule": free_rule, "free_lr_scale": free_lr_scale}
@@ -232,7 +232,7 @@ class FrugalSGD(_Frugal):
         free_lr_scale: default: 1.0.
         proj_params_lr_scale: default: 1.0.
         block_order: default: "random".
-        **options: see :class:`lowrank_optim.optimizer.Options`.
+        **options: see :class:`~lowrank_optim.optimizer.ProjectorOptions`.
 
     Raises:
         ValueError: as in :class:`FrugalAdamW`.
@@ -268,7 +268,7 @@ class FrugalSGD(_Frugal):
         free_lr_scale: float = 1.0,
         proj_params_lr_scale: float = 1.0,
         block_order: str = "random",
-        **options: Unpack[Options],
+        **options: Unpack[ProjectorOptions],
     ) -> None:
         own: Group = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         own |= {"dampening": dampening, "nesterov": nesterov}

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lowrank_optim.engine.plan import Strategies
 from lowrank_optim.groups import Group
-from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
+from lowrank_optim.optimizer import LowRankOptimizer, Options, ProjectorOptions, with_defaults
 from lowrank_optim.residuals import Drop, Residual
 from lowrank_optim.rules import SGD, Adafactor, AdamW, Lion, Rule
 
@@ -51,7 +51,8 @@ class GaLoreAdamW(_GaLore):
         betas: decay of the two moments (default: (0.9, 0.999)).
         eps: ε (default: 1e-8).
         weight_decay: decoupled decay λ, applied first (default: 1e-2).
-        **options: see :class:`lowrank_optim.optimizer.Options`; each may be set per group.
+        **options: see :class:`~lowrank_optim.optimizer.ProjectorOptions`; each may be set per
+            group.
 
     Raises:
         ValueError: a hyper-parameter is out of range.
@@ -78,7 +79,7 @@ class GaLoreAdamW(_GaLore):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        **options: Unpack[Options],
+        **options: Unpack[ProjectorOptions],
     ) -> None:
         own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**own, **with_defaults(type(self), {**self.preset, **options})})
@@ -123,7 +124,7 @@ class GaLoreLion(_GaLore):
         lr: learning rate (default: 1e-4).
         betas: interpolation of the sign, and decay of the momentum (default: (0.9, 0.99)).
         weight_decay: decoupled decay (default: 1e-2).
-        **options: see :class:`lowrank_optim.optimizer.Options`.
+        **options: see :class:`~lowrank_optim.optimizer.ProjectorOptions`.
 
     Raises:
         ValueError: a hyper-parameter is out of range.
@@ -150,7 +151,7 @@ class GaLoreLion(_GaLore):
         lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 1e-2,
-        **options: Unpack[Options],
+        **options: Unpack[ProjectorOptions],
     ) -> None:
         own = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         super().__init__(params, {**own, **with_defaults(type(self), options)})
@@ -169,7 +170,7 @@ class GaLoreSGD(_GaLore):
         weight_decay: decoupled decay (default: 0.0); ``torch.optim.SGD`` couples it.
         dampening: as in ``torch.optim.SGD`` (default: 0.0).
         nesterov: look ahead along the momentum (default: False).
-        **options: see :class:`lowrank_optim.optimizer.Options`.
+        **options: see :class:`~lowrank_optim.optimizer.ProjectorOptions`.
 
     Raises:
         ValueError: a hyper-parameter is out of range.
@@ -195,7 +196,7 @@ class GaLoreSGD(_GaLore):
         weight_decay: float = 0.0,
         dampening: float = 0.0,
         nesterov: bool = False,
-        **options: Unpack[Options],
+        **options: Unpack[ProjectorOptions],
     ) -> None:
         own = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         own |= {"dampening": dampening, "nesterov": nesterov}
@@ -218,7 +219,7 @@ class GaLoreAdafactor(_GaLore):
         relative_step: learning rate ``min(1e-2, 1/sqrt(t))``, in place of ``lr`` (default: None,
             which is whether there is no ``lr``).
         warmup_init: ``min(1e-6 t, 1/sqrt(t))`` instead (default: False).
-        **options: see :class:`lowrank_optim.optimizer.Options`.
+        **options: see :class:`~lowrank_optim.optimizer.ProjectorOptions`.
 
     Raises:
         ValueError: a hyper-parameter is out of range, or would have no effect: ``lr`` beside
@@ -256,7 +257,7 @@ class GaLoreAdafactor(_GaLore):
         scale_parameter: bool = True,
         relative_step: bool | None = None,
         warmup_init: bool = False,
-        **options: Unpack[Options],
+        **options: Unpack[ProjectorOptions],
     ) -> None:
         own: Group = {
             "lr": lr,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from dataclasses import replace
@@ -12,8 +13,10 @@ from rich.console import Console
 
 from benchmarks.bytes_task import Shape, load_text, make_model
 from benchmarks.study import acceptance, report, training
+from benchmarks.study.__main__ import parse
 from benchmarks.study.acceptance import Measured, facts, measure
 from benchmarks.study.progress import Runner
+from benchmarks.study.published import NO_DATA, RECIPES
 from benchmarks.study.recipes import METHODS, Case, Method, restart
 from benchmarks.study.search import SEARCH_SEED, beside, search
 from benchmarks.study.sets import (
@@ -27,6 +30,8 @@ from benchmarks.study.sets import (
 )
 from benchmarks.study.sizes import SIZES, Size
 from benchmarks.study.training import Place, Trial, kept, rate, run, train
+from lowrank_optim import presets
+from lowrank_optim.groups import canonical
 
 MICRO = Size(
     Shape(hidden=32, mlp=64, layers=1, heads=2, batch=8, context=32),
@@ -290,6 +295,77 @@ def test_every_method_learns(case):
         made.optimizer.zero_grad()
         made.after(step + 1)
     assert losses[-1] < losses[0]
+
+
+def test_golore_turns_to_random_bases_at_80_percent():
+    """The search that is made of a gradient is exact before, and none of it after."""
+    size = replace(MICRO, steps=10, gap=1)
+    model = make_model(size.shape, 0)
+    made = METHODS["golore"].make(model, 3e-3, size, rank=4)
+    weight = model.layers[0].q_proj.weight
+    used = []
+    for _ in range(size.steps):
+        model(WINDOW).backward()
+        top = torch.linalg.svd(weight.grad).Vh[:4]  # of a square one, as in the release
+        made.optimizer.step()
+        used.append(float((top @ made.optimizer.state[weight]["basis"]).square().sum()) / 4)
+        made.optimizer.zero_grad()
+    assert min(used[:8]) > 0.999 and max(used[8:]) < 0.9
+
+
+def test_lost_has_the_activation_of_the_paper_or_none():
+    for case in methods(MICRO):
+        if case.method == "lost":
+            model = make_model(MICRO.shape, 0)
+            METHODS["lost"].make(model, 3e-3, MICRO, **case.options)
+            found = {module.activation for module in model.modules() if hasattr(module, "gamma")}
+            assert found == {None if "no" in case.name else "silu"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_python_that_makes_what_was_published(name):
+    """It runs as printed once what no source says is filled in."""
+    recipe = RECIPES[name]
+    with torch.device("meta"):
+        model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(2048, 2048)])})
+    before = {p.data_ptr for p in model.parameters()}
+    text = recipe.code()
+    for key in recipe.unsaid:
+        assert f"{key}=...,  # not in any source" in text
+    fills = {"rank": "64", "density": "0.05"}
+    for key in (*recipe.unsaid, "lr"):
+        text = text.replace(f"{key}=...", f"{key}={fills.get(key, '1e-3')}")
+    known = {"model": model}
+    exec(text, known)
+    settings = recipe.preset(**recipe.arguments)
+    if recipe.dense is None:
+        (group,) = known["optimizer"].param_groups
+        assert type(known["optimizer"]).__name__ == recipe.taker
+        assert {k: group[k] for k in canonical(settings)} == canonical(settings)
+    else:
+        layer = model["layers"][0]
+        assert {p.data_ptr for p in model.parameters()} != before and layer.method == recipe.taker
+        assert known["optimizer"].param_groups[0]["lr"] == recipe.dense.get("lr", 1e-3)
+
+
+def test_every_paper_with_a_preset_has_a_recipe():
+    """Those of GLUE are of papers that have another."""
+    own = {name for name, f in vars(presets).items() if inspect.isfunction(f)}
+    printed = {recipe.preset.__name__ for recipe in RECIPES.values()}
+    assert own - printed == {name for name in own if name.endswith("_glue")}
+    for recipe in RECIPES.values():
+        assert "Source: " in recipe.text() and recipe.text().endswith(NO_DATA)
+        assert "Raises" not in recipe.text() and ">>>" not in recipe.text()
+
+
+@pytest.mark.parametrize(
+    "beside", [["--set", "rank"], ["--seeds", "3"], ["--page", "x.md"], ["--device", "cuda"]]
+)
+def test_a_recipe_runs_nothing_and_says_so(beside, capsys):
+    assert parse(["--recipe", "galore-60m"]).recipe == "galore-60m"
+    with pytest.raises(SystemExit):
+        parse(["--recipe", "galore-60m", *beside])
+    assert f"runs nothing: {beside[0]} would have no effect" in capsys.readouterr().err
 
 
 def test_turns_are_drawn_by_the_seed_of_the_run():

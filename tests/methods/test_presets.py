@@ -12,7 +12,7 @@ import torch
 
 from lowrank_optim import methods, presets
 from lowrank_optim.groups import canonical
-from lowrank_optim.nn import SLTrainLinear, convert
+from lowrank_optim.nn import LOSTLinear, SLTrainLinear, convert
 from lowrank_optim.optimizer import DEFAULTS
 
 PRETRAIN = {  # rank, gap, scale, lr
@@ -49,8 +49,13 @@ APOLLO = {  # rank, scale
     False: {"60m": (128, 1.0), "1b": (256, 1.0), "7b": (256, 1.0)},
     True: {"60m": (1, 128.0), "130m": (1, 192.0), "7b": (1, 128.0)},
 }
+SST = {"opt-125m": 64, "opt-350m": 64, "opt-1.3b": 64, "llama-130m": 64, "llama-1.3b": 128}
+SWITCHLORA = {"350m": 256, "1.3b": 512}
+golore_mrpc = functools.partial(presets.golore_glue, total_steps=6900)
 CASES: list[tuple[str, Callable[..., dict[str, Any]], tuple[Any, ...]]] = [
     *(("GaLoreAdamW", presets.galore_pretrain, (size,)) for size in PRETRAIN["galore"]),
+    ("GaLoreAdamW", presets.golore_pretrain, ("60m",)),
+    ("GaLoreAdamW", golore_mrpc, ("mrpc",)),
     *(("FiraAdamW", presets.fira_pretrain, (size,)) for size in PRETRAIN["fira"]),
     *(
         ("ApolloAdamW", functools.partial(presets.apollo_pretrain, mini=mini), (size,))
@@ -62,6 +67,9 @@ CASES: list[tuple[str, Callable[..., dict[str, Any]], tuple[Any, ...]]] = [
         ("LDAdamW", functools.partial(presets.ldadam_pretrain, error_feedback=keep), ("350m",))
         for keep in (True, False)
     ),
+    ("DCTAdamW", presets.dct_release, ()),
+    *(("SSTAdamW", presets.sst_pretrain, (model,)) for model in SST),
+    *(("SwitchLoRAAdamW", presets.switchlora_pretrain, (size,)) for size in SWITCHLORA),
     ("LisaAdamW", presets.lisa_finetune, ("llama2-7b",)),
     *(("BAdamW", presets.badam_finetune, (model,)) for model in ("llama2-7b", "llama3-8b")),
     *(("GaLoreAdamW", presets.galore_glue, (task, r)) for task in GLUE for r in (4, 8)),
@@ -171,6 +179,64 @@ def test_sltrain_is_as_in_the_scripts() -> None:
         presets.sltrain_pretrain("7b")
 
 
+def test_golore_is_as_in_the_readme() -> None:
+    """The switch is at 80 %, and a basis there is no longer one of singular vectors."""
+    got = presets.golore_pretrain("60m")
+    assert (got["rank"], got["update_proj_gap"], got["lr"]) == (128, 200, 1e-3)
+    assert (got["projector"], got["random_from"], got["total_steps"]) == ("golore", 0.8, 10_000)
+    tuned = golore_mrpc("MRPC")
+    assert (tuned["rank"], tuned["scale"], tuned["update_proj_gap"]) == (4, 4.0, 500)
+    assert (tuned["lr"], tuned["random_from"], tuned["total_steps"]) == (3e-5, 0.8, 6900)
+    for unsaid in ("scale", "eps", "weight_decay"):
+        assert unsaid not in got
+    spans = {}
+    for steps in (8, 9):
+        param = torch.nn.Parameter(torch.zeros(8, 12))
+        short = {**presets.golore_pretrain("60m", total_steps=10), "rank": 2, "update_proj_gap": 1}
+        optimizer = methods.GaLoreAdamW([param], **short)
+        grad = torch.diag_embed(torch.tensor([9.0, 8.0, 1, 1, 1, 1, 1, 1])) @ torch.eye(8, 12)
+        for _ in range(steps):
+            param.grad = grad.clone()
+            optimizer.step()
+        basis = optimizer.state[param]["basis"]
+        spans[steps] = float(basis[:2].square().sum())
+    assert spans[8] == pytest.approx(2.0) and spans[9] < 1.9
+
+
+def test_factors_are_as_published() -> None:
+    for model, rank in SST.items():
+        got = presets.sst_pretrain(model)
+        assert (got["rank"], got["steps_per_iteration"], got["warmup_steps"]) == (rank, 200, 20)
+        assert (got["sampling"], got["negative"], got["stagger"]) == ("mixed", "clamp", False)
+        assert "lr" not in got and "weight_decay" not in got
+    for size, rank in SWITCHLORA.items():
+        got = presets.switchlora_pretrain(size)
+        want = {"lr": 0.02, "rank": rank, "interval": 40, "total_steps": 40_000, "scale": 1.0}
+        want |= {"descent_ratio": 0.1, "freeze_steps": 5, "freeze_step_counter": False}
+        want |= {"weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "order": "fifo"}
+        assert {k: got[k] for k in want} == want
+
+
+def test_dct_is_as_the_releases_defaults() -> None:
+    got = presets.dct_release()
+    want = {"basis": "dct3", "ranking": "l1", "on_refresh": "keep", "update_proj_gap": 1}
+    want |= {"slot_bias_correction": False, "error_feedback": None, "scale": 1.0}
+    assert {k: got[k] for k in want} == want
+    for required in ("lr", "weight_decay", "rank"):
+        assert required not in got
+
+
+def test_lost_is_what_is_quoted_and_no_more() -> None:
+    got = presets.lost_pretrain("130m")
+    assert got == {"gamma": 0.9, "activation": "silu"}
+    model = torch.nn.Sequential(torch.nn.Linear(48, 40))
+    convert(model, "lost", rank=8, density=0.1, **got)
+    layer = model[0]
+    assert isinstance(layer, LOSTLinear) and (layer.gamma, layer.activation) == (0.9, "silu")
+    with pytest.raises(ValueError, match="no published size '60m'"):
+        presets.lost_pretrain("60m")
+
+
 def test_layers_and_ldadam_are_as_in_the_releases() -> None:
     for keep, rank, error in ((True, 8, "bfloat16"), (False, 256, None)):
         got = presets.ldadam_pretrain("350m", error_feedback=keep)
@@ -184,7 +250,7 @@ def test_layers_and_ldadam_are_as_in_the_releases() -> None:
         assert got["block_order"] == "shuffled"
 
 
-@pytest.mark.parametrize("preset", [p for _, p, _ in CASES[:: len(PRETRAIN["fira"])]])
+@pytest.mark.parametrize("preset", {p: None for _, p, args in CASES if args})
 def test_what_was_not_published_raises(preset: Callable[..., dict[str, Any]]) -> None:
     with pytest.raises(ValueError, match=r"no published \w+ 'palm'; there are '"):
         preset("palm")

@@ -20,10 +20,10 @@ from torch import nn
 
 from lowrank_optim import LowRankOptimizer, lowrank_groups, memory, methods, presets
 from lowrank_optim.groups import keys
-from lowrank_optim.groups.keys import known_keys
+from lowrank_optim.groups.keys import PROJECTORS, known_keys, projector_keys
 from lowrank_optim.groups.values import CHOICES, FLAGS
 from lowrank_optim.nn import convert, merge
-from lowrank_optim.optimizer import DEFAULTS
+from lowrank_optim.optimizer import DEFAULTS, Options, ProjectorOptions
 
 CLASSES = {name: getattr(methods, name) for name in methods.__all__}
 NAN, INF, TENSOR = math.nan, math.inf, torch.tensor(0.5)
@@ -336,6 +336,34 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Wrong]]] = {
         {"size": [(x, ValueError, "no published size .*; there are '60m', '130m'")
                   for x in ("2b", 60, None, ["60m"], {})]},
     ),
+    "presets.lost_pretrain": (
+        presets.lost_pretrain,
+        {"size": [(x, ValueError, "no published size .*; there are '130m'")
+                  for x in ("60m", 130, None, ["130m"])]},
+    ),
+    "presets.switchlora_pretrain": (
+        presets.switchlora_pretrain,
+        {"size": [(x, ValueError, "no published size .*; there are '350m', '1.3b'")
+                  for x in ("60m", 350, None, ["350m"])]},
+    ),
+    "presets.sst_pretrain": (
+        presets.sst_pretrain,
+        {"model": [(x, ValueError, "no published model .*; there are 'opt-125m', ")
+                   for x in ("125m", 125, None, ["opt-125m"])]},
+    ),
+    "presets.dct_release": (presets.dct_release, {}),
+    "presets.golore_pretrain": (
+        presets.golore_pretrain,
+        {"size": [(x, ValueError, "no published size .*; there are '60m'")
+                  for x in ("2b", 60, None, ["60m"])],
+         "total_steps": [(x, ValueError, "total_steps must be .*got") for x in (0, -1, 1e4, "9")]},
+    ),
+    "presets.golore_glue": (
+        presets.golore_glue,
+        {"task": [(x, ValueError, "no published task .*; there are 'mrpc'")
+                  for x in ("cola", 1, None, ["mrpc"])],
+         "total_steps": [(x, ValueError, "total_steps must be .*got") for x in (0, -1, 1e4, "9")]},
+    ),
     **{
         f"presets.{name}": (
             getattr(presets, name),
@@ -355,6 +383,8 @@ FINE: dict[str, dict[str, Any]] = {
     "nn.convert": {"model": layer(), "method": "sst", "rank": 2},
     "presets.apollo_pretrain": {"size": "60m"},
     "presets.ldadam_pretrain": {"size": "350m"},
+    "presets.golore_pretrain": {"size": "60m"},
+    "presets.golore_glue": {"task": "mrpc", "total_steps": 10},
     "presets.galore_glue": {"task": "cola"},
     "presets.frugal_glue": {"task": "cola"},
 }
@@ -387,6 +417,42 @@ def test_convert_checks_its_options(method: str) -> None:
 def test_estimate_passes_options_to_the_class() -> None:
     with pytest.raises(TypeError, match=r"GaLoreAdamW\(\) got .*'rnak'; did you mean 'rank'"):
         memory.estimate(layer(), methods.GaLoreAdamW, rnak=3)
+
+
+@pytest.mark.parametrize("name", ["GaLoreAdamW", "FrugalSGD", "DCTAdamW"])
+def test_what_a_projector_reads_may_be_said_to_the_constructor(name: str) -> None:
+    """Where there are no groups to say it in; it does what a group that says it does."""
+    said = {"projector": "golore", "random_from": 0.5, "total_steps": 4}
+    torch.manual_seed(0)
+    grads, found = torch.randn(6, 5, 7), []
+    for grouped in (False, True):
+        param = torch.nn.Parameter(torch.zeros(5, 7))
+        group = {"params": [param], **(said if grouped else {})}
+        chosen = {"lr": 0.1, "rank": 2, "update_proj_gap": 1, **({} if grouped else said)}
+        if grouped:
+            group["rank"] = chosen.pop("rank")
+        optimizer = getattr(methods, name)([group], **chosen)
+        for grad in grads:
+            param.grad = grad.clone()
+            optimizer.step()
+        found.append(param.detach())
+    assert torch.equal(*found)
+
+
+def test_type_checkers_know_what_projectors_read() -> None:
+    """``block_order`` is an argument of FRUGAL's own."""
+    ours = [name for name, cls in PROJECTORS.items() if cls.__module__.startswith("lowrank_optim.")]
+    read = set[str]().union(*map(projector_keys, ours))
+    known = ProjectorOptions.__annotations__.keys() | {"block_order"}
+    assert read - DEFAULTS.keys() == known - Options.__annotations__.keys()
+
+
+@pytest.mark.parametrize("name", ["GaLoreAdamW", "LDAdamW", "SSTAdamW", "LisaAdamW"])
+def test_what_no_projector_of_it_reads_is_refused(name: str) -> None:
+    """By another projector, or by one that the method has no use for."""
+    said: dict[str, Any] = {} if name == "GaLoreAdamW" else {"projector": "golore"}
+    with pytest.raises(TypeError, match="'random_from': projector='golore' reads 'random_from'"):
+        getattr(methods, name)([weight()], random_from=3, **said)
 
 
 def test_all_public_presets_are_here() -> None:
