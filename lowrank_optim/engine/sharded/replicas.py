@@ -29,7 +29,7 @@ def averaged(params: Iterable[Tensor]) -> dict[int, dist.ProcessGroup]:
 
     It leaves no trace on a parameter, so all objects are asked; milliseconds, where ranks exist.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not (dist.is_available() and dist.is_initialized()):
         return {}
     wanted = {id(p) for p in params if not is_sharded(p)}  # it takes no DTensors
     if not wanted:
@@ -87,7 +87,8 @@ class Replicas:
             self._steps, self._groups = 0, {}
             return {}
         self._steps += 1
-        if not self._groups and self._steps & (self._steps - 1) == 0:
+        alone = dist.get_world_size() == 1
+        if not self._groups and not alone and self._steps & (self._steps - 1) == 0:
             own = items()
             shared = averaged(i.param for i in own)
             by_group: dict[int, list[ParamPlan]] = {}
