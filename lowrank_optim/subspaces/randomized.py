@@ -159,8 +159,8 @@ def last_basis(y: Tensor, q: Tensor, rank: int) -> Tensor:
     """
     x = _leading(y, q, rank)
     x = whiten(x, x)
-    own = torch.linalg.vector_norm(x, dim=-2, keepdim=True) > OWN  # NaN is not
-    x = torch.where(own, x, drawn_there(x, x.shape[-2:], FILLING) / x.shape[-2] ** 0.5)
+    empty = torch.linalg.vector_norm(x, dim=-2, keepdim=True) < OWN  # NaN is not, and stays
+    x = torch.where(empty, drawn_there(x, x.shape[-2:], FILLING) / x.shape[-2] ** 0.5, x)
     x = whiten(x, x)
     factor, _ = torch.linalg.cholesky_ex(x.mT @ x)
     last: Tensor = torch.linalg.solve_triangular(factor.mT, x, upper=True, left=False)
@@ -171,9 +171,11 @@ def _leading(y: Tensor, q: Tensor, rank: int) -> Tensor:
     """Columns of length one, nearly orthogonal, whose order is that of singular values."""
     z = whiten(y, q)
     gram = z.mT @ z
-    sound = torch.linalg.matrix_norm(gram) < torch.inf  # NaN is not
+    size = torch.linalg.matrix_norm(gram)[..., None, None]
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    vectors = eigh(torch.where(sound[..., None, None], gram, eye))[1]
+    # of numbers near the least of their format LAPACK makes NaN; these are less than its rounding
+    gram = torch.where(gram.abs() > torch.finfo(gram.dtype).eps ** 2 * size, gram, 0)
+    vectors = eigh(torch.where(size < torch.inf, gram, eye))[1]  # NaN is not
     x = unit_columns(z @ vectors.flip(-1))[..., :rank]
     return unit_columns(x)  # squares of the smallest are less than any number: they got too long
 
