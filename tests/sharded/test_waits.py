@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 import lowrank_optim
 from lowrank_optim import LowRankOptimizer
 from lowrank_optim.sharding.parts import local
+from lowrank_optim.subspaces import svd
 from tests import cases
 from tests.compare import assert_close
 from tests.engine.watch import Watch
@@ -147,3 +148,49 @@ def test_what_a_device_selects_is_what_a_host_decides(ranks: Worlds) -> None:
                 assert got[1:] == want[1:], name
                 for key, x in want[0].items():
                     assert_close(got[0][key], x)
+
+
+def raising(world: World) -> list[tuple[str, bool]]:
+    """What each step raised where rank 1 once has no memory, and whether it was undone."""
+    mesh = init_device_mesh("cpu", (world.size,))
+    model, optimizer = made("GaLoreAdamW", WAITS["svd"][1], mesh, 4, torch.float64)
+    params, found = list(model.parameters()), []
+    honest = svd._driven
+
+    def fails(x: Tensor) -> Tensor:
+        if world.rank == 1:
+            raise MemoryError("no memory")
+        return honest(x)
+
+    for step in range(4):
+        optimizer.zero_grad()
+        x = torch.randn(32, 16, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        model(x).square().mean().backward()
+
+        def held() -> list[Tensor]:
+            states = [x for p in params for x in optimizer.state[p].values()]
+            return [local(x.detach()).clone() for x in (*params, *states)]
+
+        before, said = held() if step else [], ""
+        with pytest.MonkeyPatch.context() as patch:
+            cases.branching(patch, lambda tensor: True)
+            if step == 2:
+                patch.setattr(svd, "_driven", fails)
+            try:
+                optimizer.step()
+            except (RuntimeError, MemoryError) as error:
+                said = f"{type(error).__name__}: {error}"
+        after = held()
+        same = bool(before) and all(map(torch.equal, before, after))
+        found.append((said, same))
+    return found
+
+
+def test_an_owner_that_raises_on_a_device_is_told_to_all_and_undone(ranks: Worlds) -> None:
+    """After the other matrices: nothing of the step is left, and the next one goes."""
+    first, second = ranks(2).run("raising", raising).checked()
+    for found in (first, second):
+        assert [said for said, _ in (*found[:2], found[3])] == [""] * 3
+        assert [same for _, same in found] == [False, False, True, False]
+    assert first[2][0].startswith("RuntimeError: rank 1 could not refresh 1.weight: MemoryError")
+    assert second[2][0].startswith("MemoryError: no memory")
