@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 EIGH = "subspaces/randomized.py eigh"
-NEAR = "subspaces/randomized.py last_basis"
 SVD = "subspaces/svd.py _driven"
 FACTORISATIONS = {
     EIGH: "torch has no eigh that keeps its status on the device",
-    NEAR: "right after it, whether Cholesky's factor serves in the place of Householder's",
     SVD: "torch has no svd that keeps its status there",
 }
 """Once for all equal matrices of a step, or once a side of them."""
@@ -20,7 +18,7 @@ RESTART = {"subspaces/lora.py balanced": "torch has no svd that keeps its status
 """Of SwitchLoRA with ``restart_every``."""
 SPECTRAL = {"subspaces/factors.py _driven"}
 """Of SST at the beginning of a round: torch has no svd that keeps its status there."""
-PROJECTORS = {"svd": {SVD}, "rsvd": {EIGH, NEAR, SVD}}
+PROJECTORS = {"svd": {SVD}, "rsvd": {EIGH, SVD}}
 """Of others a refresh waits for nothing."""
 
 

@@ -53,6 +53,10 @@ LAST_STEP = (
 )
 
 
+NOTHING_FOUND = "its gradient is zero or not finite, or could not be factored"
+"""Why an accelerator has postponed a refresh."""
+
+
 def basis_due(item: ParamPlan, state: State, chosen: Strategies) -> bool:
     """Whether the next step of a matrix refreshes its basis, if its gradient allows.
 
@@ -137,7 +141,9 @@ def refreshing_(
     if ok is not None and not later and not _came_about(item, state, step, ok, before):
         return False
     last = int(state["refresh_step"])
-    yield from _following_(item, state, moved, step, chosen, sources, ok if later else None)
+    # moments start again whatever the device says, as the host counts steps from here
+    told = ok if later and chosen.on_refresh != "reset" else None
+    yield from _following_(item, state, moved, step, chosen, sources, told)
     if ok is not None and later:
         assert item.subspace is not None
         # other ranks are told at once
@@ -155,14 +161,12 @@ def find_(
     step: int,
     chosen: Strategies,
     look: tuple[Tensor, Any] | None = None,
-) -> dict[str, BasisChange] | None:
+) -> tuple[dict[str, BasisChange] | None, Tensor | None]:
     """Find new coordinates from what :func:`~lowrank_optim.engine.momentum.sought` gives.
 
-    None, and counted, if that had to be postponed.
+    None, and counted, if that had to be postponed; on an accelerator whether they are, 0-d bool.
     """
-    before = _counters(item, state)
-    moved, ok = alone(_search(item, state, grad, step, chosen, look))
-    return moved if ok is None or _came_about(item, state, step, ok, before) else None
+    return alone(_search(item, state, grad, step, chosen, look))
 
 
 def _counters(item: ParamPlan, state: State) -> dict[str, float]:
@@ -227,7 +231,7 @@ def _came_about(
         return True
     for key, count in before.items():
         state[key].fill_(count)
-    postpone_(item, state, step, "its gradient is zero or not finite, or could not be factored")
+    postpone_(item, state, step, NOTHING_FOUND)
     return False
 
 
@@ -256,7 +260,7 @@ def _following_(
     """Let moments and ages follow their coordinates, and count the refresh.
 
     Where ``ok``, a 0-d bool on an accelerator, is False, no coordinate has moved, and nothing
-    follows; moments that were to start again do.
+    follows.
     """
     last = int(state["refresh_step"])
     turns = last >= 0 and chosen.on_refresh != "keep"
@@ -289,7 +293,7 @@ def _moments_follow_(
                 yield Ask(_move_all_, (source, *xs), (fills,), listed=True)
                 continue
             if chosen.aged:
-                _carry_ages_(state[age_key(coord)], moved[coord], chosen.on_refresh)
+                _carry_ages_(state[age_key(coord)], moved[coord], chosen.on_refresh, ok)
             if sources is not None and source is not None and chosen.on_refresh == "project":
                 sources[coord] = source
                 continue
@@ -339,8 +343,6 @@ def _transport(
         x = chosen.store.read(state, key, slot, shape, item.param, dense=True)
         assert isinstance(x, Tensor)
         moments.append((slot, x, bias))
-    if chosen.on_refresh == "reset":
-        ok = None  # so that the steps since then are the same whatever the device says
     before = [] if ok is None else [x.clone() for _, x, _ in moments]
     TRANSPORTS[chosen.on_refresh](moments, moved)
     for old, (_, x, _) in zip(before, moments, strict=False):
@@ -405,8 +407,8 @@ def _restart_(
         state[age_key(coord)][..., own].zero_()
 
 
-def _carry_ages_(age: Tensor, moved: BasisChange, on_refresh: str) -> None:
+def _carry_ages_(age: Tensor, moved: BasisChange, on_refresh: str, ok: Tensor | None) -> None:
     if on_refresh == "reset":
-        age.zero_()
+        age.copy_(torch.where(ok, 0, age)) if ok is not None else age.zero_()
     elif moved.source is not None:
         age.copy_(take_rows(age, moved.source, -1))

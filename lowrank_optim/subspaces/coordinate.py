@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from lowrank_optim import ops
 from lowrank_optim.ops.devices import sent
 from lowrank_optim.ops.stacked import empty_like_all
+from lowrank_optim.ops.tiles import tiles
 from lowrank_optim.subspaces.base import (
     BasisChange,
     Reduce,
@@ -157,7 +158,8 @@ class Coordinates(Subspace):
             own = low.index_select(-2, at.clamp(min=0)).to(rest.dtype)
             return torch.where(at.unsqueeze(-1) >= 0, own * self.scale + extra, rest)
 
-        add_by_tiles_(into, term, self.scale, put, ops.tile_rows(into.param))
+        spans = tiles(into.param.shape[-2], ops.tile_rows(into.param))
+        add_by_tiles_(into, term, self.scale, put, spans)
 
 
 def source_of(new: Tensor, old: Tensor) -> Tensor:
@@ -220,7 +222,7 @@ def add_by_tiles_(
     term: Term | None,
     scale: float,
     put: Callable[[Tensor, Tensor, int], Tensor],
-    rows: int,
+    spans: Iterable[slice],
 ) -> None:
     """``W <- decay W - lr update``, tiles of whole rows, each rounded once into W.
 
@@ -230,13 +232,13 @@ def add_by_tiles_(
         scale: of the subspace.
         put: gives the update of a tile from what moves it outside, what the residual adds inside,
             and its first row.
-        rows: of a tile.
+        spans: rows of each tile.
     """
     w, g = into.param, into.grad
     dtype, decay = torch.promote_types(w.dtype, torch.float32), into.guarded_decay()
-    for start in range(0, w.shape[-2], rows):
-        tile = w[..., start : start + rows, :]
-        rest = _outside(g[..., start : start + rows, :].to(dtype), term)
+    for rows in spans:
+        tile, start = w[..., rows, :], rows.start
+        rest = _outside(g[..., rows, :].to(dtype), term)
         inside = rest * (1 - scale) if term is not None and term.kind == "scaled" else rest * 0
         update = put(rest, inside, start) * into.lr
         if into.finite is not None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.devices import sent
+from lowrank_optim.ops.tiles import fillings, tile_elements
 from lowrank_optim.subspaces.base import (
     BasisChange,
     Reduce,
@@ -20,13 +23,15 @@ from lowrank_optim.subspaces.base import (
     register,
 )
 from lowrank_optim.subspaces.coordinate import add_by_tiles_
-from lowrank_optim.subspaces.target import Target
+from lowrank_optim.subspaces.target import Target, guarded
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.values import check_index
 
 TILE = 1 << 18
 """Entries that are permuted among themselves: an index of them is all that ever exists."""
+BYTES = 8
+"""Of an index: of those of a tile a device holds as many bytes as it has elements in one."""
 ROUNDS = 8
 KEYS = 1 << 62
 MASK = (1 << 64) - 1
@@ -34,13 +39,13 @@ MIX = 0x3F58476D1CE4E5B9
 
 
 class Tile(NamedTuple):
-    """A piece of whole rows, and its selected entries."""
+    """Consecutive pieces of whole rows, and their selected entries."""
 
     rows: slice
     slots: slice
     """Where its entries are in the vector of coordinates."""
     places: Tensor
-    """Where they are in the flattened piece, int64."""
+    """Where they are in the flattened rows, int64."""
 
 
 @register("randk")
@@ -133,29 +138,94 @@ class RandK(Subspace):
 
     def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
         """The entries, in the order of the permutation."""
+        return {"low": reduce(self._taken(grad, self._tiles([state], grad)[0]))}
+
+    def coords_of(
+        self, states: Sequence[State], grads: Sequence[Tensor]
+    ) -> list[dict[str, Tensor]]:
+        """As of each; places of several are computed at once."""
+        return [
+            {"low": self._taken(grads[n], tiles)}
+            for at in fillings(len(grads), BYTES * grads[0].numel(), grads[0])
+            for n, tiles in zip(at, self._tiles([states[n] for n in at], grads[0]), strict=True)
+        ]
+
+    def _taken(self, grad: Tensor, tiles: Iterable[Tile]) -> Tensor:
+        """Entries ``(..., 1, k)``."""
         low = grad.new_empty(*grad.shape[:-2], self.rank)
-        m, n = grad.shape[-2:]
-        for tile in self.tiles(m, n, int(state["key"]), grad):
-            piece = grad[..., tile.rows, :].flatten(-2)
-            low[..., tile.slots] = piece.index_select(-1, tile.places)
-        return {"low": reduce(low.unsqueeze(-2))}
+        for tile in tiles:
+            rows = grad[..., tile.rows, :].flatten(-2)
+            torch.index_select(rows, -1, tile.places, out=low[..., tile.slots])
+        return low.unsqueeze(-2)
+
+    def _tiles(self, states: Sequence[State], like: Tensor) -> list[Iterable[Tile]]:
+        """Those of alike matrices; of one alone they are made when they are asked for."""
+        m, n = like.shape[-2:]
+        keys = [int(state["key"]) for state in states]
+        if len(keys) == 1:
+            return [self.tiles(m, n, keys[0], like)]
+        return [*zip(*self.tiles_of(m, n, keys, like), strict=True)]
 
     def tiles(self, m: int, n: int, key: int, like: Tensor) -> Iterator[Tile]:
         """The pieces of an ``(m, n)`` matrix and their entries, on the device of ``like``."""
-        rows = max(1, TILE // n)
-        for start in range(0, m, rows):
-            stop = min(start + rows, m)
-            slots = slice(self.rank * start // m, self.rank * stop // m)
-            count, size = slots.stop - slots.start, (stop - start) * n
-            yield Tile(slice(start, stop), slots, permuted(count, size, key + start, like.device))
+        return (tile for (tile,) in self.tiles_of(m, n, [key], like))
+
+    def tiles_of(self, m: int, n: int, keys: Sequence[int], like: Tensor) -> Iterator[list[Tile]]:
+        """:meth:`tiles` of alike matrices, by their keys."""
+        for rows, starts in self._pieces(m, n, like):
+            bounds = [self.rank * start // m for start in (*starts, rows.stop)]
+            counts = [b - a for a, b in pairwise(bounds)]
+            size = (rows.stop - rows.start) // len(starts) * n
+            seeds = [key + start for key in keys for start in starts]
+            places = permuted(max(counts), size, seeds, like.device)
+            if len(starts) > 1:
+                places = places.view(len(keys), len(starts), -1)
+                places += torch.arange(0, len(starts) * size, size, device=like.device).unsqueeze(
+                    -1
+                )
+                parts = [x[:, :count] for x, count in zip(places.unbind(1), counts, strict=True)]
+                places = torch.cat(parts, -1)
+            yield [Tile(rows, slice(bounds[0], bounds[-1]), own) for own in places.unbind(0)]
+
+    def _pieces(self, m: int, n: int, like: Tensor) -> Iterator[tuple[slice, Sequence[int]]]:
+        """Rows of each tile, and where its pieces begin, which are alike.
+
+        They are as many as a device has room for.
+        """
+        each = max(1, min(m, TILE // n))
+        whole = m // each * each
+        rows = each * max(1, tile_elements(like) // (BYTES * each * n))
+        for start in range(0, whole, rows):
+            stop = min(start + rows, whole)
+            yield slice(start, stop), range(start, stop, each)
+        if whole < m:
+            yield slice(whole, m), [whole]
 
     def push_(
         self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
     ) -> None:
         """A pass over W and G in pieces: neither an index nor an update exists at full size."""
-        low, scale = update["low"].squeeze(-2), self.scale
-        m, n = into.param.shape[-2:]
-        tiles = self.tiles(m, n, int(state["key"]), low)
+        self._push_(into, update, term, self._tiles([state], into.param)[0])
+
+    def push_all_(
+        self,
+        intos: Sequence[Target],
+        states: Sequence[State],
+        updates: Sequence[dict[str, Tensor]],
+        terms: Sequence[Term | None],
+    ) -> Iterator[int]:
+        """As of each; places of several are computed at once."""
+        intos = guarded(intos)
+        for at in fillings(len(intos), BYTES * intos[0].param.numel(), intos[0].param):
+            all_tiles = self._tiles([states[n] for n in at], intos[0].param)
+            for n, tiles in zip(at, all_tiles, strict=True):
+                self._push_(intos[n], updates[n], terms[n], tiles)
+                yield n
+
+    def _push_(
+        self, into: Target, update: dict[str, Tensor], term: Term | None, own: Iterable[Tile]
+    ) -> None:
+        low, scale, tiles = update["low"].squeeze(-2), self.scale, iter(own)
 
         def put(rest: Tensor, extra: Tensor, start: int) -> Tensor:
             tile = next(tiles)
@@ -163,26 +233,37 @@ class RandK(Subspace):
             own = low[..., tile.slots].to(rest.dtype) * scale + inside[..., tile.places]
             return flat.index_copy(-1, tile.places, own).view(rest.shape)
 
-        add_by_tiles_(into, term, scale, put, max(1, TILE // n))
+        m, n = into.param.shape[-2:]
+        add_by_tiles_(into, term, scale, put, [rows for rows, _ in self._pieces(m, n, into.param)])
 
 
-def permuted(count: int, size: int, key: int, device: torch.device) -> Tensor:
-    """The images ``(count,)`` of 0, 1, … under a permutation of ``size`` places.
+def permuted(count: int, size: int, keys: Sequence[int], device: torch.device) -> Tensor:
+    """The images ``(b, count)`` of 0, 1, … under b permutations of ``size`` places.
 
     A place is a pair of digits. Each round adds to one a keyed hash of the other, modulo its base:
     a bijection whatever the bases, so that no place need be drawn again.
     """
     bases = digits(size)
-    x = torch.arange(count, device=device)
+    x = torch.arange(count, device=device).repeat(len(keys), 1)
     pair = [x // bases[1], x % bases[1]]
-    for number in range(ROUNDS if bases[0] >= ROUNDS else 4 * ROUNDS):
+    for number, (offset, factor) in enumerate(_schedule(bases, keys, device)):
         turn = number % 2
-        key = (key * 6364136223846793005 + 1442695040888963407) & MASK
-        factor, offset = (key >> 24) | 1, (key >> 8) & 0xFFFF
         noise = (pair[1 - turn] + offset).mul_(factor)  # products wrap, as hashes do
         noise = noise.bitwise_xor_(noise >> 29).mul_(MIX).bitwise_right_shift_(33)
         pair[turn].add_(noise).remainder_(bases[turn])
     return pair[0].mul_(bases[1]).add_(pair[1])
+
+
+def _schedule(
+    bases: tuple[int, int], keys: Sequence[int], device: torch.device
+) -> Iterable[Sequence[Tensor]]:
+    """What each round adds to a digit and multiplies it by: ``(b, 1)`` both."""
+    rounds = []
+    for _ in range(ROUNDS if bases[0] >= ROUNDS else 4 * ROUNDS):
+        keys = [(key * 6364136223846793005 + 1442695040888963407) & MASK for key in keys]
+        rounds.append([[(key >> 8) & 0xFFFF for key in keys], [(key >> 24) | 1 for key in keys]])
+    table = sent(torch.tensor(rounds, dtype=torch.int64), device).unsqueeze(-1)
+    return [own.unbind(0) for own in table.unbind(0)]
 
 
 @functools.cache

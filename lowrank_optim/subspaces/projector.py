@@ -302,12 +302,17 @@ def usable(norm: Tensor) -> Tensor:
 
 def replaced(grad: Tensor, known: Tensor, ctx: RefreshContext) -> Tensor:
     """The gradient where it is ``known`` to be usable, else noise, drawn where the gradient is."""
-    host = grad.is_cpu or grad.is_meta or isinstance(grad, FakeTensor)
-    # one of its own: what a search draws is what a host's draws, which replaces nothing
-    generator = torch.Generator("cpu" if host else grad.device)
-    generator.manual_seed(ctx.generator.initial_seed())
-    noise = torch.empty(grad.shape[-2:], dtype=grad.dtype, device=grad.device)
-    return torch.where(known, grad, noise.normal_(generator=generator))
+    # a generator of its own: what a search draws is what a host's draws, which replaces nothing
+    noise = drawn_there(grad, grad.shape[-2:], ctx.generator.initial_seed())
+    return torch.where(known, grad, noise)
+
+
+def drawn_there(like: Tensor, shape: Sequence[int], seed: int) -> Tensor:
+    """Normal numbers of ``shape``, drawn where ``like`` is: others on another kind of device."""
+    host = like.is_cpu or like.is_meta or isinstance(like, FakeTensor)
+    generator = torch.Generator("cpu" if host else like.device).manual_seed(seed)
+    noise = torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
+    return noise.normal_(generator=generator)
 
 
 def new_to_old(new: Tensor, old: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.linalg import LinAlgError
 from lowrank_optim import ops
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.subspaces.base import RefreshContext, register
-from lowrank_optim.subspaces.projector import Projector, replaced, usable
+from lowrank_optim.subspaces.projector import Projector, drawn_there, replaced, usable
 from lowrank_optim.subspaces.random import gaussian, orthogonal
 from lowrank_optim.subspaces.searches import Ask, Searching, alone
 from lowrank_optim.subspaces.svd import exact, left_singular_vectors, widened
@@ -36,8 +36,8 @@ class RandomizedSVD(Projector):
     The first start is Gaussian.
 
     An accelerator is not asked for these energies: it takes two iterations, four from a Gaussian
-    start, and tries all shifts of a factorisation at once. Its host waits for the status of the
-    last step's ``eigh`` alone, which torch reads: one call for all equal matrices.
+    start, and tries all shifts of a factorisation at once. Its host waits once, for the status of
+    the last step's ``eigh``, which torch reads: one call for all equal matrices.
 
     Args:
         oversample: columns beyond the rank, so that a direction can enter the basis.
@@ -135,6 +135,11 @@ ITERATIONS = {False: 2, True: 4}
 """Power iterations on an accelerator: from the basis in use, and from a Gaussian start."""
 NEAR = 0.5
 """Below it in norm, what a Gram matrix differs from the identity by leaves Cholesky a factor."""
+OWN = 0.7
+"""Length that a column of length one keeps when it is whitened, if what it has outside of those
+before it is more than the shift."""
+FILLING = 0x9E3779B9
+"""Seed of the noise that takes the place of columns without a direction."""
 SHIFTS = 4
 """Shifts by which a matrix is made definite, each ten times the one before."""
 
@@ -146,25 +151,33 @@ def next_start(y: Tensor, q: Tensor) -> Tensor:
 
 
 def last_basis(y: Tensor, q: Tensor, rank: int) -> Tensor:
-    """The leading singular vectors ``(..., m, r)`` that an iteration has found, as ``Q``."""
+    """The leading singular vectors ``(..., m, r)`` that an iteration has found, as ``Q``.
+
+    Columns that lie in those before them have no direction of their own, as beyond the rank of a
+    gradient: noise takes their place. So Cholesky's factor serves whatever the gradient, and nobody
+    has to look whether it does.
+    """
     x = _leading(y, q, rank)
-    gram = x.mT @ x
-    # a look right after that of the driver, when nothing else is queued
-    if gram.is_meta or bool((_error(gram) < NEAR).all()):
-        x = whiten(x, x, gram)
-        del gram
-        return whiten(x, x)
-    return orthogonal(x)
+    x = whiten(x, x)
+    empty = torch.linalg.vector_norm(x, dim=-2, keepdim=True) < OWN  # NaN is not, and stays
+    x = torch.where(empty, drawn_there(x, x.shape[-2:], FILLING) / x.shape[-2] ** 0.5, x)
+    x = whiten(x, x)
+    factor, _ = torch.linalg.cholesky_ex(x.mT @ x)
+    last: Tensor = torch.linalg.solve_triangular(factor.mT, x, upper=True, left=False)
+    return last
 
 
 def _leading(y: Tensor, q: Tensor, rank: int) -> Tensor:
     """Columns of length one, nearly orthogonal, whose order is that of singular values."""
     z = whiten(y, q)
     gram = z.mT @ z
-    sound = torch.linalg.matrix_norm(gram) < torch.inf  # NaN is not
+    size = torch.linalg.matrix_norm(gram)[..., None, None]
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    vectors = eigh(torch.where(sound[..., None, None], gram, eye))[1]
-    return unit_columns(z @ vectors.flip(-1))[..., :rank]
+    # of numbers near the least of their format LAPACK makes NaN; these are less than its rounding
+    gram = torch.where(gram.abs() > torch.finfo(gram.dtype).eps ** 2 * size, gram, 0)
+    vectors = eigh(torch.where(size < torch.inf, gram, eye))[1]  # NaN is not
+    x = unit_columns(z @ vectors.flip(-1))[..., :rank]
+    return unit_columns(x)  # squares of the smallest are less than any number: they got too long
 
 
 def orthonormal_start(x: Tensor) -> Tensor:

@@ -155,6 +155,20 @@ def test_launches_do_not_grow_with_a_bucket(row: Row) -> None:
     assert row.others <= row.most
 
 
+GROWING = [
+    (Row("GaLoreAdamW", {"projector": "randk"}, 0, 0, 0), 12),
+    (Row("GaLoreAdamW", {"projector": "randk", **ROUNDED}, 0, 0, 0), 15),
+]
+"""What launches for each matrix too, and how much: it was 151 of ``randk``, most of it indices."""
+
+
+@pytest.mark.parametrize(("row", "each"), GROWING, ids=[str(row.options) for row, _ in GROWING])
+def test_what_grows_with_a_bucket(row: Row, each: int) -> None:
+    """By the same for each matrix."""
+    first, second, last = (sum(counted(row, count)) for count in (2, 3, 5))
+    assert (second - first, last - second) == (each, 2 * each)
+
+
 @pytest.mark.parametrize(
     ("where", "name", "row"),
     [
@@ -197,6 +211,9 @@ EQUAL = [
     (i, row)
     for i, row in zip(IDS, ROWS, strict=True)
     if "8bit" not in row.name and not row.options.get("stochastic_rounding")
+]
+EQUAL += [
+    (str(row.options), row) for row, _ in GROWING if not row.options.get("stochastic_rounding")
 ]
 
 

@@ -22,8 +22,8 @@ from lowrank_optim import (
     lowrank_groups,
 )
 from lowrank_optim.engine.plan import seeded
-from lowrank_optim.ops import dispatch, native
-from lowrank_optim.subspaces import RefreshContext, make_projector
+from lowrank_optim.ops import dispatch, native, tiles
+from lowrank_optim.subspaces import RefreshContext, entries, make_projector
 from lowrank_optim.subspaces.entries import RandK, permuted
 from lowrank_optim.tensors.matrix import matrix_view
 from tests import cases
@@ -270,7 +270,7 @@ def test_counts(density: float, shape: tuple[int, int], projector: str, seed: in
 @given(rows=st.integers(1, 40), cols=st.integers(1, 60), key=st.integers(0, 2**62))
 def test_the_permutation_is_one(rows: int, cols: int, key: int) -> None:
     """Every place once, whatever the sizes."""
-    places = permuted(rows * cols, rows * cols, key, torch.device("cpu"))
+    places = permuted(rows * cols, rows * cols, [key], torch.device("cpu"))[0]
     assert torch.equal(places.sort().values, torch.arange(rows * cols))
 
 
@@ -287,7 +287,7 @@ def test_entries_are_drawn_evenly(shape: tuple[int, int]) -> None:
         generator = seeded(key)
         drawn = torch.zeros(m * n)
         number = int(torch.randint(1, 1 << 62, (), generator=generator))
-        drawn[permuted(k, m * n, number, torch.device("cpu"))] = 1
+        drawn[permuted(k, m * n, [number], torch.device("cpu"))[0]] = 1
         hits += drawn
         pairs += drawn[1:] * drawn[:-1]
     for count, p in ((hits, k / (m * n)), (pairs, k * (k - 1) / (m * n * (m * n - 1)))):
@@ -314,6 +314,33 @@ def test_entries_of_a_matrix_of_many_pieces() -> None:
     assert carry is not None
     old = torch.randn(210_000)
     assert torch.equal(carry(old), down(parts[1], up(parts[0], old, param)))
+
+
+def test_pieces_that_a_device_takes_at_once_have_the_same_entries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of several matrices too, whose pieces are 3 rows and the last one of fewer."""
+    n, rank, keys = 7, 50, [5, 2**61 + 3, 11]
+    monkeypatch.setattr(entries, "TILE", 3 * n + 2)
+    for m in (1, 3, 6, 8, 20, 21, 22):
+        subspace, like, flat = (
+            RandK(min(rank, m * n)),
+            torch.zeros(m, n),
+            torch.arange(m * n).view(m, n),
+        )
+        want = [subspace.tiles(m, n, key, like) for key in keys]
+        places = [torch.cat([flat[t.rows].flatten()[t.places] for t in own]) for own in want]
+        with monkeypatch.context() as patch:
+            cases.branching(patch, lambda tensor: True)
+            for room in (1, 2 * 8 * 3 * n, 1 << 20):
+                patch.setattr(tiles, "ACCELERATOR_TILE_ELEMENTS", room)
+                found = list(subspace.tiles_of(m, n, keys, like))
+                if room == 1 << 20:  # all whole pieces, and what is left
+                    assert len(found) == 1 + (m > 3 and m % 3 > 0)
+                for own, place in zip(zip(*found, strict=True), places, strict=True):
+                    got = torch.cat([flat[t.rows].flatten()[t.places] for t in own])
+                    assert torch.equal(got, place)
+                    assert [t.slots.stop for t in own][-1] == subspace.rank
 
 
 @pytest.mark.parametrize("projector", [*INDEX, "svd", "random", "block"])

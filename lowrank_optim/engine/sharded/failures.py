@@ -15,6 +15,7 @@ from lowrank_optim.sharding.parts import Part
 FLAG = Form((1,), torch.uint8)
 """How a refresh ended; the first tensor of what its owner broadcasts."""
 POSTPONED, FOUND, RAISED = range(3)
+"""The first two are what a device says of whether a basis was found."""
 
 
 class Failure(NamedTuple):
@@ -31,9 +32,9 @@ def this_rank() -> str:
     return f" on rank {dist.get_rank()} of {dist.get_world_size()}"
 
 
-def flag(value: int) -> Tensor:
-    """One of the ends, to be sent."""
-    return torch.tensor([value], dtype=torch.uint8)
+def flag(value: int, device: torch.device | None = None) -> Tensor:
+    """One of the ends, to be sent; made where it is sent from (default: on the host)."""
+    return torch.full((1,), value, dtype=torch.uint8, device=device)
 
 
 def raise_together(source: int, failure: Failure | None, part: Part) -> NoReturn:

@@ -69,7 +69,7 @@ def _of_mesh(items: Sequence[Asked]) -> dict[int, Agreed]:
     for n, x in enumerate(items):
         if x.twin.param.grad is not None:
             squares[0, n] = _square(x.twin.param.grad) / _part(x).times
-            squares[1, n] = 1
+            squares[1, n].fill_(1)  # a number that is assigned is copied, and a host waits
     weights = torch.split(message[2 * len(items) :], sizes)
     for own, squares_here in zip(weights, asked, strict=True):
         own.copy_(squares_here.reshape(-1))

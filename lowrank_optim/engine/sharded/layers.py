@@ -20,8 +20,8 @@ from torch.linalg import LinAlgError
 from lowrank_optim.engine.plan import State
 from lowrank_optim.engine.sharded import failures
 from lowrank_optim.engine.sharded.failures import Failure, raise_together
+from lowrank_optim.engine.sharded.inputs import Input
 from lowrank_optim.engine.sharded.local import as_dtensor
-from lowrank_optim.engine.sharded.owner import Input
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.collectives import Form, form
 from lowrank_optim.sharding.grid import Interval

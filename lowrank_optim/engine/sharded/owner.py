@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,30 +14,75 @@ from torch.linalg import LinAlgError
 
 from lowrank_optim.engine.momentum import join_lost_, sought
 from lowrank_optim.engine.plan import State, on_host
-from lowrank_optim.engine.refresh import find_, follow_, postpone_, refresh_
+from lowrank_optim.engine.refresh import NOTHING_FOUND, find_, follow_, postpone_, refresh_
 from lowrank_optim.engine.sharded import failures
 from lowrank_optim.engine.sharded.due import Due
 from lowrank_optim.engine.sharded.failures import Failure
 from lowrank_optim.engine.sharded.forms import split_dims
+from lowrank_optim.engine.sharded.inputs import factors_weight, gathers, inputs_of
+from lowrank_optim.ops.devices import on_accelerator, sent
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.collectives import Form, form
-from lowrank_optim.sharding.grid import Block, Interval, length
 from lowrank_optim.subspaces.base import BasisChange
 from lowrank_optim.subspaces.projector import Projector, new_to_old
 
 
-def by_owner(jobs: Sequence[Due | None]) -> None:
-    """A round: rank i finds the basis of ``jobs[i]``, in the first copy of what they have."""
+class Ended(NamedTuple):
+    """A refresh that all ranks have taken part in, before the host knows what became of it."""
+
+    due: Due
+    owner: int
+    end: Tensor
+    """One of :mod:`lowrank_optim.engine.sharded.failures`, where the matrix is."""
+    counts: list[tuple[Tensor, Tensor]]
+    """Entries on the host, and what comes into them, there too."""
+    last: int
+    """``refresh_step`` before it."""
+    found: Found | None
+    """What this rank found, if it is the owner."""
+
+
+def by_owner(jobs: Sequence[Due | None]) -> list[Ended]:
+    """A round: rank i finds the basis of ``jobs[i]``, in the first copy of what they have.
+
+    :func:`settle` follows, once after several rounds, as an accelerator makes its host wait there.
+    """
     part = next(d for d in jobs if d is not None).part
-    told, failure = _from_owners([_shown(d) for d in jobs]) if part.leads else ({}, None)
+    told, found = _from_owners([_shown(d) for d in jobs]) if part.leads else ({}, None)
     if part.copies is not None:
         told = _to_copies(jobs, told, part.copies)
-    for owner, own in told.items():
-        if own.end.item() == failures.RAISED:
-            failures.raise_together(owner, failure if owner == part.rank else None, part)
+    ended = []
     for owner, d in enumerate(jobs):
         if d is not None:
-            _follow(d, told[owner], part.leads and owner == part.rank)
+            last, own = int(d.state["refresh_step"]), told[owner]
+            here = found if part.leads and owner == part.rank else None
+            ended.append(Ended(d, owner, own.end, _follow(d, own), last, here))
+    return ended
+
+
+def settle(ended: Sequence[Ended]) -> None:
+    """Count what was postponed, and raise what an owner raised: one look for all."""
+    if not ended:
+        return
+    news = [x for own in ended for x in (own.end, *(new for _, new in own.counts))]
+    bytes_ = torch.cat([x.reshape(-1).view(torch.uint8) for x in news]).cpu()
+    parts = iter(torch.split(bytes_, [x.numel() * x.element_size() for x in news]))
+    read = [(int(next(parts)), [next(parts) for _ in own.counts]) for own in ended]
+    for own, (end, _) in zip(ended, read, strict=True):
+        if end == failures.RAISED:
+            failure = None if own.found is None else own.found.failure
+            failures.raise_together(own.owner, failure, own.due.part)
+    for own, (end, counts) in zip(ended, read, strict=True):
+        d, found = own.due, own.found
+        if end == failures.FOUND:
+            for (x, _), new in zip(own.counts, counts, strict=True):
+                x.copy_(new.clone().view(x.dtype).view(x.shape))
+            continue
+        d.state["refresh_step"].fill_(own.last)
+        if found is None:
+            d.state["postponed"] += 1
+        elif found.end == failures.FOUND:  # its device says otherwise; else it is counted, and said
+            postpone_(d.item, d.state, d.step, NOTHING_FOUND)
 
 
 def _shown(d: Due | None) -> Due | None:
@@ -47,33 +92,32 @@ def _shown(d: Due | None) -> Due | None:
     return d._replace(grad=sought(d.columns, d.state, d.grad, d.chosen))
 
 
-def _from_owners(jobs: Sequence[Due | None]) -> tuple[dict[int, Told], Failure | None]:
-    """By owner, what each found, with the pieces of this rank; and why this rank found nothing."""
+def _from_owners(jobs: Sequence[Due | None]) -> tuple[dict[int, Told], Found | None]:
+    """By owner, what each found, with the pieces of this rank; and what this rank found."""
     some = next(d for d in jobs if d is not None)
     rank, group, device = some.part.rank, some.part.group, some.twin.param.device
     mine = jobs[rank]
-    outgoing = [[] if d is None else [x.here for x in _inputs(d)] for d in jobs]
+    outgoing = [[] if d is None else [x.here for x in inputs_of(d)] for d in jobs]
     incoming: list[list[Form]] = [[] for _ in jobs]
     if mine is not None:
-        incoming = [[x.form(source) for x in _inputs(mine)] for source in range(len(jobs))]
+        incoming = [[x.form(source) for x in inputs_of(mine)] for source in range(len(jobs))]
     arrived: list[list[Tensor]] = [[] for _ in jobs]
     if any(outgoing):
         arrived = collectives.exchange(outgoing, incoming, group, device)
-    found, failure = None, None
+    found = None
     if mine is not None:
         try:
             found = _find(mine, arrived)
         except Exception as error:  # memory, say: whoever waits for the basis has to know
             failure = Failure(mine.item.name, error)
-            found = Found(failures.RAISED, mine.state, {})
+            found = Found(failures.RAISED, mine.state, {}, failure=failure)
     told = {
         owner: _sent(d, found if owner == rank else None, owner, group, device)
         for owner, d in enumerate(jobs)
         if d is not None
     }
-    if not any(own.end.item() == failures.RAISED for own in told.values()):
-        _scatter(jobs, mine, found, told, group, device)
-    return told, failure
+    _scatter(jobs, mine, found, told, group, device)
+    return told, found
 
 
 def _to_copies(
@@ -101,69 +145,6 @@ def _to_copies(
     return found
 
 
-class Input(NamedTuple):
-    """What an owner puts together of pieces that ranks have."""
-
-    here: Tensor
-    """That of this rank."""
-    shape: tuple[int, ...]
-    """Of the whole."""
-    places: list[tuple[Any, ...]]
-    """Index of each rank's piece."""
-
-    def form(self, rank: int) -> Form:
-        """Of the piece of one rank."""
-        whole = torch.empty(self.shape, device="meta")
-        return Form(tuple(whole[self.places[rank]].shape), self.here.dtype)
-
-    def together(self, pieces: Sequence[Tensor]) -> Tensor:
-        """The whole."""
-        whole = self.here.new_empty(self.shape)
-        for place, piece in zip(self.places, pieces, strict=True):
-            whole[place] = piece
-        return whole
-
-
-def _along(x: Tensor, dim: int, spans: Sequence[Interval]) -> Input:
-    shape = list(x.shape)
-    shape[dim] = sum(map(length, spans))
-    return Input(x, tuple(shape), [(slice(None),) * dim + (slice(*span),) for span in spans])
-
-
-def _inputs(d: Due) -> list[Input]:
-    """What the owner needs of this rank. Factors of W are all found anew, and of W alone."""
-    view, part = d.item.view, d.part
-    if _factors_weight(d):
-        assert view is not None and d.twin.view is not None
-        weight = d.twin.view.of(d.twin.param)
-        if part.side == "batch":
-            return [_along(weight, 0, part.spans)]
-        every = (0, view.m)
-        stored = part.grid.stored if part.grid else [Block(every, span) for span in part.spans]
-        places = [(..., slice(*rows), slice(*columns)) for rows, columns in stored]
-        return [Input(weight, (*view.batch, view.m, view.n), places)]
-    split, found = split_dims(d.item, d.chosen), []
-    if _gathers(d):
-        assert d.grad is not None
-        found.append(_along(d.grad, 0 if part.side == "batch" else d.grad.dim() - 1, part.spans))
-    keys = [key for key in d.entries if key in split]
-    return [*found, *(_along(d.state[key], split[key][0], part.spans) for key in keys)]
-
-
-def _factors_weight(d: Due) -> bool:
-    """Whether the owner needs the weight, and nothing else."""
-    return d.subspace.of_weight and not d.balanced
-
-
-def _gathers(d: Due) -> bool:
-    """Whether the owner needs the gradient itself."""
-    if d.balanced:
-        return False
-    remembers = d.chosen.residual.wants == "memory"  # then its norm is known to nobody
-    assert d.item.view is not None  # of a batch, matrices without a gradient keep their basis
-    return d.subspace.reads_grad or bool(d.item.view.batch) or remembers
-
-
 class Found(NamedTuple):
     """What the owner found."""
 
@@ -172,28 +153,38 @@ class Found(NamedTuple):
     entries: State
     """The new basis, whole."""
     moved: dict[str, BasisChange]
+    ok: Tensor | None = None
+    """Of what was found on an accelerator whether it was, 0-d bool."""
+    failure: Failure | None = None
+    """Why nothing was."""
+
+    def flag(self, device: torch.device) -> Tensor:
+        """How it ended, where it is sent from."""
+        if self.ok is None or self.end != failures.FOUND:
+            return failures.flag(self.end, device)
+        return self.ok.to(torch.uint8).view(1)
 
 
 def _find(d: Due, arrived: Sequence[Sequence[Tensor]]) -> Found:
     """Put the matrix together, and refresh as one process would."""
-    inputs, view = _inputs(d), d.item.view
+    inputs, view = inputs_of(d), d.item.view
     assert view is not None
     whole = [x.together([own[i] for own in arrived]) for i, x in enumerate(inputs)]
-    if _factors_weight(d):
+    if factors_weight(d):
         return _factored(d, whole[0])
     split = split_dims(d.item, d.chosen)
     state: State = {k: d.state[k].clone() for k in d.entries if k not in split}
     if d.balanced:
         state.update(zip([k for k in d.entries if k in split], whole, strict=True))
         return _balanced(d, state)
-    grad = whole.pop(0) if _gathers(d) else _as_informative(d).expand(view.m, view.n)
+    grad = whole.pop(0) if gathers(d) else _as_informative(d).expand(view.m, view.n)
     state.update(zip([k for k in d.entries if k in split], whole, strict=True))
     meta = torch.empty(view.shape, dtype=d.item.param.dtype, device="meta")
     plan = replace(d.item, param=meta, part=None)
     counters = {key: d.state[key] for key in ("refresh_step", "postponed")}
-    moved = find_(plan, {**state, **counters}, grad, d.step, d.chosen)
+    moved, ok = find_(plan, {**state, **counters}, grad, d.step, d.chosen)
     end = failures.POSTPONED if moved is None else failures.FOUND
-    return Found(end, state, moved or {})
+    return Found(end, state, moved or {}, ok)
 
 
 def _factored(d: Due, weight: Tensor) -> Found:
@@ -206,9 +197,10 @@ def _factored(d: Due, weight: Tensor) -> Found:
     )
     state = d.subspace.init(view, weight)
     state.update({k: d.state[k].clone() for k in state if on_host(k)})
-    moved = find_(plan, {**state, "postponed": d.state["postponed"]}, weight, d.step, d.chosen)
+    counters = {"postponed": d.state["postponed"]}
+    moved, ok = find_(plan, {**state, **counters}, weight, d.step, d.chosen)
     end = failures.POSTPONED if moved is None else failures.FOUND
-    return Found(end, state, moved or {})
+    return Found(end, state, moved or {}, ok)
 
 
 def _balanced(d: Due, state: State) -> Found:
@@ -254,8 +246,13 @@ def _sent(
     keys = [k for k in d.entries if k not in split]
     tensors = None
     if found is not None:
-        rotations = [_rotation(found, coord, side, f) for coord, side, f in _turns(d)]
-        tensors = [failures.flag(found.end), *(found.entries[k] for k in keys), *rotations]
+        rotations = [_rotation(found, coord, side, f, device) for coord, side, f in _turns(d)]
+        entries = [found.entries[k] for k in keys]
+        here = [
+            sent(x, device) if x.device != device or on_host(k) else x
+            for k, x in zip(keys, entries, strict=True)
+        ]
+        tensors = [found.flag(device), *here, *rotations]
     forms = [failures.FLAG, *(form(d.state[k]) for k in keys), *_forms(d)]
     end, *rest = collectives.broadcast(tensors, forms, owner, group, device)
     return Told(end, dict(zip(keys, rest, strict=False)), rest[len(keys) :])
@@ -289,9 +286,9 @@ def _turns(d: Due) -> list[tuple[str, int, Form]]:
     return [("low", side, square) for side in range(1 + subspace.two_sided)]
 
 
-def _rotation(found: Found, coord: str, side: int, f: Form) -> Tensor:
+def _rotation(found: Found, coord: str, side: int, f: Form, device: torch.device) -> Tensor:
     if found.end != failures.FOUND:
-        return torch.zeros(f.shape, dtype=f.dtype)
+        return torch.zeros(f.shape, dtype=f.dtype, device=device)
     turn = found.moved[coord].right if side else found.moved[coord].rotation
     assert turn is not None
     return turn()
@@ -310,7 +307,7 @@ def _scatter(
     if mine is not None and found is not None:
         for key, (dim, _) in _split_entries(mine).items():
             for own, (start, stop) in zip(outgoing, mine.part.spans, strict=True):
-                own.append(found.entries[key].narrow(dim, start, stop - start))
+                own.append(_piece(found, key, dim, start, stop))
     incoming = [
         [] if d is None else [form(d.state[key]) for key in _split_entries(d)] for d in jobs
     ]
@@ -323,30 +320,65 @@ def _scatter(
         result.entries.update(zip(_split_entries(d), arrived[owner], strict=True))
 
 
+def _piece(found: Found, key: str, dim: int, start: int, stop: int) -> Tensor:
+    """Of an entry; zeros of its shape where there is none, as others wait for something."""
+    x = found.entries[key]
+    if found.end == failures.RAISED:  # the entry is that of this rank alone
+        return x.new_zeros(*x.shape[:dim], stop - start, *x.shape[dim + 1 :])
+    return x.narrow(dim, start, stop - start)
+
+
 def _split_entries(d: Due) -> dict[str, tuple[int, int]]:
     split = split_dims(d.item, d.chosen)
     return {key: split[key] for key in d.entries if key in split}
 
 
-def _follow(d: Due, told: Told, here: bool) -> None:
-    """Keep the new basis, and let the moments that are here follow it."""
-    if told.end.item() != failures.FOUND:
-        if not here:  # the owner has counted it, and said why
-            d.state["postponed"] += 1
-        return
+def _follow(d: Due, told: Told) -> list[tuple[Tensor, Tensor]]:
+    """Keep the new basis, and let the moments that are here follow it.
+
+    An accelerator selects what was there where there is no new one. The host has to know where
+    vectors that it switches are those of new factors.
+
+    Returns:
+        Entries on the host, and what is to come into them.
+    """
+    found: Tensor | None = None
+    if on_accelerator(told.end) and not d.balanced:
+        found = (told.end == failures.FOUND).view(())
+    elif told.end.item() != failures.FOUND:
+        return []
     old = {key: d.state[key].clone() for key in d.entries}
-    held = d.momentum
+    held, counts = d.momentum, []
     for key, x in told.entries.items():
-        d.state[key].copy_(x)
+        into = d.state[key]
+        if on_host(key):
+            counts.append((into, x))
+        else:
+            into.copy_(x if found is None else torch.where(found, x, into))
     if d.balanced:
         seen = (torch.ones(()), True)
         refresh_(d.columns, d.state, d.twin.param, d.step, d.chosen, look=seen)
-        return
+        return counts
     new = {key: d.state[key] for key in d.entries}
     moved = d.subspace.changed(old, new) or told.moved(d) or _moved_here(old, new)
-    follow_(d.columns, d.state, moved, d.step, d.chosen)
+    if found is not None:
+        moved = {coord: _selected(own, found) for coord, own in moved.items()}
+    follow_(d.columns, d.state, moved, d.step, d.chosen, ok=found)
     if d.grad is not None:
         join_lost_(held, d.state, d.grad, d.chosen, moved.get("low"))
+    return counts
+
+
+def _selected(own: BasisChange, found: Tensor) -> BasisChange:
+    """Where nothing was found, indices of coordinates that stay."""
+
+    def stays(source: Tensor | None) -> Tensor | None:
+        if source is None:
+            return None
+        same = torch.arange(source.shape[-1], dtype=source.dtype, device=source.device)
+        return torch.where(found, source, same)
+
+    return own._replace(source=stays(own.source), source_right=stays(own.source_right))
 
 
 def _moved_here(old: State, new: State) -> dict[str, BasisChange]:

@@ -14,7 +14,7 @@ from lowrank_optim.engine.refresh import refresh_, refreshing_
 from lowrank_optim.engine.sharded import failures
 from lowrank_optim.engine.sharded.due import Due, owners, rounds_of
 from lowrank_optim.engine.sharded.failures import Failure
-from lowrank_optim.engine.sharded.owner import by_owner
+from lowrank_optim.engine.sharded.owner import by_owner, settle
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.collectives import form
 from lowrank_optim.subspaces.searches import Searching, together
@@ -53,8 +53,7 @@ def refresh_together(due: Sequence[Due]) -> None:
                 else:
                     scored.append((d, scores))
         _by_scores(scored)
-        for jobs in rounds_of(owned):
-            by_owner(jobs)
+        settle([ended for jobs in rounds_of(owned) for ended in by_owner(jobs)])
         refresh_replicas(copied)
 
 
@@ -69,7 +68,8 @@ def _by_scores(scored: Sequence[tuple[Due, Tensor]]) -> None:
         found = collectives.broadcast(sent, forms, part.first, part.copies, found[0].device)
     for (d, _), scores in zip(scored, found, strict=True):
         assert d.grad is not None
-        refresh_(d.columns, d.state, d.grad, d.step, d.chosen, look=(scores.sum(), scores))
+        look = scores.sum(), scores  # the same on all ranks, each of which asks its device later
+        refresh_(d.columns, d.state, d.grad, d.step, d.chosen, look=look, later=True)
 
 
 def refresh_replicas(due: Sequence[Due]) -> None:

@@ -1,0 +1,195 @@
+"""A refresh of shards on an accelerator: what its host waits for, and what it selects; on CPUs."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import lowrank_optim
+from lowrank_optim import LowRankOptimizer
+from lowrank_optim.sharding.parts import local
+from lowrank_optim.subspaces import svd
+from tests import cases
+from tests.compare import assert_close
+from tests.engine.watch import Watch
+from tests.sharded.ranks import Ranks, World
+
+Worlds = Callable[[int], Ranks]
+LAYERS = 4
+GAP: dict[str, Any] = {"rank": 3, "update_proj_gap": 2, "stagger": False}
+LATER = ("refresh_step", "postponed")
+"""What is known a step later, where each rank finds out by itself."""
+ON_HOST = "sharding/groups.py"
+"""Which ranks a mesh has is known to the host: no device is asked."""
+
+
+def made(
+    cls: str, options: dict[str, Any], mesh: DeviceMesh, layers: int, dtype: torch.dtype
+) -> tuple[nn.Module, LowRankOptimizer]:
+    """Equal layers under FSDP2, by rows."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16, bias=False, dtype=dtype) for _ in range(layers)))
+    fully_shard(model, mesh=mesh)
+    return model, getattr(lowrank_optim, cls)(model.named_parameters(), lr=1e-2, **options)
+
+
+def looks(world: World, asked: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, list[Any]]:
+    """What is waited for in the second and the third step, by place."""
+    mesh = init_device_mesh("cpu", (world.size,))
+    found: dict[str, list[Any]] = {}
+    for name, (cls, options) in asked.items():
+        model, optimizer = made(cls, options, mesh, LAYERS, torch.float32)
+        generator = torch.Generator().manual_seed(world.rank)
+        for step in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(32, 16, generator=generator)).square().mean().backward()
+            with Watch(optimizer) as seen:
+                optimizer.step()
+            where = {k: n for k, n in seen.where.items() if k.split()[0] != ON_HOST}
+            if step:
+                found.setdefault(name, []).append(where)
+    return found
+
+
+EIGH, SVD = "subspaces/randomized.py eigh", "subspaces/svd.py _driven"
+SETTLED = {"engine/sharded/owner.py settle": 1}
+WAITS: dict[str, tuple[str, dict[str, Any], dict[str, int], dict[str, int]]] = {
+    "rsvd": ("GaLoreAdamW", {**GAP, "projector": "rsvd"}, {}, {EIGH: 2, **SETTLED}),
+    "svd": ("GaLoreAdamW", {**GAP, "projector": "svd", "on_refresh": "project"}, {},
+            {SVD: 2, **SETTLED}),
+    "LDAdam": ("LDAdamW", {"rank": 3}, SETTLED, SETTLED),
+    "dct": ("GaLoreAdamW", {**GAP, "projector": "dct"}, {}, {}),
+    "SST": ("SSTAdamW", {"rank": 3, "factors": "active", "steps_per_iteration": 2,
+                         "stagger": False}, {}, {"subspaces/factors.py _driven": 2, **SETTLED}),
+    "SwitchLoRA": ("SwitchLoRAAdamW", {"rank": 3, "restart_every": 2}, {},
+                   {"subspaces/lora.py balanced": 2, "engine/sharded/owner.py _follow": 4,
+                    **SETTLED}),
+}  # fmt: skip
+"""Class, options, and what is waited for in a step and in a refresh of four matrices by two ranks:
+each finds two."""
+
+
+def test_what_a_refresh_of_shards_waits_for(ranks: Worlds) -> None:
+    """The status of each factorisation that a rank makes, and one answer of all owners.
+
+    It was 22 of ``rsvd`` and of ``svd``, and 4 in each step between.
+    """
+    asked = {name: row[:2] for name, row in WAITS.items()}
+    for found in ranks(2).run("looks", looks, asked=asked).checked():
+        for name, (_, _, plain, refresh) in WAITS.items():
+            assert found[name] == [plain, refresh], (name, found[name])
+
+
+def trained(
+    forced: bool, cls: str, options: dict[str, Any], mesh: DeviceMesh, bad: float
+) -> tuple[dict[str, Tensor], dict[str, int], list[float]]:
+    """Parts of weights and of a state, what was postponed, and when bases were found.
+
+    At a refresh the gradient of a layer is ``bad``, or its weight where that is factored.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        cases.branching(patch, lambda tensor: forced)
+        model, optimizer = made(cls, options, mesh, 3, torch.float64)
+        params = list(model.parameters())
+        generator = torch.Generator().manual_seed(mesh.get_rank())
+        ends: dict[str, Tensor] = {}
+        for step in range(6):
+            optimizer.zero_grad()
+            model(
+                torch.randn(32, 16, generator=generator, dtype=torch.float64)
+            ).square().mean().backward()
+            kept, of_weight = local(params[1].detach()).clone(), cls.startswith("SST")
+            if step == 2:
+                x = params[1].grad if not of_weight else params[1].detach()
+                assert x is not None
+                local(x).fill_(bad)
+            optimizer.step()
+            if step == 2 and of_weight:
+                local(params[1].detach()).copy_(kept)
+            ends[f"{step} weights"] = torch.cat([local(p.detach()).reshape(-1) for p in params])
+            state = optimizer.state[params[1]]
+            ends |= {f"{step} {k}": local(x).clone() for k, x in state.items() if k not in LATER}
+        counts = optimizer.postponed_refreshes()
+        return ends, counts, [float(optimizer.state[p]["refresh_step"]) for p in params]
+
+
+def selected(world: World, asked: list[tuple[str, str]]) -> dict[str, list[Any]]:
+    """Runs of a host that decides, and of a device that selects."""
+    mesh = init_device_mesh("cpu", (world.size,))
+    found: dict[str, list[Any]] = {}
+    for name, on_refresh in asked:
+        cls, options = WAITS[name][0], {**WAITS[name][1], "on_refresh": on_refresh}
+        for bad in (torch.nan,) if cls == "SSTAdamW" else (0.0, torch.nan):
+            runs = [trained(forced, cls, options, mesh, bad) for forced in (False, True)]
+            found.setdefault(name, []).append(runs)
+    return found
+
+
+def test_what_a_device_selects_is_what_a_host_decides(ranks: Worlds) -> None:
+    """A zero and a NaN at a refresh: the same weights, counts and turns."""
+    asked = [("svd", "project"), ("LDAdam", "project"), ("dct", "project")]
+    asked += [("svd", "reset"), ("SST", "reset"), ("SST", "project")]
+    for found in ranks(2).run("selected", selected, asked=asked).checked():
+        for name, runs in found.items():
+            for want, got in runs:
+                # momentum is of use to LDAdam where a gradient is not
+                assert name == "LDAdam" or want[1] == {"1.weight": 1}
+                assert got[1:] == want[1:], name
+                for key, x in want[0].items():
+                    assert_close(got[0][key], x)
+
+
+def raising(world: World) -> list[tuple[str, bool]]:
+    """What each step raised where rank 1 once has no memory, and whether it was undone."""
+    mesh = init_device_mesh("cpu", (world.size,))
+    model, optimizer = made("GaLoreAdamW", WAITS["svd"][1], mesh, 4, torch.float64)
+    params, found = list(model.parameters()), []
+    honest = svd._driven
+
+    def fails(x: Tensor) -> Tensor:
+        if world.rank == 1:
+            raise MemoryError("no memory")
+        return honest(x)
+
+    for step in range(4):
+        optimizer.zero_grad()
+        x = torch.randn(32, 16, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        model(x).square().mean().backward()
+
+        def held() -> list[Tensor]:
+            states = [x for p in params for x in optimizer.state[p].values()]
+            return [local(x.detach()).clone() for x in (*params, *states)]
+
+        before, said = held() if step else [], ""
+        with pytest.MonkeyPatch.context() as patch:
+            cases.branching(patch, lambda tensor: True)
+            if step == 2:
+                patch.setattr(svd, "_driven", fails)
+            try:
+                optimizer.step()
+            except (RuntimeError, MemoryError) as error:
+                said = f"{type(error).__name__}: {error}"
+        after = held()
+        same = bool(before) and all(map(torch.equal, before, after))
+        found.append((said, same))
+    return found
+
+
+def test_an_owner_that_raises_on_a_device_is_told_to_all_and_undone(ranks: Worlds) -> None:
+    """After the other matrices: nothing of the step is left, and the next one goes."""
+    first, second = ranks(2).run("raising", raising).checked()
+    for found in (first, second):
+        assert [said for said, _ in (*found[:2], found[3])] == [""] * 3
+        assert [same for _, same in found] == [False, False, True, False]
+    assert first[2][0].startswith("RuntimeError: rank 1 could not refresh 1.weight: MemoryError")
+    assert second[2][0].startswith("MemoryError: no memory")
