@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils import clip_grad_norm_
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import LlamaConfig
 
 from lowrank_optim import memory, methods
@@ -22,6 +25,8 @@ from lowrank_optim.ops import devices
 from tests.memory.trained import Tracker
 from tests.sharded.ranks import World
 
+PATIENCE = 20.0
+"""Seconds within which a thread of gloo lets go of what it sent."""
 LLAMA = {"hidden_size": 64, "intermediate_size": 176, "vocab_size": 256}
 LLAMA |= {"num_attention_heads": 2, "num_hidden_layers": 2}
 TOKENS = (2, 32)
@@ -72,6 +77,77 @@ def as_accelerator() -> Iterator[None]:
         devices.HOSTS = before
 
 
+class OfMessages(Tracker):
+    """One that counts no message that is done.
+
+    A thread of gloo lets go of a message's tensors some milliseconds after ``wait`` has returned,
+    and the rank that goes on meanwhile has them beside what it makes next.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sent: list[Any] = []
+        """Tensors of messages, weakly."""
+        self._waits = False
+        self._before: Any = None
+
+    def __enter__(self) -> OfMessages:
+        self._before = before = dist.Work.wait
+
+        def wait(work: Any, *args: Any) -> Any:
+            self._waits = True  # gloo works on some tensors then, and holds them
+            try:
+                return before(work, *args)
+            finally:
+                self._waits = False
+
+        dist.Work.wait = wait
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        dist.Work.wait = self._before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self._waits:
+            self.settle()
+        if func.namespace == "c10d":  # of tensors that none but those who send them hold
+            args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {}))
+            own = (x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+            self._sent += [torch._C._WeakTensorRef(x) for x in own]
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def settle(self) -> None:
+        """Wait until nobody holds what was sent."""
+        end = time.monotonic() + PATIENCE
+        while any(not x.expired() for x in self._sent):
+            if time.monotonic() > end:
+                raise TimeoutError(f"what was sent is still held after {PATIENCE} seconds")
+            time.sleep(0)
+        self._sent = []
+
+    def piece(self, work: Callable[[], Any]) -> int:
+        """Most bytes alive at once during ``work``."""
+        self.settle()
+        return super().piece(work)
+
+
+def messages(world: World, count: int) -> int:
+    """Most bytes alive while messages of 64 KiB come and go, one after the other."""
+
+    def work() -> None:
+        for _ in range(count):
+            sent = torch.empty(2**14)
+            arrived = torch.empty_like(sent)
+            dist.all_to_all_single(arrived, sent)
+            del sent, arrived
+
+    tracker = OfMessages()
+    with tracker:
+        return tracker.piece(work)
+
+
 def _made(shard: str | None, dtype: torch.dtype, sizes: dict[str, int]) -> nn.Module:
     torch.manual_seed(0)
     model = model_of(config(**sizes), dtype).train()
@@ -117,7 +193,7 @@ def _peaks(
     SHARDS[shard](model, mesh)
     batch = batch_for(model)
     optimizer = class_of(name)(model.named_parameters(), **options)
-    tracker, most = Tracker(), dict[str, int]()
+    tracker, most = OfMessages(), dict[str, int]()
     tracker.track_external(model, *batch.values(), optimizer)
     with tracker:
         before = tracker.now()
