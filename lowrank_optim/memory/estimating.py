@@ -67,7 +67,8 @@ class Training:
     def forward_and_backward(self) -> tuple[Any, ...]:
         """What they depend on, apart from the coordinates that gradients become."""
         run = self.tokens, self.checkpointing, self.loss, self.loss_chunk, self.autocast
-        return self.in_backward == "step", self.accumulation_steps, *run
+        mode = self.in_backward if self.world is not None or self.in_backward == "step" else None
+        return mode, self.accumulation_steps, *run
 
     @property
     def attached(self) -> tuple[Any, ...]:
@@ -211,7 +212,8 @@ def estimate(
         autocast,
     )
     with among(world_size, shard) as world:
-        training = replace(training, world=world)
+        if world is not None:  # ranks find first bases together, in a step
+            training = replace(training, world=world, first_basis="boundary")
         found = estimated(module, cls, training, groups, options, {})
     if world_size is None:
         return found
@@ -384,6 +386,7 @@ def _flight(
                 autocast=training.autocast,
                 device=training.device,
                 sharded=None if world is None else world.sharded,
+                mode=training.in_backward,
             )
     found: Flight = known[flying]
     return found

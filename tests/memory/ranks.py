@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import LlamaConfig
 
-from lowrank_optim import memory, methods
+from lowrank_optim import attach_in_backward, memory, methods
 from lowrank_optim.distributed import shard_placement_fn
 from lowrank_optim.memory.activations import _as_on_a_gpu, checkpoint_layers
 from lowrank_optim.memory.inputs import batch_of, model_of
@@ -61,9 +61,9 @@ def class_of(name: str) -> Any:
     return getattr(methods, name, None) or getattr(torch.optim, name)
 
 
-def batch_for(model: nn.Module) -> dict[str, torch.Tensor]:
+def batch_for(model: nn.Module, tokens: tuple[int, int] = TOKENS) -> dict[str, torch.Tensor]:
     """Tokens that tell every matrix something: a refresh that finds nothing comes again."""
-    shape = batch_of(model, TOKENS)
+    shape = batch_of(model, tokens)
     return {key: torch.randint(LLAMA["vocab_size"] - 1, x.shape) for key, x in shape.items()}
 
 
@@ -186,13 +186,18 @@ def _peaks(
     sizes: dict[str, int] | None = None,
     checkpointing: bool = False,
     accumulation_steps: int = 1,
+    mode: Any = None,
+    tokens: tuple[int, int] = TOKENS,
 ) -> dict[str, int]:
     model = _made(shard, dtype, sizes or {})
     if checkpointing:
         checkpoint_layers(model)
     SHARDS[shard](model, mesh)
-    batch = batch_for(model)
+    batch = batch_for(model, tokens)
     optimizer = class_of(name)(model.named_parameters(), **options)
+    if mode is not None:
+        own = {"accumulation_steps": accumulation_steps} if mode == "step" else {}
+        attach_in_backward(optimizer, mode, **own)
     tracker, most = OfMessages(), dict[str, int]()
     tracker.track_external(model, *batch.values(), optimizer)
     with tracker:
@@ -202,7 +207,8 @@ def _peaks(
             loss_by("transformers", model, batch).backward()
 
         def step() -> None:
-            clip_grad_norm_(model.parameters(), 1.0)
+            if mode is None:
+                clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
 
         for n in range(4):
