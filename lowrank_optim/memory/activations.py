@@ -58,8 +58,13 @@ class Flight(NamedTuple):
     """In their order."""
 
     @property
-    def after_the_first(self) -> Flight:
-        """Without what arrives in a first backward alone."""
+    def begun(self) -> Flight:
+        """With arrivals of a first backward; where none are told apart, with all."""
+        return self._replace(arrivals=tuple(a for a in self.arrivals if a.first) or self.arrivals)
+
+    @property
+    def after(self) -> Flight:
+        """With arrivals of later ones."""
         return self._replace(arrivals=tuple(a for a in self.arrivals if not a.first))
 
 

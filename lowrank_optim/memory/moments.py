@@ -64,13 +64,16 @@ def _inside(
     units = list(dict.fromkeys(a.unit for a in arrivals))
     firsts = rehearsal.arrivals("first", units=units)  # and the state that others need
     passing = rehearsal.arrivals("none", units=units)
-    later = None if flight is None else flight.after_the_first
+    first, later = (None, None) if flight is None else (flight.begun, flight.after)
     beside = {"backward": backward, "step": _arriving(gradients, later, passing, again=again)}
     refresh: dict[Unit, int] = {}
     if rehearsal.refreshes:
         others = rehearsal.arrivals("all", units=units)
         refresh = {unit: max(size, others[unit]) for unit, size in firsts.items()}
-        beside["refresh"] = _arriving(gradients, flight, refresh, again=again)
+        beside["refresh"] = max(
+            _arriving(gradients, first, firsts, again=again),
+            _arriving(gradients, later, others, again=again),
+        )
     return Worst(beside, max(passing.values(), default=0), max(refresh.values(), default=0))
 
 

@@ -213,8 +213,12 @@ class Rehearsal:
         found: dict[Unit, int] = {}
         with self._within():
             self._prepared(due)
-            if due == "all" and self._mode == "step" and self._takes_turns:
-                found = self._known[due, passes, units] = self._switching(units)
+            switches = due == "all" and self._mode == "step" and self._takes_turns
+            if switches or (due == "first" and self._mode == "step" and self._sharded):
+                found = self._in_turn(units)
+                if switches:
+                    found = {unit: max(0, size) for unit, size in found.items()}
+                self._known[due, passes, units] = found
                 return dict(found)
             for unit, kind in self._ordered(units):
                 if kind not in known:
@@ -237,8 +241,8 @@ class Rehearsal:
         rest = [] if self._sharded else [(n,) for n in reversed(kinds) if n not in told]
         return [(unit, tuple(kinds[n] for n in unit)) for unit in (*own, *rest)]
 
-    def _switching(self, units: Sequence[Unit]) -> dict[Unit, int]:
-        """The same of a step in which blocks switch: moments of one turn come, and others go.
+    def _in_turn(self, units: Sequence[Unit]) -> dict[Unit, int]:
+        """The same of a step in which state comes, or moments of one turn come and others go.
 
         So each counts beyond what is there once all of them have been stepped.
         """
@@ -255,7 +259,7 @@ class Rehearsal:
         self._finish()
         after = Alive("meta", self._sized)
         after.hold([*self._held()])
-        return {unit: max(0, size - after.now) for unit, size in most.items()}
+        return {unit: size - after.now for unit, size in most.items()}
 
     @property
     def _takes_turns(self) -> bool:
