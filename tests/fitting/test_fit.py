@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -416,14 +417,16 @@ def test_the_loss_is_that_of_every_estimate_with_tokens(monkeypatch):
 
 
 def test_of_two_gpus_each_has_the_budget():
-    """The largest ranks of which one of them has room, and one alone has room for fewer."""
-    model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64))
+    """The largest ranks of which one of them has room, where one alone has room for none."""
+    layers = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))  # each gathered by itself
+    model = nn.Sequential(OrderedDict(layers=layers))
     own = {"optimizers": TINY, "state_dtypes": ["float32"], "in_backward": [None]}
     own |= {"state_devices": [None], "device": "cuda"}
     some = {"device": "cuda", "world_size": 2}
     budget = peak(model, 24, **some) + 1e-9
     found = fit(model, budget, world_size=2, **own)
-    assert max(fit(model, budget, **own).ranks.values()) < 24
+    with pytest.raises(ValueError, match="nothing fits"):
+        fit(model, budget, **own)
     assert found.estimate.world_size == found.world_size == 2 and set(found.ranks.values()) == {24}
     assert f"of {budget:.6g} GiB without activations, each of 2 GPUs" in str(found)
     assert found.estimate.peak / GIB == peak(model, None, groups=found.groups, **some) <= budget
