@@ -422,7 +422,8 @@ def test_of_two_gpus_each_has_the_budget():
     model = nn.Sequential(OrderedDict(layers=layers))
     own = {"optimizers": TINY, "state_dtypes": ["float32"], "in_backward": [None]}
     own |= {"state_devices": [None], "device": "cuda"}
-    some = {"device": "cuda", "world_size": 2}
+    own |= {"transients": False}
+    some = {"device": "cuda", "world_size": 2, "transients": False}
     budget = peak(model, 24, **some) + 1e-9
     found = fit(model, budget, world_size=2, **own)
     with pytest.raises(ValueError, match="nothing fits"):
