@@ -92,7 +92,7 @@ def check_tokens(
             raise Refused(f"{flag} has no effect without --tokens, which counts activations")
 
 
-def check_alone(world_size: int | None, modes: Sequence[str], measuring: bool) -> None:
+def check_alone(world_size: int | None, measuring: bool) -> None:
     """Raise for what is of one GPU, where figures are of one of several.
 
     Raises:
@@ -100,12 +100,6 @@ def check_alone(world_size: int | None, modes: Sequence[str], measuring: bool) -
     """
     if world_size is None:
         return
-    others = [mode for mode in modes if mode != "none"]
-    if others:
-        raise Refused(
-            f"--in-backward {others[0]} with --world-size: what lives of gradients then is not "
-            "known without a run. Leave it out, for a bound: all gradients of a GPU live"
-        )
     if measuring:
         raise Refused("--measure trains on one GPU: leave --world-size out")
 

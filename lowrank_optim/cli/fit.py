@@ -86,6 +86,11 @@ from lowrank_optim.stores import STORES
     help="Of the weights of a model that is not your own.  [default: bfloat16]",
 )
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="That trains.  [default: cuda]")
+@click.option(
+    "--world-size",
+    type=COUNT,
+    help="GPUs among which FSDP2 shards the model: the budget is each's.",
+)
 @click.option("--json", "as_text", is_flag=True, help="Print the plan as JSON, and nothing else.")
 @click.option(
     "--save", type=click.Path(dir_okay=False, path_type=Path), help="Write the plan as JSON."
@@ -112,6 +117,7 @@ def fit(
     least: int | None,
     dtype: str | None,
     device: str | None,
+    world_size: int | None,
     as_text: bool,
     save: Path | None,
 ) -> None:
@@ -149,6 +155,7 @@ def fit(
         least=least,
         host_gib=host_gib,
         device=device or "cuda",
+        world_size=world_size,
         **options_of(pairs),
     )
     if save is not None:

@@ -153,7 +153,7 @@ def memory(
     allocated but with --measure, and nothing is downloaded.
     """
     budget = round(budget_gib * GIB)
-    check_alone(world_size, modes, measuring)
+    check_alone(world_size, measuring)
     if measuring:
         really.check(tokens, budget, device, loss)
     if picture is not None and find_spec("matplotlib") is None:

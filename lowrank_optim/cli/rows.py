@@ -18,6 +18,7 @@ from lowrank_optim.memory.checks import check_loss, class_of
 from lowrank_optim.memory.estimating import Training, among, device_of, estimated
 from lowrank_optim.memory.losses import LOSSES
 from lowrank_optim.memory.world import check_world
+from lowrank_optim.optimizer import LowRankOptimizer
 
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 HOSTED = "moments on host"
@@ -61,7 +62,7 @@ def columns(
 ) -> tuple[Column, ...]:
     """The columns that options ask for; empty and None are no choice.
 
-    Of several GPUs it is the one without a mode.
+    Of several GPUs it is the one without a mode, if none is asked for.
     """
     modes = modes or (("none", "step", "project") if world_size is None else ("none",))
     found: list[Column] = []
@@ -177,7 +178,7 @@ def measure(
     own = Training(tokens=tokens, checkpointing=checkpointing, **forward)
     own = replace(own, device=device_of(module, device))
     with among(world_size) as world:
-        return _measured(module, chosen, asked, replace(own, world=world))
+        return _measured(module, chosen, asked, own.on(world))
 
 
 def _measured(
@@ -202,6 +203,10 @@ def _measured(
                 accumulation_steps=column.accumulation_steps,
                 coords_dtype=column.coords_dtype,
             )
+            ours = issubclass(class_of(choice.optimizer), LowRankOptimizer)
+            if training.world is not None and column.in_backward is not None and not ours:
+                peaks[column] = None  # attach_in_backward is for classes of this package
+                continue
             try:
                 peaks[column] = one(choice, training)
             except ValueError as error:

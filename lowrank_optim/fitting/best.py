@@ -19,6 +19,7 @@ from lowrank_optim.groups.names import bare
 from lowrank_optim.memory.autocast import Autocast
 from lowrank_optim.memory.inputs import model_of
 from lowrank_optim.memory.losses import Loss
+from lowrank_optim.memory.world import Shard, check_world
 
 
 def fit(
@@ -45,6 +46,8 @@ def fit(
     coords_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    world_size: int | None = None,
+    shard: Shard | None = None,
     **options: Any,
 ) -> Plan:
     r"""The best plan to train ``model`` within a budget: method, mode, store, and every rank.
@@ -103,6 +106,11 @@ def fit(
         device: as of :func:`lowrank_optim.memory.estimate`: where training is to run (default: the
             device of the model's parameters; an accelerator for those on the meta device and for a
             configuration).
+        world_size: plan for so many GPUs among which FSDP2 shards the model, with the budget of
+            each: as of :func:`lowrank_optim.memory.estimate`. No rank of a matrix depends on which
+            GPU plans, as all count those of the first, which holds the most; ``plan.optimizer``
+            of the sharded model looks whether all have the same (default: None, one process).
+        shard: likewise.
         **options: further arguments of every optimizer.
 
     Returns:
@@ -146,11 +154,14 @@ def fit(
         dtype=dtype,
         device=device,
         options=options,
+        world_size=world_size,
     )
     named = named_optimizers(optimizers, options)
     if not isinstance(model, nn.Module):
         with torch.device("meta"):
             model = model_of(model, dtype or torch.bfloat16)
+    for cls, _ in named:
+        check_world(model, cls, world_size, shard, None)
     matrices = matrices_of(model, asked.least, target_modules)
     if not matrices:
         raise ValueError(
@@ -170,6 +181,8 @@ def fit(
         autocast=autocast,
         transients=transients,
         device=asked.device,
+        world_size=world_size,
+        shard=shard,
     )
     search = Search(costs, asked, ways(named, asked))
     way = search.way()
@@ -192,6 +205,7 @@ def fit(
         budget=asked.budget.device,
         coords_dtype=coords_dtype,
         device=asked.device,
+        world_size=world_size,
         gave_up=tuple(concessions(search, way, ranks, spectrum)),
         dense=_sizes(model, matrices, trained=True),
         frozen=_sizes(model, matrices, trained=False),

@@ -15,6 +15,7 @@ from lowrank_optim.groups.names import bare
 from lowrank_optim.memory import GIB, Estimate, estimate
 from lowrank_optim.memory.autocast import Autocast
 from lowrank_optim.memory.losses import Loss
+from lowrank_optim.memory.world import Shard
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.tensors.matrix import MatrixView, matrix_view
 
@@ -129,6 +130,8 @@ class Costs:
         autocast: Autocast | None,
         transients: bool,
         device: str,
+        world_size: int | None = None,
+        shard: Shard | None = None,
     ) -> None:
         self.model, self.matrices, self.tokens = model, matrices, tokens
         self._least = [least] * len(matrices)
@@ -137,6 +140,8 @@ class Costs:
             "accumulation_steps": accumulation_steps,
             "coords_dtype": coords_dtype,
             "device": device,
+            "world_size": world_size,
+            "shard": shard,
         }
         self._run: dict[str, Any] = {"tokens": tokens, "checkpointing": checkpointing, "loss": loss}
         self._run |= {"loss_chunk": loss_chunk, "autocast": autocast, "transients": transients}
@@ -199,12 +204,18 @@ class Costs:
             return estimate(
                 self.model,
                 way.optimizer,
-                groups=lambda _: with_ranks(self._groups, by_name),
+                groups=lambda module: with_ranks(self._groups_of(module), by_name),
                 in_backward=way.in_backward,
                 **(self._run if counted else {"transients": False}),
                 **self._common,
                 **way.arguments,
             )
+
+    def _groups_of(self, module: nn.Module) -> Sequence[Group]:
+        """Of the model, or of its shards."""
+        if module is self.model:
+            return self._groups
+        return dense_groups(module, [m.name for m in self.matrices])
 
     def refuses(self, way: Way, ranks: Sequence[int]) -> str | None:
         """Why the method has no such mode; None if it has.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lowrank_optim.backward.attach import attach_in_backward
@@ -22,6 +25,9 @@ from lowrank_optim.groups.values import check_module, whole
 from lowrank_optim.memory import GIB, Estimate, estimate
 from lowrank_optim.memory.checks import check_device
 from lowrank_optim.optimizer import LowRankOptimizer
+from lowrank_optim.sharding import collectives
+from lowrank_optim.sharding.collectives import form
+from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.tensors.matrix import matrix_view
 
 PLAIN = frozenset(("lr", "betas", "eps", "weight_decay", "scale", "maximize"))
@@ -54,6 +60,8 @@ class Plan:
     """Parameters that are not trained, and bytes of each."""
     device: str | None = None
     """The type of the one to train on; None is that of the model."""
+    world_size: int | None = None
+    """GPUs among which FSDP2 shards the model, with the budget each; None of one process."""
     energy: float | None = None
     """Share of the energy of the gradients of ``calibrate`` that the ranks capture."""
 
@@ -86,6 +94,7 @@ class Plan:
             **arguments: of the constructor, such as ``lr`` and ``weight_decay``.
 
         Raises:
+            RuntimeError: the model is sharded, and other ranks have another plan.
             ValueError: as :meth:`groups`, or an argument changes what the plan has counted.
         """
         own = {**self.arguments, **arguments}
@@ -96,7 +105,9 @@ class Plan:
                 f"{', '.join(named)} would change the memory that this plan counts: give it to "
                 "fit(), which plans with it"
             )
-        return self.optimizer_class(self.groups(model), **own)
+        groups = self.groups(model)
+        self._check_alike(model)
+        return self.optimizer_class(groups, **own)
 
     def attach(self, optimizer: LowRankOptimizer, **arguments: Any) -> InBackward | None:
         """:func:`lowrank_optim.attach_in_backward` as planned; None where nothing is to attach.
@@ -188,7 +199,8 @@ class Plan:
         lines = [
             f"{self.optimizer_class.__name__}({own}); {mode}; {steps} a step",
             f"peak {gib(self.estimate.peak)} GiB of {self.budget / GIB:.6g} GiB"
-            + " without activations" * (self.estimate.activations is None),
+            + " without activations" * (self.estimate.activations is None)
+            + (f", each of {self.world_size} GPUs" if self.world_size else ""),
         ]
         if self.estimate.staging:
             lines[1] += f", and {gib(self.estimate.pinned)} GiB of the host"
@@ -213,16 +225,48 @@ class Plan:
         return self._estimated(model, arguments) != self._estimated(model, self.arguments)
 
     def _estimated(self, model: nn.Module, arguments: Mapping[str, Any]) -> Estimate:
+        here = any(map(is_sharded, model.parameters()))  # what this rank has, is all there is
         return estimate(
             model,
             self.optimizer_class,
             groups=self.groups,
-            in_backward=self.in_backward,
+            in_backward=None if here else self.in_backward,
             accumulation_steps=self.accumulation_steps,
             coords_dtype=self.coords_dtype,  # type: ignore[arg-type]
             device=self.device,
+            world_size=None if here else self.world_size,
             **arguments,
         )
+
+    def _check_alike(self, model: nn.Module) -> None:
+        """Raise, on every rank, unless all that share a parameter have the same plan.
+
+        Raises:
+            RuntimeError: they have not.
+        """
+        shards: list[Any] = [p for p in model.parameters() if is_sharded(p)]
+        by_mesh = {p.device_mesh: p for p in shards}
+        told = self.optimizer_class.__name__, self.in_backward, sorted(self.ranks.items())
+        own = sorted(self.arguments.items()), self.accumulation_steps, self.coords_dtype
+        digest = hashlib.sha256(repr((told, own)).encode()).digest()
+        for mesh, param in by_mesh.items():
+            for group in mesh.get_all_groups():
+                mine = torch.tensor([*map(int, digest[:8])], device=local(param).device)
+                (first,) = collectives.broadcast(
+                    [mine] if dist.get_rank(group) == 0 else None,
+                    [form(mine)],
+                    0,
+                    group,
+                    mine.device,
+                )
+                others = (first != mine).any().double()
+                collectives.sum_([others], group)
+                if others > 0:
+                    raise RuntimeError(
+                        "ranks have different plans: each would step other shapes. Let one call "
+                        "fit(), and all others read its Plan.to_json(), or give fit() the same "
+                        "micro-batches to calibrate on every rank"
+                    )
 
     def _check_values(self) -> None:
         """Raise for values that no plan has.
@@ -242,6 +286,10 @@ class Plan:
                 f"accumulation_steps must be a positive int, got {self.accumulation_steps!r}"
             )
         check_device(self.device)
+        if not whole(1, none=True).holds(self.world_size):
+            raise ValueError(
+                f"world_size of a plan must be None or a number of GPUs, got {self.world_size!r}"
+            )
 
     def _check(self, model: nn.Module) -> None:
         """Raise unless this is a plan of ``model``.

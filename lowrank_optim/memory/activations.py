@@ -20,27 +20,33 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.overrides import TorchFunctionMode
 
+from lowrank_optim.backward.shards import Together, alone, keep_shard
 from lowrank_optim.memory.alive import Alive
 from lowrank_optim.memory.autocast import Autocast, casting, run_again
 from lowrank_optim.memory.blocks import Sized
 from lowrank_optim.memory.gathered import without_activations
 from lowrank_optim.memory.inputs import batch_of, innermost
 from lowrank_optim.memory.losses import Loss, loss_by
-from lowrank_optim.sharding.parts import local
+from lowrank_optim.sharding.parts import is_sharded, local
 
 Left = Sequence[tuple[Sequence[int], torch.dtype]]
 """Shapes and dtypes of the tensors that take a gradient's place, if any does."""
 
 
-class Arrival(NamedTuple):
-    """A gradient is complete."""
+Unit = tuple[int, ...]
+"""Parameters of the model, by number, whose gradients are there at once: one, or several shards."""
 
-    number: int
-    """Of its parameter in the model."""
+
+class Arrival(NamedTuple):
+    """A gradient is complete; of FSDP2 those that one message brought."""
+
+    unit: Unit
     again: bool
     """Whether one of an earlier micro-batch was there."""
     alive: int
     """Bytes of activations and gradients at that moment, this gradient included."""
+    first: bool = False
+    """Whether it is of a first backward, in which the last of a message is not known yet."""
 
 
 class Flight(NamedTuple):
@@ -50,6 +56,16 @@ class Flight(NamedTuple):
     """Bytes alive at once."""
     arrivals: tuple[Arrival, ...]
     """In their order."""
+
+    @property
+    def begun(self) -> Flight:
+        """With arrivals of a first backward; where none are told apart, with all."""
+        return self._replace(arrivals=tuple(a for a in self.arrivals if a.first) or self.arrivals)
+
+    @property
+    def after(self) -> Flight:
+        """With arrivals of later ones."""
+        return self._replace(arrivals=tuple(a for a in self.arrivals if not a.first))
 
 
 WITHOUT_VALUES = (
@@ -197,6 +213,7 @@ def in_flight(
     autocast: Autocast | None = None,
     device: str = "meta",
     sharded: Callable[[nn.Module], nn.Module] | None = None,
+    mode: Literal["project", "step"] | None = None,
 ) -> Flight:
     """Bytes of activations and gradients alive at once, at most and as each gradient arrives.
 
@@ -220,6 +237,7 @@ def in_flight(
         autocast: as of :func:`lowrank_optim.memory.estimate`.
         device: the type of the one to train on.
         sharded: shards the copy that runs (default: None, which leaves it whole).
+        mode: of ``attach_in_backward``, where the copy is sharded.
 
     Raises:
         NotImplementedError: the model cannot run without memory, or has no such loss.
@@ -247,10 +265,26 @@ def in_flight(
         )
         alive, parts, done = Alive(sized=sized), dict[Tensor, list[Tensor]](), 0
         arrivals: list[Arrival] = []
+        steps = range(2) if sharded is not None and mode == "step" else range(1)
+
+        def stepped(params: Sequence[Tensor]) -> None:
+            unit = tuple(numbers[p] for p in params)
+            arrivals.append(Arrival(unit, passes > 1, alive.now, first=step == 0))
+            for p in params:
+                p.grad = None
+
+        together = Together(stepped)
 
         def arrived(param: Tensor) -> None:
-            arrivals.append(Arrival(numbers[param], done > 0, alive.now))
+            if is_sharded(param) and mode == "step":
+                if done == passes - 1:
+                    together.arrived(param)
+                return
+            arrivals.append(Arrival((numbers[param],), done > 0, alive.now))
             found = left(numbers[param], done == passes - 1)
+            if is_sharded(param) and mode == "project":
+                assert param.grad is not None
+                keep_shard(param, alone(local(param.grad)))
             if found is not None:
                 if param not in parts:
                     parts[param] = [torch.empty(tuple(s), dtype=kept) for s, kept in found]
@@ -262,9 +296,9 @@ def in_flight(
                 own.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
         alive.leave_out([*map(local, numbers), *model.buffers(), *batch.values()])
         with alive:
-            while done < passes:
-                _run(model, run, casting(autocast, device))
-                done += 1
+            for step in steps:  # noqa: B007  read by the hooks
+                for done in range(passes):  # noqa: B007
+                    _run(model, run, casting(autocast, device))
         return Flight(alive.most, tuple(arrivals))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_optim.backward.projecting import check_choices, check_projecting
-from lowrank_optim.memory.activations import Flight, Left, in_flight
+from lowrank_optim.memory.activations import Flight, Left, Unit, in_flight
 from lowrank_optim.memory.autocast import Autocast, check_autocast
 from lowrank_optim.memory.blocks import CACHING, sized_on
 from lowrank_optim.memory.checks import (
@@ -63,11 +63,16 @@ class Training:
     world: World | None = None
     """The ranks among which FSDP2 shards the model."""
 
+    def on(self, world: World | None) -> Training:
+        """The same among ranks, which find first bases together, in a step."""
+        return self if world is None else replace(self, world=world, first_basis="boundary")
+
     @property
     def forward_and_backward(self) -> tuple[Any, ...]:
         """What they depend on, apart from the coordinates that gradients become."""
         run = self.tokens, self.checkpointing, self.loss, self.loss_chunk, self.autocast
-        return self.in_backward == "step", self.accumulation_steps, *run
+        mode = self.in_backward if self.world is not None or self.in_backward == "step" else None
+        return mode, self.accumulation_steps, *run
 
     @property
     def attached(self) -> tuple[Any, ...]:
@@ -149,7 +154,9 @@ def estimate(
             (default: True).
         world_size: figures of one of so many GPUs, among which FSDP2 shards the model: the first,
             which holds the most. Layers that are gathered and gradients that are reduced count at
-            the worst moment of backward (default: None, one process).
+            the worst moment of backward. With ``in_backward="step"`` the gradients of one
+            ``fully_shard`` live at once, in a first backward those of two; with ``"project"`` the
+            worst step is the first, before which all are whole (default: None, one process).
         shard: shards the model in place, called with it and a mesh of one dimension, as
             ``lambda model, mesh: fully_shard(model, mesh=mesh)`` does. It can give a
             ``MixedPrecisionPolicy`` or ``shard_placement_fn`` (default: ``fully_shard`` of each
@@ -162,8 +169,8 @@ def estimate(
         **options: arguments of the optimizer.
 
     Raises:
-        NotImplementedError: ``in_backward`` or ``tokens`` of a model of DTensors, or
-            ``in_backward`` with ``world_size``; ``tokens`` of a model that looks at values; a
+        NotImplementedError: ``in_backward`` or ``tokens`` of a model of DTensors; ``in_backward``
+            with ``world_size`` of another's class; ``tokens`` of a model that looks at values; a
             ``loss`` that is not for the model.
         RuntimeError: ``world_size`` in a process that is in a process group already.
         ValueError: ``in_backward``, ``first_basis``, ``coords_dtype``, ``loss``, ``autocast`` or a
@@ -211,8 +218,7 @@ def estimate(
         autocast,
     )
     with among(world_size, shard) as world:
-        training = replace(training, world=world)
-        found = estimated(module, cls, training, groups, options, {})
+        found = estimated(module, cls, training.on(world), groups, options, {})
     if world_size is None:
         return found
     with pretended(world_size, shard, rank=world_size - 1) as last, standing_for(training.device):
@@ -291,10 +297,16 @@ def _estimated(
         rehearsal = known[stepping]
     absent = held.moments + held.other
     worst = worst_moments(gradients, training, flight or passing, rehearsal, absent)
-    gathered = None if passing is None else passing.most - gradients.live
+    live, units = gradients.live, list[Unit]()
+    if passing is not None and training.in_backward == "step":  # those of a message, at once
+        units = list(dict.fromkeys(a.unit for a in passing.arrivals))
+        if not gradients.one_by_one:
+            live = max((sum(gradients.sizes[n] for n in unit) for unit in units), default=0)
+    gathered = None if passing is None else passing.most - live
     own = twins if world is None else params  # FSDP2 fills up the last shard
     weights = _weights(own)
-    staging = staging_bytes(optimizer, alone=training.in_backward == "step")
+    together = [frozenset(twins[n] for n in unit) for unit in units]
+    staging = staging_bytes(optimizer, training.in_backward == "step", together)
     rounding = 0
     if training.device in CACHING:
         taken = blocks_of(optimizer, own, staging)
@@ -303,7 +315,7 @@ def _estimated(
         weights=weights,
         gradients=gradients.total,
         largest_gradient=gradients.largest,
-        live_gradients=gradients.live,
+        live_gradients=live,
         basis=held.basis,
         moments=held.moments,
         other=held.other,
@@ -312,9 +324,7 @@ def _estimated(
         pinned=pinned_bytes(optimizer),
         staging=staging,
         rounding=rounding,
-        activations=(
-            None if flight is None else max(0, flight.most - gradients.live - (gathered or 0))
-        ),
+        activations=(None if flight is None else max(0, flight.most - live - (gathered or 0))),
         gathered=gathered,
         world_size=None if world is None else world.size,
         step_transients=worst.step,
@@ -384,6 +394,7 @@ def _flight(
                 autocast=training.autocast,
                 device=training.device,
                 sharded=None if world is None else world.sharded,
+                mode=training.in_backward,
             )
     found: Flight = known[flying]
     return found

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from lowrank_optim.memory.activations import Arrival, Flight
+from lowrank_optim.memory.activations import Arrival, Flight, Unit
 from lowrank_optim.memory.gradients import Gradients, bytes_of
 from lowrank_optim.memory.rehearsal import Rehearsal
 
@@ -40,7 +40,7 @@ def worst_moments(
     if training.in_backward == "step":
         return _inside(gradients, flight, rehearsal, backward)
     beside = {"backward": backward}
-    if training.in_backward == "project":
+    if training.in_backward == "project" and training.first_basis == "micro":
         beside["backward"] = max(backward, _projecting(gradients, training, flight, rehearsal))
     everything = gradients.kept(())
     step = rehearsal.step("none")
@@ -60,16 +60,21 @@ def _inside(
 ) -> Worst:
     """Steps inside backward: each of one parameter, beside the activations alive then."""
     again = gradients.one_by_one
-    order = () if flight is None else [a.number for a in flight.arrivals if a.again == again]
-    firsts = rehearsal.arrivals("first", order=order)  # and the state that others need
-    passing = rehearsal.arrivals("none", order=order)
-    beside = {"backward": backward, "step": _arriving(gradients, flight, passing, again=again)}
-    refresh = [0]
+    arrivals = () if flight is None else [a for a in flight.arrivals if a.again == again]
+    units = list(dict.fromkeys(a.unit for a in arrivals))
+    firsts = rehearsal.arrivals("first", units=units)  # and the state that others need
+    passing = rehearsal.arrivals("none", units=units)
+    first, later = (None, None) if flight is None else (flight.begun, flight.after)
+    beside = {"backward": backward, "step": _arriving(gradients, later, passing, again=again)}
+    refresh: dict[Unit, int] = {}
     if rehearsal.refreshes:
-        others = rehearsal.arrivals("all", order=order)
-        refresh = [max(own) for own in zip(firsts, others, strict=True)]
-        beside["refresh"] = _arriving(gradients, flight, refresh, again=again)
-    return Worst(beside, max(passing, default=0), max(refresh))
+        others = rehearsal.arrivals("all", units=units)
+        refresh = {unit: max(size, others[unit]) for unit, size in firsts.items()}
+        beside["refresh"] = max(
+            _arriving(gradients, first, firsts, again=again),
+            _arriving(gradients, later, others, again=again),
+        )
+    return Worst(beside, max(passing.values(), default=0), max(refresh.values(), default=0))
 
 
 def _projecting(
@@ -81,13 +86,13 @@ def _projecting(
     for again in passes:
         passing = rehearsal.arrivals("none", 1 + again)
         for i in gradients.whole:
-            passing[i] = 0
+            passing[i,] = 0
         found = max(found, _arriving(gradients, flight, passing, again=again))
     return found
 
 
 def _arriving(
-    gradients: Gradients, flight: Flight | None, passing: Sequence[int], *, again: bool
+    gradients: Gradients, flight: Flight | None, passing: Mapping[Unit, int], *, again: bool
 ) -> int:
     """Most that is alive as a gradient arrives, with what is done to it then.
 
@@ -98,8 +103,9 @@ def _arriving(
         arrivals = (a for a in flight.arrivals if a.again == again)
     else:
         kept = gradients.kept(gradients.whole)
-        arrivals = [Arrival(i, again, _beside_others(gradients, kept, i)) for i in gradients.sizes]
-    return max((a.alive + passing[a.number] for a in arrivals), default=0)
+        sizes = ((i, _beside_others(gradients, kept, i)) for i in gradients.sizes)
+        arrivals = [Arrival((i,), again, size) for i, size in sizes]
+    return max((a.alive + passing.get(a.unit, 0) for a in arrivals), default=0)
 
 
 def _beside_others(gradients: Gradients, kept: int, i: int) -> int:

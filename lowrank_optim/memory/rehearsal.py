@@ -17,11 +17,13 @@ from torch.optim import Optimizer
 from lowrank_optim.backward import attach_in_backward
 from lowrank_optim.backward.handle import InBackward
 from lowrank_optim.backward.shards import like_shard
+from lowrank_optim.backward.step_mode import StepMode
 from lowrank_optim.engine import tracing
 from lowrank_optim.engine.plan import ParamPlan
 from lowrank_optim.engine.refresh import phase
 from lowrank_optim.engine.step import bucketed
 from lowrank_optim.groups import Group
+from lowrank_optim.memory.activations import Unit
 from lowrank_optim.memory.alive import Alive
 from lowrank_optim.memory.blocks import Sized, in_blocks
 from lowrank_optim.ops.tiles import sizes_alone
@@ -29,7 +31,7 @@ from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.subspaces.spectral import Spectral
-from lowrank_optim.tensors.projected_grad import ProjectedGrad
+from lowrank_optim.tensors.projected_grad import ProjectedGrad, projection
 
 Due = Literal["first", "none", "all"] | frozenset[int]
 """Bases that a step finds: the first of all, none, all again, or those of some parameters."""
@@ -193,7 +195,7 @@ class Rehearsal:
 
     # ---------------------------------------------------------------- inside backward
 
-    def arrivals(self, due: Due, passes: int = 1, order: Sequence[int] = ()) -> list[int]:
+    def arrivals(self, due: Due, passes: int = 1, units: Sequence[Unit] = ()) -> dict[Unit, int]:
         """The same of what happens as the gradient of each parameter arrives, in the last pass.
 
         Beyond that gradient too. Parameters that are handled alike share one figure.
@@ -201,51 +203,63 @@ class Rehearsal:
         Args:
             due: bases that are found.
             passes: micro-batches.
-            order: of parameters in backward (default: the last first), which matters where blocks
-                switch: the first of them does so for all.
+            units: as backward comes by them (default: each parameter alone, the last first). Their
+                order matters where blocks switch: the first of them does so for all.
         """
-        order = tuple(order) if self._takes_turns else ()
-        if (due, passes, order) in self._known:
-            return list(self._known[due, passes, order])
+        units = tuple(units) if self._takes_turns or self._sharded else ()
+        if (due, passes, units) in self._known:
+            return dict(self._known[due, passes, units])
         known: dict[Hashable, int] = {}
-        found = [0] * len(self.params)
+        found: dict[Unit, int] = {}
         with self._within():
             self._prepared(due)
-            if due == "all" and self._mode == "step" and self._takes_turns:
-                found = self._known[due, passes, order] = self._switching(order)
-                return list(found)
-            for p, kind in self._ordered(order):
+            switches = due == "all" and self._mode == "step" and self._takes_turns
+            if switches or (due == "first" and self._mode == "step" and self._sharded):
+                found = self._in_turn(units)
+                if switches:
+                    found = {unit: max(0, size) for unit, size in found.items()}
+                self._known[due, passes, units] = found
+                return dict(found)
+            for unit, kind in self._ordered(units):
                 if kind not in known:
                     for _ in range(passes):
-                        known[kind] = self._arrival(p)
-                found[self._number[p]] = known[kind]
+                        known[kind] = self._arrival(unit)
+                found[unit] = known[kind]
             self._finish()
-        self._known[due, passes, order] = found
-        return list(found)
+        self._known[due, passes, units] = found
+        return dict(found)
 
-    def _ordered(self, order: Sequence[int]) -> list[tuple[Tensor, Hashable]]:
-        """Kinds of parameters as backward comes by them."""
-        last_first = self._kinds()[::-1]
-        place = {number: n for n, number in enumerate(order)}
-        return sorted(last_first, key=lambda own: place.get(self._number[own[0]], len(place)))
+    @property
+    def _sharded(self) -> bool:
+        return any(map(is_sharded, self.params))
 
-    def _switching(self, order: Sequence[int]) -> list[int]:
-        """The same of a step in which blocks switch: moments of one turn come, and others go.
+    def _ordered(self, units: Sequence[Unit]) -> list[tuple[Unit, Hashable]]:
+        """Units as backward comes by them, with what they have in common."""
+        kinds = {self._number[p]: kind for p, kind in self._kinds()}
+        own = [unit for unit in units if all(n in kinds for n in unit)]
+        told = {n for unit in own for n in unit}
+        rest = [] if self._sharded else [(n,) for n in reversed(kinds) if n not in told]
+        return [(unit, tuple(kinds[n] for n in unit)) for unit in (*own, *rest)]
+
+    def _in_turn(self, units: Sequence[Unit]) -> dict[Unit, int]:
+        """The same of a step in which state comes, or moments of one turn come and others go.
 
         So each counts beyond what is there once all of them have been stepped.
         """
-        most: dict[Tensor, int] = {}
-        for p, _ in self._ordered(order):
-            p.grad = torch.empty_like(p)
+        most: dict[Unit, int] = {}
+        for unit, _ in self._ordered(units):
+            params = [self.params[n] for n in unit]
+            for p in params:
+                p.grad = torch.empty_like(p)
             alive = Alive("meta", self._sized)
             alive.hold([*self._held()])
             with alive:
-                self._hook(p)
-            most[p] = alive.most - self._sized(p.nbytes)
+                self._take(params)
+            most[unit] = alive.most - sum(self._sized(local(p).nbytes) for p in params)
         self._finish()
         after = Alive("meta", self._sized)
         after.hold([*self._held()])
-        return [max(0, most[p] - after.now) if p in most else 0 for p in self.params]
+        return {unit: size - after.now for unit, size in most.items()}
 
     @property
     def _takes_turns(self) -> bool:
@@ -268,10 +282,13 @@ class Rehearsal:
             return ()
         return tuple(sorted(self.optimizer.state.get(item.param, ())))
 
-    def _arrival(self, param: Tensor) -> int:
+    def _arrival(self, unit: Unit) -> int:
+        params = [self.params[n] for n in unit]
+        param = params[0]
         if param.grad is None:
-            param.grad = torch.empty_like(param)
-            return self._measured(lambda: self._hook(param))
+            for p in params:
+                p.grad = torch.empty_like(p)
+            return self._measured(lambda: self._take(params))
         more = torch.empty_like(param)
 
         def again() -> None:
@@ -281,6 +298,15 @@ class Rehearsal:
             self._hook(param)
 
         return self._measured(again, more)
+
+    def _take(self, params: Sequence[Tensor]) -> None:
+        """What happens inside backward once their gradients are there."""
+        if isinstance(self._handle, StepMode) and is_sharded(params[0]):
+            with torch.no_grad():
+                self._handle._step_shards(params)
+            return
+        for p in params:
+            self._hook(p)
 
     def _hook(self, param: Tensor) -> None:
         if self._handle is not None:
@@ -307,14 +333,15 @@ class Rehearsal:
         before, grads = alive.now, [p for p in self.params if p.grad is not None]
         with alive:
             work()
-        gone = sum(self._sized(p.nbytes) for p in grads if p.grad is None)
+        gone = sum(self._sized(local(p).nbytes) for p in grads if p.grad is None)
         return alive.most - max(before, alive.now + gone)
 
     def _held(self) -> Iterator[Tensor]:
         yield from map(local, self.params)
         for p in self.params:
-            if isinstance(p.grad, ProjectedGrad):
-                yield from (*p.grad.coords.values(), *p.grad.fresh.values())
+            kept = projection(p.grad)
+            if kept is not None:
+                yield from (*kept.coords.values(), *kept.fresh.values())
             elif p.grad is not None:
                 yield local(p.grad)
         for state in self.optimizer.state.values():

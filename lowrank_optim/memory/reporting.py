@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -172,19 +172,26 @@ def _on_host(optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
     return moments, [x for rests, key, x in entries if key.startswith("host.") and not rests]
 
 
-def staging_bytes(optimizer: Optimizer, alone: bool = False) -> int:
+def staging_bytes(
+    optimizer: Optimizer, alone: bool = False, together: Sequence[Collection[Tensor]] = ()
+) -> int:
     """What the buffers will take once an optimizer has stepped: two of the largest load.
 
     Args:
         optimizer: with its state.
         alone: whether parameters are stepped one by one, inside backward.
+        together: shards of which some are stepped at once there.
     """
     largest = 0
     for chosen, items in _resting(optimizer):
+        together_now = list[Sequence[ParamPlan]]()
+        for unit in together if alone else ():
+            shards = [x for x in items if x.sharded and x.param in unit]
+            together_now += bucketed_shards(shards, chosen)
         single = [x for x in items if x.alone and alone]
         rest = [x for x in items if not (x.alone and alone)]
         spread = [x for x in rest if x.sharded and x.alone]
-        units: list[Sequence[ParamPlan]] = [[x] for x in single]
+        units = together_now + [[x] for x in single]
         units += bucketed([x for x in rest if not (x.sharded and x.alone)], chosen)
         units += bucketed_shards(spread, chosen)
         for own in units:

@@ -19,6 +19,7 @@ from lowrank_optim import nn as layers
 from lowrank_optim.groups.layers import LAYERS
 from lowrank_optim.memory.activations import without_memory
 from lowrank_optim.memory.layouts import AdamW8bitLayout
+from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.parts import is_sharded
 
 Shard = Callable[[nn.Module, Any], object]
@@ -118,11 +119,11 @@ def check_world(
             "what ranks gather of them is not known without a run. Give the model before it is "
             "converted, with SwitchLoRAAdamW, or SSTAdamW with factors='active'"
         )
-    if in_backward is not None:
+    if in_backward is not None and not issubclass(optimizer_class, LowRankOptimizer):
         raise NotImplementedError(
-            f"in_backward={in_backward!r} with world_size: what lives of gradients then is not "
-            "known without a run. Leave in_backward out, which is an upper bound, as FSDP2 frees "
-            "whole gradients itself"
+            f"in_backward={in_backward!r} with world_size of {optimizer_class.__name__}: what "
+            "attach_in_backward does with shards it does for classes of this package. Leave "
+            "in_backward out, or take one of them"
         )
     if not dist.is_available():
         raise RuntimeError("world_size needs a torch that is built with torch.distributed")

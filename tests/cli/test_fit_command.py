@@ -81,6 +81,17 @@ def test_moments_in_host_memory() -> None:
     assert refused.exit_code == 2 and "no effect where the device is a CPU" in refused.output
 
 
+def test_of_several_gpus() -> None:
+    own = ["--optimizer", "GaLoreAdamW", "--in-backward", "none", "--state-dtype", "float32"]
+    done = run(*SMALL, "--json", "--world-size", "2", *own)
+    assert done.exit_code == 0, done.output
+    expected = fit(
+        small(), 0.0001, optimizers=[GaLoreAdamW], in_backward=[None], world_size=2, device="cuda",
+        state_dtypes=["float32"],
+    )  # fmt: skip
+    assert Plan.from_json(done.stdout) == expected and expected.world_size == 2
+
+
 def test_the_table(tmp_path) -> None:
     """What to construct, the ranks, what is dense and what was given up; activations count."""
     config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48}

@@ -129,6 +129,13 @@ def test_one_of_several_gpus_is_an_estimate_of_it() -> None:
         assert (peak["peak"], row["moments"]) == (found.peak, found.moments)
         assert row["weights"] == sum(p.numel() for p in model.parameters()) * 4 // 2
     assert "each of 2 GPUs" in run(*SMALL, "--world-size", "2", *some[:2]).output
+    asked = ["--only", "GaLore 8-bit", "--only", "AdamW fp32", "--in-backward", "step"]
+    by_name = {row["name"]: row for row in figures(*SMALL, "--world-size", "2", *asked)["rows"]}
+    row = by_name["GaLore 8-bit"]
+    own = {**row["options"], **GPU, "world_size": 2, "in_backward": "step"}
+    found = estimate(model, CLASSES[row["optimizer"]], **own)
+    assert row["peaks"][0]["peak"] == found.peak
+    assert by_name["AdamW fp32"]["peaks"][0]["peak"] is None, "it has no hooks for shards"
 
 
 @pytest.mark.parametrize(
@@ -334,10 +341,6 @@ BAD = {
         "--coords-dtype has no effect without --in-backward project",
     ),
     "no rank": ([*SMALL, "--world-size", "0"], "0 is not in the range x>=1"),
-    "mode of several": (
-        [*SMALL, "--world-size", "2", "--in-backward", "step"],
-        "--in-backward step with --world-size",
-    ),
     "row of several": (
         [*SMALL, "--world-size", "2", "--only", "GaLore 4-bit"],
         "'GaLore 4-bit' does not train shards: leave --world-size out",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -415,7 +416,37 @@ def test_the_loss_is_that_of_every_estimate_with_tokens(monkeypatch):
         fit(config, 0.0015, **own)
 
 
+def test_of_two_gpus_each_has_the_budget():
+    """The largest ranks of which one of them has room, where one alone has room for none."""
+    layers = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))  # each gathered by itself
+    model = nn.Sequential(OrderedDict(layers=layers))
+    own = {"optimizers": TINY, "state_dtypes": ["float32"], "in_backward": [None]}
+    own |= {"state_devices": [None], "device": "cuda"}
+    own |= {"transients": False}
+    some = {"device": "cuda", "world_size": 2, "transients": False}
+    budget = peak(model, 24, **some) + 1e-9
+    found = fit(model, budget, world_size=2, **own)
+    with pytest.raises(ValueError, match="nothing fits"):
+        fit(model, budget, **own)
+    assert found.estimate.world_size == found.world_size == 2 and set(found.ranks.values()) == {24}
+    assert f"of {budget:.6g} GiB without activations, each of 2 GPUs" in str(found)
+    assert found.estimate.peak / GIB == peak(model, None, groups=found.groups, **some) <= budget
+    assert Plan.from_json(found.to_json(), model) == found
+
+
+def test_4_bits_are_not_for_several_gpus():
+    """Of several they are no choice, and refused where they are asked for."""
+    model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64))
+    own = {"optimizers": TINY, "world_size": 2, "transients": False}
+    with pytest.raises(NotImplementedError, match="4bit"):
+        fit(model, 1.0, state_dtypes=["4bit"], **own)
+    with pytest.raises(ValueError, match="nothing fits"):  # after every format was tried
+        fit(model, 1e-6, **own)
+
+
 REFUSED = [
+    (ValueError, "world_size must be a number of ranks", {"world_size": 0}),
+    (ValueError, "has no effect without world_size", {"shard": print}),
     (TypeError, "must be an nn.Module", {"model": 3}),
     (ValueError, "budget_gib must be a positive number", {"budget_gib": float("nan")}),
     (ValueError, "budget_gib must be a positive number", {"budget_gib": -1}),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils import clip_grad_norm_
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import LlamaConfig
 
-from lowrank_optim import memory, methods
+from lowrank_optim import attach_in_backward, memory, methods
 from lowrank_optim.distributed import shard_placement_fn
 from lowrank_optim.memory.activations import _as_on_a_gpu, checkpoint_layers
 from lowrank_optim.memory.inputs import batch_of, model_of
@@ -22,6 +25,8 @@ from lowrank_optim.ops import devices
 from tests.memory.trained import Tracker
 from tests.sharded.ranks import World
 
+PATIENCE = 20.0
+"""Seconds within which a thread of gloo lets go of what it sent."""
 LLAMA = {"hidden_size": 64, "intermediate_size": 176, "vocab_size": 256}
 LLAMA |= {"num_attention_heads": 2, "num_hidden_layers": 2}
 TOKENS = (2, 32)
@@ -56,9 +61,9 @@ def class_of(name: str) -> Any:
     return getattr(methods, name, None) or getattr(torch.optim, name)
 
 
-def batch_for(model: nn.Module) -> dict[str, torch.Tensor]:
+def batch_for(model: nn.Module, tokens: tuple[int, int] = TOKENS) -> dict[str, torch.Tensor]:
     """Tokens that tell every matrix something: a refresh that finds nothing comes again."""
-    shape = batch_of(model, TOKENS)
+    shape = batch_of(model, tokens)
     return {key: torch.randint(LLAMA["vocab_size"] - 1, x.shape) for key, x in shape.items()}
 
 
@@ -70,6 +75,77 @@ def as_accelerator() -> Iterator[None]:
         yield
     finally:
         devices.HOSTS = before
+
+
+class OfMessages(Tracker):
+    """One that counts no message that is done.
+
+    A thread of gloo lets go of a message's tensors some milliseconds after ``wait`` has returned,
+    and the rank that goes on meanwhile has them beside what it makes next.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sent: list[Any] = []
+        """Tensors of messages, weakly."""
+        self._waits = False
+        self._before: Any = None
+
+    def __enter__(self) -> OfMessages:
+        self._before = before = dist.Work.wait
+
+        def wait(work: Any, *args: Any) -> Any:
+            self._waits = True  # gloo works on some tensors then, and holds them
+            try:
+                return before(work, *args)
+            finally:
+                self._waits = False
+
+        dist.Work.wait = wait
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        dist.Work.wait = self._before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self._waits:
+            self.settle()
+        if func.namespace == "c10d":  # of tensors that none but those who send them hold
+            args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {}))
+            own = (x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+            self._sent += [torch._C._WeakTensorRef(x) for x in own]
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def settle(self) -> None:
+        """Wait until nobody holds what was sent."""
+        end = time.monotonic() + PATIENCE
+        while any(not x.expired() for x in self._sent):
+            if time.monotonic() > end:
+                raise TimeoutError(f"what was sent is still held after {PATIENCE} seconds")
+            time.sleep(0)
+        self._sent = []
+
+    def piece(self, work: Callable[[], Any]) -> int:
+        """Most bytes alive at once during ``work``."""
+        self.settle()
+        return super().piece(work)
+
+
+def messages(world: World, count: int) -> int:
+    """Most bytes alive while messages of 64 KiB come and go, one after the other."""
+
+    def work() -> None:
+        for _ in range(count):
+            sent = torch.empty(2**14)
+            arrived = torch.empty_like(sent)
+            dist.all_to_all_single(arrived, sent)
+            del sent, arrived
+
+    tracker = OfMessages()
+    with tracker:
+        return tracker.piece(work)
 
 
 def _made(shard: str | None, dtype: torch.dtype, sizes: dict[str, int]) -> nn.Module:
@@ -110,14 +186,19 @@ def _peaks(
     sizes: dict[str, int] | None = None,
     checkpointing: bool = False,
     accumulation_steps: int = 1,
+    mode: Any = None,
+    tokens: tuple[int, int] = TOKENS,
 ) -> dict[str, int]:
     model = _made(shard, dtype, sizes or {})
     if checkpointing:
         checkpoint_layers(model)
     SHARDS[shard](model, mesh)
-    batch = batch_for(model)
+    batch = batch_for(model, tokens)
     optimizer = class_of(name)(model.named_parameters(), **options)
-    tracker, most = Tracker(), dict[str, int]()
+    if mode is not None:
+        own = {"accumulation_steps": accumulation_steps} if mode == "step" else {}
+        attach_in_backward(optimizer, mode, **own)
+    tracker, most = OfMessages(), dict[str, int]()
     tracker.track_external(model, *batch.values(), optimizer)
     with tracker:
         before = tracker.now()
@@ -126,7 +207,8 @@ def _peaks(
             loss_by("transformers", model, batch).backward()
 
         def step() -> None:
-            clip_grad_norm_(model.parameters(), 1.0)
+            if mode is None:
+                clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
 
         for n in range(4):

@@ -152,7 +152,7 @@ def test_what_runs_beside_it_changes_no_figure() -> None:
     def refresh() -> int:
         weight = nn.Parameter(torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta"))
         found = Rehearsal([weight], lambda own: GaLoreAdamW([*own.values()], rank=1024), "step")
-        return found.arrivals("first")[0]
+        return found.arrivals("first")[0,]
 
     def sst() -> Estimate:
         model = nn.Linear(176, 64, bias=False, device="meta")
