@@ -42,6 +42,11 @@ def on_host(key: str, capturable: bool = False) -> bool:
     return key in HOST_SCALARS or key.startswith("host.")
 
 
+def counts(key: str, x: Tensor) -> bool:
+    """Whether an entry, as it is made, is a counter of the host, and so may become float64."""
+    return on_host(key) and x.dim() == 0 and x.is_cpu and x.dtype == torch.float32
+
+
 @dataclass(eq=False, slots=True)
 class ParamPlan:
     """One parameter with all that a step needs to know about it."""
