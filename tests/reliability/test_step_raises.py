@@ -215,22 +215,41 @@ def test_what_is_too_large_to_be_copied_is_named(caplog: pytest.LogCaptureFixtur
     assert 3 < len(partly) < len(names) // 2
 
 
+FORMATS: list[dict[str, Any]] = [{}, *({"state_dtype": x} for x in ("8bit", "bfloat16", "4bit"))]
 LARGE = [
-    (name, options, dtype, accelerated)
-    for name in ("GaLoreAdamW", "GaLoreLion", "GaLoreSGD")
-    for options in ({}, {"state_dtype": "8bit"}, {"state_dtype": "bfloat16"}, {"maximize": True})
+    (name, {**options, **turned}, dtype, accelerated)
+    for name in ("GaLoreAdamW", "GaLoreLion", "GaLoreSGD", "GaLoreAdafactor")
+    for options in FORMATS
+    for turned in ({}, {"maximize": True})
     for dtype in (torch.float32, torch.bfloat16)
     for accelerated in (False, True)
 ]
-SOME_LARGE = [LARGE[0], LARGE[1], LARGE[9], LARGE[11]]
-"""Torch's own step, and tiles without and with moments that are copied to be read."""
+SOME_LARGE = [
+    ("GaLoreAdamW", {}, torch.float32, False),
+    ("GaLoreAdamW", {}, torch.float32, True),
+    ("GaLoreAdamW", {"state_dtype": "bfloat16", "maximize": True}, torch.float32, True),
+    ("GaLoreAdamW", {"state_dtype": "4bit"}, torch.float32, True),
+    ("GaLoreAdafactor", {}, torch.float32, True),
+]
+"""Torch's own step, and tiles without and with moments that are copied to be read; and no tiles."""
+LARGE_SHAPES = [(300, 256), (250, 300), (70000,)]
+"""Of whole blocks of codes, of blocks that are filled up, and in one piece."""
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "dtype", "accelerated"),
-    [pytest.param(*x, marks=() if x in SOME_LARGE else pytest.mark.slow) for x in LARGE],
+    ("shape", "name", "options", "dtype", "accelerated"),
+    [
+        pytest.param(
+            shape,
+            *x,
+            marks=() if x in SOME_LARGE and shape == LARGE_SHAPES[0] else pytest.mark.slow,
+        )
+        for x in LARGE
+        for shape in LARGE_SHAPES
+    ],
 )
 def test_a_large_dense_parameter_has_its_memory_before_it_is_written(
+    shape: tuple[int, ...],
     name: str,
     options: dict[str, Any],
     dtype: torch.dtype,
@@ -245,7 +264,9 @@ def test_a_large_dense_parameter_has_its_memory_before_it_is_written(
         cases.branching(monkeypatch, lambda _: True)
     for key in ("TILE_ELEMENTS", "ACCELERATOR_TILE_ELEMENTS"):
         monkeypatch.setattr(ops.tiles, key, 1 << 15)
-    param = nn.Parameter(cases.parameter((300, 256), dtype).detach())
+    param = nn.Parameter(cases.parameter(shape, dtype).detach())
+    if name == "GaLoreAdafactor" and "state_dtype" in options:
+        options = {**options, "beta1": 0.9}  # squares alone have next to no moments
     base = cases.build(name, [{"params": [param], "rank": None}], weight_decay=0.1, **options)
     for row in range(2):
         set_grads(base, row, dtype)
