@@ -20,6 +20,7 @@ from lowrank_optim.engine.plan import (
     weight_noise,
     write_slots_,
 )
+from lowrank_optim.engine.reserve import ask
 from lowrank_optim.engine.undo import SMALL
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.ops.quant import Moment, Quantized
@@ -116,8 +117,7 @@ def dense_phases(
 def _reserve(bucket: Bucket, plain: bool) -> None:
     """Ask for the memory that the operations of a step will need, at once, and give it back.
 
-    What is too large to be copied must not run out of memory once its moments are written: what an
-    allocator has given it keeps for whoever asks next, and if it has none nothing has begun.
+    What is too large to be copied must not run out of memory once its moments are written.
     """
     (item,), _, chosen, *_ = bucket
     param, wide = item.param, compute_dtype(item.param.dtype)
@@ -135,8 +135,7 @@ def _reserve(bucket: Bucket, plain: bool) -> None:
         count = 3 + 2 * (param.dtype != wide) + turned
         sizes += [size] * count
         sizes += [max(0, writing - size * count)]
-    for _ in [torch.empty(size, dtype=wide, device=param.device) for size in (*sizes, SCALARS)]:
-        pass
+    ask((*sizes, SCALARS), wide, param.device)
 
 
 SCALARS = 64

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -68,6 +68,8 @@ class ParamPlan:
     """What of it is on this rank, where it lies on several."""
     local: Any = None
     """What an optimizer keeps of it on this rank: its state, seen from here."""
+    needs: tuple[Hashable, int, Sequence[int]] | None = None
+    """What its bucket made of memory in phases three and four, as of :mod:`.reserve`."""
     tried: int = -1
     """The step whose refresh was taken care of before it, with other ranks."""
     before: Any = None

@@ -17,6 +17,7 @@ from lowrank_optim import LowRankOptimizer, methods, ops
 from lowrank_optim.engine import step as engine_step
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.nn import convert
+from lowrank_optim.ops import quant
 from tests import cases
 from tests.engine.races import Device
 from tests.engine.snapshots import everything, same
@@ -298,6 +299,82 @@ def test_a_large_dense_parameter_has_its_memory_before_it_is_written(
         if params_of(new)[0].eq(params_of(base)[0]).all():
             assert not same(everything(new), everything(base)), part
             new.step()
+        assert not same(everything(new), everything(wanted)), part
+    assert short > PARTS // 2
+
+
+ON_ACCELERATORS: list[tuple[str, str | None, dict[str, Any], torch.dtype]] = [
+    ("GaLoreAdamW", "svd", {"state_dtype": "bfloat16"}, torch.float32),
+    ("GaLoreAdamW", "svd", {"stochastic_rounding": True}, torch.bfloat16),
+    ("FiraAdamW", "svd", {}, torch.bfloat16),
+    *(
+        (name, projector, options, dtype)
+        for name, projector in [*cases.pairs(), ("SSTAdamW", None), ("SwitchLoRAAdamW", None)]
+        for options in ({}, {"state_dtype": "4bit"})
+        for dtype in (torch.float32, torch.bfloat16)
+        if projector != "block"  # stepped as dense parameters are
+    ),
+    ("DCTAdamW", "dct", {"error_feedback": "float32"}, torch.float32),
+    ("DCTAdamW", "dct", {"error_feedback": "8bit"}, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "projector", "options", "dtype"),
+    [
+        pytest.param(*x, marks=() if n < 3 else pytest.mark.slow)
+        for n, x in enumerate(ON_ACCELERATORS)
+    ],
+)
+def test_a_bucket_has_its_memory_before_it_is_written(
+    name: str,
+    projector: str | None,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On an accelerator, whose moments are not copied: whatever is left, it steps or it does not.
+
+    From the second step on: the first shows how much it is.
+    """
+    cases.branching(monkeypatch, lambda _: True)
+    monkeypatch.setattr(quant, "MIN_SIZE", 30)
+    params = [nn.Parameter(cases.parameter((24, 40), dtype, seed=n).detach()) for n in range(2)]
+    own = {} if projector is None else {"projector": projector}
+    groups = [{"params": params, "rank": cases.rank_for(projector, 6)}]
+    base = cases.build(name, groups, **{"weight_decay": 0.1, **own, **options})
+    set_grads(base, 0, dtype)
+    base.step()
+
+    def ready() -> LowRankOptimizer:
+        new = copied(base)
+        set_grads(new, 1, dtype)
+        new.step()
+        set_grads(new, 2, dtype)
+        return new
+
+    def there(optimizer: LowRankOptimizer) -> list[Tensor]:
+        states = [x for state in optimizer.state.values() for x in state.values()]
+        return [*(x for p in params_of(optimizer) for x in (p, p.grad) if x is not None), *states]
+
+    wanted = ready()
+    with Limited(1 << 40, there(wanted)) as most:
+        wanted.step()
+    short = 0
+    for part in range(PARTS):
+        new = ready()
+        before = everything(new)
+        with Limited(most.most * part // PARTS, there(new)):
+            try:
+                new.step()
+            except torch.OutOfMemoryError as error:
+                short += 1
+                notes = " ".join(getattr(error, "__notes__", []))
+                assert "stepped in part" not in notes, part
+        if not same(everything(new), everything(wanted)):
+            continue
+        assert not same(everything(new), before), part
+        new.step()
         assert not same(everything(new), everything(wanted)), part
     assert short > PARTS // 2
 
