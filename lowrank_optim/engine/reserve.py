@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import UntypedStorage
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_optim.engine.matrix_step import MatrixStep
 from lowrank_optim.engine.plan import Strategies
 from lowrank_optim.ops.devices import on_accelerator, recording
 from lowrank_optim.tensors.alive import Alive
+
+LARGE = 1 << 20
+"""Bytes from which on a caching allocator keeps a tensor apart from small ones."""
 
 
 class _Most(Alive):  # type: ignore[no-untyped-call]
@@ -21,11 +27,25 @@ class _Most(Alive):  # type: ignore[no-untyped-call]
         super().__init__(device)
         self.sizes: list[int] = []
 
-    def _grow(self, storage: torch.UntypedStorage) -> None:
+    def __enter__(self) -> Alive:
+        # nothing is resized, so that other threads may step too
+        TorchDispatchMode.__enter__(self)  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        TorchDispatchMode.__exit__(self, *raised)  # type: ignore[no-untyped-call]
+
+    def _grow(self, storage: UntypedStorage) -> None:
         before = self.most
         super()._grow(storage)
         if self.most > before:
             self.sizes = [*self._sizes.values()]
+
+
+def _pieces(sizes: Sequence[int]) -> list[int]:
+    """The large ones each, and small ones as one: an allocator has these together."""
+    large = [size for size in sizes if size >= LARGE]
+    return [*large, sum(sizes) - sum(large)]
 
 
 def ask(sizes: Iterable[int], dtype: torch.dtype, device: torch.device) -> None:
@@ -67,7 +87,7 @@ def reserved(work: Sequence[MatrixStep], chosen: Strategies) -> Iterator[None]:
         meter = _Most(grad.device.type)
         with meter:
             yield
-        item.needs = kind, len(work), meter.sizes
+        item.needs = kind, len(work), _pieces(meter.sizes)
         return
     _, count, sizes = item.needs
     ask([-(-size * len(work) // count) for size in sizes], torch.uint8, grad.device)
