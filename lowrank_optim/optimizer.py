@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowrank_optim.checkpoints.load import filled_in, load_state_dict, with_places
+from lowrank_optim.checkpoints.load import (
+    filled_in,
+    holds_any_count,
+    load_state_dict,
+    makes_state,
+    with_places,
+)
 from lowrank_optim.engine import answers, tracing, zero
 from lowrank_optim.engine.blocks import advance, catch_up, placed
 from lowrank_optim.engine.compiled import Traced
@@ -505,8 +511,11 @@ class LowRankOptimizer(PlannedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._forget_taken()
+        first = not self.state
         with tracing.hosted():
             self._step_groups([self._checked(group) for group in self.param_groups])
+        if first and makes_state():
+            holds_any_count(self.state.values())
         return loss
 
     def _step_groups(self, work: list[tuple[Strategies, list[ParamPlan], list[ParamPlan]]]) -> None:

@@ -17,7 +17,7 @@ from lowrank_optim.ops.quant import Quantized
 from lowrank_optim.rules import AdamW, Lion, Slot
 from lowrank_optim.stores import Block8Store, Store, encoded, scale_key
 from lowrank_optim.stores.base import State
-from lowrank_optim.tensors.values import check_counter, readable
+from lowrank_optim.tensors.values import WIDE_COUNTER_MAX, check_counter, counter, readable
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 """Where a state dict hides what FSDP must not gather; the optimizer's own state has it flat."""
@@ -82,7 +82,7 @@ def steps_of(name: str, entry: Mapping[str, Any]) -> float:
     if given.numel() != 1:
         raise ValueError(f"step of {name} must be one number, got shape {tuple(given.shape)}")
     count = given.reshape(())
-    check_counter({f"step of {name}": count}, f"step of {name}")
+    check_counter({f"step of {name}": count}, f"step of {name}", most=WIDE_COUNTER_MAX)
     return float(count)
 
 
@@ -98,7 +98,7 @@ def dense(
     Raises:
         ValueError: it is not a state of that rule.
     """
-    out: Entries = {"step": torch.tensor(steps_of(name, entry))}
+    out: Entries = {"step": counter(steps_of(name, entry))}
     slots = rule().slots(())
     found = moments(name, entry, slots)
     for slot in slots:

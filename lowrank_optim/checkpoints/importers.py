@@ -19,7 +19,7 @@ from lowrank_optim.groups import Group, canonical
 from lowrank_optim.groups.values import whole
 from lowrank_optim.rules import AdamW, Lion, Slot
 from lowrank_optim.stores import Store
-from lowrank_optim.tensors.values import readable
+from lowrank_optim.tensors.values import counter, readable
 
 FACTORS = {"exp_avg_sq_row": "exp_avg_sq_col", "exp_avg_sq_col": "exp_avg_sq_row"}
 """Adafactor's means along rows and columns change places where the matrix is seen transposed."""
@@ -306,7 +306,7 @@ def _converted(
 ) -> Entries:
     """The state of one parameter under our names, in our orientation and formats."""
     steps = bnb.steps_of(item.name, entry)
-    out: Entries = {"step": torch.tensor(steps)}
+    out: Entries = {"step": counter(steps)}
     moments = {
         k: readable(f"{k} of {item.name}", v)
         for k, v in entry.items()
@@ -326,7 +326,7 @@ def _converted(
     bases = projector.ortho_matrix
     bases = bases if isinstance(bases, list | tuple) else [bases]
     step, gap = int(steps), projector.update_proj_gap
-    out["refresh_step"] = torch.tensor(float((step - 1) // gap * gap))
+    out["refresh_step"] = counter((step - 1) // gap * gap)
     out["postponed"] = torch.zeros(())
     out["basis"] = _copy(bases[0].mT if flip else bases[0])
     if len(bases) == 2:  # proj_type "full"

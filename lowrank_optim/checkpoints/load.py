@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -20,6 +20,7 @@ from lowrank_optim.engine.plan import (
     Strategies,
     alloc_moments,
     check_state,
+    counts,
     on_host,
     resting_keys,
 )
@@ -32,7 +33,7 @@ from lowrank_optim.ops.quant4 import scale_count
 from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.stores import scale_key
 from lowrank_optim.subspaces.block import Block
-from lowrank_optim.tensors.values import COUNTER_MAX, as_dtype, counts, readable
+from lowrank_optim.tensors.values import COUNTER_MAX, as_dtype, readable, widen_
 
 StateDict = dict[str, Any]
 STRUCTURE = ("rank", "proj_type", "projector", "basis", "flatten")
@@ -193,6 +194,21 @@ def makes_state() -> bool:
     return False
 
 
+def holds_any_count(states: Iterable[Mapping[str, Tensor]]) -> None:
+    """Let counters be float64 in a state that a loader fills in, whatever it has read.
+
+    It writes into the tensors that are there, and a float32 would round what is beyond 2^24.
+    Numbers that float32 can count on from are in float32 again once they are loaded.
+
+    Args:
+        states: of each parameter.
+    """
+    for state in states:
+        for key, x in state.items():
+            if counts(key, x):
+                widen_(x)
+
+
 def with_places(optimizer: PlannedOptimizer, state_dict: StateDict) -> StateDict:
     """A state dict that has a key for every moment of every block, and no values there.
 
@@ -344,12 +360,12 @@ def _fitting(
     idle = isinstance(item.subspace, Block) and float(tensors["refresh_step"]) < 0
     # moments that a reader left in its place: of another turn, or zeros of :func:`hold_blocks`
     kept = whole_meta_state(item, chosen, active=False) if idle else expected
-    return {k: _counting(v, tensors[k]) for k, v in kept.items()}
+    return {k: _counting(k, v, tensors[k]) for k, v in kept.items()}
 
 
-def _counting(kept: Tensor, saved: Tensor) -> torch.dtype:
+def _counting(key: str, kept: Tensor, saved: Tensor) -> torch.dtype:
     """The dtype of an entry: float64 of a number beyond what a float32 counter tells apart."""
-    beyond = counts(kept) and COUNTER_MAX < float(saved) < math.inf
+    beyond = counts(key, kept) and COUNTER_MAX < float(saved) < math.inf
     return torch.float64 if beyond else kept.dtype
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from lowrank_optim import ops
 from lowrank_optim.engine.bucket import Bucket, warn_skipped
 from lowrank_optim.engine.plan import (
+    Strategies,
     read_slots,
     rounds,
     rows_of,
@@ -19,6 +20,7 @@ from lowrank_optim.engine.plan import (
     weight_noise,
     write_slots_,
 )
+from lowrank_optim.engine.reserve import ask
 from lowrank_optim.engine.undo import SMALL
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.ops.quant import Moment, Quantized
@@ -70,7 +72,7 @@ def dense_phases(
     nearest = not chosen.store.rounds and not rounds(item, chosen)  # as torch rounds
     plain = same and nearest and factor == 1 and not finite
     plain = plain and type(rule).step_dense_ is not Rule.step_dense_
-    if param.numel() > SMALL and rule.elementwise:
+    if param.numel() > SMALL:
         _reserve(bucket, plain)
     undo.loosen([state], [param], [item.name])
     if item.param.numel() <= SMALL and not on_accelerator(param):
@@ -115,26 +117,58 @@ def dense_phases(
 def _reserve(bucket: Bucket, plain: bool) -> None:
     """Ask for the memory that the operations of a step will need, at once, and give it back.
 
-    What is too large to be copied must not run out of memory once its moments are written: what an
-    allocator has given it keeps for whoever asks next, and if it has none nothing has begun.
+    What is too large to be copied must not run out of memory once its moments are written.
     """
     (item,), _, chosen, *_ = bucket
     param, wide = item.param, compute_dtype(item.param.dtype)
     turned = chosen.maximize and param.dtype == wide
     if plain:  # torch's root and quotient
-        count, size = 2 + turned, param.numel()
-    else:  # a direction and its multiple, the new weights, and what is cast
+        sizes = [param.numel()] * (2 + turned)
+    else:
+        rows = _rows_of_moments(bucket)
+        shape = param.shape if rows is None else (rows, *param.shape[1:])
+        sizes, writing = _of_moments(shape, param, chosen)
+        size = param.numel()
+        if chosen.rule.elementwise:
+            size = min(size, _tile_rows(param) * (size // len(param)))
+        # a direction and its multiple, the new weights, and what is cast
         count = 3 + 2 * (param.dtype != wide) + turned
-        if chosen.store.rounds:  # it copies moments to be read
-            count += len(chosen.rule.slots(param.shape)) - turned
-        size = min(param.numel(), _tile_rows(param) * (param.numel() // len(param)))
-    for _ in [torch.empty(size, dtype=wide, device=param.device) for _ in range(count)]:
-        pass
+        sizes += [size] * count
+        sizes += [max(0, writing - size * count)]
+    ask((*sizes, SCALARS), wide, param.device)
+
+
+SCALARS = 64
+"""Norms, step sizes and flags, with which an allocator has a segment of small blocks."""
+
+
+def _of_moments(shape: Sequence[int], param: Tensor, chosen: Strategies) -> tuple[list[int], int]:
+    """Elements of the copies of moments that are stepped at once, and those that writing needs."""
+    copies, writing = [], 0
+    for slot in chosen.rule.slots(shape):
+        copy, passing = chosen.store.passing(slot, shape, param)
+        copies.append(copy)
+        writing = max(writing, passing)
+        if slot.averaged is not None or not (chosen.rule.elementwise or slot.fused):
+            # a mean, what is made of it, and as it was; a vector has its squares in its place
+            made = slot.averaged is not None or on_accelerator(param)
+            copies.append(3 * made * math.prod(slot.shape(shape)))
+    return copies, writing
 
 
 def _tile_rows(param: Tensor) -> int:
     """Rows of the first dimension that are stepped at once, where each entry is stepped alone."""
     return max(1, ops.tile_elements(param) * len(param) // max(1, param.numel()))
+
+
+def _rows_of_moments(bucket: Bucket) -> int | None:
+    """Rows whose moments are read, and written, at once; None where all of them are."""
+    (item,), _, chosen, *_ = bucket
+    param = item.param
+    if not (chosen.rule.elementwise and chosen.store.rounds and param.dim() > 1 and len(param)):
+        return None
+    rows = _tile_rows(param)
+    return rows if rows < len(param) else None
 
 
 Tile = tuple[int, Tensor, Tensor, Sequence[Moment]]
@@ -148,11 +182,10 @@ def _tiles(bucket: Bucket, finite: Sequence[Tensor]) -> Iterator[Tile]:
     ever there in the format of arithmetic.
     """
     (item,), (state,), chosen, *_ = bucket
-    param, grad, rows = item.param, item.param.grad, None
+    param, grad = item.param, item.param.grad
     assert grad is not None
-    if chosen.rule.elementwise and param.dim() and len(param):
-        rows = _tile_rows(param)
-    if rows is not None and rows < len(param) and param.dim() > 1 and chosen.store.rounds:
+    rows = _rows_of_moments(bucket)
+    if rows is not None:
         slots = slot_keys("", param.shape, chosen)
         for start in range(0, len(param), rows):
             span = slice(start, start + rows)
@@ -164,10 +197,10 @@ def _tiles(bucket: Bucket, finite: Sequence[Tensor]) -> Iterator[Tile]:
         return
     (held,) = read_slots([item], [state], "", param.shape, chosen)
     moments = [x for _, _, x in held]
-    if rows is None:
-        yield 0, param, grad, moments
+    if chosen.rule.elementwise and param.dim() and len(param):
+        yield from _cut(_tile_rows(param), param, grad, moments)
     else:
-        yield from _cut(rows, param, grad, moments)
+        yield 0, param, grad, moments
     write_slots_([item], [state], [held], chosen, finite)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -42,6 +42,11 @@ def on_host(key: str, capturable: bool = False) -> bool:
     return key in HOST_SCALARS or key.startswith("host.")
 
 
+def counts(key: str, x: Tensor) -> bool:
+    """Whether an entry, as it is made, is a counter of the host, and so may become float64."""
+    return on_host(key) and x.dim() == 0 and x.is_cpu and x.dtype == torch.float32
+
+
 @dataclass(eq=False, slots=True)
 class ParamPlan:
     """One parameter with all that a step needs to know about it."""
@@ -63,6 +68,8 @@ class ParamPlan:
     """What of it is on this rank, where it lies on several."""
     local: Any = None
     """What an optimizer keeps of it on this rank: its state, seen from here."""
+    needs: tuple[Hashable, int, Sequence[int]] | None = None
+    """What its bucket made of memory in phases three and four, as of :mod:`.reserve`."""
     tried: int = -1
     """The step whose refresh was taken care of before it, with other ranks."""
     before: Any = None

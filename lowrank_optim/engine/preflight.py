@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.engine.plan import ParamPlan, State, Strategies
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies, counts
 from lowrank_optim.engine.sharded.forms import kept_meta_state
 from lowrank_optim.groups import Group
 from lowrank_optim.sharding.parts import local
@@ -17,7 +17,6 @@ from lowrank_optim.stores import FloatStore
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.projected_grad import projection
-from lowrank_optim.tensors.values import counts
 
 EDITABLE = frozenset({
     "params", "param_names", "lr", "initial_lr", "max_lr", "min_lr", "betas", "momentum",
@@ -321,7 +320,7 @@ def _misfit(item: ParamPlan, state: State, chosen: Strategies) -> str:
         return f"the state of {item.name} differs in {', '.join(parts)}"
     for key in sorted(needed):
         have, need = state[key], needed[key]
-        wide = have.dtype == torch.float64 and counts(need)  # of a long run
+        wide = have.dtype == torch.float64 and counts(key, need)  # of a long run
         if have.shape != need.shape or (have.dtype != need.dtype and not wide):
             return (
                 f"{key} of {item.name} is {tuple(have.shape)} in {have.dtype} where "

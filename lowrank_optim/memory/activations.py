@@ -21,13 +21,13 @@ from torch._subclasses.fake_tensor import (
 from torch.overrides import TorchFunctionMode
 
 from lowrank_optim.backward.shards import Together, alone, keep_shard
-from lowrank_optim.memory.alive import Alive
 from lowrank_optim.memory.autocast import Autocast, casting, run_again
 from lowrank_optim.memory.blocks import Sized
 from lowrank_optim.memory.gathered import without_activations
 from lowrank_optim.memory.inputs import batch_of, innermost
 from lowrank_optim.memory.losses import Loss, loss_by
 from lowrank_optim.sharding.parts import is_sharded, local
+from lowrank_optim.tensors.alive import Alive
 
 Left = Sequence[tuple[Sequence[int], torch.dtype]]
 """Shapes and dtypes of the tensors that take a gradient's place, if any does."""

@@ -24,13 +24,13 @@ from lowrank_optim.engine.refresh import phase
 from lowrank_optim.engine.step import bucketed
 from lowrank_optim.groups import Group
 from lowrank_optim.memory.activations import Unit
-from lowrank_optim.memory.alive import Alive
 from lowrank_optim.memory.blocks import Sized, in_blocks
 from lowrank_optim.ops.tiles import sizes_alone
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.subspaces.spectral import Spectral
+from lowrank_optim.tensors.alive import Alive
 from lowrank_optim.tensors.projected_grad import ProjectedGrad, projection
 
 Due = Literal["first", "none", "all"] | frozenset[int]

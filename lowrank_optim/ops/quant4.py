@@ -84,6 +84,13 @@ def unpacked(codes: Tensor, cols: int) -> Tensor:
     return torch.stack([codes & 15, codes >> 4], -1).flatten(-2)[..., :cols]
 
 
+def passing(rows: int, cols: int, like: Tensor) -> int:
+    """Elements of float32 that :func:`quantize4_` needs at once, on the device of ``like``."""
+    rows, blocks = min(rows, max(1, tile_elements(like) // max(1, cols))), scale_count(cols)
+    whole = blocks * BLOCK if cols % BLOCK else 0  # filled up
+    return rows * (3 * cols + whole + 4 * blocks)
+
+
 class Packed(NamedTuple):
     """A moment in 4 bits: ``(..., ceil(k / 2))`` bytes and ``(..., ceil(k / 128))`` scales."""
 

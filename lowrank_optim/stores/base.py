@@ -37,6 +37,19 @@ class Store(Protocol):
         """Columns of a moment that it keeps together: ranks that share it cut it at multiples."""
         ...
 
+    def passing(self, slot: Slot, shape: Sequence[int], like: Tensor) -> tuple[int, int]:
+        """Elements in the format of arithmetic that a step of one moment needs beside the state.
+
+        Args:
+            slot: what it holds.
+            shape: of its gradient, or of the rows that are stepped at once.
+            like: a tensor on the device.
+
+        Returns:
+            Those of the copy that is read, 0 where none is made; and what a write needs as well.
+        """
+        ...
+
     def alloc(
         self,
         state: State,

@@ -65,6 +65,13 @@ class Block4Store:
         """Those of a block; each alone of what is small."""
         return quant4.BLOCK if _fits(shape) else 1
 
+    def passing(self, slot: Slot, shape: Sequence[int], like: Tensor) -> tuple[int, int]:
+        """A decoded copy, and what a tile of it is encoded through."""
+        own = slot.shape(shape)
+        if not own:
+            return self.small.passing(slot, shape, like)
+        return math.prod(own), quant4.passing(math.prod(own[:-1]), own[-1], like)
+
     def alloc(
         self,
         state: State,

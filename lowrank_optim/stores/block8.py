@@ -39,6 +39,10 @@ class Block8Store(OneByOne):
         """Those of a block; all, where blocks hold whole rows; each alone of what is small."""
         return 1 if math.prod(shape) < quant.MIN_SIZE else min(quant.BLOCK, shape[-1])
 
+    def passing(self, slot: Slot, shape: Sequence[int], like: Tensor) -> tuple[int, int]:
+        """A decoded copy where no op reads and writes codes."""
+        return (0 if slot.fused else math.prod(slot.shape(shape))), 0
+
     def alloc(
         self,
         state: State,

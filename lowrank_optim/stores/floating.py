@@ -38,6 +38,10 @@ class FloatStore:
         """Each column alone."""
         return 1
 
+    def passing(self, slot: Slot, shape: Sequence[int], like: Tensor) -> tuple[int, int]:
+        """A copy below float32, rounded as it is written."""
+        return (math.prod(slot.shape(shape)) if self.rounds else 0), 0
+
     def alloc(
         self,
         state: State,

@@ -25,11 +25,6 @@ WIDE_COUNTER_MAX = 2**53
 """The last that a float64 counter can count to."""
 
 
-def counts(x: Tensor) -> bool:
-    """Whether an entry, as it is made, is a counter of the host, and so may become float64."""
-    return x.dim() == 0 and x.is_cpu and x.dtype == torch.float32
-
-
 def widen_(counter: Tensor) -> None:
     """Let a counter of the host be float64 from here on; it stays the same tensor."""
     counter.data = counter.data.double()
@@ -43,6 +38,13 @@ def set_counter_(counter: Tensor, count: float) -> None:
     if count >= COUNTER_MAX and not on_accelerator(counter):
         widen_(counter)
     counter.fill_(count)
+
+
+def counter(count: float) -> Tensor:
+    """A counter of the host that says ``count``, in the format that can."""
+    x = torch.zeros(())
+    set_counter_(x, count)
+    return x
 
 
 def check_counter(state: Values, key: str, least: int = 0, most: float = COUNTER_MAX) -> None:

@@ -127,6 +127,22 @@ def test_run_goes_on_exactly(
     runs.assert_same_state(runs.entries(resumed), runs.entries(optimizer))
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_run_beyond_float32_counts_goes_on_exactly(flat: bool, tmp_path: Path) -> None:
+    """The reader of files fills in what an optimizer has, and 2^24 + 1 is no float32."""
+    model, optimizer = make("adamw", seed=0)
+    runs.train(list(model.parameters()), optimizer, range(SAVED))
+    saved = optimizer.state_dict()
+    for state in saved["state"].values():
+        for key in state.keys() & {"step", "refresh_step"}:
+            state[key] = state[key].double() + 2**24 - 1  # a multiple of the gap
+    optimizer.load_state_dict(saved)
+    twin, resumed = make("adamw", seed=1)
+    round_trip((model, optimizer), (twin, resumed), flat, tmp_path)
+    runs.assert_same_state(runs.entries(resumed), runs.entries(optimizer))
+    assert {float(own["step"]) for own in resumed.state.values()} == {2**24 - 1 + SAVED}
+
+
 def test_the_loaders_own_first_step_changes_no_weight() -> None:
     """Loaders make the state by one step with zero gradients at lr = 0 (torchtitan does too)."""
     model, optimizer = make("adamw", seed=0)

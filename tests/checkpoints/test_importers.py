@@ -136,6 +136,23 @@ def test_next_refresh_falls_where_theirs_does(saved: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:rank")
+def test_a_run_beyond_float32_counts_refreshes_where_theirs_would() -> None:
+    """At a multiple of the gap that float32 does not have."""
+    params = parameters("std")[:1] + parameters("std")[-2:]
+    source = theirs(params, "std")
+    runs.train(params, source, [0])
+    state_dict = copy.deepcopy(source.state_dict())
+    last = next(n for n in range(2**24, 2**24 + 2 * GAP) if n % GAP == 0 and n % 2)
+    for own in state_dict["state"].values():
+        own["step"] = last + 1
+    mine = runs.copies(params)
+    target = ours(mine, "std")
+    target.load_state_dict(import_galore_torch(state_dict, target))
+    assert float(target.state[mine[0]]["refresh_step"]) == last
+    runs.train(mine, target, range(GAP))
+    assert float(target.state[mine[0]]["refresh_step"]) == last + GAP
+
+
 def test_bfloat16_checkpoint_gets_float32_moments_and_the_weights_basis() -> None:
     params = parameters("std", torch.bfloat16)
     source = theirs(params, "std")

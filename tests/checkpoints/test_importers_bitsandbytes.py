@@ -358,6 +358,18 @@ BROKEN: dict[str, tuple[Edit, str]] = {
 }
 
 
+def test_a_run_beyond_float32_counts_goes_on() -> None:
+    """Their steps are whole numbers of Python."""
+    params, source = trained("AdamW")
+    state_dict = copy.deepcopy(source.state_dict())
+    for own in state_dict["state"].values():
+        own["step"] = 2**24 + 5
+    target = ours("AdamW", runs.copies(params))
+    target.load_state_dict(import_bitsandbytes(state_dict, target))
+    runs.train([p for g in target.param_groups for p in g["params"]], target, [0])
+    assert {float(own["step"]) for own in target.state.values()} == {2**24 + 6}
+
+
 @pytest.mark.parametrize("what", BROKEN)
 def test_what_is_broken_is_refused(what: str) -> None:
     """With a message that names it; the optimizer and the checkpoint stay as they were."""

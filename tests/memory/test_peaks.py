@@ -14,9 +14,9 @@ from transformers import GPT2Config, LlamaConfig, MixtralConfig
 
 from lowrank_optim import FiraAdamW, FrugalAdamW, GaLoreAdamW, GaLoreAdamW8bit, methods, ops
 from lowrank_optim.memory import Estimate, estimate
-from lowrank_optim.memory.alive import Alive
 from lowrank_optim.memory.rehearsal import Rehearsal
 from lowrank_optim.ops import devices, tiles
+from lowrank_optim.tensors.alive import Alive
 from tests import cases
 from tests.memory.trained import tracked
 

@@ -12,10 +12,10 @@ from torch import nn
 
 from lowrank_optim import GaLoreAdamW, GaLoreAdamW8bit, memory
 from lowrank_optim.memory import estimate
-from lowrank_optim.memory.alive import Alive
 from lowrank_optim.memory.inputs import model_of
 from lowrank_optim.memory.world import pretended
 from lowrank_optim.nn import convert
+from lowrank_optim.tensors.alive import Alive
 from tests import cases
 from tests.memory.ranks import SHARDS, TOKENS, class_of, config, held, messages, peaks
 from tests.sharded.ranks import Ranks

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowrank_optim.memory.alive import Alive
+from lowrank_optim.tensors.alive import Alive
 
 
 class OutOfMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -51,7 +51,8 @@ class Limited(Alive):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        before = self.now
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        if self.now > self.size:
+        if self.now > max(self.size, before):  # what takes no memory runs whatever is left
             raise torch.OutOfMemoryError(f"no room for what {func} returns")
         return out

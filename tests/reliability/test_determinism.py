@@ -20,6 +20,9 @@ NAMES = cases.method_names()
 DEFAULT = ("GaLoreAdamW8bit", "SSTAdamW", "SwitchLoRAAdamW")
 """Moments in codes, and what has state of its own kind; the other classes are slow."""
 
+BY_LAPACK = ("SST", "LDAdam")
+"""Classes whose factors, or first bases, are of a whole decomposition."""
+
 every_class = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in DEFAULT else pytest.mark.slow) for n in NAMES]
 )
@@ -35,7 +38,8 @@ class Run:
             for shape in ((width, width + 64), (width + 64, width), (width,))
         ]
         groups = [{"params": self.params[:2], "rank": 8}, {"params": self.params[2:], "rank": None}]
-        own = {} if name not in cases.projecting_names() else {"projector": "rsvd"}
+        searches = name in cases.projecting_names() or name.startswith("Apollo")
+        own = {"projector": "rsvd"} if searches else {}
         self.optimizer = cases.build(name, groups, **{**own, "on_refresh": "project", **options})
         generator.manual_seed(1)
         self.grads = [[torch.randn(p.shape, generator=generator) for p in self.params]
@@ -84,11 +88,12 @@ def products_do_not_depend_on_threads() -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in cases.DECAYS_FACTORS])
+@pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith(BY_LAPACK)])
 def test_threads_change_nothing(name: str) -> None:
     """One, two and three threads, above the sizes at which kernels share work out.
 
-    Not with ``projector="svd"``, nor in SST: LAPACK's decompositions differ in their last bits.
+    Not with ``projector="svd"``, nor in SST and LDAdam: LAPACK's decompositions differ in their
+    last bits.
     """
     assert products_do_not_depend_on_threads(), "this build of torch promises less: see the page"
     found = []

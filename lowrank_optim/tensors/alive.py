@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
-
-from lowrank_optim.memory.blocks import Sized, sized_on
 
 
 class Alive(TorchDispatchMode):
@@ -24,11 +22,11 @@ class Alive(TorchDispatchMode):
         sized: what is taken for a storage (default: its bytes).
     """
 
-    def __init__(self, device: str = "cpu", sized: Sized | None = None) -> None:
+    def __init__(self, device: str = "cpu", sized: Callable[[int], int] = int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = 0
         self._device = device
-        self._sized = sized or sized_on("cpu")
+        self._sized = sized
         self._sizes: dict[int, int] = {}
         """Of the storages that count."""
         self._left_out: set[int] = set()

@@ -1,0 +1,94 @@
+"""Memory that phases three and four of a step need, asked for before they write anything."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import UntypedStorage
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowrank_optim.engine.matrix_step import MatrixStep
+from lowrank_optim.engine.plan import Strategies
+from lowrank_optim.ops.devices import on_accelerator, recording
+from lowrank_optim.tensors.alive import Alive
+
+LARGE = 1 << 20
+"""Bytes from which on a caching allocator keeps a tensor apart from small ones."""
+
+
+class _Most(Alive):  # type: ignore[no-untyped-call]
+    """Which storages there were when most bytes were."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__(device)
+        self.sizes: list[int] = []
+
+    def __enter__(self) -> Alive:
+        # nothing is resized, so that other threads may step too
+        TorchDispatchMode.__enter__(self)  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        TorchDispatchMode.__exit__(self, *raised)  # type: ignore[no-untyped-call]
+
+    def _grow(self, storage: UntypedStorage) -> None:
+        before = self.most
+        super()._grow(storage)
+        if self.most > before:
+            self.sizes = [*self._sizes.values()]
+
+
+def _pieces(sizes: Sequence[int]) -> list[int]:
+    """The large ones each, and small ones as one: an allocator has these together."""
+    large = [size for size in sizes if size >= LARGE]
+    return [*large, sum(sizes) - sum(large)]
+
+
+def ask(sizes: Iterable[int], dtype: torch.dtype, device: torch.device) -> None:
+    """Ask for tensors of so many elements, all at once, and give them back.
+
+    What an allocator has given it keeps for whoever asks next; if it has none nothing has begun.
+    """
+    made = [torch.empty(size, dtype=dtype, device=device) for size in sizes]
+    made.clear()
+
+
+def _kind(chosen: Strategies) -> Hashable:
+    """What of a group decides how much it is."""
+    roles = chosen.rule, chosen.store, type(chosen.residual)
+    return *roles, chosen.rounding, chosen.maximize, chosen.lr_scale, chosen.capturable
+
+
+@contextmanager
+def reserved(work: Sequence[MatrixStep], chosen: Strategies) -> Iterator[None]:
+    """Adapt and apply within: where memory runs out on an accelerator, nothing has been written.
+
+    An accelerator copies no moments before it writes them. So all the memory that comes after is
+    asked for first. How much that is, and in what pieces, was counted as the bucket did so for the
+    first time.
+
+    Args:
+        work: alike matrices whose coordinates are known.
+        chosen: what their group chose.
+    """
+    grad = work[0].grad if work else None
+    if grad is None or not on_accelerator(grad) or recording():
+        yield
+        return
+    if grad.is_meta or isinstance(grad, FakeTensor):  # there is no memory
+        yield
+        return
+    item, kind = work[0].item, _kind(chosen)
+    if item.needs is None or item.needs[0] != kind:
+        meter = _Most(grad.device.type)
+        with meter:
+            yield
+        item.needs = kind, len(work), _pieces(meter.sizes)
+        return
+    _, count, sizes = item.needs
+    ask([-(-size * len(work) // count) for size in sizes], torch.uint8, grad.device)
+    yield
