@@ -15,8 +15,9 @@ from lowrank_optim import methods
 from lowrank_optim.memory import LAYOUTS, Estimate
 from lowrank_optim.memory.autocast import check_autocast
 from lowrank_optim.memory.checks import check_loss, class_of
-from lowrank_optim.memory.estimating import Training, among, device_of, estimated
+from lowrank_optim.memory.estimating import among, device_of, estimated
 from lowrank_optim.memory.losses import LOSSES
+from lowrank_optim.memory.training import Training
 from lowrank_optim.memory.world import check_world
 from lowrank_optim.optimizer import LowRankOptimizer
 

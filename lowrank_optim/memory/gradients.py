@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from lowrank_optim.engine.refresh import phase
 from lowrank_optim.memory.activations import Left
 from lowrank_optim.memory.blocks import Sized, sized_on
 from lowrank_optim.memory.reporting import storage_bytes
+from lowrank_optim.memory.training import Training
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.parts import local
 
@@ -36,7 +36,7 @@ class Gradients:
     """What is taken for a tensor."""
 
     @classmethod
-    def of(cls, optimizer: Optimizer, params: Sequence[Tensor], training: Any) -> Gradients:
+    def of(cls, optimizer: Optimizer, params: Sequence[Tensor], training: Training) -> Gradients:
         """Gradients of ``params``, which stand for those of the model."""
         sized = sized_on(training.device)
         trained = ((i, p) for i, p in enumerate(params) if p.requires_grad)

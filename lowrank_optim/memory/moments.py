@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lowrank_optim.memory.activations import Arrival, Flight, Unit
 from lowrank_optim.memory.gradients import Gradients, bytes_of
 from lowrank_optim.memory.rehearsal import Rehearsal
+from lowrank_optim.memory.training import Training
 
 
 class Worst(NamedTuple):
@@ -20,7 +21,7 @@ class Worst(NamedTuple):
 
 def worst_moments(
     gradients: Gradients,
-    training: Any,
+    training: Training,
     flight: Flight | None,
     rehearsal: Rehearsal | None,
     absent: int,
@@ -78,7 +79,7 @@ def _inside(
 
 
 def _projecting(
-    gradients: Gradients, training: Any, flight: Flight | None, rehearsal: Rehearsal
+    gradients: Gradients, training: Training, flight: Flight | None, rehearsal: Rehearsal
 ) -> int:
     """Gradients that become coordinates, the first time and when there are some already."""
     passes = (False, True)[: min(training.accumulation_steps, 2)]
