@@ -132,8 +132,8 @@ def test_peaks_of_a_rank_are_what_torch_counts(ranks: Worlds, asked: list[dict[s
     assert not wrong, wrong
 
 
-INSIDE = [*runs(GALORE, mode="step")]
-MORE_INSIDE = [
+INSIDE = [
+    *runs(GALORE, mode="step"),
     *runs(GALORE, mode="step", accumulation_steps=2, checkpointing=True, shard="placed"),
     *runs(GALORE, mode="step", shard="mixed", dtype=torch.float32),
     *runs([("FiraAdamW", "svd"), ("DCTAdamW8bit", None), ("FrugalAdamW", "block")], mode="step"),
@@ -143,18 +143,12 @@ MORE_INSIDE = [
 ]
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [
-        pytest.param(INSIDE, id="few"),
-        pytest.param(MORE_INSIDE, id="all", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_peaks_inside_backward(ranks: Worlds, asked: list[dict[str, Any]]) -> None:
+def test_peaks_inside_backward(ranks: Worlds) -> None:
     """Of tokens so few that gradients, and steps inside backward, are what counts."""
     wrong = []
-    for run in asked:
+    for run in INSIDE:
         run = {**run, "tokens": (1, 8)}
         own, other = ranks(2).run("peaks", peaks, run=run).checked()
         if own != other:  # both have the same shards
