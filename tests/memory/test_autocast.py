@@ -22,13 +22,10 @@ CASES = [
     for checkpointing in (False, True)
     for autocast in ("bfloat16", "float16")
 ]
-DEFAULT = {("gpt2", None, True, "bfloat16")}
 
 
-@pytest.mark.parametrize(
-    ("model", "mode", "checkpointing", "autocast"),
-    [pytest.param(*x, marks=() if x in DEFAULT else pytest.mark.slow) for x in CASES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "mode", "checkpointing", "autocast"), CASES)
 @pytest.mark.filterwarnings("ignore")
 def test_peaks_are_what_torch_counts(
     monkeypatch: pytest.MonkeyPatch, model: str, mode: Any, checkpointing: bool, autocast: Any
