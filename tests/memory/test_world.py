@@ -143,6 +143,10 @@ INSIDE = [
 ]
 
 
+MATRICES = 2 * 7
+"""Of attention and MLP."""
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_peaks_inside_backward(ranks: Worlds) -> None:
@@ -151,7 +155,8 @@ def test_peaks_inside_backward(ranks: Worlds) -> None:
     for run in INSIDE:
         run = {**run, "tokens": (1, 8)}
         own, other = ranks(2).run("peaks", peaks, run=run).checked()
-        if own != other:  # both have the same shards
+        # both have the same shards; a byte of each matrix says until the last how its search ended
+        if any(abs(size - other[moment]) > MATRICES for moment, size in own.items()):
             wrong.append((run["name"], own, other))
         e = told(run, device="cpu", tokens=run["tokens"], in_backward=run["mode"])
         most = (e.peak - e.weights + e.host) / max(own.values())

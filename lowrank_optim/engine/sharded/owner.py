@@ -39,7 +39,7 @@ class Ended(NamedTuple):
     last: int
     """``refresh_step`` before it."""
     found: Found | None
-    """What this rank found, if it is the owner."""
+    """What became of it on this rank, if it is the owner, without the basis."""
 
 
 def by_owner(jobs: Sequence[Due | None]) -> list[Ended]:
@@ -55,8 +55,12 @@ def by_owner(jobs: Sequence[Due | None]) -> list[Ended]:
     for owner, d in enumerate(jobs):
         if d is not None:
             last, own = int(d.state["refresh_step"]), told[owner]
-            here = found if part.leads and owner == part.rank else None
-            ended.append(Ended(d, owner, own.end, _follow(d, own), last, here))
+            here = None
+            if found is not None and owner == part.rank:
+                here = Found(found.end, {}, {}, failure=found.failure)
+            # no part of a message, which has whole bases: they do not wait for each other
+            counts = [(into, new.clone()) for into, new in _follow(d, own)]
+            ended.append(Ended(d, owner, own.end.clone(), counts, last, here))
     return ended
 
 
