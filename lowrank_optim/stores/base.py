@@ -211,5 +211,16 @@ STORES: dict[str, Store] = {}
 
 
 def register(name: str, store: Store) -> None:
-    """Make a store known as ``state_dtype=name``."""
+    """Make a store known as ``state_dtype=name``.
+
+    Raises:
+        TypeError: it lacks a part of :class:`Store`, which a step would miss later.
+    """
+    parts = [part for part in vars(Store) if not part.startswith("_")]
+    missing = [part for part in parts if not hasattr(store, part)]
+    if missing:
+        raise TypeError(
+            f"the store {name!r} must have {', '.join(parts)}; {type(store).__name__} lacks "
+            f"{', '.join(missing)}. lowrank_optim.stores.Store says what each does"
+        )
     STORES[name] = store

@@ -16,7 +16,7 @@ from lowrank_optim import GaLoreAdamW, GaLoreAdamW8bit, GaLoreLion, memory, ops
 from lowrank_optim.ops import quant
 from lowrank_optim.ops.quant import Quantized
 from lowrank_optim.rules.base import Slot
-from lowrank_optim.stores import STORES
+from lowrank_optim.stores import STORES, register
 from tests import cases, runs
 from tests.compare import relative
 from tests.methods import contract
@@ -505,3 +505,17 @@ def test_squares_of_a_wide_range_do_not_vanish() -> None:
         pytest.approx(smallest),
     ]
     assert 1e-7 < smallest / 2 < 2e-7
+
+
+def test_a_store_without_a_part_is_refused() -> None:
+    """What a step asks of it, and not all of them do, would be missed in mid-run."""
+
+    class Older:
+        def __getattr__(self, name: str) -> Any:
+            if name == "passing":
+                raise AttributeError(name)
+            return getattr(STORES["float32"], name)
+
+    with pytest.raises(TypeError, match="Older lacks passing"):
+        register("older", Older())
+    assert "older" not in STORES
