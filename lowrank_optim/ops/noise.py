@@ -1,4 +1,4 @@
-"""Random bits of a seed and a position: of stochastic rounding, and of normal numbers."""
+"""Where the random bits of stochastic rounding come from: a seed, and each entry's position."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-
-from lowrank_optim.ops.tiles import tile_elements, tiles
 
 MASK = 0xFFFFFFFF
 
@@ -130,31 +127,6 @@ def splitmix_(seeds: Tensor, number: int | Tensor) -> Tensor:
         seeds = (seeds ^ _shifted(seeds, shift)) * signed(factor)
     mixed: Tensor = seeds ^ _shifted(seeds, 31)
     return mixed
-
-
-def normals(seed: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Standard normal numbers of a counter, by Box and Muller's transform.
-
-    The bits are the same on every device, and the numbers but for rounding. No host draws them.
-
-    Args:
-        seed: of all of them, below 2^63.
-        shape: how many.
-        dtype: a floating format of at least 32 bits.
-        device: where.
-    """
-    count = math.prod(shape)
-    half = -(-count // 2)
-    found = torch.empty(2, half, dtype=dtype, device=device)
-    width = max(1, tile_elements(found) // 8)  # a word has 8 bytes, and there are several
-    for span in tiles(half, width):
-        place = torch.arange(span.start, span.stop, device=device)
-        bits = splitmix_(place.mul_(signed(GOLDEN)), seed)
-        radius = (_shifted(bits, 32).to(dtype).add_(0.5) / 2.0**32).log_().mul_(-2).sqrt_()
-        angle = (bits & MASK).to(dtype).mul_(math.tau / 2.0**32)
-        torch.mul(radius, angle.cos(), out=found[0, span])
-        torch.mul(radius, angle.sin_(), out=found[1, span])
-    return found.view(-1)[:count].view(tuple(shape))
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:

@@ -8,20 +8,17 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from lowrank_optim.ops.noise import normals
+from lowrank_optim.ops.devices import sent
 from lowrank_optim.subspaces.base import RefreshContext, register
 from lowrank_optim.subspaces.projector import Projector
 from lowrank_optim.subspaces.searches import Ask, Searching
 
 
 def gaussian(like: Tensor, shape: tuple[int, ...], ctx: RefreshContext) -> Tensor:
-    """Standard normal numbers, the same on every device but for rounding, and made there."""
+    """Standard normal numbers, drawn on the CPU so that every device sees the same ones."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    with _disable_current_modes():  # a fake tensor has no seed
-        seed = int(torch.randint(2**62, (), generator=ctx.generator))
-    return normals(seed, shape, dtype, like.device)
+    return sent(torch.randn(shape, generator=ctx.generator, dtype=dtype), like.device)
 
 
 def orthogonal(x: Tensor) -> Tensor:
