@@ -79,22 +79,7 @@ def noise_by_place(saved: Saved) -> None:
         assert ((actual[key].double() - expected.double()).abs() <= released.MORE * spacing).all()
 
 
-def numbers_of_a_counter(saved: Saved) -> None:
-    """Random bases are of other numbers; of those that torch draws they are those of 0.1.0."""
-
-    def drawn(like: Tensor, shape: tuple[int, ...], ctx: Any) -> Tensor:
-        return torch.randn(shape, generator=ctx.generator, dtype=like.dtype)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lowrank_optim.subspaces.random.gaussian", drawn)
-        assert_ended(ends(saved, saved["state"]), saved)
-    for key, x in ends(saved, saved["state"]).items():
-        changed = errors(x, saved["ends"][key], x.dtype).any()
-        assert bool(changed) == (x.dim() > 1)  # the vector is dense
-
-
 CHANGED: dict[tuple[str, str], Callable[[Saved], None]] = {
-    ("0.1.0", "GaLoreAdamW-projector-random"): numbers_of_a_counter,
     ("0.1.0", "GaLoreAdamW-stagger-True-named"): draws_by_place,
     ("0.1.0", "GaLoreAdamW-stochastic-rounding-True-bfloat16"): noise_by_place,
 }
