@@ -2,7 +2,8 @@
 
 Every run is a file of its own in ``--out``, named by all that it depends on: a command that was
 ended goes on where it was, and sets share their runs. Rates of all cases are searched before a
-second seed of any, so that what is cut short is even.
+second seed of any, so that what is cut short is even. ``--records`` holds all runs in one file that
+goes from machine to machine.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from benchmarks.study.figures import draw
 from benchmarks.study.progress import Runner
 from benchmarks.study.published import RECIPES
 from benchmarks.study.recipes import METHODS, Case
+from benchmarks.study.records import pack, unpack
 from benchmarks.study.search import SEARCH_SEED, search
 from benchmarks.study.sets import SETS
 from benchmarks.study.sizes import SIZES, Size
@@ -43,6 +45,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="processes that make runs")
     parser.add_argument("--stdlib", type=Path, help="a copy of the library: the same text anywhere")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument(
+        "--records", type=Path, help="a file of runs, which count as made; all are added to it"
+    )
     parser.add_argument("--page", type=Path, help="where tables go, between its markers")
     parser.add_argument(
         "--recipe", metavar="NAME", choices=RECIPES,
@@ -146,6 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     machine(args.device)
     console.print(environment_line(), highlight=False)
+    if args.records is not None:
+        console.print(f"{args.records}: {unpack(args.records, args.out)} runs taken from it")
     place = Place(args.device, args.stdlib, read_every=1 if args.device.type == "cpu" else 10)
     with Runner(args.out, console, place, args.jobs) as runner:
         holds, facts = checked(size, runner, console)
@@ -165,6 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             begun = time.perf_counter()
             study(cases, size, args.seeds, runner)
             console.print(f"{name}: done in {(time.perf_counter() - begun) / 3600:.1f} hours")
+    if args.records is not None:
+        console.print(f"{args.records}: {pack(args.out, args.records)} runs put into it")
     for name in wanted:
         lines = [report.read(c, size, range(args.seeds), args.out) for c in SETS[name](size)]
         print_table(console, name, report.HEADER, report.table(lines))

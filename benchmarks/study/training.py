@@ -196,9 +196,14 @@ def run(trial: Trial, out: Path, watch: Watch = ignore, place: Place = HERE) -> 
     if found is not None:
         return found
     record = train(trial, watch, place)
+    keep(record, out)
+    return record
+
+
+def keep(record: Record, out: Path) -> None:
+    """Write a run, whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{trial.key()}.json"
+    path = out / f"{record['key']}.json"
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(record))
     os.replace(part, path)
-    return record

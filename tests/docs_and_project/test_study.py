@@ -18,6 +18,7 @@ from benchmarks.study.acceptance import Measured, facts, measure
 from benchmarks.study.progress import Runner
 from benchmarks.study.published import NO_DATA, RECIPES
 from benchmarks.study.recipes import METHODS, Case, Method, restart
+from benchmarks.study.records import pack, unpack
 from benchmarks.study.search import SEARCH_SEED, beside, search
 from benchmarks.study.sets import (
     RELATIONS,
@@ -227,6 +228,21 @@ def test_a_run_that_is_ended_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(trial, tmp_path, stop)
     assert not list(tmp_path.iterdir()) and kept(trial, tmp_path) is None
+
+
+def test_runs_go_from_machine_to_machine_in_one_file(tmp_path, monkeypatch):
+    trial, broken = (Trial(replace(MICRO, steps=2), ADAMW, lr, 0) for lr in (1e-2, 1e30))
+    made, file = [run(x, tmp_path / "here") for x in (trial, broken)], tmp_path / "kept" / "runs.xz"
+    assert pack(tmp_path / "here", file) == 2
+    monkeypatch.setattr(training, "train", lambda *_: pytest.fail("made again"))
+    assert unpack(file, tmp_path / "there") == 2
+    for record, x in zip(made, (trial, broken), strict=True):
+        del record["train_loss"]
+        assert run(x, tmp_path / "there") == json.loads(json.dumps(record))
+    assert unpack(file, tmp_path / "there") == unpack(tmp_path / "none", tmp_path / "there") == 0
+    first = file.read_bytes()
+    pack(tmp_path / "there", file)
+    assert file.read_bytes() == first
 
 
 def test_a_run_that_breaks_is_kept_as_infinite(tmp_path):
