@@ -27,6 +27,7 @@ from lowrank_optim.engine.plan import (
 from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.engine.sharded.forms import forms_of, whole_meta_state
 from lowrank_optim.engine.sharded.local import LocalState, here, kept_as
+from lowrank_optim.engine.stepped import SteppedOptimizer
 from lowrank_optim.groups import Group, canonical
 from lowrank_optim.ops.devices import pinned
 from lowrank_optim.ops.quant4 import scale_count
@@ -124,7 +125,7 @@ def _every(optimizer: PlannedOptimizer) -> Iterator[tuple[ParamPlan, Strategies]
         yield from ((item, chosen) for item in optimizer._planned(group))
 
 
-def hold_blocks(optimizer: PlannedOptimizer) -> None:
+def hold_blocks(optimizer: SteppedOptimizer) -> None:
     """Give moments to idle blocks too, zeros, until the next step takes them back.
 
     For readers that fill in the entries which an optimizer has and look for no others:

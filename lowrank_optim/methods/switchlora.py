@@ -31,6 +31,7 @@ from lowrank_optim.engine.sharded.layers import (
 )
 from lowrank_optim.engine.sharded.refusals import check_layer
 from lowrank_optim.engine.step import bucketed, step_buckets
+from lowrank_optim.engine.stepped import Checked
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group
 from lowrank_optim.groups.names import uid_of
@@ -257,18 +258,18 @@ class SwitchLoRAAdamW(LowRankOptimizer):
             self.state[item.param].update(init_state(item, chosen, local(item.param)))
         return super()._state_of(item, chosen)
 
-    def _checked(self, group: Group) -> tuple[Strategies, list[ParamPlan], list[ParamPlan]]:
+    def _checked(self, group: Group) -> Checked:
         """As of every method; a factor has a gradient if its counterpart has one.
 
         Raises:
             RuntimeError: a gradient is not what a step can use.
             ValueError: the group was edited in a way that its state cannot follow.
         """
-        chosen, items, ready = super()._checked(group)
-        for item in ready:
+        checked = super()._checked(group)
+        for item in checked.ready:
             if isinstance(item, FactorItem) and item.b.grad is None:
                 raise RuntimeError(f"{item.name} has a gradient and its counterpart has none")
-        return chosen, items, ready
+        return checked
 
     def _step_items(
         self, items: list[ParamPlan], group: Group, chosen: Strategies, undo: Undo

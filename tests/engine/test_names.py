@@ -233,7 +233,7 @@ def test_a_checkpoint_of_draws_by_place_goes_on(
 
     params, optimizer = made()
     with monkeypatch.context() as patch:
-        patch.setattr("lowrank_optim.optimizer.uid_of", NAMES.index)
+        patch.setattr("lowrank_optim.engine.planned.uid_of", NAMES.index)
         runs.train(params, optimizer, range(5))
     twins, resumed = made()
     resumed.load_state_dict(optimizer.state_dict())
