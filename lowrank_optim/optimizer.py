@@ -13,13 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowrank_optim.checkpoints.load import (
-    filled_in,
-    holds_any_count,
-    load_state_dict,
-    makes_state,
-    with_places,
-)
+from lowrank_optim.checkpoints.load import load_state_dict
+from lowrank_optim.checkpoints.loaders import filled_in, holds_any_count, makes_state, with_places
 from lowrank_optim.engine import tracing, zero
 from lowrank_optim.engine.compiled import Traced
 from lowrank_optim.engine.preflight import check_given

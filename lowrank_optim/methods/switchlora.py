@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
-from lowrank_optim.checkpoints.load import makes_state
+from lowrank_optim.checkpoints.loaders import makes_state
 from lowrank_optim.engine.bucket import Bucket
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state
 from lowrank_optim.engine.preflight import check_factor_rank
