@@ -12,14 +12,10 @@ from lowrank_optim.checkpoints.form import Entries, StateDict, by_name, check_fo
 from lowrank_optim.checkpoints.loaders import hold_blocks as hold_blocks  # its first address
 from lowrank_optim.checkpoints.loaders import unfilled
 from lowrank_optim.checkpoints.matching import check_fit
-from lowrank_optim.engine.plan import (
-    ParamPlan,
-    Strategies,
-    on_host,
-    resting_keys,
-)
+from lowrank_optim.engine.plan import ParamPlan, Strategies
 from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.engine.sharded.local import kept_as
+from lowrank_optim.engine.state import on_host, resting_keys
 from lowrank_optim.groups import Group, canonical
 from lowrank_optim.ops.devices import pinned
 from lowrank_optim.sharding.parts import is_sharded

@@ -12,15 +12,10 @@ from torch import Tensor
 
 from lowrank_optim.checkpoints.form import StateDict
 from lowrank_optim.checkpoints.placed import send_as_kept
-from lowrank_optim.engine.plan import (
-    ParamPlan,
-    State,
-    Strategies,
-    alloc_moments,
-    counts,
-)
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.engine.sharded.local import LocalState, here
+from lowrank_optim.engine.state import alloc_moments, counts
 from lowrank_optim.engine.stepped import SteppedOptimizer
 from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.subspaces.block import Block

@@ -12,14 +12,10 @@ from torch import Tensor
 
 from lowrank_optim.checkpoints.form import Entries, check_owners
 from lowrank_optim.checkpoints.placed import as_one_process
-from lowrank_optim.engine.plan import (
-    ParamPlan,
-    Strategies,
-    check_state,
-    counts,
-)
+from lowrank_optim.engine.plan import ParamPlan, Strategies
 from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.engine.sharded.forms import forms_of, whole_meta_state
+from lowrank_optim.engine.state import check_state, counts
 from lowrank_optim.groups import Group
 from lowrank_optim.ops.quant4 import scale_count
 from lowrank_optim.sharding.parts import is_sharded, local

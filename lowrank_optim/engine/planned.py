@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lowrank_optim.engine.blocks import placed
 from lowrank_optim.engine.offload import settle_
-from lowrank_optim.engine.plan import ParamPlan, Strategies, unit_of
+from lowrank_optim.engine.plan import ParamPlan, Strategies
 from lowrank_optim.engine.preflight import (
     check_edits,
     check_flattened,
@@ -24,6 +24,7 @@ from lowrank_optim.engine.preflight import (
 )
 from lowrank_optim.engine.recording import follow_
 from lowrank_optim.engine.sharded.refusals import check_supported
+from lowrank_optim.engine.state import unit_of
 from lowrank_optim.groups import Group
 from lowrank_optim.groups.keys import check_known
 from lowrank_optim.groups.layers import layers_of, takes_turns

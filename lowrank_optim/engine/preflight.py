@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.engine.plan import ParamPlan, State, Strategies, counts
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.sharded.forms import kept_meta_state
+from lowrank_optim.engine.state import counts
 from lowrank_optim.groups import Group
 from lowrank_optim.groups.notices import param_name
 from lowrank_optim.sharding.parts import local

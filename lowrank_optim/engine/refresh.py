@@ -12,18 +12,11 @@ from torch import Tensor
 from torch.linalg import LinAlgError
 
 from lowrank_optim.engine import answers
+from lowrank_optim.engine.draws import mixed, moment_noise, seeded
 from lowrank_optim.engine.momentum import sought
 from lowrank_optim.engine.offload import on_device
-from lowrank_optim.engine.plan import (
-    ParamPlan,
-    State,
-    Strategies,
-    age_key,
-    mixed,
-    moment_noise,
-    seeded,
-    slot_key,
-)
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
+from lowrank_optim.engine.state import age_key, slot_key
 from lowrank_optim.groups.names import turn_of
 from lowrank_optim.ops.devices import on_accelerator, recording
 from lowrank_optim.ops.moving import move_rows_all_

@@ -17,30 +17,16 @@ from lowrank_optim.engine.apply import prepared, push
 from lowrank_optim.engine.blocks import IdleBlock
 from lowrank_optim.engine.bucket import Bucket, BucketStep, warn_skipped
 from lowrank_optim.engine.dense import Dense
+from lowrank_optim.engine.draws import weight_noises
 from lowrank_optim.engine.fused import FUSED
-from lowrank_optim.engine.matrix_step import (
-    MatrixStep,
-    begun,
-    finite_of,
-    mark,
-    portions,
-    turn_,
-)
+from lowrank_optim.engine.matrix_step import MatrixStep, begun, finite_of, mark, portions, turn_
+from lowrank_optim.engine.moments import read_slots, slot_keys, write_slots_
 from lowrank_optim.engine.momentum import join_lost_, momentum_of
 from lowrank_optim.engine.offload import Staging, load_of
-from lowrank_optim.engine.plan import (
-    ParamPlan,
-    State,
-    Strategies,
-    age_key,
-    read_slots,
-    refreshed_keys,
-    slot_keys,
-    weight_noises,
-    write_slots_,
-)
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.refresh import basis_due, refreshing_
 from lowrank_optim.engine.reserve import reserved
+from lowrank_optim.engine.state import age_key, refreshed_keys
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.ops.quant import Moment, Quantized

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 from lowrank_optim.engine import answers, tracing
 from lowrank_optim.engine.blocks import advance, catch_up
 from lowrank_optim.engine.offload import Staging
-from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.engine.preflight import check_gradients, check_owned
 from lowrank_optim.engine.recording import check_on_device
 from lowrank_optim.engine.retry import Retry
 from lowrank_optim.engine.sharded import ShardedStep, local_state
 from lowrank_optim.engine.sharded.replicas import Replicas, refresh_alike
+from lowrank_optim.engine.state import init_state
 from lowrank_optim.engine.step import step_items
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group

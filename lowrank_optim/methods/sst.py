@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowrank_optim.engine import answers
 from lowrank_optim.engine.bucket import Bucket
-from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.preflight import check_factor_rank
 from lowrank_optim.engine.refresh import phase, refresh_, refresh_due
 from lowrank_optim.engine.sharded.layers import (
@@ -33,6 +33,7 @@ from lowrank_optim.engine.sharded.layers import (
 )
 from lowrank_optim.engine.sharded.refusals import check_layer
 from lowrank_optim.engine.sharded.replicas import refresh_layers
+from lowrank_optim.engine.state import init_state
 from lowrank_optim.engine.step import chunk_size, step_buckets
 from lowrank_optim.engine.stepped import Checked
 from lowrank_optim.engine.undo import Undo

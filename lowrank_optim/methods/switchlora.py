@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowrank_optim.checkpoints.loaders import makes_state
 from lowrank_optim.engine.bucket import Bucket
-from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.preflight import check_factor_rank
 from lowrank_optim.engine.sharded.layers import (
     by_first_rank,
@@ -30,6 +30,7 @@ from lowrank_optim.engine.sharded.layers import (
     spans,
 )
 from lowrank_optim.engine.sharded.refusals import check_layer
+from lowrank_optim.engine.state import init_state
 from lowrank_optim.engine.step import bucketed, step_buckets
 from lowrank_optim.engine.stepped import Checked
 from lowrank_optim.engine.undo import Undo

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lowrank_optim import GaLoreAdamW, LowRankOptimizer, SSTAdamW, attach_in_backward
 from lowrank_optim.engine import step as engine_step
-from lowrank_optim.engine.plan import RECORDED, init_state, seeds_of
+from lowrank_optim.engine.draws import seeds_of
 from lowrank_optim.engine.recording import check_recorded
+from lowrank_optim.engine.state import RECORDED, init_state
 from lowrank_optim.nn import convert
 from lowrank_optim.ops import devices, quant
 from lowrank_optim.rules.adamw import AdamW

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim import ApolloAdamW, ApolloAdamW8bit, GaLoreAdamW, lowrank_groups
-from lowrank_optim.engine.plan import seeded
+from lowrank_optim.engine.draws import seeded
 from lowrank_optim.subspaces.base import RefreshContext, view_for
 from lowrank_optim.subspaces.random import Gaussian
 from tests import cases

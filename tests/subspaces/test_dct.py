@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowrank_optim import PROJECTORS, GaLoreAdamW
-from lowrank_optim.engine.plan import seeded
+from lowrank_optim.engine.draws import seeded
 from lowrank_optim.ops import native
 from lowrank_optim.ops.cosine import BASES, TILE_ELEMENTS, CosineTransform, cosine_rows
 from lowrank_optim.subspaces import DCT, Hadamard, RefreshContext

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lowrank_optim.engine.plan import ParamPlan, Strategies, rounds
+from lowrank_optim.engine.draws import rounds
+from lowrank_optim.engine.plan import ParamPlan, Strategies
 from lowrank_optim.ops import quant
 from lowrank_optim.sharding.parts import is_sharded, lies_in_intervals
 from lowrank_optim.stores import STORES, Block8Store, FloatStore

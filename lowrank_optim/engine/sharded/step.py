@@ -16,23 +16,10 @@ from lowrank_optim import ops
 from lowrank_optim.engine.apply import Push, prepared, push
 from lowrank_optim.engine.blocks import advance, catch_up
 from lowrank_optim.engine.bucket import Bucket, warn_skipped
-from lowrank_optim.engine.matrix_step import (
-    MatrixStep,
-    begun,
-    inputs_of,
-    mark,
-    portions,
-    turn_,
-)
+from lowrank_optim.engine.draws import rounds, weight_noise
+from lowrank_optim.engine.matrix_step import MatrixStep, begun, inputs_of, mark, portions, turn_
 from lowrank_optim.engine.offload import Staging, load_of, on_device
-from lowrank_optim.engine.plan import (
-    ParamPlan,
-    State,
-    Strategies,
-    refreshed_keys,
-    rounds,
-    weight_noise,
-)
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.refresh import basis_due, refresh_
 from lowrank_optim.engine.sharded.due import Due
 from lowrank_optim.engine.sharded.guard import Asked, agreed
@@ -47,6 +34,7 @@ from lowrank_optim.engine.sharded.means import (
     weight_squares,
 )
 from lowrank_optim.engine.sharded.refresh import refresh_together
+from lowrank_optim.engine.state import refreshed_keys
 from lowrank_optim.engine.step import adapt, chunk_size, step_buckets
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops import Noise
