@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.engine import answers
+from lowrank_optim.engine.bucket import CHUNK_BYTES
 from lowrank_optim.engine.draws import mixed
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.refresh import refresh_
-from lowrank_optim.engine.step import CHUNK_BYTES
 from lowrank_optim.groups import Group
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.optimizer import LowRankOptimizer

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Unpack
 from torch import Tensor
 
 from lowrank_optim.engine import answers
-from lowrank_optim.engine.bucket import Bucket
+from lowrank_optim.engine.bucket import Bucket, chunk_size
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.preflight import check_factor_rank
 from lowrank_optim.engine.refresh import phase, refresh_, refresh_due
@@ -34,7 +34,7 @@ from lowrank_optim.engine.sharded.layers import (
 from lowrank_optim.engine.sharded.refusals import check_layer
 from lowrank_optim.engine.sharded.replicas import refresh_layers
 from lowrank_optim.engine.state import init_state
-from lowrank_optim.engine.step import chunk_size, step_buckets
+from lowrank_optim.engine.step import step_buckets
 from lowrank_optim.engine.stepped import Checked
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.checkpoints.loaders import makes_state
-from lowrank_optim.engine.bucket import Bucket
+from lowrank_optim.engine.bucket import Bucket, bucketed
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.preflight import check_factor_rank
 from lowrank_optim.engine.sharded.layers import (
@@ -31,7 +31,7 @@ from lowrank_optim.engine.sharded.layers import (
 )
 from lowrank_optim.engine.sharded.refusals import check_layer
 from lowrank_optim.engine.state import init_state
-from lowrank_optim.engine.step import bucketed, step_buckets
+from lowrank_optim.engine.step import step_buckets
 from lowrank_optim.engine.stepped import Checked
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_optim import ops
+from lowrank_optim.engine.adapt import adapt
 from lowrank_optim.engine.apply import Push, prepared, push
 from lowrank_optim.engine.blocks import advance, catch_up
-from lowrank_optim.engine.bucket import Bucket, warn_skipped
+from lowrank_optim.engine.bucket import Bucket, chunk_size, warn_skipped
 from lowrank_optim.engine.draws import rounds, weight_noise
 from lowrank_optim.engine.matrix_step import MatrixStep, begun, inputs_of, mark, portions, turn_
 from lowrank_optim.engine.offload import Staging, load_of, on_device
@@ -35,7 +36,7 @@ from lowrank_optim.engine.sharded.means import (
 )
 from lowrank_optim.engine.sharded.refresh import refresh_together
 from lowrank_optim.engine.state import refreshed_keys
-from lowrank_optim.engine.step import adapt, chunk_size, step_buckets
+from lowrank_optim.engine.step import step_buckets
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops import Noise
 from lowrank_optim.ops.devices import on_accelerator
