@@ -13,7 +13,8 @@ from lowrank_optim.engine.bucket import chunk_size
 from lowrank_optim.engine.matrix_step import MatrixStep, begun, mark, turn_
 from lowrank_optim.engine.momentum import join_lost_, momentum_of
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
-from lowrank_optim.engine.refresh import basis_due, refreshing_
+from lowrank_optim.engine.refresh import refreshing_
+from lowrank_optim.engine.schedule import basis_due
 from lowrank_optim.engine.state import refreshed_keys
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops.devices import on_accelerator

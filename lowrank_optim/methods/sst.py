@@ -22,7 +22,8 @@ from lowrank_optim.engine import answers
 from lowrank_optim.engine.bucket import Bucket, chunk_size
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.preflight import check_factor_rank
-from lowrank_optim.engine.refresh import phase, refresh_, refresh_due
+from lowrank_optim.engine.refresh import refresh_
+from lowrank_optim.engine.schedule import phase, refresh_due
 from lowrank_optim.engine.sharded.layers import (
     DueLayer,
     gathered_layers,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim import GaLoreAdamW, LowRankOptimizer, SwitchLoRAAdamW, methods
-from lowrank_optim.engine.refresh import refresh_due, stagger_offset
+from lowrank_optim.engine.schedule import refresh_due, stagger_offset
 from lowrank_optim.groups.names import NAMED, _hash, bare, uid_of
 from lowrank_optim.nn import convert
 from tests import cases, runs

@@ -21,7 +21,8 @@ from lowrank_optim.engine.draws import rounds, weight_noise
 from lowrank_optim.engine.matrix_step import MatrixStep, begun, inputs_of, mark, portions, turn_
 from lowrank_optim.engine.offload import Staging, load_of, on_device
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
-from lowrank_optim.engine.refresh import basis_due, refresh_
+from lowrank_optim.engine.refresh import refresh_
+from lowrank_optim.engine.schedule import basis_due
 from lowrank_optim.engine.sharded.due import Due
 from lowrank_optim.engine.sharded.guard import Asked, agreed
 from lowrank_optim.engine.sharded.local import here, stepped, summed_coords, weights_here
