@@ -10,7 +10,7 @@ from torch import Tensor
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.ops import Noise
 from lowrank_optim.ops.noise import signed, splitmix, splitmix_
-from lowrank_optim.sharding.parts import noise_of
+from lowrank_optim.sharding.regions import noise_of
 
 
 def mixed(*numbers: int) -> int:

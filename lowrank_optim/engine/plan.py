@@ -12,7 +12,8 @@ from torch import Tensor
 from lowrank_optim.ops import Noise
 from lowrank_optim.residuals import Residual
 from lowrank_optim.rules.base import Rule
-from lowrank_optim.sharding.parts import Part, noise_at, noise_of
+from lowrank_optim.sharding.parts import Part
+from lowrank_optim.sharding.regions import noise_at, noise_of
 from lowrank_optim.stores import Store
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.tensors.matrix import MatrixView

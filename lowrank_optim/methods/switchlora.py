@@ -40,7 +40,8 @@ from lowrank_optim.ops import Noise
 from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
 from lowrank_optim.residuals import Drop, Residual
 from lowrank_optim.rules import AdamW, Rule
-from lowrank_optim.sharding.parts import is_sharded, local, noise_of
+from lowrank_optim.sharding.parts import is_sharded, local
+from lowrank_optim.sharding.regions import noise_of
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.factored import SwitchedFactors
 from lowrank_optim.subspaces.switched import Switched

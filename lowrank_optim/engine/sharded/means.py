@@ -19,7 +19,8 @@ from lowrank_optim.rules.adafactor import measured
 from lowrank_optim.rules.base import Over, Split, Sum, compute_dtype, together
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.groups import group_over
-from lowrank_optim.sharding.parts import local, region
+from lowrank_optim.sharding.parts import local
+from lowrank_optim.sharding.regions import region
 from lowrank_optim.subspaces.block import Block
 
 
