@@ -19,8 +19,9 @@ from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.residuals import Drop
 from lowrank_optim.rules.base import compute_dtype
-from lowrank_optim.subspaces.base import Subspace, identity
+from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.block import Block
+from lowrank_optim.subspaces.refresh import identity
 from lowrank_optim.tensors.projected_grad import Coords, ProjectedGrad
 
 

@@ -35,8 +35,9 @@ from lowrank_optim.residuals import Residual
 from lowrank_optim.rules.base import Rule
 from lowrank_optim.sharding.parts import is_sharded, part_of
 from lowrank_optim.stores import STORES
-from lowrank_optim.subspaces.base import PROJECTORS, Shared, Subspace, make_projector, view_for
+from lowrank_optim.subspaces.base import PROJECTORS, Subspace, make_projector, view_for
 from lowrank_optim.subspaces.block import Block
+from lowrank_optim.subspaces.shared import Shared
 from lowrank_optim.tensors.matrix import MatrixView
 
 logger = logging.getLogger(__name__)

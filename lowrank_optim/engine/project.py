@@ -18,7 +18,7 @@ from lowrank_optim.engine.schedule import basis_due
 from lowrank_optim.engine.state import refreshed_keys
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops.devices import on_accelerator
-from lowrank_optim.subspaces.base import BasisChange
+from lowrank_optim.subspaces.refresh import BasisChange
 from lowrank_optim.subspaces.searches import Searching, together
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
 

@@ -15,8 +15,8 @@ from lowrank_optim.engine.momentum import sought
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.transport import following_
 from lowrank_optim.ops.devices import on_accelerator
-from lowrank_optim.subspaces.base import BasisChange, RefreshContext
 from lowrank_optim.subspaces.projector import usable
+from lowrank_optim.subspaces.refresh import BasisChange, RefreshContext
 from lowrank_optim.subspaces.searches import Ask, Searching, alone
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.ops.moving import move_rows_all_
 from lowrank_optim.ops.rows import take_rows
 from lowrank_optim.rules.base import Slot
-from lowrank_optim.subspaces.base import BasisChange
+from lowrank_optim.subspaces.refresh import BasisChange
 from lowrank_optim.subspaces.searches import Ask, Searching, alone
 from lowrank_optim.tensors.values import set_counter_
 from lowrank_optim.transports import TRANSPORTS

@@ -25,8 +25,8 @@ from lowrank_optim.engine.transport import follow_
 from lowrank_optim.ops.devices import on_accelerator, sent
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.collectives import Form, form
-from lowrank_optim.subspaces.base import BasisChange
 from lowrank_optim.subspaces.projector import Projector, new_to_old
+from lowrank_optim.subspaces.refresh import BasisChange
 
 
 class Ended(NamedTuple):

@@ -45,8 +45,8 @@ from lowrank_optim.residuals import Measured
 from lowrank_optim.rules.base import Split, Sum, compute_dtype
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.parts import Part
-from lowrank_optim.subspaces.base import identity
 from lowrank_optim.subspaces.block import Block
+from lowrank_optim.subspaces.refresh import identity
 from lowrank_optim.tensors.matrix import shares_memory
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
