@@ -294,9 +294,8 @@ def test_a_number_of_the_host_is_seen(what: str, monkeypatch: pytest.MonkeyPatch
 
         monkeypatch.setattr(engine_step, "prepared", constant)
     else:
-        monkeypatch.setattr(
-            engine_step, "_times_on_device", lambda work, _: [float(w.state["step"]) for w in work]
-        )
+        path = "lowrank_optim.engine.adapt._times_on_device"
+        monkeypatch.setattr(path, lambda work, _: [float(w.state["step"]) for w in work])
     with pytest.raises(AssertionError, match=r"differ|a value is read"):
         check_replays("GaLoreAdamW", torch.float64)
 
