@@ -38,8 +38,8 @@ from benchmarks.meter import Collective, Meter
 from lowrank_optim import attach_in_backward, lowrank_groups, memory
 from lowrank_optim.backward import averaging
 from lowrank_optim.distributed import Placement, shard_placement_fn
-from lowrank_optim.engine import step as engine_step
 from lowrank_optim.engine import tracing
+from lowrank_optim.engine.bucket import CHUNK_BYTES
 from lowrank_optim.memory import GIB
 from lowrank_optim.memory.models import MODELS
 
@@ -153,15 +153,15 @@ def load(name: str, rank: int | None = None) -> Model:
 def pretended(ranks: int) -> Iterator[DeviceMesh]:
     """The first of ``ranks`` processes; the others do not exist, and no tensor has data."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    together = dict(engine_step.CHUNK_BYTES)
+    together = dict(CHUNK_BYTES)
     # as many alike matrices in one message as on a GPU
-    engine_step.CHUNK_BYTES[False] = engine_step.CHUNK_BYTES[True]
+    CHUNK_BYTES[False] = CHUNK_BYTES[True]
     try:
         mesh = init_device_mesh("cpu", (ranks,))
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield mesh
     finally:
-        engine_step.CHUNK_BYTES.update(together)
+        CHUNK_BYTES.update(together)
         dist.destroy_process_group()
 
 

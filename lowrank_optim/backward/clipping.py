@@ -12,7 +12,7 @@ from lowrank_optim.backward.projecting import matrix_coords
 from lowrank_optim.backward.shards import stays_whole
 from lowrank_optim.engine import tracing
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
-from lowrank_optim.engine.refresh import basis_due
+from lowrank_optim.engine.schedule import basis_due
 from lowrank_optim.engine.sharded.guard import Asked, agreed
 from lowrank_optim.engine.sharded.local import here, summed_coords
 from lowrank_optim.engine.sharded.step import (

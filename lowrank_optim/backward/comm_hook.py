@@ -20,7 +20,7 @@ from lowrank_optim.backward.projecting import (
 )
 from lowrank_optim.backward.wrapped import unwrapped
 from lowrank_optim.engine.plan import ParamPlan, State
-from lowrank_optim.engine.refresh import basis_due
+from lowrank_optim.engine.schedule import basis_due
 from lowrank_optim.engine.sharded.replicas import averaged
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding import collectives

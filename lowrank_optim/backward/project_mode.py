@@ -22,7 +22,8 @@ from lowrank_optim.backward.projecting import (
 )
 from lowrank_optim.backward.shards import alone, keep_shard, shard_of, stays_whole
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
-from lowrank_optim.engine.refresh import basis_due, refresh_
+from lowrank_optim.engine.refresh import refresh_
+from lowrank_optim.engine.schedule import basis_due
 from lowrank_optim.engine.sharded.local import weights_here
 from lowrank_optim.engine.sharded.replicas import refresh_alike
 from lowrank_optim.engine.undo import Undo

@@ -10,16 +10,18 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.engine import answers
-from lowrank_optim.engine.plan import ParamPlan, State, Strategies, mixed
+from lowrank_optim.engine.bucket import CHUNK_BYTES
+from lowrank_optim.engine.draws import mixed
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.refresh import refresh_
-from lowrank_optim.engine.step import CHUNK_BYTES
 from lowrank_optim.groups import Group
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.residuals import Drop
 from lowrank_optim.rules.base import compute_dtype
-from lowrank_optim.subspaces.base import Subspace, identity
+from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.block import Block
+from lowrank_optim.subspaces.refresh import identity
 from lowrank_optim.tensors.projected_grad import Coords, ProjectedGrad
 
 

@@ -8,6 +8,9 @@ from typing import Any
 from lowrank_optim.groups import Group
 from lowrank_optim.groups.names import bare
 
+StateDict = dict[str, Any]
+"""What ``state_dict()`` returns."""
+
 Entries = dict[str, Any]
 """The saved state of one parameter."""
 

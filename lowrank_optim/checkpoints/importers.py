@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.checkpoints import bitsandbytes_state as bnb
-from lowrank_optim.checkpoints.form import Entries, check_form
-from lowrank_optim.checkpoints.load import StateDict, check_fit
-from lowrank_optim.engine.plan import ParamPlan, init_state
+from lowrank_optim.checkpoints.form import Entries, StateDict, check_form
+from lowrank_optim.checkpoints.matching import check_fit
+from lowrank_optim.engine.plan import ParamPlan
 from lowrank_optim.engine.planned import PlannedOptimizer
+from lowrank_optim.engine.state import init_state
 from lowrank_optim.groups import Group, canonical
 from lowrank_optim.groups.values import whole
 from lowrank_optim.rules import AdamW, Lion, Slot

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.checkpoints.form import Entries
-from lowrank_optim.engine.plan import ParamPlan, Strategies, unit_of
+from lowrank_optim.engine.plan import ParamPlan, Strategies
 from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.engine.sharded.forms import forms_of, whole_meta_state
+from lowrank_optim.engine.state import unit_of
 from lowrank_optim.groups import Group
 from lowrank_optim.groups.names import bare
 from lowrank_optim.ops import quant

@@ -10,14 +10,9 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.engine.bucket import Bucket, warn_skipped
-from lowrank_optim.engine.plan import (
-    ParamPlan,
-    State,
-    Strategies,
-    active_blocks,
-    alloc_moments,
-    weight_noise,
-)
+from lowrank_optim.engine.draws import weight_noise
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
+from lowrank_optim.engine.state import active_blocks, alloc_moments
 from lowrank_optim.groups.names import uid_of
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.residuals import ResidualInputs

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import optimizer as torch_optimizer
 
-from lowrank_optim.engine.planned import PlannedOptimizer
+from lowrank_optim.engine.stepped import SteppedOptimizer
 from lowrank_optim.groups import Group
 
 _SCHEMA = "(str optimizer, Tensor(a!)[] params, Tensor[] grads, int[] which, bool grad_mode) -> ()"
@@ -26,7 +26,7 @@ _NAME = "lowrank_optim::step_"
 _PLAIN = (Tensor, Parameter)
 
 _numbers = itertools.count()
-_optimizers: weakref.WeakValueDictionary[str, PlannedOptimizer] = weakref.WeakValueDictionary()
+_optimizers: weakref.WeakValueDictionary[str, SteppedOptimizer] = weakref.WeakValueDictionary()
 """Optimizers by the name that stands for them in a graph, where an object cannot be."""
 
 
@@ -37,7 +37,7 @@ class Traced:
     too, and each change of one compiled again.
     """
 
-    def __init__(self, optimizer: PlannedOptimizer, before: Traced | None = None) -> None:
+    def __init__(self, optimizer: SteppedOptimizer, before: Traced | None = None) -> None:
         # a string, as compilers turn numbers that differ between two calls into variables
         self.name: str = str(next(_numbers)) if before is None else before.name
         self.groups = optimizer.param_groups

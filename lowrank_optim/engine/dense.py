@@ -11,15 +11,9 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.engine.bucket import Bucket, warn_skipped
-from lowrank_optim.engine.plan import (
-    Strategies,
-    read_slots,
-    rounds,
-    rows_of,
-    slot_keys,
-    weight_noise,
-    write_slots_,
-)
+from lowrank_optim.engine.draws import rounds, weight_noise
+from lowrank_optim.engine.moments import read_slots, rows_of, slot_keys, write_slots_
+from lowrank_optim.engine.plan import Strategies
 from lowrank_optim.engine.reserve import ask
 from lowrank_optim.engine.undo import SMALL
 from lowrank_optim.ops.devices import on_accelerator

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.engine.offload import on_device
-from lowrank_optim.engine.plan import ParamPlan, State, Strategies, slot_key
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
+from lowrank_optim.engine.state import slot_key
 from lowrank_optim.stores import scale_key
-from lowrank_optim.subspaces.base import BasisChange
 from lowrank_optim.subspaces.projector import new_to_old
+from lowrank_optim.subspaces.refresh import BasisChange
 
 
 class Momentum(NamedTuple):

@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank_optim.engine.plan import ParamPlan, State, Strategies, moving_keys, resting_keys
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.sharded.local import as_dtensor
+from lowrank_optim.engine.state import moving_keys, resting_keys
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops import queues
 from lowrank_optim.ops.devices import pinned

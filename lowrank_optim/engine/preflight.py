@@ -3,48 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank_optim.engine.plan import ParamPlan, State, Strategies, counts
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.sharded.forms import kept_meta_state
+from lowrank_optim.engine.state import counts
 from lowrank_optim.groups import Group
+from lowrank_optim.groups.notices import param_name
 from lowrank_optim.sharding.parts import local
 from lowrank_optim.stores import FloatStore
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.projected_grad import projection
 
-EDITABLE = frozenset({
-    "params", "param_names", "lr", "initial_lr", "max_lr", "min_lr", "betas", "momentum",
-    "max_momentum", "min_momentum", "base_momentum", "weight_decay",
-})  # fmt: skip
-"""Group keys that views and subspaces do not depend on; schedulers edit some every step."""
-
 AT_A_REFRESH = frozenset({"on_refresh"})
 """Keys that say how long the moments of a matrix have been averaged: its bias correction."""
 
 REMEDY = "set it back, or make a new optimizer, whose state starts again"
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The items of a group, and what they were made from."""
-
-    key: tuple[Any, ...]
-    structure: Mapping[str, str]
-    items: list[ParamPlan]
-
-
-def structure(group: Group) -> dict[str, str]:
-    """The keys that views, subspaces and state may depend on, in a form that an edit changes."""
-    found = {key: repr(value) for key, value in group.items() if key not in EDITABLE}
-    if "momentum" in group:  # its size may change, but not whether there is a slot for it
-        found["momentum"] = "0" if group["momentum"] == 0 else "not 0"
-    return found
 
 
 def moved(item: ParamPlan) -> bool:
@@ -93,6 +71,28 @@ def check_replaced(
                 "start again: shard the model (fully_shard, or accelerator.prepare with the "
                 "optimizer) before the first step, and load a checkpoint after that"
             )
+
+
+def check_given(group: Group, method: str) -> None:
+    """Raise for parameters that no optimizer here could step, as a group is added.
+
+    Args:
+        group: that group.
+        method: the class.
+
+    Raises:
+        ValueError: one is complex, flattened or has several entries in one place, or names are not
+            as many as there are parameters.
+    """
+    for i, param in enumerate(group["params"]):
+        if param.is_complex():
+            raise ValueError(
+                f"{method} does not support complex parameters: {param_name(group, i)}"
+            )
+    check_flattened(group)
+    check_named(group)
+    for i, param in enumerate(group["params"]):
+        check_overlap(param, param_name(group, i))
 
 
 def check_flattened(group: Group) -> None:

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lowrank_optim.engine.plan import RECORDED, ParamPlan, State, Strategies
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
+from lowrank_optim.engine.state import RECORDED
 from lowrank_optim.groups import notices
 from lowrank_optim.groups.values import Group
 from lowrank_optim.ops.devices import on_accelerator

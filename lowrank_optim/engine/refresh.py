@@ -1,99 +1,28 @@
-"""Phase one of a step: when a basis is due, how it is found, and what its moments do."""
+"""Phase one of a step: a basis that is due is found, or its refresh postponed."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.linalg import LinAlgError
 
 from lowrank_optim.engine import answers
+from lowrank_optim.engine.draws import seeded
 from lowrank_optim.engine.momentum import sought
-from lowrank_optim.engine.offload import on_device
-from lowrank_optim.engine.plan import (
-    ParamPlan,
-    State,
-    Strategies,
-    age_key,
-    mixed,
-    moment_noise,
-    seeded,
-    slot_key,
-)
-from lowrank_optim.groups.names import turn_of
-from lowrank_optim.ops.devices import on_accelerator, recording
-from lowrank_optim.ops.moving import move_rows_all_
-from lowrank_optim.ops.rows import take_rows
-from lowrank_optim.rules.base import Slot
-from lowrank_optim.subspaces.base import BasisChange, RefreshContext
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
+from lowrank_optim.engine.transport import following_
+from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.subspaces.projector import usable
+from lowrank_optim.subspaces.refresh import BasisChange, RefreshContext
 from lowrank_optim.subspaces.searches import Ask, Searching, alone
-from lowrank_optim.tensors.values import COUNTER_MAX, set_counter_
-from lowrank_optim.transports import TRANSPORTS
 
 logger = logging.getLogger(__name__)
 
-
-def refresh_due(step: int, last: int, gap: int, offset: int) -> bool:
-    """Whether a basis is due before step ``step`` (counted from 0), last refreshed at ``last``.
-
-    The first is due at once, the others whenever ``step - offset`` enters a new multiple of the
-    gap; a postponed one stays due until it succeeds.
-    """
-    return last < 0 or (step - offset) // gap > (last - offset) // gap
-
-
-LAST_STEP = (
-    "%s has taken %d steps, the most that its float32 counter on the device can tell apart: no "
-    "refresh comes after this. Save now, and go on with capturable=False, whose counters go on"
-)
-
-
 NOTHING_FOUND = "its gradient is zero or not finite, or could not be factored"
 """Why an accelerator has postponed a refresh."""
-
-
-def basis_due(item: ParamPlan, state: State, chosen: Strategies) -> bool:
-    """Whether the next step of a matrix refreshes its basis, if its gradient allows.
-
-    None does where a graph is captured: it would do so at every replay.
-    """
-    if chosen.capturable and recording():
-        return False
-    step = int(state["step"])
-    if step == COUNTER_MAX and chosen.capturable:  # a graph may know where it is
-        logger.warning(LAST_STEP, item.name, step)
-    if item.tried == step:
-        return False
-    answer = answers.of(state)
-    if answer is not None and not _due_anyway(item, chosen, answer):
-        answers.settle_(state)
-    return refresh_due(step, int(state["refresh_step"]), chosen.gap, phase(item, chosen))
-
-
-def _due_anyway(item: ParamPlan, chosen: Strategies, answer: answers.Answer) -> bool:
-    """Whether the next refresh is the same whatever became of the last one.
-
-    A search that starts from the basis in use has to know whether there is one.
-    """
-    if item.subspace is not None and item.subspace.counters:
-        return False  # they tell a round from another
-    starts = item.subspace is None or not item.subspace.indexed
-    return chosen.gap == 1 and (answer.last >= 0 or not starts)
-
-
-def phase(item: ParamPlan, chosen: Strategies) -> int:
-    """The remainder modulo the gap of the steps, counted from 0, at which its basis is due."""
-    return stagger_offset(item.uid, chosen.gap) if chosen.stagger else 0
-
-
-def stagger_offset(uid: int, gap: int) -> int:
-    """The step within the gap at which a parameter has its turn."""
-    return int(gap * turn_of(uid))
 
 
 def refresh_(
@@ -143,7 +72,7 @@ def refreshing_(
     last = int(state["refresh_step"])
     # moments start again whatever the device says, as the host counts steps from here
     told = ok if later and chosen.on_refresh != "reset" else None
-    yield from _following_(item, state, moved, step, chosen, sources, told)
+    yield from following_(item, state, moved, step, chosen, sources, told)
     if ok is not None and later:
         assert item.subspace is not None
         # other ranks are told at once
@@ -235,74 +164,6 @@ def _came_about(
     return False
 
 
-def follow_(
-    item: ParamPlan,
-    state: State,
-    moved: dict[str, BasisChange],
-    step: int,
-    chosen: Strategies,
-    sources: dict[str, Tensor] | None = None,
-    ok: Tensor | None = None,
-) -> None:
-    """:func:`_following_` of one matrix."""
-    alone(_following_(item, state, moved, step, chosen, sources, ok))
-
-
-def _following_(
-    item: ParamPlan,
-    state: State,
-    moved: dict[str, BasisChange],
-    step: int,
-    chosen: Strategies,
-    sources: dict[str, Tensor] | None,
-    ok: Tensor | None,
-) -> Searching[None]:
-    """Let moments and ages follow their coordinates, and count the refresh.
-
-    Where ``ok``, a 0-d bool on an accelerator, is False, no coordinate has moved, and nothing
-    follows.
-    """
-    last = int(state["refresh_step"])
-    turns = last >= 0 and chosen.on_refresh != "keep"
-    if turns or any(own.fresh for own in moved.values()):
-        with on_device(item, state, chosen):
-            yield from _moments_follow_(item, state, moved, step, chosen, sources, ok)
-    set_counter_(state["refresh_step"], step)
-
-
-def _moments_follow_(
-    item: ParamPlan,
-    state: State,
-    moved: dict[str, BasisChange],
-    step: int,
-    chosen: Strategies,
-    sources: dict[str, Tensor] | None,
-    ok: Tensor | None,
-) -> Searching[None]:
-    """All that :func:`_following_` does but for the counter."""
-    view, subspace = item.view, item.subspace
-    assert view is not None and subspace is not None
-    last = int(state["refresh_step"])
-    if last >= 0 and chosen.on_refresh != "keep":
-        time = step - (last if chosen.on_refresh == "reset" else 0)
-        for coord, shape in subspace.coord_shapes(view).items():
-            source = moved[coord].source
-            rows = _rows_alone(state, coord, shape, moved[coord], chosen)
-            if sources is None and source is not None and rows:
-                xs, fills = zip(*rows, strict=True)
-                yield Ask(_move_all_, (source, *xs), (fills,), listed=True)
-                continue
-            if chosen.aged:
-                _carry_ages_(state[age_key(coord)], moved[coord], chosen.on_refresh, ok)
-            if sources is not None and source is not None and chosen.on_refresh == "project":
-                sources[coord] = source
-                continue
-            _transport(item, state, coord, shape, moved[coord], float(time), chosen, ok)
-    for coord, own in moved.items():
-        if own.fresh:
-            _restart_(state, coord, subspace.coord_shapes(view)[coord], own.fresh, chosen)
-
-
 def postpone_(item: ParamPlan, state: State, step: int, why: str) -> None:
     """Count a refresh that did not come about, and say so."""
     state["postponed"] += 1
@@ -322,93 +183,3 @@ def _is_informative(item: ParamPlan, state: State, norm: float, step: int) -> bo
         norm,
     )
     return False
-
-
-def _transport(
-    item: ParamPlan,
-    state: State,
-    coord: str,
-    shape: Sequence[int],
-    moved: BasisChange,
-    time: float,
-    chosen: Strategies,
-    ok: Tensor | None,
-) -> None:
-    slots = chosen.rule.slots(shape)
-    keys = [slot_key(coord, slot.name) for slot in slots]
-    if chosen.on_refresh == "project" and _moved_as_stored(state, keys, slots, moved, chosen):
-        return
-    moments = []
-    for key, slot, bias in zip(keys, slots, chosen.rule.biases(time), strict=False):
-        x = chosen.store.read(state, key, slot, shape, item.param, dense=True)
-        assert isinstance(x, Tensor)
-        moments.append((slot, x, bias))
-    before = [] if ok is None else [x.clone() for _, x, _ in moments]
-    TRANSPORTS[chosen.on_refresh](moments, moved)
-    for old, (_, x, _) in zip(before, moments, strict=False):
-        assert ok is not None
-        x.copy_(torch.where(ok, x, old))
-    for n, (key, (slot, x, _)) in enumerate(zip(keys, moments, strict=True)):
-        seed = mixed(chosen.seed, item.uid, int(time), 2, n)
-        chosen.store.write_(state, key, slot, x, moment_noise(state, key, seed), ok)
-
-
-def _moved_as_stored(
-    state: State, keys: Sequence[str], slots: Sequence[Slot], moved: BasisChange, chosen: Strategies
-) -> bool:
-    """Whether moments were whole rows in a new order, and moved in the format they are kept in."""
-    source = moved.source
-    if source is None or moved.source_right is not None:
-        return False
-    if any(slot.averaged is not None for slot in slots):
-        return False
-    return all(
-        chosen.store.move_rows_(state, key, slot, source)
-        for key, slot in zip(keys, slots, strict=True)
-    )
-
-
-def _rows_alone(
-    state: State, coord: str, shape: Sequence[int], moved: BasisChange, chosen: Strategies
-) -> list[tuple[Tensor, int]] | None:
-    """Moments and ages ``(r, n)``, as they are kept, of an accelerator where their rows alone move.
-
-    Each with what a row is filled with that starts again.
-    """
-    source, slots = moved.source, chosen.rule.slots(shape)
-    if source is None or source.dim() > 1 or not on_accelerator(source):
-        return None
-    if chosen.on_refresh != "project" or moved.source_right is not None:
-        return None
-    found = [(state[age_key(coord)].unsqueeze(-1), 0)] if chosen.aged else []
-    for slot in slots:
-        rows = chosen.store.rows(state, slot_key(coord, slot.name), slot)
-        if slot.averaged is not None or rows is None:
-            return None
-        found += rows
-    return found
-
-
-def _move_all_(sources: list[Tensor], *lists: Any) -> list[Tensor]:
-    """Rows of what several matrices keep alike."""
-    *kept, fills = lists
-    move_rows_all_(kept, sources, fills)
-    return sources
-
-
-def _restart_(
-    state: State, coord: str, shape: Sequence[int], rows: Sequence[slice], chosen: Strategies
-) -> None:
-    """Zero moments and ages of some rows where they are kept: no other row is read or written."""
-    for slot in chosen.rule.slots(shape):
-        for own in rows:
-            chosen.store.restart_rows_(state, slot_key(coord, slot.name), slot, own)
-    for own in rows if chosen.aged else ():
-        state[age_key(coord)][..., own].zero_()
-
-
-def _carry_ages_(age: Tensor, moved: BasisChange, on_refresh: str, ok: Tensor | None) -> None:
-    if on_refresh == "reset":
-        age.copy_(torch.where(ok, 0, age)) if ok is not None else age.zero_()
-    elif moved.source is not None:
-        age.copy_(take_rows(age, moved.source, -1))

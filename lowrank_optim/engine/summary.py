@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -13,10 +15,13 @@ from lowrank_optim.engine.plan import ParamPlan, Strategies
 from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.engine.sharded.forms import kept_meta_state
 from lowrank_optim.engine.sharded.local import meta_state
+from lowrank_optim.groups import notices
 from lowrank_optim.groups.linear_maps import EMBEDDING, HEAD, names_linear_map
 from lowrank_optim.groups.values import Group
 from lowrank_optim.sharding.parts import local
 from lowrank_optim.stores import scale_key
+
+logger = logging.getLogger(__name__)
 
 ENOUGH = 0.5
 """Share of the parameters in matrices that an optimizer should project, or say that it does not."""
@@ -123,6 +128,15 @@ def summary_of(optimizer: PlannedOptimizer) -> Summary:
             item.name for group, item in found if _is_widened(item, optimizer._strategies(group))
         ),
     )
+
+
+def introduce(optimizer: PlannedOptimizer) -> None:
+    """Say before the first step what it will do, and warn where it projects little."""
+    found = summary_of(optimizer)
+    logger.info("%s", found)
+    shortfall = found.shortfall()
+    if shortfall is not None and any(g["rank"] is not None for g in optimizer.param_groups):
+        warnings.warn(shortfall, stacklevel=notices.users_level())
 
 
 def _is_widened(item: ParamPlan, chosen: Strategies) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.engine import answers
-from lowrank_optim.engine.plan import on_host
+from lowrank_optim.engine.plan import State
+from lowrank_optim.engine.state import on_host
 from lowrank_optim.ops.devices import on_accelerator, recording
 from lowrank_optim.ops.stacked import as_words, is_words
 from lowrank_optim.tensors.matrix import shares_memory
 from lowrank_optim.tensors.values import COUNTER_MAX, widen_
 
-State = MutableMapping[str, Tensor]
 COUNTERS = ("step", "refresh_step", "postponed", "clock")
 """Entries that every step may change: kept as numbers, which on the host cost less than a copy."""
 

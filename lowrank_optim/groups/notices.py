@@ -1,8 +1,9 @@
-"""What a user may not expect of a group, as text: ranks that do not fit, missing names."""
+"""What a user may not expect of a group, and is told: ranks that do not fit, missing names."""
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,6 +37,37 @@ def users_level() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(LIBRARIES):
         level, frame = level + 1, frame.f_back
     return level
+
+
+def warn_of(
+    group: Group,
+    told: set[str],
+    owner: str,
+    projected: Asked,
+    is_map: Asked,
+    unread: Mapping[str, tuple[Any, str]],
+) -> None:
+    """Warn of what a user may not expect of a group: each kind once, clamped ranks every time.
+
+    Args:
+        group: a completed one.
+        told: kinds of what the optimizer has said; what is said now is added.
+        owner: name of its class.
+        projected: whether it projects a parameter, if that is a matrix.
+        is_map: whether a parameter is a linear map.
+        unread: as :func:`unused` takes them.
+    """
+    ranked = group.get("layers") is None
+    texts = {
+        "clamped": clamped(group) if ranked else None,
+        "vocabulary": vocabulary(group, projected) if ranked else None,
+        "covered": covered(group, is_map) if ranked else None,
+        "unused": unused(group, owner, unread),
+    }
+    for kind, text in texts.items():
+        if text is not None and (kind == "clamped" or kind not in told):
+            told.add(kind)
+            warnings.warn(text, stacklevel=users_level())
 
 
 def clamped(group: Group) -> str | None:

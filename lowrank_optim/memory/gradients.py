@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowrank_optim.backward.projecting import coords_of, items_of, kept_dtype
-from lowrank_optim.engine.refresh import phase
+from lowrank_optim.engine.schedule import phase
 from lowrank_optim.memory.activations import Left
 from lowrank_optim.memory.blocks import Sized, sized_on
 from lowrank_optim.memory.reporting import storage_bytes

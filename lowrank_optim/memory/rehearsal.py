@@ -19,9 +19,9 @@ from lowrank_optim.backward.handle import InBackward
 from lowrank_optim.backward.shards import like_shard
 from lowrank_optim.backward.step_mode import StepMode
 from lowrank_optim.engine import tracing
+from lowrank_optim.engine.bucket import bucketed
 from lowrank_optim.engine.plan import ParamPlan
-from lowrank_optim.engine.refresh import phase
-from lowrank_optim.engine.step import bucketed
+from lowrank_optim.engine.schedule import phase
 from lowrank_optim.groups import Group
 from lowrank_optim.memory.activations import Unit
 from lowrank_optim.memory.blocks import Sized, in_blocks

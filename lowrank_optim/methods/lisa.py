@@ -28,6 +28,7 @@ from torch import Tensor
 from lowrank_optim.engine import tracing
 from lowrank_optim.engine.blocks import turned_
 from lowrank_optim.engine.plan import ParamPlan, Strategies
+from lowrank_optim.engine.stepped import Checked
 from lowrank_optim.groups import Group
 from lowrank_optim.groups.layers import LAYERS, takes_turns
 from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
@@ -144,7 +145,7 @@ class _Layers(LowRankOptimizer):
                 setattr(item.param, IDLE, True)
                 item.param.requires_grad_(False)
 
-    def _step_groups(self, work: list[tuple[Strategies, list[ParamPlan], list[ParamPlan]]]) -> None:
+    def _step_groups(self, work: Sequence[Checked]) -> None:
         super()._step_groups(work)
         self._take_turns()
 

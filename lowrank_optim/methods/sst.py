@@ -19,10 +19,11 @@ from typing import Any, ClassVar, Unpack
 from torch import Tensor
 
 from lowrank_optim.engine import answers
-from lowrank_optim.engine.bucket import Bucket
-from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state
+from lowrank_optim.engine.bucket import Bucket, chunk_size
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.preflight import check_factor_rank
-from lowrank_optim.engine.refresh import phase, refresh_, refresh_due
+from lowrank_optim.engine.refresh import refresh_
+from lowrank_optim.engine.schedule import phase, refresh_due
 from lowrank_optim.engine.sharded.layers import (
     DueLayer,
     gathered_layers,
@@ -33,7 +34,9 @@ from lowrank_optim.engine.sharded.layers import (
 )
 from lowrank_optim.engine.sharded.refusals import check_layer
 from lowrank_optim.engine.sharded.replicas import refresh_layers
-from lowrank_optim.engine.step import chunk_size, step_buckets
+from lowrank_optim.engine.state import init_state
+from lowrank_optim.engine.step import step_buckets
+from lowrank_optim.engine.stepped import Checked
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group
 from lowrank_optim.ops.devices import recording
@@ -248,15 +251,15 @@ class SSTAdamW(LowRankOptimizer):
             self.state[item.param].update(init_state(item, chosen, local(item.param)))
         return super()._state_of(item, chosen)
 
-    def _checked(self, group: Group) -> tuple[Strategies, list[ParamPlan], list[ParamPlan]]:
+    def _checked(self, group: Group) -> Checked:
         """As of every method; a layer has a gradient of all factors in use, or of none.
 
         Raises:
             RuntimeError: a gradient is not what a step can use.
             ValueError: the group was edited in a way that its state cannot follow.
         """
-        chosen, items, ready = super()._checked(group)
-        for item in ready:
+        checked = super()._checked(group)
+        for item in checked.ready:
             if isinstance(item, Layer) and item.subspace is not None:
                 missing = {*GRADIENTS} - {*item.gradients()}
                 if missing:
@@ -264,7 +267,7 @@ class SSTAdamW(LowRankOptimizer):
                         f"{item.name} has a gradient, and of its layer there is no "
                         f"{' and no '.join(sorted(missing))}: freeze all of a layer, or nothing"
                     )
-        return chosen, items, ready
+        return checked
 
     def _step_items(
         self, items: list[ParamPlan], group: Group, chosen: Strategies, undo: Undo

@@ -18,9 +18,9 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
-from lowrank_optim.checkpoints.load import makes_state
-from lowrank_optim.engine.bucket import Bucket
-from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state
+from lowrank_optim.checkpoints.loaders import makes_state
+from lowrank_optim.engine.bucket import Bucket, bucketed
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.preflight import check_factor_rank
 from lowrank_optim.engine.sharded.layers import (
     by_first_rank,
@@ -30,7 +30,9 @@ from lowrank_optim.engine.sharded.layers import (
     spans,
 )
 from lowrank_optim.engine.sharded.refusals import check_layer
-from lowrank_optim.engine.step import bucketed, step_buckets
+from lowrank_optim.engine.state import init_state
+from lowrank_optim.engine.step import step_buckets
+from lowrank_optim.engine.stepped import Checked
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group
 from lowrank_optim.groups.names import uid_of
@@ -38,7 +40,8 @@ from lowrank_optim.ops import Noise
 from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
 from lowrank_optim.residuals import Drop, Residual
 from lowrank_optim.rules import AdamW, Rule
-from lowrank_optim.sharding.parts import is_sharded, local, noise_of
+from lowrank_optim.sharding.parts import is_sharded, local
+from lowrank_optim.sharding.regions import noise_of
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.factored import SwitchedFactors
 from lowrank_optim.subspaces.switched import Switched
@@ -257,18 +260,18 @@ class SwitchLoRAAdamW(LowRankOptimizer):
             self.state[item.param].update(init_state(item, chosen, local(item.param)))
         return super()._state_of(item, chosen)
 
-    def _checked(self, group: Group) -> tuple[Strategies, list[ParamPlan], list[ParamPlan]]:
+    def _checked(self, group: Group) -> Checked:
         """As of every method; a factor has a gradient if its counterpart has one.
 
         Raises:
             RuntimeError: a gradient is not what a step can use.
             ValueError: the group was edited in a way that its state cannot follow.
         """
-        chosen, items, ready = super()._checked(group)
-        for item in ready:
+        checked = super()._checked(group)
+        for item in checked.ready:
             if isinstance(item, FactorItem) and item.b.grad is None:
                 raise RuntimeError(f"{item.name} has a gradient and its counterpart has none")
-        return chosen, items, ready
+        return checked
 
     def _step_items(
         self, items: list[ParamPlan], group: Group, chosen: Strategies, undo: Undo

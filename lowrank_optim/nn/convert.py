@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim.engine.plan import State
-from lowrank_optim.engine.refresh import phase, refresh_, refresh_due
+from lowrank_optim.engine.refresh import refresh_
+from lowrank_optim.engine.schedule import phase, refresh_due
 from lowrank_optim.groups import Group, lowrank_groups
 from lowrank_optim.groups.names import uid_of
 from lowrank_optim.groups.values import check_module

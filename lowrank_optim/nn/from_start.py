@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NoReturn, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim.engine.plan import seeded
+from lowrank_optim.engine.draws import seeded
 from lowrank_optim.groups import Group, lowrank_groups
 from lowrank_optim.groups.names import uid_of
 from lowrank_optim.groups.values import check_module

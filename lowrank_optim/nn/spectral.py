@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lowrank_optim.engine.plan import State, seeded
+from lowrank_optim.engine.draws import seeded
+from lowrank_optim.engine.plan import State
 from lowrank_optim.groups import Group
 from lowrank_optim.nn.base import Factored, check_saved_index, register_form
-from lowrank_optim.subspaces.base import RefreshContext
+from lowrank_optim.subspaces.refresh import RefreshContext
 from lowrank_optim.subspaces.spectral import Spectral
 from lowrank_optim.tensors.matrix import MatrixView
 

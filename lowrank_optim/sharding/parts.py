@@ -6,14 +6,14 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import Tensor
 
-from lowrank_optim.ops import Noise
-from lowrank_optim.sharding.grid import Block, Cut, Grid, Interval, coordinates, cut_of, length
+from lowrank_optim.sharding.grid import Cut, Grid, Interval, coordinates, length
 from lowrank_optim.sharding.groups import check_backend, coordinate, group_over, members, ranks_over
+from lowrank_optim.sharding.shares import axes_of, shares
 from lowrank_optim.tensors.matrix import MatrixView
 
 Side = Literal["whole", "columns", "blocks", "batch", "entries"]
@@ -176,84 +176,6 @@ def local(x: Tensor) -> Tensor:
     return found
 
 
-class Axis(NamedTuple):
-    """How one side of a matrix, or its batch, is split."""
-
-    dim: int
-    """Of the tensor."""
-    unit: int
-    """Rows or columns of the matrix to an index of that dimension."""
-    dims: tuple[int, ...]
-    """Of the mesh."""
-    cut: Cut
-
-
-def noise_of(x: Tensor, seed: int | Tensor) -> Noise:
-    """Seed and positions, in the whole tensor, of what is here of it."""
-    if not is_sharded(x):
-        return Noise.over(seed, x.shape)
-    return noise_at(seed, x.shape, x.device_mesh, x.placements)  # type: ignore[attr-defined]
-
-
-def noise_at(
-    seed: int | Tensor, shape: Sequence[int], mesh: Any, placements: Sequence[Any]
-) -> Noise:
-    """The same of a DTensor of ``shape`` that lies so on a mesh."""
-    return Noise.over(seed, shape, corner(shape, mesh, placements))
-
-
-def corner(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> tuple[int, ...]:
-    """The index in a whole tensor of the first entry that is here."""
-    return tuple(start for start, _ in region(shape, mesh, placements))
-
-
-def region(
-    shape: Sequence[int],
-    mesh: Any,
-    placements: Sequence[Any],
-    at: Sequence[int] | None = None,
-) -> tuple[Interval, ...]:
-    """Where what a rank has of a tensor begins and ends in each dimension.
-
-    Args:
-        shape: of the whole.
-        mesh: where it lies.
-        placements: how.
-        at: coordinates of the rank (default: this one's).
-    """
-    found = [(0, size) for size in shape]
-    at = coordinate(mesh) if at is None else at
-    for dim, dims in _by_dim(shape, placements).items():
-        cut = _cut_by(mesh, placements, dims)
-        cut = cut or Cut(tuple(mesh.size(k) for k in dims), tuple(range(len(dims))))
-        found[dim] = cut.interval(shape[dim], [at[k] for k in dims])
-    return tuple(found)
-
-
-def lies_in_intervals(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> bool:
-    """Whether :func:`region` is what each rank has, and what DTensor takes it to have."""
-    known = ("Replicate", "Shard", "_StridedShard")
-    if any(type(place).__name__ not in known for place in placements):
-        return False
-    cuts = {d: _cut_by(mesh, placements, dims) for d, dims in _by_dim(shape, placements).items()}
-    return all(cut is not None and cut.is_read_alike(shape[dim]) for dim, cut in cuts.items())
-
-
-def _by_dim(shape: Sequence[int], placements: Sequence[Any]) -> dict[int, list[int]]:
-    """Dimensions of a tensor that are split, and those of the mesh that split each."""
-    found: dict[int, list[int]] = {}
-    for k, place in enumerate(placements):
-        if type(place).__name__ != "Replicate":
-            found.setdefault(place.dim % len(shape), []).append(k)
-    return found
-
-
-def _cut_by(mesh: Any, placements: Sequence[Any], dims: Sequence[int]) -> Cut | None:
-    """How some dimensions of a mesh split one of a tensor; None if they leave no intervals."""
-    factors = [int(getattr(placements[k], "split_factor", 1)) for k in dims]
-    return cut_of([mesh.size(k) for k in dims], factors)
-
-
 def part_of(param: Tensor, view: MatrixView | None, name: str, unit: int = 1) -> Part | None:
     """What this rank has of a parameter; None of one that is plain.
 
@@ -272,7 +194,7 @@ def part_of(param: Tensor, view: MatrixView | None, name: str, unit: int = 1) ->
     mesh, placements = param.device_mesh, tuple(param.placements)  # type: ignore[attr-defined]
     for group in mesh.get_all_groups():
         check_backend(group, local(param).device, name)
-    axes = {} if view is None else _axes(placements, mesh, view, name)
+    axes = {} if view is None else axes_of(placements, mesh, view, name)
     split = [i for i, p in enumerate(placements) if type(p).__name__ != "Replicate"]
     dims = tuple([i for i in split if mesh.size(i) > 1] or split[:1])
     copied = tuple(i for i in range(mesh.ndim) if i not in split and mesh.size(i) > 1)
@@ -296,7 +218,7 @@ def part_of(param: Tensor, view: MatrixView | None, name: str, unit: int = 1) ->
     # the order of ranks in their group, which need not be that of the mesh
     over = ranks_over(mesh, dims)
     ordered = tuple(over.index(rank) for rank in members(mesh, dims))
-    cut, spans, grid = _shares(view, tuple(sizes), dims, tuple(axes.items()), unit, ordered)
+    cut, spans, grid = shares(view, tuple(sizes), dims, tuple(axes.items()), unit, ordered)
     rank = ordered.index(place)
     side: Side = "batch" if grid is None else "blocks" if grid.moves else "columns"
     here = _stored(view, tuple(local(param).shape), grid, spans, rank)
@@ -321,96 +243,6 @@ def replica(view: MatrixView | None, group: dist.ProcessGroup, shape: Sequence[i
     """A plain parameter that every rank of ``group`` has, as under DistributedDataParallel."""
     rank, ranks = dist.get_rank(group), group.size()
     return Part("whole", rank, ranks, (), 0, None, (), view, view, tuple(shape), alike=group)
-
-
-@functools.lru_cache(maxsize=4096)
-def _shares(
-    view: MatrixView,
-    sizes: tuple[int, ...],
-    dims: tuple[int, ...],
-    axes: tuple[tuple[str, Axis], ...],
-    unit: int,
-    ordered: tuple[int, ...],
-) -> tuple[Cut, tuple[Interval, ...], Grid | None]:
-    """How columns, or matrices, are shared, what of them each rank has, and blocks if any."""
-    named = dict(axes)
-    ats = [list(coordinates(sizes))[i] for i in ordered]
-
-    def own(side: str, whole: int, at: Sequence[int]) -> Interval:
-        if side not in named:
-            return 0, whole
-        axis = named[side]
-        inner = [at[dims.index(dim)] for dim in axis.dims]
-        start, stop = axis.cut.interval(view.shape[axis.dim], inner)
-        return start * axis.unit, stop * axis.unit
-
-    if "batch" in named:
-        batch = named["batch"]
-        cut = Cut(sizes, tuple(dims.index(batch.dims[i]) for i in batch.cut.order))
-        return cut, tuple(own("batch", view.batch[0], at) for at in ats), None
-    # who has whole columns keeps them, as near as can be: what splits columns splits them first,
-    # where pieces are even, as torch's loaders of whole states take no strided split of others
-    columns = named.get("columns")
-    first = [] if columns is None else [dims.index(columns.dims[i]) for i in columns.cut.order]
-    cut = Cut(sizes, (*first, *(i for i in range(len(dims)) if i not in first)))
-    if -(-view.n // unit) % math.prod(sizes):
-        cut = Cut(sizes, tuple(range(len(dims))))
-    stored = tuple(Block(own("rows", view.m, at), own("columns", view.n, at)) for at in ats)
-    stepped = tuple(cut.interval(view.n, at, unit) for at in ats)
-    return cut, stepped, Grid(view.m, view.n, stored, stepped)
-
-
-def _axes(placements: Sequence[Any], mesh: Any, view: MatrixView, name: str) -> dict[str, Axis]:
-    """What splits rows, columns and batch of the canonical view."""
-    by_dim: dict[int, list[int]] = {}
-    for i, place in enumerate(placements):
-        kind = type(place).__name__
-        if kind not in ("Replicate", "Shard", "_StridedShard"):
-            raise NotImplementedError(
-                f"{name} is to be projected and lies as {place}, which is no interval of its rows "
-                "or columns: use Shard or Replicate, or give it rank=None"
-            )
-        if kind != "Replicate":
-            by_dim.setdefault(place.dim % len(view.shape), []).append(i)
-    found: dict[str, Axis] = {}
-    for dim, dims in by_dim.items():
-        side, unit = _side(dim, view, name)
-        dims = [i for i in dims if mesh.size(i) > 1] or dims[:1]
-        sizes = [mesh.size(i) for i in dims]
-        cut = cut_of(sizes, [int(getattr(placements[i], "split_factor", 1)) for i in dims])
-        if cut is None or not cut.is_read_alike(view.shape[dim]) or side in found:
-            raise NotImplementedError(
-                f"{name} {view.shape} is to be projected, and {tuple(placements)} on a mesh of "
-                f"{tuple(mesh.shape)} does not give each rank one interval of dimension {dim} that "
-                "DTensor knows: take a size that the ranks divide, or give it rank=None"
-            )
-        found[side] = Axis(dim, unit, tuple(dims), cut)
-    some = {side: axis for side, axis in found.items() if max(axis.cut.sizes) > 1}
-    found = some or dict(list(found.items())[:1])
-    if "batch" in found and len(found) > 1:
-        raise NotImplementedError(
-            f"{name} {view.shape} is to be projected, and {tuple(placements)} splits both the "
-            "matrices and their number: split one of the two, or give it rank=None"
-        )
-    return found
-
-
-def _side(dim: int, view: MatrixView, name: str) -> tuple[str, int]:
-    """What a split of a tensor's dimension cuts of the canonical view, and the least piece."""
-    first = len(view.batch)
-    if dim < first:
-        return "batch", 1
-    if dim == first:
-        return ("columns" if view.flip else "rows"), 1
-    if any(size > 1 for size in view.shape[first + 1 : dim]):
-        raise NotImplementedError(
-            f"{name} {view.shape} is seen as one matrix, which Shard({dim}) does not split into "
-            f"intervals of columns: use Shard({first}) or Shard({first + 1}), or give it rank=None"
-        )
-    unit = 1
-    for size in view.shape[dim + 1 :]:
-        unit *= size
-    return ("rows" if view.flip else "columns"), unit
 
 
 def _stored(

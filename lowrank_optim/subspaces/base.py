@@ -5,90 +5,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from lowrank_optim import ops
+from lowrank_optim.subspaces.refresh import BasisChange, Reduce, RefreshContext, identity
 from lowrank_optim.subspaces.searches import Searching
+from lowrank_optim.subspaces.shared import Shared
 from lowrank_optim.subspaces.target import Target, guarded
 from lowrank_optim.subspaces.terms import Term, Wants
 from lowrank_optim.tensors.matrix import MatrixView, matrix_view, row_view
 
 State = MutableMapping[str, Tensor]
-Reduce = Callable[[Tensor], Tensor]
-
-
-def identity(x: Tensor) -> Tensor:
-    """The Reduce of one process: nothing to add up."""
-    return x
-
-
-class BasisChange(NamedTuple):
-    """How a refresh moved one coordinate; the Transport decides what the moments do about it."""
-
-    rotation: Callable[[], Tensor] | None = None
-    """Lazily ``P_new^T P_old (..., r, r)``, acting on the rows of the coordinate."""
-    right: Callable[[], Tensor] | None = None
-    """The same for the columns, when both sides are projected."""
-    source: Tensor | None = None
-    """``(..., r)`` the old row that feeds each new one, -1 for a new one: sets of indices."""
-    source_right: Tensor | None = None
-    """The same for the columns, when both sides are projected."""
-    fresh: Sequence[slice] = ()
-    """Rows whose moments and ages start from zero whatever ``on_refresh`` says; others stay."""
-    carry: Callable[[Tensor], Tensor] | None = None
-    """An exact map of a moment that has no rows to speak of: a set of single entries."""
-    low: Tensor | None = None
-    """The new coordinates of the gradient, where the search for them came by."""
-    ok: Tensor | None = None
-    """0-d bool on the device, where the host cannot know: False if nothing moved. Asked for where
-    :attr:`RefreshContext.fine` is."""
-    finite: Tensor | None = None
-    """0-d bool on the device, where the search found out: whether all coordinates of this gradient,
-    in any basis that it chooses from, and their squares are finite."""
-
-
-class Shared:
-    """What all matrices of an optimizer have in common: rebuilt when it is needed, never saved."""
-
-    def __init__(self) -> None:
-        self._held: dict[Any, tuple[Any, ...]] = {}
-
-    def get(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What is kept under ``key``: a tuple, tensors among it; made at the first call."""
-        if key not in self._held:
-            self._held[key] = make()
-        return self._held[key]
-
-    def tensors(self) -> list[Tensor]:
-        """All that is held."""
-        return [x for parts in self._held.values() for x in parts if isinstance(x, Tensor)]
-
-
-@dataclass(frozen=True)
-class RefreshContext:
-    """All else that a refresh may look at."""
-
-    view: MatrixView
-    generator: torch.Generator
-    """Seeded by (seed, uid, count): the same on every rank and after a resume."""
-    uid: int = 0
-    """What stands for the parameter: a hash of its name, or its place where it has none."""
-    count: int = 0
-    """Steps taken before this refresh."""
-    reduce: Reduce = identity
-    """Sum over the ranks that share this matrix."""
-    param: Tensor | None = None
-    """W ``(..., m, n)``, for subspaces that are factors of it."""
-    seen: Any = None
-    """What :meth:`Subspace.look` found on its way."""
-    fine: Tensor | None = None
-    """0-d bool on an accelerator: whether the gradient is finite and not zero, which its host has
-    not asked. Where it is False nothing may move. None where the host knows that it is True."""
-    first: bool = False
-    """Whether there was no refresh before."""
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,8 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.subspaces.base import (
-    BasisChange,
-    Reduce,
-    RefreshContext,
-    State,
-    Subspace,
-    register,
-)
+from lowrank_optim.subspaces.base import State, Subspace, register
+from lowrank_optim.subspaces.refresh import BasisChange, Reduce, RefreshContext
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term, Wants
 from lowrank_optim.tensors.matrix import MatrixView

@@ -14,15 +14,9 @@ from torch import Tensor
 
 from lowrank_optim.ops.devices import sent
 from lowrank_optim.ops.tiles import fillings, tile_elements
-from lowrank_optim.subspaces.base import (
-    BasisChange,
-    Reduce,
-    RefreshContext,
-    State,
-    Subspace,
-    register,
-)
+from lowrank_optim.subspaces.base import State, Subspace, register
 from lowrank_optim.subspaces.coordinate import add_by_tiles_
+from lowrank_optim.subspaces.refresh import BasisChange, Reduce, RefreshContext
 from lowrank_optim.subspaces.target import Target, guarded
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView

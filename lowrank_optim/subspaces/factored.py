@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.ops.devices import on_accelerator, sent
-from lowrank_optim.subspaces.base import Reduce, RefreshContext, State
+from lowrank_optim.subspaces.base import State
 from lowrank_optim.subspaces.lora import balance_, balanced
+from lowrank_optim.subspaces.refresh import Reduce, RefreshContext
 from lowrank_optim.subspaces.searches import Ask, Searching
 from lowrank_optim.subspaces.switched import SIDES, Switched
 from lowrank_optim.subspaces.target import Target

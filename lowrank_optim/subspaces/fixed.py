@@ -15,10 +15,12 @@ from lowrank_optim.ops.cosine import column_tiles, together
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.ops.stacked import cast_all, empty_like_all, stacked
 from lowrank_optim.rules.base import compute_dtype
-from lowrank_optim.subspaces.base import BasisChange, RefreshContext, Shared, State
+from lowrank_optim.subspaces.base import State
 from lowrank_optim.subspaces.coordinate import source_of
 from lowrank_optim.subspaces.projector import Projector
+from lowrank_optim.subspaces.refresh import BasisChange, RefreshContext
 from lowrank_optim.subspaces.searches import Ask, Searching
+from lowrank_optim.subspaces.shared import Shared
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lowrank_optim.subspaces.base import RefreshContext, register
+from lowrank_optim.subspaces.base import register
 from lowrank_optim.subspaces.random import gaussian, orthogonal
+from lowrank_optim.subspaces.refresh import RefreshContext
 from lowrank_optim.subspaces.searches import Ask, Searching
 from lowrank_optim.subspaces.svd import SVD
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.subspaces.base import RefreshContext
 from lowrank_optim.subspaces.projector import Projector
 from lowrank_optim.subspaces.random import orthogonal
+from lowrank_optim.subspaces.refresh import RefreshContext
 from lowrank_optim.subspaces.searches import Ask, Searching
 from lowrank_optim.subspaces.svd import left_singular_vectors
 

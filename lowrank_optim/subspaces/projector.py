@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lowrank_optim import ops
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.ops.stacked import cast_all, empty_like_all
-from lowrank_optim.subspaces.base import BasisChange, Reduce, RefreshContext, State, Subspace
+from lowrank_optim.subspaces.base import State, Subspace
+from lowrank_optim.subspaces.refresh import BasisChange, Reduce, RefreshContext
 from lowrank_optim.subspaces.searches import Ask, Searching, alone
 from lowrank_optim.subspaces.target import (
     Target,

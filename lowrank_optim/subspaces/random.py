@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops.devices import sent
-from lowrank_optim.subspaces.base import RefreshContext, register
+from lowrank_optim.subspaces.base import register
 from lowrank_optim.subspaces.projector import Projector
+from lowrank_optim.subspaces.refresh import RefreshContext
 from lowrank_optim.subspaces.searches import Ask, Searching
 
 

@@ -11,9 +11,10 @@ from torch.linalg import LinAlgError
 
 from lowrank_optim import ops
 from lowrank_optim.ops.devices import on_accelerator
-from lowrank_optim.subspaces.base import RefreshContext, register
+from lowrank_optim.subspaces.base import register
 from lowrank_optim.subspaces.projector import Projector, drawn_there, replaced, usable
 from lowrank_optim.subspaces.random import gaussian, orthogonal
+from lowrank_optim.subspaces.refresh import RefreshContext
 from lowrank_optim.subspaces.searches import Ask, Searching, alone
 from lowrank_optim.subspaces.svd import exact, left_singular_vectors, widened
 

@@ -16,14 +16,7 @@ from lowrank_optim.ops.devices import on_accelerator, queued
 from lowrank_optim.ops.stacked import stacked
 from lowrank_optim.ops.tiles import fillings
 from lowrank_optim.rules.base import compute_dtype
-from lowrank_optim.subspaces.base import (
-    BasisChange,
-    Reduce,
-    RefreshContext,
-    State,
-    Subspace,
-    identity,
-)
+from lowrank_optim.subspaces.base import State, Subspace
 from lowrank_optim.subspaces.factors import (
     order_of,
     sample,
@@ -32,6 +25,7 @@ from lowrank_optim.subspaces.factors import (
     triplets_of,
     unit,
 )
+from lowrank_optim.subspaces.refresh import BasisChange, Reduce, RefreshContext, identity
 from lowrank_optim.subspaces.searches import Searching, alone
 from lowrank_optim.subspaces.target import Target, guarded
 from lowrank_optim.subspaces.terms import Term, Wants

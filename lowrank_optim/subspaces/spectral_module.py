@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_optim.subspaces.base import Reduce, RefreshContext, State
+from lowrank_optim.subspaces.base import State
+from lowrank_optim.subspaces.refresh import Reduce, RefreshContext
 from lowrank_optim.subspaces.spectral import Spectral, of_all
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.linalg import LinAlgError
 
 from lowrank_optim.ops.devices import on_accelerator
-from lowrank_optim.subspaces.base import RefreshContext, register
+from lowrank_optim.subspaces.base import register
 from lowrank_optim.subspaces.projector import Projector
+from lowrank_optim.subspaces.refresh import RefreshContext
 from lowrank_optim.subspaces.searches import Ask, Searching
 
 

@@ -16,17 +16,11 @@ from lowrank_optim.ops.stacked import stacked
 from lowrank_optim.ops.tiles import fillings
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces import ahead, switching
-from lowrank_optim.subspaces.base import (
-    BasisChange,
-    Reduce,
-    RefreshContext,
-    Shared,
-    State,
-    Subspace,
-    identity,
-)
+from lowrank_optim.subspaces.base import State, Subspace
 from lowrank_optim.subspaces.lora import balance_, balanced, published_stds
+from lowrank_optim.subspaces.refresh import BasisChange, Reduce, RefreshContext, identity
 from lowrank_optim.subspaces.searches import Ask, Searching, alone
+from lowrank_optim.subspaces.shared import Shared
 from lowrank_optim.subspaces.switching import Schedule, ring, runs, thawing, where
 from lowrank_optim.subspaces.target import Target, guarded
 from lowrank_optim.subspaces.terms import Term, Wants

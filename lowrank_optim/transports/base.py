@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from lowrank_optim.rules.base import Slot
-from lowrank_optim.subspaces.base import BasisChange
+from lowrank_optim.subspaces.refresh import BasisChange
 
 Moments = Sequence[tuple[Slot, Tensor, float]]
 """Slot, its tensor, and the factor ``1 - beta^t`` by which it is biased."""

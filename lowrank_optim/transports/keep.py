@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowrank_optim.subspaces.base import BasisChange
+from lowrank_optim.subspaces.refresh import BasisChange
 from lowrank_optim.transports.base import Moments, register
 
 

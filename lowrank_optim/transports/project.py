@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops.rows import take_rows
-from lowrank_optim.subspaces.base import BasisChange
+from lowrank_optim.subspaces.refresh import BasisChange
 from lowrank_optim.transports.base import Moments, register
 
 

@@ -16,7 +16,7 @@ from benchmarks import kernels, roofline
 from benchmarks.counting import Launches, named, pretended_accelerator
 from benchmarks.op_costs import MATRIX, SCALAR, Kernel, floor, package_kernels
 from benchmarks.roofline import Counted, Device, count, seconds
-from lowrank_optim.engine import step as engine_step
+from lowrank_optim.engine import project
 from lowrank_optim.ops.schema import ON_DEVICE, SCHEMAS
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -71,12 +71,12 @@ def test_adamw_is_what_it_must_move() -> None:
 def test_an_added_pass_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of the gradient, somewhere in a step, is its bytes twice and one launch."""
     before = count("GaLore", [(M, N)], [], R)
-    begun = engine_step.begun
+    begun = project.begun
 
     def slower(item: Any, state: Any, grad: Tensor, *others: Any) -> Any:
         return begun(item, state, grad.clone(), *others)
 
-    monkeypatch.setattr(engine_step, "begun", slower)
+    monkeypatch.setattr(project, "begun", slower)
     after = count("GaLore", [(M, N)], [], R)
     assert after.bytes - before.bytes == 2 * W * M * N
     assert after.launches - before.launches == 1 and after.least == before.least

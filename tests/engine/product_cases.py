@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import PROJECTORS, LowRankOptimizer
-from lowrank_optim.engine.plan import ParamPlan, Strategies, mixed
+from lowrank_optim.engine.draws import mixed
+from lowrank_optim.engine.plan import ParamPlan, Strategies
 from lowrank_optim.groups import Group
 from lowrank_optim.ops import quant, reference
 from lowrank_optim.optimizer import Options, with_defaults

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lowrank_optim import GaLoreAdamW, LowRankOptimizer, SSTAdamW, attach_in_backward
 from lowrank_optim.engine import step as engine_step
-from lowrank_optim.engine.plan import RECORDED, init_state, seeds_of
+from lowrank_optim.engine.draws import seeds_of
 from lowrank_optim.engine.recording import check_recorded
+from lowrank_optim.engine.state import RECORDED, init_state
 from lowrank_optim.nn import convert
 from lowrank_optim.ops import devices, quant
 from lowrank_optim.rules.adamw import AdamW
@@ -293,9 +294,8 @@ def test_a_number_of_the_host_is_seen(what: str, monkeypatch: pytest.MonkeyPatch
 
         monkeypatch.setattr(engine_step, "prepared", constant)
     else:
-        monkeypatch.setattr(
-            engine_step, "_times_on_device", lambda work, _: [float(w.state["step"]) for w in work]
-        )
+        path = "lowrank_optim.engine.adapt._times_on_device"
+        monkeypatch.setattr(path, lambda work, _: [float(w.state["step"]) for w in work])
     with pytest.raises(AssertionError, match=r"differ|a value is read"):
         check_replays("GaLoreAdamW", torch.float64)
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import LowRankOptimizer, ops
-from lowrank_optim.engine import step as engine_step
 from lowrank_optim.ops import moving
 from lowrank_optim.ops.reference import matrices
 from lowrank_optim.residuals import Scaled
@@ -321,7 +320,7 @@ def test_a_bucket_that_fails_puts_back_what_is_not_written(monkeypatch: pytest.M
         honest(*args)
 
     monkeypatch.setattr(ops, "lift_add_scaled_", lift)
-    monkeypatch.setattr(engine_step, "CHUNK_BYTES", {True: 1})  # one matrix a bucket
+    monkeypatch.setattr("lowrank_optim.engine.bucket.CHUNK_BYTES", {True: 1})  # one matrix a bucket
     before = [p.detach().clone() for p in params]
     norms = [made[0].state[p]["residual_norm"].clone() for p in params]
     with pytest.raises(MemoryError):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim import GaLoreAdamW, LowRankOptimizer, SwitchLoRAAdamW, methods
-from lowrank_optim.engine.refresh import refresh_due, stagger_offset
+from lowrank_optim.engine.schedule import refresh_due, stagger_offset
 from lowrank_optim.groups.names import NAMED, _hash, bare, uid_of
 from lowrank_optim.nn import convert
 from tests import cases, runs
@@ -233,7 +233,7 @@ def test_a_checkpoint_of_draws_by_place_goes_on(
 
     params, optimizer = made()
     with monkeypatch.context() as patch:
-        patch.setattr("lowrank_optim.optimizer.uid_of", NAMES.index)
+        patch.setattr("lowrank_optim.engine.planned.uid_of", NAMES.index)
         runs.train(params, optimizer, range(5))
     twins, resumed = made()
     resumed.load_state_dict(optimizer.state_dict())

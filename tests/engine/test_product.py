@@ -18,7 +18,8 @@ import torch
 from lowrank_optim.engine.fused import FusedCosines, FusedRows
 from lowrank_optim.ops import dispatch, native, quant
 from lowrank_optim.stores import STORES
-from lowrank_optim.subspaces.base import identity, make_projector, view_for
+from lowrank_optim.subspaces.base import make_projector, view_for
+from lowrank_optim.subspaces.refresh import identity
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import PROJ_TYPES

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError
 
 from lowrank_optim import LowRankOptimizer
-from lowrank_optim.engine.plan import seeded
+from lowrank_optim.engine.draws import seeded
 from lowrank_optim.subspaces import RandomizedSVD, RefreshContext
 from lowrank_optim.tensors.matrix import matrix_view
 from tests import cases

@@ -26,7 +26,7 @@ from lowrank_optim import (
     lowrank_groups,
     methods,
 )
-from lowrank_optim.engine.plan import moving_keys
+from lowrank_optim.engine.state import moving_keys
 from lowrank_optim.memory import estimate, report
 from lowrank_optim.nn import convert
 from lowrank_optim.ops import devices, queues

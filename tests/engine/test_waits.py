@@ -18,8 +18,9 @@ from lowrank_optim.nn import convert
 from lowrank_optim.ops import quant
 from lowrank_optim.stores import STORES
 from lowrank_optim.subspaces import searches, svd
-from lowrank_optim.subspaces.base import BasisChange, RefreshContext, State
+from lowrank_optim.subspaces.base import State
 from lowrank_optim.subspaces.randomized import RandomizedSVD
+from lowrank_optim.subspaces.refresh import BasisChange, RefreshContext
 from lowrank_optim.subspaces.svd import SVD
 from tests import cases
 from tests.compare import assert_close

@@ -41,7 +41,7 @@ import lowrank_optim
 from benchmarks.counting import FREE, launches_of
 from lowrank_optim import LowRankOptimizer
 from lowrank_optim.engine import answers
-from lowrank_optim.engine.plan import on_host
+from lowrank_optim.engine.state import on_host
 from lowrank_optim.ops import devices
 
 aten = torch.ops.aten

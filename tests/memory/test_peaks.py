@@ -183,13 +183,13 @@ def test_some_matrices_say_what_all_need(
     """Matrices that are stepped alike are left out of a rehearsal, and nothing of it changes."""
     options = {"rank": 4, "update_proj_gap": 4, "on_refresh": on_refresh}
     options |= {"projector": "columns"} if cls is FrugalAdamW else {}
-    monkeypatch.setattr("lowrank_optim.engine.step.CHUNK_BYTES", {True: 2 * 4 * 4 * 96, False: 1})
+    monkeypatch.setattr("lowrank_optim.engine.bucket.CHUNK_BYTES", {True: 2 * 4 * 4 * 96, False: 1})
     some = rehearsed(cls, SHAPES, **options)
     dues = ["first", "none", "all", *some.turns()]
     found = [some.step(due) for due in dues]
     path = "lowrank_optim.memory.rehearsal._told_apart"
     with monkeypatch.context() as patch:
-        from lowrank_optim.engine.step import bucketed
+        from lowrank_optim.engine.bucket import bucketed
 
         patch.setattr(path, lambda items, chosen, due, apart: bucketed(items, chosen))
         every = rehearsed(cls, SHAPES, **options)

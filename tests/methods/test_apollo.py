@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim import ApolloAdamW, ApolloAdamW8bit, GaLoreAdamW, lowrank_groups
-from lowrank_optim.engine.plan import seeded
-from lowrank_optim.subspaces.base import RefreshContext, view_for
+from lowrank_optim.engine.draws import seeded
+from lowrank_optim.subspaces.base import view_for
 from lowrank_optim.subspaces.random import Gaussian
+from lowrank_optim.subspaces.refresh import RefreshContext
 from tests import cases
 from tests.cases import matrices
 from tests.compare import assert_close, relative

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lowrank_optim import FiraAdamW, lowrank_groups
 from lowrank_optim.residuals import ResidualInputs, Scaled
-from lowrank_optim.subspaces.base import RefreshContext, identity, make_projector
+from lowrank_optim.subspaces.base import make_projector
+from lowrank_optim.subspaces.refresh import RefreshContext, identity
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import matrix_view

@@ -21,7 +21,7 @@ from lowrank_optim import (
     LowRankOptimizer,
     lowrank_groups,
 )
-from lowrank_optim.engine.plan import seeded
+from lowrank_optim.engine.draws import seeded
 from lowrank_optim.ops import dispatch, native, tiles
 from lowrank_optim.subspaces import RefreshContext, entries, make_projector
 from lowrank_optim.subspaces.entries import RandK, permuted

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lowrank_optim import FrugalAdamW, FrugalSGD, GaLoreAdamW, LowRankOptimizer, memory
-from lowrank_optim.engine.plan import seeded
+from lowrank_optim.engine.draws import seeded
 from lowrank_optim.subspaces.block import BLOCK_ORDERS, Block
 from tests import cases, runs
 from tests.compare import assert_close

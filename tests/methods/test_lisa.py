@@ -20,7 +20,7 @@ from lowrank_optim import (
     attach_in_backward,
     memory,
 )
-from lowrank_optim.engine.plan import active_blocks
+from lowrank_optim.engine.state import active_blocks
 from tests import runs
 from tests.compare import assert_close
 from tests.oracles.lisa import Turns

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lowrank_optim import SSTAdamW, SSTAdamW8bit, memory
-from lowrank_optim.engine.plan import seeded
-from lowrank_optim.subspaces.base import RefreshContext, identity
+from lowrank_optim.engine.draws import seeded
 from lowrank_optim.subspaces.factors import SAMPLING, order_of, sample, triplets
+from lowrank_optim.subspaces.refresh import RefreshContext, identity
 from lowrank_optim.subspaces.spectral import Spectral
 from lowrank_optim.tensors.matrix import matrix_view
 from tests import cases, runs

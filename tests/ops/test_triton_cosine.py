@@ -21,7 +21,7 @@ from lowrank_optim.ops import cosine as reference
 from lowrank_optim.ops import dispatch, fuses_cosine
 from lowrank_optim.ops.triton import cosine as ops
 from lowrank_optim.ops.triton import matrices
-from lowrank_optim.subspaces.base import identity
+from lowrank_optim.subspaces.refresh import identity
 from tests import cases
 from tests.ops import ops_cosines
 from tests.ops.checks import check

@@ -87,7 +87,7 @@ def check(base: LowRankOptimizer, first: int, every: int) -> None:
             optimizer.step()
         optimizer.step()
         assert not same(everything(optimizer), wanted), (at, counting.names[at])
-        assert not optimizer._taken
+        assert not optimizer._retry.taken
         notes = getattr(caught.value, "__notes__", [])  # none before anything has begun
         assert all("step() again steps these alone" in note for note in notes)
 
@@ -162,7 +162,7 @@ def test_a_batch_is_left_out_after_a_step_that_raised() -> None:
         with pytest.raises(torch.OutOfMemoryError), OutOfMemory(at):
             optimizer.step()
         stepped = {n for n, own in optimizer.state.items() if own["step"] == GAP + 1}
-        assert 0 < len(stepped) < len(SHAPES) and len(optimizer._taken) == len(stepped)
+        assert 0 < len(stepped) < len(SHAPES) and len(optimizer._retry.taken) == len(stepped)
         if by_hand:
             for param in params_of(optimizer):
                 param.grad = None
@@ -180,7 +180,7 @@ def test_gradients_that_were_changed_are_a_new_batch() -> None:
     last = len(operations(optimizer)) - 2
     with pytest.raises(torch.OutOfMemoryError), OutOfMemory(last):
         optimizer.step()
-    assert optimizer._taken
+    assert optimizer._retry.taken
     for param in params_of(optimizer):
         param.grad.mul_(0.5)
     optimizer.step()

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import lowrank_optim
-from lowrank_optim.engine import step as engine_step
+from lowrank_optim.engine.bucket import CHUNK_BYTES
 from lowrank_optim.engine.sharded import step as sharded_step
 from tests.sharded.models import here
 from tests.sharded.ranks import Ranks, World
@@ -87,15 +87,15 @@ def nearest(one: Any, values: list[Any], most: float = 1e-10) -> None:
 def in_chunks(world: World | None, cls: str, place: int, options: dict[str, Any]) -> list[Tensor]:
     """Seven alike weights, of which fewer fill a chunk on one rank than on another."""
     run = Run(world, [(13, 16) if place == 0 else (16, 13)] * 7, [place] * 7)
-    before = dict(engine_step.CHUNK_BYTES)
-    engine_step.CHUNK_BYTES[False] = 2000
+    before = dict(CHUNK_BYTES)
+    CHUNK_BYTES[False] = 2000
     try:
         optimizer = getattr(lowrank_optim, cls)(run.named, lr=1e-2, rank=3, **options)
         for step in range(4):
             run.grads(step)
             optimizer.step()
     finally:
-        engine_step.CHUNK_BYTES.update(before)
+        CHUNK_BYTES.update(before)
     return run.weights()
 
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import lowrank_optim
 from lowrank_optim.sharding.grid import Cut
-from lowrank_optim.sharding.parts import _shares
+from lowrank_optim.sharding.shares import shares
 from tests.sharded import test_not_finite, training
 from tests.sharded.combinations import BLOCKS, EIGHT, LAYERS, WITH_BLOCKS
 from tests.sharded.ranks import Ranks, World
@@ -447,11 +447,11 @@ def cut(world: World, case: Case, by: int) -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Cut, "interval", moved)
-        _shares.cache_clear()
+        shares.cache_clear()
         try:
             return training.train(world, case)
         finally:
-            _shares.cache_clear()
+            shares.cache_clear()
 
 
 @pytest.mark.slow

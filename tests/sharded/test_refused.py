@@ -19,7 +19,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import lowrank_optim
 from lowrank_optim.nn import convert
-from lowrank_optim.sharding.parts import lies_in_intervals, local
+from lowrank_optim.sharding.parts import local
+from lowrank_optim.sharding.regions import lies_in_intervals
 from tests.sharded.models import left_out, shards_whole_numbers
 from tests.sharded.ranks import Ranks, World
 

@@ -17,7 +17,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import lowrank_optim
-from lowrank_optim import optimizer as optimizer_module
+from lowrank_optim.engine import stepped
 from tests.engine.watch import Watch
 from tests.sharded.ranks import Ranks, World
 
@@ -214,7 +214,7 @@ def failing(world: World) -> Any:
     ddp = DistributedDataParallel(model)
     own = {**OPTIONS, "stagger": False, "on_refresh": "project"}
     optimizer = lowrank_optim.GaLoreAdamW(model.named_parameters(), **own)
-    step_items = optimizer_module.step_items
+    step_items = stepped.step_items
 
     def fail(*_: Any) -> None:
         raise MemoryError("on purpose")
@@ -226,15 +226,15 @@ def failing(world: World) -> Any:
             backward(ddp, step, world.rank)
             if step == 2:
                 before = [x.clone() for s in optimizer.state.values() for x in s.values()]
-                optimizer_module.step_items = fail  # type: ignore[assignment]
+                stepped.step_items = fail  # type: ignore[assignment]
                 with pytest.raises(MemoryError):
                     optimizer.step()
-                optimizer_module.step_items = step_items
+                stepped.step_items = step_items
                 same = alike(before, [x for s in optimizer.state.values() for x in s.values()])
             optimizer.step()
     finally:
         back()
-        optimizer_module.step_items = step_items
+        stepped.step_items = step_items
     refreshed = [float(s["refresh_step"]) for s in optimizer.state.values()]
     return same, refreshed, weights(model)
 

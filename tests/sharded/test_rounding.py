@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from lowrank_optim import GaLoreAdamW, ops
-from lowrank_optim.sharding.parts import noise_of
+from lowrank_optim.sharding.regions import noise_of
 from tests.sharded import training
 from tests.sharded.ranks import Ranks, World
 from tests.sharded.training import Case, here

@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lowrank_optim
 from lowrank_optim import LowRankOptimizer, memory
-from lowrank_optim.engine.plan import on_host
+from lowrank_optim.engine.state import on_host
 
 SHAPES = {"wide": (128, 512), "tall": (512, 128), "square": (256, 256), "experts": (64, 128, 64)}
 """Divided by 64 in every way."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank_optim.engine.plan import moving_keys
+from lowrank_optim.engine.state import moving_keys
 from lowrank_optim.memory import report
 from lowrank_optim.memory.reporting import staging_bytes
 from lowrank_optim.sharding.parts import local

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.engine.plan import seeded
+from lowrank_optim.engine.draws import seeded
 from lowrank_optim.subspaces import BasisChange, RefreshContext, make_projector
-from lowrank_optim.subspaces.base import Subspace, identity, view_for
+from lowrank_optim.subspaces.base import Subspace, view_for
+from lowrank_optim.subspaces.refresh import identity
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.tensors.matrix import MatrixView
 from tests import cases

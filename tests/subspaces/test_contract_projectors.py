@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import PROJECTORS, Projector, register
-from lowrank_optim.engine.plan import seeded
+from lowrank_optim.engine.draws import seeded
 from lowrank_optim.subspaces import RefreshContext
 from tests import cases
 from tests.pairwise import paired

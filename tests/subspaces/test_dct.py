@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowrank_optim import PROJECTORS, GaLoreAdamW
-from lowrank_optim.engine.plan import seeded
+from lowrank_optim.engine.draws import seeded
 from lowrank_optim.ops import native
 from lowrank_optim.ops.cosine import BASES, TILE_ELEMENTS, CosineTransform, cosine_rows
 from lowrank_optim.subspaces import DCT, Hadamard, RefreshContext
-from lowrank_optim.subspaces.base import identity
 from lowrank_optim.subspaces.fixed import SPECTRUM_ELEMENTS, FixedBasis
+from lowrank_optim.subspaces.refresh import identity
 from lowrank_optim.subspaces.searches import together
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term

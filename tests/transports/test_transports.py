@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.rules.base import Slot
-from lowrank_optim.subspaces.base import BasisChange
+from lowrank_optim.subspaces.refresh import BasisChange
 from lowrank_optim.transports import TRANSPORTS
 from tests.compare import assert_close
 

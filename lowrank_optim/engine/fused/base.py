@@ -8,12 +8,8 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.engine.bucket import Bucket, warn_skipped
-from lowrank_optim.engine.plan import (
-    ParamPlan,
-    State,
-    Strategies,
-    rounds,
-)
+from lowrank_optim.engine.draws import rounds
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.residuals import Drop, Free
 from lowrank_optim.rules.adamw import AdamW

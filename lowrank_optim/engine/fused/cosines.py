@@ -10,14 +10,10 @@ from torch import Tensor
 from lowrank_optim import ops
 from lowrank_optim.engine.bucket import Bucket
 from lowrank_optim.engine.fused.base import is_finite, is_plain, time_of
-from lowrank_optim.engine.plan import (
-    ParamPlan,
-    State,
-    Strategies,
-    age_key,
-    slot_key,
-)
-from lowrank_optim.engine.refresh import basis_due, refresh_
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
+from lowrank_optim.engine.refresh import refresh_
+from lowrank_optim.engine.schedule import basis_due
+from lowrank_optim.engine.state import age_key, slot_key
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops import Rows
 from lowrank_optim.residuals import Drop

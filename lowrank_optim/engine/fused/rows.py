@@ -7,10 +7,9 @@ from torch import Tensor
 from lowrank_optim import ops
 from lowrank_optim.engine.bucket import Bucket
 from lowrank_optim.engine.fused.base import is_finite, is_plain, time_of
-from lowrank_optim.engine.plan import (
-    slot_key,
-)
-from lowrank_optim.engine.refresh import basis_due, refresh_
+from lowrank_optim.engine.refresh import refresh_
+from lowrank_optim.engine.schedule import basis_due
+from lowrank_optim.engine.state import slot_key
 from lowrank_optim.residuals import ResidualInputs
 from lowrank_optim.rules.adamw import AdamW
 from lowrank_optim.rules.base import compute_dtype

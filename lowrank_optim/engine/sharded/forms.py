@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
+from lowrank_optim.engine.state import init_state
 from lowrank_optim.ops import quant
 from lowrank_optim.sharding.parts import Side
 from lowrank_optim.stores import scale_key

@@ -26,7 +26,8 @@ from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.collectives import Form, form
 from lowrank_optim.sharding.grid import Interval
 from lowrank_optim.sharding.groups import coordinate, coordinates_over, group_over
-from lowrank_optim.sharding.parts import is_sharded, local, region, replica
+from lowrank_optim.sharding.parts import is_sharded, local, replica
+from lowrank_optim.sharding.regions import region
 
 
 def spans(x: Tensor) -> tuple[Interval, ...]:

@@ -10,15 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.engine.plan import (
-    ParamPlan,
-    State,
-    Strategies,
-    init_state,
-    on_host,
-    resting_keys,
-)
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.sharded.forms import forms_of
+from lowrank_optim.engine.state import init_state, on_host, resting_keys
 from lowrank_optim.engine.tracing import fake_mode, real_entries
 from lowrank_optim.ops.devices import pinned
 from lowrank_optim.sharding.parts import is_sharded, local

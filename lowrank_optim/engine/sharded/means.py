@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.engine.bucket import Bucket
+from lowrank_optim.engine.bucket import CHUNK_BYTES, Bucket
 from lowrank_optim.engine.dense import dense_phases
 from lowrank_optim.engine.offload import Staging, load_of
 from lowrank_optim.engine.offload import together as resting
 from lowrank_optim.engine.plan import ParamPlan, Strategies
-from lowrank_optim.engine.step import CHUNK_BYTES
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.rules.adafactor import measured
 from lowrank_optim.rules.base import Over, Split, Sum, compute_dtype, together
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.groups import group_over
-from lowrank_optim.sharding.parts import local, region
+from lowrank_optim.sharding.parts import local
+from lowrank_optim.sharding.regions import region
 from lowrank_optim.subspaces.block import Block
 
 

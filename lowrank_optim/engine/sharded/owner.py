@@ -13,18 +13,20 @@ from torch import Tensor
 from torch.linalg import LinAlgError
 
 from lowrank_optim.engine.momentum import join_lost_, sought
-from lowrank_optim.engine.plan import State, on_host
-from lowrank_optim.engine.refresh import NOTHING_FOUND, find_, follow_, postpone_, refresh_
+from lowrank_optim.engine.plan import State
+from lowrank_optim.engine.refresh import NOTHING_FOUND, find_, postpone_, refresh_
 from lowrank_optim.engine.sharded import failures
 from lowrank_optim.engine.sharded.due import Due
 from lowrank_optim.engine.sharded.failures import Failure
 from lowrank_optim.engine.sharded.forms import split_dims
 from lowrank_optim.engine.sharded.inputs import factors_weight, gathers, inputs_of
+from lowrank_optim.engine.state import on_host
+from lowrank_optim.engine.transport import follow_
 from lowrank_optim.ops.devices import on_accelerator, sent
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.collectives import Form, form
-from lowrank_optim.subspaces.base import BasisChange
 from lowrank_optim.subspaces.projector import Projector, new_to_old
+from lowrank_optim.subspaces.refresh import BasisChange
 
 
 class Ended(NamedTuple):

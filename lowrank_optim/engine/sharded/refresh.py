@@ -9,12 +9,12 @@ from torch import Tensor
 from lowrank_optim.engine import answers
 from lowrank_optim.engine.momentum import join_lost_
 from lowrank_optim.engine.offload import on_device
-from lowrank_optim.engine.plan import on_host
 from lowrank_optim.engine.refresh import refresh_, refreshing_
 from lowrank_optim.engine.sharded import failures
 from lowrank_optim.engine.sharded.due import Due, owners, rounds_of
 from lowrank_optim.engine.sharded.failures import Failure
 from lowrank_optim.engine.sharded.owner import by_owner, settle
+from lowrank_optim.engine.state import on_host
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.collectives import form
 from lowrank_optim.subspaces.searches import Searching, together

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lowrank_optim.engine.plan import ParamPlan, Strategies, rounds
+from lowrank_optim.engine.draws import rounds
+from lowrank_optim.engine.plan import ParamPlan, Strategies
 from lowrank_optim.ops import quant
-from lowrank_optim.sharding.parts import is_sharded, lies_in_intervals
+from lowrank_optim.sharding.parts import is_sharded
+from lowrank_optim.sharding.regions import lies_in_intervals
 from lowrank_optim.stores import STORES, Block8Store, FloatStore
 from lowrank_optim.subspaces.base import PROJECTORS, Subspace
 from lowrank_optim.subspaces.block import Block

@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_optim.engine.momentum import momentum_of
-from lowrank_optim.engine.plan import ParamPlan, State, Strategies, refreshed_keys
-from lowrank_optim.engine.refresh import basis_due, refreshing_
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
+from lowrank_optim.engine.refresh import refreshing_
+from lowrank_optim.engine.schedule import basis_due
 from lowrank_optim.engine.sharded.due import Due
 from lowrank_optim.engine.sharded.refresh import refresh_replicas
+from lowrank_optim.engine.state import refreshed_keys
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.sharding.parts import is_sharded, replica
 from lowrank_optim.subspaces.block import Block

@@ -13,27 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_optim import ops
+from lowrank_optim.engine.adapt import adapt
 from lowrank_optim.engine.apply import Push, prepared, push
 from lowrank_optim.engine.blocks import advance, catch_up
-from lowrank_optim.engine.bucket import Bucket, warn_skipped
-from lowrank_optim.engine.matrix_step import (
-    MatrixStep,
-    begun,
-    inputs_of,
-    mark,
-    portions,
-    turn_,
-)
+from lowrank_optim.engine.bucket import Bucket, chunk_size, warn_skipped
+from lowrank_optim.engine.draws import rounds, weight_noise
+from lowrank_optim.engine.matrix_step import MatrixStep, begun, inputs_of, mark, portions, turn_
 from lowrank_optim.engine.offload import Staging, load_of, on_device
-from lowrank_optim.engine.plan import (
-    ParamPlan,
-    State,
-    Strategies,
-    refreshed_keys,
-    rounds,
-    weight_noise,
-)
-from lowrank_optim.engine.refresh import basis_due, refresh_
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
+from lowrank_optim.engine.refresh import refresh_
+from lowrank_optim.engine.schedule import basis_due
 from lowrank_optim.engine.sharded.due import Due
 from lowrank_optim.engine.sharded.guard import Asked, agreed
 from lowrank_optim.engine.sharded.local import here, stepped, summed_coords, weights_here
@@ -47,7 +36,8 @@ from lowrank_optim.engine.sharded.means import (
     weight_squares,
 )
 from lowrank_optim.engine.sharded.refresh import refresh_together
-from lowrank_optim.engine.step import adapt, chunk_size, step_buckets
+from lowrank_optim.engine.state import refreshed_keys
+from lowrank_optim.engine.step import step_buckets
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops import Noise
 from lowrank_optim.ops.devices import on_accelerator
@@ -55,8 +45,8 @@ from lowrank_optim.residuals import Measured
 from lowrank_optim.rules.base import Split, Sum, compute_dtype
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.parts import Part
-from lowrank_optim.subspaces.base import identity
 from lowrank_optim.subspaces.block import Block
+from lowrank_optim.subspaces.refresh import identity
 from lowrank_optim.tensors.matrix import shares_memory
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
 

@@ -1,0 +1,179 @@
+"""Whether saved entries are those of the state that an optimizer would make; errors name both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.checkpoints.form import Entries, check_owners
+from lowrank_optim.checkpoints.placed import as_one_process
+from lowrank_optim.engine.plan import ParamPlan, Strategies
+from lowrank_optim.engine.planned import PlannedOptimizer
+from lowrank_optim.engine.sharded.forms import forms_of, whole_meta_state
+from lowrank_optim.engine.state import check_state, counts
+from lowrank_optim.groups import Group
+from lowrank_optim.ops.quant4 import scale_count
+from lowrank_optim.sharding.parts import is_sharded, local
+from lowrank_optim.stores import scale_key
+from lowrank_optim.subspaces.block import Block
+from lowrank_optim.tensors.values import COUNTER_MAX, as_dtype, readable
+
+STRUCTURE = ("rank", "proj_type", "projector", "basis", "flatten")
+"""Group keys that shape the state: a checkpoint may not change them silently."""
+
+
+def check_fit(
+    optimizer: PlannedOptimizer,
+    groups: list[Group],
+    saved: dict[int, Entries],
+    told: Sequence[str | None] | None = None,
+) -> dict[int, dict[str, torch.dtype]]:
+    """Compare every saved entry with the state that this optimizer would make.
+
+    Args:
+        optimizer: what the checkpoint is to be loaded into.
+        groups: the groups it would have then, as many and as long as its own.
+        saved: state by position of the parameter; entries get the shapes of one process.
+        told: the format of moments that each group of the checkpoint tells of itself (default: none
+            does).
+
+    Returns:
+        The dtype of every entry. It is the saved one, unless the checkpoint comes from another
+        optimizer or from parameters of another dtype: a moment in a format that its store does not
+        write would be read, updated and forgotten.
+
+    Raises:
+        ValueError: with the parameter's name and both values.
+    """
+    dtypes: dict[int, dict[str, torch.dtype]] = {}
+    check_owners(optimizer.param_groups, groups)
+    n = 0
+    told = told or [None] * len(groups)
+    for mine, loaded, format_ in zip(optimizer.param_groups, groups, told, strict=True):
+        merged = {**loaded, "params": mine["params"]}
+        if "param_names" in mine:
+            merged.setdefault("param_names", mine["param_names"])
+        optimizer._check(merged)
+        chosen = optimizer._strategies(merged)
+        pairs = zip(optimizer._planned(mine), optimizer._planned(merged), strict=True)
+        for ours, there in pairs:
+            if n in saved:
+                _same_structure(optimizer, ours, there, mine, merged, saved[n])
+                expected = whole_meta_state(there, chosen, active=True)
+                # or torch may have read codes into floats, of another format that it was made for
+                alike = format_ is not None and format_ == mine["state_dtype"]
+                saved[n] = as_one_process(there, chosen, saved[n], expected, alike)
+                dtypes[n] = _fitting(optimizer, there, chosen, loaded, saved[n])
+            n += 1
+    return dtypes
+
+
+def _fitting(
+    optimizer: PlannedOptimizer, item: ParamPlan, chosen: Strategies, loaded: Group, found: Entries
+) -> dict[str, torch.dtype]:
+    """Dtypes of the entries of one parameter, all of which are what its state may hold."""
+    with _named(optimizer, item, loaded):
+        tensors = {key: readable(key, value) for key, value in found.items()}
+    # a block's moments are there or not, by when the checkpoint was written
+    active = any(slot.name in found for slot in chosen.rule.slots(item.param.shape))
+    last = tensors.get("refresh_step")
+    active |= last is not None and bool((last >= 0).any())  # must be: nobody else has them
+    expected = whole_meta_state(item, chosen, active)
+    _same_shapes(optimizer, item, chosen, loaded, tensors, expected)
+    with _named(optimizer, item, loaded):
+        check_state(
+            item, chosen, {k: as_dtype(k, local(x), expected[k].dtype) for k, x in tensors.items()}
+        )
+    idle = isinstance(item.subspace, Block) and float(tensors["refresh_step"]) < 0
+    # moments that a reader left in its place: of another turn, or zeros of :func:`hold_blocks`
+    kept = whole_meta_state(item, chosen, active=False) if idle else expected
+    return {k: _counting(k, v, tensors[k]) for k, v in kept.items()}
+
+
+def _counting(key: str, kept: Tensor, saved: Tensor) -> torch.dtype:
+    """The dtype of an entry: float64 of a number beyond what a float32 counter tells apart."""
+    beyond = counts(key, kept) and COUNTER_MAX < float(saved) < math.inf
+    return torch.float64 if beyond else kept.dtype
+
+
+@contextmanager
+def _named(optimizer: PlannedOptimizer, item: ParamPlan, loaded: Group) -> Iterator[None]:
+    """Say in an error about a value whose it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"checkpoint written by {loaded['method']} cannot be loaded into {item.name} of "
+            f"{type(optimizer).__name__}: {error}. Nothing was loaded: the checkpoint is damaged, "
+            "was written for other parameters, or the run had failed when it was saved"
+        ) from None
+
+
+def _same_structure(
+    optimizer: PlannedOptimizer,
+    here: ParamPlan,
+    there: ParamPlan,
+    mine: Group,
+    loaded: Group,
+    found: Entries,
+) -> None:
+    """Raise if the groups see the parameter in different ways."""
+    if "projector" in found:
+        raise ValueError(
+            f"the state of {here.name} holds a projector object: "
+            "read this checkpoint with lowrank_optim.import_galore_torch"
+        )
+    if here.subspace is not None:
+        for key in STRUCTURE:
+            if loaded.get(key) != mine.get(key):
+                raise _misfit(optimizer, here.name, key, loaded.get(key), mine.get(key), loaded)
+    if (here.subspace is None) != (there.subspace is None):
+        theirs, ours = ("dense" if x.subspace is None else "projected" for x in (there, here))
+        raise _misfit(optimizer, here.name, "the parameter", theirs, ours, loaded)
+
+
+def _same_shapes(
+    optimizer: PlannedOptimizer,
+    item: ParamPlan,
+    chosen: Strategies,
+    loaded: Group,
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+) -> None:
+    """Raise if the saved entries are not those of the optimizer, or have other shapes."""
+    for key in sorted(expected.keys() & found.keys()):
+        theirs, ours = _format(key, found), _format(key, expected)
+        if theirs != ours and "bit" in theirs + ours:
+            raise _misfit(optimizer, item.name, f"format of {key}", theirs, ours, loaded)
+    if expected.keys() != found.keys():
+        raise _misfit(optimizer, item.name, "state", sorted(found), sorted(expected), loaded)
+    forms = forms_of(item, chosen) if item.sharded else {}
+    for key, tensor in expected.items():
+        shape, own = tuple(found[key].shape), tuple(tensor.shape)
+        if is_sharded(found[key]) and key in forms:
+            own = forms[key].shape
+        if shape != own:
+            raise _misfit(optimizer, item.name, f"shape of {key}", shape, own, loaded)
+
+
+def _format(key: str, entries: Mapping[str, Tensor]) -> str:
+    """Name of the store that wrote an entry: codes have scales beside them."""
+    x, scales = entries[key], entries.get(scale_key(key))
+    if scales is not None:
+        in_4bit = scales.shape == (*x.shape[:-1], scale_count(2 * x.shape[-1]))
+        return "4bit" if in_4bit else "8bit"
+    return "codes without scales" if x.dtype == torch.uint8 else str(x.dtype).removeprefix("torch.")
+
+
+def _misfit(
+    optimizer: PlannedOptimizer, name: str, what: str, theirs: Any, mine: Any, loaded: Group
+) -> ValueError:
+    return ValueError(
+        f"checkpoint written by {loaded['method']} does not fit {name} in "
+        f"{type(optimizer).__name__}: {what} is {theirs} there and {mine} here"
+    )
