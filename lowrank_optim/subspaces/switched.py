@@ -114,12 +114,8 @@ class Switched(Subspace):
         due = self.restart_every and count and count % self.restart_every == 0
         return ("basis_A", "basis_B") if due else ()
 
-    def balance_(self, state: State) -> None:
-        """``B A`` stays."""
-        alone(self.balancing_(state))
-
     def balancing_(self, state: State) -> Searching[None]:
-        """:meth:`balance_`; an accelerator does all matrices at once, as its host waits."""
+        """``B A`` stays; an accelerator does all matrices at once, as its host waits."""
         a, b = state["basis_A"], state["basis_B"]
         if not on_accelerator(a):
             balance_(a, b)

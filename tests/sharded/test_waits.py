@@ -62,32 +62,29 @@ def looks(world: World, asked: dict[str, tuple[str, dict[str, Any]]]) -> dict[st
 
 
 EIGH, SVD = "subspaces/randomized.py eigh", "subspaces/svd.py _driven"
-SETTLED = {"engine/sharded/owner.py settle": 1}
-WAITS: dict[str, tuple[str, dict[str, Any], dict[str, int], dict[str, int]]] = {
-    "rsvd": ("GaLoreAdamW", {**GAP, "projector": "rsvd"}, {}, {EIGH: 2, **SETTLED}),
-    "svd": ("GaLoreAdamW", {**GAP, "projector": "svd", "on_refresh": "project"}, {},
-            {SVD: 2, **SETTLED}),
-    "LDAdam": ("LDAdamW", {"rank": 3}, SETTLED, SETTLED),
-    "dct": ("GaLoreAdamW", {**GAP, "projector": "dct"}, {}, {}),
+WAITS: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
+    "rsvd": ("GaLoreAdamW", {**GAP, "projector": "rsvd"}, {EIGH: 1}),
+    "svd": ("GaLoreAdamW", {**GAP, "projector": "svd", "on_refresh": "project"}, {SVD: 1}),
+    "LDAdam": ("LDAdamW", {"rank": 3}, {}),
+    "dct": ("GaLoreAdamW", {**GAP, "projector": "dct"}, {}),
     "SST": ("SSTAdamW", {"rank": 3, "factors": "active", "steps_per_iteration": 2,
-                         "stagger": False}, {}, {"subspaces/factors.py _driven": 2, **SETTLED}),
-    "SwitchLoRA": ("SwitchLoRAAdamW", {"rank": 3, "restart_every": 2}, {},
-                   {"subspaces/lora.py balanced": 2, "engine/sharded/owner.py _follow": 4,
-                    **SETTLED}),
+                         "stagger": False}, {"subspaces/factors.py _driven": 1}),
+    "SwitchLoRA": ("SwitchLoRAAdamW", {"rank": 3, "restart_every": 2},
+                   {"subspaces/lora.py balanced": 1}),
 }  # fmt: skip
-"""Class, options, and what is waited for in a step and in a refresh of four matrices by two ranks:
-each finds two."""
+"""Class, options, and what is waited for in a refresh of four matrices by two ranks: the status of
+one factorisation, which torch reads, of the two that each finds. A step waits for nothing."""
 
 
 def test_what_a_refresh_of_shards_waits_for(ranks: Worlds) -> None:
-    """The status of each factorisation that a rank makes, and one answer of all owners.
+    """The status of one factorisation of all that a rank owns; nobody asks what owners found.
 
-    It was 22 of ``rsvd`` and of ``svd``, and 4 in each step between.
+    It was 22 of ``rsvd`` and of ``svd``, and 4 in each step between; then 3, and 7 of a restart.
     """
     asked = {name: row[:2] for name, row in WAITS.items()}
     for found in ranks(2).run("looks", looks, asked=asked).checked():
-        for name, (_, _, plain, refresh) in WAITS.items():
-            assert found[name] == [plain, refresh], (name, found[name])
+        for name, (_, _, refresh) in WAITS.items():
+            assert found[name] == [{}, refresh], (name, found[name])
 
 
 def trained(
@@ -129,9 +126,11 @@ def selected(world: World, asked: list[tuple[str, str]]) -> dict[str, list[Any]]
     found: dict[str, list[Any]] = {}
     for name, on_refresh in asked:
         cls, options = WAITS[name][0], {**WAITS[name][1], "on_refresh": on_refresh}
-        for bad in (torch.nan,) if cls == "SSTAdamW" else (0.0, torch.nan):
+        # with reset moments start again where nothing is found too, as of one process
+        one = cls == "SSTAdamW" or on_refresh == "reset"
+        for bad in (torch.nan,) if one else (0.0, torch.nan):
             runs = [trained(forced, cls, options, mesh, bad) for forced in (False, True)]
-            found.setdefault(name, []).append(runs)
+            found.setdefault(f"{name} {on_refresh}", []).append(runs)
     return found
 
 
@@ -143,25 +142,28 @@ def test_what_a_device_selects_is_what_a_host_decides(ranks: Worlds) -> None:
         for name, runs in found.items():
             for want, got in runs:
                 # momentum is of use to LDAdam where a gradient is not
-                assert name == "LDAdam" or want[1] == {"1.weight": 1}
+                assert name == "LDAdam project" or want[1] == {"1.weight": 1}
                 assert got[1:] == want[1:], name
                 for key, x in want[0].items():
-                    assert_close(got[0][key], x)
+                    # what moves by steps since the refresh is put right in the next step
+                    late = name.startswith("SST") or name.endswith("reset")
+                    if key == "2 weights" or not (late and key.startswith("2 ")):
+                        assert_close(got[0][key], x)
 
 
-def raising(world: World) -> list[tuple[str, bool]]:
-    """What each step raised where rank 1 once has no memory, and whether it was undone."""
+def raising(world: World) -> list[tuple[str, bool, dict[str, int]]]:
+    """What each step raised where rank 1 once has no memory, and whether it changed nothing."""
     mesh = init_device_mesh("cpu", (world.size,))
     model, optimizer = made("GaLoreAdamW", WAITS["svd"][1], mesh, 4, torch.float64)
     params, found = list(model.parameters()), []
     honest = svd._driven
 
-    def fails(x: Tensor) -> Tensor:
+    def fails(x: Tensor) -> Any:
         if world.rank == 1:
             raise MemoryError("no memory")
         return honest(x)
 
-    for step in range(4):
+    for step in range(6):
         optimizer.zero_grad()
         x = torch.randn(32, 16, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
         model(x).square().mean().backward()
@@ -178,18 +180,21 @@ def raising(world: World) -> list[tuple[str, bool]]:
             try:
                 optimizer.step()
             except (RuntimeError, MemoryError) as error:
-                said = f"{type(error).__name__}: {error}"
-        after = held()
-        same = bool(before) and all(map(torch.equal, before, after))
-        found.append((said, same))
+                said = " ".join([f"{type(error).__name__}: {error}", *error.__notes__])
+        same = bool(before) and all(map(torch.equal, before, held()))
+        found.append((said, same, optimizer.postponed_refreshes() if step > 2 else {}))
     return found
 
 
-def test_an_owner_that_raises_on_a_device_is_told_to_all_and_undone(ranks: Worlds) -> None:
-    """After the other matrices: nothing of the step is left, and the next one goes."""
-    first, second = ranks(2).run("raising", raising).checked()
-    for found in (first, second):
-        assert [said for said, _ in (*found[:2], found[3])] == [""] * 3
-        assert [same for _, same in found] == [False, False, True, False]
-    assert first[2][0].startswith("RuntimeError: rank 1 could not refresh 1.weight: MemoryError")
-    assert second[2][0].startswith("MemoryError: no memory")
+def test_an_owner_that_raises_on_a_device_is_told_to_all(ranks: Worlds) -> None:
+    """The step goes on with the bases in use; the next one raises, and changes nothing; then all
+    goes on, and what was not found is due.
+    """
+    values = ranks(2).run("raising", raising).checked()
+    for found in values:
+        assert [bool(said) for said, *_ in found] == [False, False, False, True, False, False]
+        assert [same for _, same, _ in found] == [False, False, False, True, False, False]
+        assert found[-1][2] == {"0.weight": 1, "1.weight": 1}
+        said = "rank 1 could not refresh 1.weight or one like it: MemoryError: no memory"
+        assert said in found[3][0]
+    assert [v[3][0].partition(":")[0] for v in values] == ["RuntimeError", "MemoryError"]

@@ -35,6 +35,11 @@ class Due(NamedTuple):
         return int(self.state["step"])
 
     @property
+    def nbytes(self) -> int:
+        """Of the whole matrix."""
+        return self.item.param.numel() * self.item.param.element_size()
+
+    @property
     def columns(self) -> ParamPlan:
         """What stands for the part that is stepped."""
         return stepped(self.item, self.twin.param)
@@ -84,7 +89,25 @@ def owners(due: Sequence[Due]) -> list[list[Due]]:
     return queues
 
 
-def rounds_of(due: Sequence[Due]) -> Iterator[tuple[Due | None, ...]]:
-    """One matrix for each rank at a time: no more of a gradient is ever gathered."""
-    if due:
-        yield from zip_longest(*owners(due))
+ROUND_BYTES = 1 << 26
+"""Of whole matrices that an owner has at once, where one alone is not larger."""
+
+
+def rounds_of(due: Sequence[Due]) -> Iterator[list[list[Due]]]:
+    """By rank, what each refreshes at a time: as many matrices as fit, and at least one.
+
+    They share messages, and equal ones the calls that a host waits for.
+    """
+    now: list[list[Due]] = []
+    held = 0
+    for each in zip_longest(*owners(due)) if due else ():
+        size = max(d.nbytes for d in each if d is not None)
+        if now and held + size > ROUND_BYTES:
+            yield now
+            now, held = [], 0
+        now = now or [[] for _ in each]
+        for own, d in zip(now, each, strict=True):
+            own += [] if d is None else [d]
+        held += size
+    if now:
+        yield now

@@ -14,7 +14,7 @@ from lowrank_optim.engine.refresh import refresh_, refreshing_
 from lowrank_optim.engine.sharded import failures
 from lowrank_optim.engine.sharded.due import Due, owners, rounds_of
 from lowrank_optim.engine.sharded.failures import Failure
-from lowrank_optim.engine.sharded.owner import by_owner, settle
+from lowrank_optim.engine.sharded.owner import by_owner
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.collectives import form
 from lowrank_optim.subspaces.searches import Searching, together
@@ -53,7 +53,8 @@ def refresh_together(due: Sequence[Due]) -> None:
                 else:
                     scored.append((d, scores))
         _by_scores(scored)
-        settle([ended for jobs in rounds_of(owned) for ended in by_owner(jobs)])
+        ended = [x for queues in rounds_of(owned) for x in by_owner(queues)]
+        failures.settle(ended, own[0].part)
         refresh_replicas(copied)
 
 

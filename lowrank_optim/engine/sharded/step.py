@@ -35,6 +35,7 @@ from lowrank_optim.engine.plan import (
 )
 from lowrank_optim.engine.refresh import basis_due, refresh_
 from lowrank_optim.engine.sharded.due import Due
+from lowrank_optim.engine.sharded.failures import recall
 from lowrank_optim.engine.sharded.guard import Asked, agreed
 from lowrank_optim.engine.sharded.local import here, stepped, summed_coords, weights_here
 from lowrank_optim.engine.sharded.means import (
@@ -139,6 +140,7 @@ class ShardedStep:
 
     def run(self, undo: Undo) -> None:
         """Take the step."""
+        recall([w.item.param for w in self._work])
         known = agreed(
             [Asked(w.item, w.twin, weight_squares(w.item, w.twin, w.chosen)) for w in self._work]
         )
