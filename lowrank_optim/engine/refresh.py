@@ -141,9 +141,7 @@ def refreshing_(
     if ok is not None and not later and not _came_about(item, state, step, ok, before):
         return False
     last = int(state["refresh_step"])
-    # moments start again whatever the device says, as the host counts steps from here
-    told = ok if later and chosen.on_refresh != "reset" else None
-    yield from _following_(item, state, moved, step, chosen, sources, told)
+    yield from following_(item, state, moved, step, chosen, sources, ok if later else None)
     if ok is not None and later:
         assert item.subspace is not None
         # other ranks are told at once
@@ -221,7 +219,7 @@ def _came_about(
     return False
 
 
-def follow_(
+def following_(
     item: ParamPlan,
     state: State,
     moved: dict[str, BasisChange],
@@ -229,25 +227,13 @@ def follow_(
     chosen: Strategies,
     sources: dict[str, Tensor] | None = None,
     ok: Tensor | None = None,
-) -> None:
-    """:func:`_following_` of one matrix."""
-    alone(_following_(item, state, moved, step, chosen, sources, ok))
-
-
-def _following_(
-    item: ParamPlan,
-    state: State,
-    moved: dict[str, BasisChange],
-    step: int,
-    chosen: Strategies,
-    sources: dict[str, Tensor] | None,
-    ok: Tensor | None,
 ) -> Searching[None]:
     """Let moments and ages follow their coordinates, and count the refresh.
 
     Where ``ok``, a 0-d bool on an accelerator, is False, no coordinate has moved, and nothing
-    follows.
+    follows; but moments that start again do so in any case, as the host counts steps from here.
     """
+    ok = None if chosen.on_refresh == "reset" else ok
     last = int(state["refresh_step"])
     turns = last >= 0 and chosen.on_refresh != "keep"
     if turns or any(own.fresh for own in moved.values()):
@@ -265,7 +251,7 @@ def _moments_follow_(
     sources: dict[str, Tensor] | None,
     ok: Tensor | None,
 ) -> Searching[None]:
-    """All that :func:`_following_` does but for the counter."""
+    """All that :func:`following_` does but for the counter."""
     view, subspace = item.view, item.subspace
     assert view is not None and subspace is not None
     last = int(state["refresh_step"])

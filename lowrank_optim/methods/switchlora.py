@@ -22,8 +22,8 @@ from lowrank_optim.checkpoints.load import makes_state
 from lowrank_optim.engine.bucket import Bucket
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state
 from lowrank_optim.engine.preflight import check_factor_rank
+from lowrank_optim.engine.sharded.layer_owner import FirstRank
 from lowrank_optim.engine.sharded.layers import (
-    by_first_rank,
     gathered_layers,
     keep_,
     placed_as,
@@ -308,8 +308,8 @@ class SwitchLoRAAdamW(LowRankOptimizer):
             first, second = spans(item.base)
             turned = subspace.flip != item.view.flip
             inputs, outputs = (first, second) if turned else (second, first)
-            agree = by_first_rank(item.param)
-            subspace = replace(subspace, inputs=inputs, outputs=outputs, agree=agree)
+            first_rank = FirstRank(item.param)
+            subspace = replace(subspace, inputs=inputs, outputs=outputs, first=first_rank)
         # a stand-in for a gradient of W, which is never made: its values are not read
         weight.grad = weight.detach()
         place = item.name, item.index, item.uid

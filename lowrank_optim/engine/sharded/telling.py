@@ -12,7 +12,7 @@ from torch import Tensor
 from lowrank_optim.engine.answers import expecting_
 from lowrank_optim.engine.momentum import join_lost_
 from lowrank_optim.engine.plan import State, on_host
-from lowrank_optim.engine.refresh import counters_of, follow_, refresh_
+from lowrank_optim.engine.refresh import counters_of, following_, refresh_
 from lowrank_optim.engine.sharded import failures
 from lowrank_optim.engine.sharded.due import Due
 from lowrank_optim.ops.devices import on_accelerator
@@ -92,9 +92,7 @@ def follow(d: Due, told: Told) -> None:
         refresh_(d.columns, d.state, d.twin.param, d.step, d.chosen, look=seen)
     else:
         moved = _moved(d, told, old, found)
-        # moments start again whatever the device says, as the host counts steps from here
-        ok = found if d.chosen.on_refresh != "reset" else None
-        follow_(d.columns, d.state, moved, d.step, d.chosen, ok=ok)
+        alone(following_(d.columns, d.state, moved, d.step, d.chosen, ok=found))
         if d.grad is not None:
             join_lost_(held, d.state, d.grad, d.chosen, moved.get("low"))
     if found is not None:
