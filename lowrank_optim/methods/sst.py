@@ -24,7 +24,7 @@ from lowrank_optim.engine.plan import ParamPlan, State, Strategies, init_state
 from lowrank_optim.engine.preflight import check_factor_rank
 from lowrank_optim.engine.refresh import phase, refresh_due
 from lowrank_optim.engine.sharded.failures import recall
-from lowrank_optim.engine.sharded.layer_owner import DueLayer, refresh_by_owners
+from lowrank_optim.engine.sharded.layer_owner import due_layer, refresh_by_owners
 from lowrank_optim.engine.sharded.layers import (
     gathered_layers,
     keep_,
@@ -274,6 +274,7 @@ class SSTAdamW(LowRankOptimizer):
             super()._step_items(items, group, chosen, undo)
             return
         leaders = [x for x in items if isinstance(x, Layer) and x.subspace is not None]
+        recall(item.param for item in leaders)
         here = [item for item in leaders if not is_sharded(item.param)]
         for item in leaders if not (chosen.capturable and recording()) else ():
             answers.settle_(self._kept(item, chosen))  # the learning rate depends on it
@@ -285,12 +286,11 @@ class SSTAdamW(LowRankOptimizer):
         for item in leaders:
             if is_sharded(item.param):
                 meshes.setdefault(item.param.device_mesh, []).append(item)  # type: ignore[attr-defined]
-        recall(item.param for own in meshes.values() for item in own)
         for own in meshes.values():
             self._step_gathered(own, group, stepping, undo)
             due = [item for item in own if self._is_due(item, chosen)]
             refresh_by_owners(
-                [DueLayer(x, x.whole, dict(x.named()), self._kept(x, chosen), chosen) for x in due]
+                [due_layer(x, self._kept(x, chosen), dict(x.named()), chosen, x.whole) for x in due]
             )
 
     def _is_due(self, item: Layer, chosen: Strategies) -> bool:

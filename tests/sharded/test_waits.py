@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 import lowrank_optim
 from lowrank_optim import LowRankOptimizer
-from lowrank_optim.engine.sharded import layer_owner
+from lowrank_optim.engine.sharded import alike
 from lowrank_optim.nn import convert
 from lowrank_optim.sharding.parts import local
 from lowrank_optim.subspaces import svd
@@ -169,7 +169,7 @@ def layers_selected(world: World, forced: bool, raises: bool) -> tuple[Any, ...]
     model, optimizer = layered("SST", mesh, torch.float64, on_refresh="keep")
     (u, *_) = (p for key, p in model.named_parameters() if key.startswith("1."))
     generator, ends, said = torch.Generator().manual_seed(world.rank), [], []
-    honest = layer_owner.finding
+    honest = alike.finding
 
     def fails(*args: Any) -> Any:
         if world.rank == 1 and step == 1 and raises:
@@ -178,7 +178,7 @@ def layers_selected(world: World, forced: bool, raises: bool) -> tuple[Any, ...]
 
     with pytest.MonkeyPatch.context() as patch:
         cases.branching(patch, lambda tensor: forced)
-        patch.setattr(layer_owner, "finding", fails)
+        patch.setattr(alike, "finding", fails)
         for step in range(6):
             optimizer.zero_grad()
             x = torch.randn(8, 16, generator=generator, dtype=torch.float64)

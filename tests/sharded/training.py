@@ -253,7 +253,8 @@ class Trained:
 
     def state(self) -> dict[str, Held]:
         """State by name of its parameter, once devices have said what became of refreshes."""
-        self.optimizer._settle()
+        if isinstance(self.optimizer, lowrank_optim.LowRankOptimizer):
+            self.optimizer._settle()
         return {
             name: {key: part_of(x) for key, x in self.optimizer.state[param].items()}
             for name, param in self.named.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -12,20 +12,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.linalg import LinAlgError
 
-from lowrank_optim.engine.answers import expecting_
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, on_host
-from lowrank_optim.engine.refresh import counters_of, finding, following_
 from lowrank_optim.engine.sharded import failures
+from lowrank_optim.engine.sharded.alike import Alike, follow, refreshed, sent
 from lowrank_optim.engine.sharded.due import merged
-from lowrank_optim.engine.sharded.failures import Ended, Failure
+from lowrank_optim.engine.sharded.failures import Ended
 from lowrank_optim.engine.sharded.layers import everyone, pieces, places_of
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.sharding import collectives
-from lowrank_optim.sharding.collectives import Form, form
+from lowrank_optim.sharding.collectives import form
 from lowrank_optim.sharding.groups import coordinates_over, group_over
 from lowrank_optim.sharding.parts import local, replica
-from lowrank_optim.subspaces.searches import Searching, alone, together
-from lowrank_optim.tensors.values import set_counter_
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +54,9 @@ class FirstRank:
         device, forms = tensors[0].device, [*map(form, tensors)]
         asks = not on_accelerator(tensors[0])
         flags = [torch.tensor([error is None], dtype=torch.uint8)] if asks else []
-        sent = [*flags, *tensors] if self.here else None
+        shown = [*flags, *tensors] if self.here else None
         forms = [failures.FLAG, *forms] if asks else forms
-        found = collectives.broadcast(sent, forms, 0, self._group, device)
+        found = collectives.broadcast(shown, forms, 0, self._group, device)
         if asks and not bool(found.pop(0).item()):
             raise LinAlgError(str(error or "the first rank could not factor it"))
         if error is not None:
@@ -70,39 +67,40 @@ class FirstRank:
 class DueLayer(NamedTuple):
     """A layer that is to be refreshed."""
 
-    item: ParamPlan
-    whole: Callable[[State], ParamPlan]
-    """What stands for it where a state has the whole factors too."""
+    alike: Alike
+    """What every rank has of it: all but the factors."""
     factors: dict[str, Tensor]
     """DTensors that the refresh reads and writes."""
-    kept: State
-    """What every rank has alike of its state."""
-    chosen: Strategies
 
     @property
     def nbytes(self) -> int:
         """Of all factors."""
         return sum(x.numel() * x.element_size() for x in self.factors.values())
 
-    @property
-    def told(self) -> list[str]:
-        """What ranks are told of what they have alike; numbers of the host each knows itself."""
-        return [key for key in sorted(self.kept) if not on_host(key)]
 
+def due_layer(
+    item: ParamPlan,
+    kept: State,
+    factors: dict[str, Tensor],
+    chosen: Strategies,
+    whole: Callable[[State], ParamPlan],
+) -> DueLayer:
+    """A layer that is to be refreshed.
 
-class Refreshed(NamedTuple):
-    """What an owner has of a layer, afterwards."""
+    Args:
+        item: of its first factor.
+        kept: what every rank has of its state.
+        factors: DTensors.
+        chosen: of its group.
+        whole: what stands for it where a state has the whole factors too.
+    """
 
-    state: State
-    end: int
-    ok: Tensor | None = None
-    failure: Failure | None = None
+    def shown(state: State) -> tuple[ParamPlan, Tensor]:
+        plan = whole(state)
+        return plan, plan.param
 
-    def flag(self, device: torch.device) -> Tensor:
-        """How it ended, where it is sent from."""
-        if self.ok is None or self.end != failures.FOUND:
-            return failures.flag(self.end, device)
-        return self.ok.to(torch.uint8).view(1)
+    told = [key for key in sorted(kept) if not on_host(key)]
+    return DueLayer(Alike(item, kept, told, chosen, shown), factors)
 
 
 def refresh_by_owners(due: Sequence[DueLayer]) -> None:
@@ -137,10 +135,10 @@ def _round(
         device,
     )
     wholes = (x.together([own[i] for own in arrived]) for i, x in enumerate(parts[rank]))
-    states = [{**_copies(d), **{key: next(wholes) for key in d.factors}} for d in mine]
-    done = _refreshed(mine, states)
+    states = [{**d.alike.copies(), **{key: next(wholes) for key in d.factors}} for d in mine]
+    done = refreshed([d.alike for d in mine], states) if mine else []
     told = [
-        _sent(own, done if owner == rank else None, owner, group, device)
+        sent([d.alike for d in own], done if owner == rank else None, owner, group, device)
         for owner, own in enumerate(queues)
     ]
     outgoing: list[list[Tensor]] = [[] for _ in queues]
@@ -153,76 +151,8 @@ def _round(
     ended = []
     for owner, (its, news, came) in enumerate(zip(queues, told, map(iter, back), strict=True)):
         for n, (d, (end, *entries)) in enumerate(zip(its, news, strict=True)):
-            pairs = [*zip([d.kept[key] for key in d.told], entries, strict=True)]
+            pairs = [*zip([d.alike.kept[key] for key in d.alike.told], entries, strict=True)]
             pairs += [(local(x), next(came)) for x in d.factors.values()]
-            _follow(d, end, pairs)
             failure = done[n].failure if owner == rank else None
-            ended.append(Ended(d.item.param, owner, end.clone(), failure))
+            ended.append(follow(d.alike, end, pairs, owner, failure))
     return ended
-
-
-def _copies(d: DueLayer) -> State:
-    """What is alike on all ranks, which take what became of it from a message."""
-    return {key: x.clone() for key, x in d.kept.items()}
-
-
-def _refreshed(mine: Sequence[DueLayer], states: Sequence[State]) -> list[Refreshed]:
-    try:
-        return together([_refreshing(d, x) for d, x in zip(mine, states, strict=True)])
-    except Exception as error:  # of a call that they share
-        failure = Failure(f"{mine[0].item.name} or one like it", error)
-        return [Refreshed(x, failures.RAISED, failure=failure) for x in states]
-
-
-def _refreshing(d: DueLayer, state: State) -> Searching[Refreshed]:
-    plan = d.whole(state)
-    step, chosen = int(state["step"]), d.chosen
-    try:
-        moved, ok = yield from finding(plan, state, plan.param, step, chosen)
-        if moved is None:
-            return Refreshed(state, failures.POSTPONED)
-        yield from following_(plan, state, moved, step, chosen, ok=ok)
-    except Exception as error:  # memory, say: whoever waits for the factors has to know
-        return Refreshed(state, failures.RAISED, failure=Failure(d.item.name, error))
-    return Refreshed(state, failures.FOUND, ok)
-
-
-def _sent(
-    own: Sequence[DueLayer],
-    done: Sequence[Refreshed] | None,
-    owner: int,
-    group: dist.ProcessGroup,
-    device: torch.device,
-) -> list[list[Tensor]]:
-    """How each of its refreshes ended, and what all have alike: one broadcast of an owner."""
-    if not own:
-        return []
-    sent = None
-    if done is not None:
-        sent = [x for d, after in zip(own, done, strict=True)
-                for x in (after.flag(device), *(after.state[key] for key in d.told))]  # fmt: skip
-    forms = [[failures.FLAG, *(form(d.kept[key]) for key in d.told)] for d in own]
-    flat: list[Form] = [f for each in forms for f in each]
-    got: Iterator[Tensor] = iter(collectives.broadcast(sent, flat, owner, group, device))
-    return [[next(got) for _ in each] for each in forms]
-
-
-def _follow(d: DueLayer, end: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Keep what came, and count; nothing of an owner that raised.
-
-    An accelerator selects, and its host asks a step later; until then it counts as found.
-    """
-    selects = on_accelerator(end)
-    if not selects and int(end) != failures.FOUND:
-        d.kept["postponed"] += int(end) == failures.POSTPONED
-        return
-    last, before = int(d.kept["refresh_step"]), counters_of(d.item, d.kept)
-    lost = (end == failures.RAISED).view(()) if selects else None
-    for x, new in pairs:
-        x.copy_(new if lost is None else torch.where(lost, x, new))
-    set_counter_(d.kept["refresh_step"], int(d.kept["step"]))
-    for key, count in before.items():
-        set_counter_(d.kept[key], count + 1)
-    if selects:
-        found = (end == failures.FOUND).view(())
-        alone(expecting_(d.kept, d.item.name, found, last, True, before))

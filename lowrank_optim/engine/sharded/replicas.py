@@ -16,6 +16,7 @@ from lowrank_optim.engine.momentum import momentum_of
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies, refreshed_keys
 from lowrank_optim.engine.refresh import basis_due, refreshing_
 from lowrank_optim.engine.sharded.due import Due
+from lowrank_optim.engine.sharded.failures import recall
 from lowrank_optim.engine.sharded.refresh import refresh_replicas
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.sharding.parts import is_sharded, replica
@@ -157,6 +158,7 @@ def refresh_alike(
     undo: Undo,
 ) -> None:
     """Refresh what is due of replicas before they step: a step then finds nothing due."""
+    recall(item.param for item, *_ in work if id(item.param) in groups)
     by_group: dict[int, list[Due]] = {}
     for item, state, chosen in work:
         item.tried, item.before = -1, None  # a step that failed was undone
