@@ -14,8 +14,9 @@ from lowrank_optim import ops
 from lowrank_optim.ops.devices import on_accelerator, sent
 from lowrank_optim.subspaces.base import Reduce, RefreshContext, State
 from lowrank_optim.subspaces.lora import balanced
+from lowrank_optim.subspaces.pooled import SIDES
 from lowrank_optim.subspaces.searches import Ask, Searching
-from lowrank_optim.subspaces.switched import SIDES, Switched
+from lowrank_optim.subspaces.switched import Switched
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
