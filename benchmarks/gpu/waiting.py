@@ -13,7 +13,7 @@ FACTORISATIONS = {
     EIGH: "torch has no eigh that keeps its status on the device",
     SVD: "torch has no svd that keeps its status there",
 }
-"""Once for all equal matrices of a step, or once a side of them."""
+"""Once for all equal matrices of a step, for both of their sides."""
 RESTART = {"subspaces/lora.py balanced": "torch has no svd that keeps its status there"}
 """Of SwitchLoRA with ``restart_every``."""
 SPECTRAL = {"subspaces/factors.py _driven"}

@@ -15,14 +15,8 @@ from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.schedule import basis_due
 from lowrank_optim.engine.sharded.guard import Asked, agreed
 from lowrank_optim.engine.sharded.local import here, summed_coords
-from lowrank_optim.engine.sharded.step import (
-    Work,
-    chunks_of,
-    fetch,
-    is_projected,
-    is_usable,
-    refresh_works,
-)
+from lowrank_optim.engine.sharded.step import refresh_works
+from lowrank_optim.engine.sharded.work import Work, chunks_of, fetch, is_projected, is_usable
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.sharding import collectives
 from lowrank_optim.tensors.projected_grad import Coords, ProjectedGrad

@@ -28,6 +28,25 @@ State = MutableMapping[str, Tensor]
 
 
 @dataclass(frozen=True)
+class Told:
+    """What a device says, and a copy of it on its way to the host."""
+
+    there: Tensor
+    here: Tensor | None
+    """None where a copy could not say when it has arrived."""
+    arrived: Any
+    """The event after which it is there; None where there is no queue."""
+
+    def read(self) -> Tensor:
+        """It, on the host; waits until the device is there."""
+        if self.here is None:
+            return self.there.cpu()
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.here
+
+
+@dataclass(frozen=True)
 class Answer:
     """What is known of the refreshes of a matrix since the host last asked."""
 
@@ -37,22 +56,16 @@ class Answer:
     """How many came about, on the device."""
     count: int
     """How many there were."""
-    last: int
-    """Where the last one before them was, -1 for none."""
-    told: Tensor | None
-    """A copy of ``good`` on its way to the host."""
-    arrived: Any
-    """The event after which it is there; None where there is no queue."""
+    last: int | None
+    """Where the last one before them was, -1 for none; None if that is not to be put back."""
+    told: Told | None
+    """``good`` on its way to the host."""
     before: Mapping[str, float]
     """What numbers of the host were that refreshes advanced."""
 
     def read(self) -> int:
         """How many did not come about; waits until the device is there."""
-        if self.told is None:
-            return self.count - int(self.good)
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return self.count - int(self.told)
+        return self.count - int(self.good if self.told is None else self.told.read())
 
 
 _open: MutableMapping[Tensor, Answer] = WeakTensorKeyDictionary()
@@ -77,7 +90,12 @@ def put_back(state: State, answer: Answer | None) -> None:
 
 
 def expecting_(
-    state: State, name: str, ok: Tensor, last: int, soon: bool, before: Mapping[str, float]
+    state: State,
+    name: str,
+    ok: Tensor,
+    last: int | None,
+    soon: bool,
+    before: Mapping[str, float],
 ) -> Searching[None]:
     """Note that the device knows whether a refresh came about.
 
@@ -85,7 +103,7 @@ def expecting_(
         state: of the matrix.
         name: likewise.
         ok: 0-d bool on the device.
-        last: ``refresh_step`` before it.
+        last: ``refresh_step`` before it; None if that is not to be put back.
         soon: whether the next step asks, so that the answer is to be on its way.
         before: numbers of the host in the state, as they were before it.
     """
@@ -94,26 +112,27 @@ def expecting_(
     older = of(state)
     good = yield Ask(_counted, (ok,)) if older is None else Ask(torch.add, (older.good, ok))
     count, last = (1, last) if older is None else (older.count + 1, older.last)
-    told, arrived = _on_its_way(good) if soon else (None, None)
-    _open[state["refresh_step"]] = Answer(name, good, count, last, told, arrived, before)
+    told = on_its_way(good) if soon else None
+    _open[state["refresh_step"]] = Answer(name, good, count, last, told, before)
 
 
 def _counted(ok: Tensor) -> Tensor:
     return ok.to(torch.int32)
 
 
-def _on_its_way(good: Tensor) -> tuple[Tensor | None, Any]:
-    pinned = queued(good.device)
-    if not pinned and not good.is_cpu:
-        return None, None  # such a copy would not say when it is there
-    told = torch.empty((), dtype=torch.int32, pin_memory=pinned)
-    told.copy_(good, non_blocking=True)
+def on_its_way(x: Tensor) -> Told:
+    """Begin to copy what a device knows to its host, which does not wait for it."""
+    pinned = queued(x.device)
+    if not pinned and not x.is_cpu:
+        return Told(x, None, None)
+    here = torch.empty(x.shape, dtype=x.dtype, pin_memory=pinned)
+    here.copy_(x, non_blocking=True)
     if not pinned:
-        return told, None
-    module = torch.get_device_module(good.device)
+        return Told(x, here, None)
+    module = torch.get_device_module(x.device)
     arrived = module.Event()
-    arrived.record(module.current_stream(good.device))
-    return told, arrived
+    arrived.record(module.current_stream(x.device))
+    return Told(x, here, arrived)
 
 
 def settle_(state: State) -> None:
@@ -125,7 +144,7 @@ def settle_(state: State) -> None:
     if not failed:
         return
     state["postponed"] += failed
-    if answer.count == 1:
+    if answer.count == 1 and answer.last is not None:
         state["refresh_step"].fill_(answer.last)
         for key, count in answer.before.items():
             state[key].fill_(count)

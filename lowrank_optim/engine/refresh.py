@@ -62,17 +62,15 @@ def refreshing_(
     an accelerator is asked for neither now (:mod:`lowrank_optim.engine.answers`), and True says
     that the refresh was queued.
     """
-    before = _counters(item, state)
+    before = counters_of(item, state)
     shown = grad if look else sought(item, state, grad, chosen)
-    moved, ok = yield from _search(item, state, shown, step, chosen, look)
+    moved, ok = yield from finding(item, state, shown, step, chosen, look)
     if moved is None:
         return False
     if ok is not None and not later and not _came_about(item, state, step, ok, before):
         return False
     last = int(state["refresh_step"])
-    # moments start again whatever the device says, as the host counts steps from here
-    told = ok if later and chosen.on_refresh != "reset" else None
-    yield from following_(item, state, moved, step, chosen, sources, told)
+    yield from following_(item, state, moved, step, chosen, sources, ok if later else None)
     if ok is not None and later:
         assert item.subspace is not None
         # other ranks are told at once
@@ -83,38 +81,24 @@ def refreshing_(
     return True
 
 
-def find_(
+def counters_of(item: ParamPlan, state: State) -> dict[str, float]:
+    """What goes back if a refresh does not come about."""
+    assert item.subspace is not None
+    return {key: float(state[key]) for key in item.subspace.counters}
+
+
+def finding(
     item: ParamPlan,
     state: State,
     grad: Tensor,
     step: int,
     chosen: Strategies,
     look: tuple[Tensor, Any] | None = None,
-) -> tuple[dict[str, BasisChange] | None, Tensor | None]:
-    """Find new coordinates from what :func:`~lowrank_optim.engine.momentum.sought` gives.
-
-    None, and counted, if that had to be postponed; on an accelerator whether they are, 0-d bool.
-    """
-    return alone(_search(item, state, grad, step, chosen, look))
-
-
-def _counters(item: ParamPlan, state: State) -> dict[str, float]:
-    """What goes back if a refresh does not come about."""
-    assert item.subspace is not None
-    return {key: float(state[key]) for key in item.subspace.counters}
-
-
-def _search(
-    item: ParamPlan,
-    state: State,
-    grad: Tensor,
-    step: int,
-    chosen: Strategies,
-    look: tuple[Tensor, Any] | None,
 ) -> Searching[tuple[dict[str, BasisChange] | None, Tensor | None]]:
-    """New coordinates, and on an accelerator whether they are; else None where they are not.
+    """New coordinates, from what :func:`~lowrank_optim.engine.momentum.sought` gives.
 
-    An accelerator leaves the old ones where new ones were not to be had.
+    None, and counted, if that had to be postponed; on an accelerator whether they are, 0-d bool,
+    and the old ones where new ones were not to be had.
     """
     view, subspace = item.view, item.subspace
     assert view is not None and subspace is not None

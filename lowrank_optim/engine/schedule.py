@@ -54,7 +54,7 @@ def _due_anyway(item: ParamPlan, chosen: Strategies, answer: answers.Answer) -> 
     if item.subspace is not None and item.subspace.counters:
         return False  # they tell a round from another
     starts = item.subspace is None or not item.subspace.indexed
-    return chosen.gap == 1 and (answer.last >= 0 or not starts)
+    return chosen.gap == 1 and (answer.last is None or answer.last >= 0 or not starts)
 
 
 def phase(item: ParamPlan, chosen: Strategies) -> int:

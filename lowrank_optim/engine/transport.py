@@ -17,22 +17,9 @@ from lowrank_optim.ops.moving import move_rows_all_
 from lowrank_optim.ops.rows import take_rows
 from lowrank_optim.rules.base import Slot
 from lowrank_optim.subspaces.refresh import BasisChange
-from lowrank_optim.subspaces.searches import Ask, Searching, alone
+from lowrank_optim.subspaces.searches import Ask, Searching
 from lowrank_optim.tensors.values import set_counter_
 from lowrank_optim.transports import TRANSPORTS
-
-
-def follow_(
-    item: ParamPlan,
-    state: State,
-    moved: dict[str, BasisChange],
-    step: int,
-    chosen: Strategies,
-    sources: dict[str, Tensor] | None = None,
-    ok: Tensor | None = None,
-) -> None:
-    """:func:`following_` of one matrix."""
-    alone(following_(item, state, moved, step, chosen, sources, ok))
 
 
 def following_(
@@ -41,14 +28,15 @@ def following_(
     moved: dict[str, BasisChange],
     step: int,
     chosen: Strategies,
-    sources: dict[str, Tensor] | None,
-    ok: Tensor | None,
+    sources: dict[str, Tensor] | None = None,
+    ok: Tensor | None = None,
 ) -> Searching[None]:
     """Let moments and ages follow their coordinates, and count the refresh.
 
     Where ``ok``, a 0-d bool on an accelerator, is False, no coordinate has moved, and nothing
-    follows.
+    follows; but moments that start again do so in any case, as the host counts steps from here.
     """
+    ok = None if chosen.on_refresh == "reset" else ok
     last = int(state["refresh_step"])
     turns = last >= 0 and chosen.on_refresh != "keep"
     if turns or any(own.fresh for own in moved.values()):

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lowrank_optim.engine.bucket import bucketed
 from lowrank_optim.engine.offload import load_of
 from lowrank_optim.engine.plan import ParamPlan, Strategies
-from lowrank_optim.engine.sharded.step import bucketed_shards
+from lowrank_optim.engine.sharded.work import bucketed_shards
 from lowrank_optim.engine.state import on_host, resting_keys
 from lowrank_optim.memory.blocks import in_blocks, of_a_new_segment
 from lowrank_optim.optimizer import LowRankOptimizer

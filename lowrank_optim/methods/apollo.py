@@ -22,7 +22,8 @@ from typing import Any, ClassVar, Literal, Unpack
 from torch import Tensor
 
 from lowrank_optim.groups import Group, check
-from lowrank_optim.optimizer import LowRankOptimizer, Options, ProjectorOptions, with_defaults
+from lowrank_optim.groups.options import Options, ProjectorOptions, with_defaults
+from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.residuals import Residual, Scaled
 from lowrank_optim.rules import AdamW, Rule
 from lowrank_optim.subspaces.base import PROJECTORS, Subspace, make_projector

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from lowrank_optim.engine.plan import Strategies
 from lowrank_optim.groups import Group
-from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
+from lowrank_optim.groups.options import Options, with_defaults
+from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.residuals import Drop, Residual
 from lowrank_optim.residuals.error_feedback import ErrorFeedback
 from lowrank_optim.rules import AdamW, Rule

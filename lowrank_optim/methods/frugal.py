@@ -26,7 +26,8 @@ from typing import Any, ClassVar, Literal, Unpack
 from torch import Tensor
 
 from lowrank_optim.groups import Group, canonical
-from lowrank_optim.optimizer import LowRankOptimizer, Options, ProjectorOptions, with_defaults
+from lowrank_optim.groups.options import Options, ProjectorOptions, with_defaults
+from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.residuals import Drop, Free, Residual
 from lowrank_optim.rules import SGD, AdamW, Lion, Rule
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from lowrank_optim.engine.plan import Strategies
 from lowrank_optim.groups import Group
-from lowrank_optim.optimizer import LowRankOptimizer, Options, ProjectorOptions, with_defaults
+from lowrank_optim.groups.options import Options, ProjectorOptions, with_defaults
+from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.residuals import Drop, Residual
 from lowrank_optim.rules import SGD, Adafactor, AdamW, Lion, Rule
 

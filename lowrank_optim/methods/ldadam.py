@@ -20,7 +20,8 @@ from typing import Any, ClassVar, Unpack
 from torch import Tensor
 
 from lowrank_optim.groups import Group
-from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
+from lowrank_optim.groups.options import Options, with_defaults
+from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.residuals import Drop, ErrorFeedback, Residual
 from lowrank_optim.rules import AdamW, Rule
 from lowrank_optim.subspaces.base import Subspace

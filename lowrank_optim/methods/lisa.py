@@ -31,7 +31,8 @@ from lowrank_optim.engine.plan import ParamPlan, Strategies
 from lowrank_optim.engine.stepped import Checked
 from lowrank_optim.groups import Group
 from lowrank_optim.groups.layers import LAYERS, takes_turns
-from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
+from lowrank_optim.groups.options import Options, with_defaults
+from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.residuals import Drop, Residual
 from lowrank_optim.rules import AdamW, Rule
 from lowrank_optim.subspaces.base import Subspace

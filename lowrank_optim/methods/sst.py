@@ -22,14 +22,13 @@ from lowrank_optim.engine import answers
 from lowrank_optim.engine.bucket import Bucket, chunk_size
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.preflight import check_factor_rank
-from lowrank_optim.engine.refresh import refresh_
 from lowrank_optim.engine.schedule import phase, refresh_due
+from lowrank_optim.engine.sharded.failures import recall
+from lowrank_optim.engine.sharded.layer_owner import due_layer, refresh_by_owners
 from lowrank_optim.engine.sharded.layers import (
-    DueLayer,
     gathered_layers,
     keep_,
     placed_as,
-    refresh_by_owners,
     with_copies,
 )
 from lowrank_optim.engine.sharded.refusals import check_layer
@@ -39,8 +38,9 @@ from lowrank_optim.engine.step import step_buckets
 from lowrank_optim.engine.stepped import Checked
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group
+from lowrank_optim.groups.options import Options, with_defaults
 from lowrank_optim.ops.devices import recording
-from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
+from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.residuals import Drop, Residual
 from lowrank_optim.rules import AdamW, Rule
 from lowrank_optim.sharding.parts import is_sharded, local
@@ -277,7 +277,10 @@ class SSTAdamW(LowRankOptimizer):
             super()._step_items(items, group, chosen, undo)
             return
         leaders = [x for x in items if isinstance(x, Layer) and x.subspace is not None]
+        recall(item.param for item in leaders)
         here = [item for item in leaders if not is_sharded(item.param)]
+        for item in leaders if not (chosen.capturable and recording()) else ():
+            answers.settle_(self._kept(item, chosen))  # the learning rate depends on it
         stepping = replace(chosen, gap=NEVER, stagger=False)
         super()._step_items(list[ParamPlan](here), group, stepping, undo)
         due = [item for item in here if self._is_due(item, chosen)]
@@ -288,15 +291,15 @@ class SSTAdamW(LowRankOptimizer):
                 meshes.setdefault(item.param.device_mesh, []).append(item)  # type: ignore[attr-defined]
         for own in meshes.values():
             self._step_gathered(own, group, stepping, undo)
+            due = [item for item in own if self._is_due(item, chosen)]
             refresh_by_owners(
-                [self._due_layer(item, chosen) for item in own if self._is_due(item, chosen)]
+                [due_layer(x, self._kept(x, chosen), dict(x.named()), chosen, x.whole) for x in due]
             )
 
     def _is_due(self, item: Layer, chosen: Strategies) -> bool:
         if chosen.capturable and recording():
             return False
         state = self._kept(item, chosen)
-        answers.settle_(state)
         step, last = int(state["step"]), int(state["refresh_step"])
         return refresh_due(step, last, chosen.gap, phase(item, chosen))
 
@@ -324,13 +327,6 @@ class SSTAdamW(LowRankOptimizer):
                     for key, factor in x.named().items():
                         if key in own and key != "basis_order":
                             keep_(factor, own[key])
-
-    def _due_layer(self, item: Layer, chosen: Strategies) -> DueLayer:
-        def refresh(state: State) -> None:
-            plan = item.whole(state)
-            refresh_(plan, state, plan.param, int(state["step"]), chosen)
-
-        return DueLayer(item.name, dict(item.named()), self._kept(item, chosen), refresh)
 
 
 def _gathered(items: Sequence[Layer], keys: Sequence[str]) -> list[State]:

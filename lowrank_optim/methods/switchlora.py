@@ -22,8 +22,8 @@ from lowrank_optim.checkpoints.loaders import makes_state
 from lowrank_optim.engine.bucket import Bucket, bucketed
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.preflight import check_factor_rank
+from lowrank_optim.engine.sharded.layer_owner import FirstRank
 from lowrank_optim.engine.sharded.layers import (
-    by_first_rank,
     gathered_layers,
     keep_,
     placed_as,
@@ -36,8 +36,9 @@ from lowrank_optim.engine.stepped import Checked
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group
 from lowrank_optim.groups.names import uid_of
+from lowrank_optim.groups.options import Options, with_defaults
 from lowrank_optim.ops import Noise
-from lowrank_optim.optimizer import LowRankOptimizer, Options, with_defaults
+from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.residuals import Drop, Residual
 from lowrank_optim.rules import AdamW, Rule
 from lowrank_optim.sharding.parts import is_sharded, local
@@ -311,8 +312,8 @@ class SwitchLoRAAdamW(LowRankOptimizer):
             first, second = spans(item.base)
             turned = subspace.flip != item.view.flip
             inputs, outputs = (first, second) if turned else (second, first)
-            agree = by_first_rank(item.param)
-            subspace = replace(subspace, inputs=inputs, outputs=outputs, agree=agree)
+            first_rank = FirstRank(item.param)
+            subspace = replace(subspace, inputs=inputs, outputs=outputs, first=first_rank)
         # a stand-in for a gradient of W, which is never made: its values are not read
         weight.grad = weight.detach()
         place = item.name, item.index, item.uid

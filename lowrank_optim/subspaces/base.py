@@ -46,8 +46,8 @@ class Subspace(ABC):
     """Whether its coordinates are of factors of W: a refresh looks at W and not at the gradient."""
 
     counters: ClassVar[tuple[str, ...]] = ()
-    """Numbers of the host in the state that a refresh advances, whatever the device says of it:
-    they go back where it did not come about."""
+    """Numbers of the host in the state that a refresh advances by one, whatever the device says of
+    it: they go back where it did not come about."""
 
     @property
     def blend(self) -> float:
@@ -74,13 +74,14 @@ class Subspace(ABC):
     def balanced(self, count: int) -> Sequence[str]:
         """Entries that a refresh after ``count`` steps makes of themselves alone, whole matrices.
 
-        One rank does, by :meth:`balance_`; all finish the refresh alone, and find True in
+        One rank does, by :meth:`balancing_`; all finish the refresh alone, and find True in
         ``ctx.seen``.
         """
         return ()
 
-    def balance_(self, state: State) -> None:  # noqa: B027
-        """What a refresh does to the entries of :meth:`balanced`."""
+    def balancing_(self, state: State) -> Searching[None]:
+        """What a refresh does to the entries of :meth:`balanced`, of several matrices at once."""
+        yield from ()
 
     moves_weights: ClassVar[bool] = False
     """Whether a refresh writes into the weights too."""

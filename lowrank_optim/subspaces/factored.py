@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError
 
 from lowrank_optim import ops
 from lowrank_optim.ops.devices import on_accelerator, sent
 from lowrank_optim.subspaces.base import State
-from lowrank_optim.subspaces.lora import balance_, balanced
+from lowrank_optim.subspaces.lora import balanced
+from lowrank_optim.subspaces.pooled import SIDES
 from lowrank_optim.subspaces.refresh import Reduce, RefreshContext
 from lowrank_optim.subspaces.searches import Ask, Searching
-from lowrank_optim.subspaces.switched import SIDES, Switched
+from lowrank_optim.subspaces.switched import Switched
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
+
+
+class First(Protocol):
+    """One of the ranks that have the whole of some factors: what it computes all have."""
+
+    @property
+    def here(self) -> bool:
+        """Whether this rank is that one."""
+
+    def tell(self, tensors: Sequence[Tensor], error: LinAlgError | None) -> list[Tensor]:
+        """What the first rank has, on every rank; of others shapes alone count.
+
+        Args:
+            tensors: as they are after, or if that failed before.
+            error: why it failed, on the first rank.
+
+        Raises:
+            LinAlgError: it failed, on all hosts. On an accelerator all go on with what was before.
+        """
 
 
 @dataclass(frozen=True)
@@ -31,17 +52,14 @@ class SwitchedFactors(Switched):
     Args:
         outputs: which of the outputs W0 has here, where others have more; None for all.
         inputs: which of the inputs.
-        agree: runs a function on one rank, and gives all ranks the tensors that it wrote; None
-            where the factors are on this rank alone.
+        first: the rank that factors for all; None where the factors are on this rank alone.
     """
 
     moves_weights: ClassVar[bool] = True
 
     outputs: tuple[int, int] | None = None
     inputs: tuple[int, int] | None = None
-    agree: Callable[[Callable[[], None], Sequence[Tensor]], None] | None = field(
-        default=None, compare=False, repr=False
-    )
+    first: First | None = field(default=None, compare=False, repr=False)
 
     def _cut(self, x: Tensor, name: str) -> Tensor:
         """Of rows as long as those of A or of B transposed, what belongs to the part of W0."""
@@ -58,24 +76,24 @@ class SwitchedFactors(Switched):
 
     def balancing_(self, state: State) -> Searching[None]:
         """The gradients were taken at the old factors, and turn with them."""
-        grads = {side: state[f"grad_{side}"].to(state[f"basis_{side}"].dtype) for side in SIDES}
-        turned = {side: torch.empty_like(x) for side, x in grads.items()}
-        factors = [state[f"basis_{side}"] for side in SIDES]
-
-        def turn_(turns: Sequence[Tensor]) -> None:
-            for side, turn in zip(SIDES, turns, strict=True):
-                turned[side].copy_(turn @ grads[side])
-
-        if self.agree is not None:
-            self.agree(lambda: turn_(balance_(*factors)), [*factors, *turned.values()])
-        elif on_accelerator(factors[0]):
-            *new, turn_a, turn_b = yield Ask(balanced, tuple(factors))
-            for x, own in zip(factors, new, strict=True):
-                x.copy_(own)
-            turn_([turn_a, turn_b])
-        else:
-            turn_(balance_(*factors))
-        state.update({f"grad_{side}": x for side, x in turned.items()})
+        names = [f"{kind}_{side}" for kind in ("basis", "grad") for side in SIDES]
+        a, b, *grads = (state[name] for name in names)
+        grads = [grad.to(x.dtype) for grad, x in zip(grads, (a, b), strict=True)]
+        new, error = [a, b, *grads], None
+        if self.first is None or self.first.here:
+            try:
+                own = (yield Ask(balanced, (a, b))) if on_accelerator(a) else balanced(a, b)
+            except LinAlgError as failed:
+                if self.first is None:
+                    raise
+                error = failed
+            else:
+                new = [*own[:2], *(t @ grad for t, grad in zip(own[2:], grads, strict=True))]
+        if self.first is not None:
+            new = self.first.tell(new, error)
+        a.copy_(new[0])
+        b.copy_(new[1])
+        state.update(zip(names[2:], new[2:], strict=True))
 
     def _exchange_(
         self,

@@ -12,7 +12,7 @@ from lowrank_optim.subspaces.projector import Projector
 from lowrank_optim.subspaces.random import orthogonal
 from lowrank_optim.subspaces.refresh import RefreshContext
 from lowrank_optim.subspaces.searches import Ask, Searching
-from lowrank_optim.subspaces.svd import left_singular_vectors
+from lowrank_optim.subspaces.svd import exact, left_singular_vectors, widened
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class PowerIteration(Projector):
     def find(self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext) -> Tensor:
         """One product with ``B B^T``, made orthonormal by Householder's reflections."""
         if previous is None:
-            wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-            return left_singular_vectors(wide)[..., : self.rank]
+            return left_singular_vectors(widened(grad))[..., : self.rank]
         return orthogonal(_applied(grad, previous))
 
     def searching(
@@ -48,7 +47,8 @@ class PowerIteration(Projector):
     ) -> Searching[Tensor]:
         """The same, of all matrices that are due."""
         if previous is None:
-            return self.find(grad, previous, ctx)
+            first = yield from exact(widened(grad))
+            return first[..., : self.rank]
         found: Tensor = yield Ask(orthogonal, (_applied(grad, previous),))
         return found
 

@@ -17,7 +17,7 @@ from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.ops.stacked import cast_all, empty_like_all
 from lowrank_optim.subspaces.base import State, Subspace
 from lowrank_optim.subspaces.refresh import BasisChange, Reduce, RefreshContext
-from lowrank_optim.subspaces.searches import Ask, Searching, alone
+from lowrank_optim.subspaces.searches import Ask, Searching, alone, beside
 from lowrank_optim.subspaces.target import (
     Target,
     decayed_,
@@ -130,15 +130,9 @@ class Projector(Subspace):
         known = usable(ops.matrix_norm(grad)) if ctx.view.batch else fine
         if not self.takes_any:
             grad = replaced(grad, known, ctx)
-        found = []
-        for old, x in zip(olds, (grad, grad.mT), strict=False):
-            previous = None if ctx.first else old
-            new = yield from self.searching(x, previous, ctx)
-            signs = (new,) if previous is None else (new, previous)
-            new = yield Ask(align_signs, signs)
-            if ctx.view.batch and previous is not None:  # an expert without tokens keeps its basis
-                new = torch.where(known, new, previous.to(new.dtype))
-            found.append(new)
+        sides = zip(olds, (grad, grad.mT), strict=False)
+        found = yield from beside([self._sought(x, old, known, ctx) for old, x in sides])
+        for new in found:
             fine = fine & (torch.linalg.vector_norm(new) < torch.inf)
         for key, new, old in zip(keys, found, olds, strict=True):
             state[key].copy_(torch.where(fine, new.to(old.dtype), old))
@@ -147,6 +141,18 @@ class Projector(Subspace):
             return None if n >= len(keys) else lambda: new_to_old(state[keys[n]], olds[n])
 
         return {"low": BasisChange(turn(0), turn(1), ok=fine)}
+
+    def _sought(
+        self, grad: Tensor, old: Tensor, known: Tensor, ctx: RefreshContext
+    ) -> Searching[Tensor]:
+        """The new basis of one side; the old one of experts of which nothing is known."""
+        previous = None if ctx.first else old
+        new = yield from self.searching(grad, previous, ctx)
+        signs = (new,) if previous is None else (new, previous)
+        new = yield Ask(align_signs, signs)
+        if ctx.view.batch and previous is not None:  # an expert without tokens keeps its basis
+            new = torch.where(known, new, previous.to(new.dtype))
+        return new
 
     @property
     def by_column(self) -> bool:

@@ -128,7 +128,10 @@ class RandomizedSVD(Projector):
             y = ops.mixed_matmul(grad, sketch.mT) / norm
             if left:
                 q = yield Ask(next_start, (y, q))
-        q = yield Ask(last_basis, (y, q), (self.rank,))
+        # small matrices alone are factored while a host waits: sketches of both sides share that
+        z, gram = yield Ask(_sketched, (y, q))
+        _, vectors = yield Ask(eigh, (gram,))
+        q = yield Ask(last_basis, (z, vectors), (self.rank,))
         return torch.where(known, q, start[..., : self.rank])
 
 
@@ -151,14 +154,26 @@ def next_start(y: Tensor, q: Tensor) -> Tensor:
     return whiten(z, z)
 
 
-def last_basis(y: Tensor, q: Tensor, rank: int) -> Tensor:
+def _sketched(y: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """``Z``, and ``Z^T Z`` as LAPACK takes it, where it is finite."""
+    z = whiten(y, q)
+    gram = z.mT @ z
+    size = torch.linalg.matrix_norm(gram)[..., None, None]
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    # of numbers near the least of their format LAPACK makes NaN; these are less than its rounding
+    gram = torch.where(gram.abs() > torch.finfo(gram.dtype).eps ** 2 * size, gram, 0)
+    return z, torch.where(size < torch.inf, gram, eye)  # NaN is not
+
+
+def last_basis(z: Tensor, vectors: Tensor, rank: int) -> Tensor:
     """The leading singular vectors ``(..., m, r)`` that an iteration has found, as ``Q``.
 
     Columns that lie in those before them have no direction of their own, as beyond the rank of a
     gradient: noise takes their place. So Cholesky's factor serves whatever the gradient, and nobody
     has to look whether it does.
     """
-    x = _leading(y, q, rank)
+    x = unit_columns(z @ vectors.flip(-1))[..., :rank]
+    x = unit_columns(x)  # squares of the smallest are less than any number: they got too long
     x = whiten(x, x)
     empty = torch.linalg.vector_norm(x, dim=-2, keepdim=True) < OWN  # NaN is not, and stays
     x = torch.where(empty, drawn_there(x, x.shape[-2:], FILLING) / x.shape[-2] ** 0.5, x)
@@ -166,19 +181,6 @@ def last_basis(y: Tensor, q: Tensor, rank: int) -> Tensor:
     factor, _ = torch.linalg.cholesky_ex(x.mT @ x)
     last: Tensor = torch.linalg.solve_triangular(factor.mT, x, upper=True, left=False)
     return last
-
-
-def _leading(y: Tensor, q: Tensor, rank: int) -> Tensor:
-    """Columns of length one, nearly orthogonal, whose order is that of singular values."""
-    z = whiten(y, q)
-    gram = z.mT @ z
-    size = torch.linalg.matrix_norm(gram)[..., None, None]
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    # of numbers near the least of their format LAPACK makes NaN; these are less than its rounding
-    gram = torch.where(gram.abs() > torch.finfo(gram.dtype).eps ** 2 * size, gram, 0)
-    vectors = eigh(torch.where(size < torch.inf, gram, eye))[1]  # NaN is not
-    x = unit_columns(z @ vectors.flip(-1))[..., :rank]
-    return unit_columns(x)  # squares of the smallest are less than any number: they got too long
 
 
 def orthonormal_start(x: Tensor) -> Tensor:

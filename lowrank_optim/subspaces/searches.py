@@ -44,9 +44,9 @@ class Ask(NamedTuple):
         return self.call, forms, self.options, self.listed
 
 
-Searching = Generator[Ask, Any, _T]
+Searching = Generator[Ask | list[Ask], Any, _T]
 """Work that yields what it asks for, and is sent the result, or thrown the ``LinAlgError`` that
-there is none."""
+there is none. Asked for several things at once it is sent a list, errors among the results."""
 
 
 def alone(search: Searching[_T]) -> _T:
@@ -60,10 +60,25 @@ def together(searches: Sequence[Searching[_T]]) -> list[_T]:
     An accelerator makes its host wait for the status of some factorisations, and has few kernels to
     launch where matrices share one.
     """
-    results: dict[int, _T] = {}
-    asked: dict[int, Ask] = {}
+    every = beside(searches)
+    try:
+        asks = next(every)
+        while True:
+            asks = every.send(_answers(asks))
+    except StopIteration as end:
+        found: list[_T] = end.value
+        return found
 
-    def go_on(n: int, step: Callable[[], Ask]) -> None:
+
+def beside(searches: Sequence[Searching[_T]]) -> Generator[list[Ask], list[Any], list[_T]]:
+    """Several searches as one, which asks at once for all that they ask for.
+
+    Their results are in their order.
+    """
+    results: dict[int, _T] = {}
+    asked: dict[int, Ask | list[Ask]] = {}
+
+    def go_on(n: int, step: Callable[[], Ask | list[Ask]]) -> None:
         try:
             asked[n] = step()
         except StopIteration as end:
@@ -72,17 +87,33 @@ def together(searches: Sequence[Searching[_T]]) -> list[_T]:
     for n, search in enumerate(searches):
         go_on(n, partial(next, search))
     while asked:
-        alike: dict[tuple[Any, ...], list[int]] = {}
-        for n, ask in asked.items():
-            alike.setdefault(ask.kind, []).append(n)
         now, asked = asked, {}
-        for own in alike.values():
-            for n, found in zip(own, _answered([now[n] for n in own]), strict=True):
-                if isinstance(found, LinAlgError):
-                    go_on(n, partial(searches[n].throw, found))
-                else:
-                    go_on(n, partial(searches[n].send, found))
+        found = yield [ask for own in now.values() for ask in _listed(own)]
+        found.reverse()  # taken out one by one: none is held for longer than its search does
+        for n, own in now.items():
+            if isinstance(own, list):
+                go_on(n, partial(searches[n].send, [found.pop() for _ in own]))
+            elif isinstance(found[-1], LinAlgError):
+                go_on(n, partial(searches[n].throw, found.pop()))
+            else:
+                go_on(n, partial(searches[n].send, found.pop()))
     return [results[n] for n in range(len(searches))]
+
+
+def _listed(asks: Ask | list[Ask]) -> list[Ask]:
+    return asks if isinstance(asks, list) else [asks]
+
+
+def _answers(asks: Sequence[Ask]) -> list[Any]:
+    """What each asked for, or why it is not there: alike calls are made as one."""
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for n, ask in enumerate(asks):
+        alike.setdefault(ask.kind, []).append(n)
+    found: list[Any] = [None] * len(asks)
+    for own in alike.values():
+        for n, x in zip(own, _answered([asks[n] for n in own]), strict=True):
+            found[n] = x
+    return found
 
 
 def _answered(asks: Sequence[Ask]) -> list[Any]:

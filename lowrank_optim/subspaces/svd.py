@@ -36,17 +36,23 @@ class SVD(Projector):
 
 
 def exact(x: Tensor) -> Searching[Tensor]:
-    """:func:`left_singular_vectors`; one that does not converge leaves the call to the others."""
+    """:func:`left_singular_vectors`; one that does not converge leaves the call to the others.
+
+    Of tall matrices as right ones of wide ones: both sides of a matrix share a call.
+    """
+    tall = x.shape[-2] > x.shape[-1]
     try:
-        u: Tensor = yield Ask(_driven, (x,))
+        u, v = yield Ask(_driven, (x.mT if tall else x,))
     except LinAlgError:
         return left_singular_vectors(x)
-    return u
+    found: Tensor = v if tall else u
+    return found
 
 
-def _driven(x: Tensor) -> Tensor:
-    u: Tensor = torch.linalg.svd(x, full_matrices=False).U
-    return u
+def _driven(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``U (..., m, k)`` and ``V (..., n, k)``, with k the smaller side."""
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    return u, vh.mT
 
 
 def widened(grad: Tensor) -> Tensor:
@@ -67,7 +73,7 @@ def left_singular_vectors(x: Tensor) -> Tensor:
     """
     for attempt in (x, x.double()):
         try:
-            u = _driven(attempt)
+            u, _ = _driven(attempt)
         except LinAlgError:
             continue
         if on_accelerator(u) or bool(u.isfinite().all()):

@@ -36,7 +36,7 @@ from lowrank_optim import (
     SwitchLoRAAdamW8bit,
     lowrank_groups,
 )
-from lowrank_optim.checkpoints.load import hold_blocks
+from lowrank_optim.checkpoints.loaders import hold_blocks
 from lowrank_optim.ops import quant
 from lowrank_optim.optimizer import LowRankOptimizer
 from tests import runs

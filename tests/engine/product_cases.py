@@ -20,8 +20,8 @@ from lowrank_optim import PROJECTORS, LowRankOptimizer
 from lowrank_optim.engine.draws import mixed
 from lowrank_optim.engine.plan import ParamPlan, Strategies
 from lowrank_optim.groups import Group
+from lowrank_optim.groups.options import Options, with_defaults
 from lowrank_optim.ops import quant, reference
-from lowrank_optim.optimizer import Options, with_defaults
 from lowrank_optim.residuals import Drop, Free, Residual, Scaled
 from lowrank_optim.residuals.error_feedback import FORMATS, ErrorFeedback
 from lowrank_optim.rules import SGD, Adafactor, AdamW, Lion, Rule

@@ -124,7 +124,7 @@ class Watch:
     def __enter__(self) -> Self:
         patch = self._stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(devices, "HOSTS", frozenset())
-        patch.setattr(answers.Answer, "read", self._counted(answers.Answer.read))
+        patch.setattr(answers.Told, "read", self._counted(answers.Told.read))
         for x in self._given:
             self._hosts[x] = True
         if self._optimizer is not None:  # what is the host's of a state is known by its keys
@@ -141,12 +141,12 @@ class Watch:
     def __exit__(self, *raised: Any) -> None:
         self._stack.close()
 
-    def _counted(self, read: Callable[[answers.Answer], int]) -> Callable[[answers.Answer], int]:
-        def counted(answer: answers.Answer) -> int:
-            if answer.told is not None:
-                self._hosts[answer.told] = True
+    def _counted(self, read: Callable[[answers.Told], Tensor]) -> Callable[[answers.Told], Tensor]:
+        def counted(told: answers.Told) -> Tensor:
+            if told.here is not None:
+                self._hosts[told.here] = True
                 self.answers += 1
-            return read(answer)
+            return read(told)
 
         return counted
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from lowrank_optim import methods
-from lowrank_optim.integrations.arguments import FIELDS
-from lowrank_optim.integrations.transformers import MINIMUM, parse_optim_args, trainer_optimizer
+from lowrank_optim.integrations.arguments import FIELDS, parse_optim_args
+from lowrank_optim.integrations.transformers import MINIMUM, trainer_optimizer
 from tests.integrations.trainers import (
     assert_equal_models,
     bare,

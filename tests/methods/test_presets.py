@@ -12,8 +12,8 @@ import torch
 
 from lowrank_optim import methods, presets
 from lowrank_optim.groups import canonical
+from lowrank_optim.groups.options import DEFAULTS
 from lowrank_optim.nn import LOSTLinear, SLTrainLinear, convert
-from lowrank_optim.optimizer import DEFAULTS
 
 PRETRAIN = {  # rank, gap, scale, lr
     "galore": {

@@ -584,7 +584,7 @@ def test_more_vectors_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     start, gradient = conditioned((9, 12)), noisy((9, 12))
     options: dict[str, Any] = {"rank": 2, "steps_per_iteration": 3, "lr": 1e-2}
     want, _ = train(start, gradient, 8, **options)
-    monkeypatch.setattr("lowrank_optim.subspaces.spectral.CHUNK", 3)
+    monkeypatch.setattr("lowrank_optim.subspaces.spectral_factors.CHUNK", 3)
     got, _ = train(start, gradient, 8, **options)
     assert_close(got[-1], want[-1])
 

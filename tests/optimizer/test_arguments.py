@@ -20,10 +20,11 @@ from torch import nn
 
 from lowrank_optim import LowRankOptimizer, lowrank_groups, memory, methods, presets
 from lowrank_optim.groups import keys
-from lowrank_optim.groups.keys import PROJECTORS, known_keys, projector_keys
+from lowrank_optim.groups.keys import known_keys, projector_keys
+from lowrank_optim.groups.options import DEFAULTS, Options, ProjectorOptions
 from lowrank_optim.groups.values import CHOICES, FLAGS
 from lowrank_optim.nn import convert, merge
-from lowrank_optim.optimizer import DEFAULTS, Options, ProjectorOptions
+from lowrank_optim.subspaces.base import PROJECTORS
 
 CLASSES = {name: getattr(methods, name) for name in methods.__all__}
 NAN, INF, TENSOR = math.nan, math.inf, torch.tensor(0.5)

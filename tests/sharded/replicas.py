@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lowrank_optim import attach_in_backward
-from lowrank_optim.distributed import ddp_comm_hook
+from lowrank_optim.backward.comm_hook import ddp_comm_hook
 from lowrank_optim.sharding import averages
 from tests.sharded import models
 from tests.sharded.ranks import World

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import lowrank_optim
-from lowrank_optim.subspaces import switched
+from lowrank_optim.subspaces import pooled
 from tests.sharded.meter import (
     Collective,
     Meter,
@@ -244,7 +244,7 @@ def measured(
     own = {"lr": 1e-2, "stagger": False, **options}
     if not cls.startswith(("SST", "Switch", "LDAdam")):
         own["update_proj_gap"] = 2
-    switched.DRAWN = 2  # of the candidates, whose pool is no larger than the weight here
+    pooled.DRAWN = 2  # of the candidates, whose pool is no larger than the weight here
     if "density" not in own:
         own.setdefault("rank", R)
     optimizer = getattr(lowrank_optim, cls)(named, **own)

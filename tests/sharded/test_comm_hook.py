@@ -14,8 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lowrank_optim
 from lowrank_optim import GaLoreAdamW
-from lowrank_optim.backward.comm_hook import lift_
-from lowrank_optim.distributed import ddp_comm_hook
+from lowrank_optim.backward.comm_hook import ddp_comm_hook, lift_
 from lowrank_optim.subspaces.refresh import identity
 from tests import cases
 from tests.sharded.meter import Meter

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import lowrank_optim
 from lowrank_optim.engine.bucket import CHUNK_BYTES
+from lowrank_optim.engine.sharded import phases
 from lowrank_optim.engine.sharded import step as sharded_step
 from tests.sharded.models import here
 from tests.sharded.ranks import Ranks, World
@@ -244,8 +245,8 @@ def entries(optimizer: Any, run: Run) -> list[Tensor]:
 
 
 WHERE = {
-    "after refreshes": (sharded_step, "_step_chunks"),
-    "after moments": (sharded_step, "_finish"),
+    "after refreshes": (sharded_step, "step_chunks"),
+    "after moments": (phases, "_finish"),
     "in refreshes": (sharded_step, "refresh_together"),
 }
 

@@ -390,7 +390,7 @@ def undone(world: World, case: Case) -> bool:
     before = trained.held()
     trained.backward(3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lowrank_optim.engine.sharded.step.push", raises)
+        patch.setattr("lowrank_optim.engine.sharded.phases.push", raises)
         with pytest.raises(RuntimeError, match="on purpose"):
             trained.optimizer.step()
     after = trained.held()

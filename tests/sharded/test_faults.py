@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.nn.parallel import DistributedDataParallel
 
 import lowrank_optim
-from lowrank_optim.engine.sharded import owner, refresh
+from lowrank_optim.engine.sharded import alike, finding
 from tests.sharded import restarts, training
 from tests.sharded.ranks import Ranks, World
 from tests.sharded.training import Trained
@@ -340,11 +340,11 @@ def raising_alone(world: World, replicas: bool, fails: bool) -> Any:
     for step in range(DUE + 2):
         trained.backward(step)
         if step == DUE and fails:
-            before, real = trained.held(), owner.find_
+            before, real = trained.held(), finding.finding
             if world.rank == 1:
-                owner.find_ = out_of_memory  # type: ignore[assignment]
+                finding.finding = out_of_memory  # type: ignore[assignment]
             out.append(error_of(trained.optimizer))
-            owner.find_ = real
+            finding.finding = real
             out.append(same(trained.held(), before))
         trained.optimizer.step()
     return [*out, trained.held()]
@@ -381,11 +381,11 @@ def raising_replicas(world: World, fails: bool) -> Any:
         x = torch.randn(6, 12, generator=generator, dtype=torch.float64)
         ddp(x).square().mean().backward()
         if step == DUE and fails:
-            before, real = held(), refresh.refreshing_
+            before, real = held(), alike.finding
             if world.rank == 1:
-                refresh.refreshing_ = out_of_memory  # type: ignore[assignment]
+                alike.finding = out_of_memory  # type: ignore[assignment]
             out.append(error_of(optimizer))
-            refresh.refreshing_ = real
+            alike.finding = real
             out.append(same(held(), before))
         optimizer.step()
     return [*out, held()]

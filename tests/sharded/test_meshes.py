@@ -14,7 +14,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from lowrank_optim.engine.sharded import owner
+from lowrank_optim.engine.sharded import finding
 from lowrank_optim.engine.sharded import step as sharded_step
 from lowrank_optim.engine.sharded.guard import agreed
 from lowrank_optim.stores.floating import FloatStore
@@ -214,7 +214,7 @@ def alone(world: World, case: Case, how: str) -> Any:
             def others(self: FixedBasis, grad: torch.Tensor) -> torch.Tensor:
                 return torch.rand(grad.shape[0], dtype=grad.dtype)
 
-            patch.setattr(owner, "find_", never)
+            patch.setattr(finding, "finding", never)
             patch.setattr(FixedBasis, "scores", others)
         if how == "threads":
             torch.set_num_threads(1 + world.rank)

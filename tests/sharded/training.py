@@ -252,7 +252,9 @@ class Trained:
         return {name: part_of(param.detach()) for name, param in self.named.items()}
 
     def state(self) -> dict[str, Held]:
-        """State by name of its parameter."""
+        """State by name of its parameter, once devices have said what became of refreshes."""
+        if isinstance(self.optimizer, lowrank_optim.LowRankOptimizer):
+            self.optimizer._settle()
         return {
             name: {key: part_of(x) for key, x in self.optimizer.state[param].items()}
             for name, param in self.named.items()

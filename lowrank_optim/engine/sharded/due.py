@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.sharded.local import stepped
 from lowrank_optim.sharding.parts import Part
 from lowrank_optim.subspaces.base import Subspace
+
+_Job = TypeVar("_Job")
 
 
 class Due(NamedTuple):
@@ -33,6 +35,11 @@ class Due(NamedTuple):
     def step(self) -> int:
         """Steps taken before."""
         return int(self.state["step"])
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole matrix."""
+        return self.item.param.numel() * self.item.param.element_size()
 
     @property
     def columns(self) -> ParamPlan:
@@ -84,7 +91,36 @@ def owners(due: Sequence[Due]) -> list[list[Due]]:
     return queues
 
 
-def rounds_of(due: Sequence[Due]) -> Iterator[tuple[Due | None, ...]]:
-    """One matrix for each rank at a time: no more of a gradient is ever gathered."""
-    if due:
-        yield from zip_longest(*owners(due))
+ROUND_BYTES = 1 << 26
+"""Of whole matrices that an owner has at once, where one alone is not larger."""
+
+
+def rounds_of(due: Sequence[Due]) -> Iterator[list[list[Due]]]:
+    """By rank, what each refreshes at a time."""
+    return merged(zip_longest(*owners(due)) if due else (), lambda d: d.nbytes)
+
+
+def merged(
+    rounds: Iterable[Sequence[_Job | None]], nbytes: Callable[[_Job], int]
+) -> Iterator[list[list[_Job]]]:
+    """By rank, what each does at a time: as much as fits, and at least one.
+
+    They share messages, and equal ones the calls that a host waits for.
+
+    Args:
+        rounds: one for each rank, or none.
+        nbytes: of what a rank has of one.
+    """
+    now: list[list[_Job]] = []
+    held = 0
+    for each in rounds:
+        size = max(nbytes(job) for job in each if job is not None)
+        if now and held + size > ROUND_BYTES:
+            yield now
+            now, held = [], 0
+        now = now or [[] for _ in each]
+        for own, job in zip(now, each, strict=True):
+            own += [] if job is None else [job]
+        held += size
+    if now:
+        yield now

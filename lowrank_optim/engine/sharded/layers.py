@@ -8,25 +8,19 @@ factors of a layer come together on one rank alone, which finds new ones.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.linalg import LinAlgError
 
-from lowrank_optim.engine.plan import State
-from lowrank_optim.engine.sharded import failures
-from lowrank_optim.engine.sharded.failures import Failure, raise_together
 from lowrank_optim.engine.sharded.inputs import Input
 from lowrank_optim.engine.sharded.local import as_dtensor
 from lowrank_optim.sharding import collectives
-from lowrank_optim.sharding.collectives import Form, form
 from lowrank_optim.sharding.grid import Interval
 from lowrank_optim.sharding.groups import coordinate, coordinates_over, group_over
-from lowrank_optim.sharding.parts import is_sharded, local, replica
+from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.sharding.regions import region
 
 
@@ -84,6 +78,12 @@ def pieces(x: Tensor, dims: Sequence[int], order: tuple[At, ...]) -> Input:
     if any(at[i] for i in others):
         part = part[(slice(0, 0),) * x.dim()]
     return Input(part, shape, found)
+
+
+def places_of(x: Tensor, order: tuple[At, ...]) -> list[tuple[slice, ...]]:
+    """Where what each rank has of a DTensor lies in it, copies too."""
+    own: Any = x
+    return _places(tuple(own.shape), own.device_mesh, own.placements, order, ())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -157,101 +157,3 @@ def placed_as(grad: Tensor, param: Tensor) -> Tensor:
     """A gradient where its parameter is."""
     own, ours = (tuple(x.placements) for x in (grad, param))  # type: ignore[attr-defined]
     return grad if own == ours else grad.redistribute(placements=ours)  # type: ignore[attr-defined]
-
-
-def by_first_rank(like: Tensor) -> Callable[[Callable[[], None], Sequence[Tensor]], None]:
-    """What runs a function on one rank and gives all ranks the tensors that it wrote.
-
-    A factorisation on two ranks differs in its last bits where their hardware differs.
-
-    Args:
-        like: a DTensor of the ranks' mesh.
-    """
-
-    def agree(work: Callable[[], None], tensors: Sequence[Tensor]) -> None:
-        group = group_over(like.device_mesh, everyone(like))  # type: ignore[attr-defined]
-        sent, said = None, ""
-        if dist.get_rank(group) == 0:
-            try:
-                work()
-            except LinAlgError as error:
-                said = str(error)
-            sent = [torch.tensor([not said], dtype=torch.uint8), *tensors]
-        forms = [Form((1,), torch.uint8), *map(form, tensors)]
-        fine, *found = collectives.broadcast(sent, forms, 0, group, tensors[0].device)
-        if not bool(fine.item()):
-            raise LinAlgError(said or "the first rank could not factor it")
-        for x, new in zip(tensors, found, strict=True):
-            x.copy_(new)
-
-    return agree
-
-
-class DueLayer(NamedTuple):
-    """A layer that is to be refreshed."""
-
-    name: str
-    """For errors."""
-    factors: dict[str, Tensor]
-    """DTensors that the refresh reads and writes."""
-    kept: State
-    """What every rank has alike of its state."""
-    refresh: Callable[[State], object]
-    """Called with a state that has the whole factors too."""
-
-
-def refresh_by_owners(due: Sequence[DueLayer]) -> None:
-    """Refresh layers of one mesh, each on one rank: as many at a time as there are ranks.
-
-    Factors go to their owner and come back, and the owner tells all what became of the rest.
-    """
-    if not due:
-        return
-    first = next(iter(due[0].factors.values()))
-    group = group_over(first.device_mesh, everyone(first))  # type: ignore[attr-defined]
-    for i in range(0, len(due), group.size()):
-        _round(due[i : i + group.size()], first, group)
-
-
-def _round(due: Sequence[DueLayer], like: Any, group: dist.ProcessGroup) -> None:
-    """Layer i is refreshed by rank i."""
-    rank, device = dist.get_rank(group), local(like).device
-    order = coordinates_over(like.device_mesh, everyone(like))
-    inputs = [[pieces(x, everyone(like), order) for x in d.factors.values()] for d in due]
-    nobody = [[] for _ in range(group.size() - len(due))]  # type: list[list[Tensor]]
-    mine = inputs[rank] if rank < len(due) else []
-    arrived = collectives.exchange(
-        [[x.here for x in own] for own in inputs] + nobody,
-        [[x.form(source) for x in mine] for source in range(group.size())],
-        group,
-        device,
-    )
-    wholes = [x.together([own[i] for own in arrived]) for i, x in enumerate(mine)]
-    failure = None
-    if mine:
-        d = due[rank]
-        try:
-            d.refresh({**d.kept, **dict(zip(d.factors, wholes, strict=True))})
-        except Exception as error:  # memory, say: whoever waits for the factors has to know
-            failure = Failure(d.name, error)
-    for owner, d in enumerate(due):
-        end = failures.flag(failures.FOUND if failure is None else failures.RAISED)
-        kept = [d.kept[key] for key in sorted(d.kept)]
-        sent = [end, *kept] if owner == rank else None
-        forms = [failures.FLAG, *map(form, kept)]
-        end, *found = collectives.broadcast(sent, forms, owner, group, device)
-        if int(end.item()) == failures.RAISED:
-            raise_together(owner, failure if owner == rank else None, replica(None, group, ()))
-        for x, new in zip(kept, found, strict=True):
-            x.copy_(new)
-    outgoing: list[list[Tensor]] = [[] for _ in range(group.size())]
-    for x, whole in zip(due[rank].factors.values() if mine else (), wholes, strict=True):
-        shape, mesh, places = tuple(x.shape), x.device_mesh, x.placements  # type: ignore[attr-defined]
-        for own, place in zip(outgoing, _places(shape, mesh, places, order, ()), strict=True):
-            own.append(whole[place])
-    parts = [[local(x) for x in d.factors.values()] for d in due]
-    incoming = [[form(x) for x in own] for own in parts] + [[] for _ in nobody]
-    back = collectives.exchange(outgoing, incoming, group, device)
-    for own, news in zip(parts, back, strict=False):
-        for x, new in zip(own, news, strict=True):
-            x.copy_(new)

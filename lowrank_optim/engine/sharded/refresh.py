@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
+import torch
 from torch import Tensor
 
-from lowrank_optim.engine import answers
-from lowrank_optim.engine.momentum import join_lost_
+from lowrank_optim.engine.momentum import join_lost_, sought
 from lowrank_optim.engine.offload import on_device
-from lowrank_optim.engine.refresh import refresh_, refreshing_
+from lowrank_optim.engine.plan import ParamPlan, State
+from lowrank_optim.engine.refresh import refresh_
 from lowrank_optim.engine.sharded import failures
-from lowrank_optim.engine.sharded.due import Due, owners, rounds_of
-from lowrank_optim.engine.sharded.failures import Failure
-from lowrank_optim.engine.sharded.owner import by_owner, settle
-from lowrank_optim.engine.state import on_host
+from lowrank_optim.engine.sharded.alike import Alike, follow, refreshed, sent
+from lowrank_optim.engine.sharded.due import Due, merged, owners, rounds_of
+from lowrank_optim.engine.sharded.owner import by_owner
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.collectives import form
-from lowrank_optim.subspaces.searches import Searching, together
+from lowrank_optim.sharding.parts import Part
 
 
 def refresh_together(due: Sequence[Due]) -> None:
@@ -53,7 +54,8 @@ def refresh_together(due: Sequence[Due]) -> None:
                 else:
                     scored.append((d, scores))
         _by_scores(scored)
-        settle([ended for jobs in rounds_of(owned) for ended in by_owner(jobs)])
+        ended = [x for queues in rounds_of(owned) for x in by_owner(queues)]
+        failures.settle(ended, own[0].part)
         refresh_replicas(copied)
 
 
@@ -64,8 +66,8 @@ def _by_scores(scored: Sequence[tuple[Due, Tensor]]) -> None:
     if part.leads:
         collectives.sum_(found, part.group)
     if part.copies is not None:
-        sent, forms = found if part.leads else None, [form(x) for x in found]
-        found = collectives.broadcast(sent, forms, part.first, part.copies, found[0].device)
+        shown, forms = found if part.leads else None, [form(x) for x in found]
+        found = collectives.broadcast(shown, forms, part.first, part.copies, found[0].device)
     for (d, _), scores in zip(scored, found, strict=True):
         assert d.grad is not None
         look = scores.sum(), scores  # the same on all ranks, each of which asks its device later
@@ -73,7 +75,7 @@ def _by_scores(scored: Sequence[tuple[Due, Tensor]]) -> None:
 
 
 def refresh_replicas(due: Sequence[Due]) -> None:
-    """Refresh matrices that every rank has whole: one broadcast from each owner.
+    """Refresh matrices that every rank has whole: one broadcast from each owner, a round.
 
     The same factorisation on two ranks differs in its last bits where their threads or their
     hardware differ, and a sign, or a choice, makes that large.
@@ -81,49 +83,37 @@ def refresh_replicas(due: Sequence[Due]) -> None:
     if not due:
         return
     held = [d.momentum if d.grad is not None else None for d in due]
-    rank, group, device = due[0].part.rank, due[0].part.group, due[0].twin.param.device
-    for owner, own in enumerate(owners(due)):
-        if not own:
-            continue
-        failure = _refresh_own(own) if owner == rank else None
-        here: list[Tensor] = []
-        there: list[Tensor] = []
-        for d in own:
-            for key in _copied(d):
-                (here if on_host(key, d.chosen.capturable) else there).append(d.state[key])
-        entries = [*here, *there]
-        end = failures.flag(failures.FOUND if failure is None else failures.RAISED)
-        tensors = [end, *entries] if owner == rank else None
-        forms = [failures.FLAG, *(form(x) for x in entries)]
-        # what the host has to know comes at once
-        end, *got = collectives.broadcast(tensors, forms, owner, group, device, 1 + len(here))
-        if int(end.item()) == failures.RAISED:
-            failures.raise_together(owner, failure, own[0].part)
-        if owner != rank:
-            for x, new in zip(entries, got, strict=True):
-                x.copy_(new)
+    part, device = due[0].part, due[0].twin.param.device
+    rounds = zip_longest(*([_alike(d) for d in own] for own in owners(due)))
+    work = merged(rounds, lambda d: d.nbytes)
+    ended = [x for queues in work for x in _round(queues, part, device)]
+    failures.settle(ended, part)
     for d, before in zip(due, held, strict=True):
         if d.grad is not None:
             join_lost_(before, d.state, d.grad, d.chosen)
 
 
-def _refresh_own(own: Sequence[Due]) -> Failure | None:
-    """Refresh what this rank owns, equal matrices at once; what it could not, and why."""
-    try:
-        failed = [x for x in together([*map(_refreshing, own)]) if x is not None]
-    except Exception as error:  # memory, say, of a call that they share
-        return Failure(f"{own[0].item.name} or one like it", error)
-    for d in own:
-        answers.settle_(d.state)  # others are told: the first waits for the device
-    return next(iter(failed), None)
+def _round(
+    queues: Sequence[Sequence[Alike]], part: Part, device: torch.device
+) -> list[failures.Ended]:
+    """Rank i refreshes ``queues[i]``."""
+    mine, ended = queues[part.rank], []
+    done = refreshed(mine, [d.copies() for d in mine]) if mine else []
+    for owner, own in enumerate(queues):
+        here = done if owner == part.rank else None
+        told = sent(own, here, owner, part.group, device)
+        for n, (d, (end, *entries)) in enumerate(zip(own, told, strict=True)):
+            pairs = [*zip([d.kept[key] for key in d.told], entries, strict=True)]
+            ended.append(follow(d, end, pairs, owner, here[n].failure if here else None))
+    return ended
 
 
-def _refreshing(d: Due) -> Searching[Failure | None]:
-    try:
-        yield from refreshing_(d.twin, d.state, _whole_gradient(d), d.step, d.chosen, later=True)
-    except Exception as error:
-        return Failure(d.item.name, error)
-    return None
+def _alike(d: Due) -> Alike:
+    def shown(state: State) -> tuple[ParamPlan, Tensor]:
+        grad = _whole_gradient(d)
+        return d.twin, sought(d.twin, state, grad, d.chosen)
+
+    return Alike(d.item, d.state, _copied(d), d.chosen, shown)
 
 
 def _whole_gradient(d: Due) -> Tensor:
@@ -139,8 +129,11 @@ def _whole_gradient(d: Due) -> Tensor:
 
 
 def _copied(d: Due) -> list[str]:
-    """What a refresh may have changed of a state that every rank has."""
+    """What a refresh may have changed of a state that every rank has, beside what all count."""
+    if d.balanced:
+        return list(d.balanced)
+    counted = ("step", "refresh_step", "postponed", *d.subspace.counters)
     if d.subspace.of_weight or d.chosen.on_refresh != "keep":
-        kept = ("step", *d.chosen.residual.memory)  # which a refresh does not write
+        kept = (*counted, *d.chosen.residual.memory)  # which a refresh does not write
         return [key for key in d.state if key not in kept]
-    return [*d.entries, "refresh_step", "postponed"]
+    return [key for key in d.entries if key not in counted]

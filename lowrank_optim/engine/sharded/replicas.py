@@ -17,6 +17,7 @@ from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.refresh import refreshing_
 from lowrank_optim.engine.schedule import basis_due
 from lowrank_optim.engine.sharded.due import Due
+from lowrank_optim.engine.sharded.failures import recall
 from lowrank_optim.engine.sharded.refresh import refresh_replicas
 from lowrank_optim.engine.state import refreshed_keys
 from lowrank_optim.engine.undo import Undo
@@ -159,6 +160,7 @@ def refresh_alike(
     undo: Undo,
 ) -> None:
     """Refresh what is due of replicas before they step: a step then finds nothing due."""
+    recall(item.param for item, *_ in work if id(item.param) in groups)
     by_group: dict[int, list[Due]] = {}
     for item, state, chosen in work:
         item.tried, item.before = -1, None  # a step that failed was undone
