@@ -6,12 +6,9 @@ import pytest
 
 from benchmarks.communication import SIZE, Model, _counted, count, measure, pretended, wire
 from benchmarks.meter import Collective
-from lowrank_optim.memory.world import sends_without_data
+from tests.cases import several_gpus
 
 RANKS = 4
-counts = pytest.mark.skipif(
-    not sends_without_data(), reason="collectives of torch 2.6 take no tensors without data"
-)
 
 
 def llama_like(layers: int) -> Model:
@@ -23,7 +20,7 @@ def llama_like(layers: int) -> Model:
     return Model("small", 4, layers, shapes, frozenset(k for k in shapes if "layers" in k))
 
 
-@counts
+@several_gpus
 @pytest.mark.parametrize("placed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_figures_are_those_that_the_table_gives(placed: bool) -> None:
     """Wide matrices are exchanged where rows are split; bases are whole, moments a part."""
@@ -43,7 +40,7 @@ def test_figures_are_those_that_the_table_gives(placed: bool) -> None:
     assert found.messages == (1 if placed else 3)
 
 
-@counts
+@several_gpus
 @pytest.mark.slow
 def test_a_basis_of_every_step_is_counted_in_every_layout() -> None:
     """LDAdam: the matrix to its owner; the basis, and how moments turn, to all."""
@@ -61,7 +58,7 @@ def test_a_basis_of_every_step_is_counted_in_every_layout() -> None:
 COORDINATES = {"GaLore rsvd": lambda m, n, r: r * n, "SST active": lambda m, n, r: r * (m + n + 1)}
 
 
-@counts
+@several_gpus
 @pytest.mark.parametrize(
     "method", ["GaLore rsvd", pytest.param("SST active", marks=pytest.mark.slow)]
 )
@@ -86,7 +83,7 @@ def test_what_replicas_send(method: str) -> None:
         assert ddp.moments == 2 * (2 * layers * r * n + numbers) * SIZE
 
 
-@counts
+@several_gpus
 def test_layers_beyond_the_second_add_what_the_second_does() -> None:
     model = llama_like(3)
     grown = count("DCT-AdamW", model, RANKS, "rows")

@@ -286,7 +286,7 @@ def _copies() -> bool:
 
 
 COPIES = _copies()
-"""Whether ``dcp.async_save`` copies what lies on the host: that of torch 2.6 copies what does not."""
+"""Whether ``dcp.async_save`` copies what lies on the host: not by torch 2.6."""
 
 
 class Late(FileSystemWriter):
