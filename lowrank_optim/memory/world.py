@@ -129,17 +129,17 @@ def check_world(
         )
     if not dist.is_available():
         raise RuntimeError("world_size needs a torch that is built with torch.distributed")
-    if not sends_without_data():
-        raise RuntimeError(
-            f"world_size={world_size}: torch {torch.__version__} has no collectives of tensors "
-            "without data, which an estimate gives to FSDP2 in place of a model's. Take a newer "
-            "torch, or leave world_size out for the figures of one GPU"
-        )
     if dist.is_initialized():
         raise RuntimeError(
             f"world_size={world_size}: this process is in a process group already, and an estimate "
             "makes one of its own that sends nothing. Call it before init_process_group, or in "
             "another process; of a model that is sharded already leave world_size out"
+        )
+    if not sends_without_data():
+        raise RuntimeError(
+            f"world_size={world_size}: torch {torch.__version__} has no collectives of tensors "
+            "without data, which an estimate gives to FSDP2 in place of a model's. Take a newer "
+            "torch, or leave world_size out for the figures of one GPU"
         )
 
 
