@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import PROJECTORS, LowRankOptimizer, methods
+from lowrank_optim.memory.world import sends_without_data
 from lowrank_optim.ops import devices
 from lowrank_optim.subspaces.fixed import FixedBasis
 from lowrank_optim.subspaces.projector import Projector
@@ -35,6 +36,11 @@ RULES: dict[str, dict[str, Any]] = {
     "adafactor": {"beta1": 0.9},
 }
 """Rule of each class and hyper-parameters at which its moments matter within a few steps."""
+
+several_gpus = pytest.mark.skipif(
+    not sends_without_data(), reason="collectives of torch 2.6 take no tensors without data"
+)
+"""Of estimates, and counts, of one of several GPUs."""
 
 WHOLE_LAYERS = ("LisaAdamW", "LisaAdamW8bit", "BAdamW", "BAdamW8bit")
 """Classes whose layers take turns, vectors with the matrices, whatever the projector."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -91,7 +92,8 @@ def check_world(
         ValueError: it is no number of ranks, the model is sharded, or something has no effect.
         TypeError: ``shard`` is no function.
         NotImplementedError: an argument beside it is not known of several ranks.
-        RuntimeError: torch has no process groups, or this process is in one.
+        RuntimeError: torch has no process groups, or none for what has no data, or this process is
+            in one.
     """
     if world_size is None:
         if shard is not None:
@@ -133,6 +135,17 @@ def check_world(
             "makes one of its own that sends nothing. Call it before init_process_group, or in "
             "another process; of a model that is sharded already leave world_size out"
         )
+    if not sends_without_data():
+        raise RuntimeError(
+            f"world_size={world_size}: torch {torch.__version__} has no collectives of tensors "
+            "without data, which an estimate gives to FSDP2 in place of a model's. Take a newer "
+            "torch, or leave world_size out for the figures of one GPU"
+        )
+
+
+def sends_without_data() -> bool:
+    """Whether torch's collectives take tensors of the meta device: those of 2.6 do not."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("c10d::allreduce_", "Meta")
 
 
 def _layers_of_factors(model: Any) -> set[str]:

@@ -68,6 +68,30 @@ def group_over(mesh: Any, dims: Sequence[int]) -> dist.ProcessGroup:
     return made[ranks]
 
 
+def check_order(mesh: Any, dims: Sequence[int], name: str) -> None:
+    """Raise where nobody can tell which part of a parameter a rank has.
+
+    FSDP2, ``distribute_tensor`` and ``full_tensor`` count the ranks of a dimension as its process
+    group does, in ascending order; coordinates and checkpoints of torch, as the mesh does.
+
+    Args:
+        mesh: where the parameter lies.
+        dims: dimensions of the mesh that split it.
+        name: for the error.
+
+    Raises:
+        NotImplementedError: the two differ.
+    """
+    for dim in dims:
+        over = ranks_over(mesh, [dim])
+        if over != members(mesh, [dim]):
+            raise NotImplementedError(
+                f"{name} is split over ranks {over} of a DeviceMesh, of which torch takes the "
+                f"parts as of {members(mesh, [dim])} when it gathers them, and as of the mesh when "
+                "it saves them: make the mesh of ranks that ascend along each dimension"
+            )
+
+
 def check_backend(group: dist.ProcessGroup, device: torch.device, name: str) -> None:
     """Raise where a group has no backend for the device of a parameter: its collectives would.
 

@@ -12,7 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lowrank_optim.sharding.grid import Cut, Grid, Interval, coordinates, length
-from lowrank_optim.sharding.groups import check_backend, coordinate, group_over, members, ranks_over
+from lowrank_optim.sharding.groups import (
+    check_backend,
+    check_order,
+    coordinate,
+    group_over,
+    members,
+    ranks_over,
+)
 from lowrank_optim.sharding.shares import axes_of, shares
 from lowrank_optim.tensors.matrix import MatrixView
 
@@ -186,7 +193,8 @@ def part_of(param: Tensor, view: MatrixView | None, name: str, unit: int = 1) ->
         unit: columns that a rank steps together: what it steps begins at a multiple (default: 1).
 
     Raises:
-        NotImplementedError: it is projected, and lies in a way that is not supported.
+        NotImplementedError: it is projected, and lies in a way that is not supported; or the ranks
+            of its mesh do not ascend.
         RuntimeError: its process group has no backend for its device.
     """
     if not is_sharded(param):
@@ -194,8 +202,9 @@ def part_of(param: Tensor, view: MatrixView | None, name: str, unit: int = 1) ->
     mesh, placements = param.device_mesh, tuple(param.placements)  # type: ignore[attr-defined]
     for group in mesh.get_all_groups():
         check_backend(group, local(param).device, name)
-    axes = {} if view is None else axes_of(placements, mesh, view, name)
     split = [i for i, p in enumerate(placements) if type(p).__name__ != "Replicate"]
+    check_order(mesh, split, name)
+    axes = {} if view is None else axes_of(placements, mesh, view, name)
     dims = tuple([i for i in split if mesh.size(i) > 1] or split[:1])
     copied = tuple(i for i in range(mesh.ndim) if i not in split and mesh.size(i) > 1)
     at = coordinate(mesh)

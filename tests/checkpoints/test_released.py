@@ -86,10 +86,20 @@ CHANGED: dict[tuple[str, str], Callable[[Saved], None]] = {
 """What a later entry of CHANGELOG.md changed on purpose, and what is left of the promise."""
 
 
+def draws_as_then() -> bool:
+    """Whether torch draws the exponentials that it drew for 0.1.0: that of 2.6 has others."""
+    draws = torch.empty(20, dtype=torch.float64).exponential_(
+        generator=torch.Generator().manual_seed(3)
+    )
+    return abs(float(draws[0]) - 0.03470345482151741) < 1e-12
+
+
 @pytest.mark.parametrize(("version", "name"), [(v, n) for v in versions() for n in cases_of(v)])
 def test_a_released_checkpoint_ends_as_it_did(version: str, name: str) -> None:
     saved = cases_of(version)[name]
     changed = CHANGED.get((version, name))
+    if saved["class"].startswith("SST") and not draws_as_then():
+        pytest.skip("SST draws its vectors by exponentials, and this torch draws others")
     if changed is None:
         assert_ended(ends(saved, saved["state"]), saved)
     else:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lowrank_optim import GaLoreAdamW, fit
 from lowrank_optim.cli.main import main
 from lowrank_optim.fitting import Plan
+from tests.cases import several_gpus
 
 pytestmark = pytest.mark.usefixtures("held_or_stepped")
 
@@ -81,6 +82,7 @@ def test_moments_in_host_memory() -> None:
     assert refused.exit_code == 2 and "no effect where the device is a CPU" in refused.output
 
 
+@several_gpus
 def test_of_several_gpus() -> None:
     own = ["--optimizer", "GaLoreAdamW", "--in-backward", "none", "--state-dtype", "float32"]
     done = run(*SMALL, "--json", "--world-size", "2", *own)

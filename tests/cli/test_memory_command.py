@@ -23,6 +23,7 @@ from lowrank_optim.cli.rows import CLASSES, USUAL, columns
 from lowrank_optim.memory import GIB, estimate
 from lowrank_optim.memory.models import MODELS, Known
 from lowrank_optim.memory.shapes import FAMILIES, on_meta, parameter_shapes
+from tests.cases import several_gpus
 
 HERE = "tests.cli.test_memory_command"
 SMALL = ["--model", f"{HERE}:small", "--rank", "8"]
@@ -116,6 +117,7 @@ def test_every_figure_is_an_estimate() -> None:
     assert modes == [("step", "auto"), ("project", "float32"), ("project", "bfloat16")]
 
 
+@several_gpus
 def test_one_of_several_gpus_is_an_estimate_of_it() -> None:
     """Of two rows: moments on the device, and on the host."""
     model = small()

@@ -22,6 +22,7 @@ from lowrank_optim.memory.models import MODELS
 from lowrank_optim.memory.shapes import on_meta
 from lowrank_optim.stores import STORES
 from lowrank_optim.tensors.matrix import matrix_view
+from tests.cases import several_gpus
 
 CONFIG = llama(64, 96, 1, 4, 2, vocab_size=128, context=64)
 TINY = ["GaLoreAdamW"]
@@ -416,6 +417,7 @@ def test_the_loss_is_that_of_every_estimate_with_tokens(monkeypatch):
         fit(config, 0.0015, **own)
 
 
+@several_gpus
 def test_of_two_gpus_each_has_the_budget():
     """The largest ranks of which one of them has room, where one alone has room for none."""
     layers = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))  # each gathered by itself
@@ -434,6 +436,7 @@ def test_of_two_gpus_each_has_the_budget():
     assert Plan.from_json(found.to_json(), model) == found
 
 
+@several_gpus
 def test_4_bits_are_not_for_several_gpus():
     """Of several they are no choice, and refused where they are asked for."""
     model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64))

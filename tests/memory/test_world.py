@@ -11,12 +11,13 @@ import torch.distributed as dist
 from torch import nn
 
 from lowrank_optim import GaLoreAdamW, GaLoreAdamW8bit, memory
-from lowrank_optim.memory import estimate
+from lowrank_optim.memory import estimate, world
 from lowrank_optim.memory.inputs import model_of
 from lowrank_optim.memory.world import pretended
 from lowrank_optim.nn import convert
 from lowrank_optim.tensors.alive import Alive
 from tests import cases
+from tests.cases import several_gpus
 from tests.memory.ranks import SHARDS, TOKENS, class_of, config, held, messages, peaks
 from tests.sharded.ranks import Ranks
 
@@ -83,6 +84,7 @@ def told(run: dict[str, Any], size: int = 2, **own: Any) -> Any:
 @pytest.mark.parametrize(
     "pairs", [pytest.param(FEW, id="few"), pytest.param(EVERY, id="all", marks=pytest.mark.slow)]
 )
+@several_gpus
 @pytest.mark.filterwarnings("ignore")
 def test_a_rank_holds_what_is_told(ranks: Worlds, pairs: list[tuple[str, str | None]]) -> None:
     """Of two real ranks, to the byte: weights, gradients, bases, moments, the rest."""
@@ -111,6 +113,7 @@ MORE = [
 
 
 @pytest.mark.parametrize("asked", [pytest.param(PEAKS, id="few"), pytest.param(MORE, id="all")])
+@several_gpus
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_peaks_of_a_rank_are_what_torch_counts(ranks: Worlds, asked: list[dict[str, Any]]) -> None:
@@ -147,6 +150,7 @@ MATRICES = 2 * 7
 """Of attention and MLP."""
 
 
+@several_gpus
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_peaks_inside_backward(ranks: Worlds) -> None:
@@ -170,6 +174,7 @@ def test_a_message_counts_until_it_is_done(ranks: Worlds) -> None:
     assert ranks(2).run("messages", messages, count=60).checked() == [2 * 2**16] * 2
 
 
+@several_gpus
 @pytest.mark.parametrize("size", [3, 8])
 def test_the_first_rank_holds_most(size: int) -> None:
     """Of all ranks that there are, and together they hold each weight once."""
@@ -189,6 +194,7 @@ def test_the_first_rank_holds_most(size: int) -> None:
     assert min(found) == found[-1] == e.least
 
 
+@several_gpus
 def test_one_gpu_is_no_other() -> None:
     """A world of one holds the state of one process, and one estimate leaves nothing to another."""
     run = runs(GALORE)[0]
@@ -216,7 +222,13 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
+SHARDED_FIRST = ("shards nothing", "4 bits", "randk")
+"""What is seen of the shards that a rank has."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(x, marks=several_gpus if x in SHARDED_FIRST else ()) for x in REFUSED]
+)
 def test_what_is_refused(case: str) -> None:
     """With a sentence, and with nothing left behind."""
     given, error, text = REFUSED[case]
@@ -225,11 +237,23 @@ def test_what_is_refused(case: str) -> None:
     assert not dist.is_initialized()
 
 
-def test_models_and_processes_that_are_refused() -> None:
-    """Two dtypes in one unit, layers of factors, a layout, a process that is in a group."""
+@several_gpus
+def test_two_dtypes_of_one_unit_are_refused() -> None:
     mixed = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8).bfloat16())
     with pytest.raises(ValueError, match="fully_shard does not take it"):
         estimate(mixed, GaLoreAdamW, rank=2, world_size=2)
+
+
+def test_a_torch_that_sends_nothing_without_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else 2.6 said of it that a model does what tensors without data cannot."""
+    monkeypatch.setattr(world, "sends_without_data", lambda: False)
+    with pytest.raises(RuntimeError, match=r"world_size=2: torch .*Take a newer torch, or leave"):
+        estimate(config(), GaLoreAdamW, rank=8, world_size=2)
+    assert not dist.is_initialized()
+
+
+def test_models_and_processes_that_are_refused() -> None:
+    """Layers of factors, a layout, a process that is in a group."""
     model = nn.Sequential(nn.Linear(32, 32))
     with pytest.raises(NotImplementedError, match="bitsandbytes"):
         estimate(model, "adamw-8bit", world_size=2)

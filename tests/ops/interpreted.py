@@ -36,6 +36,13 @@ WHOLE = "not forced_backend"
 case is Triton on a CPU, where it runs here."""
 
 
+def first_triton() -> bool:
+    """Whether this is Triton 3.2, that of torch 2.6."""
+    import triton
+
+    return bool(triton.__version__.startswith("3.2."))
+
+
 def run_interpreted(marks: str, chosen: str = DEFAULT, files: Sequence[str] = FILES) -> None:
     """The tests of the kernels with these marks, in a process where Triton interprets."""
     here = Path(__file__).parent

@@ -22,7 +22,7 @@ from tests.compare import assert_close
 from tests.ops import ops_cases as cases
 from tests.ops import ops_cosines, ops_factors
 from tests.ops.checks import check_stored, run
-from tests.ops.interpreted import INTERPRETED
+from tests.ops.interpreted import INTERPRETED, first_triton
 from tests.ops.rounding import flat_places
 from tests.pairwise import paired
 
@@ -211,6 +211,8 @@ def test_an_unsound_lift_writes_nothing(backend: str, dtype: torch.dtype) -> Non
 
 def test_top_rows(backend: str) -> None:
     """Among equals the lowest; with nothing to choose, and with everything."""
+    if INTERPRETED and first_triton():
+        pytest.skip("the interpreter of Triton 3.2 takes no range up to what a kernel computes")
     for _ in range(4 if INTERPRETED else 20):
         run("top_rows_", ops_cosines.top(torch.float32))
     a = ops_cosines.top(torch.float32)

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.communication import SIZE, Model, _counted, count, measure, pretended, wire
 from benchmarks.meter import Collective
+from tests.cases import several_gpus
 
 RANKS = 4
 
@@ -19,6 +20,7 @@ def llama_like(layers: int) -> Model:
     return Model("small", 4, layers, shapes, frozenset(k for k in shapes if "layers" in k))
 
 
+@several_gpus
 @pytest.mark.parametrize("placed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_figures_are_those_that_the_table_gives(placed: bool) -> None:
     """Wide matrices are exchanged where rows are split; bases are whole, moments a part."""
@@ -38,6 +40,7 @@ def test_figures_are_those_that_the_table_gives(placed: bool) -> None:
     assert found.messages == (1 if placed else 3)
 
 
+@several_gpus
 @pytest.mark.slow
 def test_a_basis_of_every_step_is_counted_in_every_layout() -> None:
     """LDAdam: the matrix to its owner; the basis, and how moments turn, to all."""
@@ -55,6 +58,7 @@ def test_a_basis_of_every_step_is_counted_in_every_layout() -> None:
 COORDINATES = {"GaLore rsvd": lambda m, n, r: r * n, "SST active": lambda m, n, r: r * (m + n + 1)}
 
 
+@several_gpus
 @pytest.mark.parametrize(
     "method", ["GaLore rsvd", pytest.param("SST active", marks=pytest.mark.slow)]
 )
@@ -79,6 +83,7 @@ def test_what_replicas_send(method: str) -> None:
         assert ddp.moments == 2 * (2 * layers * r * n + numbers) * SIZE
 
 
+@several_gpus
 def test_layers_beyond_the_second_add_what_the_second_does() -> None:
     model = llama_like(3)
     grown = count("DCT-AdamW", model, RANKS, "rows")

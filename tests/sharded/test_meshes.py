@@ -469,14 +469,10 @@ def test_norms_are_those_of_whole_gradients(bad: str, ranks: Worlds) -> None:
 # ------------------------------------------------------------------ other orders, other groups
 
 
-def backwards(world: World, sizes: tuple[int, ...], case: Case) -> Any:
-    """A mesh of ranks that do not follow each other as they do in their groups.
-
-    ``full_tensor`` goes by groups and coordinates go by the mesh: what counts is where a part is.
-    """
+def across_first(world: World, order: Any, case: Case) -> Any:
+    """A mesh whose ranks do not follow each other as they do in a group of all."""
     logging.disable(logging.WARNING)
-    order = torch.tensor([2, 0, 3, 1])[: world.size].argsort().view(sizes)
-    mesh = DeviceMesh("cpu", order)
+    mesh = DeviceMesh("cpu", torch.tensor(order))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "meshes_of", lambda *_: [mesh])
         trained = Trained(case, world)
@@ -487,17 +483,25 @@ def backwards(world: World, sizes: tuple[int, ...], case: Case) -> Any:
     return out
 
 
+DOWN_FIRST = [[0, 2], [1, 3]]
+"""Along each dimension ranks ascend, and not along both, as of a mesh that is transposed."""
+COPIES_TURNED = [[2, 3], [0, 1]]
+"""What dimension 1 splits ascends, and of the copies along dimension 0 the first are ranks 2, 3."""
+
+
 @pytest.mark.parametrize(
-    ("sizes", "places", "name"),
+    ("order", "places", "name"),
     [
-        ((2, 2), "01", "rsvd"),
-        pytest.param((4,), "0", "svd full", marks=pytest.mark.slow),
-        pytest.param((2, 2), "r1", "svd full", marks=pytest.mark.slow),
+        (DOWN_FIRST, "01", "rsvd"),
+        (COPIES_TURNED, "r1", "rsvd"),
+        pytest.param(DOWN_FIRST, "a0", "svd full", marks=pytest.mark.slow),
+        pytest.param(COPIES_TURNED, "r0", "svd full", marks=pytest.mark.slow),
     ],
 )
-def test_ranks_in_another_order(sizes: Any, places: str, name: str, ranks: Worlds) -> None:
+def test_ranks_in_another_order(order: Any, places: str, name: str, ranks: Worlds) -> None:
+    """Those that a dimension splits among ascend: others are refused, in ``test_refused.py``."""
     case = replace(NAMED[name], how="tensors", only=("wide", "tall"), places=(places,), steps=5)
-    run = training.assembled(ranks(4).run(name, backwards, sizes=sizes, case=case).checked())
+    run = training.assembled(ranks(4).run(name, across_first, order=order, case=case).checked())
     for i, (weights, _) in enumerate(training.reference(case.reference)):
         for key, x in weights.items():
             training.assert_within(run[i][0][key], x, training.WEIGHTS, f"{key} after step {i}")

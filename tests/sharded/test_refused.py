@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -45,7 +45,9 @@ def outcome(world: World, cls: str, options: dict[str, Any], how: str) -> Any:
     warnings.simplefilter("ignore")
     layer = nn.Module()
     layer.weight = nn.Parameter(torch.randn(8, 12))
-    if how == "fsdp":
+    if how == "turned":
+        fully_shard(layer, mesh=DeviceMesh("cpu", torch.arange(world.size).flip(0)))
+    elif how == "fsdp":
         fully_shard(layer, mesh=init_device_mesh("cpu", (world.size,)))
     elif how == "kernel":
         mesh = init_device_mesh("cpu", (world.size,))
@@ -87,6 +89,14 @@ def test_what_is_refused(name: str, ranks: Worlds) -> None:
     cls, options, word = REFUSED[name]
     values = ranks(2).run(name, outcome, cls=cls, options=options, how="fsdp").checked()
     check(values, word)
+
+
+@pytest.mark.parametrize("options", [{"rank": 2, "projector": "dct"}, {"rank": None}], ids=str)
+def test_ranks_that_do_not_ascend(options: dict[str, Any], ranks: Worlds) -> None:
+    """FSDP2 gives rank 0 the first rows, and ``get_coordinate`` says that it has the last."""
+    args = {"cls": "GaLoreAdamW", "options": options, "how": "turned"}
+    values = ranks(2).run("turned", outcome, **args).checked()
+    check(values, "ranks [1, 0]", "[0, 1]", "ascend")
 
 
 NARROW: dict[str, tuple[tuple[int, ...], str, dict[str, Any]]] = {

@@ -174,6 +174,8 @@ def places_fit(shape: Sequence[int], place: str, dense: bool = False) -> bool:
     """Whether there are such dimensions, and splitting them leaves intervals of matrices."""
     dims = {STRIDED.get(x, x) for x in place if x != "r"}
     found = {int(x) for x in dims}
+    if not models.CUTS_UNEVENLY and any(shape[STRIDED[x]] % 4 for x in place if x in STRIDED):
+        return False
     if dense:
         return all(x < len(shape) for x in found)
     if len(shape) == 3 and 0 in found and len(found) > 1:
