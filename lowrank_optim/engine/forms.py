@@ -16,7 +16,8 @@ from torch import Tensor, nn
 LIMIT = 1 << 14
 """Forms that are kept: numbers are among what tells calls apart, and a learning rate changes."""
 
-_VALUES = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+_TORCHS = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+_VALUES = (int, float, bool, str, type(None), *_TORCHS)
 
 
 class _Form(NamedTuple):
