@@ -49,11 +49,12 @@ IN_CODES = ("GaLoreAdamW", "GaLoreAdafactor", "SSTAdamW", "SwitchLoRAAdamW", "Li
 def states(
     name: str, projector: str, options: dict[str, Any], dtype: torch.dtype
 ) -> list[dict[str, torch.Tensor]]:
-    """State of every parameter after four steps."""
+    """State of every parameter after three steps, of which the first and the last find bases."""
     params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
-    on_refresh = {} if name.startswith(("SST", "Switch", "LDAdam")) else {"on_refresh": "reset"}
-    optimizer = cases.build(name, params, **{"projector": projector, **on_refresh, **options})
-    for _ in range(4):
+    own = {} if name.startswith(("SST", "Switch", "LDAdam")) else {"on_refresh": "reset"}
+    own |= {"steps_per_iteration": 2} if name.startswith("SST") else {"update_proj_gap": 2}
+    optimizer = cases.build(name, params, **{"projector": projector, **own, **options})
+    for _ in range(3):
         for p in params:
             p.grad = torch.randn_like(p)
         optimizer.step()
