@@ -115,10 +115,11 @@ _without_any: dict[str, str] = {}
 
 DEFAULT = (
     "guard", "scores", "scalars of Fira", "turn to columns", "turn to rows", "edges to blocks",
-    "broadcast of the basis", "sum of one factor of SwitchLoRA",
+    "broadcast of the basis", "sum of SST's u and s", "sum of one factor of SwitchLoRA",
     "factors to the owner of a restart",
 )  # fmt: skip
-"""Every function of the seam, and of sums a sum of each kind: of flags, rows, scalars, factors."""
+"""Every function of the seam, every case but that of two sides, which tests of meshes have, and
+those of Adafactor, which ``test_adafactor.py`` has."""
 
 
 @pytest.mark.parametrize(
