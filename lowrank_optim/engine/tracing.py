@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lowrank_optim.engine import forms
+
 aten = torch.ops.aten
 _DRAWS = (aten.exponential_, aten.normal_, aten.uniform_)
 _WRITES = (aten.addmm_, aten.clamp_, aten.copysign_)
@@ -84,7 +86,7 @@ class _Hosted(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not fakes and self.fakes is None:
             if func is aten.randn.generator:  # nobody looks at large draws of real numbers
                 return torch.empty(*args, **{k: x for k, x in kwargs.items() if k != "generator"})
-            return func(*args, **kwargs)
+            return forms.run(func, args, kwargs)
         if func.overloadpacket in _WRITES and self.fakes is None:
             return args[0]
         if not fakes and _on_host(given, args, kwargs):
@@ -96,7 +98,7 @@ class _Hosted(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
         if len(fakes) < len(given) or (given and not fakes):
             args, kwargs = tree_map_only(Tensor, self._faked, (args, kwargs))
-        out = func(*args, **kwargs)
+        out = forms.run(func, args, kwargs) if self.fakes is None else func(*args, **kwargs)
         if func.overloadpacket is aten.any:  # of what failed
             self.answers[out] = 0
         elif func is aten.sum.default and args[0].dtype == torch.bool:  # of what is fine

@@ -107,6 +107,7 @@ class Rehearsal:
         what its different matrices do: see :func:`_told_apart`.
         """
         if ("step", due) not in self._known:
+            self._begin(due)
             with self._within():
                 self._with_gradients(self._prepared(due), due)
                 self._known["step", due] = self._measured(self.optimizer.step)
@@ -128,14 +129,16 @@ class Rehearsal:
                 self._hook(p)
                 alike[kind] = p.grad
 
+    def _begin(self, due: Due) -> None:
+        """Before any other step there is the first."""
+        if due != "first" and not self.optimizer.state:
+            self.step("first")
+
     def _prepared(self, due: Due) -> list[Tensor]:
         """Counters such that just the bases ``due`` are; and who needs a gradient."""
         self.optimizer.zero_grad()
         if due == "first":
             self.optimizer.state.clear()
-        elif not self.optimizer.state:
-            self.step("first")
-            self.optimizer.zero_grad()
         if not isinstance(self.optimizer, LowRankOptimizer):
             return self._trained
         found: list[Tensor] = []
@@ -211,6 +214,7 @@ class Rehearsal:
             return dict(self._known[due, passes, units])
         known: dict[Hashable, int] = {}
         found: dict[Unit, int] = {}
+        self._begin(due)
         with self._within():
             self._prepared(due)
             switches = due == "all" and self._mode == "step" and self._takes_turns

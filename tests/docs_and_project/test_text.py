@@ -23,20 +23,26 @@ from benchmarks.runs import Settings
 
 
 @pytest.fixture(scope="module")
-def corpus():
+def library():
+    """Content of every file, and whether it is held out."""
+    read = {file: file.read_bytes() for file in stdlib_files()}
+    return {file: (content, held_out(content)) for file, content in read.items()}
+
+
+@pytest.fixture(scope="module")
+def corpus(library):
     """Some files of each side, whichever Python's they are."""
     sides = {True: [], False: []}
-    for file in stdlib_files():
-        sides[held_out(file.read_bytes())].append(file)
+    for file, (_, held) in library.items():
+        sides[held].append(file)
     return load_corpus([*sides[False][:60], *sides[True][:4]], vocab_size=300)
 
 
-def test_held_out_files_are_no_training_files(corpus):
+def test_held_out_files_are_no_training_files(corpus, library):
     """Split by content: no file is on both sides, and copies of one file stay together."""
-    files = stdlib_files()
     sides: dict[bytes, set[bool]] = {}
-    for file in files:
-        sides.setdefault(file.read_bytes(), set()).add(held_out(file.read_bytes()))
+    for content, held in library.values():
+        sides.setdefault(content, set()).add(held)
     assert all(len(side) == 1 for side in sides.values())
     held = sum(len(content) for content, side in sides.items() if True in side)
     share = held / sum(map(len, sides))
@@ -45,7 +51,7 @@ def test_held_out_files_are_no_training_files(corpus):
     assert len(corpus.train_files) == 60 and len(corpus.held_files) == 4
     assert {held_out(Path(f).read_bytes()) for f in corpus.held_files} == {True}
     assert {held_out(Path(f).read_bytes()) for f in corpus.train_files} == {False}
-    assert not any("site-packages" in str(f) or "/test/" in str(f) for f in files)
+    assert not any("site-packages" in str(f) or "/test/" in str(f) for f in library)
 
 
 def test_tokens_stand_for_every_byte(corpus):

@@ -46,7 +46,7 @@ def stepped(
     return weight.detach(), optimizer, fused
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     m=st.integers(2, 70),
     n=st.integers(2, 200),

@@ -49,11 +49,13 @@ IN_CODES = ("GaLoreAdamW", "GaLoreAdafactor", "SSTAdamW", "SwitchLoRAAdamW", "Li
 def states(
     name: str, projector: str, options: dict[str, Any], dtype: torch.dtype
 ) -> list[dict[str, torch.Tensor]]:
-    """State of every parameter after four steps."""
+    """State of every parameter after some steps, of which the first and the last find bases."""
     params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
-    on_refresh = {} if name.startswith(("SST", "Switch", "LDAdam")) else {"on_refresh": "reset"}
-    optimizer = cases.build(name, params, **{"projector": projector, **on_refresh, **options})
-    for _ in range(4):
+    own, count = {"on_refresh": "reset", "update_proj_gap": 2}, 3
+    if name.startswith(("SST", "Switch", "LDAdam")):
+        own, count = {}, 4
+    optimizer = cases.build(name, params, **{"projector": projector, **own, **options})
+    for _ in range(count):
         for p in params:
             p.grad = torch.randn_like(p)
         optimizer.step()

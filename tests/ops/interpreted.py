@@ -24,11 +24,11 @@ FILES = ("test_triton.py", "test_triton_cosine.py", "test_triton_lists.py", "tes
 """In one process: Triton and torch are imported once."""
 SHARED = (
     "guarded or no_ or denormal or flags or top_rows or factors_of or unsound_lift and float32"
-    " or (matrices or matrix or columns_of or directions or cosine_adamw_) and rows and float32"
+    " or (matrices or matrix or columns_of or directions) and rows and float32"
 )
-"""Of what all backends have in common, in the default run: of the cosine ops the one of rows.
+"""Of what all backends have in common, in the default run: of the cosine ops none.
 
-``test_triton_cosine.py`` has the three of matrices, in more lengths.
+``test_triton_cosine.py`` has the three of matrices, in more lengths, and whole steps.
 """
 DEFAULT = f"not test_ops or ({SHARED}) and not opcheck"
 WHOLE = "not forced_backend"

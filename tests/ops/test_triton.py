@@ -233,7 +233,7 @@ def blocks_of(shape: tuple[int, ...]) -> int:
 
 
 # long rows with a tail and without; short rows with tail blocks; one element; more blocks than 4
-BLOCKED = [(3, 300), (2, 512), (37, 5), (1, 1), (70, 100), (2, 3, 257)]
+BLOCKED = [(3, 300), (2, 512), (37, 5), (1, 1), (11, 100), (2, 3, 257)]
 
 
 def columns() -> list[list[int]]:

@@ -31,7 +31,7 @@ GAP = 3
 EVERY = [*cases.pairs(), ("SSTAdamW", None), ("SwitchLoRAAdamW", None)]
 MANY = 1000
 """Operations up to which each of them fails: of a step of randk 5,000 are the same few, again."""
-CHEAP = PARTS = 12
+CHEAP, PARTS = 8, 12
 """Operations that fail of a step, of some hundreds: others in every case; and sizes of memory."""
 
 
