@@ -25,6 +25,7 @@ from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.collectives import Form, form
 from lowrank_optim.subspaces.base import BasisChange
 from lowrank_optim.subspaces.projector import Projector, new_to_old
+from lowrank_optim.tensors.alive import of_shape
 
 
 class Ended(NamedTuple):
@@ -185,7 +186,7 @@ def _find(d: Due, arrived: Sequence[Sequence[Tensor]]) -> Found:
         return _balanced(d, state)
     grad = whole.pop(0) if gathers(d) else _as_informative(d).expand(view.m, view.n)
     state.update(zip([k for k in d.entries if k in split], whole, strict=True))
-    meta = torch.empty(view.shape, dtype=d.item.param.dtype, device="meta")
+    meta = of_shape(view.shape, d.item.param.dtype)
     plan = replace(d.item, param=meta, part=None)
     counters = {key: d.state[key] for key in ("refresh_step", "postponed")}
     moved, ok = find_(plan, {**state, **counters}, grad, d.step, d.chosen)
