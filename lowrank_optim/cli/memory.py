@@ -52,7 +52,7 @@ WIDTH = 100
 
 
 PER_COLUMN = {"live_gradients", "in_backward", "activations", "beside"}
-PER_COLUMN |= {"step_transients", "refresh_transients"}
+PER_COLUMN |= {"step_transients", "refresh_transients", "turn"}
 """Figures that each column has of its own."""
 
 PARAGRAPH = "\n\n".join(["Known models: " + ", ".join(MODELS), "Optimizers: " + ", ".join(CLASSES)])
@@ -254,7 +254,7 @@ def figures(
             }
             if e is not None:
                 own |= {"fits": e.fits(budget), "live_gradients": e.live_gradients}
-                own |= {"activations": e.activations, "peak_at": e.peak_at}
+                own |= {"activations": e.activations, "peak_at": e.peak_at, "turn": e.turn}
                 own |= {"step_transients": e.step_transients}
                 own |= {"refresh_transients": e.refresh_transients, "beside": dict(e.beside)}
             if (row.name, column) in measured:

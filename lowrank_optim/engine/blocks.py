@@ -92,7 +92,7 @@ def _check_turns(block: Block) -> None:
 
 
 def turned_(groups: Sequence[tuple[Sequence[ParamPlan], Strategies]], states: States) -> list[bool]:
-    """End a step of all groups: one clock for all, and nothing kept of a turn that is over.
+    """End a step of all groups: one clock for all, and no moments kept of a turn that is over.
 
     Returns:
         Of each block, in order, whether it is active in the next step.
@@ -109,9 +109,10 @@ def turned_(groups: Sequence[tuple[Sequence[ParamPlan], Strategies]], states: St
             sets[key] = active_blocks(item, chosen, now // chosen.gap)
         active = block.position in sets[key]
         state = states.get(item.param)
+        over = chosen.on_refresh == "reset" and now % chosen.gap == 0
         if state:
             set_counter_(state["clock"], now)
-            if not active:
+            if over or not active:  # else two of all moments exist where a layer comes twice
                 _switch_(item, state, chosen, frozenset(), restart=False)
         found.append(active)
     return found
@@ -196,7 +197,8 @@ def _switch_(
             state.pop(scale_key(key), None)
         state["refresh_step"].fill_(-1)
         return
-    if any(key not in state for key in keys) or (restart and chosen.on_refresh == "reset"):
+    restart = restart and chosen.on_refresh == "reset" and float(state["refresh_step"]) >= 0
+    if restart or any(key not in state for key in keys):
         alloc_moments(item, chosen, state, item.param)
     elif state["refresh_step"] >= 0:
         return

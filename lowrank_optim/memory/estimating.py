@@ -39,6 +39,7 @@ from lowrank_optim.memory.reporting import (
     storage_bytes,
 )
 from lowrank_optim.memory.training import Training
+from lowrank_optim.memory.turns import Make, holding, names_of, take_turns, turns_of, worst_of
 from lowrank_optim.memory.world import Shard, World, check_world, pretended, refusals_of_fsdp
 from lowrank_optim.ops.devices import standing_for
 from lowrank_optim.optimizer import LowRankOptimizer
@@ -187,7 +188,8 @@ def estimate(
     with pretended(world_size, shard, rank=world_size - 1) as last, standing_for(training.device):
         own = last.on_meta(module)
         params = list(own.parameters())
-        _, optimizer = _with_state(params, _maker(own, cls, groups, options))
+        make = _turns(params, cls, _maker(own, cls, groups, options))[found.turn]
+        _, optimizer = _with_state(params, make)
         return replace(found, least=_weights(params) + report(optimizer).total)
 
 
@@ -233,9 +235,47 @@ def _estimated(
     if world is not None:
         module = known["sharded"] if "sharded" in known else world.on_meta(module)
         known["sharded"] = module
-    params = list(module.parameters())
     make = _maker(module, optimizer_class, groups, options)
     chosen = optimizer_class, repr(options)
+    if ("turns", *chosen) not in known:
+        known["turns", *chosen] = _turns(list(module.parameters()), optimizer_class, make)
+    found = []
+    for names, own in known["turns", *chosen].items():
+        e = _of_one_turn(plain, module, own, training, known, (*chosen, names))
+        found.append(replace(e, turn=names))
+    return worst_of(found)
+
+
+def _turns(
+    params: Sequence[Tensor], optimizer_class: type[Optimizer], make: Make
+) -> dict[tuple[str, ...] | None, Make]:
+    """What makes the optimizer, at each turn of its layers; under None where they take none."""
+    if not take_turns(optimizer_class):
+        return {None: make}
+    twins, optimizer = _over_twins(params, make)
+    turns = turns_of(optimizer, twins)
+    return {names_of(optimizer, turn, twins): holding(make, turn) for turn in turns}
+
+
+def _of_one_turn(
+    plain: nn.Module,
+    module: nn.Module,
+    make: Make,
+    training: Training,
+    known: dict[Any, Any],
+    chosen: tuple[Any, ...],
+) -> Estimate:
+    """The estimate of layers that stay as they are.
+
+    Args:
+        plain: the model.
+        module: it, or its shards.
+        make: makes the optimizer.
+        training: how it is trained.
+        known: what was found of this module before.
+        chosen: under what the optimizer is found there.
+    """
+    world, params = training.world, list(module.parameters())
     if chosen not in known:
         known[chosen] = _with_state(params, make)
     twins, optimizer = known[chosen]
@@ -301,7 +341,7 @@ def _maker(
     optimizer_class: type[Optimizer],
     groups: Callable[[nn.Module], Iterable[Any]] | None,
     options: Mapping[str, Any],
-) -> Callable[[Mapping[int, nn.Parameter]], Optimizer]:
+) -> Make:
     """What makes the optimizer over tensors that stand for the parameters, by their ids."""
     entries = list(module.named_parameters() if groups is None else groups(module))
 
@@ -311,14 +351,17 @@ def _maker(
     return make
 
 
-def _with_state(
-    params: Sequence[Tensor], make: Callable[[Mapping[int, nn.Parameter]], Optimizer]
-) -> tuple[list[nn.Parameter], Optimizer]:
+def _with_state(params: Sequence[Tensor], make: Make) -> tuple[list[nn.Parameter], Optimizer]:
     """What stands for the parameters on the meta device, and an optimizer with its state."""
-    twins = [_meta_twin(p) for p in params]
-    optimizer = make({id(p): twin for p, twin in zip(params, twins, strict=True)})
+    twins, optimizer = _over_twins(params, make)
     _make_state(optimizer)
     return twins, optimizer
+
+
+def _over_twins(params: Sequence[Tensor], make: Make) -> tuple[list[nn.Parameter], Optimizer]:
+    """The same before there is a state."""
+    twins = [_meta_twin(p) for p in params]
+    return twins, make({id(p): twin for p, twin in zip(params, twins, strict=True)})
 
 
 def _weights(twins: Sequence[Tensor]) -> int:

@@ -53,12 +53,16 @@ class Estimate:
     """The same of the worst step that finds bases, the first included; 0 where there are none."""
     beside: Mapping[str, int] = field(default_factory=dict, hash=False)
     """What is alive beside weights and state at the worst moment of ``"backward"``, of a ``"step"``
-    without a refresh, and of a ``"refresh"``; the last two may be inside backward."""
+    without a refresh, and of a ``"refresh"``; the last two may be inside backward. Where layers
+    take turns, each is the worst of all turns."""
     world_size: int | None = None
     """GPUs among which FSDP2 shards the model: all figures are of the one that holds the most. None
     of a model that nobody shards, or that came sharded."""
     least: int | None = None
     """Weights and state of the GPU that holds the least; None without ``world_size``."""
+    turn: tuple[str, ...] | None = None
+    """Of layers that train a few at a time, those of the turn with the highest peak, of which all
+    figures are but :attr:`beside`; None where all train."""
     gathered: int | None = None
     """What FSDP2 gathers and reduces at the worst moment of a backward without activations, beside
     the shards of gradients; None without ``world_size``."""
@@ -113,7 +117,8 @@ class Estimate:
             rows.append(("a step", self.step_transients, "  in passing"))
         if self.refresh_transients:
             rows.append(("a refresh", self.refresh_transients, "  in passing"))
-        rows.append(("peak", self.peak, f"  at the {self.peak_at}{self._not_counted()}"))
+        turn = "" if self.turn is None else f", in the turn of {', '.join(self.turn)}"
+        rows.append(("peak", self.peak, f"  at the {self.peak_at}{turn}{self._not_counted()}"))
         return "\n".join(f"{name:<12}{binary(size):>12}{note}" for name, size, note in rows)
 
     def _not_counted(self) -> str:

@@ -25,6 +25,7 @@ from lowrank_optim.engine.schedule import phase
 from lowrank_optim.groups import Group
 from lowrank_optim.memory.activations import Unit
 from lowrank_optim.memory.blocks import Sized, in_blocks
+from lowrank_optim.memory.turns import end_turn
 from lowrank_optim.ops.tiles import sizes_alone
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.parts import is_sharded, local
@@ -153,6 +154,7 @@ class Rehearsal:
             if due != "first":
                 _set_counters(self.optimizer, group, items, flags)
             found += [item.param for item in own]
+        end_turn(self.optimizer)
         return found
 
     def _make_state(self, items: Sequence[ParamPlan], chosen: Any) -> None:

@@ -6,9 +6,18 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
+
+
+def of_shape(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """What stands for a tensor whose shape alone matters: without memory on any device.
+
+    Where the meta device stands for an accelerator, its tensors count as that one's.
+    """
+    return torch.empty((), dtype=dtype, device="meta").expand(tuple(shape))
 
 
 class Alive(TorchDispatchMode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -87,7 +88,7 @@ class OfMessages(Tracker):
     def __init__(self) -> None:
         super().__init__()
         self._sent: list[Any] = []
-        """Tensors of messages, weakly."""
+        """Tensors of messages, weakly: Python's own, which do not go before their storages."""
         self._waits = False
         self._before: Any = None
 
@@ -115,13 +116,13 @@ class OfMessages(Tracker):
         if func.namespace == "c10d":  # of tensors that none but those who send them hold
             args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {}))
             own = (x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
-            self._sent += [torch._C._WeakTensorRef(x) for x in own]
+            self._sent += [weakref.ref(x) for x in own]
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def settle(self) -> None:
         """Wait until nobody holds what was sent."""
         end = time.monotonic() + PATIENCE
-        while any(not x.expired() for x in self._sent):
+        while any(x() is not None for x in self._sent):
             if time.monotonic() > end:
                 raise TimeoutError(f"what was sent is still held after {PATIENCE} seconds")
             time.sleep(0)

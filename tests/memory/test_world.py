@@ -15,7 +15,7 @@ from lowrank_optim.memory import estimate, world
 from lowrank_optim.memory.inputs import model_of
 from lowrank_optim.memory.world import pretended
 from lowrank_optim.nn import convert
-from lowrank_optim.tensors.alive import Alive
+from lowrank_optim.tensors.alive import Alive, of_shape
 from tests import cases
 from tests.cases import several_gpus
 from tests.memory.ranks import SHARDS, TOKENS, class_of, config, held, messages, peaks
@@ -126,11 +126,10 @@ def test_peaks_of_a_rank_are_what_torch_counts(ranks: Worlds, asked: list[dict[s
         e = told(run, device="cpu", tokens=TOKENS)
         for moment, size in own.items():
             found = e.state + e.beside.get(moment, 0)
-            over = 1.05 if moment == "refresh" else 1.02  # bases count before they are found
-            if moment in e.beside and not 0.98 * size <= found <= over * size:
+            if moment in e.beside and not 0.98 * size <= found <= 1.02 * size:
                 wrong.append((run["name"], moment, found / size))
         most = e.peak - e.weights + e.host  # here all is on the CPU
-        if not 0.98 <= most / max(own.values()) <= 1.05:
+        if not 0.98 <= most / max(own.values()) <= 1.02:
             wrong.append((run["name"], "peak", most, own))
     assert not wrong, wrong
 
@@ -164,7 +163,8 @@ def test_peaks_inside_backward(ranks: Worlds) -> None:
             wrong.append((run["name"], own, other))
         e = told(run, device="cpu", tokens=run["tokens"], in_backward=run["mode"])
         most = (e.peak - e.weights + e.host) / max(own.values())
-        if not 0.98 <= most <= 1.05:  # bases of a refresh count before they are found
+        over = 1.05 if run["options"].get("projector") == "block" else 1.02  # sets of tensors
+        if not 0.98 <= most <= over:
             wrong.append((run["name"], run["mode"], most, own, e.beside))
     assert not wrong, wrong
 
@@ -264,6 +264,15 @@ def test_models_and_processes_that_are_refused() -> None:
     convert(model, "switchlora", rank=4)
     with pytest.raises(NotImplementedError, match="layers of factors"):
         estimate(model, GaLoreAdamW, rank=2, world_size=2)
+
+
+def test_what_has_a_shape_alone_is_no_memory() -> None:
+    """Where the meta device stands for an accelerator it would count as a matrix there."""
+    with Alive("meta") as alive:
+        x = of_shape((64, 96), torch.bfloat16)
+        view = x[:, :32].mT
+    assert (x.shape, x.dtype, view.shape) == ((64, 96), torch.bfloat16, (32, 64))
+    assert alive.most == x.element_size()
 
 
 def test_a_storage_that_is_emptied_counts_no_more() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed._tools.mem_tracker import MemTracker, active_fake_mode
 from torch.nn.utils import clip_grad_norm_
 
 from lowrank_optim import attach_in_backward
@@ -28,7 +28,14 @@ class Tracker(MemTracker):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if ProjectedGrad in types:  # as of DTensor: the operations that it makes come here
             return NotImplemented
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        entered = getattr(self, "_fake_mode_on_entry", None)
+        if entered is not None:  # what a step draws by a generator is real, and as large
+            self._fake_mode_on_entry = active_fake_mode()
+        try:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            if entered is not None:
+                self._fake_mode_on_entry = entered
 
     def _track_module_params_and_buffers(self, module: nn.Module, **own: Any) -> Any:
         idle = [p for p in module.parameters() if not p.requires_grad]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
 from typing import NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 
 from lowrank_optim.engine.momentum import Momentum, momentum_of
@@ -14,6 +13,7 @@ from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.sharded.local import stepped
 from lowrank_optim.sharding.parts import Part
 from lowrank_optim.subspaces.base import Subspace
+from lowrank_optim.tensors.alive import of_shape
 
 _Job = TypeVar("_Job")
 
@@ -76,7 +76,7 @@ class Due(NamedTuple):
         if self.balanced:
             return list(self.balanced)
         assert self.item.view is not None
-        meta = torch.empty(self.item.view.shape, dtype=self.item.param.dtype, device="meta")
+        meta = of_shape(self.item.view.shape, self.item.param.dtype)
         return list(self.subspace.init(self.item.view, meta))
 
 

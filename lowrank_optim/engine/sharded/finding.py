@@ -21,6 +21,7 @@ from lowrank_optim.engine.state import on_host
 from lowrank_optim.sharding.collectives import Form
 from lowrank_optim.subspaces.refresh import BasisChange
 from lowrank_optim.subspaces.searches import Searching, together
+from lowrank_optim.tensors.alive import of_shape
 
 
 class Found(NamedTuple):
@@ -96,7 +97,7 @@ def _finding(d: Due, whole: list[Tensor]) -> Searching[Found]:
         return (yield from _balancing(d, state))
     grad = whole.pop(0) if gathers(d) else _as_informative(d).expand(view.m, view.n)
     state.update(zip([k for k in d.entries if k in split], whole, strict=True))
-    meta = torch.empty(view.shape, dtype=d.item.param.dtype, device="meta")
+    meta = of_shape(view.shape, d.item.param.dtype)
     plan = replace(d.item, param=meta, part=None)
     counters = {"refresh_step": d.state["refresh_step"], "postponed": _uncounted(d)}
     moved, ok = yield from finding(plan, {**state, **counters}, grad, d.step, d.chosen)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from lowrank_optim.engine.sharded.due import Due
 from lowrank_optim.engine.sharded.forms import split_dims
 from lowrank_optim.sharding.collectives import Form
 from lowrank_optim.sharding.grid import Block, Interval, length
+from lowrank_optim.tensors.alive import of_shape
 
 
 class Input(NamedTuple):
@@ -26,7 +26,7 @@ class Input(NamedTuple):
 
     def form(self, rank: int) -> Form:
         """Of the piece of one rank."""
-        whole = torch.empty(self.shape, device="meta")
+        whole = of_shape(self.shape)
         return Form(tuple(whole[self.places[rank]].shape), self.here.dtype)
 
     def together(self, pieces: Sequence[Tensor]) -> Tensor:
