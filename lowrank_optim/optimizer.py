@@ -50,7 +50,7 @@ from lowrank_optim.engine.recording import (
     follow_,
 )
 from lowrank_optim.engine.sharded import ShardedStep, local_state
-from lowrank_optim.engine.sharded.failures import this_rank
+from lowrank_optim.engine.sharded.failures import is_alone, this_rank
 from lowrank_optim.engine.sharded.refusals import check_supported
 from lowrank_optim.engine.sharded.replicas import Replicas, refresh_alike
 from lowrank_optim.engine.step import step_items
@@ -83,6 +83,15 @@ from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
 logger = logging.getLogger(__name__)
 
+AGAIN = "step() again steps these alone, zero_grad() leaves them out"
+RANKS_DIFFER = (
+    "Other ranks may have taken all of it, or wait for this one: end the run, and go on from a "
+    "checkpoint"
+)
+ALONE = (
+    "a step of %s raised%s amid what ranks do together, and messages of another step would meet "
+    f"those of that one. {RANKS_DIFFER}"
+)
 PARTLY = (
     "a step that raised may have stepped %s in part, and this one steps it whole: moments and "
     "decay of that batch may be in it twice. Load a checkpoint where that matters"
@@ -245,6 +254,8 @@ class LowRankOptimizer(PlannedOptimizer):
         """Who took a step that raised, by place: the gradient that it was, and its version."""
         self._partly: list[str] = []
         """Names of those that a step which raised may have left stepped in part."""
+        self._alone = ""
+        """Which rank raised alone amid what ranks do together, as a clause."""
         super().__init__(groups, defaults)
         self._traced = Traced(self)
 
@@ -299,7 +310,7 @@ class LowRankOptimizer(PlannedOptimizer):
         self._shared = Shared()
         self._replicas = Replicas()
         self._staging = Staging()
-        self._taken, self._partly = {}, []
+        self._taken, self._partly, self._alone = {}, [], ""
         self._traced = Traced(self, self.__dict__.get("_traced"))
         for group in self.param_groups:
             for key, value in self.defaults.items():
@@ -519,6 +530,8 @@ class LowRankOptimizer(PlannedOptimizer):
         return loss
 
     def _step_groups(self, work: list[tuple[Strategies, list[ParamPlan], list[ParamPlan]]]) -> None:
+        if self._alone:
+            raise RuntimeError(ALONE % (type(self).__name__, self._alone))
         recorded = recording()
         if recorded:
             check_recorded(self.param_groups, bool(self.state), type(self).__name__)
@@ -547,8 +560,8 @@ class LowRankOptimizer(PlannedOptimizer):
             count = sum(i.alone or i.subspace is not None for *_, ready in work for i in ready)
             error.add_note(
                 f"{len(undo.taken)} of {count} parameters had taken this step of "
-                f"{type(self).__name__}{this_rank()}; the others are as they were. step() again "
-                "steps these alone, zero_grad() leaves them out"
+                f"{type(self).__name__}{this_rank()}; the others are as they were. "
+                + (RANKS_DIFFER if self._alone else AGAIN)
             )
             self._partly = undo.partly
             if undo.partly:
@@ -597,9 +610,13 @@ class LowRankOptimizer(PlannedOptimizer):
                 sharded.add(own, states, chosen, group["lr"], group["weight_decay"], undo)
             if alike:
                 replicas += [(item, self._state_of(item, chosen), chosen) for item in ready]
-        sharded.run(undo)
-        if alike:
-            refresh_alike(replicas, alike, undo)
+        try:
+            sharded.run(undo)
+            if alike:
+                refresh_alike(replicas, alike, undo)
+        except BaseException as error:
+            self._alone = this_rank() if is_alone(error) else ""
+            raise
 
     def _introduce(self, ready: bool) -> None:
         """Say before the first step what it will do, and of any, once, that it does nothing."""
@@ -798,7 +815,7 @@ class LowRankOptimizer(PlannedOptimizer):
                 use, such as an index outside its matrix; the optimizer is left as it was.
         """
         load_state_dict(self, super().load_state_dict, state_dict)
-        self._partly = []
+        self._partly, self._alone = [], ""
 
     def projected_factor(self, group: Group) -> float:
         """What multiplies the learning rate of the projected part of ``group``."""
