@@ -204,6 +204,14 @@ def test_states_of_other_libraries_changed_at_random(of: str, examples: int) -> 
     assert counts[False] > 0 and counts[True] > 0, counts
 
 
+def test_a_sparse_moment_of_bitsandbytes_is_refused_in_words() -> None:
+    """A RuntimeError of torch's, of a memory format, before."""
+    saved = of_bitsandbytes()
+    saved["state"][0]["state1"] = torch.eye(4, 6).to_sparse()
+    with pytest.raises(ValueError, match="state1 of parameter 0 is a sparse tensor"):
+        import_bitsandbytes(saved, stepped(dense()))
+
+
 VALUES = st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats(allow_nan=False)
 KEYS = st.from_regex(r"[a-z_]{1,12}", fullmatch=True)
 PIECES = st.sampled_from([*"()[]{},=:'\"-+.0 1e", "rank", "None", "\\", "\n", "é", "{[]:1}"])
