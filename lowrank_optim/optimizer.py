@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lowrank_optim.checkpoints.counters import is_template, with_any_count
 from lowrank_optim.checkpoints.load import load_state_dict
 from lowrank_optim.checkpoints.loaders import filled_in, holds_any_count, makes_state, with_places
 from lowrank_optim.engine import tracing, zero
@@ -257,9 +258,11 @@ class LowRankOptimizer(SteppedOptimizer):
     # ---------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        """As of torch; where its loader has rank 0 fill it in, with all keys that it may need."""
+        """As of torch; where its loader fills it in, with all keys and numbers that it may need."""
         self._settle()
         state_dict = super().state_dict()
+        if is_template():
+            state_dict = with_any_count(state_dict)
         return with_places(self, state_dict) if filled_in(self) else state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

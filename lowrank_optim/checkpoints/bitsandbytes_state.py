@@ -126,12 +126,14 @@ def _moment(name: str, entry: Mapping[str, Any], n: int, slot: Slot) -> Tensor |
     if not isinstance(codes, Tensor) or codes.dtype not in (torch.uint8, torch.float32):
         held = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
         raise ValueError(f"state{n} of {name} must be uint8 or float32, got {held}")
+    codes = readable(f"state{n} of {name}", codes)
     if codes.dtype == torch.float32:
-        return codes.detach()
+        return codes
     if not isinstance(scales, Tensor) or not isinstance(table, Tensor):
         raise ValueError(
             f"state{n} of {name} has no absmax{n} and qmap{n}: only blockwise 8-bit states are read"
         )
+    scales, table = readable(f"absmax{n} of {name}", scales), readable(f"qmap{n} of {name}", table)
     blocks = -(-codes.numel() // quant.BLOCK)
     if scales.dtype != torch.float32 or tuple(scales.shape) != (blocks,):
         raise ValueError(
@@ -141,7 +143,7 @@ def _moment(name: str, entry: Mapping[str, Any], n: int, slot: Slot) -> Tensor |
     if not torch.equal(table, quant.dynamic_map(slot.signed, table.device)):
         kind = "signed" if slot.signed else "unsigned"
         raise ValueError(f"qmap{n} of {name} is not the {kind} dynamic map")
-    return Flat(codes.detach(), scales.detach(), slot.signed)
+    return Flat(codes, scales, slot.signed)
 
 
 def same_blocks(shape: Sequence[int]) -> bool:

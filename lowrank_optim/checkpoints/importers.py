@@ -242,6 +242,13 @@ def _read(file: str | os.PathLike[str] | IO[bytes]) -> Mapping[str, Any]:
             f"refused to read {file}: it holds an object that is neither a tensor, a plain "
             f"container nor a galore-torch projector ({str(error).splitlines()[-1]})"
         ) from error
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # which one depends on the byte where it breaks off
+        raise ValueError(
+            f"{file} cannot be read as a file of torch.save ({type(error).__name__}: {error}): it "
+            "is cut off, damaged or something else"
+        ) from error
     if not isinstance(theirs, Mapping):
         raise ValueError(f"not an optimizer checkpoint: {type(theirs).__name__}")
     return theirs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,18 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_optim.checkpoints.counters import dtype_of
 from lowrank_optim.checkpoints.form import Entries, check_owners
 from lowrank_optim.checkpoints.placed import as_one_process
 from lowrank_optim.engine.plan import ParamPlan, Strategies
 from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.engine.sharded.forms import forms_of, whole_meta_state
-from lowrank_optim.engine.state import check_state, counts
+from lowrank_optim.engine.state import check_state
 from lowrank_optim.groups import Group
 from lowrank_optim.ops.quant4 import scale_count
 from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.stores import scale_key
 from lowrank_optim.subspaces.block import Block
-from lowrank_optim.tensors.values import COUNTER_MAX, as_dtype, readable
+from lowrank_optim.tensors.values import as_dtype, readable
 
 STRUCTURE = ("rank", "proj_type", "projector", "basis", "flatten")
 """Group keys that shape the state: a checkpoint may not change them silently."""
@@ -89,16 +89,11 @@ def _fitting(
         check_state(
             item, chosen, {k: as_dtype(k, local(x), expected[k].dtype) for k, x in tensors.items()}
         )
+        dtypes = {k: dtype_of(k, x, tensors[k]) for k, x in expected.items()}
     idle = isinstance(item.subspace, Block) and float(tensors["refresh_step"]) < 0
     # moments that a reader left in its place: of another turn, or zeros of :func:`hold_blocks`
     kept = whole_meta_state(item, chosen, active=False) if idle else expected
-    return {k: _counting(k, v, tensors[k]) for k, v in kept.items()}
-
-
-def _counting(key: str, kept: Tensor, saved: Tensor) -> torch.dtype:
-    """The dtype of an entry: float64 of a number beyond what a float32 counter tells apart."""
-    beyond = counts(key, kept) and COUNTER_MAX < float(saved) < math.inf
-    return torch.float64 if beyond else kept.dtype
+    return {k: dtypes[k] for k in kept}
 
 
 @contextmanager

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import UntypedStorage
+from torch import Tensor, UntypedStorage
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_optim.engine.matrix_step import MatrixStep
 from lowrank_optim.engine.plan import Strategies
+from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops.devices import on_accelerator, recording
 from lowrank_optim.tensors.alive import Alive
 
@@ -63,32 +64,51 @@ def _kind(chosen: Strategies) -> Hashable:
     return *roles, chosen.rounding, chosen.maximize, chosen.lr_scale, chosen.capturable
 
 
-@contextmanager
-def reserved(work: Sequence[MatrixStep], chosen: Strategies) -> Iterator[None]:
-    """Adapt and apply within: where memory runs out on an accelerator, nothing has been written.
+def written(
+    work: Sequence[MatrixStep],
+    chosen: Strategies,
+    undo: Undo,
+    write: Callable[[Sequence[MatrixStep], Undo], None],
+) -> None:
+    """Adapt and apply: where memory runs out on an accelerator, nothing has been written.
 
-    An accelerator copies no moments before it writes them. So all the memory that comes after is
-    asked for first. How much that is, and in what pieces, was counted as the bucket did so for the
-    first time.
+    An accelerator copies no moments before it writes them. So all the memory that this takes is
+    asked for first. How much that is, and in what pieces, is counted before the bucket does so for
+    the first time, as it rehearses.
 
     Args:
         work: alike matrices whose coordinates are known.
         chosen: what their group chose.
+        undo: what to put back.
+        write: adapts and applies, and tells ``undo``.
     """
-    grad = work[0].grad if work else None
-    if grad is None or not on_accelerator(grad) or recording():
-        yield
-        return
-    if grad.is_meta or isinstance(grad, FakeTensor):  # there is no memory
-        yield
-        return
-    item, kind = work[0].item, _kind(chosen)
-    if item.needs is None or item.needs[0] != kind:
-        meter = _Most(grad.device.type)
-        with meter:
-            yield
-        item.needs = kind, len(work), _pieces(meter.sizes)
-        return
-    _, count, sizes = item.needs
-    ask([-(-size * len(work) // count) for size in sizes], torch.uint8, grad.device)
-    yield
+    if work and _can_run_out(work[0].grad):
+        item, kind = work[0].item, _kind(chosen)
+        if item.needs is None or item.needs[0] != kind:
+            item.needs = kind, len(work), _pieces(_rehearsed(work, write))
+        else:
+            _, count, sizes = item.needs
+            own = [-(-size * len(work) // count) for size in sizes]
+            ask(own, torch.uint8, work[0].grad.device)
+    write(work, undo)
+
+
+def _can_run_out(grad: Tensor) -> bool:
+    """Whether memory is asked for step by step, of a device whose moments are not copied."""
+    if not on_accelerator(grad) or recording():
+        return False
+    return not (grad.is_meta or isinstance(grad, FakeTensor))  # these have none
+
+
+def _rehearsed(
+    work: Sequence[MatrixStep], write: Callable[[Sequence[MatrixStep], Undo], None]
+) -> Sequence[int]:
+    """What is made if no gradient is finite: as much as of any, and nothing changes."""
+    flags = torch.zeros(len(work), dtype=torch.bool, device=work[0].grad.device)
+    undo, own, meter = Undo(), [copy.copy(w) for w in work], _Most(work[0].grad.device.type)
+    for w, flag in zip(own, flags.unbind(0), strict=True):
+        undo.begin(w.state)
+        w.finite, w.directions = flag, {}
+    with meter:
+        write(own, undo)
+    return meter.sizes

@@ -14,6 +14,15 @@ from lowrank_optim.engine.undo import Undo
 
 logger = logging.getLogger(__name__)
 
+AGAIN = "step() again steps these alone, zero_grad() leaves them out"
+RANKS_DIFFER = (
+    "Other ranks may have taken all of it, or wait for this one: end the run, and go on from a "
+    "checkpoint"
+)
+ALONE = (
+    "a step of %s raised%s amid what ranks do together, and messages of another step would meet "
+    f"those of that one. {RANKS_DIFFER}"
+)
 PARTLY = (
     "a step that raised may have stepped %s in part, and this one steps it whole: moments and "
     "decay of that batch may be in it twice. Load a checkpoint where that matters"
@@ -23,7 +32,7 @@ PARTLY = (
 class Retry:
     """Which parameters of an optimizer have taken a step that raised, and which may have in part.
 
-    Nobody takes a step twice. DTensors are not among them: their ranks go on together.
+    Nobody takes a step twice. DTensors are not among them: their ranks go on together, or not.
     """
 
     def __init__(self) -> None:
@@ -31,6 +40,8 @@ class Retry:
         """Who took it, by place: the gradient that it was, and its version."""
         self.partly: list[str] = []
         """Names of those that may have been left stepped in part."""
+        self.alone = ""
+        """Which rank raised alone amid what ranks do together, as a clause; a load lifts it."""
 
     def forget(self) -> None:
         """Let all parameters take the next step: the last has ended, or its batch is left out."""
@@ -47,6 +58,18 @@ class Retry:
             if grad is None or ref() is not grad or grad._version != version:
                 self.taken = {}
                 return
+
+    def check_together(self, method: str) -> None:
+        """Raise where a step would send messages that no rank awaits.
+
+        Args:
+            method: the optimizer's name.
+
+        Raises:
+            RuntimeError: this rank alone did not end the last step.
+        """
+        if self.alone:
+            raise RuntimeError(ALONE % (method, self.alone))
 
     def warn_partly(self) -> None:
         """Say which parameters a step may step for the second time in part."""
@@ -74,8 +97,7 @@ class Retry:
         count = sum(item.alone or item.subspace is not None for item in items)
         error.add_note(
             f"{len(undo.taken)} of {count} parameters had taken this step of {method}{this_rank()};"
-            " the others are as they were. step() again steps these alone, zero_grad() leaves them "
-            "out"
+            f" the others are as they were. {RANKS_DIFFER if self.alone else AGAIN}"
         )
         self.partly = undo.partly
         if undo.partly:

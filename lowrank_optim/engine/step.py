@@ -20,7 +20,7 @@ from lowrank_optim.engine.matrix_step import MatrixStep, portions
 from lowrank_optim.engine.offload import Staging, load_of
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.project import measure, project
-from lowrank_optim.engine.reserve import reserved
+from lowrank_optim.engine.reserve import written
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.rules.base import finished
@@ -42,12 +42,15 @@ class Phases:
         measure([w for w in work if w.finite is None])  # a search for a basis may have said
         if not on_accelerator(work[0].grad):
             work = [w for w in work if _is_finite(w)]
-        with reserved(work, chosen):
+
+        def write(work: Sequence[MatrixStep], undo: Undo) -> None:
             finished(adapt(work, chosen, undo))
             for alike in portions([(w.item, w) for w in work]):
                 own = [w for _, w in alike]
                 rounding = weight_noises([w.item for w in own], [w.state for w in own], chosen)
                 push(own, prepared(own, chosen, lr, weight_decay, undo, rounding), chosen, undo)
+
+        written(work, chosen, undo, write)
 
 
 WAYS: tuple[BucketStep, ...] = (IdleBlock(), Dense(), Phases())

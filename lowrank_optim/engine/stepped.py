@@ -15,6 +15,7 @@ from lowrank_optim.engine.preflight import check_gradients, check_owned
 from lowrank_optim.engine.recording import check_on_device
 from lowrank_optim.engine.retry import Retry
 from lowrank_optim.engine.sharded import ShardedStep, local_state
+from lowrank_optim.engine.sharded.failures import is_alone, this_rank
 from lowrank_optim.engine.sharded.replicas import Replicas, refresh_alike
 from lowrank_optim.engine.state import init_state
 from lowrank_optim.engine.step import step_items
@@ -100,6 +101,7 @@ class SteppedOptimizer(PlannedOptimizer):
         Args:
             work: each group, in order.
         """
+        self._retry.check_together(type(self).__name__)
         self._make_state()
         self._retry.warn_partly()
         # of all groups: a basis found with other ranks is of no use without its step
@@ -138,9 +140,13 @@ class SteppedOptimizer(PlannedOptimizer):
                 sharded.add(own, states, chosen, group["lr"], group["weight_decay"], undo)
             if alike:
                 replicas += [(item, self._state_of(item, chosen), chosen) for item in ready]
-        sharded.run(undo)
-        if alike:
-            refresh_alike(replicas, alike, undo)
+        try:
+            sharded.run(undo)
+            if alike:
+                refresh_alike(replicas, alike, undo)
+        except BaseException as error:
+            self._retry.alone = this_rank() if is_alone(error) else ""
+            raise
 
     def _advance(
         self, items: list[ParamPlan], ready: list[ParamPlan], chosen: Strategies, undo: Undo

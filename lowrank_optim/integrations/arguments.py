@@ -69,7 +69,7 @@ def parse_optim_args(given: str | Mapping[str, Any] | None) -> dict[str, Any]:
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"optim_args is not the JSON object that it begins as: {error}") from None
 
 
@@ -93,7 +93,7 @@ def _literal(value: str) -> Any:
         return known[value.lower()]
     try:
         return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return value  # a name, such as that of a projector
 
 

@@ -103,7 +103,10 @@ class Residual(Protocol):
         ...
 
     def keep_(self, state: State, grad: Tensor, finite: Tensor | None) -> None:
-        """Remember what is left of ``grad``, as ``before`` gave it: the weights are written."""
+        """Remember what is left of ``grad``, as ``before`` gave it: the weights are written.
+
+        Where ``finite`` is False nothing changes, ``grad`` included: a first step is rehearsed so.
+        """
         ...
 
     def keep_all_(

@@ -183,7 +183,11 @@ class ErrorFeedback(OneByOne):
             return
         kept, rest = [state["error"] for state in states], [grad.mT for grad in grads]
         errors = cast_all(kept, rest[0].dtype)
-        ops.moment_(rest, errors, rest, 0.0, 1.0, finite)
+        # a set of no rows, and all others are free: E <- 0 E + A. A is left as it is
+        none = rest[0].new_empty((*rest[0].shape[:-2], 0), dtype=torch.int32)
+        low = rest[0].new_empty((*none.shape, rest[0].shape[-1]))
+        lists = errors, rest, [none] * len(rest), [low] * len(rest)
+        ops.coordinate_add_(*lists, 0.0, -1.0, 1.0, 1.0, "sgd", finite)
         if errors[0].dtype != kept[0].dtype:
             torch._foreach_copy_(kept, errors)
 

@@ -153,8 +153,9 @@ class Adafactor(Rule):
     ) -> Asking[Tensor]:
         """The direction of one gradient, whose square has the weight ``fresh``."""
         dense = [x for x in own if isinstance(x, Tensor)]  # the squares, which come first
-        squares = dense[: 2 if g.dim() >= 2 else 1]
-        kept = [x.clone() for x in squares] if ok else []
+        squares = kept = dense[: 2 if g.dim() >= 2 else 1]
+        if ok:  # what is stored changes at the end, or not at all
+            squares = [x.clone() for x in kept]
         g = g.to(compute_dtype(g.dtype))
         square = g.square().add_(self.eps[0])
         if g.dim() < 2:
@@ -178,8 +179,8 @@ class Adafactor(Rule):
             direction = average if wide is direction else average[..., : direction.shape[-1]]
         elif ok:
             direction = torch.where(ok[0], direction, 0.0)
-        for x, old in zip(squares, kept, strict=bool(ok)):
-            x.copy_(torch.where(ok[0], x, old))
+        for x, old in zip(squares, kept, strict=True) if ok else ():
+            old.copy_(torch.where(ok[0], x, old))
         return direction if dtype is None else direction.to(dtype)
 
     def weighs(self) -> bool:

@@ -127,9 +127,8 @@ def test_run_goes_on_exactly(
     runs.assert_same_state(runs.entries(resumed), runs.entries(optimizer))
 
 
-@pytest.mark.parametrize("flat", [False, True])
-def test_a_run_beyond_float32_counts_goes_on_exactly(flat: bool, tmp_path: Path) -> None:
-    """The reader of files fills in what an optimizer has, and 2^24 + 1 is no float32."""
+def beyond_float32() -> tuple[nn.Module, LowRankOptimizer]:
+    """A run whose counters are no float32."""
     model, optimizer = make("adamw", seed=0)
     runs.train(list(model.parameters()), optimizer, range(SAVED))
     saved = optimizer.state_dict()
@@ -137,10 +136,42 @@ def test_a_run_beyond_float32_counts_goes_on_exactly(flat: bool, tmp_path: Path)
         for key in state.keys() & {"step", "refresh_step"}:
             state[key] = state[key].double() + 2**24 - 1  # a multiple of the gap
     optimizer.load_state_dict(saved)
+    return model, optimizer
+
+
+@pytest.mark.parametrize("steps", [0, 2], ids=["new", "stepped"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_run_beyond_float32_counts_goes_on_exactly(
+    flat: bool, steps: int, tmp_path: Path
+) -> None:
+    """The reader of files fills in what an optimizer has, and 2^24 + 1 is no float32."""
+    model, optimizer = beyond_float32()
     twin, resumed = make("adamw", seed=1)
+    runs.train(list(twin.parameters()), resumed, range(steps))
     round_trip((model, optimizer), (twin, resumed), flat, tmp_path)
     runs.assert_same_state(runs.entries(resumed), runs.entries(optimizer))
     assert {float(own["step"]) for own in resumed.state.values()} == {2**24 - 1 + SAVED}
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["its state", "the optimizer"])
+def test_counts_that_a_reader_of_files_rounded_are_refused(whole: bool, tmp_path: Path) -> None:
+    """Of an optimizer as it is dcp asks itself, and gets places for any number."""
+    _model, optimizer = beyond_float32()
+    twin, resumed = make("adamw", seed=1)
+    runs.train(list(twin.parameters()), resumed, range(2))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.save({"o": optimizer}, checkpoint_id=tmp_path)
+        if whole:
+            dcp.load({"o": resumed}, checkpoint_id=tmp_path)
+            runs.assert_same_state(runs.entries(resumed), runs.entries(optimizer))
+            return
+        template = resumed.state_dict()
+        dcp.load({"o": template}, checkpoint_id=tmp_path)
+    before = runs.entries(resumed)
+    with pytest.raises(ValueError, match="in float32, which has no number beside it"):
+        resumed.load_state_dict(template)
+    runs.assert_same_state(runs.entries(resumed), before)
 
 
 def test_the_loaders_own_first_step_changes_no_weight() -> None:

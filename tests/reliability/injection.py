@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
@@ -33,6 +34,27 @@ class OutOfMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if len(self.names) - 1 == self.at:
             raise torch.OutOfMemoryError(f"before {func}")
         return func(*args, **(kwargs or {}))
+
+
+class Places(OutOfMemory):
+    """Says of each operation where it is asked for: the lines of the package, and its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[Hashable] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if len(self.names) > len(self.places):
+            frame, lines = sys._getframe(1), []
+            while frame is not None:
+                if frame.f_globals.get("__name__", "").startswith("lowrank_optim"):
+                    lines.append((frame.f_code, frame.f_lineno))
+                frame = frame.f_back
+            self.places.append((str(func), *lines))
+        return out
 
 
 class Limited(Alive):

@@ -211,7 +211,7 @@ def test_a_learning_rate_that_is_a_tensor(place: int, ranks: Worlds) -> None:
 
 
 def raising(world: World | None, cls: str, place: int, when: str, options: dict[str, Any]) -> Any:
-    """A step that ends in an error on every rank, and is taken again."""
+    """A step that ends in an error on every rank, and is taken again when all have said so."""
     run = Run(world, [(8, 12), (8, 12), (3,)], [place, place, 0])
     optimizer = getattr(lowrank_optim, cls)(run.named, lr=1e-2, rank=3, **options)
     for step in range(3):
@@ -235,6 +235,9 @@ def raising(world: World | None, cls: str, place: int, when: str, options: dict[
         setattr(target, name, kept)
     after = run.weights()[:2] + entries(optimizer, run)
     same = all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    with pytest.raises(RuntimeError, match="amid what ranks do together"):
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
     optimizer.step()
     return same, run.weights()
 

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.nn.parallel import DistributedDataParallel
 
 import lowrank_optim
-from lowrank_optim.engine.sharded import alike, finding
+from lowrank_optim.engine.sharded import alike, finding, phases
 from tests.sharded import restarts, training
 from tests.sharded.ranks import Ranks, World
 from tests.sharded.training import Trained
@@ -361,12 +361,63 @@ def raising_alone(world: World, replicas: bool, fails: bool) -> Any:
     return [*out, trained.held()]
 
 
+def raising_amid_a_step(world: World) -> Any:
+    """Memory runs out on one rank as it writes its last weights: no other rank waits for that."""
+    logging.disable(logging.WARNING)
+    trained, calls, wanted = Trained(replace(AT_ONCE, only=()), world), 0, 0
+    real = phases._add_block_
+
+    def add(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == wanted:
+            out_of_memory()
+        real(*args)
+
+    phases._add_block_ = add
+    try:
+        trained.step(0)
+        count, wanted = calls, 2 * calls * world.rank
+        trained.backward(1)
+        before = trained.held()
+        found = error_of(trained.optimizer)
+        after = trained.held()
+        again = error_of(trained.optimizer) if world.rank else None
+    finally:
+        phases._add_block_ = real
+    return count, found, again, before, after
+
+
+def test_a_rank_that_raises_alone_takes_no_other_step(ranks: Worlds) -> None:
+    """Its messages would meet those of the step before; that step is put back, as of one process.
+
+    A try again stepped those twice that had taken it.
+    """
+    (_, fine, *_), (count, found, again, before, after) = (
+        ranks(2).run("alone", raising_amid_a_step).checked()
+    )
+    assert fine[0] == "" and count > 1
+    kind, _, notes, _ = found
+    assert kind == "OutOfMemoryError"
+    taken, of = map(int, re.findall(r"\d+", notes[0])[:2])
+    assert taken == of - 1 >= count - 1
+    assert "on rank 1 of 2" in notes[0] and "end the run, and go on from a checkpoint" in notes[0]
+    kind, text, _, _ = again
+    assert kind == "RuntimeError" and "raised on rank 1 of 2 amid what ranks do together" in text
+    (weights, states), (weights0, states0) = before, after
+    kept = [name for name in weights if torch.equal(weights[name][0], weights0[name][0])]
+    assert len(kept) == 1  # all of it is as it was
+    old, new = states[kept[0]], states0[kept[0]]
+    assert all(torch.equal(x, new[key][0]) for key, (x, _) in old.items())
+
+
 def error_of(optimizer: torch.optim.Optimizer) -> Any:
     began = time.monotonic()
     try:
         optimizer.step()
     except Exception as error:
-        return type(error).__name__, str(error), error.__notes__, time.monotonic() - began
+        notes = getattr(error, "__notes__", [])
+        return type(error).__name__, str(error), notes, time.monotonic() - began
     return "", "", [], 0.0
 
 

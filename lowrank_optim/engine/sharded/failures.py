@@ -9,7 +9,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,21 @@ FLAG = Form((1,), torch.uint8)
 """How a refresh ended; the first tensor of what its owner broadcasts."""
 POSTPONED, FOUND, RAISED = range(3)
 """The first two are what a device says of whether a basis was found."""
+
+
+_OF_ALL = "_lowrank_optim_of_all_ranks"
+_E = TypeVar("_E", bound=BaseException)
+
+
+def of_all(error: _E) -> _E:
+    """An error that every rank raises in the same place, so that all may try the step again."""
+    setattr(error, _OF_ALL, True)
+    return error
+
+
+def is_alone(error: BaseException) -> bool:
+    """Whether other ranks may not have an error that this one has amid what they do together."""
+    return not hasattr(error, _OF_ALL)
 
 
 class Failure(NamedTuple):
@@ -138,5 +153,5 @@ def raise_together(source: int, failure: Failure | None, part: Part) -> NoReturn
         told = collectives.tell(told, part.first, part.copies)
     if failure is not None:
         failure.error.add_note(f"{told}. All ranks were told, and raise too")
-        raise failure.error
-    raise RuntimeError(f"{told}. See the traceback of that rank; all ranks raise")
+        raise of_all(failure.error)
+    raise of_all(RuntimeError(f"{told}. See the traceback of that rank; all ranks raise"))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.engine.plan import ParamPlan
+from lowrank_optim.engine.sharded.failures import of_all
 from lowrank_optim.engine.tracing import fake_mode
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.sharding import collectives
@@ -82,10 +83,12 @@ def _of_mesh(items: Sequence[Asked]) -> dict[int, Agreed]:
     if not on_accelerator(squares) and fake_mode() is None:
         for (item, _, _), count in zip(items, squares[1].tolist(), strict=True):
             if 0 < count < ranks:
-                raise RuntimeError(
-                    f"{int(count)} of {ranks} ranks have a gradient of {item.name}, and the others "
-                    "have none: a step would differ from rank to rank. Let every rank use the "
-                    "parameter, or fill the missing gradients with zeros"
+                raise of_all(
+                    RuntimeError(
+                        f"{int(count)} of {ranks} ranks have a gradient of {item.name}, and the "
+                        "others have none: a step would differ from rank to rank. Let every rank "
+                        "use the parameter, or fill the missing gradients with zeros"
+                    )
                 )
     norms = squares[0].sqrt()
     found, each = {}, iter(weights)

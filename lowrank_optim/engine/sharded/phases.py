@@ -173,15 +173,18 @@ def _finish(chunk: Sequence[Work], steps: Sequence[MatrixStep], undo: Undo) -> N
         ready += prepared(own, first.chosen, first.lr, first.weight_decay, undo, noises)
     if part.summed:
         ready = _sum_across(part.group, steps, ready)
+    told = undo if part.grid is None else Undo()  # of a buffer nothing has to be put back
     for alike in portions(numbered):
         at = [n for _, n in alike]
-        push([steps[n] for n in at], [ready[n] for n in at], first.chosen, undo)
+        push([steps[n] for n in at], [ready[n] for n in at], first.chosen, told)
     if part.grid is None:
         return
     updates = collectives.to_blocks([s.item.param for s in steps], part.grid, part.rank, part.group)
     for w, done, update in zip(chunk, ready, updates, strict=True):
         assert w.item.subspace is not None
+        undo.loosen([w.state], [w.twin.param], [w.item.name])
         _add_block_(w, done.into.guarded_decay() if w.item.subspace.decays_weight else 1.0, update)
+        undo.done(w.state)
 
 
 def _exact(buffer: ParamPlan, w: Work) -> Noise | None:
