@@ -126,9 +126,7 @@ def canonical(group: Mapping[str, Any]) -> Group:
     if not group.get("correct_bias", True):
         raise ValueError("correct_bias=False is not supported: moments are always corrected")
     group = {k: builtin(v) for k, v in group.items()}
-    side = group.get("proj_type")
-    if isinstance(side, str) and side in ("svd", "random"):  # FRUGAL's name of the projector
-        group["projector"] = group.pop("proj_type")
+    group = with_projector(group)
     if not group.pop("is_proj_params", True):  # FRUGAL: a group of dense parameters
         group = {k: v for k, v in group.items() if k != "density"} | {"rank": None}
     bits = group.pop("q_ef", False)  # of DCT-AdamW: use_ef says whether, q_ef in how many bits
@@ -141,6 +139,23 @@ def canonical(group: Mapping[str, Any]) -> Group:
             if out.setdefault(key, value) != value:
                 raise ValueError(f"{key}={out[key]!r} and its alias {alias}={value!r} differ")
     return out
+
+
+def with_projector(group: Group) -> Group:
+    """A group whose ``proj_type`` is a side: FRUGAL calls the projector so.
+
+    Raises:
+        ValueError: a projector is given by both names, and not the same.
+    """
+    found = group.get("proj_type")
+    if not isinstance(found, str) or found not in ("svd", "random"):
+        return group
+    if group.get("projector", found) != found:
+        raise ValueError(
+            f"projector={group['projector']!r} and proj_type={found!r}, which FRUGAL calls the "
+            "projector, differ: give projector alone"
+        )
+    return {**{k: v for k, v in group.items() if k != "proj_type"}, "projector": found}
 
 
 def builtin(value: Any) -> Any:

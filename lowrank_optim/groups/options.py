@@ -10,6 +10,7 @@ from lowrank_optim.groups.keys import (
     projector_keys,
     refuse_apollo,
     remedy,
+    with_projector,
     without_torch_flags,
 )
 from lowrank_optim.groups.values import Group
@@ -110,7 +111,7 @@ def with_defaults(cls: type[Any], options: Mapping[str, Any]) -> Group:
     """
     name = cls.__name__
     refuse_apollo(options, cls.group_keys(), name, "the constructor")
-    given = {**DEFAULTS, **without_torch_flags(options, name)}
+    given = {**DEFAULTS, **with_projector(without_torch_flags(options, name))}
     read = set() if "projector" in cls.unused else projector_keys(given["projector"])
     unknown = [key for key in given if key not in DEFAULTS and key not in read]
     if unknown:
