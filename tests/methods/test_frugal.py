@@ -428,11 +428,11 @@ def test_released_groups_work_as_they_are() -> None:
         density=0.125,
     )
     assert other.param_groups[1]["rank"] == 0.125 and other.param_groups[1]["projector"] == "svd"
-    third = FrugalAdamW([("w", weight)], density=0.125, proj_type="random")
+    third = GaLoreAdamW([("w", weight)], rank=2, proj_type="random")
     assert (third.defaults["projector"], third.defaults["proj_type"]) == ("random", "std")
-    with pytest.raises(ValueError, match="projector='dct' and proj_type='svd'.*differ"):
+    with pytest.raises(ValueError, match=r"projector='dct' and proj_type='svd'.*differ"):
         FrugalAdamW([("w", weight)], density=0.125, proj_type="svd", projector="dct")
-    with pytest.raises(ValueError, match="projector='dct' and proj_type='svd'.*differ"):
+    with pytest.raises(ValueError, match=r"projector='dct' and proj_type='svd'.*differ"):
         FrugalAdamW([{"params": [weight], "proj_type": "svd", "projector": "dct"}])
     for bias_step in (optimizer, other):
         cases.run(bias_step, [bias, weight], [[torch.ones(8, 12)] * 2])
