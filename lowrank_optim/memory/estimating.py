@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lowrank_optim.backward.projecting import check_choices, check_projecting
-from lowrank_optim.memory.activations import Flight, Left, Unit, in_flight
+from lowrank_optim.backward.projecting import check_choices
 from lowrank_optim.memory.autocast import Autocast, check_autocast
-from lowrank_optim.memory.blocks import CACHING, sized_on
 from lowrank_optim.memory.checks import (
     check,
     check_device,
@@ -25,25 +23,17 @@ from lowrank_optim.memory.checks import (
     class_of,
 )
 from lowrank_optim.memory.figures import Estimate
-from lowrank_optim.memory.gradients import Gradients
 from lowrank_optim.memory.inputs import model_of
 from lowrank_optim.memory.losses import Loss
-from lowrank_optim.memory.moments import worst_moments
-from lowrank_optim.memory.rehearsal import Rehearsal
+from lowrank_optim.memory.one_turn import of_one_turn
 from lowrank_optim.memory.reporting import (
-    blocks_of,
-    host_bytes,
-    pinned_bytes,
     report,
-    staging_bytes,
-    storage_bytes,
 )
 from lowrank_optim.memory.training import Training
-from lowrank_optim.memory.turns import Make, holding, names_of, take_turns, turns_of, worst_of
-from lowrank_optim.memory.world import Shard, World, check_world, pretended, refusals_of_fsdp
+from lowrank_optim.memory.turns import holding, names_of, take_turns, turns_of, worst_of
+from lowrank_optim.memory.twins import Make, maker, over_twins, weight_bytes, with_state
+from lowrank_optim.memory.world import Shard, World, check_world, pretended
 from lowrank_optim.ops.devices import standing_for
-from lowrank_optim.optimizer import LowRankOptimizer
-from lowrank_optim.sharding.parts import is_sharded, local
 
 
 def estimate(
@@ -188,9 +178,9 @@ def estimate(
     with pretended(world_size, shard, rank=world_size - 1) as last, standing_for(training.device):
         own = last.on_meta(module)
         params = list(own.parameters())
-        make = _turns(params, cls, _maker(own, cls, groups, options))[found.turn]
-        _, optimizer = _with_state(params, make)
-        return replace(found, least=_weights(params) + report(optimizer).total)
+        make = _turns(params, cls, maker(own, cls, groups, options))[found.turn]
+        _, optimizer = with_state(params, make)
+        return replace(found, least=weight_bytes(params) + report(optimizer).total)
 
 
 def among(size: int | None, shard: Shard | None = None) -> AbstractContextManager[World | None]:
@@ -235,13 +225,13 @@ def _estimated(
     if world is not None:
         module = known["sharded"] if "sharded" in known else world.on_meta(module)
         known["sharded"] = module
-    make = _maker(module, optimizer_class, groups, options)
+    make = maker(module, optimizer_class, groups, options)
     chosen = optimizer_class, repr(options)
     if ("turns", *chosen) not in known:
         known["turns", *chosen] = _turns(list(module.parameters()), optimizer_class, make)
     found = []
     for names, own in known["turns", *chosen].items():
-        e = _of_one_turn(plain, module, own, training, known, (*chosen, names))
+        e = of_one_turn(plain, module, own, training, known, (*chosen, names))
         found.append(replace(e, turn=names))
     return worst_of(found)
 
@@ -252,120 +242,9 @@ def _turns(
     """What makes the optimizer, at each turn of its layers; under None where they take none."""
     if not take_turns(optimizer_class):
         return {None: make}
-    twins, optimizer = _over_twins(params, make)
+    twins, optimizer = over_twins(params, make)
     turns = turns_of(optimizer, twins)
     return {names_of(optimizer, turn, twins): holding(make, turn) for turn in turns}
-
-
-def _of_one_turn(
-    plain: nn.Module,
-    module: nn.Module,
-    make: Make,
-    training: Training,
-    known: dict[Any, Any],
-    chosen: tuple[Any, ...],
-) -> Estimate:
-    """The estimate of layers that stay as they are.
-
-    Args:
-        plain: the model.
-        module: it, or its shards.
-        make: makes the optimizer.
-        training: how it is trained.
-        known: what was found of this module before.
-        chosen: under what the optimizer is found there.
-    """
-    world, params = training.world, list(module.parameters())
-    if chosen not in known:
-        known[chosen] = _with_state(params, make)
-    twins, optimizer = known[chosen]
-    if training.in_backward == "project":
-        if not isinstance(optimizer, LowRankOptimizer):
-            raise ValueError(f"in_backward='project' is not for {type(optimizer).__name__}")
-        check_projecting(optimizer)
-    held, sized = report(optimizer), sized_on(training.device)
-    gradients = Gradients.of(optimizer, twins, training)
-    flight: Flight | None = None
-    if training.tokens is not None:
-        flight = _flight(plain, training, gradients, known)
-    passing: Flight | None = None
-    if world is not None:
-        passing = _flight(plain, replace(training, tokens=None), gradients, known)
-    rehearsal: Rehearsal | None = None
-    if training.transients and (world is not None or not any(map(is_sharded, params))):
-        stepping = *chosen, training.attached
-        if stepping not in known:
-            mode, attached = training.attached
-            known[stepping] = Rehearsal.of(params, make, mode, attached, sized)
-        rehearsal = known[stepping]
-    absent = held.moments + held.other
-    worst = worst_moments(gradients, training, flight or passing, rehearsal, absent)
-    live, units = gradients.live, list[Unit]()
-    if passing is not None and training.in_backward == "step":  # those of a message, at once
-        units = list(dict.fromkeys(a.unit for a in passing.arrivals))
-        if not gradients.one_by_one:
-            live = max((sum(gradients.sizes[n] for n in unit) for unit in units), default=0)
-    gathered = None if passing is None else passing.most - live
-    own = twins if world is None else params  # FSDP2 fills up the last shard
-    weights = _weights(own)
-    together = [frozenset(twins[n] for n in unit) for unit in units]
-    staging = staging_bytes(optimizer, training.in_backward == "step", together)
-    rounding = 0
-    if training.device in CACHING:
-        taken = blocks_of(optimizer, own, staging)
-        rounding = taken - (weights + held.total - host_bytes(optimizer) + staging)
-    return Estimate(
-        weights=weights,
-        gradients=gradients.total,
-        largest_gradient=gradients.largest,
-        live_gradients=live,
-        basis=held.basis,
-        moments=held.moments,
-        other=held.other,
-        in_backward=training.in_backward,
-        host=host_bytes(optimizer),
-        pinned=pinned_bytes(optimizer),
-        staging=staging,
-        rounding=rounding,
-        activations=(None if flight is None else max(0, flight.most - live - (gathered or 0))),
-        gathered=gathered,
-        world_size=None if world is None else world.size,
-        step_transients=worst.step,
-        refresh_transients=worst.refresh,
-        beside=worst.beside,
-    )
-
-
-def _maker(
-    module: nn.Module,
-    optimizer_class: type[Optimizer],
-    groups: Callable[[nn.Module], Iterable[Any]] | None,
-    options: Mapping[str, Any],
-) -> Make:
-    """What makes the optimizer over tensors that stand for the parameters, by their ids."""
-    entries = list(module.named_parameters() if groups is None else groups(module))
-
-    def make(places: Mapping[int, nn.Parameter]) -> Optimizer:
-        return optimizer_class([_over(entry, places) for entry in entries], **options)
-
-    return make
-
-
-def _with_state(params: Sequence[Tensor], make: Make) -> tuple[list[nn.Parameter], Optimizer]:
-    """What stands for the parameters on the meta device, and an optimizer with its state."""
-    twins, optimizer = _over_twins(params, make)
-    _make_state(optimizer)
-    return twins, optimizer
-
-
-def _over_twins(params: Sequence[Tensor], make: Make) -> tuple[list[nn.Parameter], Optimizer]:
-    """The same before there is a state."""
-    twins = [_meta_twin(p) for p in params]
-    return twins, make({id(p): twin for p, twin in zip(params, twins, strict=True)})
-
-
-def _weights(twins: Sequence[Tensor]) -> int:
-    return storage_bytes(map(local, twins))
 
 
 def device_of(module: nn.Module, device: str | torch.device | None) -> str:
@@ -373,66 +252,3 @@ def device_of(module: nn.Module, device: str | torch.device | None) -> str:
     if device is None:
         device = next((p.device for p in module.parameters()), torch.device("meta"))
     return torch.device(device).type
-
-
-def _flight(
-    module: nn.Module, training: Training, gradients: Gradients, known: dict[Any, Any]
-) -> Flight:
-    def left(i: int, last: bool) -> Left | None:
-        if training.in_backward == "step":
-            return () if last else None
-        return gradients.staying(i)
-
-    staying = tuple((i, gradients.staying(i)) for i in gradients.sizes)
-    flying, world = (training.forward_and_backward, staying), training.world
-    if flying not in known:
-        with nullcontext() if world is None else refusals_of_fsdp(module):
-            known[flying] = in_flight(
-                module,
-                training.tokens,
-                checkpointing=training.checkpointing,
-                passes=min(training.accumulation_steps, 2),
-                loss=training.loss,
-                loss_chunk=training.loss_chunk,
-                left=left,
-                trained=gradients.sizes,
-                sized=gradients.sized,
-                autocast=training.autocast,
-                device=training.device,
-                sharded=None if world is None else world.sharded,
-                mode=training.in_backward,
-            )
-    found: Flight = known[flying]
-    return found
-
-
-def _meta_twin(param: Tensor) -> nn.Parameter:
-    return nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)
-
-
-def _over(entry: Any, twins: Mapping[int, nn.Parameter]) -> Any:
-    """A parameter, named parameter or group with the twins in place of the parameters."""
-    if isinstance(entry, dict):
-        params = entry["params"]
-        params = [params] if isinstance(params, Tensor) else params
-        return {**entry, "params": [_over(p, twins) for p in params]}
-    if isinstance(entry, tuple):
-        return entry[0], twins[id(entry[1])]
-    return twins[id(entry)]
-
-
-def _make_state(optimizer: Optimizer) -> None:
-    """What a first step allocates. Ours needs no step, which would branch on values."""
-    if isinstance(optimizer, LowRankOptimizer):
-        for group in optimizer.param_groups:
-            chosen = optimizer._strategies(group)
-            for item in optimizer._items(group):
-                if optimizer._trains(item.param):
-                    optimizer._state_of(item, chosen)
-                    if item.subspace is not None and item.view is not None:
-                        item.subspace.prepare(item.view, item.param)
-        return
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            param.grad = torch.empty_like(param) if param.requires_grad else None
-    optimizer.step()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
 
@@ -13,11 +13,10 @@ from torch.optim import Optimizer
 
 from lowrank_optim.groups.layers import layers_of
 from lowrank_optim.memory.figures import Estimate
+from lowrank_optim.memory.twins import Make
 from lowrank_optim.methods.lisa import _Layers
 from lowrank_optim.subspaces.block import Block
 
-Make = Callable[[Mapping[int, nn.Parameter]], Optimizer]
-"""Makes an optimizer over what stands for the parameters, by their ids."""
 Turn = Mapping[Block, frozenset[int]]
 """Places of the layers that train, by what groups say of their turns."""
 DRAWN = ("random", "shuffled")
