@@ -11,6 +11,7 @@ from torch import Tensor
 from lowrank_optim.engine.momentum import Momentum, momentum_of
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.sharded.local import stepped
+from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.sharding.parts import Part
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.tensors.alive import of_shape
@@ -92,30 +93,35 @@ def owners(due: Sequence[Due]) -> list[list[Due]]:
 
 
 ROUND_BYTES = 1 << 26
-"""Of whole matrices that an owner has at once, where one alone is not larger."""
+"""Of whole matrices that an owner has at once on an accelerator, if one alone is not larger."""
 
 
 def rounds_of(due: Sequence[Due]) -> Iterator[list[list[Due]]]:
     """By rank, what each refreshes at a time."""
-    return merged(zip_longest(*owners(due)) if due else (), lambda d: d.nbytes)
+    if not due:
+        return iter(())
+    return merged(zip_longest(*owners(due)), lambda d: d.nbytes, due[0].twin.param)
 
 
 def merged(
-    rounds: Iterable[Sequence[_Job | None]], nbytes: Callable[[_Job], int]
+    rounds: Iterable[Sequence[_Job | None]], nbytes: Callable[[_Job], int], like: Tensor
 ) -> Iterator[list[list[_Job]]]:
     """By rank, what each does at a time: as much as fits, and at least one.
 
-    They share messages, and equal ones the calls that a host waits for.
+    They share messages, and equal ones the calls that the host of an accelerator waits for. On a
+    CPU nobody waits, and a rank has one at a time.
 
     Args:
         rounds: one for each rank, or none.
         nbytes: of what a rank has of one.
+        like: where they are.
     """
+    most = ROUND_BYTES if on_accelerator(like) else 0
     now: list[list[_Job]] = []
     held = 0
     for each in rounds:
         size = max(nbytes(job) for job in each if job is not None)
-        if now and held + size > ROUND_BYTES:
+        if now and held + size > most:
             yield now
             now, held = [], 0
         now = now or [[] for _ in each]

@@ -116,7 +116,7 @@ def refresh_by_owners(due: Sequence[DueLayer]) -> None:
     size = group.size()
     rounds = (due[i : i + size] for i in range(0, len(due), size))
     padded = ([d for d, _ in zip_longest(own, range(size))] for own in rounds)
-    work = merged(padded, lambda d: d.nbytes)
+    work = merged(padded, lambda d: d.nbytes, local(first))
     ended = [x for queues in work for x in _round(queues, first, group, device)]
     failures.settle(ended, replica(None, group, ()))
 

@@ -85,7 +85,7 @@ def refresh_replicas(due: Sequence[Due]) -> None:
     held = [d.momentum if d.grad is not None else None for d in due]
     part, device = due[0].part, due[0].twin.param.device
     rounds = zip_longest(*([_alike(d) for d in own] for own in owners(due)))
-    work = merged(rounds, lambda d: d.nbytes)
+    work = merged(rounds, lambda d: d.nbytes, due[0].twin.param)
     ended = [x for queues in work for x in _round(queues, part, device)]
     failures.settle(ended, part)
     for d, before in zip(due, held, strict=True):
