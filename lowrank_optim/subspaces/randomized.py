@@ -130,7 +130,9 @@ class RandomizedSVD(Projector):
                 q = yield Ask(next_start, (y, q))
         # small matrices alone are factored while a host waits: sketches of both sides share that
         z, gram = yield Ask(_sketched, (y, q))
+        del y, q  # each is as large as a basis
         _, vectors = yield Ask(eigh, (gram,))
+        del gram
         q = yield Ask(last_basis, (z, vectors), (self.rank,))
         return torch.where(known, q, start[..., : self.rank])
 

@@ -97,6 +97,7 @@ def beside(searches: Sequence[Searching[_T]]) -> Generator[list[Ask], list[Any],
                 go_on(n, partial(searches[n].throw, found.pop()))
             else:
                 go_on(n, partial(searches[n].send, found.pop()))
+        del now, own  # what they asked with is not held while the next is answered
     return [results[n] for n in range(len(searches))]
 
 
