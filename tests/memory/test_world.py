@@ -145,8 +145,9 @@ INSIDE = [
 ]
 
 
-MATRICES = 2 * 7
-"""Of attention and MLP."""
+WHOLE = 2 * (4 * 64 * 64 + 3 * 64 * 176)
+"""Bytes of the matrices of a layer: of those that are due in one message an owner may have as many
+whole as this, and another owner others."""
 
 
 @several_gpus
@@ -158,11 +159,10 @@ def test_peaks_inside_backward(ranks: Worlds) -> None:
     for run in INSIDE:
         run = {**run, "tokens": (1, 8)}
         own, other = ranks(2).run("peaks", peaks, run=run).checked()
-        # both have the same shards; a byte of each matrix says until the last how its search ended
-        if any(abs(size - other[moment]) > MATRICES for moment, size in own.items()):
+        if any(abs(size - other[moment]) > WHOLE for moment, size in own.items()):
             wrong.append((run["name"], own, other))
         e = told(run, device="cpu", tokens=run["tokens"], in_backward=run["mode"])
-        most = (e.peak - e.weights + e.host) / max(own.values())
+        most = (e.peak - e.weights + e.host) / max(own.values())  # of the first
         over = 1.05 if run["options"].get("projector") == "block" else 1.02  # sets of tensors
         if not 0.98 <= most <= over:
             wrong.append((run["name"], run["mode"], most, own, e.beside))
