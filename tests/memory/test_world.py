@@ -145,8 +145,8 @@ INSIDE = [
 ]
 
 
-WHOLE = 2 * (4 * 64 * 64 + 3 * 64 * 176)
-"""Bytes of the matrices of a layer: of those that are due in one message an owner may have as many
+WHOLE = 4 * (4 * 64 * 64 + 3 * 64 * 176)
+"""Bytes of the matrices of a layer in float32: of those that are due in one message an owner may have as many
 whole as this, and another owner others."""
 
 
