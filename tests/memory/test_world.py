@@ -146,8 +146,8 @@ INSIDE = [
 
 
 WHOLE = 4 * (4 * 64 * 64 + 3 * 64 * 176)
-"""Bytes of the matrices of a layer in float32: of those that are due in one message an owner may have as many
-whole as this, and another owner others."""
+"""Bytes of the matrices of a layer in float32: of those that are due in one message an owner may
+have as many whole as this, and another owner others."""
 
 
 @several_gpus
