@@ -297,9 +297,9 @@ def test_from_one_process_into_shards_and_back_everywhere(
     check_one(ranks, size, name, way)
 
 
-def check_one(ranks: Worlds, size: int, name: str, way: str) -> None:
+def check_one(ranks: Worlds, size: int, name: str, way: str, case: Case | None = None) -> None:
     """The same bits, but where a moment was decoded: encoded again it is a code away at most."""
-    case = case_of(name)
+    case = case or case_of(name)
     values = ranks(size).run(f"{name}, {way}", from_one, case=case, way=way).checked()
     one, read, back, later = (training.assembled([[v[i]] for v in values])[0] for i in range(4))
     expected = training.reference(case)
@@ -369,8 +369,15 @@ def test_from_mesh_to_mesh_everywhere(name: str, flat: bool, ranks: Worlds, tmp_
     check_route(ranks, name, ROUTE, tmp_path, flat)
 
 
-def check_route(ranks: Worlds, name: str, route: tuple[str, ...], folder: Path, flat: bool) -> None:
-    case = replace(EIGHT[name], steps=LEG * len(route))
+def check_route(
+    ranks: Worlds,
+    name: str,
+    route: tuple[str, ...],
+    folder: Path,
+    flat: bool,
+    case: Case | None = None,
+) -> None:
+    case = replace(case or EIGHT[name], steps=LEG * len(route))
     expected, source = training.reference(case.reference), None
     for i, key in enumerate(route):
         (size, how, mesh), target = LEGS[key], str(folder / str(i))
