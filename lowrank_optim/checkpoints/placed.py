@@ -93,8 +93,6 @@ def _reformat(
     if need is None or not isinstance(x, Tensor) or is_sharded(x):
         return
     whole = slot._replace(averaged=None)  # shapes are those of the slot
-    if encodes and x.is_floating_point():  # torch leaves scales of the state before beside them
-        found.pop(of_scales, None)
     coded, codes = of_scales in found, of_scales in expected
     if coded and not codes:
         kept = {k: found[k] for k in (key, of_scales)}

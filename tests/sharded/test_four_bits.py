@@ -8,9 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-import lowrank_optim
 from tests.sharded import (
     test_eight_bits,
     test_meshes_saved,
@@ -137,7 +135,7 @@ ONE = {
     "adafactor": replace(FOUR["adafactor"], only=("long", "odd")),
     "frugal block": replace(BLOCKS, how="fsdp columns", only=("some blocks", "table", "no block")),
 }
-"""Of blocks, columns of one are split where it has moments: they are decoded, and encoded again."""
+"""Of blocks, 3 ranks split columns of one while it has moments: decoded, and encoded again."""
 
 
 @pytest.mark.parametrize(
@@ -145,6 +143,7 @@ ONE = {
     [
         pytest.param(*row, marks=() if row[1:] == (3, WAYS[2]) and row[0] == "galore" else slow)
         for row in [(name, size, way) for name in ONE for size in SIZES for way in WAYS]
+        if row[0] != "frugal block" or row[1] == 3
     ],
 )
 def test_from_one_process_into_shards_and_back(
@@ -188,28 +187,3 @@ def test_a_step_that_raises_is_undone(name: str, ranks: Worlds) -> None:
 def test_a_gradient_that_is_not_finite_leaves_codes(name: str, when: str, ranks: Worlds) -> None:
     case = replace(FOUR[name], only=("some blocks", "no block", "odd"))
     test_not_finite.check(ranks, 3, case, test_eight_bits.BAD, when, float("nan"))
-
-
-@pytest.mark.parametrize("state_dtype", ["8bit", "4bit"])
-def test_scales_beside_floats_are_left_out(state_dtype: str) -> None:
-    """Ranks have floats, and torch leaves beside them the scales of the state that it replaces."""
-    weight = torch.nn.Parameter(torch.randn(40, 300, generator=torch.Generator().manual_seed(0)))
-
-    def made() -> lowrank_optim.LowRankOptimizer:
-        group = {"params": [("weight", weight)], "rank": None}
-        return lowrank_optim.GaLoreAdamW([group], lr=0.0, state_dtype=state_dtype)
-
-    source = made()
-    weight.grad = torch.ones_like(weight)
-    source.step()
-    saved, found = source.state_dict(), []
-    floats = torch.rand(40, 300, generator=torch.Generator().manual_seed(1))
-    for beside in (True, False):
-        state = {k: x for k, x in saved["state"][0].items() if beside or not k.endswith("_scale")}
-        state |= {"exp_avg": floats, "exp_avg_sq": floats}
-        other = made()
-        other.load_state_dict({**saved, "state": {0: state}})
-        found.append(other.state[weight])
-    assert found[0]["exp_avg"].dtype == torch.uint8
-    assert found[0].keys() == found[1].keys()
-    assert all(torch.equal(x, found[1][key]) for key, x in found[0].items())
