@@ -160,7 +160,9 @@ def _format(key: str, entries: Mapping[str, Tensor]) -> str:
     """Name of the store that wrote an entry: codes have scales beside them."""
     x, scales = entries[key], entries.get(scale_key(key))
     if scales is not None:
-        in_4bit = scales.shape == (*x.shape[:-1], scale_count(2 * x.shape[-1]))
+        rows, count = x.shape[:-1], scale_count(2 * x.shape[-1])
+        # a block of columns may be a dimension, with one scale
+        in_4bit = scales.shape == (*rows, count) or (count == 1 and scales.shape == rows)
         return "4bit" if in_4bit else "8bit"
     return "codes without scales" if x.dtype == torch.uint8 else str(x.dtype).removeprefix("torch.")
 

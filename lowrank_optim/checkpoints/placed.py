@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim import ops
 from lowrank_optim.checkpoints.form import Entries
 from lowrank_optim.engine.plan import ParamPlan, Strategies
 from lowrank_optim.engine.planned import PlannedOptimizer
@@ -17,11 +16,14 @@ from lowrank_optim.engine.sharded.forms import forms_of, whole_meta_state
 from lowrank_optim.engine.state import unit_of
 from lowrank_optim.groups import Group
 from lowrank_optim.groups.names import bare
-from lowrank_optim.ops import quant
-from lowrank_optim.ops.quant import Quantized
+from lowrank_optim.ops import quant, quant4
+from lowrank_optim.rules.base import Slot
 from lowrank_optim.sharding.parts import as_if_sharded, is_sharded
-from lowrank_optim.stores import Block4Store, Block8Store, scale_key
+from lowrank_optim.stores import Block4Store, Block8Store, Store, encoded, scale_key
 from lowrank_optim.subspaces.block import Block
+
+UNITS = (quant.BLOCK, quant4.BLOCK, quant4.BLOCK // 2)
+"""Entries, or bytes, of a block of columns; of fewer columns there is one block."""
 
 
 def as_one_process(
@@ -42,9 +44,9 @@ def as_one_process(
         chosen: what its group chose, with what the checkpoint says of it.
         entries: its saved state.
         expected: what it would be here, in the shapes of one process.
-        encodes: whether floats that are to be in 8 bits are known to be moments (default: True).
+        encodes: whether floats that are to be codes are known to be moments (default: True).
     """
-    if not isinstance(chosen.store, Block8Store):
+    if not isinstance(chosen.store, Block8Store | Block4Store):
         return entries
     found = dict(entries)
     for key, x in entries.items():
@@ -53,11 +55,13 @@ def as_one_process(
         if is_sharded(x):
             found[key] = x = x.full_tensor()  # type: ignore[attr-defined]
         of_scales = any(scale_key(other) == key for other in entries)
-        shape = (x.numel(),) if of_scales else tuple(expected[key].shape) if key in expected else ()
+        shape = tuple(expected[key].shape) if key in expected else ()
+        if of_scales and isinstance(chosen.store, Block8Store):
+            shape = (x.numel(),)
         found[key] = _out_of_blocks(x, shape)
     for slot in chosen.rule.slots(item.param.shape):
         for key in [k for k in entries if k.split(".")[-1] == slot.name]:
-            _reformat(found, key, slot.signed, expected, encodes)
+            _reformat(found, key, slot, expected, chosen.store, encodes)
     return found
 
 
@@ -70,31 +74,52 @@ def _out_of_blocks(x: Tensor, shape: Sequence[int]) -> Tensor:
     for dim, size in enumerate(shape):
         blocks, unit = x.shape[dim : dim + 2]
         own = (*shape[:dim], blocks, unit, *shape[dim + 1 :])
-        known = unit == quant.BLOCK or unit == size < quant.BLOCK
+        known = unit in UNITS or (unit in (size, size + size % 2) and unit < quant.BLOCK)
         if tuple(x.shape) == own and known and -(-size // unit) == blocks:
             return x.flatten(dim, dim + 1).narrow(dim, 0, size).contiguous()
     return x
 
 
 def _reformat(
-    found: Entries, key: str, signed: bool, expected: Mapping[str, Tensor], encodes: bool
+    found: Entries,
+    key: str,
+    slot: Slot,
+    expected: Mapping[str, Tensor],
+    store: Store,
+    encodes: bool,
 ) -> None:
-    """Decode or encode a moment, where the one place keeps it in 8 bits and the other does not."""
-    x, scales, need = found[key], found.get(scale_key(key)), expected.get(key)
-    if need is None or not isinstance(x, Tensor) or is_sharded(x) or x.shape != need.shape:
+    """Decode or encode a moment, where the one place keeps it as codes and the other does not."""
+    x, need, of_scales = found[key], expected.get(key), scale_key(key)
+    if need is None or not isinstance(x, Tensor) or is_sharded(x):
         return
-    blocks = quant.layout(x.shape).scales
-    if scales is not None and scale_key(key) not in expected:
-        fits = isinstance(scales, Tensor) and scales.dtype == torch.float32
-        if fits and x.dtype == torch.uint8 and tuple(scales.shape) == (blocks,):
-            codes, scales = x.contiguous(), scales.contiguous()
-            found[key] = ops.dequantize([Quantized(codes, scales, signed)])[0].to(need.dtype)
-            del found[scale_key(key)]
-    elif encodes and scales is None and scale_key(key) in expected and x.is_floating_point():
-        codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-        into = Quantized(codes, torch.empty(blocks, device=x.device), signed)
-        ops.quantize_([x.float().contiguous()], [into])
-        found[key], found[scale_key(key)] = into.codes, into.scales
+    whole = slot._replace(averaged=None)  # shapes are those of the slot
+    coded, codes = of_scales in found, of_scales in expected
+    if coded and not codes:
+        kept = {k: found[k] for k in (key, of_scales)}
+        if _alike(kept, _empty(store, key, whole, need)):
+            kept = {k: v.contiguous() for k, v in kept.items()}
+            moment = store.read(kept, key, whole, need.shape, need, dense=True)
+            assert isinstance(moment, Tensor)
+            found[key] = moment
+            del found[of_scales]
+    if not (encodes and codes and not coded and x.is_floating_point()):
+        return
+    if _alike(_empty(store, key, whole, x), {k: expected[k] for k in (key, of_scales)}):
+        found.update(encoded(store, key, whole, x.contiguous()))
+
+
+def _empty(store: Store, key: str, slot: Slot, like: Tensor) -> Entries:
+    """What a store keeps of a moment of this shape, without data."""
+    made: dict[str, Tensor] = {}
+    store.alloc(made, key, slot, like.shape, torch.empty_like(like, device="meta"))
+    return made
+
+
+def _alike(found: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> bool:
+    return found.keys() == wanted.keys() and all(
+        isinstance(x, Tensor) and x.shape == wanted[k].shape and x.dtype == wanted[k].dtype
+        for k, x in found.items()
+    )
 
 
 def send_as_kept(optimizer: PlannedOptimizer, model: Any, sent: dict[str, Any]) -> None:
@@ -122,19 +147,20 @@ def send_as_kept(optimizer: PlannedOptimizer, model: Any, sent: dict[str, Any]) 
 def in_blocks(optimizer: PlannedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict of plain parameters in the shapes and formats that ranks keep.
 
-    ``torch.distributed.checkpoint`` reads tensors of the shapes that were saved. Of ``"8bit"``
-    moments those of DTensors differ from those of plain parameters: their blocks are a dimension,
-    and what has blocks that no rank would have whole is in float32. Between an optimizer of plain
-    parameters and a sharded one, pass the state through this before ``dcp.save`` and ``dcp.load``;
-    loading takes both shapes. Nothing else changes, and nothing of DTensors. Tensors that are split
-    along their last dimension without a subspace are not foreseen: their moments are in float32.
+    ``torch.distributed.checkpoint`` reads tensors of the shapes that were saved. Of ``"8bit"`` and
+    ``"4bit"`` moments those of DTensors differ from those of plain parameters: their blocks are a
+    dimension, and what has blocks that no rank would have whole is in float32. Between an optimizer
+    of plain parameters and a sharded one, pass the state through this before ``dcp.save`` and
+    ``dcp.load``; loading takes both shapes. Nothing else changes, and nothing of DTensors. Tensors
+    that are split along their last dimension without a subspace are not foreseen: their moments are
+    in float32.
 
     Args:
         optimizer: of named parameters.
         state_dict: of ``get_optimizer_state_dict``, by name and not flattened.
 
     Raises:
-        ValueError: the state is flattened, the optimizer has no names, or ``"4bit"`` moments.
+        ValueError: the state is flattened, or the optimizer has no names.
 
     Example:
         >>> import torch
@@ -156,11 +182,6 @@ def in_blocks(optimizer: PlannedOptimizer, state_dict: dict[str, Any]) -> dict[s
     names = {bare(str(name)): name for name in state}
     for group in optimizer.param_groups:
         chosen = optimizer._strategies(group)
-        if isinstance(chosen.store, Block4Store):
-            raise ValueError(
-                "in_blocks: moments of state_dtype='4bit' are not kept by several ranks, so that "
-                "no sharded optimizer could load them. Take state_dtype='8bit' for both"
-            )
         for item in optimizer._items(group):
             name = names.get(bare(item.name))
             if name is None and item.param in optimizer.state:

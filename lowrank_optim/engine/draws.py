@@ -10,7 +10,6 @@ from torch import Tensor
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.ops import Noise
 from lowrank_optim.ops.noise import signed, splitmix, splitmix_
-from lowrank_optim.sharding.regions import noise_of
 
 
 def mixed(*numbers: int) -> int:
@@ -44,10 +43,17 @@ def seeded(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed(*numbers))
 
 
-def moment_noise(state: State, key: str, seed: int | Tensor) -> Noise:
-    """Of the stochastic rounding of a moment, a part of which may be all that is here."""
-    kept = getattr(state, "outer", state)
-    return noise_of(kept[key], seed)
+def moment_noise(state: State, key: str, seed: int | Tensor, shape: Sequence[int]) -> Noise:
+    """Of the stochastic rounding of a moment.
+
+    Args:
+        state: of the parameter, which knows where in a whole moment a part of one lies.
+        key: of the moment.
+        seed: of all of it.
+        shape: of what is here, or of its first rows.
+    """
+    placed: Noise | None = state.noise(key, seed) if hasattr(state, "noise") else None
+    return Noise.over(seed, shape) if placed is None else placed
 
 
 def rounds(item: ParamPlan, chosen: Strategies) -> bool:

@@ -67,10 +67,13 @@ def write_slots_(
         if at:
             own = [states[i] for i in at]
             seeds = seeds_of([items[i] for i in at], own, chosen, 1, n)
-            noises = [moment_noise(x, key, seed) for x, seed in zip(own, seeds, strict=True)]
+            xs, places = [every[i] for i in at], [into[i] for i in at]
+            noises = [
+                moment_noise(state, key, seed, x.shape)  # type: ignore[union-attr]
+                for state, seed, x in zip(own, seeds, xs, strict=True)
+            ]
             if rows is not None:
                 noises = [noise.narrow(0, rows.start) for noise in noises]
-            xs, places = [every[i] for i in at], [into[i] for i in at]
             fine = [finite[i] for i in at] if finite else []
             chosen.store.write_all_(places, key, slot, xs, noises, fine)  # type: ignore[arg-type]
 

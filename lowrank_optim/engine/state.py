@@ -174,13 +174,18 @@ def resting_keys(item: ParamPlan, chosen: Strategies) -> list[str]:
     return moving_keys(item, chosen) if _rests(local(item.param), chosen) else []
 
 
-def moving_keys(item: ParamPlan, chosen: Strategies) -> list[str]:
-    """Those that ``state_device`` is about, wherever they lie."""
-    keys = [
-        slot_key(coord, slot.name)
+def moment_shapes(item: ParamPlan, chosen: Strategies) -> dict[str, tuple[int, ...]]:
+    """Shapes of the moments of a whole parameter, however they are kept, under their keys."""
+    return {
+        slot_key(coord, slot.name): slot.shape(shape)
         for coord, shape in _coords(item).items()
         for slot in chosen.rule.slots(shape)
-    ]
+    }
+
+
+def moving_keys(item: ParamPlan, chosen: Strategies) -> list[str]:
+    """Those that ``state_device`` is about, wherever they lie."""
+    keys = moment_shapes(item, chosen)
     remembers = item.subspace is not None and item.view is not None
     memory = chosen.residual.memory if remembers else ()
     return [*(k for key in keys for k in (key, scale_key(key))), *memory]

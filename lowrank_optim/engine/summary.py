@@ -58,8 +58,8 @@ class Summary(NamedTuple):
     rates: tuple[Rates, ...]
     """Of each group with projected parameters, equal ones once."""
     widened: tuple[str, ...] = ()
-    """Names of DTensors whose moments stay in float32 where ``state_dtype="8bit"`` is asked for, as
-    no rank would have their blocks whole."""
+    """Names of DTensors whose moments stay in float32 where ``"8bit"`` or ``"4bit"`` is asked for,
+    as no rank would have their blocks whole."""
 
     def __str__(self) -> str:
         """One line."""
@@ -140,7 +140,7 @@ def introduce(optimizer: PlannedOptimizer) -> None:
 
 
 def _is_widened(item: ParamPlan, chosen: Strategies) -> bool:
-    """Whether one process would keep moments in 8 bits that are wider here."""
+    """Whether one process would keep moments as codes that are wider here."""
     part = item.part
     if part is None or not part.sharded or part.side != "entries":
         return False

@@ -104,7 +104,7 @@ def _transport(
         x.copy_(torch.where(ok, x, old))
     for n, (key, (slot, x, _)) in enumerate(zip(keys, moments, strict=True)):
         seed = mixed(chosen.seed, item.uid, int(time), 2, n)
-        chosen.store.write_(state, key, slot, x, moment_noise(state, key, seed), ok)
+        chosen.store.write_(state, key, slot, x, moment_noise(state, key, seed, x.shape), ok)
 
 
 def _moved_as_stored(

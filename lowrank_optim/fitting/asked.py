@@ -87,7 +87,6 @@ def check_asked(
     dtype: Any,
     device: Any,
     options: Mapping[str, Any],
-    world_size: Any = None,
 ) -> Asked:
     """The arguments of :func:`lowrank_optim.fit`.
 
@@ -129,8 +128,6 @@ def check_asked(
         raise ValueError(f"coords_dtype={coords_dtype!r} has no effect without 'project'")
     _check_options(options)
     stores = _chosen("state_dtypes", state_dtypes, sorted(STORES, key=_bytes_of, reverse=True))
-    if world_size is not None and state_dtypes is None:  # several ranks do not keep it
-        stores = tuple(x for x in stores if x != "4bit")
     kind = device_of(model, device) if isinstance(model, nn.Module) else str(device or "meta")
     kind = torch.device(kind).type
     places = _places(state_devices, kind, options)

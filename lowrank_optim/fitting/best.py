@@ -154,7 +154,6 @@ def fit(
         dtype=dtype,
         device=device,
         options=options,
-        world_size=world_size,
     )
     named = named_optimizers(optimizers, options)
     if not isinstance(model, nn.Module):

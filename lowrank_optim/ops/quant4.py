@@ -56,10 +56,14 @@ def _pairs(signed: bool, device: torch.device) -> Tensor:
 
 
 @functools.cache
+def zero_code(signed: bool) -> int:
+    """The code of 0; of squares, which have none, the least: a scale of 0 makes it 0."""
+    return _values(True).index(0.0) if signed else 0
+
+
 def zero_byte(signed: bool) -> int:
-    """Two codes of 0; of squares, which have none, two of the least: a scale of 0 makes it 0."""
-    code = _values(True).index(0.0) if signed else 0
-    return code + LEVELS * code
+    """Two codes of 0."""
+    return zero_code(signed) * (1 + LEVELS)
 
 
 def packed_width(cols: int) -> int:
@@ -72,10 +76,12 @@ def scale_count(cols: int) -> int:
     return -(-cols // BLOCK)
 
 
-def packed(codes: Tensor) -> Tensor:
-    """Codes of 4 bits ``(..., k)`` in uint8 as ``(..., ceil(k / 2))`` bytes."""
-    if codes.shape[-1] % 2:
-        codes = pad(codes, (0, 1))
+def packed(codes: Tensor, width: int | None = None, fill: int = 0) -> Tensor:
+    """Codes of 4 bits ``(..., k)`` in uint8 as ``(..., width)`` bytes (default: ceil(k / 2))."""
+    cols = codes.shape[-1]
+    rest = 2 * (packed_width(cols) if width is None else width) - cols
+    if rest:
+        codes = pad(codes, (0, rest), value=fill)
     return codes[..., ::2] | codes[..., 1::2] << 4
 
 
@@ -99,7 +105,7 @@ class Packed(NamedTuple):
 
     def matrix(self) -> Packed:
         """Its rows in one dimension."""
-        return Packed(*(x.view(-1, x.shape[-1]) for x in self))
+        return Packed(*(x.view(x.numel() // max(1, x.shape[-1]), x.shape[-1]) for x in self))
 
     def tile(self, rows: slice) -> Packed:
         """Some of the rows of a matrix."""
@@ -127,25 +133,24 @@ def quantize4_(
 
     Args:
         xs: contiguous float32.
-        into: where they are kept.
+        into: where they are kept; codes of 0 fill up rows of more bytes.
         signed: which map; without a sign they are squares, and none is negative.
-        noises: over the bytes that are kept; with the place of an entry in the whole their seeds
-            decide which of the two nearest codes it takes.
+        noises: with the place of an entry in the whole their seeds decide which of the two nearest
+            codes it takes.
         finite: 0-d bools on the device; where False what is kept does not change.
     """
-    cols = xs[0].shape[-1]
-    views, kept = [x.reshape(-1, cols) for x in xs], [x.matrix() for x in into]
-    seeds = [
-        # a tile of rows begins in the bytes that are kept at those of the rows before it
-        Noise.over(noise.seed, view.shape).narrow(0, noise.start // packed_width(cols))
-        for noise, view in zip(noises, views, strict=True)
-    ]
-    for at, rows in _tiles(views[0], len(xs)):
+    if not xs[0].numel():
+        return
+    found = [_matrices(*own) for own in zip(xs, into, noises, strict=True)]
+    finite = [ok for own, ok in zip(found, finite, strict=False) for _ in own]
+    views, kept, seeds = zip(*(piece for own in found for piece in own), strict=True)
+    for at, rows in _tiles(views[0], len(views)):
         own = [x.tile(rows) for x in kept[at]]
         new = _encoded(
             stacked([x[rows] for x in views[at]]),
             signed,
             [noise.narrow(0, rows.start) for noise in seeds[at]],
+            kept[0].codes.shape[-1],
         )
         for out, x in zip(zip(*own, strict=True), new, strict=True):
             if finite:
@@ -153,8 +158,22 @@ def quantize4_(
             torch._foreach_copy_(list(out), list(x.unbind(0)))
 
 
-def _encoded(x: Tensor, signed: bool, noises: Sequence[Noise]) -> Packed:
-    """``(B, rows, k)`` in 4 bits."""
+def _matrices(x: Tensor, into: Packed, noise: Noise) -> list[tuple[Tensor, Packed, Noise]]:
+    """``(..., k)`` as ``(rows, k)``, in as many pieces as have rows at equal distances."""
+    if x.dim() < 2:
+        return [(x.unsqueeze(0), into.matrix(), noise._replace(strides=(0, *noise.strides)))]
+    *outer, row, column = noise.strides
+    apart = row
+    for stride, size in zip(reversed(outer), reversed(x.shape[1:-1]), strict=True):
+        apart *= size
+        if stride != apart:
+            pieces = ((x[i], Packed(*(y[i] for y in into)), noise.select(i)) for i in range(len(x)))
+            return [own for piece in pieces for own in _matrices(*piece)]
+    return [(x.reshape(-1, x.shape[-1]), into.matrix(), noise._replace(strides=(row, column)))]
+
+
+def _encoded(x: Tensor, signed: bool, noises: Sequence[Noise], packed_to: int) -> Packed:
+    """``(B, rows, k)`` in 4 bits, rows of so many bytes."""
     cols, width = x.shape[-1], scale_count(x.shape[-1])
     blocks = pad(x, (0, -cols % BLOCK)) if cols % BLOCK else x
     blocks = blocks.view(*x.shape[:-1], width, BLOCK)
@@ -169,7 +188,8 @@ def _encoded(x: Tensor, signed: bool, noises: Sequence[Noise]) -> Packed:
     level = level.clamp_(0, LEVELS - 1).add_(UNIT)
     rounded = torch.empty_like(level, dtype=torch.bfloat16)
     put_all_(list(rounded.unbind(0)), list(level.unbind(0)), noises)
-    return Packed(packed(rounded.sub_(UNIT).to(torch.uint8)), scales)
+    codes = rounded.sub_(UNIT).to(torch.uint8)
+    return Packed(packed(codes, packed_to, zero_code(signed)), scales)
 
 
 def _signed_level(units: Tensor) -> Tensor:
@@ -180,9 +200,11 @@ def _signed_level(units: Tensor) -> Tensor:
 
 
 def dequantize4(moments: Sequence[Packed], signed: bool, cols: int) -> list[Tensor]:
-    """The values of alike moments ``(..., cols)`` in float32."""
+    """The first ``cols`` values of each row of alike moments ``(..., k)``, in float32."""
     codes, kept = [x.codes for x in moments], [x.matrix() for x in moments]
     outs = empty_like_all(codes, (*codes[0].shape[:-1], cols), torch.float32)
+    if not outs[0].numel():
+        return outs
     every = stacked(outs).view(len(outs), -1, cols)
     for at, rows in _tiles(every[0], len(outs)):
         parts = zip(*(x.tile(rows) for x in kept[at]), strict=True)

@@ -38,7 +38,7 @@ class Block4Store:
     ``<slot>`` holds ``(..., ceil(k / 2))`` bytes of a slot ``(..., k)``, the first element in the
     low half, and ``<slot>_scale`` its scales ``(..., ceil(k / 128))``: 0.53 bytes an element. A
     slot of fewer than :data:`lowrank_optim.ops.quant.MIN_SIZE` elements, or of one column, is kept
-    in float32, and has no scales.
+    in float32, and has no scales; so is one whose rows ranks would have parts of.
 
     Differs from Li et al. (2023) and from torchao's ``AdamW4bit``, whose maps and blocks these are:
 
@@ -62,8 +62,8 @@ class Block4Store:
         return True
 
     def unit(self, shape: Sequence[int]) -> int:
-        """Those of a block; each alone of what is small."""
-        return quant4.BLOCK if _fits(shape) else 1
+        """Those of a block, or whole bytes of a shorter row; each alone of what is small."""
+        return min(quant4.BLOCK, 2 * quant4.packed_width(shape[-1])) if _is_large(shape) else 1
 
     def passing(self, slot: Slot, shape: Sequence[int], like: Tensor) -> tuple[int, int]:
         """A decoded copy, and what a tile of it is encoded through."""
@@ -83,7 +83,7 @@ class Block4Store:
     ) -> None:
         """Scales of 0."""
         own = slot.shape(shape)
-        if not _fits(own):
+        if not _fits(of or Whole(tuple(shape)), slot):
             self.small.alloc(state, key, slot, shape, like)
             return
         (*rows, cols), device = own, like.device
@@ -172,9 +172,16 @@ class Block4Store:
         quant4.quantize4_([x.float() for x in xs], _kept(states, key), slot.signed, noises, finite)
 
 
-def _fits(shape: Sequence[int]) -> bool:
-    """Whether a slot of this shape is in 4 bits: large enough, and smaller so than in float32."""
+def _is_large(shape: Sequence[int]) -> bool:
+    """Whether a slot of this shape has enough entries, and is smaller so than in float32."""
     return math.prod(shape) >= quant.MIN_SIZE and bool(shape) and shape[-1] > 1
+
+
+def _fits(whole: Whole, slot: Slot) -> bool:
+    """Whether it is large, and no rank has parts of its rows but such as begin with a block."""
+    # of means a split of rows cuts the last dimension
+    cut = whole.crossed or (whole.by_rows and slot.averaged is not None)
+    return not cut and _is_large(slot.shape(whole.shape))
 
 
 def _kept(states: Sequence[State], key: str) -> list[Packed]:

@@ -437,12 +437,21 @@ def test_of_two_gpus_each_has_the_budget():
 
 
 @several_gpus
-def test_4_bits_are_not_for_several_gpus():
-    """Of several they are no choice, and refused where they are asked for."""
-    model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64))
-    own = {"optimizers": TINY, "world_size": 2, "transients": False}
-    with pytest.raises(NotImplementedError, match="4bit"):
-        fit(model, 1.0, state_dtypes=["4bit"], **own)
+def test_4_bits_are_for_several_gpus():
+    """The last of the formats: where a quarter of no other fits."""
+    model = nn.Sequential(nn.Linear(256, 384), nn.Linear(384, 256))
+    own = {"world_size": 2, "transients": False, "device": "cuda"}
+    costs = {
+        store: peak(
+            model, None, groups=lambda m: lowrank_groups(m, rank=64), state_dtype=store, **own
+        )
+        for store in ("8bit", "4bit")
+    }
+    assert costs["4bit"] < costs["8bit"]
+    own |= {"optimizers": TINY, "in_backward": [None], "state_devices": [None]}
+    found = fit(model, costs["4bit"] + 1e-9, **own)
+    assert found.arguments["state_dtype"] == "4bit"
+    assert found.estimate.peak / GIB <= costs["4bit"] + 1e-9
     with pytest.raises(ValueError, match="nothing fits"):  # after every format was tried
         fit(model, 1e-6, **own)
 

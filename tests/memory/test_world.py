@@ -60,6 +60,14 @@ FEW = [
 ]
 
 
+IN_4_BITS = [(name, None) for name in cases.distinct_names() if not refused(name, None)]
+
+
+def in_4_bits(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same with moments in 4 bits."""
+    return [{**run, "options": {**run["options"], "state_dtype": "4bit"}} for run in runs]
+
+
 def runs(pairs: list[tuple[str, str | None]], **own: Any) -> list[dict[str, Any]]:
     return [
         {"name": n, "options": options_of(n, p) if n != "AdamW" else {}, **own} for n, p in pairs
@@ -89,7 +97,8 @@ def told(run: dict[str, Any], size: int = 2, **own: Any) -> Any:
 def test_a_rank_holds_what_is_told(ranks: Worlds, pairs: list[tuple[str, str | None]]) -> None:
     """Of two real ranks, to the byte: weights, gradients, bases, moments, the rest."""
     wrong = []
-    for run in runs(pairs, sizes=UNEVEN):
+    of_four = IN_4_BITS if pairs is EVERY else []
+    for run in (*runs(pairs, sizes=UNEVEN), *in_4_bits(runs(of_four, sizes=UNEVEN))):
         real, other = ranks(2).run("held", held, run=run).checked()
         e = told(run, device="cpu", transients=False)
         found = (e.weights, e.gradients, e.basis, e.moments, e.other)
@@ -109,6 +118,7 @@ MORE = [
     *runs([("GaLoreAdamW8bit", "svd"), ("FiraAdamW", "svd")], checkpointing=True),
     *runs([("GaLoreAdamW8bit", None)], shard="mixed", dtype=torch.float32),
     *runs([("GaLoreAdamW", "random")], shard="placed", checkpointing=True),
+    *in_4_bits(runs([("GaLoreAdamW", None), ("DCTAdamW", None)])),
 ]  # fmt: skip
 
 
@@ -142,6 +152,7 @@ INSIDE = [
     *runs([("LisaAdamW", None), ("SSTAdamW", None), ("GaLoreAdafactor", None)], mode="step"),
     *runs(GALORE, mode="project", shard="placed"),
     *runs(GALORE, mode="project"),
+    *in_4_bits(runs(GALORE, mode="step")),
 ]
 
 
@@ -217,12 +228,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "shard alone": ({"shard": print}, ValueError, "shard=.* has no effect without world_size"),
     "no function": ({"world_size": 2, "shard": 3}, TypeError, "shard must be a function"),
     "shards nothing": ({"world_size": 2, "shard": lambda *_: None}, ValueError, "shard must shard"),
-    "4 bits": ({"world_size": 2, "state_dtype": "4bit"}, NotImplementedError, "4bit"),
     "randk": ({"world_size": 2, "projector": "randk"}, NotImplementedError, "randk"),
 }
 
 
-SHARDED_FIRST = ("shards nothing", "4 bits", "randk")
+SHARDED_FIRST = ("shards nothing", "randk")
 """What is seen of the shards that a rank has."""
 
 

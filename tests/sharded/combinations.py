@@ -208,6 +208,24 @@ EIGHT = {
 }
 """Moments in 8 bits, of which some are."""
 
+
+def in_4_bits(case: Case) -> Case:
+    """The same in 4 bits."""
+    options = {**case.options, "state_dtype": "4bit"}
+    return replace(case, cls=case.cls.removesuffix("8bit"), options=options)
+
+
+NOT_POSED = ("galore svd", *_MEANS)
+"""Of "odd row", which is almost square: singular values that are close, and a rank of means that is
+more than its gradients have."""
+FOUR = {
+    name: in_4_bits(
+        replace(case, only=(*case.only, "odd", *(() if name in NOT_POSED else ("odd row",))))
+    )
+    for name, case in EIGHT.items()
+}
+FOUR["galore larger side"].options["rank"] = 34  # of "odd row" moments are enough entries
+
 BLOCKS = Case("FrugalAdamW8bit", {"density": 0.5}, only=("some blocks", "table", "four blocks"))
 """By rows that blocks lie within: whole tensors, of which some have moments at a time."""
 

@@ -46,6 +46,8 @@ BLOCKS: dict[str, tuple[int, ...]] = {
     "more experts": (8, 24, 520),  # as many columns in all as means in 8 bits have at least
     "two sides": (70, 300),  # coordinates (66, 66) are enough entries
     "long": (6, 4196),  # as many columns as means in 8 bits have at least
+    "odd": (48, 333),  # a row of 4 bits ends within a byte
+    "odd row": (121, 123),  # and within its only block
     "table": (37, 260),
     "vector": (5000,),
 }

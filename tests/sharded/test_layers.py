@@ -54,6 +54,7 @@ SST: dict[str, dict[str, Any]] = {
         "maximize": True,
     },
     "sst eight bits": {"steps_per_iteration": 2, "state_dtype": "8bit"},
+    "sst four bits": {"steps_per_iteration": 2, "state_dtype": "4bit"},
 }
 BROAD = {"wide": (8, 2100), "tall": (12, 5)}
 """Of which one has moments that are large enough for 8 bits."""
@@ -68,6 +69,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pools beside": {"pool_device": "param", "freeze_step_counter": False},
     **SST,
     "in 8 bits": {"state_dtype": "8bit"},
+    "in 4 bits": {"state_dtype": "4bit"},
 }
 OFTEN = [name for name in OPTIONS if name != "sst seldom"]
 
@@ -93,7 +95,7 @@ class Chosen:
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        return BROAD if "eight" in self.name else SHAPES
+        return BROAD if "eight" in self.name or "four" in self.name else SHAPES
 
     @property
     def drawn(self) -> bool:
@@ -240,7 +242,7 @@ def train(world: World | None, chosen: Chosen) -> Any:
     return out
 
 
-def train_in_8_bits(world: World | None, chosen: Chosen) -> Any:
+def train_in_codes(world: World | None, chosen: Chosen) -> Any:
     """The same, as if these moments were large enough."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quant, "MIN_SIZE", 8)
@@ -248,13 +250,14 @@ def train_in_8_bits(world: World | None, chosen: Chosen) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["in 8 bits", "in 4 bits"])
 @pytest.mark.parametrize("how", ["rows", "columns", "tensors"])
-def test_moments_in_8_bits(how: str, ranks: Worlds) -> None:
+def test_moments_in_codes(how: str, name: str, ranks: Worlds) -> None:
     """Whole on every rank, in the blocks of one process."""
-    chosen = Chosen("in 8 bits", how)
-    expected = training.assembled([train_in_8_bits(None, chosen)])
+    chosen = Chosen(name, how)
+    expected = training.assembled([train_in_codes(None, chosen)])
     assert any(x.dtype == torch.uint8 for s in expected[-1][1].values() for x in s.values())
-    values = ranks(3).run("in 8 bits", train_in_8_bits, chosen=chosen).checked()
+    values = ranks(3).run(name, train_in_codes, chosen=chosen).checked()
     training.assert_equal_runs(training.assembled(values), expected)
 
 

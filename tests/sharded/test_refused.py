@@ -30,8 +30,6 @@ SST: dict[str, Any] = {"steps_per_iteration": 3, "warmup_steps": 1}
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "randk": ("FrugalAdamW", {"projector": "randk", "density": 0.3}, "randk"),
-    "4 bits": ("GaLoreAdamW", {"state_dtype": "4bit", "rank": 2}, "Take state_dtype='8bit'"),
-    "4 bits, dense": ("GaLoreAdamW", {"state_dtype": "4bit", "rank": None}, "state_dtype='4bit'"),
     "sst": ("SSTAdamW", {**SST, "rank": 2}, "Pass factors='active'"),
     "fira block": ("FiraAdamW", {"projector": "block", "rank": 0.5}, "block"),
     "adafactor block": ("GaLoreAdafactor", {"projector": "block", "rank": 0.5}, "Adafactor"),

@@ -196,26 +196,36 @@ EIGHT_BITS: dict[str, tuple[int, ...]] = {
 
 
 # one rank of each world: torch keeps what it found of a mesh that is like another
-@pytest.mark.parametrize(("size", "rank", "blocks"), [(64, 63, 0), (32, 5, 3), (16, 12, 5)])
-def test_moments_in_8_bits(size: int, rank: int, blocks: int) -> None:
+@pytest.mark.parametrize(
+    ("state_dtype", "size", "rank", "blocks"),
+    [
+        ("8bit", 64, 63, 0), ("8bit", 32, 5, 3), ("8bit", 16, 12, 5),
+        ("4bit", 128, 127, 0), ("4bit", 32, 25, 4),
+    ],
+)  # fmt: skip
+def test_moments_in_blocks(state_dtype: str, size: int, rank: int, blocks: int) -> None:
     """Codes and scales of a rank: those of the blocks that it steps, and the estimate says so."""
     with pretended(size, rank):
-        optimizer, model = eight_bits(size)
+        optimizer, model = in_blocks(size, state_dtype)
         mine = {k: nbytes(x) for k, x in entries(optimizer).items() if "exp_avg" in k[1]}
         held = memory.report(optimizer)
-        cls = lowrank_optim.GaLoreAdamW8bit
-        told = memory.estimate(model, cls, groups=grouped, lr=1e-2)
+        cls, own = lowrank_optim.GaLoreAdamW, {"state_dtype": state_dtype}
+        told = memory.estimate(model, cls, groups=grouped, lr=1e-2, **own)
     assert sum(mine.values()) == held.moments == told.moments
     assert optimizer.summary().state_bytes == held.total
     counted = {
         name: sum(size for (x, _), size in mine.items() if x.startswith(name))
         for name in EIGHT_BITS
     }
-    block = 2 * RANK * (256 + 4)
-    assert counted["wide"] == 64 // size * block
-    assert counted["ragged"] == blocks * block, "of 65, by torch.chunk"
+    wide, block, row = {
+        "8bit": (64, 256 + 4, 300 + 2 * 4),
+        "4bit": (128, 64 + 4, 150 + 3 * 4),
+    }[state_dtype]
+    block *= 2 * RANK
+    assert counted["wide"] == wide // size * block
+    assert counted["ragged"] == blocks * block, "of one more, by torch.chunk"
     assert counted["narrow"] == 0, "all on the first rank"
-    assert counted["table"] == 2 * 640 // size * (300 + 2 * 4)
+    assert counted["table"] == 2 * 640 // size * row
 
 
 EIGHT_FACTORED: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
@@ -263,7 +273,7 @@ def grouped(model: nn.Module) -> Any:
     return [{"params": list(named.items()), "rank": RANK}, own, dense]
 
 
-def eight_bits(size: int) -> tuple[LowRankOptimizer, nn.Module]:
+def in_blocks(size: int, state_dtype: str) -> tuple[LowRankOptimizer, nn.Module]:
     model, mesh = nn.Module(), init_device_mesh("cpu", (size,))
     for name, shape in EIGHT_BITS.items():
         layer = nn.Module()
@@ -271,7 +281,7 @@ def eight_bits(size: int) -> tuple[LowRankOptimizer, nn.Module]:
         model.add_module(name, layer)
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = lowrank_optim.GaLoreAdamW8bit(grouped(model), lr=1e-2)
+    optimizer = lowrank_optim.GaLoreAdamW(grouped(model), lr=1e-2, state_dtype=state_dtype)
     optimizer._make_state()
     return optimizer, model
 

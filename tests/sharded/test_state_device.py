@@ -17,7 +17,7 @@ from lowrank_optim.memory.reporting import staging_bytes
 from lowrank_optim.sharding.parts import local
 from tests.engine.races import Device
 from tests.sharded import replicas, test_layers, training
-from tests.sharded.combinations import EIGHT, NAMED, SHORT
+from tests.sharded.combinations import EIGHT, FOUR, NAMED, SHORT
 from tests.sharded.models import shards_whole_numbers
 from tests.sharded.ranks import Ranks, World
 
@@ -107,11 +107,14 @@ def test_shards_train_with_either_setting(names: Sequence[str], ranks: Worlds) -
 
 
 @pytest.mark.slow  # codes rest as moments do: tests/engine/test_state_device.py has them
-def test_shards_in_8_bits_train_with_either_setting(ranks: Worlds) -> None:
+@pytest.mark.parametrize("of", [EIGHT, FOUR], ids=["8", "4"])
+def test_shards_in_blocks_train_with_either_setting(
+    of: dict[str, training.Case], ranks: Worlds
+) -> None:
     """DTensors of blocks, and the memory of error feedback beside them."""
     names = ("galore", "dct memory 8bit", "switchlora", "ldadam")
-    cases = [replace(EIGHT[name], only=EIGHT[name].only[:1]) for name in names]
-    for found in ranks(2).run("eight", both, cases=cases).checked():
+    cases = [replace(of[name], only=of[name].only[:1]) for name in names]
+    for found in ranks(2).run("in blocks", both, cases=cases).checked():
         assert found == [""] * len(cases)
 
 

@@ -391,7 +391,7 @@ def out_of_blocks(x: Tensor, shape: Sequence[int]) -> Tensor:
         flat = x.flatten(dim, dim + 1)
         if flat.shape[:dim] + flat.shape[dim + 1 :] == (*shape[:dim], *shape[dim + 1 :]):
             rest = flat.narrow(dim, shape[dim], flat.shape[dim] - shape[dim])
-            zeros = (0, 127) if x.dtype == torch.uint8 else (0,)
+            zeros = (0, 127, 0x77) if x.dtype == torch.uint8 else (0,)
             assert len(rest.unique()) <= 1 and all(int(y) in zeros for y in rest.unique())
             return flat.narrow(dim, 0, shape[dim])
     return x

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
-from lowrank_optim.engine.state import init_state
-from lowrank_optim.ops import quant
+from lowrank_optim.engine.state import init_state, moment_shapes
+from lowrank_optim.ops import quant, quant4
 from lowrank_optim.sharding.parts import Side
-from lowrank_optim.stores import scale_key
+from lowrank_optim.stores import Block4Store, scale_key
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.tensors.matrix import MatrixView
 
@@ -77,6 +77,11 @@ def forms_of(item: ParamPlan, chosen: Strategies) -> Mapping[str, Form]:
     assert part is not None
     if part.side == "entries":
         own = whole_meta_state(item, chosen, active=True)
+        if isinstance(chosen.store, Block4Store):  # rows of bytes, and of scales
+            kept = [key for key in own if scale_key(key) in own]
+            return {
+                k: Form(tuple(own[k].shape), None) for key in kept for k in (key, scale_key(key))
+            }
         blocks = quant.BLOCK
         return {
             scale_key(key): Form((*x.shape[:-1], -(-x.shape[-1] // blocks)), None, kind="scales")
@@ -129,16 +134,17 @@ def _forms(
     # what depends on the whole stays as it is
     known = subspace if side == "batch" else subspace.of_columns(0, view.n, view.n)
 
-    def shapes_of(own: MatrixView) -> dict[str, Shape]:
+    def shapes_of(own: MatrixView, of_values: bool = True) -> dict[str, Shape]:
         like = torch.empty(own.shape, dtype=dtype, device="meta")
         item = ParamPlan(like, "", 0, 0, own, known)
-        return {k: tuple(x.shape) for k, x in init_state(item, chosen, like).items()}
+        kept = {k: tuple(x.shape) for k, x in init_state(item, chosen, like).items()}
+        return {**kept, **moment_shapes(item, chosen)} if of_values else kept
 
-    shapes = shapes_of(view)
-    columns = _grown(shapes, shapes_of(view._replace(n=view.n + 1)))
+    shapes, values = shapes_of(view, of_values=False), shapes_of(view)
+    columns = _grown(values, shapes_of(view._replace(n=view.n + 1)))
     split = {} if side == "whole" else columns
     if side == "batch":
-        split = _grown(shapes, shapes_of(view._replace(batch=(view.batch[0] + 1,))))
+        split = _grown(values, shapes_of(view._replace(batch=(view.batch[0] + 1,))))
     signed = {slot.name: slot.signed for slot in chosen.rule.slots((view.m, view.n))}
     found: dict[str, Form] = {}
     for key, shape in shapes.items():
@@ -146,12 +152,20 @@ def _forms(
             continue
         col, coded = columns.get(key), scale_key(key) in shapes
         block = col if unit > 1 else None
+        in_bytes = coded and isinstance(chosen.store, Block4Store)
         if coded:
-            found[scale_key(key)] = _scales(shape, shapes[scale_key(key)], block, split.get(key))
+            own = shapes[scale_key(key)]
+            found[scale_key(key)] = (
+                Form(own, split.get(key))
+                if in_bytes
+                else _scales(shape, own, block, split.get(key))
+            )
         if block is not None:
-            blocks = (*shape[:block], -(-shape[block] // unit), unit, *shape[block + 1 :])
+            size = unit // 2 if in_bytes else unit
+            blocks = (*shape[:block], -(-shape[block] // size), size, *shape[block + 1 :])
             slot = key.split(".")[-1]
-            fill = quant.zero_code(signed[slot]) if coded else 0
+            zero = quant4.zero_byte if in_bytes else quant.zero_code
+            fill = zero(signed[slot]) if coded else 0
             kind = "moments" if slot in signed else "values"
             found[key] = Form(blocks, split.get(key), block, fill, kind)
         elif key in split:

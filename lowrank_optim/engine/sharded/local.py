@@ -12,10 +12,12 @@ from torch import Tensor
 
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.sharded.forms import forms_of
-from lowrank_optim.engine.state import init_state, on_host, resting_keys
+from lowrank_optim.engine.state import init_state, moment_shapes, on_host, resting_keys
 from lowrank_optim.engine.tracing import fake_mode, real_entries
+from lowrank_optim.ops import Noise
 from lowrank_optim.ops.devices import pinned
 from lowrank_optim.sharding.parts import is_sharded, local
+from lowrank_optim.sharding.regions import corner
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.tensors.matrix import MatrixView
 
@@ -34,6 +36,7 @@ class LocalState(MutableMapping[str, Tensor]):
         assert item.part is not None
         self._part = item.part
         self._forms = forms_of(item, chosen)
+        self._moments = moment_shapes(item, chosen)
         self._slots = {slot.name: slot for slot in chosen.rule.slots(item.part.shape)}
         self._lead = tuple(local(item.param).shape[:-1])
         self._resting = frozenset(resting_keys(item, chosen))
@@ -61,6 +64,19 @@ class LocalState(MutableMapping[str, Tensor]):
     def __len__(self) -> int:
         """How many there are."""
         return len(self.outer)
+
+    def noise(self, key: str, seed: int | Tensor) -> Noise | None:
+        """Seed and positions, in the whole moment, of what is here; None where every rank has it.
+
+        Of the moment as one process has it, whatever it is kept in: blocks and bytes have others.
+        """
+        x: Any = self.outer[key]
+        if not is_sharded(x):
+            return None
+        first, form = list(corner(x.shape, x.device_mesh, x.placements)), self._forms.get(key)
+        if form is not None and form.block is not None:  # a rank begins with a block
+            first[form.block : form.block + 2] = [first[form.block] * self._part.unit]
+        return Noise.over(seed, self._moments[key], first)
 
     def load(self, key: str, x: Tensor) -> None:
         """Take in a whole entry, or a DTensor however it lies."""

@@ -11,7 +11,7 @@ from lowrank_optim.engine.plan import ParamPlan, Strategies
 from lowrank_optim.ops import quant
 from lowrank_optim.sharding.parts import is_sharded
 from lowrank_optim.sharding.regions import lies_in_intervals
-from lowrank_optim.stores import STORES, Block8Store, FloatStore
+from lowrank_optim.stores import STORES, Block4Store, Block8Store, FloatStore
 from lowrank_optim.subspaces.base import PROJECTORS, Subspace
 from lowrank_optim.subspaces.block import Block
 
@@ -82,6 +82,8 @@ def check_layer(
 def _crosses_matrices(item: ParamPlan, chosen: Strategies) -> bool:
     """Whether a block of moments holds rows of two matrices, which may lie on two ranks."""
     assert item.subspace is not None and item.view is not None
+    if not isinstance(chosen.store, Block8Store):
+        return False  # others have no block of two rows
     shapes = [
         slot.shape(shape)
         for shape in item.subspace.coord_shapes(item.view).values()
@@ -117,7 +119,7 @@ def check_supported(item: ParamPlan, chosen: Strategies, method: str) -> None:
             "stochastic_rounding of a block whose inner dimensions are split. Take Shard(0), or "
             "stochastic_rounding=False"
         )
-    elif not isinstance(chosen.store, FloatStore | Block8Store):
+    elif not isinstance(chosen.store, FloatStore | Block8Store | Block4Store):
         why = (
             f"{_format(chosen)} is not known to be split. Take state_dtype='8bit', 'bfloat16' or "
             "'float32', or train under DistributedDataParallel"
