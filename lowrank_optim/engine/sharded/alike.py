@@ -80,9 +80,7 @@ class Refreshed(NamedTuple):
 
     def flag(self, device: torch.device) -> Tensor:
         """How it ended, where it is sent from."""
-        if self.ok is None or self.end != failures.FOUND:
-            return failures.flag(self.end, device)
-        return self.ok.to(torch.uint8).view(1)
+        return failures.flag(self.end, self.ok, device)
 
 
 def refreshed(mine: Sequence[Alike], states: Sequence[State]) -> list[Refreshed]:

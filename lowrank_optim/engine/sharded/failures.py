@@ -127,9 +127,17 @@ def this_rank() -> str:
     return f" on rank {dist.get_rank()} of {dist.get_world_size()}"
 
 
-def flag(value: int, device: torch.device | None = None) -> Tensor:
-    """One of the ends, to be sent; made where it is sent from (default: on the host)."""
-    return torch.full((1,), value, dtype=torch.uint8, device=device)
+def flag(end: int, ok: Tensor | None, device: torch.device) -> Tensor:
+    """How a refresh ended, made where it is sent from.
+
+    Args:
+        end: one of the ends, as the host knows.
+        ok: of what was found on an accelerator whether it was, 0-d bool.
+        device: where it is sent from.
+    """
+    if ok is None or end != FOUND:
+        return torch.full((1,), end, dtype=torch.uint8, device=device)
+    return ok.to(torch.uint8).view(1)
 
 
 def raise_together(source: int, failure: Failure | None, part: Part) -> NoReturn:

@@ -39,9 +39,7 @@ class Found(NamedTuple):
 
     def flag(self, device: torch.device) -> Tensor:
         """How it ended, where it is sent from."""
-        if self.ok is None or self.end != failures.FOUND:
-            return failures.flag(self.end, device)
-        return self.ok.to(torch.uint8).view(1)
+        return failures.flag(self.end, self.ok, device)
 
     def turn(self, coord: str, side: int, f: Form, device: torch.device) -> Tensor:
         """How rows (0) or columns (1) of a coordinate turn; zeros where nothing was found."""
