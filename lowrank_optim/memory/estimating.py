@@ -107,7 +107,7 @@ def estimate(
             workspace of their own, which is not counted. False leaves it out, which is quick
             (default: True).
         world_size: figures of one of so many GPUs, among which FSDP2 shards the model: the first,
-            which holds the most. Layers that are gathered and gradients that are reduced count at
+            whose weights and state are the most. Layers that are gathered and gradients that are reduced count at
             the worst moment of backward. With ``in_backward="step"`` the gradients of one
             ``fully_shard`` live at once, in a first backward those of two; with ``"project"`` the
             worst step is the first, before which all are whole (default: None, one process).

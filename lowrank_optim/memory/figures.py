@@ -56,8 +56,9 @@ class Estimate:
     without a refresh, and of a ``"refresh"``; the last two may be inside backward. Where layers
     take turns, each is the worst of all turns."""
     world_size: int | None = None
-    """GPUs among which FSDP2 shards the model: all figures are of the one that holds the most. None
-    of a model that nobody shards, or that came sharded."""
+    """GPUs among which FSDP2 shards the model: all figures are of the first, whose weights and
+    state are the most; as bases are found, another may hold some MiB more in passing. None of a
+    model that nobody shards, or that came sharded."""
     least: int | None = None
     """Weights and state of the GPU that holds the least; None without ``world_size``."""
     turn: tuple[str, ...] | None = None

@@ -170,7 +170,9 @@ def test_peaks_inside_backward(ranks: Worlds) -> None:
     for run in INSIDE:
         run = {**run, "tokens": (1, 8)}
         own, other = ranks(2).run("peaks", peaks, run=run).checked()
-        if any(abs(size - other[moment]) > WHOLE for moment, size in own.items()):
+        more = {moment: other[moment] - size for moment, size in own.items()}
+        # the first, which the estimate is of, may have more; the other but for half in bfloat16
+        if not all(-WHOLE <= x <= WHOLE // 4 for x in more.values()):
             wrong.append((run["name"], own, other))
         e = told(run, device="cpu", tokens=run["tokens"], in_backward=run["mode"])
         most = (e.peak - e.weights + e.host) / max(own.values())  # of the first
