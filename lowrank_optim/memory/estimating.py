@@ -108,9 +108,10 @@ def estimate(
             (default: True).
         world_size: figures of one of so many GPUs, among which FSDP2 shards the model: the first,
             whose weights and state are the most. Layers that are gathered and gradients that are
-            reduced count at the worst moment of backward. With ``in_backward="step"`` the gradients of one
-            ``fully_shard`` live at once, in a first backward those of two; with ``"project"`` the
-            worst step is the first, before which all are whole (default: None, one process).
+            reduced count at the worst moment of backward. With ``in_backward="step"`` the gradients
+            of one ``fully_shard`` live at once, in a first backward those of two; with
+            ``"project"`` the worst step is the first, before which all are whole (default: None,
+            one process).
         shard: shards the model in place, called with it and a mesh of one dimension, as
             ``lambda model, mesh: fully_shard(model, mesh=mesh)`` does. It can give a
             ``MixedPrecisionPolicy`` or ``shard_placement_fn`` (default: ``fully_shard`` of each
