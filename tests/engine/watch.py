@@ -206,7 +206,7 @@ class Watch:
 
     def dispatched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """One op before it runs; whether its results are the host's."""
-        given = _tensors((args, kwargs))
+        given = _tensors(args, kwargs)
         hosts = [x for x in given if self.is_host(x)]
         if given and (len(hosts) == len(given) or self._of_host):
             return True
@@ -250,10 +250,10 @@ class _Functions(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs, seen = kwargs or {}, self.seen
-        if seen._inside:
+        if seen._inside or func.__name__ == "__get__":  # attributes; views among them are ops
             return func(*args, **kwargs)
         # numbers and lists become tensors of the host on the way
-        given = _tensors((args, kwargs))
+        given = _tensors(args, kwargs)
         seen._of_host = bool(given) and all(map(seen.is_host, given))
         try:
             out = func(*args, **kwargs)
@@ -288,12 +288,14 @@ class _Ops(TorchDispatchMode):
         return out
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def _tensors(*trees: Any) -> list[Tensor]:
     """All of arguments or results, in lists too."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = tree.values()
-    elif not isinstance(tree, list | tuple):
-        return []
-    return [x for own in tree for x in _tensors(own)]
+    found: list[Tensor] = []
+    for tree in trees:
+        if isinstance(tree, Tensor):
+            found.append(tree)
+        elif isinstance(tree, list | tuple):
+            found += _tensors(*tree)
+        elif isinstance(tree, dict) and tree:
+            found += _tensors(*tree.values())
+    return found

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from tests.ops.interpreted import INTERPRETED
@@ -35,10 +38,14 @@ def patch_once(interpreter: Any) -> None:
     the time.
     """
     patch, scopes = interpreter._patch_lang, dict[frozenset[int], Any]()
+    of_module: dict[str, frozenset[int]] = {}
 
     def patched(fn: Any) -> Any:
-        modules = filter(inspect.ismodule, fn.__globals__.values())
-        seen = frozenset(id(x) for x in modules if x in (interpreter.tl, interpreter.tl.core))
+        if fn.__module__ not in of_module:
+            modules = filter(inspect.ismodule, fn.__globals__.values())
+            own = (x for x in modules if x in (interpreter.tl, interpreter.tl.core))
+            of_module[fn.__module__] = frozenset(map(id, own))
+        seen = of_module[fn.__module__]
         if seen not in scopes:
             scopes[seen] = patch(fn)
             if scopes[seen] is not None:  # what is to be put back; older versions leave that
@@ -48,8 +55,51 @@ def patch_once(interpreter: Any) -> None:
     interpreter._patch_lang = patched
 
 
+def spare(interpreter: Any) -> None:
+    """What is made anew for each value and is always the same is made once: most of the time.
+
+    Checks of overflow are left out. Each asks for five operations more, and what they find is used
+    with ``debug=True`` alone.
+    """
+    builder = interpreter.interpreter_builder
+    if hasattr(builder.options, "sanitize_overflow"):
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
+    core = interpreter.tl.core
+    for kind in (core.pointer_type, core.block_type):  # equal ones have one name
+        kind.__hash__ = core.dtype.__hash__
+    made_once(core.tensor, lambda handle, type: type, lambda handle, type: {"handle": handle})
+    made_once(core.block_type, lambda element_ty, shape: (element_ty, *map(int, shape)))
+    equal = core.block_type.__eq__
+
+    def alike(a: Any, b: Any) -> bool:
+        shared = isinstance(b, core.block_type) and a.shape is b.shape
+        return a.element_ty == b.element_ty if shared else equal(a, b)
+
+    core.block_type.__eq__ = alike
+
+
+def made_once(
+    cls: Any,
+    key: Callable[..., Hashable],
+    own: Callable[..., dict[str, Any]] = lambda *_: {},
+) -> None:
+    """Objects of a class share attributes where their keys are equal, but for their ``own``."""
+    first, known = cls.__init__, dict[Hashable, dict[str, Any]]()
+
+    def init(self: Any, *args: Any) -> None:
+        of = key(*args)
+        if of not in known:
+            first(self, *args)
+            known[of] = vars(self) | own(*args)
+        vars(self).update(known[of], **own(*args))
+
+    cls.__init__ = init
+
+
 if INTERPRETED:
     from triton.runtime import interpreter
 
     mend(interpreter)
     patch_once(interpreter)
+    spare(interpreter)

@@ -6,6 +6,7 @@ full rank: of one that has not, the sign of what a subspace leaves is rounding.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -127,8 +128,13 @@ class Model(nn.Module):
 
 def part(shape: Any, step: int, place: int, rank: int, size: int) -> Tensor:
     """The samples of a rank: another part of the same batch for any number of ranks."""
+    return _batch(tuple(shape), step, place)[rank::size]
+
+
+@functools.lru_cache(4096)
+def _batch(shape: tuple[int, ...], step: int, place: int) -> Tensor:
     generator = torch.Generator().manual_seed(1000 * step + place)
-    return torch.randn(SAMPLES, *shape, generator=generator, dtype=torch.float64)[rank::size]
+    return torch.randn(SAMPLES, *shape, generator=generator, dtype=torch.float64)
 
 
 def awkward(only: tuple[str, ...] = ()) -> Model:

@@ -144,13 +144,25 @@ def meshes_of(case: Case, size: int) -> list[DeviceMesh]:
     return [square["across"]] if case.mesh == "pairs" else [square["down"], square["across"]]
 
 
+@functools.cache
+def _drawn(every: bool, places: int) -> list[Tensor]:
+    """A tensor for each shape and place, whether a case has it or not."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = (models.EVERY if every else models.SHAPES).values()
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in shapes
+        for _ in range(places)
+    ]
+
+
 def tensors_of(case: Case, meshes: Sequence[DeviceMesh]) -> dict[str, nn.Parameter]:
     """Plain parameters, one of each shape and placement; DTensors if there are meshes."""
-    generator = torch.Generator().manual_seed(3)
+    drawn = iter(_drawn(bool(case.only), len(case.places)))
     found = {}
     for name, shape in (models.EVERY if case.only else models.SHAPES).items():
         for n, place in enumerate(case.places):
-            x = torch.randn(shape, generator=generator, dtype=torch.float64)
+            x = next(drawn).clone()
             dense = case.options.get("rank", 0) is None
             if (case.only and name not in case.only) or not places_fit(shape, place, dense):
                 continue
