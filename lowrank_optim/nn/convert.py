@@ -72,20 +72,8 @@ def convert(
     for group in dense:
         if group.get("rank") is None:
             out.append({**group, "indices": [uid_of(name) for name in group["param_names"]]})
-            continue
-        taken, low = _Members(), _Members()
-        for name, param in zip(group["param_names"], group["params"], strict=True):
-            uid = uid_of(name)
-            place, view = (
-                layer_of(model, name, param),
-                matrix_view(param.shape, group["proj_type"]),
-            )
-            if place is None or view is None:
-                low.add(name, param, uid)
-                continue
-            state = cls.initial(group, view, param, uid)
-            taken.add_layer(_replace(model, cls, place, group, view, state), place, uid)
-        out += _groups(group, method, taken, low, _Members())
+        else:
+            out += _converted(model, cls, method, group)
     return out
 
 
@@ -141,9 +129,8 @@ def to_modules(model: nn.Module, optimizer: LowRankOptimizer, method: str) -> Lo
                 continue
             state = dict(optimizer._state_of(item, chosen))
             step, last = int(state["step"]), int(state["refresh_step"])
-            if refresh_due(
-                step, last, chosen.gap, phase(item, chosen)
-            ):  # modules look one step ahead
+            # modules look one step ahead
+            if refresh_due(step, last, chosen.gap, phase(item, chosen)):
                 with torch.no_grad():
                     refresh_(item, state, item.view.of(item.param), step, chosen)
             layer = _replace(model, cls, place, group, item.view, state)
@@ -189,6 +176,20 @@ def _form(method: str) -> type[Factored]:
         names = ", ".join(repr(name) for name in [*FORMS, *CONVERTERS])
         raise ValueError(f"method must be one of {names}, got {method!r}")
     return FORMS[method]
+
+
+def _converted(model: nn.Module, cls: type[Factored], method: str, group: Group) -> list[Group]:
+    """A group with a rank again, its layers replaced; other matrices stay weights."""
+    taken, low = _Members(), _Members()
+    for name, param in zip(group["param_names"], group["params"], strict=True):
+        uid = uid_of(name)
+        place, view = layer_of(model, name, param), matrix_view(param.shape, group["proj_type"])
+        if place is None or view is None:
+            low.add(name, param, uid)
+            continue
+        state = cls.initial(group, view, param, uid)
+        taken.add_layer(_replace(model, cls, place, group, view, state), place, uid)
+    return _groups(group, method, taken, low, _Members())
 
 
 class _Members:
