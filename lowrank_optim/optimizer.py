@@ -41,6 +41,9 @@ __all__ = ["DEFAULTS", "LowRankOptimizer", "Options", "ProjectorOptions", "with_
 class LowRankOptimizer(SteppedOptimizer):
     """Base of every method: a subclass says which rule and residual its groups mean.
 
+    It has what all methods share: parameter groups, ``step()``, checkpoints and ``summary()``. To
+    train, make one of its subclasses, such as :class:`lowrank_optim.GaLoreAdamW`.
+
     Args:
         params: parameters, named parameters, or groups of either, as in ``torch.optim``.
         defaults: one value for every group key; ``rank`` applies only where no group names one.

@@ -173,9 +173,9 @@ def stored(
     in_codes = scale_key(key) in expected
     same = in_codes and isinstance(store, Block8Store) and not flip
     if same and isinstance(value, Flat) and same_blocks(value.codes.shape):
-        return {key: _copy(value.codes), scale_key(key): _copy(value.scales)}
+        return {key: own_copy(value.codes), scale_key(key): own_copy(value.scales)}
     values = value.values() if isinstance(value, Flat) else value
-    values = _copy(values.mT if flip else values)
+    values = own_copy(values.mT if flip else values)
     return encoded(store, key, slot, values.float()) if in_codes else {key: values}
 
 
@@ -188,7 +188,7 @@ def written(n: int, state: State, slot: Slot, param: Tensor, store: Store) -> En
     if scales is None or not isinstance(store, Block8Store):
         values = store.read(state, slot.name, slot, param.shape, param, dense=True)
         assert isinstance(values, Tensor)
-        return {f"state{n}": _copy(values.float())}
+        return {f"state{n}": own_copy(values.float())}
     if not same_blocks(kept.shape):
         values = ops.dequantize([Quantized(kept, scales, slot.signed)])[0].reshape(-1)
         flat = Quantized(
@@ -200,8 +200,9 @@ def written(n: int, state: State, slot: Slot, param: Tensor, store: Store) -> En
         kept, scales = flat.codes.view(kept.shape), flat.scales
     table = quant.dynamic_map(slot.signed, kept.device)
     out = {f"state{n}": kept, f"qmap{n}": table, f"absmax{n}": scales}
-    return {k: _copy(v) for k, v in out.items()}
+    return {k: own_copy(v) for k, v in out.items()}
 
 
-def _copy(x: Tensor) -> Tensor:
+def own_copy(x: Tensor) -> Tensor:
+    """A contiguous copy: what is loaded may be a view that keeps a whole singular factor alive."""
     return x.detach().clone(memory_format=torch.contiguous_format)

@@ -336,9 +336,9 @@ def _converted(
     step, gap = int(steps), projector.update_proj_gap
     out["refresh_step"] = counter((step - 1) // gap * gap)
     out["postponed"] = torch.zeros(())
-    out["basis"] = _copy(bases[0].mT if flip else bases[0])
+    out["basis"] = bnb.own_copy(bases[0].mT if flip else bases[0])
     if len(bases) == 2:  # proj_type "full"
-        out["basis_right"] = _copy(bases[1].mT)
+        out["basis_right"] = bnb.own_copy(bases[1].mT)
     for key, value in kept.items():
         turned = flip and (isinstance(value, bnb.Flat) or value.dim() == 2)
         own = f"low.{FACTORS.get(key, key) if flip else key}"
@@ -372,8 +372,3 @@ def _last_lr(name: str, step: float, entry: Entries, group: Group) -> float:
             f"known without {', '.join(lacking or ['lr'])} of its group and state"
         )
     return float(lr * max(group["eps"][1], float(entry["RMS"])) if group["scale_parameter"] else lr)
-
-
-def _copy(x: Tensor) -> Tensor:
-    """A contiguous copy: theirs is a view that keeps a whole singular factor alive."""
-    return x.detach().clone(memory_format=torch.contiguous_format)

@@ -21,10 +21,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lowrank_optim.engine.tracing import fake_mode
 from lowrank_optim.ops.devices import queued
 from lowrank_optim.subspaces.searches import Ask, Searching
+from lowrank_optim.tensors.state import State
 
 logger = logging.getLogger(__name__)
-
-State = MutableMapping[str, Tensor]
 
 
 @dataclass(frozen=True)

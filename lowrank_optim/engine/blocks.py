@@ -31,13 +31,13 @@ def placed(
 ) -> list[ParamPlan]:
     """A group's items, its blocks told which of how many they are; frozen ones count.
 
+    Random sets are of positions in the order of ``uid``, so that the order of the group, where its
+    parameters have names, changes nothing; the other orders are of positions in the group.
+
     Args:
         items: of the group.
         layers: the layer of each, where blocks are layers (default: every tensor is one).
         every: the layers of all groups, which take turns together.
-
-    Random sets are of positions in the order of ``uid``, so that the order of the group, where its
-    parameters have names, changes nothing; the other orders are of positions in the group.
 
     Raises:
         ValueError: the order needs an even number of active blocks, and theirs is odd.

@@ -72,20 +72,8 @@ def dense_phases(
     if item.param.numel() <= SMALL and not on_accelerator(param):
         undo.keep_all([state], [*keys, *map(scale_key, keys)])
         undo.keep_weights(state, param)
-    if plain:
-        slots = [state[k] for k in keys]
-        taken = state["step"] - since if since else state["step"]
-        if rule.step_dense_(
-            param,
-            grad,
-            slots,
-            taken,
-            lr=lr,
-            weight_decay=weight_decay,
-            maximize=chosen.maximize,
-        ):
-            state["step"].copy_(taken + since)
-            return
+    if plain and _by_torch(bucket, keys, since):
+        return
     state["step"] += 1
     rounding = weight_noise(item, state, chosen)
     step = state["step"] if chosen.capturable else float(state["step"]) - since
@@ -106,6 +94,26 @@ def dense_phases(
         update = (direction * (size * correction)).to(direction.dtype)
         ops.add_(p, update, decay, -1.0, noise)
         del g, own, direction, update  # before those of the next tile are made
+
+
+def _by_torch(bucket: Bucket, keys: Sequence[str], since: int) -> bool:
+    """Torch's own step; False where it does not take such tensors, and nothing is changed."""
+    (item,), (state,), chosen, lr, weight_decay, _ = bucket
+    param, grad = item.param, item.param.grad
+    assert grad is not None
+    taken = state["step"] - since if since else state["step"]
+    done = chosen.rule.step_dense_(
+        param,
+        grad,
+        [state[k] for k in keys],
+        taken,
+        lr=lr,
+        weight_decay=weight_decay,
+        maximize=chosen.maximize,
+    )
+    if done:
+        state["step"].copy_(taken + since)
+    return done
 
 
 def _reserve(bucket: Bucket, plain: bool) -> None:

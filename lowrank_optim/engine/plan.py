@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, MutableMapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -18,8 +18,7 @@ from lowrank_optim.stores import Store
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
-
-State = MutableMapping[str, Tensor]
+from lowrank_optim.tensors.state import State as State
 
 
 @dataclass(eq=False, slots=True)

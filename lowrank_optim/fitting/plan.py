@@ -18,8 +18,8 @@ from lowrank_optim.backward.attach import attach_in_backward
 from lowrank_optim.backward.handle import InBackward
 from lowrank_optim.engine.summary import binary
 from lowrank_optim.fitting.costs import Mode, gib, with_ranks
+from lowrank_optim.fitting.text import as_object, estimate_of, method_of, tupled
 from lowrank_optim.groups import Group, lowrank_groups
-from lowrank_optim.groups.keys import METHODS
 from lowrank_optim.groups.names import bare
 from lowrank_optim.groups.values import check_module, whole
 from lowrank_optim.memory import GIB, Estimate, estimate
@@ -160,7 +160,7 @@ class Plan:
         Raises:
             ValueError: the text is no plan, or not of ``model``.
         """
-        given = _object(text)
+        given = as_object(text)
         known = {f.name for f in dataclasses.fields(cls)}
         needed = {
             f.name
@@ -176,9 +176,9 @@ class Plan:
         plan = cls(
             **{
                 **given,
-                "optimizer_class": _class(given["optimizer_class"]),
-                "arguments": {k: _tupled(v) for k, v in given["arguments"].items()},
-                "estimate": _estimate(given["estimate"]),
+                "optimizer_class": method_of(given["optimizer_class"]),
+                "arguments": {k: tupled(v) for k, v in given["arguments"].items()},
+                "estimate": estimate_of(given["estimate"]),
                 "gave_up": tuple(given.get("gave_up", ())),
             }
         )
@@ -335,35 +335,3 @@ def _missing(name: str, params: Iterable[str], trained: Iterable[str]) -> str:
         return "which is frozen: train it, or take it out of ranks"
     near = difflib.get_close_matches(name, list(trained), 1)
     return "which the model has not" + (f"; did you mean {near[0]}?" if near else "")
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        given = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"a plan must be JSON, as Plan.to_json writes it: {error}") from error
-    if not isinstance(given, dict):
-        raise ValueError(f"a plan must be a JSON object, got {type(given).__name__}")
-    for key in ("arguments", "ranks", "estimate", "dense", "frozen"):
-        if not isinstance(given.get(key, {}), dict):
-            raise ValueError(f"{key} of a plan must be an object, got {given[key]!r}")
-    return given
-
-
-def _class(name: Any) -> type[LowRankOptimizer]:
-    if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(
-            f"optimizer_class of a plan must be one of {', '.join(METHODS)}, got {name!r}"
-        )
-    return METHODS[name]
-
-
-def _estimate(given: Mapping[str, Any]) -> Estimate:
-    try:
-        return Estimate(**given)
-    except TypeError as error:
-        raise ValueError(f"estimate of a plan: {error}; call fit() again") from error
-
-
-def _tupled(value: Any) -> Any:
-    return tuple(map(_tupled, value)) if isinstance(value, list) else value

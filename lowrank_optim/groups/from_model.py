@@ -100,19 +100,22 @@ def lowrank_groups(
     Args:
         model: its trainable parameters are each put in one group, tied ones once; frozen ones are
             left out. Names are kept (``param_names``).
-        rank: number of directions, or a fraction of the projected dimension.
+        rank: number of directions, or a fraction of the projected dimension (default: 128).
         target_modules: ``"all-linear"`` (every linear map but embeddings and output heads: the
             weights of ``nn.Linear``, ``Conv1D`` and convolutions, experts, and packed weights of
             attention and recurrent cells, see :mod:`lowrank_optim.groups.linear_maps`), a pattern,
             or a list of them. A pattern that is the full name of a module or a parameter
             means that one; any other is a regular expression, searched in the names of parameters
-            and of the modules that hold them.
+            and of the modules that hold them (default: "all-linear").
         overrides: pattern to group keys for the parameters it matches; the first that matches wins.
-            ``rank=None`` makes them dense, a rank makes them low-rank.
+            ``rank=None`` makes them dense, a rank makes them low-rank (default: None).
         no_decay: patterns; parameters they match get ``weight_decay=0``. One without a match is
-            fine here: not every model has biases.
+            fine here: not every model has biases (default: none).
         **options: further group keys for the targeted matrices, such as ``projector="svd"``;
             ``density`` in place of ``rank``.
+
+    Returns:
+        Groups for the constructor of any optimizer of this package, one for each set of keys.
 
     Raises:
         TypeError: an option is no group key of any optimizer, or ``model`` is no module.

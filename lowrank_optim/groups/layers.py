@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from lowrank_optim.groups.names import bare
 from lowrank_optim.groups.notices import param_name
-
-Group = dict[str, Any]
+from lowrank_optim.groups.values import Group
 
 LAYERS = r"(?:^|\.)(?:layers?|h|blocks?)\.\d+\."
 """What names of transformers have in common: LLaMA's ``layers.0.``, GPT-2's ``h.0.``, BERT's

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lowrank_optim.groups.linear_maps import looks_like_vocabulary
+from lowrank_optim.groups.values import Group
 from lowrank_optim.subspaces.base import PROJECTORS, view_for
 from lowrank_optim.tensors.matrix import MatrixView
 
-Group = dict[str, Any]
 Asked = Callable[[Group, int], bool]
 """Whether something holds of parameter ``i`` of a group."""
 

@@ -18,6 +18,7 @@ from lowrank_optim.tensors.matrix import PROJ_TYPES
 from lowrank_optim.transports import TRANSPORTS
 
 Group = dict[str, Any]
+"""A parameter group, as a torch optimizer keeps it: ``params``, and settings by their names."""
 
 FREE_RULES = {"sign": "sign_sgd", "sgd": "sgd", "none": "no"}
 """What moves the part of a gradient that has no state, and FRUGAL's names for it."""

@@ -19,23 +19,20 @@ from lowrank_optim.backward.handle import InBackward
 from lowrank_optim.backward.shards import like_shard
 from lowrank_optim.backward.step_mode import StepMode
 from lowrank_optim.engine import tracing
-from lowrank_optim.engine.bucket import bucketed
 from lowrank_optim.engine.plan import ParamPlan
 from lowrank_optim.engine.schedule import phase
 from lowrank_optim.groups import Group
 from lowrank_optim.memory.activations import Unit
+from lowrank_optim.memory.alike import kind_of, told_apart
 from lowrank_optim.memory.blocks import Sized, in_blocks
+from lowrank_optim.memory.due import Due, set_counters
 from lowrank_optim.memory.turns import end_turn
 from lowrank_optim.ops.tiles import sizes_alone
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.subspaces.block import Block
-from lowrank_optim.subspaces.spectral import Spectral
 from lowrank_optim.tensors.alive import Alive
 from lowrank_optim.tensors.projected_grad import ProjectedGrad, projection
-
-Due = Literal["first", "none", "all"] | frozenset[int]
-"""Bases that a step finds: the first of all, none, all again, or those of some parameters."""
 
 
 class Rehearsal:
@@ -105,7 +102,7 @@ class Rehearsal:
         """Most bytes alive within ``optimizer.step()`` beyond weights, state and gradients.
 
         Of matrices that are stepped alike only some have a gradient, so that a large model costs
-        what its different matrices do: see :func:`_told_apart`.
+        what its different matrices do: see :func:`lowrank_optim.memory.alike.told_apart`.
         """
         if ("step", due) not in self._known:
             self._begin(due)
@@ -148,11 +145,11 @@ class Rehearsal:
             chosen = self.optimizer._strategies(group)
             own = [item for item in items if item.sharded]  # one message is of all of them
             plain = [item for item in items if not item.sharded]
-            told = _told_apart(plain, chosen, flags, apart=self._mode == "project")
+            told = told_apart(plain, chosen, flags, apart=self._mode == "project")
             own += [item for chunk in told for item in chunk]
-            self._make_state(own + list({_kind(item): item for item in items}.values()), chosen)
+            self._make_state(own + list({kind_of(item): item for item in items}.values()), chosen)
             if due != "first":
-                _set_counters(self.optimizer, group, items, flags)
+                set_counters(self.optimizer, group, items, flags)
             found += [item.param for item in own]
         end_turn(self.optimizer)
         return found
@@ -162,13 +159,13 @@ class Rehearsal:
         assert isinstance(self.optimizer, LowRankOptimizer)
         known: dict[Hashable, Mapping[str, Any]] = {}
         for item in items:
-            kind = id(item) if isinstance(item.subspace, Block) else _kind(item)
+            kind = id(item) if isinstance(item.subspace, Block) else kind_of(item)
             if item.param in self.optimizer.state:
                 known[kind] = self.optimizer.state[item.param]
         for item in items:
             if item.param in self.optimizer.state:
                 continue
-            alike = known.get(_kind(item))
+            alike = known.get(kind_of(item))
             if alike is None:
                 self.optimizer._state_of(item, chosen)
             else:
@@ -277,7 +274,7 @@ class Rehearsal:
         if not isinstance(self.optimizer, LowRankOptimizer):
             return [(p, (p.shape, p.stride(), p.dtype)) for p in self._trained]
         return [
-            (item.param, (n, _kind(item), self._active(item)))
+            (item.param, (n, kind_of(item), self._active(item)))
             for n, (_, items) in enumerate(self._groups())
             for item in items
         ]
@@ -370,65 +367,3 @@ def _as_on_an_accelerator(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         if group.get("foreach", ...) is None and not group.get("fused"):
             group["foreach"] = True
-
-
-def _set_counters(
-    optimizer: LowRankOptimizer,
-    group: Group,
-    items: Sequence[ParamPlan],
-    due: Mapping[Tensor, bool],
-) -> None:
-    """A step at which these bases are due, and no other that need not be at every step."""
-    chosen = optimizer._strategies(group)
-    for item in items:
-        state = optimizer.state.get(item.param)
-        if not state or item.subspace is None:
-            continue
-        if isinstance(item.subspace, Block):
-            state["clock"].fill_(chosen.gap if due[item.param] else max(1, chosen.gap // 2))
-            continue
-        if isinstance(item.subspace, Spectral) and item.view is not None:  # a round begins
-            while due[item.param] and not item.subspace.factors_anew(state, item.view):
-                state["host.iteration"] += 1
-        turn = chosen.gap + phase(item, chosen)
-        late = 0 if due[item.param] else 1
-        state["step"].fill_(turn + late)
-        state["refresh_step"].fill_(turn + late - 1)
-
-
-def _kind(item: ParamPlan) -> Hashable:
-    """What items of a group that are stepped alike have in common."""
-    p = item.param
-    return item.kind, type(item.subspace), p.shape, p.stride(), p.dtype
-
-
-def _form(chunk: Sequence[ParamPlan], due: Mapping[Tensor, bool]) -> Hashable:
-    """What chunks of a group that need the same memory have in common."""
-    if isinstance(chunk[0].subspace, Block):
-        return id(chunk[0])
-    return _kind(chunk[0]), len(chunk), sum(due[item.param] for item in chunk)
-
-
-def _told_apart(
-    items: Sequence[ParamPlan], chosen: Any, due: Mapping[Tensor, bool], *, apart: bool
-) -> list[Sequence[ParamPlan]]:
-    """The chunks of a step that can need memory of their own, in turn.
-
-    What a chunk needs depends on its form, and on the copies that chunks before it have left for
-    others to take (:class:`lowrank_optim.engine.undo.Undo`). A chunk makes its copies before
-    anything else, so that another of its form that follows needs what it did, and leaves as much as
-    it finds. A dense parameter neither leaves nor takes any.
-    """
-    key = (lambda i: (i.key[:3], due[i.param])) if apart else (lambda i: i.key)
-    found: list[tuple[Hashable, Sequence[ParamPlan]]] = []
-    dense: set[Hashable] = set()
-    for chunk in bucketed(items, chosen, key):
-        form = _form(chunk, due)
-        if chunk[0].subspace is None:
-            if form in dense:
-                continue
-            dense.add(form)
-        elif found and found[-1][0] == form:
-            continue
-        found.append((form, chunk))
-    return [chunk for _, chunk in found]

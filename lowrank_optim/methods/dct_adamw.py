@@ -1,8 +1,4 @@
-r"""DCT-AdamW: a fixed cosine basis of which each step takes the r vectors it needs.
-
-.. math::
-    S = Q^T (G + E), \quad I = \mathrm{top}_r \|S_{j,:}\|, \quad R = S_I, \quad
-    W \leftarrow (1 - \eta\lambda) W - \eta\, Q_I\, \mathrm{adam}(R)
+"""DCT-AdamW: a fixed cosine basis of which each step takes the r vectors it needs.
 
 No factorisation, no basis per matrix: a new subspace every step for one fast transform.
 
@@ -29,6 +25,13 @@ from lowrank_optim.rules import AdamW, Rule
 
 class DCTAdamW(LowRankOptimizer):
     r"""AdamW on the r largest cosine coefficients of the gradient.
+
+    .. math::
+        S = Q^T (G + E), \quad I = \mathrm{top}_r \|S_{j,:}\|, \quad R = S_I, \quad
+        W \leftarrow (1 - \eta\lambda) W - \eta\alpha\, Q_I\, \mathrm{adam}(R)
+
+    Q has the cosines of the DCT-II, one basis for each width. E is what was left out before, and 0
+    without ``error_feedback``. A matrix keeps r indices and moments ``(r, n)``.
 
     Moments belong to indices: where an index stays from one refresh to the next its moments go
     with it, exactly, and a new one starts from zero with a bias correction of its own.
@@ -72,6 +75,9 @@ class DCTAdamW(LowRankOptimizer):
     left in place, and permuted into their own input), quantised memories use all their levels,
     eps stands where torch has it, gradients are left as they were, and the state can be saved. Its
     settings: ``basis="dct3", ranking="l1", on_refresh="keep", slot_bias_correction=False``.
+
+    References:
+        Modoranu et al. (2025), arXiv:2505.17967.
     """
 
     rule_class: ClassVar[type[Rule]] = AdamW

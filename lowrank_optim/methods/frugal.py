@@ -6,13 +6,8 @@ r"""FRUGAL: a part of every gradient moves by a rule with state, the rest by one
 
 :math:`\phi` is the sign, the identity or zero (``free_rule``), :math:`\rho` is ``free_lr_scale``
 and s ``proj_params_lr_scale``, which leaves the decay alone. The part with state is drawn anew
-every ``update_proj_gap`` steps, and its moments start from zero (``on_refresh``).
-
-Differs from the release: what is random depends on (seed, parameter, step) alone; ``randk`` keeps
-no indices; sets of indices are sorted, so that ``on_refresh="project"`` carries moments of rows,
-columns and entries that stay; where a dense basis leaves nothing out, no sign is taken of the
-rounding; blocks follow a clock of their group, not the steps of its first tensor; momentum starts
-at zero, not at the weights, and decay is decoupled in every class.
+every ``update_proj_gap`` steps, and its moments start from zero (``on_refresh``). The classes
+differ in the rule alone.
 
 References:
     Zmushko et al. (2025), arXiv:2411.07837, algorithm 1.
@@ -76,6 +71,14 @@ def _with_rank(entry: Any, rank: Any) -> Any:
 class FrugalAdamW(_Frugal):
     r"""AdamW on a part of every gradient, signs of the rest: a drop-in for ``torch.optim.AdamW``.
 
+    .. math::
+        W \leftarrow (1 - \eta \lambda) W - \eta s \left( P\,\mathrm{adam}(R)
+            + \rho\,\phi(G - P R) \right), \quad R = P^T G
+
+    :math:`\phi` is the sign, the identity or zero (``free_rule``), :math:`\rho` is
+    ``free_lr_scale`` and s ``proj_params_lr_scale``. P picks the part that has moments, which is
+    drawn anew every ``update_proj_gap`` steps.
+
     Args:
         params: parameters, named parameters, or groups of either. ``density`` (or ``rank``) below
             applies only where no group names one; a group without is then ``torch.optim.AdamW``.
@@ -115,8 +118,14 @@ class FrugalAdamW(_Frugal):
         >>> bool((weight.abs() > 0.09).all())
         True
 
+    Differs from the release: what is random depends on (seed, parameter, step) alone; ``randk``
+    keeps no indices; sets of indices are sorted, so that ``on_refresh="project"`` carries moments
+    of rows, columns and entries that stay; where a dense basis leaves nothing out, no sign is taken
+    of the rounding; blocks follow a clock of their group, not the steps of its first tensor; decay
+    is decoupled in every class.
+
     References:
-        Zmushko et al. (2025), arXiv:2411.07837.
+        Zmushko et al. (2025), arXiv:2411.07837, algorithm 1.
     """
 
     rule_class: ClassVar[type[Rule]] = AdamW
@@ -163,7 +172,13 @@ class FrugalAdamW8bit(FrugalAdamW):
 
 
 class FrugalLion(_Frugal):
-    """Lion on a part of every gradient, signs of the rest.
+    r"""Lion on a part of every gradient, signs of the rest.
+
+    .. math::
+        N = \mathrm{sign}(\beta_1 m + (1 - \beta_1) R), \quad
+        m \leftarrow \beta_2 m + (1 - \beta_2) R
+
+    in the place of :class:`FrugalAdamW`'s :math:`\mathrm{adam}(R)`.
 
     Args:
         params: as in :class:`FrugalAdamW`; groups without a density or rank are Lion.
@@ -217,7 +232,12 @@ class FrugalLion(_Frugal):
 
 
 class FrugalSGD(_Frugal):
-    """SGD with momentum on a part of every gradient, signs (or SGD) of the rest.
+    r"""SGD with momentum on a part of every gradient, signs (or SGD) of the rest.
+
+    .. math::
+        m \leftarrow \mu m + (1 - d) R
+
+    in the place of :class:`FrugalAdamW`'s :math:`\mathrm{adam}(R)`, with d the dampening.
 
     The theory of the paper is about this one, with ``free_rule="sgd"``.
 
@@ -246,8 +266,11 @@ class FrugalSGD(_Frugal):
         >>> optimizer = FrugalSGD([weight], lr=1.0, momentum=0.9, **options)
         >>> weight.grad = torch.ones(8, 4)
         >>> optimizer.step()
-        >>> weight[0, 0].item()  # the release: 0.0, its momentum starts as the weights
+        >>> weight[0, 0].item()
         9.0
+
+    Differs from the release: momentum starts at the first gradient, and not at the weights, by
+    which the example would end at 0.
 
     References:
         Zmushko et al. (2025), arXiv:2411.07837.

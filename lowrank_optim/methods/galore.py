@@ -6,11 +6,6 @@ r"""GaLore: gradients projected on their leading singular vectors.
 
 with P refreshed every ``update_proj_gap`` steps. The four classes differ in the rule alone.
 
-Differs from the release (galore-torch 1.0): eps stands after bias correction and decay comes first,
-as in ``torch.optim``; moments are float32 also under bfloat16 parameters; the basis is found by a
-warm randomised SVD (``projector="svd"``: exactly), with its signs aligned; refreshes are staggered
-(``stagger=False``: all at steps 0, T, 2T, …); the state is plain tensors.
-
 References:
     Zhao et al. (2024), arXiv:2403.03507, algorithm 2.
 """
@@ -43,6 +38,9 @@ class GaLoreAdamW(_GaLore):
         R = P^T G, \quad W \leftarrow (1 - \eta\lambda) W
             - \eta\alpha P \frac{\hat m(R)}{\sqrt{\hat v(R)} + \epsilon}
 
+    G is ``(m, n)`` with m the projected side, P ``(m, r)`` and R ``(r, n)``; the two moments have
+    the shape of R.
+
     Args:
         params: parameters, named parameters, or groups of either. ``rank`` below applies only
             where no group names one; a group without it is then ``torch.optim.AdamW``, bit for bit
@@ -67,6 +65,14 @@ class GaLoreAdamW(_GaLore):
         >>> optimizer.step()
         >>> {k: tuple(v.shape) for k, v in optimizer.state[model.weight].items()}["basis"]
         (32, 4)
+
+    Differs from the release (galore-torch 1.0): eps stands after bias correction and decay comes
+    first, as in ``torch.optim``; moments are float32 also under bfloat16 parameters; the basis is
+    found by a warm randomised SVD (``projector="svd"``: exactly), with its signs aligned; refreshes
+    are staggered (``stagger=False``: all at steps 0, T, 2T, …); the state is plain tensors.
+
+    References:
+        Zhao et al. (2024), arXiv:2403.03507, algorithm 2.
     """
 
     rule_class: ClassVar[type[Rule]] = AdamW
@@ -161,8 +167,13 @@ class GaLoreLion(_GaLore):
 class GaLoreSGD(_GaLore):
     r"""SGD with momentum on the projected gradient.
 
-    At full rank and with no refresh under carried momentum it is SGD exactly: the rule is linear,
-    so an orthonormal change of coordinates does not change it.
+    .. math::
+        m \leftarrow \mu m + (1 - d) P^T G, \quad
+        W \leftarrow (1 - \eta\lambda) W - \eta\alpha P m
+
+    d is the dampening, which the first step leaves out. At full rank and with no refresh under
+    carried momentum it is SGD exactly: the rule is linear, so an orthonormal change of coordinates
+    does not change it.
 
     Args:
         params: as in :class:`GaLoreAdamW`; groups without a rank are SGD.
@@ -185,6 +196,9 @@ class GaLoreSGD(_GaLore):
         >>> optimizer.step()
         >>> torch.allclose(weight, -torch.eye(4), atol=1e-6)
         True
+
+    References:
+        Zhao et al. (2024), arXiv:2403.03507; no GaLore release has it.
     """
 
     rule_class: ClassVar[type[Rule]] = SGD
@@ -206,6 +220,11 @@ class GaLoreSGD(_GaLore):
 
 class GaLoreAdafactor(_GaLore):
     r"""Adafactor on the projected gradient: the second moment is kept as two vectors.
+
+    .. math::
+        N = R / \sqrt V, \quad V_{ij} = u_i v_j / \mathrm{mean}(u), \quad R = P^T G
+
+    u are means of the squares of R over rows, v those over columns, both moving.
 
     Args:
         params: as in :class:`GaLoreAdamW`; groups without a rank are Adafactor.

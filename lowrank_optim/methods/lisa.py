@@ -6,10 +6,7 @@ r"""LISA and BAdam: AdamW on a few whole layers at a time, all others frozen.
 
 with N AdamW's direction, whose moments and steps begin anew with each turn of K steps. LISA draws
 the layers of A at random and trains embedding and head all the time; BAdam has one layer in A, and
-embedding and head are layers as well.
-
-Differs from the papers: moments of idle layers are not kept, and no decay acts on them. From the
-releases: written from the equations alone.
+embedding and head are layers as well. Both are written from the equations alone.
 
 References:
     Pan et al. (2024), arXiv:2403.17919, algorithm 1; Luo et al. (2024), arXiv:2404.02827,
@@ -198,6 +195,13 @@ def _wake(param: Tensor) -> None:
 class LisaAdamW(_Layers):
     r"""AdamW on embedding, head, and a few layers that are drawn anew every K steps.
 
+    .. math::
+        W_\ell \leftarrow (1 - \eta \lambda) W_\ell - \eta N_\ell \quad
+        \text{for } \ell \in A_k, \qquad k = \lfloor t / K \rfloor
+
+    N is AdamW's direction, whose moments and steps begin anew with each turn of K steps. Layers
+    that are not in A have no moments, no gradient and no update.
+
     Args:
         params: named parameters, or groups of them (``model.named_parameters()``): names say which
             parameters are a layer. Without names every matrix is a layer of its own.
@@ -231,8 +235,11 @@ class LisaAdamW(_Layers):
         >>> sum(p.requires_grad for p in layers.parameters())  # two layers, bias and weight
         4
 
+    The paper does not say what becomes of moments. Here idle layers have none, and a layer that is
+    drawn twice running starts again (``on_refresh="keep"``: goes on).
+
     References:
-        Pan et al. (2024), arXiv:2403.17919.
+        Pan et al. (2024), arXiv:2403.17919, algorithm 1.
     """
 
     rule_class: ClassVar[type[Rule]] = AdamW
@@ -282,6 +289,13 @@ class LisaAdamW8bit(LisaAdamW):
 class BAdamW(_Layers):
     r"""AdamW on one layer for K steps, then on the next: block coordinate descent.
 
+    .. math::
+        W_\ell \leftarrow (1 - \eta \lambda) W_\ell - \eta N_\ell \quad
+        \text{for } \ell \in A_k, \qquad k = \lfloor t / K \rfloor
+
+    N is AdamW's direction, whose moments and steps begin anew with each turn of K steps. Layers
+    that are not in A have no moments, no gradient and no update.
+
     Embedding and head are layers too, so that backward ends at the layer whose turn it is.
 
     Args:
@@ -311,8 +325,11 @@ class BAdamW(_Layers):
         >>> model[0].weight.grad is None  # backward has ended before it
         True
 
+    Differs from the paper: the active layer has no float32 copy; for bfloat16 weights take
+    ``stochastic_rounding=True``.
+
     References:
-        Luo et al. (2024), arXiv:2404.02827.
+        Luo et al. (2024), arXiv:2404.02827, algorithm 1.
     """
 
     rule_class: ClassVar[type[Rule]] = AdamW

@@ -1,10 +1,4 @@
-r"""Sparse Spectral Training: the singular values of W, and a few of its singular vectors at a time.
-
-.. math::
-    W = U \mathrm{diag}(s) V^T, \qquad
-    u_i \leftarrow \mathrm{unit}(u_i - \eta N(G v_i)), \quad
-    v_i \leftarrow \mathrm{unit}(v_i - \eta N(G^T u_i)) \quad (i \in S), \qquad
-    s \leftarrow \max(s - \eta N(\mathrm{diag}(U^T G V)), 0)
+"""Sparse Spectral Training: the singular values of W, and a few of its singular vectors at a time.
 
 References:
     Zhao et al. (2024), arXiv:2405.15481.
@@ -81,6 +75,14 @@ class Layer(ParamPlan):
 
 class SSTAdamW(LowRankOptimizer):
     r"""AdamW on the spectral factors of each weight, which stays an ordinary dense parameter.
+
+    .. math::
+        W = U \mathrm{diag}(s) V^T, \qquad
+        u_i \leftarrow \mathrm{unit}(u_i - \eta N(G v_i)), \quad
+        v_i \leftarrow \mathrm{unit}(v_i - \eta N(G^T u_i)) \quad (i \in S), \qquad
+        s \leftarrow \max(s - \eta N(\mathrm{diag}(U^T G V)), 0)
+
+    N is AdamW's direction, and S the r pairs in use.
 
     An iteration trains r pairs of singular vectors, drawn anew every ``steps_per_iteration`` steps:
     the moments and their bias correction then start again, and the learning rate warms up over
@@ -355,6 +357,9 @@ class SSTAdamW8bit(SSTAdamW):
         >>> optimizer.step()
         >>> optimizer.state[weight]["v.exp_avg"].dtype
         torch.uint8
+
+    References:
+        Dettmers et al. (2021), arXiv:2110.02861.
     """
 
     preset: ClassVar[Options] = {**SSTAdamW.preset, "state_dtype": "8bit"}

@@ -337,7 +337,8 @@ def _factors(items: Sequence[FactorItem]) -> list[list[Tensor]]:
 class SwitchLoRAAdamW8bit(SwitchLoRAAdamW):
     r""":class:`SwitchLoRAAdamW` with its moments in 8 bits: ``state_dtype="8bit"`` by default.
 
-    A switch writes the codes of zero into the rows that start again; no other code changes.
+    The arguments are those of :class:`SwitchLoRAAdamW`. A switch writes the codes of zero into the
+    rows that start again; no other code changes.
 
     Example:
         >>> import torch
@@ -348,6 +349,9 @@ class SwitchLoRAAdamW8bit(SwitchLoRAAdamW):
         >>> optimizer.step()
         >>> optimizer.state[weight]["A.exp_avg"].dtype
         torch.uint8
+
+    References:
+        Dettmers et al. (2021), arXiv:2110.02861.
     """
 
     preset: ClassVar[Options] = {"scale": 1.0, "state_dtype": "8bit"}

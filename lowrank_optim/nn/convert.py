@@ -39,8 +39,8 @@ def convert(
             :class:`SwitchLoRALinear` and ``SwitchLoRAAdamW``, "sltrain" and "lost" for
             :class:`SLTrainLinear` and :class:`LOSTLinear` and any optimizer, or another registered
             form.
-        rank: as in :func:`lowrank_optim.lowrank_groups`.
-        target_modules: likewise.
+        rank: as in :func:`lowrank_optim.lowrank_groups` (default: 128).
+        target_modules: likewise (default: "all-linear").
         **options: group keys. Those that decide how a layer starts (``seed``, ``sampling``,
             ``density``, ...) must be given here, not to the optimizer.
 
@@ -72,20 +72,8 @@ def convert(
     for group in dense:
         if group.get("rank") is None:
             out.append({**group, "indices": [uid_of(name) for name in group["param_names"]]})
-            continue
-        taken, low = _Members(), _Members()
-        for name, param in zip(group["param_names"], group["params"], strict=True):
-            uid = uid_of(name)
-            place, view = (
-                layer_of(model, name, param),
-                matrix_view(param.shape, group["proj_type"]),
-            )
-            if place is None or view is None:
-                low.add(name, param, uid)
-                continue
-            state = cls.initial(group, view, param, uid)
-            taken.add_layer(_replace(model, cls, place, group, view, state), place, uid)
-        out += _groups(group, method, taken, low, _Members())
+        else:
+            out += _converted(model, cls, method, group)
     return out
 
 
@@ -95,8 +83,20 @@ def merge(model: nn.Module) -> nn.Module:
     Exact up to the rounding of one product into the weight's dtype. An optimizer of the factors
     does not know the new weights: in the middle of a run use :func:`to_weights`.
 
+    Args:
+        model: as :func:`convert` left it. If it is itself a layer of factors, only what is returned
+            is plain.
+
     Raises:
         ValueError: a layer is no linear map, such as one of "lost" with an activation.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim.nn import convert, merge
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> groups = convert(model, "switchlora", rank=2)
+        >>> merge(model)[0]
+        Linear(in_features=8, out_features=6, bias=True)
     """
     check_module(model)
     for layer in model.modules():
@@ -124,6 +124,9 @@ def to_modules(model: nn.Module, optimizer: LowRankOptimizer, method: str) -> Lo
     Returns:
         An optimizer of the same class, with all state, for the run to go on with. Schedulers refer
         to the old one: make them anew.
+
+    Raises:
+        ValueError: the method is not known.
     """
     if method in CONVERTERS:
         return CONVERTERS[method].to_modules(model, optimizer)
@@ -141,9 +144,8 @@ def to_modules(model: nn.Module, optimizer: LowRankOptimizer, method: str) -> Lo
                 continue
             state = dict(optimizer._state_of(item, chosen))
             step, last = int(state["step"]), int(state["refresh_step"])
-            if refresh_due(
-                step, last, chosen.gap, phase(item, chosen)
-            ):  # modules look one step ahead
+            # modules look one step ahead
+            if refresh_due(step, last, chosen.gap, phase(item, chosen)):
                 with torch.no_grad():
                     refresh_(item, state, item.view.of(item.param), step, chosen)
             layer = _replace(model, cls, place, group, item.view, state)
@@ -154,7 +156,15 @@ def to_modules(model: nn.Module, optimizer: LowRankOptimizer, method: str) -> Lo
 
 
 def to_weights(model: nn.Module, optimizer: LowRankOptimizer) -> LowRankOptimizer:
-    """The way back from :func:`to_modules`: dense weights, and an optimizer with all state."""
+    """The way back from :func:`to_modules`: dense weights, and an optimizer with all state.
+
+    Args:
+        model: whose layers of factors are replaced by plain ones, in place.
+        optimizer: of the factors; not to be used afterwards.
+
+    Returns:
+        An optimizer of the same class, with all state. Schedulers must be made anew.
+    """
     for converter in CONVERTERS.values():
         if any(isinstance(layer, converter.layer) for layer in model.modules()):
             return converter.to_weights(model, optimizer)
@@ -189,6 +199,20 @@ def _form(method: str) -> type[Factored]:
         names = ", ".join(repr(name) for name in [*FORMS, *CONVERTERS])
         raise ValueError(f"method must be one of {names}, got {method!r}")
     return FORMS[method]
+
+
+def _converted(model: nn.Module, cls: type[Factored], method: str, group: Group) -> list[Group]:
+    """A group with a rank again, its layers replaced; other matrices stay weights."""
+    taken, low = _Members(), _Members()
+    for name, param in zip(group["param_names"], group["params"], strict=True):
+        uid = uid_of(name)
+        place, view = layer_of(model, name, param), matrix_view(param.shape, group["proj_type"])
+        if place is None or view is None:
+            low.add(name, param, uid)
+            continue
+        state = cls.initial(group, view, param, uid)
+        taken.add_layer(_replace(model, cls, place, group, view, state), place, uid)
+    return _groups(group, method, taken, low, _Members())
 
 
 class _Members:

@@ -9,7 +9,7 @@ Backward makes no gradient of W0: its (m, n) product is never computed. A switch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from lowrank_optim.engine.draws import seeded
 from lowrank_optim.groups import Group, lowrank_groups
 from lowrank_optim.groups.names import uid_of
 from lowrank_optim.groups.values import check_module
+from lowrank_optim.nn.base import convertible, is_conv1d
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.switched import Switched
 from lowrank_optim.tensors.matrix import MatrixView, matrix_view
@@ -40,7 +41,7 @@ class SwitchLoRALinear(nn.Module):
         super().__init__()
         weight = layer.weight
         assert isinstance(weight, nn.Parameter)
-        self.transposed = stored_transposed(layer)
+        self.transposed = is_conv1d(layer)
         self.s = s
         self.lora_A = nn.Parameter(a.clone(memory_format=torch.contiguous_format))
         self.lora_B = nn.Parameter(b.clone(memory_format=torch.contiguous_format))
@@ -78,11 +79,6 @@ class SwitchLoRALinear(nn.Module):
         """Sizes and rank."""
         rank, cols = self.lora_A.shape
         return f"in_features={cols}, out_features={len(self.lora_B)}, rank={rank}"
-
-
-def stored_transposed(layer: nn.Module) -> bool:
-    """Whether a layer's weight is (in, out)."""
-    return type(layer).__name__ == "Conv1D"
 
 
 def convert(
@@ -132,29 +128,32 @@ def convert(
         model, rank=rank, target_modules=target_modules, scale=scale, seed=seed, **options
     )
     owners = layers(model)
-    out: list[Group] = []
-    for group in groups:
-        turned: Group = {**group, "params": [], "param_names": [], "factor_starts": ()}
-        split = [turned]
-        for param, name in zip(group["params"], group["param_names"], strict=True):
-            owner = owners.get(id(param)) if group.get("rank") is not None else None
-            view = matrix_view(param.shape, group.get("proj_type", "std"))
-            if owner is None or view is None:
-                turned["params"].append(param)
-                turned["param_names"].append(name)
-            else:
-                flag = stored_transposed(owner[2])
-                if flag != turned.get("fan_in_fan_out", False):
-                    turned = {**group, "params": [], "param_names": [], "factor_starts": ()}
-                    turned["fan_in_fan_out"] = flag
-                    split.append(turned)
-                space = Switched.from_group({"fan_in_fan_out": False, **turned}, view)
-                drawn = _drawn(space, view, seeded(turned["seed"], uid_of(name), 0), param.is_meta)
-                append_triple(turned, name, replace_layer(owner, space, drawn))
-        out += [g for g in split if g["params"]]
+    out = [own for group in groups for own in _converted(group, owners)]
     if not any(g["factor_starts"] for g in out):
         raise ValueError(f"target_modules {target_modules!r} matches no linear layer")
     return out
+
+
+def _converted(group: Group, owners: Mapping[int, Owner]) -> list[Group]:
+    """A group again, its layers replaced: several where ``fan_in_fan_out`` changes between them."""
+    turned: Group = {**group, "params": [], "param_names": [], "factor_starts": ()}
+    split = [turned]
+    for param, name in zip(group["params"], group["param_names"], strict=True):
+        owner = owners.get(id(param)) if group.get("rank") is not None else None
+        view = matrix_view(param.shape, group.get("proj_type", "std"))
+        if owner is None or view is None:
+            turned["params"].append(param)
+            turned["param_names"].append(name)
+            continue
+        flag = is_conv1d(owner[2])
+        if flag != turned.get("fan_in_fan_out", False):
+            turned = {**group, "params": [], "param_names": [], "factor_starts": ()}
+            turned["fan_in_fan_out"] = flag
+            split.append(turned)
+        space = Switched.from_group({"fan_in_fan_out": False, **turned}, view)
+        drawn = _drawn(space, view, seeded(turned["seed"], uid_of(name), 0), param.is_meta)
+        append_triple(turned, name, replace_layer(owner, space, drawn))
+    return [g for g in split if g["params"]]
 
 
 def _drawn(
@@ -180,7 +179,7 @@ def layers(model: nn.Module) -> dict[int, Owner]:
         for param in module.parameters(recurse=False):
             users[id(param)] = users.get(id(param), 0) + 1
         for name, child in module.named_children():
-            if type(child) is nn.Linear or type(child).__name__ == "Conv1D":
+            if convertible(child):
                 found[id(child.weight)] = module, name, child
     return {i: owner for i, owner in found.items() if users.get(i) == 1}
 

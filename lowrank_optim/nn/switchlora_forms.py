@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from lowrank_optim.engine.plan import State
 from lowrank_optim.groups import Group
-from lowrank_optim.nn.base import CONVERTERS, Converter
+from lowrank_optim.nn.base import CONVERTERS, Converter, is_conv1d
 from lowrank_optim.nn.switchlora import (
     SwitchLoRALinear,
     append_triple,
@@ -17,7 +17,6 @@ from lowrank_optim.nn.switchlora import (
     layers,
     merge,
     replace_layer,
-    stored_transposed,
 )
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.subspaces.switched import Switched
@@ -48,7 +47,7 @@ def to_modules(model: nn.Module, optimizer: LowRankOptimizer) -> LowRankOptimize
                 owner = owners.get(id(item.param))
                 if owner is None:
                     raise ValueError(f"{item.name} is not the weight of a linear layer of its own")
-                if stored_transposed(owner[2]) != group["fan_in_fan_out"]:
+                if is_conv1d(owner[2]) != group["fan_in_fan_out"]:
                     raise ValueError(f"{item.name}: fan_in_fan_out does not fit the layer")
     groups: list[Group] = []
     states: dict[Tensor, State] = {}

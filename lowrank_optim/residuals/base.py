@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
@@ -10,8 +10,7 @@ from torch import Tensor
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.terms import Term, Wants
 from lowrank_optim.tensors.matrix import MatrixView
-
-State = MutableMapping[str, Tensor]
+from lowrank_optim.tensors.state import State
 
 
 class ResidualInputs(NamedTuple):

@@ -6,9 +6,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lowrank_optim.residuals.base import Forgetful, Measured, ResidualInputs, State
+from lowrank_optim.residuals.base import Forgetful, Measured, ResidualInputs
 from lowrank_optim.subspaces.terms import Term, Wants
 from lowrank_optim.tensors.matrix import MatrixView
+from lowrank_optim.tensors.state import State
 
 
 class Drop(Forgetful):

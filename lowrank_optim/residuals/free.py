@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lowrank_optim.ops.devices import recording
 from lowrank_optim.ops.stacked import stacked
-from lowrank_optim.residuals.base import Forgetful, Measured, ResidualInputs, State
+from lowrank_optim.residuals.base import Forgetful, Measured, ResidualInputs
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
+from lowrank_optim.tensors.state import State
 
 
 @dataclass(frozen=True)

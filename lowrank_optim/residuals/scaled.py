@@ -11,9 +11,10 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.ops.stacked import empty_like_all, stacked
-from lowrank_optim.residuals.base import Forgetful, Measured, ResidualInputs, State
+from lowrank_optim.residuals.base import Forgetful, Measured, ResidualInputs
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
+from lowrank_optim.tensors.state import State
 from lowrank_optim.tensors.values import check_finite
 
 TINY = 1e-8

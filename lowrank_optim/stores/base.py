@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -10,8 +10,7 @@ from torch import Tensor
 from lowrank_optim.ops import Noise
 from lowrank_optim.ops.quant import Moment
 from lowrank_optim.rules.base import Slot
-
-State = MutableMapping[str, Tensor]
+from lowrank_optim.tensors.state import State as State
 
 
 class Whole(NamedTuple):

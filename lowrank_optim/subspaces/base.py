@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -17,8 +17,7 @@ from lowrank_optim.subspaces.shared import Shared
 from lowrank_optim.subspaces.target import Target, guarded
 from lowrank_optim.subspaces.terms import Term, Wants
 from lowrank_optim.tensors.matrix import MatrixView, matrix_view, row_view
-
-State = MutableMapping[str, Tensor]
+from lowrank_optim.tensors.state import State as State
 
 
 @dataclass(frozen=True)

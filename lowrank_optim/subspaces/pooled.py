@@ -20,7 +20,7 @@ from lowrank_optim.subspaces.refresh import BasisChange, RefreshContext
 from lowrank_optim.subspaces.searches import Ask, Searching, alone
 from lowrank_optim.subspaces.shared import Shared
 from lowrank_optim.subspaces.switching import Schedule, ring, runs, thawing
-from lowrank_optim.subspaces.terms import Wants
+from lowrank_optim.subspaces.terms import Wants, without_rest
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.values import check_finite, check_index
 
@@ -165,9 +165,7 @@ class Pooled(Subspace):
 
     def refuses(self, wants: Wants) -> str | None:
         """All residuals but those that drop: what else should become of it, nobody has said."""
-        if wants == "nothing":
-            return None
-        return "its coordinates are of factors of the weight, and leave nothing outside them"
+        return without_rest(wants)
 
     def init(self, view: MatrixView, param: Tensor) -> State:
         """Zeros, but for the order: the first step draws the numbers."""

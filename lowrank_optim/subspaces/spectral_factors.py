@@ -17,7 +17,7 @@ from lowrank_optim.subspaces.base import State, Subspace
 from lowrank_optim.subspaces.factors import order_of, sample, triplets, triplets_of, unit
 from lowrank_optim.subspaces.refresh import BasisChange, RefreshContext
 from lowrank_optim.subspaces.searches import Searching, alone
-from lowrank_optim.subspaces.terms import Wants
+from lowrank_optim.subspaces.terms import Wants, without_rest
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.values import (
     WIDE_COUNTER_MAX,
@@ -84,9 +84,7 @@ class SpectralFactors(Subspace):
 
     def refuses(self, wants: Wants) -> str | None:
         """All residuals but those that drop: what else should become of it, nobody has said."""
-        if wants == "nothing":
-            return None
-        return "its coordinates are of factors of the weight, and leave nothing outside them"
+        return without_rest(wants)
 
     def init(self, view: MatrixView, param: Tensor) -> State:
         """Zeros: until the first refresh the update is zero."""

@@ -60,3 +60,10 @@ def unknown_kind(kind: str, allowed: Iterable[str]) -> ValueError:
     """The error of a subspace that is given a term which it cannot apply."""
     names = ", ".join(repr(name) for name in allowed)
     return ValueError(f"the kind of a residual's term must be one of {names}, got {kind!r}")
+
+
+def without_rest(wants: Wants) -> str | None:
+    """Why factors of a weight do not go with a residual: all but those that drop; else None."""
+    if wants == "nothing":
+        return None
+    return "its coordinates are of factors of the weight, and leave nothing outside them"

@@ -76,10 +76,6 @@ class MatrixView(NamedTuple):
         """``rank`` as a number of directions: a fraction counts the projected dimension."""
         return max(1, round(rank * self.m)) if isinstance(rank, float) else rank
 
-    def resolve_rank(self, rank: int | float) -> int:
-        """The directions that a basis of this view really gets."""
-        return min(self.directions(rank), self.full_rank)
-
 
 def row_view(shape: Sequence[int]) -> MatrixView | None:
     """A parameter of any shape as one row, a matrix as it is; None where it is empty."""

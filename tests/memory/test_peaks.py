@@ -204,7 +204,7 @@ def test_some_matrices_say_what_all_need(
     some = rehearsed(cls, SHAPES, **options)
     dues = ["first", "none", "all", *some.turns()]
     found = [some.step(due) for due in dues]
-    path = "lowrank_optim.memory.rehearsal._told_apart"
+    path = "lowrank_optim.memory.rehearsal.told_apart"
     with monkeypatch.context() as patch:
         from lowrank_optim.engine.bucket import bucketed
 
