@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from typing import NamedTuple
 
 import torch
@@ -208,14 +209,16 @@ def push(work: Sequence[MatrixStep], ready: Sequence[Push], chosen: Strategies, 
     undo.loosen([w.state for w in work], [w.item.param for w in work], [w.item.name for w in work])
     written: list[MatrixStep] = []
     try:
-        for n in _pushed_(subspace, intos, [w.state for w in work], updates, terms):
-            w, param = work[n], intos[n].param
-            view = w.item.view
-            assert view is not None
-            if not view.shares(w.item.param, param):
-                stored = param.mT if view.flip else param  # strides that allow no matrix view
-                w.item.param.copy_(stored.reshape(view.shape))
-            written.append(w)
+        numbers = _pushed_(subspace, intos, [w.state for w in work], updates, terms)
+        with closing(numbers):  # what a subspace keeps of those that are written it keeps first
+            for n in numbers:
+                w, param = work[n], intos[n].param
+                view = w.item.view
+                assert view is not None
+                if not view.shares(w.item.param, param):
+                    stored = param.mT if view.flip else param  # strides that allow no matrix view
+                    w.item.param.copy_(stored.reshape(view.shape))
+                written.append(w)
     finally:  # if another could not be written too
         if written:
             states, grads = [w.state for w in written], [w.grad for w in written]
@@ -230,7 +233,7 @@ def _pushed_(
     states: Sequence[State],
     updates: Sequence[dict[str, Tensor]],
     terms: Sequence[Term | None],
-) -> Iterator[int]:
+) -> Generator[int]:
     """What subspaces write, each matrix by number when it has been written.
 
     On an accelerator weights that are rounded stochastically go as many at a time as a tile holds.

@@ -16,6 +16,9 @@ from lowrank_optim.residuals import Measured, ResidualInputs
 
 _T = TypeVar("_T")
 
+CACHED_ELEMENTS = 1 << 16
+"""Weights of a portion on a CPU, 256 KiB in float32."""
+
 
 @dataclass(eq=False, slots=True)
 class MatrixStep:
@@ -47,12 +50,15 @@ class MatrixStep:
 def portions(work: Sequence[tuple[ParamPlan, _T]]) -> Iterator[Sequence[tuple[ParamPlan, _T]]]:
     """Matrices of a bucket that a phase takes at once.
 
-    All of them on an accelerator, which is asked for as few kernels as there can be; one on a CPU,
-    so that what is computed of a matrix is in the cache when its weights are written.
+    All of them on an accelerator, which is asked for as few kernels as there can be. On a CPU as
+    many as a cache holds, so that what is computed of a matrix is there when its weights are
+    written: one, unless they are so small that asking for one takes longer than computing it.
     """
     if not work:
         return
-    size = len(work) if on_accelerator(work[0][0].param) else 1
+    param, size = work[0][0].param, len(work)
+    if not on_accelerator(param):
+        size = max(1, CACHED_ELEMENTS // max(1, param.numel()))
     for start in range(0, len(work), size):
         yield work[start : start + size]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lowrank_optim.ops.rows import take_rows
 from lowrank_optim.rules.base import Slot
 from lowrank_optim.subspaces.refresh import BasisChange
 from lowrank_optim.subspaces.searches import Ask, Searching
+from lowrank_optim.subspaces.switching import where
 from lowrank_optim.tensors.values import set_counter_
 from lowrank_optim.transports import TRANSPORTS
 
@@ -73,9 +74,8 @@ def _moments_follow_(
                 sources[coord] = source
                 continue
             _transport(item, state, coord, shape, moved[coord], float(time), chosen, ok)
-    for coord, own in moved.items():
-        if own.fresh:
-            _restart_(state, coord, subspace.coord_shapes(view)[coord], own.fresh, chosen)
+    if any(own.fresh for own in moved.values()):
+        yield from _restarting_(state, subspace.coord_shapes(view), moved, chosen)
 
 
 def _transport(
@@ -150,15 +150,68 @@ def _move_all_(sources: list[Tensor], *lists: Any) -> list[Tensor]:
     return sources
 
 
-def _restart_(
-    state: State, coord: str, shape: Sequence[int], rows: Sequence[slice], chosen: Strategies
-) -> None:
-    """Zero moments and ages of some rows where they are kept: no other row is read or written."""
-    for slot in chosen.rule.slots(shape):
+def _restarting_(
+    state: State,
+    shapes: Mapping[str, Sequence[int]],
+    moved: Mapping[str, BasisChange],
+    chosen: Strategies,
+) -> Searching[None]:
+    """Zero moments and ages of some rows where they are kept: no other row is read or written.
+
+    An accelerator does so for all matrices at once.
+    """
+    kept: list[Tensor] = []
+    options: list[tuple[int, int]] = []
+    for n, coord in enumerate(moved):
+        found = [(state[age_key(coord)].unsqueeze(-1), 0)] if chosen.aged else []
+        for slot in chosen.rule.slots(shapes[coord]):
+            found += chosen.store.restarting(state, slot_key(coord, slot.name), slot)
+        kept += [x for x, _ in found]
+        options += [(n, fill) for _, fill in found]
+    fresh = [own.fresh for own in moved.values()]
+    if not on_accelerator(kept[0]):
+        _restart_([fresh], [[x] for x in kept], options)
+        return
+    # calls are alike where their tensors are: which rows each has to do is a tensor of the host
+    marks = [torch.zeros(shapes[coord][-2], dtype=torch.bool) for coord in moved]
+    for mark, rows in zip(marks, fresh, strict=True):
         for own in rows:
-            chosen.store.restart_rows_(state, slot_key(coord, slot.name), slot, own)
-    for own in rows if chosen.aged else ():
-        state[age_key(coord)][..., own].zero_()
+            mark[own] = True
+    yield Ask(_restart_all_, (*marks, *kept), (tuple(options),), listed=True)
+
+
+def _restart_all_(*lists: Any) -> list[Tensor]:
+    """:func:`_restart_` of several matrices."""
+    *tensors, options = lists
+    count = 1 + max(n for n, _ in options)
+    marks, kept = tensors[:count], tensors[count:]
+    fresh = [[where(mark.tolist()) for mark in own] for own in zip(*marks, strict=True)]
+    _restart_(fresh, kept, options)
+    return marks[0]  # type: ignore[no-any-return]
+
+
+def _restart_(
+    fresh: Sequence[Sequence[Sequence[slice]]],
+    kept: Sequence[Sequence[Tensor]],
+    options: Sequence[tuple[int, int]],
+) -> None:
+    """Rows of what matrices keep, each with its code of zero.
+
+    Args:
+        fresh: of each matrix the rows of each coordinate.
+        kept: tensors ``(..., r, k)`` of all matrices, by what they are.
+        options: the number of its coordinate, and its code of zero, of each of ``kept``.
+    """
+    alike: dict[torch.dtype, list[Tensor]] = {}
+    for xs, (n, fill) in zip(kept, options, strict=True):
+        for x, rows in zip(xs, fresh, strict=True):
+            for own in rows[n]:
+                if fill:  # torch has no kernel that fills tensors of a list
+                    x[..., own, :].fill_(fill)
+                else:
+                    alike.setdefault(x.dtype, []).append(x[..., own, :])
+    for zeros in alike.values():
+        torch._foreach_zero_(zeros)
 
 
 def _carry_ages_(age: Tensor, moved: BasisChange, on_refresh: str, ok: Tensor | None) -> None:

@@ -121,9 +121,9 @@ class ErrorFeedback(OneByOne):
         check_finite({"the highest level of error": highest}, "the highest level of error")
 
     def before(self, state: State, grad: Tensor) -> Tensor:
-        """``G + E``; a gradient that is not finite is returned as it is."""
+        """``G + E``; a gradient that is not finite as it is, in the format of all others."""
         if not on_accelerator(grad) and not bool(ops.matrix_norm(grad).isfinite().all()):
-            return grad
+            return grad.to(compute_dtype(grad.dtype))
         out = torch.empty(grad.mT.shape, dtype=compute_dtype(grad.dtype), device=grad.device)
         for at in self._tiles(grad):
             out[..., at, :] = self._error(state, at, grad.shape[-2]).add(grad.mT[..., at, :])

@@ -133,8 +133,8 @@ class Store(Protocol):
         """Move rows to the places ``source`` gives them, without a rounding; False if it cannot."""
         ...
 
-    def restart_rows_(self, state: State, key: str, slot: Slot, rows: slice) -> None:
-        """Zero some rows ``(..., r, k)`` where they are kept: no other is read or written."""
+    def restarting(self, state: State, key: str, slot: Slot) -> list[tuple[Tensor, int]]:
+        """Tensors ``(..., r, k)`` of which rows start again alone, each with its code of zero."""
         ...
 
     def write_(

@@ -112,10 +112,9 @@ class Block4Store:
             move_rows_(x, source, fill)
         return True
 
-    def restart_rows_(self, state: State, key: str, slot: Slot, rows: slice) -> None:
+    def restarting(self, state: State, key: str, slot: Slot) -> list[tuple[Tensor, int]]:
         """Codes and scales."""
-        for x, fill in self.rows(state, key, slot) or ():
-            x[..., rows, :].fill_(fill)
+        return self.rows(state, key, slot) or []
 
     def read(
         self,

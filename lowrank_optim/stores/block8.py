@@ -92,10 +92,10 @@ class Block8Store(OneByOne):
             move_rows_(x, source, fill)
         return rows is not None
 
-    def restart_rows_(self, state: State, key: str, slot: Slot, rows: slice) -> None:
-        """Codes of 0: others may share the scale."""
+    def restarting(self, state: State, key: str, slot: Slot) -> list[tuple[Tensor, int]]:
+        """Codes: others may share the scale."""
         code = quant.zero_code(slot.signed) if scale_key(key) in state else 0
-        state[key][..., rows, :].fill_(code)
+        return [(state[key], code)]
 
     def read(
         self,

@@ -69,9 +69,9 @@ class FloatStore:
         move_rows_(state[key], source)
         return True
 
-    def restart_rows_(self, state: State, key: str, slot: Slot, rows: slice) -> None:
+    def restarting(self, state: State, key: str, slot: Slot) -> list[tuple[Tensor, int]]:
         """As they are stored."""
-        state[key][..., rows, :].zero_()
+        return [(state[key], 0)]
 
     def read(
         self,

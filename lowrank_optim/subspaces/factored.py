@@ -126,7 +126,9 @@ class SwitchedFactors(Switched):
     def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
         """Gradients of A and of B transposed, zero where frozen; the parameters' own stay."""
         low = {side: state[f"grad_{side}"].to(state[f"basis_{side}"].dtype) for side in SIDES}
-        return self.thawed(state, {side: reduce(x.clone()) for side, x in low.items()})
+        low = {side: reduce(x.clone()) for side, x in low.items()}
+        self.still_([state], [low])
+        return low
 
     def push_(
         self, into: Target, state: State, update: dict[str, Tensor], term: Term | None

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lowrank_optim.subspaces.base import register
-from lowrank_optim.subspaces.random import gaussian, orthogonal
+from lowrank_optim.subspaces.random import drawn, haar
 from lowrank_optim.subspaces.refresh import RefreshContext
 from lowrank_optim.subspaces.searches import Ask, Searching
 from lowrank_optim.subspaces.svd import SVD
@@ -47,7 +47,7 @@ class GoLore(SVD):
     def find(self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext) -> Tensor:
         """``Q`` of a Gaussian ``(..., m, r)``, or ``U[:, :r]`` of the gradient before."""
         if self.draws(ctx.count):
-            return orthogonal(gaussian(grad, (*grad.shape[:-1], self.rank), ctx))
+            return haar(drawn(grad, (*grad.shape[:-1], self.rank), ctx), grad.device)
         return super().find(grad, previous, ctx)
 
     def searching(
@@ -56,8 +56,8 @@ class GoLore(SVD):
         """The same, of all matrices that are due."""
         if not self.draws(ctx.count):
             return (yield from super().searching(grad, previous, ctx))
-        drawn = gaussian(grad, (*grad.shape[:-1], self.rank), ctx)
-        found: Tensor = yield Ask(orthogonal, (drawn,))
+        x = drawn(grad, (*grad.shape[:-1], self.rank), ctx)
+        found: Tensor = yield Ask(haar, (x,), (grad.device,))
         return found
 
     def spans(self, count: int) -> bool:

@@ -16,16 +16,31 @@ from lowrank_optim.subspaces.refresh import RefreshContext
 from lowrank_optim.subspaces.searches import Ask, Searching
 
 
-def gaussian(like: Tensor, shape: tuple[int, ...], ctx: RefreshContext) -> Tensor:
-    """Standard normal numbers, drawn on the CPU so that every device sees the same ones."""
+def drawn(like: Tensor, shape: tuple[int, ...], ctx: RefreshContext) -> Tensor:
+    """Standard normal numbers on the host, so that those of every device are the same."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    return sent(torch.randn(shape, generator=ctx.generator, dtype=dtype), like.device)
+    return torch.randn(shape, generator=ctx.generator, dtype=dtype)
+
+
+def there(x: Tensor, device: torch.device) -> Tensor:
+    """What was :func:`drawn`, on a device: as a call that matrices share, one copy for all."""
+    return sent(x, device)
 
 
 def orthogonal(x: Tensor) -> Tensor:
     """Householder's orthonormal columns of ``x (..., m, k)``."""
     q: Tensor = torch.linalg.qr(x).Q
     return q
+
+
+def haar(x: Tensor, device: torch.device) -> Tensor:
+    """:func:`orthogonal` of what was :func:`drawn`, likewise."""
+    return orthogonal(sent(x, device))
+
+
+def normal(x: Tensor, device: torch.device, rank: int) -> Tensor:
+    """``x / sqrt(rank)`` of what was :func:`drawn`, likewise."""
+    return sent(x, device) / math.sqrt(rank)
 
 
 @register("random")
@@ -38,17 +53,17 @@ class Random(Projector):
 
     def find(self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext) -> Tensor:
         """``Q`` of the QR factorisation of a Gaussian ``(..., m, r)``."""
-        return orthogonal(self._drawn(grad, ctx))
+        return haar(self._drawn(grad, ctx), grad.device)
 
     def searching(
         self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext
     ) -> Searching[Tensor]:
         """The same, of all matrices that are due."""
-        found: Tensor = yield Ask(orthogonal, (self._drawn(grad, ctx),))
+        found: Tensor = yield Ask(haar, (self._drawn(grad, ctx),), (grad.device,))
         return found
 
     def _drawn(self, grad: Tensor, ctx: RefreshContext) -> Tensor:
-        return gaussian(grad, (*grad.shape[:-1], self.rank), ctx)
+        return drawn(grad, (*grad.shape[:-1], self.rank), ctx)
 
 
 @dataclass(frozen=True)
@@ -62,11 +77,12 @@ class Gaussian(Random):
 
     def find(self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext) -> Tensor:
         """Drawn ``(..., m, r)``, whatever the gradient."""
-        return self._drawn(grad, ctx) / math.sqrt(self.rank)
+        return normal(self._drawn(grad, ctx), grad.device, self.rank)
 
     def searching(
         self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext
     ) -> Searching[Tensor]:
-        """The same: there is nothing to share."""
-        yield from ()
-        return self.find(grad, previous, ctx)
+        """The same, of all matrices that are due."""
+        options = grad.device, self.rank
+        found: Tensor = yield Ask(normal, (self._drawn(grad, ctx),), options)
+        return found

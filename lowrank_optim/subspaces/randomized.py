@@ -13,7 +13,7 @@ from lowrank_optim import ops
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.subspaces.base import register
 from lowrank_optim.subspaces.projector import Projector, drawn_there, replaced, usable
-from lowrank_optim.subspaces.random import gaussian, orthogonal
+from lowrank_optim.subspaces.random import drawn, orthogonal, there
 from lowrank_optim.subspaces.refresh import RefreshContext
 from lowrank_optim.subspaces.searches import Ask, Searching, alone
 from lowrank_optim.subspaces.svd import exact, left_singular_vectors, widened
@@ -62,7 +62,8 @@ class RandomizedSVD(Projector):
         if on_accelerator(grad):
             return alone(self.searching(grad, previous, ctx))
         if self._width < min(grad.shape[-2:]):
-            start = self._start(grad, previous, ctx)
+            more = there(self._drawn(grad, previous, ctx), grad.device)
+            start = self._start(more, previous)
             start = orthogonal(start) if previous is None else start
             try:
                 basis = self._iterate(grad, start)
@@ -77,15 +78,17 @@ class RandomizedSVD(Projector):
         """Columns of a sketch."""
         return self.rank + self.oversample
 
-    def _start(self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext) -> Tensor:
-        """``(..., m, r + oversample)``: the basis in use and some directions more."""
-        *batch, m, _ = grad.shape
+    def _drawn(self, grad: Tensor, previous: Tensor | None, ctx: RefreshContext) -> Tensor:
+        """What a search starts from beside the basis in use, on the host."""
         known = 0 if previous is None else self.rank
-        start = gaussian(grad, (*batch, m, self._width - known), ctx)
+        return drawn(grad, (*grad.shape[:-1], self._width - known), ctx)
+
+    def _start(self, more: Tensor, previous: Tensor | None) -> Tensor:
+        """``(..., m, r + oversample)``: the basis in use and some directions ``more``."""
         if previous is None:
-            return start
+            return more
         # no need to orthonormalise: S takes care of any full-rank start
-        return torch.cat([previous.to(start.dtype), start / m**0.5], -1)
+        return torch.cat([previous.to(more.dtype), more / more.shape[-2] ** 0.5], -1)
 
     def _iterate(self, grad: Tensor, q: Tensor) -> Tensor:
         norm = ops.matrix_norm(grad)
@@ -119,7 +122,8 @@ class RandomizedSVD(Projector):
             # a driver must not be given what is not finite
             full = yield from exact(replaced(widened(grad), known, ctx))
             return full[..., : self.rank]
-        start = self._start(grad, previous, ctx)
+        more = yield Ask(there, (self._drawn(grad, previous, ctx),), (grad.device,))
+        start = self._start(more, previous)
         if cold:
             start = yield Ask(orthonormal_start, (start,))
         q, norm = start, torch.where(known, norm, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,13 +11,13 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.ops.stacked import stacked
+from lowrank_optim.ops.stacked import cast_all, empty_like_all, stacked
 from lowrank_optim.ops.tiles import fillings
 from lowrank_optim.subspaces.base import State
 from lowrank_optim.subspaces.factors import stepped
-from lowrank_optim.subspaces.refresh import Reduce, identity
+from lowrank_optim.subspaces.refresh import Reduce
 from lowrank_optim.subspaces.spectral_factors import FACTORS, SpectralFactors
-from lowrank_optim.subspaces.target import Target, guarded
+from lowrank_optim.subspaces.target import Target, decayed_, guarded
 from lowrank_optim.subspaces.terms import Term
 
 
@@ -41,6 +42,11 @@ class Change(NamedTuple):
     gained: Tensor
     """``s' - decay s`` of all ``(..., k)``, with the sign that u keeps."""
 
+    def each(self, count: int) -> list[Change]:
+        """Those of ``count`` matrices that were computed as one."""
+        parts = [[None] * count if x is None else x.unbind(0) for x in self]
+        return [Change(*own) for own in zip(*parts, strict=True)]
+
 
 @dataclass(frozen=True)
 class Spectral(SpectralFactors):
@@ -57,9 +63,8 @@ class Spectral(SpectralFactors):
 
     def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
         """Gradients of the factors, by the chain rule; ``enhanced`` leaves out the factor s."""
-        u, v = state["basis_u"], state["basis_v"]
-        gu, gv = ops.project(v.mT, grad.mT), ops.project(u.mT, grad)
-        return {name: reduce(x) for name, x in self._chained(state, grad, gu, gv).items()}
+        (found,) = self._found([state], [grad])
+        return {name: reduce(x) for name, x in found.items()}
 
     def coords_of(
         self, states: Sequence[State], grads: Sequence[Tensor]
@@ -69,45 +74,35 @@ class Spectral(SpectralFactors):
             return super().coords_of(states, grads)
         found: list[dict[str, Tensor]] = []
         for at in self._several(states, grads[0]):
-            if len(at) == 1:
-                found.append(self.coords(states[at[0]], grads[at[0]], reduce=identity))
-                continue
-            whole = _whole([states[n] for n in at])
-            u, v = (whole[key].to(grads[0].dtype).unbind(0) for key in ("basis_u", "basis_v"))
-            own = [grads[n] for n in at]
-            dtype = ops.product_dtype(own[0].dtype)
-            gu, gv = (torch.empty_like(whole[key], dtype=dtype) for key in FACTORS[:2])
-            for g, a, b, of_u, of_v in zip(own, u, v, gu.unbind(0), gv.unbind(0), strict=True):
-                ops.project(b.mT, g.mT, of_u)
-                ops.project(a.mT, g, of_v)
-            parts = self._chained(whole, own[0], gu, gv)
-            each = zip(*(x.unbind(0) for x in parts.values()), strict=True)
-            found += [dict(zip(parts, xs, strict=True)) for xs in each]
+            found += self._found([states[n] for n in at], [grads[n] for n in at])
         return found
 
     def _several(self, states: Sequence[State], like: Tensor) -> list[range]:
         """Which matrices like ``like`` are computed as one."""
         size = sum(states[0][key].numel() for key in FACTORS[:2])
-        if self.exact:  # whose other vectors come some at a time
-            return [range(n, n + 1) for n in range(len(states))]
+        if self.exact:  # what the other vectors move W by
+            size += sum(states[0][key].numel() for key in self.rest_keys)
         return fillings(len(states), 2 * size, like)  # of what moves W each factor is half
 
-    def _chained(self, state: State, grad: Tensor, gu: Tensor, gv: Tensor) -> dict[str, Tensor]:
-        """Gradients of factors, from the products of the gradient with v and with u."""
-        u = state["basis_u"]
+    def _found(self, states: Sequence[State], grads: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """Coordinates of matrices that are computed as one."""
+        whole, turned = _whole(states), [grad.mT for grad in grads]
+        u, gu = whole["basis_u"], _products(whole["basis_v"].unbind(0), turned)
+        gv = _products(u.unbind(0), grads)
         gs = (gu.to(u.dtype) * u).sum(-1)
         if self.exact:
-            parts, index = [gs], [self._active(state)]
-            for where, ui, vi in self.rest(state):
-                parts.append((ops.project(vi.mT, grad.mT).to(ui.dtype) * ui).sum(-1))
+            parts, index = [gs], [self._active(whole)]
+            for where, us, vs in self.rest(states):
+                parts.append((_products(vs, turned).to(u.dtype) * stacked(us)).sum(-1))
                 index.append(where)
-            gs = torch.empty_like(state["basis_s"]).scatter_(
+            gs = torch.empty_like(whole["basis_s"]).scatter_(
                 -1, torch.cat(index, -1), torch.cat(parts, -1)
             )
         if not self.enhanced:
-            s = self.spectrum(state).unsqueeze(-1).to(gu.dtype)
+            s = self.spectrum(whole).unsqueeze(-1).to(gu.dtype)
             gu, gv = gu * s, gv * s
-        return {"u": gu, "s": gs.unsqueeze(-2), "v": gv}
+        each = zip(gu.unbind(0), gs.unsqueeze(-2).unbind(0), gv.unbind(0), strict=True)
+        return [{"u": own_u, "s": own_s, "v": own_v} for own_u, own_s, own_v in each]
 
     def across(self, into: Target, state: State, update: dict[str, Tensor]) -> Tensor:
         """Of each v, once it has moved: the square of its length, and whether it has moved."""
@@ -148,20 +143,21 @@ class Spectral(SpectralFactors):
 
     def keep_(self, state: State, change: Change) -> None:
         """Write what :meth:`advanced` found."""
-        torch._foreach_copy_([state[key] for key in FACTORS], [*change[:3]])
-        if change.sign is not None:
-            self._flip_rest_(state, change.sign)
+        self._keep_all_([state], [change])
+
+    def _keep_all_(self, states: Sequence[State], changes: Sequence[Change]) -> None:
+        olds = [state[key] for state in states for key in FACTORS]
+        torch._foreach_copy_(olds, [x for change in changes for x in change[:3]])
+        for state, change in zip(states, changes, strict=True) if self.exact else ():
+            if change.sign is not None:  # u may turn around where it is not in use too
+                rest = state[self.rest_keys[0]]
+                own = change.sign.gather(-1, state["basis_order"][..., self.rank :].long())
+                rest.mul_(own.unsqueeze(-1).to(rest))
 
     def _of_active(self, state: State, values: Tensor) -> Tensor:
         """Entries ``(..., r, 1)`` of ``(..., k)`` that belong to the vectors in use."""
         values = values.gather(-1, self._active(state)) if self.exact else values
         return values.unsqueeze(-1)
-
-    def _flip_rest_(self, state: State, sign: Tensor) -> None:
-        if self.exact:
-            rest = state[self.rest_keys[0]]
-            own = sign.gather(-1, state["basis_order"][..., self.rank :].long())
-            rest.mul_(own.unsqueeze(-1).to(rest))
 
     def push_(
         self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
@@ -170,18 +166,8 @@ class Spectral(SpectralFactors):
 
         The difference is taken of the factors, not of the products: a step of zero is no step.
         """
-        old_u, decay = state["basis_u"], into.guarded_decay()
-        change = self.advanced(state, update, into.lr, of_all(decay), into.across)
-        lefts, rights = ([x] for x in _moves(old_u, change))
-        for where, u, v in self.rest(state):
-            lefts.append(u)
-            rights.append(v * change.gained.gather(-1, where).unsqueeze(-1))
-        if into.param.dtype != old_u.dtype:
-            lefts, rights = [torch.cat(lefts, -2)], [torch.cat(rights, -2)]
-        for left, right in zip(lefts, rights, strict=True):
-            ops.lift_add_(into.param, left.mT, right, None, decay, 1.0, into.rounding)
-            decay = 1.0
-        self.keep_(state, change)
+        decay = into.guarded_decay()
+        deque(self._push_([into], [state], [update], [decay], of_all(decay)), maxlen=0)
 
     def push_all_(
         self,
@@ -197,28 +183,61 @@ class Spectral(SpectralFactors):
             yield from super().push_all_(intos, states, updates, terms)
             return
         for at in self._several(states, first.param):
-            own = [intos[n] for n in at]
             if len(at) == 1:
-                self.push_(own[0], states[at[0]], updates[at[0]], terms[at[0]])
+                self.push_(intos[at[0]], states[at[0]], updates[at[0]], terms[at[0]])
                 yield at[0]
                 continue
-            whole = _whole([states[n] for n in at])
-            update = {key: stacked([updates[n][key] for n in at]) for key in updates[0]}
+            own = [intos[n] for n in at]
             decays = [into.guarded_decay() for into in guarded(own)]
-            decay = decays[0]
-            if isinstance(decay, Tensor):
-                decay = stacked(decays).reshape(len(at), -1)[:, :1]  # type: ignore[arg-type]
-            change = self.advanced(whole, update, first.lr, decay)
-            left, right = _moves(whole["basis_u"], change)
+            of_s = decays[0]
+            if isinstance(of_s, Tensor):
+                of_s = stacked(decays).reshape(len(at), -1)[:, :1]  # type: ignore[arg-type]
+            lists = [states[n] for n in at], [updates[n] for n in at]
+            for n in self._push_(own, *lists, decayed_(own), of_s):
+                yield at[n]
+
+    def _push_(
+        self,
+        intos: Sequence[Target],
+        states: Sequence[State],
+        updates: Sequence[dict[str, Tensor]],
+        decays: Sequence[float | Tensor],
+        of_s: float | Tensor,
+    ) -> Iterator[int]:
+        """:meth:`push_` of matrices that are computed as one.
+
+        Args:
+            intos: alike but for the weights.
+            states: of each.
+            updates: of each.
+            decays: what is left to multiply the weights of each by.
+            of_s: what the singular values decay by.
+        """
+        first, whole = intos[0], _whole(states)
+        update = {key: stacked([own[key] for own in updates]) for key in updates[0]}
+        across = None if first.across is None else first.across.unsqueeze(1)
+        change = self.advanced(whole, update, first.lr, of_s, across)
+        moves = [_moves(whole["basis_u"], change)]
+        for where, us, vs in self.rest(states):
+            gained = change.gained.gather(-1, where).unsqueeze(-1)
+            moves.append((stacked(us), stacked(vs) * gained))
+        lefts, rights = ([*own] for own in zip(*moves, strict=True))
+        if first.param.dtype != whole["basis_u"].dtype:  # rounded once
+            lefts, rights = [torch.cat(lefts, -2)], [torch.cat(rights, -2)]
             if first.rounding is None:
-                left, right = left.to(first.param.dtype), right.to(first.param.dtype)
-            parts = [[None] * len(at) if x is None else x.unbind(0) for x in change]
-            lifts = zip(left.unbind(0), right.unbind(0), zip(*parts, strict=True), strict=True)
-            for n, (own_left, own_right, moved) in zip(at, lifts, strict=True):
-                into, scale = intos[n], decays[n - at[0]]
-                ops.lift_add_(into.param, own_left.mT, own_right, None, scale, 1.0, into.rounding)
-                self.keep_(states[n], Change(*moved))
+                lefts, rights = ([x.to(first.param.dtype) for x in own] for own in (lefts, rights))
+        changes, count = change.each(len(states)), 0
+        try:
+            for n, (into, decay) in enumerate(zip(intos, decays, strict=True)):
+                for left, right in zip(lefts, rights, strict=True):
+                    own = left[n].mT, right[n], None
+                    ops.lift_add_(into.param, *own, decay, 1.0, into.rounding)
+                    decay = 1.0
+                count = n + 1
                 yield n
+        finally:  # if another could not be written too
+            if count:
+                self._keep_all_(states[:count], changes[:count])
 
 
 def of_all(decay: float | Tensor) -> float | Tensor:
@@ -227,8 +246,21 @@ def of_all(decay: float | Tensor) -> float | Tensor:
 
 
 def _whole(states: Sequence[State]) -> State:
-    """Factors of several matrices, as those of a batch."""
-    return {key: stacked([state[key] for state in states]) for key in FACTORS}
+    """Factors of several matrices, as those of a batch, and the order of theirs that have one."""
+    keys = [key for key in (*FACTORS, "basis_order") if key in states[0]]
+    return {key: stacked([state[key] for state in states]) for key in keys}
+
+
+def _products(lefts: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+    """Some vectors ``(..., c, m)`` of each matrix times its gradient, ``(b, ..., c, n)``."""
+    if len(grads) == 1:
+        return ops.project(lefts[0].mT, grads[0]).unsqueeze(0)
+    dtype = ops.product_dtype(grads[0].dtype)
+    narrow = cast_all(lefts, grads[0].dtype)
+    outs = empty_like_all(lefts, (lefts[0].shape[-2], grads[0].shape[-1]), dtype)
+    for left, grad, out in zip(narrow, grads, outs, strict=True):
+        ops.project(left.mT, grad, out)
+    return stacked(outs)
 
 
 def _moves(old_u: Tensor, change: Change) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError
 
 from lowrank_optim.ops.devices import on_accelerator, queued
+from lowrank_optim.ops.stacked import stacked
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.base import State, Subspace
 from lowrank_optim.subspaces.factors import order_of, sample, triplets, triplets_of, unit
@@ -142,19 +143,24 @@ class SpectralFactors(Subspace):
     def _active(self, state: State) -> Tensor:
         return state["basis_order"][..., : self.rank].long()
 
-    def rest(self, state: State) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The vectors not in use, some at a time: their indices, u and v, on the device."""
+    def rest(
+        self, states: Sequence[State]
+    ) -> Iterator[tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]]:
+        """The vectors not in use of alike matrices, some at a time, on the device.
+
+        Yields:
+            Their indices ``(b, ..., c)``, and u and v of each.
+        """
         if not self.exact:
             return
-        like, (u_key, v_key) = state["basis_u"], self.rest_keys
-        order = state["basis_order"][..., self.rank :].long()
-        parts = (
-            torch.split(x, CHUNK, -2) for x in (order.unsqueeze(-1), state[u_key], state[v_key])
-        )
-        for index, u, v in zip(*parts, strict=True):
+        like = states[0]["basis_u"]
+        order = stacked([state["basis_order"] for state in states])[..., self.rank :].long()
+        rests = [torch.split(state[key], CHUNK, -2) for key in self.rest_keys for state in states]
+        for index, *vectors in zip(torch.split(order, CHUNK, -1), *rests, strict=True):
             if index.numel():
                 # from pinned memory: a later chunk is on its way while this one is used
-                yield index.squeeze(-1), *(x.to(like, non_blocking=True) for x in (u, v))
+                here = [x.to(like, non_blocking=True) for x in vectors]
+                yield index, here[: len(states)], here[len(states) :]
 
     # ---------------------------------------------------------------- refresh
 

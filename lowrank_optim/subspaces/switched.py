@@ -15,7 +15,7 @@ from lowrank_optim.subspaces.base import State
 from lowrank_optim.subspaces.pooled import SIDES, Pooled
 from lowrank_optim.subspaces.refresh import Reduce, identity
 from lowrank_optim.subspaces.switching import where
-from lowrank_optim.subspaces.target import Target, guarded
+from lowrank_optim.subspaces.target import Target, decayed_, guarded
 from lowrank_optim.subspaces.terms import Term
 
 
@@ -38,7 +38,9 @@ class Switched(Pooled):
             "A": ops.project(state["basis_B"].mT, grad),
             "B": ops.project(state["basis_A"].mT, grad.mT),
         }
-        return self.thawed(state, {side: reduce(x).mul_(self.s) for side, x in low.items()})
+        low = {side: reduce(x).mul_(self.s) for side, x in low.items()}
+        self.still_([state], [low])
+        return low
 
     def coords_of(
         self, states: Sequence[State], grads: Sequence[Tensor]
@@ -62,8 +64,8 @@ class Switched(Pooled):
                 ops.project(a.mT, grad.mT, low_b)
             torch._foreach_mul_([*lows.values()], self.s)
             each = zip(*(x.unbind(0) for x in lows.values()), strict=True)
-            own = zip(at, each, strict=True)
-            found += [self.thawed(states[n], dict(zip(SIDES, xs, strict=True))) for n, xs in own]
+            found += [dict(zip(SIDES, xs, strict=True)) for xs in each]
+            self.still_([states[n] for n in at], found[at.start :])
         return found
 
     def _several(self, states: Sequence[State], like: Tensor) -> list[range]:
@@ -76,15 +78,19 @@ class Switched(Pooled):
         """Factors of several matrices, as those of a batch."""
         return {side: stacked([state[f"basis_{side}"] for state in states]) for side in SIDES}
 
-    def thawed(self, state: State, coords: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``coords`` with frozen rows set to zero.
+    def still_(self, states: Sequence[State], coords: Sequence[dict[str, Tensor]]) -> None:
+        """Set frozen rows of ``coords`` to zero, those of several matrices at once.
 
         Their moments are zero since the switch and stay zero, so their direction is zero too.
         """
-        for rows, x in zip(state["host.frozen"].tolist(), coords.values(), strict=True):
-            for own in where(rows):
-                x[..., own, :].zero_()
-        return coords
+        rows = [
+            x[..., own, :]
+            for state, low in zip(states, coords, strict=True)
+            for frozen, x in zip(state["host.frozen"].tolist(), low.values(), strict=True)
+            for own in where(frozen)
+        ]
+        if rows:
+            torch._foreach_zero_(rows)
 
     def push_(
         self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
@@ -116,31 +122,38 @@ class Switched(Pooled):
         if not plain or any(into.lr != first.lr for into in intos):
             yield from super().push_all_(intos, states, updates, terms)
             return
-        intos = guarded(intos)
         for at in self._several(states, first.param):
             if len(at) == 1:
                 self.push_(intos[at[0]], states[at[0]], updates[at[0]], terms[at[0]])
                 yield at[0]
                 continue
-            decays = [intos[n].guarded_decay() for n in at]
-            decay = decays[0]
-            if isinstance(decay, Tensor):
-                decay = stacked(decays).reshape(len(at), 1, 1)  # type: ignore[arg-type]
+            own, factors = [intos[n] for n in at], self._whole([states[n] for n in at])
+            decay: float | Tensor = 1.0
+            if self.decay_on == "factors":
+                decays = [into.guarded_decay() for into in guarded(own)]
+                decay = decays[0]
+                if isinstance(decay, Tensor):
+                    decay = stacked(decays).reshape(len(at), 1, 1)  # type: ignore[arg-type]
             frozen = [states[n]["host.frozen"].tolist() for n in at]
             moved = {}
-            for i, (side, old) in enumerate(self._whole([states[n] for n in at]).items()):
+            for i, (side, old) in enumerate(factors.items()):
                 step = stacked([updates[n][side] for n in at])
-                own = decay if self.decay_on == "factors" else 1.0
-                moved[side] = _moved(old, step, first.lr, own, [rows[i] for rows in frozen])
+                moved[side] = _moved(old, step, first.lr, decay, [rows[i] for rows in frozen])
             left, right = _moves(moved)
             if first.rounding is None:
                 left, right = left.to(first.param.dtype), right.to(first.param.dtype)
-            lifts = zip(at, left.unbind(0), right.unbind(0), strict=True)
-            for i, (n, own_left, own_right) in enumerate(lifts):
-                of_weight = decays[i] if self.decay_on == "weight" else 1.0
-                self._lift_(intos[n], own_left, own_right, of_weight)
-                self.keep_(states[n], {side: (new[i], by[i]) for side, (new, by) in moved.items()})
-                yield n
+            of_weight = decayed_(own) if self.decay_on == "weight" else [1.0] * len(at)
+            count = 0
+            try:
+                for n, a, b, factor in zip(at, right, left, of_weight, strict=True):
+                    self._lift_(intos[n], b, a, factor)
+                    count += 1
+                    yield n
+            finally:  # if another could not be written too
+                if count:
+                    news = [x for new, _ in moved.values() for x in new[:count]]
+                    olds = [states[n][f"basis_{side}"] for side in moved for n in at[:count]]
+                    torch._foreach_copy_(olds, news)
 
     def moved(
         self, into: Target, state: State, update: dict[str, Tensor]
@@ -168,9 +181,11 @@ def _moved(
     if isinstance(decay, Tensor) or decay != 1:
         new.mul_(decay)
     new.sub_(step.to(new.dtype), alpha=lr)
-    for i, rows in enumerate(frozen):
-        for own in where(rows):  # neither decay nor, with eps = 0, a direction of 0 / 0
-            new[i, ..., own, :].copy_(old[i, ..., own, :])
+    still = [(i, own) for i, rows in enumerate(frozen) for own in where(rows)]
+    if still:  # neither decay nor, with eps = 0, a direction of 0 / 0
+        torch._foreach_copy_(
+            [new[i, ..., own, :] for i, own in still], [old[i, ..., own, :] for i, own in still]
+        )
     return new, new - old
 
 

@@ -17,6 +17,7 @@ from lowrank_optim import LowRankOptimizer, attach_in_backward, methods
 from lowrank_optim.nn import convert
 from lowrank_optim.ops import quant
 from lowrank_optim.stores import STORES
+from lowrank_optim.subspaces import random as draws
 from lowrank_optim.subspaces import searches, svd
 from lowrank_optim.subspaces.base import State
 from lowrank_optim.subspaces.randomized import RandomizedSVD
@@ -374,6 +375,43 @@ def test_equal_matrices_share_one_wait(
             optimizer.step()
         found.append(sum(seen.looks.values()))
     assert found == waits
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("GaLoreAdamW", {"projector": "random"}),
+        ("GaLoreAdamW", {"projector": "rsvd"}),
+        ("GaLoreAdamW", {"projector": "golore"}),
+        ("ApolloAdamW", {"projector": "random"}),
+    ],
+    ids=lambda x: str(x),
+)
+def test_draws_of_equal_matrices_are_one_copy(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is drawn on the host goes to the device at once; the numbers are those of each alone."""
+    copies: list[torch.Size] = []
+    honest = draws.sent
+
+    def counted(x: Tensor, device: torch.device) -> Tensor:
+        copies.append(x.shape)
+        return honest(x, device)
+
+    monkeypatch.setattr(draws, "sent", counted)
+    grads = rows(3, [(20, 32)] * 3, torch.float64)
+    found = []
+    for forced in (True, False):
+        params = [nn.Parameter(torch.zeros(20, 32, dtype=torch.float64)) for _ in range(3)]
+        optimizer = cases.build(name, params, update_proj_gap=1, **options)
+        with monkeypatch.context() as patch:
+            cases.branching(patch, lambda tensor, forced=forced: forced)  # type: ignore[misc]
+            cases.run(optimizer, params, grads)
+        found.append(torch.stack([optimizer.state[p]["basis"] for p in params]))
+        if forced:
+            assert len(copies) == 3 and all(shape[0] == 3 for shape in copies)  # one a step
+    if options.get("projector") != "rsvd":  # which takes a fixed number of iterations there
+        assert_close(*found)
 
 
 @pytest.mark.parametrize("projector", ["rsvd", "random"])

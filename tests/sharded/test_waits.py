@@ -159,8 +159,7 @@ def test_what_layers_of_factors_wait_for(asked: list[str], ranks: Worlds) -> Non
             want = wanted[name]
             if rank and name == "SwitchLoRA":  # the first rank restarts all
                 want = [{}] * len(want)
-            print("ROWS", rank, name, rows)
-            # assert rows == want, (rank, name, rows)
+            assert rows == want, (rank, name, rows)
 
 
 def layers_selected(world: World, forced: bool, raises: bool) -> tuple[Any, ...]:

@@ -289,7 +289,8 @@ def test_rows_begin_again_as_zeros_and_no_other_changes() -> None:
         x = values((64, 99), slot, 3)
         state = kept(x, slot)
         before = decoded(state, slot, x.shape)
-        STORE.restart_rows_(state, slot.name, slot, slice(5, 9))
+        for kept_rows, zero in STORE.restarting(state, slot.name, slot):
+            kept_rows[..., 5:9, :].fill_(zero)
         after = decoded(state, slot, x.shape)
         assert not bool(after[5:9].any()) and bool(before[5:9].any())
         assert torch.equal(after[:5], before[:5]) and torch.equal(after[9:], before[9:])
