@@ -67,6 +67,8 @@ class _Loading:
     def take(self, _: Any, incoming: StateDict) -> StateDict:
         """Check a checkpoint, and give torch one without state."""
         check_form(incoming)  # after the user's hooks, which may have replaced it
+        read = map(self.optimizer._group_of_checkpoint, incoming["param_groups"])
+        incoming = {**incoming, "param_groups": list(read)}
         ours = self.optimizer.param_groups
         ids = [i for group in incoming["param_groups"] for i in group["params"]]
         groups = [
