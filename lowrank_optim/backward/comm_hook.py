@@ -19,6 +19,7 @@ from lowrank_optim.backward.projecting import (
     kept_dtype,
 )
 from lowrank_optim.backward.wrapped import unwrapped
+from lowrank_optim.engine import tracing
 from lowrank_optim.engine.plan import ParamPlan, State
 from lowrank_optim.engine.schedule import basis_due
 from lowrank_optim.engine.sharded.replicas import averaged
@@ -120,10 +121,11 @@ class _Sender:
         bases = [self._basis(param) for param in params]
         if not any(bases):
             return collectives.average_(whole, group).get_future().then(lambda f: f.value()[0])
-        parts = [
-            grad if basis is None else _coordinates(*basis, grad)
-            for grad, basis in zip(grads, bases, strict=True)
-        ]
+        with tracing.hosted():
+            parts = [
+                grad if basis is None else _coordinates(*basis, grad)
+                for grad, basis in zip(grads, bases, strict=True)
+            ]
         messages: dict[torch.dtype, list[Tensor]] = {}
         for x in parts:
             messages.setdefault(x.dtype, []).append(x)
@@ -142,7 +144,8 @@ class _Sender:
                 if basis is None:
                     grad.copy_(mean)
                 else:
-                    lift_(*basis, {"low": mean}, grad)
+                    with tracing.hosted():
+                        lift_(*basis, {"low": mean}, grad)
             return whole
 
         return last.get_future().then(arrived)

@@ -198,11 +198,12 @@ class InBackward:
 
     def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         check_hooked(self.optimizer.param_groups, self._hooks)
-        if self._ranks is not None:
-            check_plain(self.optimizer.param_groups)
-            self._ranks.share()
-            self._ranks.check_averaged()
-        self._settle()
+        with tracing.hosted():
+            if self._ranks is not None:
+                check_plain(self.optimizer.param_groups)
+                self._ranks.share()
+                self._ranks.check_averaged()
+            self._settle()
         # a closure that computes gradients is refused; Lightning passes one that does not
         return tuple(map(self._guarded, args)), {k: self._guarded(x) for k, x in kwargs.items()}
 

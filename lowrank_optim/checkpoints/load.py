@@ -20,6 +20,7 @@ from lowrank_optim.groups import Group, canonical
 from lowrank_optim.ops.devices import pinned
 from lowrank_optim.sharding.parts import is_sharded
 from lowrank_optim.stores import scale_key
+from lowrank_optim.tensors.projected_grad import projection
 
 
 def load_state_dict(
@@ -45,6 +46,10 @@ def load_state_dict(
         if not isinstance(state_dict, Mapping):
             check_form(state_dict)
         torch_load(state_dict)
+        for group in optimizer.param_groups:
+            for kept in map(projection, (param.grad for param in group["params"])):
+                if kept is not None:
+                    kept.outdated = True
     except BaseException:
         vars(optimizer).clear()  # torch and we have replaced what is here, and written into none
         vars(optimizer).update(before)
@@ -67,6 +72,8 @@ class _Loading:
     def take(self, _: Any, incoming: StateDict) -> StateDict:
         """Check a checkpoint, and give torch one without state."""
         check_form(incoming)  # after the user's hooks, which may have replaced it
+        read = map(self.optimizer._group_of_checkpoint, incoming["param_groups"])
+        incoming = {**incoming, "param_groups": list(read)}
         ours = self.optimizer.param_groups
         ids = [i for group in incoming["param_groups"] for i in group["params"]]
         groups = [

@@ -222,6 +222,8 @@ def push(work: Sequence[MatrixStep], ready: Sequence[Push], chosen: Strategies, 
     finally:  # if another could not be written too
         if written:
             states, grads = [w.state for w in written], [w.grad for w in written]
+            if chosen.residual.wants == "memory":
+                undo.passing(states)
             chosen.residual.keep_all_(states, grads, finite_of(written))
         for w in written:
             undo.done(w.state)

@@ -31,6 +31,8 @@ from lowrank_optim.groups.layers import layers_of, takes_turns
 from lowrank_optim.groups.linear_maps import is_linear_map
 from lowrank_optim.groups.names import uid_of
 from lowrank_optim.groups.notices import param_name
+from lowrank_optim.groups.values import check_rule
+from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.residuals import Residual
 from lowrank_optim.rules.base import Rule
 from lowrank_optim.sharding.parts import is_sharded, part_of
@@ -47,6 +49,9 @@ EDITABLE = frozenset({
     "max_momentum", "min_momentum", "base_momentum", "weight_decay",
 })  # fmt: skip
 """Group keys that views and subspaces do not depend on; schedulers edit some every step."""
+
+RATES = ("weight_decay", "betas", "momentum")
+"""Those of them that a step reads, beside ``lr``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +89,8 @@ class PlannedOptimizer(Optimizer):
         self._matrices: dict[int, int] = {}
         """How many each group was given."""
         self._shared = Shared()
+        self._rates: dict[int, tuple[Any, ...]] = {}
+        """What each group had of :data:`RATES` when that was last looked at."""
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -94,6 +101,7 @@ class PlannedOptimizer(Optimizer):
         self._places = self.__dict__.get("_places", {})
         self._matrices = {id(g): n for g, n in zip(self.param_groups, given, strict=False)}
         self._shared = Shared()
+        self._rates = {}
 
     def _check(self, group: Group) -> None:
         """Raise ValueError for values that no step could use: of a whole group."""
@@ -118,6 +126,10 @@ class PlannedOptimizer(Optimizer):
     def projected_factor(self, group: Group) -> float:
         """What multiplies the learning rate of the projected part of ``group``."""
         return float(group["scale"] * group.get("proj_params_lr_scale", 1.0))
+
+    def _group_of_checkpoint(self, group: Group) -> Group:
+        """A group of a state dict, as this class reads it."""
+        return group
 
     def _trains(self, param: Tensor) -> bool:
         """Whether a parameter is one that training changes, now or in its turn."""
@@ -158,6 +170,24 @@ class PlannedOptimizer(Optimizer):
                     settle_(state, item, chosen)
             plan = self._plans[id(group)] = Plan(key, now, items)
         return plan.items
+
+    def _check_rates(self, group: Group) -> None:
+        """Raise if what may be edited at any step is such that no step could use it.
+
+        A tensor on an accelerator, which would have to be waited for, is taken as it is.
+
+        Raises:
+            ValueError: a rate is out of range.
+        """
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            if lr.numel() != 1:
+                check_rule(group)  # says so
+            lr = 0.0 if lr.is_meta or on_accelerator(lr) else float(lr)
+        now = lr, *map(group.get, RATES)
+        if self._rates.get(id(group)) != now:
+            check_rule({**group, "lr": lr})
+            self._rates[id(group)] = now
 
     def _planned(self, group: Group) -> list[ParamPlan]:
         """Items of a group as it is, whatever state there is."""

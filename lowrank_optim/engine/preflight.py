@@ -233,8 +233,8 @@ def check_gradients(items: Sequence[ParamPlan], method: str) -> None:
     """Raise if a step could not use the gradients.
 
     Raises:
-        RuntimeError: one is sparse, of another dtype or device than its parameter, or was zeroed in
-            place when only its coordinates existed.
+        RuntimeError: one is sparse, of another dtype or device than its parameter, was zeroed in
+            place when only its coordinates existed, or has those of a basis before a load.
     """
     for item in items:
         grad, param = item.param.grad, item.param
@@ -250,6 +250,12 @@ def check_gradients(items: Sequence[ParamPlan], method: str) -> None:
                 f"the gradient of {item.name} was kept in its subspace and zeroed in place, and no "
                 "attach_in_backward took the next one: call zero_grad() with set_to_none=True, and "
                 "backward() again"
+            )
+        if kept is not None and kept.outdated and not kept.empty:
+            raise RuntimeError(
+                f"the gradient of {item.name} was projected before load_state_dict, and has "
+                "coordinates in a basis that is no more: call zero_grad(), and begin the batch "
+                "again"
             )
         if grad.dtype != param.dtype or grad.device != param.device:
             wide = getattr(param, "grad_dtype", param.dtype)

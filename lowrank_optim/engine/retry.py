@@ -99,6 +99,11 @@ class Retry:
             f"{len(undo.taken)} of {count} parameters had taken this step of {method}{this_rank()};"
             f" the others are as they were. {RANKS_DIFFER if self.alone else AGAIN}"
         )
+        if undo.cut:
+            error.add_note(
+                f"{', '.join(undo.cut)} of them may lack a part of it: whatever was being written "
+                "when it was interrupted stays as it was then"
+            )
         self.partly = undo.partly
         if undo.partly:
             error.add_note(

@@ -61,7 +61,7 @@ def step_bucket(bucket: Bucket) -> None:
     """One step of a bucket, all of it on its device; ``undo`` puts back what it knows of."""
     way = next(way for way in (*FUSED, *WAYS) if way.can_step(bucket))
     for item, state in zip(bucket.items, bucket.states, strict=True):
-        bucket.undo.begin(state, item.index)
+        bucket.undo.begin(state, item)
     way.step_(bucket)
     for state in bucket.states:
         bucket.undo.done(state)

@@ -85,6 +85,7 @@ class SteppedOptimizer(PlannedOptimizer):
             ValueError: the group was edited in a way that its state cannot follow.
         """
         items = self._items(group)
+        self._check_rates(group)
         chosen = self._strategies(group)
         ready = [item for item in items if item.param.grad is not None]
         ready = [item for item in ready if item.index not in self._retry.taken]
@@ -179,6 +180,7 @@ class SteppedOptimizer(PlannedOptimizer):
             begins: as of ``engine.blocks.catch_up``.
             alike: ranks that step it at the same place among all that they exchange.
         """
+        self._check_rates(group)
         chosen = self._strategies(group)
         check_gradients([item], type(self).__name__)
         with tracing.hosted(), Undo(self._staging.wait) as undo:
@@ -201,6 +203,7 @@ class SteppedOptimizer(PlannedOptimizer):
         with tracing.hosted(), Undo(self._staging.wait) as undo:
             sharded = ShardedStep(self._staging)
             for group, own in work:
+                self._check_rates(group)
                 chosen = self._strategies(group)
                 check_gradients(own, type(self).__name__)
                 states = [self._state_of(item, chosen) for item in own]

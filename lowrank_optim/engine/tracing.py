@@ -1,4 +1,4 @@
-"""A step of tensors without data: under torch's ``FakeTensorMode``, or on the meta device.
+"""What a step runs under; of tensors without data, ``FakeTensorMode`` or the meta device.
 
 A step reads its counters and draws indices on the host, and asks a few questions of values. Under
 :func:`hosted` counters and draws are real tensors, and questions about values that do not exist get
@@ -8,7 +8,7 @@ the answer of a healthy run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowrank_optim.engine import forms
+from lowrank_optim.ops.devices import unautocast
 
 aten = torch.ops.aten
 _DRAWS = (aten.exponential_, aten.normal_, aten.uniform_)
@@ -34,9 +35,9 @@ def fake_mode() -> FakeTensorMode | None:
 
 
 def hosted() -> AbstractContextManager[Any]:
-    """What a step runs under; nothing where tensors have data."""
+    """What a step runs under: without the model's ``torch.autocast``."""
     mode = fake_mode()
-    return nullcontext() if mode is None else _Hosted(mode)
+    return unautocast() if mode is None else _Hosted(mode)
 
 
 def on_meta() -> AbstractContextManager[Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.engine import answers
-from lowrank_optim.engine.plan import State
+from lowrank_optim.engine.plan import ParamPlan, State
 from lowrank_optim.engine.state import on_host
 from lowrank_optim.ops.devices import on_accelerator, recording
 from lowrank_optim.ops.stacked import as_words, is_words
@@ -37,9 +37,27 @@ class _Kept:
     copies: State
     weights: list[tuple[Tensor, Tensor]]
     """Parameters, and copies of them."""
-    place: int = -1
+    item: ParamPlan | None = None
+    version: int = 0
+    """Of its weights, before the step."""
     loose: str = ""
     """Name of a parameter that may be stepped in part by now: it is too large to be copied."""
+    done: bool = False
+    """Whether it has taken the step."""
+    passed: bool = False
+    """Whether what follows its weights, and was not copied, is being written."""
+
+    @property
+    def place(self) -> int:
+        """Of the parameter among all; -1 if it is not known."""
+        return -1 if self.item is None else self.item.index
+
+    def is_cut(self) -> bool:
+        """Whether what was not copied has been written, or is about to be."""
+        if self.item is None or self.loose:
+            return False
+        written = _version(self.item.param) != self.version
+        return self.passed or (written and not self.weights)
 
 
 class Undo:
@@ -63,15 +81,17 @@ class Undo:
         """Places of the parameters that have taken the whole step."""
         self.partly: list[str] = []
         """Names of those that a step which raised may have left stepped in part."""
+        self.cut: list[str] = []
+        """Names of those of :attr:`taken` that were being written when somebody interrupted."""
         self._idle = recording()
         """Where a graph is captured nothing runs: there is nothing to put back."""
 
-    def begin(self, state: State, place: int = -1) -> None:
+    def begin(self, state: State, item: ParamPlan | None = None) -> None:
         """Remember which tensors a state has, and its counters.
 
         Args:
             state: of a parameter.
-            place: its index among all parameters (default: another call says that).
+            item: the parameter (default: another call says that).
         """
         if self._idle:
             return
@@ -84,8 +104,8 @@ class Undo:
                     widen_(x)
             own = _Kept(state, dict(state), counters, answers.of(state), {}, [])
             self._kept[id(state)] = own
-        if place >= 0:
-            own.place = place
+        if item is not None:
+            own.item, own.version = item, _version(item.param)
 
     def keep(self, state: State, keys: Iterable[str]) -> None:
         """Copy entries that are about to be overwritten, unless that was done; no counters."""
@@ -153,10 +173,18 @@ class Undo:
             if keys is None or any(_written_over(state, own.entries, key) for key in keys):
                 own.loose = name
 
+    def passing(self, states: Sequence[State]) -> None:
+        """From here on what follows the weights is written, such as the memory of a residual."""
+        for state in states:
+            own = self._kept.get(id(state))
+            if own is not None:
+                own.passed = True
+
     def done(self, state: State) -> None:
         """The weights have been written, or the step is over."""
         own = self._kept.get(id(state))
         if own is not None:
+            own.done = True  # whoever interrupts from here on finds it so
             self.taken.append(own.place)
             self._forget(id(state))
 
@@ -179,8 +207,15 @@ class Undo:
             return
         self._before()
         kept, self._kept = self._kept, {}
-        self.partly = [own.loose for own in kept.values() if own.loose]
+        self.partly = [own.loose for own in kept.values() if own.loose and not own.done]
+        # an operation ends, and Python hears of Ctrl-C before it hears of that
+        interrupted = not issubclass(kind, Exception)
         for own in kept.values():
+            cut = interrupted and not own.done and own.is_cut()
+            if cut or own.done:
+                self.taken += [] if own.place in self.taken else [own.place]
+                self.cut += [own.item.name] if cut and own.item is not None else []
+                continue
             state = own.state
             state.clear()
             state.update(own.entries)
@@ -189,9 +224,15 @@ class Undo:
             for key, value in zip(present, own.counters, strict=True):
                 state[key].fill_(value)  # a number, or a tensor of no dimension
             for key, copy in own.copies.items():
-                state[key].detach().copy_(copy)
+                if key in state:  # not what this step has made, as of a block that begins
+                    state[key].detach().copy_(copy)
             for param, copy in own.weights:
                 param.detach().copy_(copy)
+
+
+def _version(param: Tensor) -> int:
+    """How often a parameter has been written; operations and kernels count before they end."""
+    return 0 if param.is_inference() else param._version
 
 
 def _written_over(state: State, before: State, key: str) -> bool:

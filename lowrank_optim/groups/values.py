@@ -238,7 +238,7 @@ def check(group: Group, closed: bool = False) -> None:
     Raises:
         ValueError: a hyper-parameter is out of range.
     """
-    _check_rule(group)
+    check_rule(group)
     if group.get("rank") is not None:
         check_rank(group["rank"], closed or "free_rule" in group)
     for key, allowed in VALUES.items():
@@ -284,7 +284,7 @@ def _check_pairs(group: Group) -> None:
         )
 
 
-def _check_rule(group: Group) -> None:
+def check_rule(group: Group) -> None:
     """The hyper-parameters that torch's optimizers have too, in torch's words.
 
     Raises:

@@ -301,12 +301,9 @@ class GaLoreAdafactor(_GaLore):
             param_group = {**own, "relative_step": own["lr"] is None} if "lr" in own else own
         super().add_param_group(param_group)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def _group_of_checkpoint(self, group: Group) -> Group:
         """As of every method; groups of older checkpoints had an ``lr`` that nothing read."""
-        groups = [
-            {**g, "lr": None} if g.get("relative_step") else g for g in state_dict["param_groups"]
-        ]
-        super().load_state_dict({**state_dict, "param_groups": groups})
+        return {**group, "lr": None} if group.get("relative_step") else group
 
     def _check(self, group: Group) -> None:
         super()._check(group)

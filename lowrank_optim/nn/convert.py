@@ -15,6 +15,7 @@ from lowrank_optim.groups import Group, lowrank_groups
 from lowrank_optim.groups.names import uid_of
 from lowrank_optim.groups.values import check_module
 from lowrank_optim.nn.base import CONVERTERS, FORMS, Factored, Reparameterized, layer_of, parent_of
+from lowrank_optim.ops.devices import unautocast
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.tensors.matrix import MatrixView, matrix_view
 
@@ -146,7 +147,7 @@ def to_modules(model: nn.Module, optimizer: LowRankOptimizer, method: str) -> Lo
             step, last = int(state["step"]), int(state["refresh_step"])
             # modules look one step ahead
             if refresh_due(step, last, chosen.gap, phase(item, chosen)):
-                with torch.no_grad():
+                with torch.no_grad(), unautocast():
                     refresh_(item, state, item.view.of(item.param), step, chosen)
             layer = _replace(model, cls, place, group, item.view, state)
             leader = taken.add_layer(layer, place, item.uid)

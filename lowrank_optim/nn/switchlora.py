@@ -21,6 +21,7 @@ from lowrank_optim.groups import Group, lowrank_groups
 from lowrank_optim.groups.names import uid_of
 from lowrank_optim.groups.values import check_module
 from lowrank_optim.nn.base import convertible, is_conv1d
+from lowrank_optim.ops.devices import unautocast
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.switched import Switched
 from lowrank_optim.tensors.matrix import MatrixView, matrix_view
@@ -57,8 +58,9 @@ class SwitchLoRALinear(nn.Module):
         """``W0 <- W0 + factor B A``, in the precision of arithmetic and rounded once."""
         weight = self.weight.mT if self.transposed else self.weight
         wide = compute_dtype(weight.dtype)
-        new = torch.addmm(weight.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=factor)
-        weight.copy_(new)
+        a, b = self.lora_A.to(wide), self.lora_B.to(wide)
+        with unautocast():
+            weight.copy_(torch.addmm(weight.to(wide), b, a, alpha=factor))
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in)`` to ``(..., out)``."""
@@ -160,7 +162,7 @@ def _drawn(
     space: Switched, view: MatrixView, generator: torch.Generator, meta: bool
 ) -> list[Tensor]:
     """A and B transposed as the optimizer would start them."""
-    state = space.init(view, torch.empty(view.shape, device="meta"))
+    state = space.init(view, torch.empty(view.shape, dtype=torch.float32, device="meta"))
     if meta:
         return [state["basis_A"], state["basis_B"]]
     pools = space.draw(view, generator)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 import torch
@@ -23,6 +23,14 @@ QUEUED = frozenset({"cuda", "xpu"})
 def on_accelerator(tensor: Tensor) -> bool:
     """Whether branching on a value of this tensor would stall its device."""
     return tensor.device.type not in HOSTS
+
+
+def unautocast() -> AbstractContextManager[object]:
+    """Within, ``torch.autocast`` is off on every device: it is of a model, not of its weights.
+
+    Products of a step would be in half in it: bases that are none, and coordinates rounded.
+    """
+    return torch._C._DisableAutocast()
 
 
 _STANDS_FOR: ContextVar[str] = ContextVar("_STANDS_FOR", default="meta")

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
+from lowrank_optim.ops import written
 from lowrank_optim.ops.dispatch import backend
 from lowrank_optim.ops.tiles import FLAT, by_tiles
 
@@ -170,11 +170,11 @@ def _define(name: str, schema: str) -> None:
     torch.library.define(qualified, schema)
     op = getattr(torch.ops.lowrank_optim, name).default
     arguments = [argument.name for argument in op._schema.arguments]
-    written = {a.name for a in op._schema.arguments if a.alias_info and a.alias_info.is_write}
-    packed = frozenset(written - {"params"} | {*PACKED.get(name, ())})
+    changed = {a.name for a in op._schema.arguments if a.alias_info and a.alias_info.is_write}
+    packed = frozenset(changed - {"params"} | {*PACKED.get(name, ())})
     flat, in_8bit = name in FLAT, any(argument.startswith("codes") for argument in arguments)
 
-    places = [i for i, argument in enumerate(arguments) if argument in written]
+    places = [i for i, argument in enumerate(arguments) if argument in changed]
     taken = [str(a.type) == "List[Tensor]" and a.name in ON_DEVICE for a in op._schema.arguments]
     plain = len(arguments) - sum(taken)
 
@@ -184,13 +184,16 @@ def _define(name: str, schema: str) -> None:
             return [] if name in FOUND else None
         call = getattr(backend(args[0][0], in_8bit, any(args[plain:])), name)
         found = None
-        if flat and not all([x.is_contiguous() for x in args[0]]):
-            by_tiles(call, arguments, args)
-        else:
-            found = call(*args)
-        for i in places:  # so that a backward that has saved what is written raises
-            if args[i] and not args[i][0].is_inference():
-                increment_version(args[i])
+        writes = [args[i] for i in places if args[i] and not args[i][0].is_inference()]
+        around = written.announce(writes)
+        try:
+            if flat and not all([x.is_contiguous() for x in args[0]]):
+                by_tiles(call, arguments, args)
+            else:
+                found = call(*args)
+            written.begin()  # of a kernel that did not say so
+        finally:
+            written.announce(around)
         return found
 
     def fake(*args: Any) -> Any:

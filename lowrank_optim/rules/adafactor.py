@@ -230,9 +230,9 @@ def _update_(
     by_row, by_column = square.sum(-1), square.sum(-2)
     if across:
         yield [Sum(by_row, across)]
-    row.lerp_(by_row / columns, fresh)
+    row.lerp_(by_row / max(1, columns), fresh)  # of none it is 0, not a quotient of zeros
     total = row.sum(-1, keepdim=True)
     if down:
         yield [Sum(by_column, down), Sum(total, down)]
-    col.lerp_(by_column / rows, fresh)
+    col.lerp_(by_column / max(1, rows), fresh)
     return total / rows

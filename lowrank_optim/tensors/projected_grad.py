@@ -60,6 +60,8 @@ class ProjectedGrad(Tensor):
     """Zeroed: the next gradient may go to another basis."""
     spill: Tensor | None
     """A whole gradient that came when empty."""
+    outdated: bool
+    """Found in a basis that a load has replaced."""
 
     @staticmethod
     def __new__(cls, like: Tensor, coords: Coords, plus_: Add) -> ProjectedGrad:
@@ -71,6 +73,7 @@ class ProjectedGrad(Tensor):
     def __init__(self, like: Tensor, coords: Coords, plus_: Add) -> None:
         self.coords, self.plus_ = coords, plus_
         self.fresh, self.empty, self.spill, self.count = {}, False, None, 0
+        self.outdated = False
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         """Shape of the gradient and of its coordinates."""
@@ -114,7 +117,7 @@ class ProjectedGrad(Tensor):
         """Another with its own coordinates."""
         out = ProjectedGrad(self, {k: x.clone() for k, x in self.coords.items()}, self.plus_)
         out.fresh, out.empty, out.spill = self.fresh, self.empty, self.spill
-        out.count = self.count
+        out.count, out.outdated = self.count, self.outdated
         return out
 
     def accumulate_(self, grad: Tensor, alpha: float = 1) -> ProjectedGrad:

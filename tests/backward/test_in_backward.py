@@ -544,6 +544,33 @@ def test_gradients_zeroed_in_place(first_basis: Any) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("to_none", [True, False])
+def test_coordinates_of_before_a_load_are_not_stepped(to_none: bool) -> None:
+    """They are in other bases than those that a load brings: the batch is begun again, or no step.
+
+    Micro-batches on both sides of the load were added up in the old bases, and lifted by the new.
+    """
+    other, first, again = make("GaLoreAdamW", seed=3), make("GaLoreAdamW"), make("GaLoreAdamW")
+    train(*other, data=batches(2))
+    before, after = batches(2)
+    attach_in_backward(first[1])
+    train(*first, data=batches(4))
+    loss_of(first[0], before).backward()
+    first[1].load_state_dict(other[1].state_dict())
+    loss_of(first[0], after).backward()
+    weights, state = copy.deepcopy((first[0].state_dict(), first[1].state_dict()))
+    with pytest.raises(RuntimeError, match=r"projected before load_state_dict.*zero_grad"):
+        first[1].step()
+    for key, x in first[0].state_dict().items():
+        assert torch.equal(x, weights[key]), key
+    first[1].zero_grad(set_to_none=to_none)
+    train(*first, data=batches(2))
+    again[0].load_state_dict(weights)
+    again[1].load_state_dict(state)
+    train(*again, data=batches(2))
+    assert_same(again, first, bitwise)
+
+
 def test_parameters_unfrozen_later_are_taken_up() -> None:
     model, optimizer = make("GaLoreAdamW")
     attach_in_backward(optimizer)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_optim import GaLoreAdamW, GaLoreSGD, LowRankOptimizer, methods
+from lowrank_optim import GaLoreAdamW, GaLoreSGD, LowRankOptimizer, attach_in_backward, methods
 from tests import cases
 from tests.engine.snapshots import everything, same
 
@@ -289,6 +289,53 @@ def test_a_model_converted_in_mid_run_converts_its_state_by_the_remedy_that_the_
     optimizer.step()
     assert not weight.equal(before)
     assert optimizer.state[weight]["basis"].dtype == torch.bfloat16
+
+
+NO_RATES: list[tuple[str, str, Any]] = [
+    ("GaLoreAdamW", "lr", -1.0),
+    ("FiraAdamW", "lr", float("nan")),
+    ("SSTAdamW", "lr", "1e-3"),
+    ("GaLoreLion", "lr", torch.tensor(float("nan"))),
+    ("GaLoreAdamW", "lr", torch.ones(2)),
+    ("FrugalAdamW", "weight_decay", float("inf")),
+    ("GaLoreAdamW", "betas", (1.5, 0.9)),
+    ("GaLoreSGD", "momentum", -0.5),
+    ("GaLoreAdafactor", "lr", -1e-3),
+]
+
+
+@pytest.mark.parametrize(("name", "key", "value"), NO_RATES, ids=str)
+@pytest.mark.parametrize("where", ["step", "backward"])
+def test_a_rate_that_no_step_could_use_is_refused(
+    name: str, key: str, value: Any, where: str
+) -> None:
+    """Of a scheduler, say: what may be edited at every step is looked at in every step."""
+    own = {"momentum": 0.9} if key == "momentum" else {}
+    optimizer = cases.build(name, [_group(name)], **own)
+    stepped(optimizer, 0, 3)
+    before, group = everything(optimizer), optimizer.param_groups[0]
+    (param, *_), old = group["params"], group[key]
+    group[key] = value
+    if where == "backward":
+        attach_in_backward(optimizer, "step")
+    with pytest.raises(ValueError, match=r"Invalid|1-element|relative_step"):
+        if where == "step":
+            optimizer.step()
+        else:
+            param.grad = None
+            param.sum().backward()
+    assert not [key for key in same(everything(optimizer), before) if "grad" not in key]
+    group[key] = old
+    optimizer.step()
+
+
+def test_a_rate_that_is_changed_in_place_is_seen() -> None:
+    """A tensor is the same object with another number."""
+    optimizer = made("GaLoreAdamW", lr=torch.tensor(0.1))
+    stepped(optimizer, 0, 2)
+    optimizer.param_groups[0]["lr"].fill_(-0.1)
+    with pytest.raises(ValueError, match=r"Invalid learning rate: -0\.1"):
+        optimizer.step()
 
 
 def test_every_method_is_here() -> None:

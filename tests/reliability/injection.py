@@ -1,16 +1,21 @@
-"""Out of memory on purpose, before an operation of torch or of the package, each in its turn."""
+"""Out of memory before an operation of torch or of the package, and Ctrl-C before a line of it."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Hashable, Iterable
-from typing import Any
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import lowrank_optim
 from lowrank_optim.tensors.alive import Alive
+
+PACKAGE = f"{Path(lowrank_optim.__file__).parent}/"
 
 
 class OutOfMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -34,6 +39,39 @@ class OutOfMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if len(self.names) - 1 == self.at:
             raise torch.OutOfMemoryError(f"before {func}")
         return func(*args, **(kwargs or {}))
+
+
+class Interrupted:
+    """Counts lines of the package as they run, and lets somebody press Ctrl-C before one of them.
+
+    A kernel that runs when it is pressed ends first: that is the line after it.
+
+    Args:
+        at: the number of the line; -1 for none.
+    """
+
+    def __init__(self, at: int = -1) -> None:
+        self.at = at
+        self.lines: list[tuple[str, int]] = []
+        """Files and numbers, in the order in which they ran."""
+
+    def __enter__(self) -> Self:
+        self._before = sys.gettrace()
+        sys.settrace(self._called)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _called(self, frame: FrameType, *_: Any) -> Any:
+        return self._ran if frame.f_code.co_filename.startswith(PACKAGE) else None
+
+    def _ran(self, frame: FrameType, event: str, _: Any) -> Any:
+        if event == "line":
+            self.lines.append((frame.f_code.co_filename[len(PACKAGE) :], frame.f_lineno))
+            if len(self.lines) - 1 == self.at:
+                raise KeyboardInterrupt
+        return self._ran
 
 
 class Places(OutOfMemory):

@@ -128,6 +128,18 @@ def test_a_learning_rate_of_none_is_adafactors() -> None:
     check_untouched(adamw, lambda: adamw.load_state_dict(saved), ValueError)
 
 
+@pytest.mark.parametrize("groups", [None, [None], "lr", [{"params": 3}], {"lr": 0.1}])
+@pytest.mark.parametrize("name", ["GaLoreAdafactor", "GaLoreAdamW"])
+def test_groups_that_are_none_are_refused_in_words(name: str, groups: Any) -> None:
+    """Whatever a class reads of them before others do; a hook may still make groups of them."""
+    optimizer = trained(name, 2)
+    saved = {**optimizer.state_dict(), "param_groups": groups}
+    check_untouched(optimizer, lambda: optimizer.load_state_dict(saved), ValueError)
+    good = optimizer.state_dict()
+    optimizer.register_load_state_dict_pre_hook(lambda *_: good)
+    optimizer.load_state_dict(saved)
+
+
 def projector(**own: Any) -> ProjectorRecord:
     record = ProjectorRecord()
     known = {"rank": 2, "update_proj_gap": 3, "scale": 0.25, "proj_type": "std"}

@@ -70,6 +70,20 @@ def test_entries_that_share_memory_are_refused(name: str) -> None:
         assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.parametrize("name", cases.distinct_names())
+def test_nothing_to_step_leaves_a_state_that_loads(name: str) -> None:
+    """Matrices without rows, or without columns: Adafactor's means of none were NaN."""
+    shapes = [(0, 5), (5, 0), (0,), (0, 3, 4), (4, 6)]
+    params = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+    optimizer = cases.build(name, [{"params": params, "rank": 3}])
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.ones(param.shape)
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert params[-1].isfinite().all() and not params[-1].eq(1).all()
+
+
 def test_entries_that_do_not_are_taken() -> None:
     """Gaps, any order, a row of one, and strides that interleave."""
     x = torch.randn(64)

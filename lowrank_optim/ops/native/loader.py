@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops.rows import check_rows
+from lowrank_optim.ops.written import begin
 
 ERRORS = {
     1: "dtypes that the library does not take",
@@ -172,6 +173,7 @@ def run(
         RuntimeError: the library cannot serve the call, or CUDA refused a launch of it.
     """
     function = _function(op, device.type)
+    begin()
     if device.type == "cuda":
         with torch.cuda.device(device):
             status = function(ctypes.byref(args), torch.cuda.current_stream().cuda_stream)
