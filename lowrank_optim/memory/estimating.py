@@ -29,6 +29,7 @@ from lowrank_optim.memory.one_turn import of_one_turn
 from lowrank_optim.memory.reporting import (
     report,
 )
+from lowrank_optim.memory.sets import beginning, over_sets, worst_sets
 from lowrank_optim.memory.training import Training
 from lowrank_optim.memory.turns import holding, names_of, take_turns, turns_of, worst_of
 from lowrank_optim.memory.twins import Make, maker, over_twins, weight_bytes, with_state
@@ -179,7 +180,9 @@ def estimate(
     with pretended(world_size, shard, rank=world_size - 1) as last, standing_for(training.device):
         own = last.on_meta(module)
         params = list(own.parameters())
-        make = _turns(params, cls, maker(own, cls, groups, options))[found.turn]
+        make = maker(own, cls, groups, options)
+        if found.turn is not None:
+            make = _turns(params, cls, make)[found.turn]
         _, optimizer = with_state(params, make)
         return replace(found, least=weight_bytes(params) + report(optimizer).total)
 
@@ -231,19 +234,19 @@ def _estimated(
     if ("turns", *chosen) not in known:
         known["turns", *chosen] = _turns(list(module.parameters()), optimizer_class, make)
     found = []
-    for names, own in known["turns", *chosen].items():
-        e = of_one_turn(plain, module, own, training, known, (*chosen, names))
-        found.append(replace(e, turn=names))
-    return worst_of(found)
+    for turn, own in known["turns", *chosen].items():
+        e = of_one_turn(plain, module, own, training, known, (*chosen, turn))
+        found.append(replace(e, turn=turn) if take_turns(optimizer_class) else e)
+    return worst_of(found) if take_turns(optimizer_class) else over_sets(found)
 
 
 def _turns(
     params: Sequence[Tensor], optimizer_class: type[Optimizer], make: Make
-) -> dict[tuple[str, ...] | None, Make]:
-    """What makes the optimizer, at each turn of its layers; under None where they take none."""
-    if not take_turns(optimizer_class):
-        return {None: make}
+) -> dict[Any, Make]:
+    """What makes the optimizer, at each turn of its layers, or with each set of tensors first."""
     twins, optimizer = over_twins(params, make)
+    if not take_turns(optimizer_class):
+        return {begun: beginning(make, begun) for begun in worst_sets(optimizer, twins)}
     turns = turns_of(optimizer, twins)
     return {names_of(optimizer, turn, twins): holding(make, turn) for turn in turns}
 

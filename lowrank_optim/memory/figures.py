@@ -54,7 +54,7 @@ class Estimate:
     beside: Mapping[str, int] = field(default_factory=dict, hash=False)
     """What is alive beside weights and state at the worst moment of ``"backward"``, of a ``"step"``
     without a refresh, and of a ``"refresh"``; the last two may be inside backward. Where layers
-    take turns, each is the worst of all turns."""
+    or tensors take turns, each is the worst of all turns."""
     world_size: int | None = None
     """GPUs among which FSDP2 shards the model: all figures are of the first, whose weights and
     state are the most; as bases are found, another may hold some MiB more in passing. None of a
