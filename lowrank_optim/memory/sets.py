@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from lowrank_optim.engine.plan import ParamPlan, Strategies
 from lowrank_optim.engine.sharded.local import meta_state
 from lowrank_optim.engine.state import active_blocks
-from lowrank_optim.memory.figures import Estimate
 from lowrank_optim.memory.twins import Make
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.parts import local
@@ -89,16 +88,6 @@ def beginning(make: Make, begun: Begun) -> Make:
         return optimizer
 
     return made if any(begun) else make
-
-
-def over_sets(found: Sequence[Estimate]) -> Estimate:
-    """What the first sets hold, and beside it the worst moments of any."""
-    first = found[0]
-    beside = {
-        moment: max(e.held + e.beside[moment] for e in found) - first.held
-        for moment in first.beside
-    }
-    return replace(first, beside=beside)
 
 
 def _switches(item: ParamPlan) -> bool:
