@@ -12,13 +12,16 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lowrank_optim import methods
+from lowrank_optim.engine.sharded.due import shares_seen
 from lowrank_optim.memory import LAYOUTS, Estimate
 from lowrank_optim.memory.autocast import check_autocast
 from lowrank_optim.memory.checks import check_loss, class_of
-from lowrank_optim.memory.estimating import among, device_of, estimated
+from lowrank_optim.memory.estimating import device_of, estimated
 from lowrank_optim.memory.losses import LOSSES
+from lowrank_optim.memory.ranks import over_ranks, ranks_apart
 from lowrank_optim.memory.training import Training
-from lowrank_optim.memory.world import check_world
+from lowrank_optim.memory.twins import maker, over_twins
+from lowrank_optim.memory.world import check_world, pretended
 from lowrank_optim.optimizer import LowRankOptimizer
 
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -178,15 +181,60 @@ def measure(
         check_world(module, class_of(choice.optimizer), world_size, None, None)
     own = Training(tokens=tokens, checkpointing=checkpointing, **forward)
     own = replace(own, device=device_of(module, device))
-    with among(world_size) as world:
-        return _measured(module, chosen, asked, own.on(world))
+    if world_size is None:
+        return _measured(module, chosen, asked, own, {})
+    return _of_ranks(module, chosen, asked, own, world_size)
+
+
+def _of_ranks(
+    module: nn.Module,
+    chosen: Sequence[Chosen],
+    asked: Sequence[Column],
+    common: Training,
+    size: int,
+) -> list[Row]:
+    """Rows of the first rank, with the worst moments of any."""
+    known: dict[Any, Any] = {}
+    rows: list[Row] = []
+    apart: list[dict[int, bool]] = []
+    with pretended(size) as world:
+        for choice in chosen:
+            with shares_seen() as seen:
+                rows += _measured(module, [choice], asked, common.on(world), known)
+            params = list(known["sharded"].parameters())
+            make = maker(known["sharded"], class_of(choice.optimizer), None, choice.options)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # they are in the row
+                _, optimizer = over_twins(params, make)
+            apart.append(ranks_apart(size, params, optimizer, seen))
+    found: list[dict[int, Row]] = [{0: row} for row in rows]
+    for rank in sorted({rank for own in apart for rank in own}):
+        alike = all(own.get(rank, True) for own in apart)
+        again: dict[Any, Any] = {"flights": known["flights"]} if alike else {}
+        with pretended(size, rank=rank) as world:
+            for choice, own, its in zip(chosen, apart, found, strict=True):
+                if rank in own:
+                    its[rank] = _measured(module, [choice], asked, common.on(world), again)[0]
+    return [_worst(own) for own in found]
+
+
+def _worst(found: Mapping[int, Row]) -> Row:
+    """Of one optimizer on several ranks."""
+    peaks: dict[Column, Estimate | None] = {}
+    for column in found[0].peaks:
+        own = {rank: row.peaks[column] for rank, row in found.items()}
+        known = {rank: e for rank, e in own.items() if e is not None}
+        peaks[column] = over_ranks(known) if known else None
+    return replace(found[0], peaks=peaks)
 
 
 def _measured(
-    module: nn.Module, chosen: Sequence[Chosen], asked: Sequence[Column], common: Training
+    module: nn.Module,
+    chosen: Sequence[Chosen],
+    asked: Sequence[Column],
+    common: Training,
+    known: dict[Any, Any],
 ) -> list[Row]:
-    known: dict[Any, Any] = {}
-
     def one(choice: Chosen, training: Training) -> Estimate:
         cls = class_of(choice.optimizer)
         return estimated(module, cls, training, None, choice.options, known)

@@ -13,6 +13,7 @@ from lowrank_optim.engine.bucket import Bucket, warn_skipped
 from lowrank_optim.engine.draws import weight_noise
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.state import active_blocks, alloc_moments
+from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups.names import uid_of
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.residuals import ResidualInputs
@@ -155,17 +156,19 @@ def catch_up(
     items: Sequence[ParamPlan],
     states: States,
     chosen: Strategies,
+    undo: Undo,
     begins: bool | None = None,
 ) -> None:
     """The same before one block is stepped alone.
 
-    The others are switched with it, and marked when their own turn comes.
+    The others are switched with the first of a step, and marked when their own turn comes.
 
     Args:
         item: the block.
         items: all of its group.
         states: the optimizer's.
         chosen: what the group chose.
+        undo: told of the states that change.
         begins: whether it is the first of its group in this step (default: if it comes round
             again, which is a step late for one that the step before left out).
     """
@@ -176,6 +179,7 @@ def catch_up(
     switches, phase = divmod(now - 1, chosen.gap)
     active = active_blocks(item, chosen, switches)
     for other in blocks if ticks else [item]:
+        undo.begin(states[other.param])
         _switch_(other, states[other.param], chosen, active, restart=ticks and phase == 0)
     set_counter_(state["clock"], now)
 

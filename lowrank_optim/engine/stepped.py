@@ -157,13 +157,10 @@ class SteppedOptimizer(PlannedOptimizer):
             return
         for item in ready:
             self._state_of(item, chosen)
-        self._begin_blocks(items, undo)
-        advance(items, self.state, chosen, self._retry.taken)
-
-    def _begin_blocks(self, items: list[ParamPlan], undo: Undo) -> None:
         for item in items:
             if isinstance(item.subspace, Block) and item.param in self.state:
                 undo.begin(self.state[item.param])
+        advance(items, self.state, chosen, self._retry.taken)
 
     def _step_alone(
         self,
@@ -186,9 +183,7 @@ class SteppedOptimizer(PlannedOptimizer):
         with tracing.hosted(), Undo(self._staging.wait) as undo:
             if isinstance(item.subspace, Block):
                 self._state_of(item, chosen)
-                items = self._items(group)
-                self._begin_blocks(items, undo)
-                catch_up(item, items, self.state, chosen, begins)
+                catch_up(item, self._items(group), self.state, chosen, undo, begins)
             if alike:
                 refresh_alike([(item, self._state_of(item, chosen), chosen)], alike, undo)
             self._step_items([item], group, chosen, undo)

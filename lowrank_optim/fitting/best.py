@@ -108,7 +108,7 @@ def fit(
             configuration).
         world_size: plan for so many GPUs among which FSDP2 shards the model, with the budget of
             each: as of :func:`lowrank_optim.memory.estimate`. No rank of a matrix depends on which
-            GPU plans, as all count those of the first; ``plan.optimizer``
+            GPU plans, as all count the worst of all; ``plan.optimizer``
             of the sharded model looks whether all have the same (default: None, one process).
         shard: likewise.
         **options: further arguments of every optimizer.

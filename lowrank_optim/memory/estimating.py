@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -26,11 +25,18 @@ from lowrank_optim.memory.figures import Estimate
 from lowrank_optim.memory.inputs import model_of
 from lowrank_optim.memory.losses import Loss
 from lowrank_optim.memory.one_turn import of_one_turn
-from lowrank_optim.memory.reporting import (
-    report,
-)
+from lowrank_optim.memory.ranks import of_ranks
+from lowrank_optim.memory.reporting import report
+from lowrank_optim.memory.sets import beginning, worst_sets
 from lowrank_optim.memory.training import Training
-from lowrank_optim.memory.turns import holding, names_of, take_turns, turns_of, worst_of
+from lowrank_optim.memory.turns import (
+    holding,
+    names_of,
+    over_first,
+    take_turns,
+    turns_of,
+    worst_of,
+)
 from lowrank_optim.memory.twins import Make, maker, over_twins, weight_bytes, with_state
 from lowrank_optim.memory.world import Shard, World, check_world, pretended
 from lowrank_optim.ops.devices import standing_for
@@ -107,11 +113,11 @@ def estimate(
             workspace of their own, which is not counted. False leaves it out, which is quick
             (default: True).
         world_size: figures of one of so many GPUs, among which FSDP2 shards the model: the first,
-            whose weights and state are the most. Layers that are gathered and gradients that are
-            reduced count at the worst moment of backward. With ``in_backward="step"`` the gradients
-            of one ``fully_shard`` live at once, in a first backward those of two; with
-            ``"project"`` the worst step is the first, before which all are whole (default: None,
-            one process).
+            whose weights and state are the most, with the peak of the worst, which ``.rank`` names.
+            Layers that are gathered and gradients that are reduced count at the worst moment of
+            backward. With ``in_backward="step"`` the gradients of one ``fully_shard`` live at once,
+            in a first backward those of two; with ``"project"`` the worst step is the first, before
+            which all are whole (default: None, one process).
         shard: shards the model in place, called with it and a mesh of one dimension, as
             ``lambda model, mesh: fully_shard(model, mesh=mesh)`` does. It can give a
             ``MixedPrecisionPolicy`` or ``shard_placement_fn`` (default: ``fully_shard`` of each
@@ -172,21 +178,21 @@ def estimate(
         loss_chunk,
         autocast,
     )
-    with among(world_size, shard) as world:
-        found = estimated(module, cls, training.on(world), groups, options, {})
     if world_size is None:
-        return found
+        return estimated(module, cls, training, groups, options, {})
+
+    def of_rank(known: dict[Any, Any], world: World) -> Estimate:
+        return estimated(module, cls, training.on(world), groups, options, known)
+
+    found = of_ranks(of_rank, world_size, shard, lambda own: maker(own, cls, groups, options))
     with pretended(world_size, shard, rank=world_size - 1) as last, standing_for(training.device):
         own = last.on_meta(module)
         params = list(own.parameters())
-        make = _turns(params, cls, maker(own, cls, groups, options))[found.turn]
+        make = maker(own, cls, groups, options)
+        if found.turn is not None:
+            make = _turns(params, cls, make)[found.turn]
         _, optimizer = with_state(params, make)
         return replace(found, least=weight_bytes(params) + report(optimizer).total)
-
-
-def among(size: int | None, shard: Shard | None = None) -> AbstractContextManager[World | None]:
-    """The ranks that an estimate is one of; none but this process if ``size`` is None."""
-    return nullcontext() if size is None else pretended(size, shard)
 
 
 def estimated(
@@ -231,19 +237,19 @@ def _estimated(
     if ("turns", *chosen) not in known:
         known["turns", *chosen] = _turns(list(module.parameters()), optimizer_class, make)
     found = []
-    for names, own in known["turns", *chosen].items():
-        e = of_one_turn(plain, module, own, training, known, (*chosen, names))
-        found.append(replace(e, turn=names))
-    return worst_of(found)
+    for turn, own in known["turns", *chosen].items():
+        e = of_one_turn(plain, module, own, training, known, (*chosen, turn))
+        found.append(replace(e, turn=turn) if take_turns(optimizer_class) else e)
+    return worst_of(found) if take_turns(optimizer_class) else over_first(found)
 
 
 def _turns(
     params: Sequence[Tensor], optimizer_class: type[Optimizer], make: Make
-) -> dict[tuple[str, ...] | None, Make]:
-    """What makes the optimizer, at each turn of its layers; under None where they take none."""
-    if not take_turns(optimizer_class):
-        return {None: make}
+) -> dict[Any, Make]:
+    """What makes the optimizer, at each turn of its layers, or with each set of tensors first."""
     twins, optimizer = over_twins(params, make)
+    if not take_turns(optimizer_class):
+        return {begun: beginning(make, begun) for begun in worst_sets(optimizer, twins)}
     turns = turns_of(optimizer, twins)
     return {names_of(optimizer, turn, twins): holding(make, turn) for turn in turns}
 

@@ -54,11 +54,14 @@ class Estimate:
     beside: Mapping[str, int] = field(default_factory=dict, hash=False)
     """What is alive beside weights and state at the worst moment of ``"backward"``, of a ``"step"``
     without a refresh, and of a ``"refresh"``; the last two may be inside backward. Where layers
-    take turns, each is the worst of all turns."""
+    or tensors take turns, each is the worst of all turns; of several GPUs, of all of them."""
     world_size: int | None = None
-    """GPUs among which FSDP2 shards the model: all figures are of the first, whose weights and
-    state are the most; as bases are found, another may hold some MiB more in passing. None of a
-    model that nobody shards, or that came sharded."""
+    """GPUs among which FSDP2 shards the model: all figures but :attr:`beside` are of the first,
+    whose weights and state are the most. None of a model that nobody shards, or that came
+    sharded."""
+    rank: int | None = None
+    """The GPU with the highest peak, which is :attr:`peak`: the first, or one that finds larger
+    bases. None without ``world_size``."""
     least: int | None = None
     """Weights and state of the GPU that holds the least; None without ``world_size``."""
     turn: tuple[str, ...] | None = None
@@ -119,7 +122,9 @@ class Estimate:
         if self.refresh_transients:
             rows.append(("a refresh", self.refresh_transients, "  in passing"))
         turn = "" if self.turn is None else f", in the turn of {', '.join(self.turn)}"
-        rows.append(("peak", self.peak, f"  at the {self.peak_at}{turn}{self._not_counted()}"))
+        rank = f" of rank {self.rank}" if self.rank else ""
+        at = f"  at the {self.peak_at}{rank}{turn}{self._not_counted()}"
+        rows.append(("peak", self.peak, at))
         return "\n".join(f"{name:<12}{binary(size):>12}{note}" for name, size, note in rows)
 
     def _not_counted(self) -> str:

@@ -125,9 +125,10 @@ def _flight(
 
     staying = tuple((i, gradients.staying(i)) for i in gradients.sizes)
     flying, world = (training.forward_and_backward, staying), training.world
-    if flying not in known:
+    flights = known.setdefault("flights", {})
+    if flying not in flights:
         with nullcontext() if world is None else refusals_of_fsdp(module):
-            known[flying] = in_flight(
+            flights[flying] = in_flight(
                 module,
                 training.tokens,
                 checkpointing=training.checkpointing,
@@ -142,5 +143,5 @@ def _flight(
                 sharded=None if world is None else world.sharded,
                 mode=training.in_backward,
             )
-    found: Flight = known[flying]
+    found: Flight = flights[flying]
     return found

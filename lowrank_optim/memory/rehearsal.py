@@ -108,7 +108,9 @@ class Rehearsal:
             self._begin(due)
             with self._within():
                 self._with_gradients(self._prepared(due), due)
-                self._known["step", due] = self._measured(self.optimizer.step)
+                self._known["step", due] = self._measured(
+                    self.optimizer.step, comes=due == "first" or not self._sets
+                )
         return int(self._known["step", due])
 
     def _with_gradients(self, params: Sequence[Tensor], due: Due) -> None:
@@ -218,7 +220,7 @@ class Rehearsal:
             self._prepared(due)
             switches = due == "all" and self._mode == "step" and self._takes_turns
             if switches or (due == "first" and self._mode == "step" and self._sharded):
-                found = self._in_turn(units)
+                found = self._in_turn(units, comes=due == "first" or not self._sets)
                 if switches:
                     found = {unit: max(0, size) for unit, size in found.items()}
                 self._known[due, passes, units] = found
@@ -244,31 +246,43 @@ class Rehearsal:
         rest = [] if self._sharded else [(n,) for n in reversed(kinds) if n not in told]
         return [(unit, tuple(kinds[n] for n in unit)) for unit in (*own, *rest)]
 
-    def _in_turn(self, units: Sequence[Unit]) -> dict[Unit, int]:
+    def _in_turn(self, units: Sequence[Unit], comes: bool) -> dict[Unit, int]:
         """The same of a step in which state comes, or moments of one turn come and others go.
 
-        So each counts beyond what is there once all of them have been stepped.
+        Args:
+            units: as of :meth:`arrivals`.
+            comes: whether each counts beyond what is there once all of them have been stepped, or
+                beyond what is there before: see :meth:`_measured`.
         """
         most: dict[Unit, int] = {}
+        alive = Alive("meta", self._sized)
+        alive.hold([*self._held()])
+        before = alive.now
         for unit, _ in self._ordered(units):
             params = [self.params[n] for n in unit]
             for p in params:
                 p.grad = torch.empty_like(p)
-            alive = Alive("meta", self._sized)
-            alive.hold([*self._held()])
+            alive.hold([local(p.grad) for p in params if p.grad is not None])
             with alive:
                 self._take(params)
             most[unit] = alive.most - sum(self._sized(local(p).nbytes) for p in params)
         self._finish()
-        after = Alive("meta", self._sized)
-        after.hold([*self._held()])
-        return {unit: size - after.now for unit, size in most.items()}
+        held = alive.now if comes else before
+        return {unit: size - held for unit, size in most.items()}
 
     @property
     def _takes_turns(self) -> bool:
-        if not isinstance(self.optimizer, LowRankOptimizer):
-            return False
-        return any(isinstance(i.subspace, Block) for _, items in self._groups() for i in items)
+        return any(self._blocks())
+
+    @property
+    def _sets(self) -> bool:
+        """Whether sets of tensors take turns, of which one may hold more than another."""
+        return any(block.layers is None for block in self._blocks())
+
+    def _blocks(self) -> Iterator[Block]:
+        if isinstance(self.optimizer, LowRankOptimizer):
+            items = (item for _, items in self._groups() for item in items)
+            yield from (i.subspace for i in items if isinstance(i.subspace, Block))
 
     def _kinds(self) -> list[tuple[Tensor, Hashable]]:
         if not isinstance(self.optimizer, LowRankOptimizer):
@@ -326,10 +340,16 @@ class Rehearsal:
 
     # ---------------------------------------------------------------- counting
 
-    def _measured(self, work: Callable[[], Any], *more: Tensor) -> int:
+    def _measured(self, work: Callable[[], Any], *more: Tensor, comes: bool = True) -> int:
         """Most bytes beyond what was there before, or is there after: state is made once.
 
         A gradient that goes counts as there after, as it is counted apart.
+
+        Args:
+            work: what is done.
+            *more: tensors that are there besides.
+            comes: whether state may come. Where one set of blocks takes the place of another, what
+                it has more is beyond what was there before.
         """
         alive = Alive("meta", self._sized)
         alive.hold([*self._held(), *more])
@@ -337,7 +357,7 @@ class Rehearsal:
         with alive:
             work()
         gone = sum(self._sized(local(p).nbytes) for p in grads if p.grad is None)
-        return alive.most - max(before, alive.now + gone)
+        return alive.most - (max(before, alive.now + gone) if comes else before)
 
     def _held(self) -> Iterator[Tensor]:
         yield from map(local, self.params)

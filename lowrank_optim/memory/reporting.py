@@ -11,12 +11,14 @@ from torch.optim import Optimizer
 
 from lowrank_optim.engine.bucket import bucketed
 from lowrank_optim.engine.offload import load_of
-from lowrank_optim.engine.plan import ParamPlan, Strategies
+from lowrank_optim.engine.plan import ParamPlan, State, Strategies
+from lowrank_optim.engine.sharded.local import meta_state
 from lowrank_optim.engine.sharded.work import bucketed_shards
 from lowrank_optim.engine.state import on_host, resting_keys
 from lowrank_optim.memory.blocks import in_blocks, of_a_new_segment
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.parts import local
+from lowrank_optim.subspaces.block import Block
 
 GIB = 2**30
 
@@ -178,6 +180,8 @@ def staging_bytes(
 ) -> int:
     """What the buffers will take once an optimizer has stepped: two of the largest load.
 
+    They never shrink, so that blocks count as they are in their turn, each of which comes.
+
     Args:
         optimizer: with its state.
         alone: whether parameters are stepped one by one, inside backward.
@@ -196,6 +200,14 @@ def staging_bytes(
         units += bucketed([x for x in rest if not (x.sharded and x.alone)], chosen)
         units += bucketed_shards(spread, chosen)
         for own in units:
-            load = load_of(own, [optimizer.state[x.param] for x in own], chosen)
+            load = load_of(own, [_as_stepped(optimizer, x, chosen) for x in own], chosen)
             largest = max(largest, load.nbytes)
     return 2 * largest
+
+
+def _as_stepped(optimizer: Optimizer, item: ParamPlan, chosen: Strategies) -> State:
+    """The state with which a parameter is stepped at most: of a block, that of its turn."""
+    if isinstance(item.subspace, Block) and item.subspace.size:
+        return meta_state(item, chosen, active=True)
+    state: State = optimizer.state[item.param]
+    return state

@@ -129,12 +129,19 @@ def names_of(optimizer: Optimizer, turn: Turn, params: Sequence[Tensor]) -> tupl
 
 def worst_of(found: Sequence[Estimate]) -> Estimate:
     """The turn of the highest peak; of each moment the worst that it is in any of them."""
-    worst = max(found, key=lambda e: e.peak)
+    return _beside_any(max(found, key=lambda e: e.peak), found)
+
+
+def over_first(found: Sequence[Estimate]) -> Estimate:
+    """What is held in the first, and beside it each moment as it is at its worst in any."""
+    return _beside_any(found[0], found)
+
+
+def _beside_any(own: Estimate, found: Sequence[Estimate]) -> Estimate:
     beside = {
-        moment: max(e.held + e.beside[moment] for e in found) - worst.held
-        for moment in worst.beside
+        moment: max(e.held + e.beside[moment] for e in found) - own.held for moment in own.beside
     }
-    return replace(worst, beside=beside)
+    return replace(own, beside=beside)
 
 
 def _all(block: Block) -> Block:

@@ -28,6 +28,7 @@ from lowrank_optim import (
 )
 from lowrank_optim.engine.state import moving_keys
 from lowrank_optim.memory import estimate, report
+from lowrank_optim.memory.reporting import staging_bytes
 from lowrank_optim.nn import convert
 from lowrank_optim.ops import devices, queues
 from lowrank_optim.stores import STORES
@@ -399,3 +400,18 @@ def test_memory_is_exact(cls: Any, options: dict[str, Any], in_backward: Any) ->
     blocks = found.rounding - before.rounding
     assert found.peak == before.peak - resting + found.staging + blocks
     assert f"{held.host:,} of it in host memory; staging {held.staging:,}" in str(held)
+
+
+def test_buffers_are_of_the_largest_block() -> None:
+    """They never shrink, and the first set has the smaller ones: told before any other came."""
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(32, 64, bias=False))
+    own = {"density": 0.5, "update_proj_gap": 1, "block_order": "ascending", **HOST}
+    found = estimate(model, FrugalAdamW, device="cuda", transients=False, **own)
+    with Device(lazy=True):
+        optimizer = FrugalAdamW(model.named_parameters(), **own)
+        for _ in range(4):
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        held, told = report(optimizer), staging_bytes(optimizer)
+    assert found.staging == held.staging == told == 2 * 2 * 4 * 32 * 64

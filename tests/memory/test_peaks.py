@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import GPT2Config, LlamaConfig, MixtralConfig
 
 from lowrank_optim import FiraAdamW, FrugalAdamW, GaLoreAdamW, GaLoreAdamW8bit, methods, ops
-from lowrank_optim.memory import Estimate, estimate
+from lowrank_optim.memory import Estimate, estimate, sets
 from lowrank_optim.memory.rehearsal import Rehearsal
 from lowrank_optim.ops import devices, tiles
 from lowrank_optim.tensors.alive import Alive
@@ -133,6 +133,27 @@ def test_peaks_of_micro_batches(monkeypatch: pytest.MonkeyPatch, mode: str) -> N
     found, counted = both(monkeypatch, config("llama", 2), "GaLoreAdamW", **training)
     held = found.held - found.weights
     assert held + max(found.beside.values()) == pytest.approx(max(counted.values()), rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"on_refresh": "reset"}, {"block_order": "ascending"}])
+@pytest.mark.parametrize("mode", [None, "step"])
+@pytest.mark.filterwarnings("ignore")
+def test_peaks_of_the_worst_of_all_sets(
+    monkeypatch: pytest.MonkeyPatch, mode: Any, options: dict[str, Any]
+) -> None:
+    """Tensors take turns, and other sets than the first hold more, by a tenth of it and above."""
+    monkeypatch.setattr(sets, "SWITCHES", 4)  # as twelve steps have
+    own = {"projector": "block", "density": 0.25, "update_proj_gap": 3, **options}
+    model = config("llama", 2)
+    found, counted = counted_over(
+        monkeypatch, model, "FrugalAdamW", own, steps=12, in_backward=mode
+    )
+    held = found.held - found.weights
+    assert held + max(found.beside.values()) == pytest.approx(max(counted.values()), rel=0.02)
+    if mode is None:
+        for moment, size in counted.items():
+            assert held + found.beside[moment] == pytest.approx(size, rel=0.02), moment
 
 
 def rehearsed(cls: Any, shapes: Any, **options: Any) -> Rehearsal:

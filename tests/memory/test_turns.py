@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_optim import BAdamW, LisaAdamW, memory
+from lowrank_optim import BAdamW, FrugalAdamW, LisaAdamW, memory
+from lowrank_optim.memory import estimate
 from lowrank_optim.memory.turns import names_of, turns_of
 from lowrank_optim.subspaces.block import BLOCK_ORDERS
 from tests.memory.test_peaks import config, counted_over
@@ -110,3 +111,15 @@ def test_peaks_of_all_turns(
     held = found.held - found.weights
     for moment, size in counted.items():
         assert held + found.beside[moment] == pytest.approx(size, rel=0.02), moment
+
+
+def test_of_sets_of_tensors_the_largest_is_counted() -> None:
+    """State is that of the first set, and the peak that of the worst of a run."""
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(32, 64, bias=False))
+    own = {"projector": "block", "density": 0.5, "device": "cpu", "transients": False}
+    first, other = (2 * x.weight.nbytes for x in model)
+    counters = 2 * 3 * 4
+    for order, state in ("ascending", first), ("descending", other):
+        found = estimate(model, FrugalAdamW, block_order=order, **own)
+        assert found.state == counters + state
+        assert found.peak == found.weights + found.gradients + counters + other

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import zip_longest
 from typing import NamedTuple, TypeVar
 
@@ -17,6 +19,17 @@ from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.tensors.alive import of_shape
 
 _Job = TypeVar("_Job")
+
+
+class Share(NamedTuple):
+    """A matrix that a rank is the owner of, as far as memory goes."""
+
+    kind: Hashable
+    sizes: tuple[int, ...]
+
+
+Shares = tuple[tuple[Share, ...], ...]
+"""By rank, what it is the owner of, the longest first."""
 
 
 class Due(NamedTuple):
@@ -41,6 +54,14 @@ class Due(NamedTuple):
     def nbytes(self) -> int:
         """Of the whole matrix."""
         return self.item.param.numel() * self.item.param.element_size()
+
+    @property
+    def share(self) -> Share:
+        """What memory its owner needs depends on."""
+        view = self.part.view or self.item.view
+        assert view is not None
+        kind = type(self.subspace), self.item.param.dtype, id(self.chosen)
+        return Share(kind, (*view.batch, view.m, view.n))
 
     @property
     def columns(self) -> ParamPlan:
@@ -81,6 +102,20 @@ class Due(NamedTuple):
         return list(self.subspace.init(self.item.view, meta))
 
 
+_SEEN: ContextVar[dict[Shares, None] | None] = ContextVar("seen", default=None)
+
+
+@contextmanager
+def shares_seen() -> Iterator[dict[Shares, None]]:
+    """What :func:`owners` gives to the ranks from now on, each once."""
+    seen: dict[Shares, None] = {}
+    before = _SEEN.set(seen)
+    try:
+        yield seen
+    finally:
+        _SEEN.reset(before)
+
+
 def owners(due: Sequence[Due]) -> list[list[Due]]:
     """What each rank of their group refreshes: the longest first, to who has least to do."""
     queues: list[list[Due]] = [[] for _ in range(due[0].part.ranks)]
@@ -89,6 +124,9 @@ def owners(due: Sequence[Due]) -> list[list[Due]]:
         owner = loads.index(min(loads))
         queues[owner].append(d)
         loads[owner] += d.item.param.numel()
+    seen = _SEEN.get()
+    if seen is not None:
+        seen[tuple(tuple(d.share for d in own) for own in queues)] = None
     return queues
 
 

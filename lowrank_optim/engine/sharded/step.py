@@ -69,13 +69,13 @@ class ShardedStep:
             others = [(weights_here(i), s) for i, s in rest or () if isinstance(i.subspace, Block)]
             every = [t for t, _ in (*blocks, *others)]
             by_param = {t.param: s for t, s in (*blocks, *others)}
-            for state in by_param.values():
-                undo.begin(state)
             if rest is None:
+                for state in by_param.values():
+                    undo.begin(state)
                 advance(every, by_param, chosen)
             else:
                 for n, (twin, _) in enumerate(blocks):
-                    catch_up(twin, every, by_param, chosen, begins and n == 0)
+                    catch_up(twin, every, by_param, chosen, undo, begins and n == 0)
         for item, twin, state in zip(items, twins, states, strict=True):
             self._work.append(Work(item, twin, state, chosen, lr, weight_decay))
 
