@@ -132,8 +132,8 @@ class Averaging:
         if not self._running:
             self._running, self._here = True, {}
             self._averages_now = not self._paused and self._backwards + 1 >= self.accumulation_steps
-            if len(self._order) != sum(p.requires_grad for p in self._params()):
-                self._order = []
+            if {*self._order} != {p for p in self._params() if p.requires_grad}:
+                self._order = []  # not their number alone: one may be frozen as another is not
         if task != self._task:
             self._task = task
             _at_end_of_backward(self._end)

@@ -76,7 +76,8 @@ class _Hook:
 class InBackward:
     """What :func:`attach_in_backward` returns. ``with`` removes it at the end.
 
-    Parameters unfrozen or added later are taken up at the next step.
+    Parameters unfrozen or added later are taken up at the next step. Those that are taken out of
+    the groups are let go of: their gradients are whole, and nothing steps them.
 
     A gradient goes through three places. :meth:`_arrived`: this rank's is complete for one
     backward. :meth:`_averaged`: it is that of the step, over all ranks. :meth:`_settle`: what is
@@ -107,6 +108,8 @@ class InBackward:
         self._check()
         for _, plan in items_of(optimizer):
             _forget_gone(plan.param)
+            for owner in attached_to(plan.param):
+                owner._let_go()
             if list(attached_to(plan.param)):
                 raise RuntimeError(
                     f"another optimizer takes the gradient of {plan.name} inside backward: "
@@ -191,6 +194,15 @@ class InBackward:
         for param in new:
             self._hooks[param] = param.register_post_accumulate_grad_hook(hook)
 
+    def _let_go(self) -> None:
+        """Take the hooks of parameters that are in no group any more."""
+        for param in [p for p in self._hooks if self._plans.find(p) is None]:
+            self._hooks.pop(param).remove()
+            self._forget(param)
+
+    def _forget(self, param: Tensor) -> None:
+        """Nothing of a parameter's gradient is this handle's any more."""
+
     def _find(self, param: Tensor) -> tuple[Group, ParamPlan]:
         found = self._plans.find(param)
         assert found is not None
@@ -198,6 +210,7 @@ class InBackward:
 
     def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         check_hooked(self.optimizer.param_groups, self._hooks)
+        self._let_go()
         with tracing.hosted():
             if self._ranks is not None:
                 check_plain(self.optimizer.param_groups)
@@ -222,6 +235,9 @@ class InBackward:
         return closure
 
     def _hook(self, param: Tensor) -> None:
+        if self._plans.find(param) is None:
+            self._let_go()
+            return
         if self._in_closure:
             raise RuntimeError(
                 "step(closure) cannot compute gradients with attach_in_backward: call backward(), "

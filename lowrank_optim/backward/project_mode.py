@@ -191,10 +191,19 @@ class ProjectMode(InBackward):
                 self._shard_in_form(plan.param)
         return found
 
+    def _forget(self, param: Tensor) -> None:
+        """Nothing empty is left behind, which would keep later gradients out."""
+        kept = projection(param.grad)
+        if kept is not None and kept.empty:
+            param.grad = None
+        elif kept is not None and kept.spill is not None:  # it came before its hook was taken
+            if is_sharded(param):
+                keep_shard(param, kept.spill)
+            else:
+                param.grad = kept.spill
+
     def remove(self) -> None:
-        """As of every mode; nothing empty is left behind, which would keep later gradients out."""
+        """As of every mode."""
         for param in self._hooks:
-            kept = projection(param.grad)
-            if kept is not None and kept.empty:
-                param.grad = None
+            self._forget(param)
         super().remove()

@@ -90,6 +90,7 @@ class StepMode(InBackward):
         Raises:
             RuntimeError: nobody's: gradients of that backward are still there.
         """
+        self._let_go()
         for other, arrivals in self._arrivals.items():
             left = other.grad is not None and not isinstance(other.grad, SteppedGrad)
             if arrivals and left and other is not param:
@@ -208,8 +209,15 @@ class StepMode(InBackward):
 
     def _forget_norms(self) -> None:
         for param in self._hooks:
-            if isinstance(getattr(param.grad, "_local_tensor", param.grad), SteppedGrad):
-                param.grad = None
+            self._forget_norm(param)
+
+    def _forget_norm(self, param: Tensor) -> None:
+        if isinstance(getattr(param.grad, "_local_tensor", param.grad), SteppedGrad):
+            param.grad = None
+
+    def _forget(self, param: Tensor) -> None:
+        self._forget_norm(param)
+        self._arrivals.pop(param, None)
 
     @torch.no_grad()
     def _settle(self) -> None:

@@ -26,6 +26,12 @@ from lowrank_optim.tensors.values import as_dtype, readable
 STRUCTURE = ("rank", "proj_type", "projector", "basis", "flatten")
 """Group keys that shape the state: a checkpoint may not change them silently."""
 
+HOLD = (
+    "Idle blocks have no moments, and torch's loaders look for those alone that the optimizer has: "
+    "call lowrank_optim.checkpoints.hold_blocks(optimizer) before reading from disk, or a "
+    "flattened state"
+)
+
 
 def check_fit(
     optimizer: PlannedOptimizer,
@@ -146,7 +152,10 @@ def _same_shapes(
         if theirs != ours and "bit" in theirs + ours:
             raise _misfit(optimizer, item.name, f"format of {key}", theirs, ours, loaded)
     if expected.keys() != found.keys():
-        raise _misfit(optimizer, item.name, "state", sorted(found), sorted(expected), loaded)
+        error = _misfit(optimizer, item.name, "state", sorted(found), sorted(expected), loaded)
+        if isinstance(item.subspace, Block):
+            raise ValueError(f"{error}. {HOLD}")
+        raise error
     forms = forms_of(item, chosen) if item.sharded else {}
     for key, tensor in expected.items():
         shape, own = tuple(found[key].shape), tuple(tensor.shape)

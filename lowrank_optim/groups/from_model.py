@@ -62,7 +62,7 @@ def _targets(
         if target == "all-linear":
             hit = linear_maps(model) & names.keys()
             if not hit:
-                raise ValueError("target_modules='all-linear' matches no trainable parameter")
+                raise ValueError(no_match(target, model))
         else:
             matches = _matcher("target_modules", target, model)
             hit = {i for i, own in names.items() if dims[i] >= 2 and any(map(matches, own))}

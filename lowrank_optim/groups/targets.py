@@ -50,7 +50,10 @@ def no_match(target: str, model: nn.Module) -> str:
     there = [name for name, _ in linears or matrices]
     what = f"target_modules {target!r} matches no trainable matrix"
     if not there:
-        return f"{what}: no parameter with two dimensions has requires_grad"
+        return (
+            f"{what}: no parameter with two dimensions has requires_grad. Unfreeze one, or give "
+            "the optimizer model.named_parameters() with rank=None, which is dense"
+        )
     # the same name in every layer is one kind, and its nearest layer speaks for it
     kinds: dict[str, str] = {}
     for name in sorted(there, key=lambda name: _likeness(target, name), reverse=True):

@@ -14,7 +14,8 @@ Add = Callable[["ProjectedGrad", Tensor, float], None]
 aten = torch.ops.aten
 WHOLE = (
     "{} needs a whole gradient, and this one is kept in its subspace by "
-    "attach_in_backward(mode='project')"
+    "attach_in_backward(mode='project'). Scale it in place (mul_, div_), add to it (add_), zero "
+    "it, or take its norm; for anything else remove() the handle"
 )
 
 

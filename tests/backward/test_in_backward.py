@@ -594,7 +594,7 @@ def test_misuse_is_an_error() -> None:
         attach_in_backward(optimizer)
     train(model, optimizer, data=batches(1))
     loss_of(model, batches(1)[0]).backward()
-    with pytest.raises(NotImplementedError, match="needs a whole gradient"):
+    with pytest.raises(NotImplementedError, match=r"needs a whole gradient.*mul_.*remove\(\)"):
         model.up.weight.grad.isnan()
     optimizer.zero_grad()
     handle.remove()

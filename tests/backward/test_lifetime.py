@@ -79,3 +79,50 @@ def test_another_takes_the_place_of_one_that_is_gone(mode: Any) -> None:
         found.append([p.detach().clone() for p in net.parameters()])
         del optimizer
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["project", "step"])
+@pytest.mark.parametrize("zeroed", [True, False], ids=["set to none", "in place"])
+def test_a_parameter_that_is_taken_out_is_let_go_of(mode: Any, zeroed: bool) -> None:
+    """The others go on as without a handle. Backward ended in an assertion without a word."""
+    found = []
+    for attached in (True, False):
+        torch.manual_seed(0)
+        net = network()
+        optimizer = GaLoreAdamW(net.named_parameters(), lr=1e-2, rank=2, update_proj_gap=2)
+        if attached:
+            attach_in_backward(optimizer, mode)
+        (group,) = optimizer.param_groups
+        for step in range(5):
+            if step == 3:
+                out = group["params"].pop(0)
+                group["param_names"].pop(0)
+            net(torch.randn(5, 6)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=zeroed)
+        found.append([p.detach().clone() for p in net.parameters()])
+        assert type(out.grad) is torch.Tensor and out.grad.shape == out.shape
+        assert not out._post_accumulate_grad_hooks or not attached
+        second = GaLoreAdamW([out], rank=2)
+        attach_in_backward(second, mode).remove()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["project", "step"])
+def test_a_parameter_that_is_taken_out_after_backward_takes_no_step(mode: Any) -> None:
+    """Another optimizer, inside backward too, has it at once."""
+    net = network()
+    optimizer = trained(mode, net)
+    attach_in_backward(optimizer_of := GaLoreAdamW([nn.Parameter(torch.ones(4, 4))], rank=2), mode)
+    net(torch.randn(5, 6)).square().mean().backward()
+    (group,) = optimizer.param_groups
+    out, before = group["params"].pop(0), net[0].weight.detach().clone()
+    group["param_names"].pop(0)
+    optimizer.step()
+    assert torch.equal(out, before)
+    out.grad = None
+    optimizer_of.add_param_group({"params": [out], "rank": 2})
+    optimizer_of.step()
+    net(torch.randn(5, 6)).square().mean().backward()
+    optimizer_of.step()
+    assert not torch.equal(out, before)

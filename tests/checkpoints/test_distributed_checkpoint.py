@@ -397,7 +397,7 @@ def test_on_disk_blocks_without_their_moments_are_refused(flat: bool, tmp_path: 
         round_trip((model, optimizer), blocks(1), flat, tmp_path / "whole")
     twin, resumed = blocks(1)
     planner = DefaultLoadPlanner(allow_partial_load=True)
-    with pytest.raises(ValueError, match=r"does not fit 2.weight in FrugalAdamW: state is"):
+    with pytest.raises(ValueError, match=r"not fit 2.weight in FrugalAdamW: state is.*hold_blocks"):
         round_trip((model, optimizer), (twin, resumed), flat, tmp_path / "part", planner=planner)
 
 
@@ -408,7 +408,9 @@ def test_in_memory_blocks_of_any_age_are_read(flat: bool) -> None:
     runs.train(list(model.parameters()), optimizer, range(SAVED))
     twin, resumed = blocks(1)
     if flat:
-        with pytest.raises(ValueError, match=r"does not fit 2.weight in FrugalAdamW: state is"):
+        with pytest.raises(
+            ValueError, match=r"not fit 2.weight in FrugalAdamW: state is.*hold_blocks"
+        ):
             round_trip((model, optimizer), (twin, resumed), flat, None)
         hold_blocks(resumed)
     round_trip((model, optimizer), (twin, resumed), flat, None)

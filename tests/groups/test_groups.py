@@ -115,8 +115,12 @@ def test_a_target_that_matches_no_matrix_raises(target: Any) -> None:
 
 
 def test_all_linear_without_a_linear_raises() -> None:
-    with pytest.raises(ValueError, match="'all-linear' matches no trainable parameter"):
-        lowrank_groups(nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4)))
+    """With what there is, as of any other target, or with what to do if there is nothing."""
+    table = nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4))
+    with pytest.raises(ValueError, match=r"'all-linear' matches no .* matrices: 0\.weight$"):
+        lowrank_groups(table)
+    with pytest.raises(ValueError, match=r"'all-linear' matches no .*\. Unfreeze .* rank=None"):
+        lowrank_groups(table[1])
 
 
 @pytest.mark.parametrize("where", ["target_modules", "overrides", "no_decay"])

@@ -350,6 +350,40 @@ def test_all_ranks_skip_what_one_has_broken(at: int, ranks: Worlds) -> None:
         assert all(torch.equal(a, b) for a, b in zip(weights, values[0][1], strict=True))
 
 
+# ------------------------------------------------------------------ what is trained changes
+
+
+def taking_turns(world: World, mode: Any) -> list[Tensor]:
+    """Weights of a run of one process, whose batches are those of all ranks, and of the ranks."""
+    found = []
+    for many in (False, True):
+        model, optimizer = small()
+        model.double()
+        weights = model[0].weight, model[2].weight
+        weights[0].requires_grad_(False)
+        if many:
+            attach_in_backward(optimizer, mode, process_group=dist.group.WORLD)
+        for step in range(4):
+            if step == 2:  # as many are trained as before
+                weights[0].requires_grad_(True)
+                weights[1].requires_grad_(False)
+            seeds = [2 * step + rank for rank in range(world.size)]
+            for seed in seeds[world.rank : world.rank + 1] if many else seeds:
+                x = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)).double()
+                (model(x).square().mean() / (1 if many else world.size)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    return found
+
+
+@pytest.mark.parametrize("mode", ["project", "step"])
+def test_one_layer_is_frozen_as_another_begins(mode: Any, ranks: Worlds) -> None:
+    """Ranks went by the number of those that are trained, and ended with a ``KeyError``."""
+    for alone, together in ranks(2).run(f"turns, {mode}", taking_turns, mode=mode).checked():
+        torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
+
+
 # ------------------------------------------------------------------ misuse
 
 
