@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim import LowRankOptimizer, attach_in_backward, methods
+from lowrank_optim import LowRankOptimizer, attach_in_backward
 from lowrank_optim.backward import comm_hook
 from lowrank_optim.nn import convert, merge
 from tests import cases
@@ -26,7 +26,7 @@ STEPS = 4
 
 KINDS = [
     *cases.pairs(),
-    *((name, None) for name in methods.__all__ if name not in cases.projecting_names()),
+    *((name, None) for name in cases.distinct_names() if name not in cases.projecting_names()),
 ]
 
 
@@ -40,7 +40,14 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+@contextmanager
+def several() -> Iterator[None]:
+    with default_dtype(torch.bfloat16), torch.autocast("cpu", torch.bfloat16):
+        yield
+
+
 SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "several": several,
     "bfloat16": lambda: default_dtype(torch.bfloat16),
     "float64": lambda: default_dtype(torch.float64),
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
@@ -76,13 +83,26 @@ def trained(name: str, projector: str | None) -> dict[str, Tensor]:
 def test_a_step_follows_no_setting(name: str, projector: str | None) -> None:
     """Neither its numbers nor the formats of its state."""
     wanted = trained(name, projector)
-    for what, setting in SETTINGS.items():
-        with setting():
-            found = trained(name, projector)
-        assert not differing(found, wanted), what
+    with several():
+        assert not differing(trained(name, projector), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize(("name", "projector"), KINDS)
+def test_nor_any_by_itself(
+    name: str, projector: str | None, setting: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    with setting():
+        found = trained(name, projector)
+    assert not differing(found, trained(name, projector))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [pytest.param(x, marks=() if x is several else pytest.mark.slow) for x in SETTINGS.values()],
+    ids=SETTINGS,
+)
 @pytest.mark.parametrize("mode", ["project", "step"])
 def test_nor_does_one_inside_backward(
     mode: Any, setting: Callable[[], AbstractContextManager[Any]]
@@ -123,8 +143,8 @@ def test_nor_do_layers_that_are_converted(form: Any) -> None:
         return {**found, **merge(model).state_dict()}
 
     wanted = layers()
-    for what, setting in SETTINGS.items():
-        with setting():
+    for what in ("several", "float64"):
+        with SETTINGS[what]():
             found = layers()
         assert not differing(found, wanted), what
 
