@@ -15,7 +15,7 @@ from lowrank_optim.groups import Group, lowrank_groups
 from lowrank_optim.groups.names import uid_of
 from lowrank_optim.groups.values import check_module
 from lowrank_optim.nn.base import CONVERTERS, FORMS, Factored, Reparameterized, layer_of, parent_of
-from lowrank_optim.ops.devices import unautocast
+from lowrank_optim.ops.devices import plainly
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.tensors.matrix import MatrixView, matrix_view
 
@@ -61,14 +61,16 @@ def convert(
         [('sst', ['0.u', '0.v', '0.s', '0.u_rest', '0.v_rest', '0.order']), (None, ['0.bias'])]
     """
     check_module(model)
-    if isinstance(method, str) and method in CONVERTERS:
-        return CONVERTERS[method].convert(
-            model, rank=rank, target_modules=target_modules, **options
-        )
+    given = {"rank": rank, "target_modules": target_modules, **options}
+    with plainly():
+        if isinstance(method, str) and method in CONVERTERS:
+            return CONVERTERS[method].convert(model, **given)
+        return _converted(model, method, given)
+
+
+def _converted(model: nn.Module, method: str, given: Group) -> list[Group]:
     cls = _form(method)
-    dense = lowrank_groups(
-        model, rank=rank, target_modules=target_modules, **{**cls.options, **options}
-    )
+    dense = lowrank_groups(model, **{**cls.options, **given})
     out: list[Group] = []
     for group in dense:
         if group.get("rank") is None:
@@ -145,7 +147,7 @@ def to_modules(model: nn.Module, optimizer: LowRankOptimizer, method: str) -> Lo
             if refresh_due(
                 step, last, chosen.gap, phase(item, chosen)
             ):  # modules look one step ahead
-                with torch.no_grad(), unautocast():
+                with torch.no_grad(), plainly():
                     refresh_(item, state, item.view.of(item.param), step, chosen)
             layer = _replace(model, cls, place, group, item.view, state)
             leader = taken.add_layer(layer, place, item.uid)

@@ -42,7 +42,8 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def several() -> Iterator[None]:
-    with default_dtype(torch.bfloat16), torch.autocast("cpu", torch.bfloat16):
+    half = torch.bfloat16
+    with default_dtype(half), torch.autocast("cpu", half), torch.device("meta"):
         yield
 
 
@@ -50,6 +51,7 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "several": several,
     "bfloat16": lambda: default_dtype(torch.bfloat16),
     "float64": lambda: default_dtype(torch.float64),
+    "device": lambda: torch.device("meta"),
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
 }
 
@@ -62,7 +64,8 @@ def differing(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
 
 
 def made(name: str, projector: str | None) -> LowRankOptimizer:
-    params = [nn.Parameter(cases.parameter(s, torch.float32, seed=7).detach()) for s in SHAPES]
+    with torch.device("cpu"):
+        params = [nn.Parameter(cases.parameter(s, torch.float32, seed=7).detach()) for s in SHAPES]
     own = {} if projector is None else {"projector": projector}
     rank = cases.rank_for(projector, 3)
     groups = [{"params": params[:2], "rank": rank}, {"params": params[2:], "rank": None}]
@@ -74,7 +77,8 @@ def trained(name: str, projector: str | None) -> dict[str, Tensor]:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for row in range(STEPS):
         for n, param in enumerate(params):
-            param.grad = cases.gradients(param.shape, 1, torch.float32, seed=10 * row + n)[0]
+            with torch.device("cpu"):
+                param.grad = cases.gradients(param.shape, 1, torch.float32, seed=10 * row + n)[0]
         optimizer.step()
     return everything(optimizer)
 
@@ -134,19 +138,19 @@ def test_nor_does_one_inside_backward(
 def test_nor_do_layers_that_are_converted(form: Any) -> None:
     """Their factors are found alike, in the format of the weight, and so is what they merge to."""
 
-    def layers() -> dict[str, Tensor]:
-        with default_dtype(torch.float32):
-            torch.manual_seed(0)
-            model = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 6))
-        convert(model, form, rank=3)
+    def layers(setting: Callable[[], AbstractContextManager[Any]]) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 6))
+        with setting():
+            convert(model, form, rank=3)
         found = {f"converted.{key}": x.clone() for key, x in model.state_dict().items()}
-        return {**found, **merge(model).state_dict()}
+        with setting():
+            merge(model)
+        return {**found, **model.state_dict()}
 
-    wanted = layers()
+    wanted = layers(nullcontext)
     for what in ("several", "float64"):
-        with SETTINGS[what]():
-            found = layers()
-        assert not differing(found, wanted), what
+        assert not differing(layers(SETTINGS[what]), wanted), what
 
 
 class Bucket:
