@@ -152,8 +152,9 @@ class SteppedOptimizer(PlannedOptimizer):
     def _advance(
         self, items: list[ParamPlan], ready: list[ParamPlan], chosen: Strategies, undo: Undo
     ) -> None:
-        """Blocks of a group take turns before it steps."""
-        if not any(isinstance(item.subspace, Block) for item in ready):
+        """Blocks of a group take turns before it steps, whoever has taken it before it raised."""
+        own = [i for i in items if i.param.grad is not None and not i.sharded]
+        if not any(isinstance(item.subspace, Block) for item in own):
             return
         for item in ready:
             self._state_of(item, chosen)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowrank_optim.engine import forms
-from lowrank_optim.ops.devices import unautocast
+from lowrank_optim.ops.devices import plainly
 
 aten = torch.ops.aten
 _DRAWS = (aten.exponential_, aten.normal_, aten.uniform_)
@@ -37,7 +37,7 @@ def fake_mode() -> FakeTensorMode | None:
 def hosted() -> AbstractContextManager[Any]:
     """What a step runs under: without the model's ``torch.autocast``."""
     mode = fake_mode()
-    return unautocast() if mode is None else _Hosted(mode)
+    return plainly() if mode is None else _Hosted(mode)
 
 
 def on_meta() -> AbstractContextManager[Any]:

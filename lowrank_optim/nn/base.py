@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowrank_optim.engine.plan import State
 from lowrank_optim.groups import Group
-from lowrank_optim.ops.devices import unautocast
+from lowrank_optim.ops.devices import plainly
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.parts import is_sharded
 from lowrank_optim.tensors.matrix import MatrixView
@@ -67,7 +67,7 @@ class Reparameterized(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight that this layer applies, as the original stored it; a copy."""
-        with torch.no_grad(), unautocast():
+        with torch.no_grad(), plainly():
             product = self.product().to(self.weight_dtype)
             return (product.mT if self.conv1d else product).contiguous()
 

@@ -15,7 +15,7 @@ from lowrank_optim.groups import Group, lowrank_groups
 from lowrank_optim.groups.names import uid_of
 from lowrank_optim.groups.values import check_module
 from lowrank_optim.nn.base import CONVERTERS, FORMS, Factored, Reparameterized, layer_of, parent_of
-from lowrank_optim.ops.devices import unautocast
+from lowrank_optim.ops.devices import plainly
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.tensors.matrix import MatrixView, matrix_view
 
@@ -61,21 +61,17 @@ def convert(
         [('sst', ['0.u', '0.v', '0.s', '0.u_rest', '0.v_rest', '0.order']), (None, ['0.bias'])]
     """
     check_module(model)
-    if isinstance(method, str) and method in CONVERTERS:
-        return CONVERTERS[method].convert(
-            model, rank=rank, target_modules=target_modules, **options
-        )
-    cls = _form(method)
-    dense = lowrank_groups(
-        model, rank=rank, target_modules=target_modules, **{**cls.options, **options}
-    )
-    out: list[Group] = []
-    for group in dense:
-        if group.get("rank") is None:
-            out.append({**group, "indices": [uid_of(name) for name in group["param_names"]]})
-        else:
-            out += _converted(model, cls, method, group)
-    return out
+    given = {"rank": rank, "target_modules": target_modules, **options}
+    with plainly():
+        if isinstance(method, str) and method in CONVERTERS:
+            return CONVERTERS[method].convert(model, **given)
+        cls, out = _form(method), list[Group]()
+        for group in lowrank_groups(model, **{**cls.options, **given}):
+            if group.get("rank") is None:
+                out.append({**group, "indices": [uid_of(name) for name in group["param_names"]]})
+            else:
+                out += _converted(model, cls, method, group)
+        return out
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -147,7 +143,7 @@ def to_modules(model: nn.Module, optimizer: LowRankOptimizer, method: str) -> Lo
             step, last = int(state["step"]), int(state["refresh_step"])
             # modules look one step ahead
             if refresh_due(step, last, chosen.gap, phase(item, chosen)):
-                with torch.no_grad(), unautocast():
+                with torch.no_grad(), plainly():
                     refresh_(item, state, item.view.of(item.param), step, chosen)
             layer = _replace(model, cls, place, group, item.view, state)
             leader = taken.add_layer(layer, place, item.uid)

@@ -21,7 +21,7 @@ from lowrank_optim.groups import Group, lowrank_groups
 from lowrank_optim.groups.names import uid_of
 from lowrank_optim.groups.values import check_module
 from lowrank_optim.nn.base import convertible, is_conv1d
-from lowrank_optim.ops.devices import unautocast
+from lowrank_optim.ops.devices import plainly
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.switched import Switched
 from lowrank_optim.tensors.matrix import MatrixView, matrix_view
@@ -59,7 +59,7 @@ class SwitchLoRALinear(nn.Module):
         weight = self.weight.mT if self.transposed else self.weight
         wide = compute_dtype(weight.dtype)
         a, b = self.lora_A.to(wide), self.lora_B.to(wide)
-        with unautocast():
+        with plainly():
             weight.copy_(torch.addmm(weight.to(wide), b, a, alpha=factor))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 HOSTS = frozenset({"cpu"})
 """Device types whose tensors a host reads at once: no queue has to run dry before."""
@@ -25,12 +27,23 @@ def on_accelerator(tensor: Tensor) -> bool:
     return tensor.device.type not in HOSTS
 
 
-def unautocast() -> AbstractContextManager[object]:
-    """Within, ``torch.autocast`` is off on every device: it is of a model, not of its weights.
+def plainly() -> AbstractContextManager[object]:
+    """Within, ``torch.autocast`` is off, and a default device: they are of a model, not of steps.
 
-    Products of a step would be in half in it: bases that are none, and coordinates rounded.
+    Products of a step would be in half: bases that are none, and coordinates rounded. Counters and
+    draws of the host would be on the device of ``torch.set_default_device``, or of ``with``.
     """
+    if torch._C._len_torch_function_stack():
+        modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        if any(isinstance(mode, DeviceContext) for mode in modes):
+            return _without_a_device()
     return torch._C._DisableAutocast()
+
+
+@contextmanager
+def _without_a_device() -> Iterator[None]:
+    with torch._C._DisableAutocast(), torch._C.DisableTorchFunction():
+        yield
 
 
 _STANDS_FOR: ContextVar[str] = ContextVar("_STANDS_FOR", default="meta")

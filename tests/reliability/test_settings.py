@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim import LowRankOptimizer, attach_in_backward, methods
+from lowrank_optim import LowRankOptimizer, attach_in_backward
 from lowrank_optim.backward import comm_hook
 from lowrank_optim.nn import convert, merge
 from tests import cases
@@ -26,7 +26,7 @@ STEPS = 4
 
 KINDS = [
     *cases.pairs(),
-    *((name, None) for name in methods.__all__ if name not in cases.projecting_names()),
+    *((name, None) for name in cases.distinct_names() if name not in cases.projecting_names()),
 ]
 
 
@@ -40,9 +40,18 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+@contextmanager
+def several() -> Iterator[None]:
+    half = torch.bfloat16
+    with default_dtype(half), torch.autocast("cpu", half), torch.device("meta"):
+        yield
+
+
 SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "several": several,
     "bfloat16": lambda: default_dtype(torch.bfloat16),
     "float64": lambda: default_dtype(torch.float64),
+    "device": lambda: torch.device("meta"),
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
 }
 
@@ -55,7 +64,8 @@ def differing(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
 
 
 def made(name: str, projector: str | None) -> LowRankOptimizer:
-    params = [nn.Parameter(cases.parameter(s, torch.float32, seed=7).detach()) for s in SHAPES]
+    with torch.device("cpu"):
+        params = [nn.Parameter(cases.parameter(s, torch.float32, seed=7).detach()) for s in SHAPES]
     own = {} if projector is None else {"projector": projector}
     rank = cases.rank_for(projector, 3)
     groups = [{"params": params[:2], "rank": rank}, {"params": params[2:], "rank": None}]
@@ -67,7 +77,8 @@ def trained(name: str, projector: str | None) -> dict[str, Tensor]:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for row in range(STEPS):
         for n, param in enumerate(params):
-            param.grad = cases.gradients(param.shape, 1, torch.float32, seed=10 * row + n)[0]
+            with torch.device("cpu"):
+                param.grad = cases.gradients(param.shape, 1, torch.float32, seed=10 * row + n)[0]
         optimizer.step()
     return everything(optimizer)
 
@@ -76,13 +87,26 @@ def trained(name: str, projector: str | None) -> dict[str, Tensor]:
 def test_a_step_follows_no_setting(name: str, projector: str | None) -> None:
     """Neither its numbers nor the formats of its state."""
     wanted = trained(name, projector)
-    for what, setting in SETTINGS.items():
-        with setting():
-            found = trained(name, projector)
-        assert not differing(found, wanted), what
+    with several():
+        assert not differing(trained(name, projector), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize(("name", "projector"), KINDS)
+def test_nor_any_by_itself(
+    name: str, projector: str | None, setting: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    with setting():
+        found = trained(name, projector)
+    assert not differing(found, trained(name, projector))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [pytest.param(x, marks=() if x is several else pytest.mark.slow) for x in SETTINGS.values()],
+    ids=SETTINGS,
+)
 @pytest.mark.parametrize("mode", ["project", "step"])
 def test_nor_does_one_inside_backward(
     mode: Any, setting: Callable[[], AbstractContextManager[Any]]
@@ -114,19 +138,19 @@ def test_nor_does_one_inside_backward(
 def test_nor_do_layers_that_are_converted(form: Any) -> None:
     """Their factors are found alike, in the format of the weight, and so is what they merge to."""
 
-    def layers() -> dict[str, Tensor]:
-        with default_dtype(torch.float32):
-            torch.manual_seed(0)
-            model = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 6))
-        convert(model, form, rank=3)
-        found = {f"converted.{key}": x.clone() for key, x in model.state_dict().items()}
-        return {**found, **merge(model).state_dict()}
-
-    wanted = layers()
-    for what, setting in SETTINGS.items():
+    def layers(setting: Callable[[], AbstractContextManager[Any]]) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 6))
         with setting():
-            found = layers()
-        assert not differing(found, wanted), what
+            convert(model, form, rank=3)
+        found = {f"converted.{key}": x.clone() for key, x in model.state_dict().items()}
+        with setting():
+            merge(model)
+        return {**found, **model.state_dict()}
+
+    wanted = layers(nullcontext)
+    for what in ("several", "float64"):
+        assert not differing(layers(SETTINGS[what]), wanted), what
 
 
 class Bucket:

@@ -201,6 +201,37 @@ def test_a_batch_is_left_out_after_a_step_that_raised() -> None:
         assert counts == [GAP + 1 + (p in stepped) for p in params_of(optimizer)]
 
 
+def test_a_block_without_a_gradient_switches_as_a_step_is_taken_again() -> None:
+    """All blocks that have one had taken the step: nobody began it for the others any more."""
+    shapes = [(6, 9), (8, 5), (5,)]
+    params = [nn.Parameter(cases.parameter(s, torch.float32).detach()) for s in shapes]
+    groups = [{"params": params[:2], "rank": 0.5}, {"params": params[2:], "rank": None}]
+    base = cases.build("FrugalAdamW", groups, projector="block", update_proj_gap=1)
+    for row in range(4):
+        set_grads(base, row)
+        base.step()
+    for row in range(4, 6):  # its turn may begin, or end
+        set_grads(base, row)
+        grads = [p.grad for p in params]
+        params[0].grad = None
+
+        def ready(grads: list[Tensor | None] = grads) -> LowRankOptimizer:
+            new = copy.deepcopy(base)
+            for param, grad in zip(params_of(new)[1:], grads[1:], strict=True):
+                param.grad = grad
+            return new
+
+        counting, wanted, again = OutOfMemory(), ready(), ready()
+        with counting:
+            wanted.step()
+        with pytest.raises(torch.OutOfMemoryError), OutOfMemory(len(counting.names) - 1):
+            again.step()
+        again.step()
+        assert not same(everything(again), everything(wanted)), row
+        params[0].grad = grads[0]
+        base.step()
+
+
 def test_gradients_that_were_changed_are_a_new_batch() -> None:
     """In place too: whoever took the step takes another."""
     optimizer = copied(prepared("GaLoreAdamW", "svd", 1))
