@@ -115,7 +115,7 @@ class Undo:
         """:meth:`keep` of several, whose copies are made at once."""
         if self._idle:
             return
-        lists: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        lists: dict[tuple[torch.dtype, bool], tuple[list[Tensor], list[Tensor]]] = {}
         word: torch.dtype | None = None
         made: list[tuple[State, str, Tensor]] = []
         copies = [self._kept[id(state)].copies for state in states]
@@ -135,7 +135,8 @@ class Undo:
                     # one kernel for all formats: they are read in that of the first
                     word = word or (entry.dtype if entry.element_size() == 4 else torch.int32)
                     into, source = as_words(copy, word), as_words(entry, word)
-                intos, sources = lists.setdefault(into.dtype, ([], []))
+                # of one memory: a list of several goes one by one
+                intos, sources = lists.setdefault((into.dtype, words), ([], []))
                 intos.append(into)
                 sources.append(source)
         for intos, sources in lists.values():

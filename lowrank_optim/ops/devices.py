@@ -100,3 +100,21 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
     if x.is_cpu:
         x = pinned(x, device)
     return x.to(device, non_blocking=not waits)
+
+
+def brought(*lists: list[Tensor]) -> list[tuple[Tensor, ...]]:
+    """Tensors of one device on the host, which waits once, for the last: copies come in turn.
+
+    Args:
+        lists: one tensor of each matrix.
+
+    Returns:
+        Those of each matrix.
+    """
+    count, xs = len(lists[0]), [x for own in lists for x in own]
+    device = xs[0].device
+    turns = device.type == "cpu" or queued(device)
+    outs = [torch.empty(x.shape, dtype=x.dtype, pin_memory=queued(device)) for x in xs]
+    for n, (out, x) in enumerate(zip(outs, xs, strict=True)):
+        out.copy_(x, non_blocking=turns and n + 1 < len(xs))
+    return [tuple(outs[n::count]) for n in range(count)]

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError
 
-from lowrank_optim.ops.devices import on_accelerator, queued
+from lowrank_optim.ops.devices import brought, on_accelerator, queued, sent
 from lowrank_optim.ops.stacked import stacked
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.base import State, Subspace
 from lowrank_optim.subspaces.factors import order_of, sample, triplets, triplets_of, unit
 from lowrank_optim.subspaces.refresh import BasisChange, RefreshContext
-from lowrank_optim.subspaces.searches import Searching, alone
+from lowrank_optim.subspaces.searches import Ask, Searching, alone
 from lowrank_optim.subspaces.terms import Wants, without_rest
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.values import (
@@ -184,7 +184,7 @@ class SpectralFactors(Subspace):
             fine = yield from self._factor_(state, ctx, iteration, noise)
             moved = self._all_new(state, fine)
         else:
-            moved = self._redraw_(state, iteration, noise)
+            moved = yield from self._redraw_(state, iteration, noise)
         set_counter_(state["host.iteration"], iteration + 1)
         return moved
 
@@ -212,17 +212,40 @@ class SpectralFactors(Subspace):
         if on_accelerator(w):
             *whole, fine = yield from triplets_of(w, old)
             found = list(zip(*(x.reshape(-1, *x.shape[w.dim() - 2 :]) for x in whole), strict=True))
-            if self._offloads(w) and not bool(fine):  # what is on the host cannot be selected
-                raise LinAlgError("the matrix is not finite")
         else:
             matrices = w.reshape(-1, *w.shape[-2:])
             olds = zip(*(x.reshape(-1, *x.shape[-2:]) for x in old), strict=True)
             pairs = [*olds] or [()] * len(matrices)
             found = [triplets(*own) for own in zip(matrices, pairs, strict=True)]
+        orders = []
+        for _, s, _ in found:
+            chosen = sample(self.sampling, s, self.rank, iteration, noise).to(s.device)
+            orders.append(order_of(chosen, s.numel()))
+        rests = yield from self._rests(w, found, orders, fine)
         for i, (u, s, v) in enumerate(found):  # all or, if one cannot be factored, none
-            chosen = sample(self.sampling, s, self.rank, iteration, noise).to(u.device)
-            self._keep_(state, i, u, s, v, chosen, fine)
+            self._keep_(state, i, u, s, v, orders[i], rests[i], fine)
         return fine
+
+    def _rests(
+        self,
+        w: Tensor,
+        found: Sequence[tuple[Tensor, Tensor, Tensor]],
+        orders: Sequence[Tensor],
+        fine: Tensor | None,
+    ) -> Searching[Sequence[tuple[Tensor, ...]]]:
+        """Vectors that are not in use, u and v of each matrix, where they are kept."""
+        if not self.exact:
+            return [()] * len(found)
+        rests: list[tuple[Tensor, ...]] = []
+        for (u, _, v), order in zip(found, orders, strict=True):
+            rests.append((u[order[self.rank :]], v[order[self.rank :]]))
+        if fine is None or not self._offloads(w):
+            return rests
+        every = [stacked(own) for own in zip(*rests, strict=True)]
+        *here, ok = yield Ask(brought, (*every, fine), listed=True)
+        if not bool(ok):  # what is on the host cannot be selected
+            raise LinAlgError("the matrix is not finite")
+        return [*zip(*here, strict=True)]
 
     def _last(self, state: State) -> tuple[Tensor, Tensor]:
         """All u and v of the last factorisation, the largest singular values first."""
@@ -237,7 +260,8 @@ class SpectralFactors(Subspace):
         u: Tensor,
         s: Tensor,
         v: Tensor,
-        chosen: Tensor,
+        order: Tensor,
+        rests: tuple[Tensor, ...],
         fine: Tensor | None,
     ) -> None:
         def keep_(key: str, dims: int, new: Tensor) -> None:
@@ -246,19 +270,20 @@ class SpectralFactors(Subspace):
             select = fine is not None and key not in away
             x.copy_(torch.where(fine, new.to(x.dtype), x) if select else new)  # type: ignore[arg-type]
 
-        away = self.rest_keys if self.offload_inactive else ()
+        away, chosen = self.rest_keys if self.offload_inactive else (), order[: self.rank]
         keep_("basis_u", 2, u[chosen])
         keep_("basis_v", 2, v[chosen])
         if not self.exact:
             keep_("basis_s", 1, s[chosen])
             return
-        order = order_of(chosen, s.numel())
-        for key, x in zip(self.rest_keys, (u, v), strict=True):
-            keep_(key, 2, x[order[self.rank :]])
+        for key, x in zip(self.rest_keys, rests, strict=True):
+            keep_(key, 2, x)
         keep_("basis_s", 1, s)
         keep_("basis_order", 1, order)
 
-    def _redraw_(self, state: State, iteration: int, noise: Tensor) -> dict[str, BasisChange]:
+    def _redraw_(
+        self, state: State, iteration: int, noise: Tensor
+    ) -> Searching[dict[str, BasisChange]]:
         """Other vectors of the same factors: those that stay keep their bits."""
         s, old = state["basis_s"], state["basis_order"].long()
         k = s.shape[-1]
@@ -268,14 +293,16 @@ class SpectralFactors(Subspace):
         ]
         order = torch.stack(chosen).reshape(old.shape).to(old.device)
         at = old.argsort(-1).gather(-1, order)  # where each of the new order stands in the old one
-        for side, key in zip("uv", self.rest_keys, strict=True):
+        here, moves = [state["basis_u"], state["basis_v"]], at
+        if on_accelerator(s) and self._offloads(s):  # vectors change places where the others are
+            *here, moves = yield Ask(brought, (*here, at), listed=True)
+        for own, side, key in zip(here, "uv", self.rest_keys, strict=True):
             active, rest = state[f"basis_{side}"], state[key]
-            every = torch.cat([active.to(rest.device), rest.to(active.dtype)], -2)
-            index = at.to(rest.device).unsqueeze(-1).expand(every.shape)
-            every = every.gather(-2, index)
+            every = torch.cat([own, rest.to(own.dtype)], -2)
+            every = every.gather(-2, moves.unsqueeze(-1).expand(every.shape))
             if rest.dtype != active.dtype:  # rounding has cost those that come in their length
                 every[..., : self.rank, :] = unit(every[..., : self.rank, :])
-            active.copy_(every[..., : self.rank, :])
+            active.copy_(sent(every[..., : self.rank, :].contiguous(), active.device))
             rest.copy_(every[..., self.rank :, :])
         state["basis_order"].copy_(order)
         source = at[..., : self.rank]
@@ -304,6 +331,6 @@ class SpectralFactors(Subspace):
     def in_order(self, state: State, side: str) -> Tensor:
         """All u ``(..., k, m)`` or v ``(..., k, n)`` in the order of the factorisation."""
         active, rest = state[f"basis_{side}"], state[self.rest_keys["uv".index(side)]]
-        every = torch.cat([active, rest.to(active)], -2)
+        every = torch.cat([active, rest.detach().to(active, non_blocking=True)], -2)
         at = state["basis_order"].long().argsort(-1)
         return every.gather(-2, at.unsqueeze(-1).expand(every.shape))
