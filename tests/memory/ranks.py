@@ -79,7 +79,7 @@ def as_accelerator() -> Iterator[None]:
 
 
 class OfMessages(Tracker):
-    """One that counts no message that is done.
+    """One that counts no message that is done, nor what gloo makes while a rank waits for one.
 
     A thread of gloo lets go of a message's tensors some milliseconds after ``wait`` has returned,
     and the rank that goes on meanwhile has them beside what it makes next.
@@ -111,8 +111,9 @@ class OfMessages(Tracker):
         dist.Work.wait = self._before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self._waits:
-            self.settle()
+        if self._waits:  # what gloo makes to reduce and scatter by: other backends make none
+            return func(*args, **(kwargs or {}))
+        self.settle()
         if func.namespace == "c10d":  # of tensors that none but those who send them hold
             args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {}))
             own = (x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))

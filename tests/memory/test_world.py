@@ -176,6 +176,20 @@ def test_peaks_inside_backward(ranks: Worlds, monkeypatch: pytest.MonkeyPatch) -
     assert not wrong, wrong
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
+@several_gpus
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_backward_of_micro_batches_of_few_tokens(ranks: Worlds, checkpointing: bool) -> None:
+    """Gradients that are added up outweigh activations."""
+    (run,) = runs(GALORE, accumulation_steps=2, checkpointing=checkpointing, tokens=(1, 8))
+    own, other = ranks(2).run("peaks", peaks, run=run).checked()
+    e = told(run, device="cpu", tokens=run["tokens"])
+    found = e.state + e.beside["backward"]
+    assert found == pytest.approx(own["backward"], rel=0.02)
+    assert found == pytest.approx(other["backward"], rel=0.02)
+
+
 def test_a_message_counts_until_it_is_done(ranks: Worlds) -> None:
     """What is counted of ranks is not what threads that sent something still hold of it."""
     assert ranks(2).run("messages", messages, count=60).checked() == [2 * 2**16] * 2
