@@ -16,6 +16,7 @@ from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding import averages, collectives
 from lowrank_optim.sharding.averages import Averages
 from lowrank_optim.sharding.collectives import Form, form
+from lowrank_optim.tensors.casting import no_autocast
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
 TWICE = (
@@ -153,7 +154,8 @@ class Averaging:
             return
         self._backwards += 1
         if self._averages_now:
-            self._finish()
+            with no_autocast():
+                self._finish()
             self._backwards = 0
         self._running, self._task = False, -1
 

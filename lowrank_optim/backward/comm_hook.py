@@ -25,6 +25,7 @@ from lowrank_optim.engine.sharded.replicas import averaged
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding import collectives
 from lowrank_optim.subspaces.target import Target
+from lowrank_optim.tensors.casting import no_autocast
 from lowrank_optim.tensors.matrix import shares_memory
 from lowrank_optim.tensors.projected_grad import Coords
 
@@ -177,7 +178,8 @@ class _Sender:
 
 
 def _coordinates(plan: ParamPlan, state: State, grad: Tensor) -> Tensor:
-    (low,) = coords_of(plan, state, grad).values()
+    with no_autocast():
+        (low,) = coords_of(plan, state, grad).values()
     return low.to(kept_dtype(low.dtype, "auto"))
 
 
@@ -187,7 +189,8 @@ def lift_(plan: ParamPlan, state: State, coords: Coords, grad: Tensor) -> None:
     grad.zero_()
     matrix = plan.view.of(grad)
     into = Target(matrix, matrix, coords["low"], lr=-1.0)
-    replace(plan.subspace, scale=1.0).push_(into, state, coords, None)
+    with no_autocast():
+        replace(plan.subspace, scale=1.0).push_(into, state, coords, None)
     if not shares_memory(matrix, grad):
         stored = matrix.mT if plan.view.flip else matrix
         grad.copy_(stored.reshape(plan.view.shape))

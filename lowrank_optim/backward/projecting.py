@@ -23,6 +23,7 @@ from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.subspaces.refresh import identity
 from lowrank_optim.tensors.projected_grad import Coords, ProjectedGrad
+from lowrank_optim.tensors.values import counter
 
 
 def items_of(optimizer: LowRankOptimizer) -> Iterator[tuple[Group, ParamPlan]]:
@@ -149,7 +150,7 @@ def matrix_coords(subspace: Subspace, state: State, grad: Tensor, based: bool = 
 def first_state() -> State:
     """As much of the state of a parameter as a first basis needs; the rest comes with a step."""
     counters = {"step": 0.0, "refresh_step": -1.0, "postponed": 0.0}
-    return {k: torch.tensor(x) for k, x in counters.items()}
+    return {k: counter(x) for k, x in counters.items()}
 
 
 Take = Callable[[ProjectedGrad, Tensor], Coords]
@@ -195,7 +196,7 @@ def first_projected(
     counters = {k: float(state[k]) for k in ("refresh_step", "postponed")}
 
     def find_(fresh: State, more: Tensor) -> None:
-        found = {**{k: torch.tensor(x) for k, x in counters.items()}, **basis}
+        found = {**{k: counter(x) for k, x in counters.items()}, **basis}
         refresh_(plan, found, view.of(more), step, strategies, later=True)
         fresh.update(found)
 

@@ -60,7 +60,7 @@ def init_state(
             alloc_moments(item, chosen, state, like)
         return state
     if item.subspace is not None and item.view is not None:
-        state["refresh_step"] = torch.full((), -1.0, device=device)
+        state["refresh_step"] = torch.full((), -1.0, dtype=torch.float32, device=device)
         state["postponed"] = torch.zeros((), dtype=torch.float32)
         state.update(item.subspace.init(item.view, like))
         if device is not None:  # of a layer of factors, which came with its first refresh

@@ -8,7 +8,7 @@ the answer of a healthy run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowrank_optim.engine import forms
+from lowrank_optim.tensors.casting import no_autocast
 
 aten = torch.ops.aten
 _DRAWS = (aten.exponential_, aten.normal_, aten.uniform_)
@@ -33,10 +34,12 @@ def fake_mode() -> FakeTensorMode | None:
     return mode if isinstance(mode, FakeTensorMode) else None
 
 
-def hosted() -> AbstractContextManager[Any]:
-    """What a step runs under; nothing where tensors have data."""
+@contextmanager
+def hosted() -> Iterator[None]:
+    """What a step runs under; where tensors have data no more than :data:`no_autocast`."""
     mode = fake_mode()
-    return nullcontext() if mode is None else _Hosted(mode)
+    with no_autocast(), nullcontext() if mode is None else _Hosted(mode):
+        yield
 
 
 def on_meta() -> AbstractContextManager[Any]:

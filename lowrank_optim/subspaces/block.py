@@ -167,7 +167,8 @@ class Block(Subspace):
 
         ``clock`` counts the steps of the group from 1; ``refresh_step`` is -1 without moments.
         """
-        return {"clock": torch.zeros(()), "refresh_step": torch.tensor(-1.0)}
+        counters = {"clock": 0.0, "refresh_step": -1.0}
+        return {key: torch.tensor(x, dtype=torch.float32) for key, x in counters.items()}
 
     def refresh_(self, state: State, grad: Tensor, ctx: RefreshContext) -> dict[str, BasisChange]:
         """Nothing: blocks switch together, whatever their gradients."""

@@ -206,7 +206,8 @@ class Pooled(Subspace):
 
     def draw(self, view: MatrixView, generator: torch.Generator) -> list[Tensor]:
         """The candidates ``(k, in)`` and ``(k, out)`` at first: float32, the same on any device."""
-        pools = [torch.empty(self.candidates(view), size) for size in self.sizes(view)]
+        k = self.candidates(view)
+        pools = [torch.empty(k, size, dtype=torch.float32) for size in self.sizes(view)]
         for side, entries, drawn in self.drawn(view, generator):
             pools[side][entries] = drawn
         return pools
@@ -226,7 +227,7 @@ class Pooled(Subspace):
             bound, split = math.sqrt(3) * std, side == int(self.flip)
             for at in range(0, k, DRAWN):
                 entries = slice(at, min(at + DRAWN, k))
-                x = torch.empty(entries.stop - at, size)
+                x = torch.empty(entries.stop - at, size, dtype=torch.float32)
                 x.uniform_(-bound, bound, generator=generator)
                 yield side, entries, x[:, start:stop] if split else x
 

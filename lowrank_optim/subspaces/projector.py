@@ -104,7 +104,9 @@ class Projector(Subspace):
         old = basis.clone() if bool(basis.any()) else None
         idle = (ops.matrix_norm(grad) == 0) if ctx.view.batch else None
         if idle is not None and bool(idle.any()):  # an expert without tokens keeps its basis
-            noise = torch.randn(grad.shape[-2:], generator=ctx.generator)  # or takes a random one
+            # or takes a random one
+            size, dtype = grad.shape[-2:], torch.float32
+            noise = torch.randn(size, generator=ctx.generator, dtype=dtype)
             grad = torch.where(idle, noise.to(grad), grad)
             new = self.find(grad, old, ctx)
             new = new if old is None else torch.where(idle, old.to(new.dtype), new)

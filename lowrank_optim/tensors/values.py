@@ -42,7 +42,7 @@ def set_counter_(counter: Tensor, count: float) -> None:
 
 def counter(count: float) -> Tensor:
     """A counter of the host that says ``count``, in the format that can."""
-    x = torch.zeros(())
+    x = torch.zeros((), dtype=torch.float32)
     set_counter_(x, count)
     return x
 

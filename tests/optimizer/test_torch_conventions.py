@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import warnings
@@ -13,7 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from lowrank_optim import GaLoreAdafactor, GaLoreAdamW, GaLoreLion, GaLoreSGD
+from lowrank_optim import (
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    GaLoreLion,
+    GaLoreSGD,
+    attach_in_backward,
+)
 from lowrank_optim.optimizer import LowRankOptimizer
 from tests import cases, runs
 from tests.compare import assert_close
@@ -305,3 +312,69 @@ def test_a_graph_of_old_weights_raises(
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 loss.backward()
             optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [*((name, None) for name in cases.distinct_names()), ("GaLoreAdamW", "project")],
+)
+def test_the_default_dtype_changes_no_bit(name: str, how: Any, dtype: torch.dtype) -> None:
+    """Counters and draws have a format of their own.
+
+    Counters in bfloat16 cannot count beyond 256: blocks did not switch any more, in silence.
+    """
+    grads = cases.gradients((12, 8), 4, torch.float32)
+    grads[0].zero_()  # no basis yet, or a random one
+    found: list[Any] = []
+    for default in (torch.float32, dtype):
+        weight = nn.Parameter(cases.gradients((12, 8), 1, torch.float32, seed=9)[0])
+        torch.set_default_dtype(default)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # keys of cases.build that a class has no use for
+                optimizer = cases.build(name, [("a.weight", weight)], projector="rsvd")
+            with attach_in_backward(optimizer, how) if how else contextlib.nullcontext():
+                for x in grads:
+                    (weight * x).sum().backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append((weight, runs.entries(optimizer)))
+    (weight, state), (other, other_state) = found
+    assert torch.equal(weight, other)
+    runs.assert_same_state(other_state, state)
+
+
+CAST: list[tuple[str, Any, Any]] = [(name, None, None) for name in cases.distinct_names()]
+CAST += [("GaLoreAdamW", "project", None), ("SSTAdamW", "project", 0.5)]
+CAST += [("GaLoreAdamW", "project", 0.5), ("FiraAdamW", "step", None)]
+
+
+@pytest.mark.parametrize(("name", "how", "max_norm"), CAST)
+def test_autocast_around_a_step_changes_no_bit(name: str, how: Any, max_norm: Any) -> None:
+    """A loop that is all under ``torch.autocast``; gradients here are of no matrix product.
+
+    Projections, lifts and searches were rounded to bfloat16, in silence.
+    """
+    found: list[Any] = []
+    for cast in (False, True):
+        weight = nn.Parameter(cases.gradients((12, 8), 1, torch.float32, seed=9)[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # keys of cases.build that a class has no use for
+            optimizer = cases.build(name, [("a.weight", weight)])
+        handle: Any = contextlib.nullcontext()
+        if how:
+            handle = attach_in_backward(optimizer, how, max_norm=max_norm)
+        under = torch.autocast("cpu", torch.bfloat16) if cast else contextlib.nullcontext()
+        with handle, under:
+            for n, x in enumerate(cases.gradients((12, 8), 8, torch.float32)):
+                (weight * x).sum().backward()
+                if how == "step" or n % 2:
+                    optimizer.step()
+                    optimizer.zero_grad()
+        found.append((weight, runs.entries(optimizer)))
+    (plain, state), (cast, state_cast) = found
+    assert torch.equal(cast, plain)
+    runs.assert_same_state(state_cast, state)
