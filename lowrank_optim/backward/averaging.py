@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowrank_optim.engine.plan import ParamPlan
 from lowrank_optim.engine.sharded.replicas import check_same_parameters
+from lowrank_optim.ops.devices import plainly
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding import averages, collectives
 from lowrank_optim.sharding.averages import Averages
@@ -153,7 +154,8 @@ class Averaging:
             return
         self._backwards += 1
         if self._averages_now:
-            self._finish()
+            with plainly():
+                self._finish()
             self._backwards = 0
         self._running, self._task = False, -1
 

@@ -335,7 +335,7 @@ def _converted(
     bases = bases if isinstance(bases, list | tuple) else [bases]
     step, gap = int(steps), projector.update_proj_gap
     out["refresh_step"] = counter((step - 1) // gap * gap)
-    out["postponed"] = torch.zeros((), dtype=torch.float32)
+    out["postponed"] = counter(0.0)
     out["basis"] = bnb.own_copy(bases[0].mT if flip else bases[0])
     if len(bases) == 2:  # proj_type "full"
         out["basis_right"] = bnb.own_copy(bases[1].mT)

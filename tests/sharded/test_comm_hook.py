@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lowrank_optim
-from lowrank_optim import GaLoreAdamW
+from lowrank_optim import GaLoreAdamW, attach_in_backward
 from lowrank_optim.backward.comm_hook import ddp_comm_hook, lift_
 from lowrank_optim.subspaces.refresh import identity
 from tests import cases
@@ -181,3 +182,48 @@ def test_clipping_sees_the_subspace(ranks: Worlds) -> None:
     values = ranks(2).run("clipped", beside, runs=runs).checked()
     by_hook, inside = (assembled([x[i] for x in values]) for i in range(2))
     assert_equal_runs(by_hook, inside)
+
+
+class Inner(nn.Module):
+    """Inner products with two weights: no gradient is of a product that autocast knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (
+            nn.Parameter(x) for x in cases.gradients((2, 12, 8), 1, torch.float32, seed=4)[0]
+        )
+
+    def forward(self, x: Tensor, both: bool) -> Tensor:
+        return (self.a * x).sum() + ((self.b * x).sum() if both else 0)
+
+
+def under_autocast(world: World, hook: bool) -> list[Tensor]:
+    """Weights of a run without, and of one that is all under autocast."""
+    found = []
+    for under in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        model = Inner()
+        optimizer = cases.build("GaLoreAdamW", model.named_parameters(), update_proj_gap=4)
+        if hook:
+            ddp = DistributedDataParallel(model, find_unused_parameters=True)
+            ddp.register_comm_hook(None, ddp_comm_hook(optimizer))
+        else:
+            ddp = model
+            handle = attach_in_backward(optimizer, process_group=dist.group.WORLD)
+        with under:
+            for n, x in enumerate(cases.gradients((12, 8), 6, torch.float32, seed=world.rank)):
+                if n == 3:  # ranks agree anew on what they send
+                    optimizer.load_state_dict(optimizer.state_dict())
+                with nullcontext() if hook or n % 2 else handle.no_sync():
+                    ddp(x, n % 2 == 0).backward()
+                if hook or n % 2:  # what the last backward did not reach was left by the first
+                    optimizer.step()
+                    optimizer.zero_grad()
+        found.append(torch.cat([model.a.detach(), model.b.detach()]))
+    return found
+
+
+@pytest.mark.parametrize("hook", [True, False], ids=["hook", "inside backward"])
+def test_autocast_changes_no_bit(hook: bool, ranks: Worlds) -> None:
+    """Coordinates on the wire, and what is lifted of their mean, were rounded to bfloat16."""
+    for plain, cast in ranks(2).run(f"cast, {hook}", under_autocast, hook=hook).checked():
+        assert torch.equal(cast, plain)
