@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.subspaces.refresh import identity
 from lowrank_optim.tensors.projected_grad import Coords, ProjectedGrad
-from lowrank_optim.tensors.values import counter
 
 
 def items_of(optimizer: LowRankOptimizer) -> Iterator[tuple[Group, ParamPlan]]:
@@ -149,8 +148,11 @@ def matrix_coords(subspace: Subspace, state: State, grad: Tensor, based: bool = 
 
 def first_state() -> State:
     """As much of the state of a parameter as a first basis needs; the rest comes with a step."""
-    counters = {"step": 0.0, "refresh_step": -1.0, "postponed": 0.0}
-    return {k: counter(x) for k, x in counters.items()}
+    return _counters({"step": 0.0, "refresh_step": -1.0, "postponed": 0.0})
+
+
+def _counters(given: Mapping[str, float]) -> State:
+    return {key: torch.tensor(x, dtype=torch.float32) for key, x in given.items()}
 
 
 Take = Callable[[ProjectedGrad, Tensor], Coords]
@@ -196,7 +198,7 @@ def first_projected(
     counters = {k: float(state[k]) for k in ("refresh_step", "postponed")}
 
     def find_(fresh: State, more: Tensor) -> None:
-        found = {**{k: counter(x) for k, x in counters.items()}, **basis}
+        found = {**_counters(counters), **basis}
         refresh_(plan, found, view.of(more), step, strategies, later=True)
         fresh.update(found)
 
