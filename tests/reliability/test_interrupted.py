@@ -63,6 +63,10 @@ def after_a_kernel(base: LowRankOptimizer) -> list[int]:
     return [*sorted(last.values())[-4:], *sorted(first.values())[-1:]]
 
 
+def options_of(optimizer: LowRankOptimizer) -> set[str]:
+    return {group["projector"] for group in optimizer.param_groups}
+
+
 def check(base: LowRankOptimizer, numbers: list[int]) -> int:
     """Interrupt at lines of these numbers; returns how often somebody was named."""
     taken = copied(base)
@@ -78,6 +82,7 @@ def check(base: LowRankOptimizer, numbers: list[int]) -> int:
         for place, own in of_each(optimizer).items():
             name = names_of(optimizer)[int(place)]
             whole = not same(own, wanted[place]) or not same(own, before[place])
+            whole |= "block" in options_of(optimizer)  # moments that start again do so again
             assert whole or name in told, (at, stop.lines[-1], name, notes)
         if notes and not told:  # without notes it had not begun, or had ended
             optimizer.step()
