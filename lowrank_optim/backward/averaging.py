@@ -16,8 +16,8 @@ from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding import averages, collectives
 from lowrank_optim.sharding.averages import Averages
 from lowrank_optim.sharding.collectives import Form, form
-from lowrank_optim.tensors.casting import no_autocast
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
+from lowrank_optim.tensors.surroundings import undisturbed
 
 TWICE = (
     "the gradient of {} arrived twice in one backward that averages over the ranks: a parameter "
@@ -154,7 +154,7 @@ class Averaging:
             return
         self._backwards += 1
         if self._averages_now:
-            with no_autocast():
+            with undisturbed():
                 self._finish()
             self._backwards = 0
         self._running, self._task = False, -1

@@ -25,9 +25,9 @@ from lowrank_optim.engine.sharded.replicas import averaged
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding import collectives
 from lowrank_optim.subspaces.target import Target
-from lowrank_optim.tensors.casting import no_autocast
 from lowrank_optim.tensors.matrix import shares_memory
 from lowrank_optim.tensors.projected_grad import Coords
+from lowrank_optim.tensors.surroundings import undisturbed
 
 Hook = Callable[[Any, Any], Any]
 WHO = "ddp_comm_hook"
@@ -178,7 +178,7 @@ class _Sender:
 
 
 def _coordinates(plan: ParamPlan, state: State, grad: Tensor) -> Tensor:
-    with no_autocast():
+    with undisturbed():
         (low,) = coords_of(plan, state, grad).values()
     return low.to(kept_dtype(low.dtype, "auto"))
 
@@ -189,7 +189,7 @@ def lift_(plan: ParamPlan, state: State, coords: Coords, grad: Tensor) -> None:
     grad.zero_()
     matrix = plan.view.of(grad)
     into = Target(matrix, matrix, coords["low"], lr=-1.0)
-    with no_autocast():
+    with undisturbed():
         replace(plan.subspace, scale=1.0).push_(into, state, coords, None)
     if not shares_memory(matrix, grad):
         stored = matrix.mT if plan.view.flip else matrix

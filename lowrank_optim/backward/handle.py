@@ -20,7 +20,7 @@ from lowrank_optim.engine.plan import ParamPlan
 from lowrank_optim.groups import Group, notices
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.collectives import Form, form
-from lowrank_optim.tensors.casting import no_autocast
+from lowrank_optim.tensors.surroundings import undisturbed
 
 _ATTACHED = "_in_backward"
 GONE = (
@@ -216,7 +216,7 @@ class InBackward:
             check_plain(self.optimizer.param_groups)
             self._ranks.share()
             self._ranks.check_averaged()
-        with no_autocast():
+        with undisturbed():
             self._settle()
         # a closure that computes gradients is refused; Lightning passes one that does not
         return tuple(map(self._guarded, args)), {k: self._guarded(x) for k, x in kwargs.items()}

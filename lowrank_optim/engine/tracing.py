@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowrank_optim.engine import forms
-from lowrank_optim.tensors.casting import no_autocast
+from lowrank_optim.tensors.surroundings import undisturbed
 
 aten = torch.ops.aten
 _DRAWS = (aten.exponential_, aten.normal_, aten.uniform_)
@@ -36,9 +36,9 @@ def fake_mode() -> FakeTensorMode | None:
 
 @contextmanager
 def hosted() -> Iterator[None]:
-    """What a step runs under; where tensors have data no more than :data:`no_autocast`."""
+    """What a step runs under; where tensors have data no more than :func:`undisturbed`."""
     mode = fake_mode()
-    with no_autocast(), nullcontext() if mode is None else _Hosted(mode):
+    with undisturbed(), nullcontext() if mode is None else _Hosted(mode):
         yield
 
 

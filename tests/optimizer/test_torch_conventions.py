@@ -314,11 +314,14 @@ def test_a_graph_of_old_weights_raises(
             optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("name", "how"),
-    [*((name, None) for name in cases.distinct_names()), ("GaLoreAdamW", "project")],
-)
+DEFAULTS: list[tuple[str, Any, torch.dtype]] = [
+    *((name, None, torch.bfloat16) for name in cases.distinct_names()),
+    ("GaLoreAdamW", "project", torch.bfloat16),
+    ("SwitchLoRAAdamW", None, torch.float64),
+]
+
+
+@pytest.mark.parametrize(("name", "how", "dtype"), DEFAULTS)
 def test_the_default_dtype_changes_no_bit(name: str, how: Any, dtype: torch.dtype) -> None:
     """Counters and draws have a format of their own.
 
@@ -352,12 +355,23 @@ CAST += [("GaLoreAdamW", "project", None), ("SSTAdamW", "project", 0.5)]
 CAST += [("GaLoreAdamW", "project", 0.5), ("FiraAdamW", "step", None)]
 
 
+AROUND = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "device": lambda: torch.device("meta"),  # on a GPU: torch.set_default_device("cuda")
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize(("name", "how", "max_norm"), CAST)
-def test_autocast_around_a_step_changes_no_bit(name: str, how: Any, max_norm: Any) -> None:
+def test_what_is_around_a_step_changes_no_bit(
+    name: str, how: Any, max_norm: Any, around: str
+) -> None:
     """A loop that is all under ``torch.autocast``; gradients here are of no matrix product.
 
-    Projections, lifts and searches were rounded to bfloat16, in silence.
+    Projections, lifts and searches were rounded to bfloat16, in silence. Of another default device
+    draws were an error of torch's, and counters lay there.
     """
+    grads = cases.gradients((12, 8), 8, torch.float32)
     found: list[Any] = []
     for cast in (False, True):
         weight = nn.Parameter(cases.gradients((12, 8), 1, torch.float32, seed=9)[0])
@@ -367,9 +381,9 @@ def test_autocast_around_a_step_changes_no_bit(name: str, how: Any, max_norm: An
         handle: Any = contextlib.nullcontext()
         if how:
             handle = attach_in_backward(optimizer, how, max_norm=max_norm)
-        under = torch.autocast("cpu", torch.bfloat16) if cast else contextlib.nullcontext()
+        under = AROUND[around]() if cast else contextlib.nullcontext()
         with handle, under:
-            for n, x in enumerate(cases.gradients((12, 8), 8, torch.float32)):
+            for n, x in enumerate(grads):
                 (weight * x).sum().backward()
                 if how == "step" or n % 2:
                     optimizer.step()
