@@ -11,23 +11,29 @@ from lowrank_optim.engine import matrix_step
 from tests import cases
 
 CASES: list[tuple[str, dict[str, Any]]] = [
-    ("GaLoreAdamW8bit", {"projector": "rsvd"}),
     ("GaLoreAdamW", {"stochastic_rounding": True, "proj_type": "full"}),
     ("GaLoreAdamW", {"projector": "random", "state_dtype": "4bit"}),
-    ("GaLoreAdafactor", {"scale_parameter": True}),
     ("FiraAdamW", {"alpha_mode": "paper", "scale": 0.5}),
-    ("FrugalAdamW", {"projector": "svd"}),
-    ("FrugalAdamW", {"projector": "randk", "free_rule": "sgd"}),
     ("DCTAdamW", {"transform": "matmul", "error_feedback": "8bit"}),
-    ("ApolloAdamW", {}),
-    ("LDAdamW", {}),
     ("SSTAdamW", {"steps_per_iteration": 2}),
     ("SwitchLoRAAdamW", {"interval": 4, "freeze_steps": 2}),
+]
+OTHERS: list[tuple[str, dict[str, Any]]] = [
+    ("GaLoreAdamW8bit", {"projector": "rsvd"}),
+    ("GaLoreAdafactor", {"scale_parameter": True}),
+    ("FrugalAdamW", {"projector": "svd"}),
+    ("FrugalAdamW", {"projector": "randk", "free_rule": "sgd"}),
+    ("ApolloAdamW", {}),
+    ("LDAdamW", {}),
 ]
 
 
 @pytest.mark.filterwarnings("ignore:.*does not use")
-@pytest.mark.parametrize(("name", "options"), CASES, ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*CASES, *(pytest.param(*own, marks=pytest.mark.slow) for own in OTHERS)],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
 def test_several_at_a_time_are_as_each(
     name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -437,6 +437,7 @@ def test_of_two_gpus_each_has_the_budget():
 
 
 @several_gpus
+@pytest.mark.slow
 def test_4_bits_are_for_several_gpus():
     """The last of the formats: where a quarter of no other fits."""
     model = nn.Sequential(nn.Linear(256, 384), nn.Linear(384, 256))

@@ -114,12 +114,10 @@ _without_any: dict[str, str] = {}
 
 
 DEFAULT = (
-    "guard", "scores", "scalars of Fira", "turn to columns", "turn to rows", "edges to blocks",
-    "broadcast of the basis", "sum of SST's u and s", "sum of one factor of SwitchLoRA",
+    "guard", "scalars of Fira", "turn to rows", "edges to blocks", "broadcast of the basis",
     "factors to the owner of a restart",
 )  # fmt: skip
-"""Every function of the seam, every case but that of two sides, which tests of meshes have, and
-those of Adafactor, which ``test_adafactor.py`` has."""
+"""Every function of the seam."""
 
 
 @pytest.mark.parametrize(
