@@ -124,6 +124,7 @@ class RandomizedSVD(Projector):
             return full[..., : self.rank]
         more = yield Ask(there, (self._drawn(grad, previous, ctx),), (grad.device,))
         start = self._start(more, previous)
+        del more  # a part of what all have, which would stay as long
         if cold:
             start = yield Ask(orthonormal_start, (start,))
         q, norm = start, torch.where(known, norm, 1)
