@@ -176,11 +176,11 @@ def test_options(name: str, options: dict[str, Any]) -> None:
     ("name", "options"),
     [
         ("FiraAdamW", {}),
-        ("DCTAdamW", {"error_feedback": "bfloat16"}),
-        ("SSTAdamW", {}),
         *(
             pytest.param(*x, marks=pytest.mark.slow)
             for x in (
+                ("DCTAdamW", {"error_feedback": "bfloat16"}),
+                ("SSTAdamW", {}),
                 ("GaLoreAdamW", {}),
                 ("FrugalAdamW", {}),
                 ("GaLoreAdafactor", {"beta1": 0.9}),

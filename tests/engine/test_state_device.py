@@ -362,20 +362,19 @@ class Model(nn.Module):
         self.down = nn.Linear(64, 48, bias=False)
 
 
-@pytest.mark.parametrize("in_backward", [None, "step"])
-@pytest.mark.parametrize(
-    ("cls", "options"),
-    [
-        (GaLoreAdamW, {"rank": 8}),
-        (GaLoreAdamW, {"rank": 40, "state_dtype": "8bit"}),
-        (DCTAdamW, {"rank": 8, "error_feedback": "8bit", "transform": "matmul"}),
-        (FrugalAdamW, {"density": 0.5}),
-        (methods.SwitchLoRAAdamW, {"rank": 8}),
-    ],
-)
-def test_memory_is_exact(cls: Any, options: dict[str, Any], in_backward: Any) -> None:
+COUNTED: list[tuple[Any, dict[str, Any]]] = [
+    (GaLoreAdamW, {"rank": 8}),
+    (GaLoreAdamW, {"rank": 40, "state_dtype": "8bit"}),
+    (DCTAdamW, {"rank": 8, "error_feedback": "8bit", "transform": "matmul"}),
+    (FrugalAdamW, {"density": 0.5}),
+    (methods.SwitchLoRAAdamW, {"rank": 8}),
+]
+
+
+@pytest.mark.parametrize(("counted", "in_backward"), in_turns(COUNTED, [None, "step"]))
+def test_memory_is_exact(counted: tuple[Any, dict[str, Any]], in_backward: Any) -> None:
     """Moments count on the host, two buffers on the device, and the sum is that of no setting."""
-    model = Model()
+    model, (cls, options) = Model(), counted
     groups = lambda model: [dict(g) for g in lowrank_groups(model)]  # noqa: E731
     options = {**options, "groups": groups} if cls is GaLoreAdamW else options
     on_gpu = {"in_backward": in_backward, "device": "cuda", **options}

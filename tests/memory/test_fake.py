@@ -42,8 +42,8 @@ KINDS = [
 ]
 
 
-IN_CODES = ("GaLoreAdamW", "GaLoreAdafactor", "SSTAdamW", "SwitchLoRAAdamW", "LisaAdamW")
-"""Of each place that moments may have, and of means: one in 8 bits."""
+IN_CODES = ("GaLoreAdamW", "GaLoreAdafactor", "SwitchLoRAAdamW")
+"""Of moments in a subspace, of means and of factors: one in 8 bits."""
 
 
 def states(
@@ -83,6 +83,7 @@ def layout(states: list[dict[str, torch.Tensor]]) -> list[dict[str, Any]]:
             if cases.is_beyond(*x[:2])
             or x[1] in ("random", "golore", "hadamard", "rows")  # as svd, dct and columns
             or (x[2] == {"state_dtype": "8bit"} and x[0] not in IN_CODES)
+            or (x[0].endswith("8bit") and x[0] != "GaLoreAdamW8bit")
             else (),
         )
         for x in KINDS

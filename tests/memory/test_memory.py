@@ -362,7 +362,10 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", LLAMA_SHAPES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=pytest.mark.slow if "m" in x[6:] else ()) for x in LLAMA_SHAPES],
+)
 def test_published_sizes(name):
     """The shapes and the accounting of the GaLore paper's models, recomputed from its configs."""
     rank, params, linear, weights, adam, basis, galore = PUBLISHED[name]

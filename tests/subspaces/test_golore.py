@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -45,7 +46,18 @@ STALLS = {
 }
 
 
-@pytest.mark.parametrize("case", STALLS)
+LIKE_OTHERS = (
+    "galore, rsvd", "galore, sgd", "fira, matrix", "ldadam, no errors",
+    "golore", "golore late, sgd", "frugal, sgd",
+)  # fmt: skip
+"""Variants of a case that the default run has."""
+
+
+def each(cases: Iterable[str]) -> list[Any]:
+    return [pytest.param(x, marks=pytest.mark.slow if x in LIKE_OTHERS else ()) for x in cases]
+
+
+@pytest.mark.parametrize("case", each(STALLS))
 def test_singular_vectors_of_noise_stall(case: str) -> None:
     """All steps are in coordinates where f is flat. Fira's residual has the scale of those steps.
 
@@ -68,7 +80,7 @@ CONVERGES = {
 }
 
 
-@pytest.mark.parametrize("case", CONVERGES)
+@pytest.mark.parametrize("case", each(CONVERGES))
 def test_random_bases_and_free_rules_get_there(case: str) -> None:
     """The late ones have not moved at half of the run, and are there at its end."""
     name, options = CONVERGES[case]

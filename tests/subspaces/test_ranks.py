@@ -46,6 +46,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "random": ("FiraAdamW", {"update_proj_gap": GAP, "projector": "random"}),
 }
 """What is drawn anew several times within the run, and how it is drawn."""
+VARIANTS = (
+    "sst active", "sst 8bit", "switchlora random", "frugal columns", "frugal rows", "dct", "random"
+)  # fmt: skip
+"""Those that draw as another does."""
 
 
 def network() -> nn.Sequential:
@@ -146,7 +150,9 @@ def test_two_processes_under_ddp_hold_the_same_bits(
     assert changes(first, CHOICES[case]) >= 3
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(x, marks=pytest.mark.slow if x in VARIANTS else ()) for x in CASES]
+)
 def test_two_optimizers_choose_alike(case: str) -> None:
     """The same in one process: two optimizers on the same gradients, other global numbers each."""
     ends = []
