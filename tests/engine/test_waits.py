@@ -220,7 +220,14 @@ def sequences() -> Iterator[tuple[str, set[int]]]:
             yield kind, at
 
 
-@pytest.mark.parametrize("projector", [*cases.basis_names(), "columns"])
+@pytest.mark.parametrize(
+    "projector",
+    [
+        # as rsvd, dct and columns
+        pytest.param(x, marks=pytest.mark.slow if x in ("svd", "golore", "hadamard") else ())
+        for x in (*cases.basis_names(), "columns")
+    ],
+)
 def test_what_an_accelerator_selects_is_what_a_host_decides(projector: str) -> None:
     """Zero, Inf and NaN at the first step, at a refresh and between: the same run, and counts."""
     for n, (kind, at) in enumerate(sequences()):

@@ -15,6 +15,7 @@ from lowrank_optim.subspaces.searches import alone, together
 from tests import cases
 from tests.compare import assert_close
 from tests.methods.test_sst import MATRICES
+from tests.pairwise import in_turns
 
 
 @pytest.mark.parametrize("name", MATRICES)
@@ -67,19 +68,17 @@ def run(
         return found, optimizer
 
 
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"factors": "active"},
+    {"on_refresh": "project"},
+    {"offload_inactive": True, "negative": "flip"},
+    {"state_dtype": "8bit", "factor_dtype": "bfloat16"},
+]
+
+
 @pytest.mark.filterwarnings("ignore:.*does not use")
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"factors": "active"},
-        {"on_refresh": "project"},
-        {"offload_inactive": True, "negative": "flip"},
-        {"state_dtype": "8bit", "factor_dtype": "bfloat16"},
-    ],
-    ids=lambda options: " ".join(map(str, options.values())) or "default",
-)
-@pytest.mark.parametrize("bad", [None, 0, 4])
+@pytest.mark.parametrize(("options", "bad"), in_turns(OPTIONS, [4, 0, None]))
 def test_sst(options: dict[str, Any], bad: int | None) -> None:
     """A weight that is not finite when a round begins puts it off, by a step, and is counted."""
     schedule = {"steps_per_iteration": 2, "iterations_per_round": 2, **options}

@@ -156,7 +156,7 @@ def test_nothing_is_frozen_at_the_call(tmp_path: Path, field: str) -> None:
     # by the fields that they take: of those of Adam all, of which others have none or some
     [
         pytest.param(
-            x, marks=pytest.mark.slow if x in ("FiraAdamW", "ApolloAdamW", "DCTAdamW") else ()
+            x, marks=() if x in ("GaLoreAdamW", "SSTAdamW", *CLASSES[-3:-1]) else pytest.mark.slow
         )
         for x in CLASSES
     ],

@@ -63,7 +63,7 @@ def check(
     training.assert_all_moved(case.reference, run)
 
 
-@pytest.mark.parametrize(("name", "size", "how"), TURNS[::4])
+@pytest.mark.parametrize(("name", "size", "how"), TURNS[::5])
 def test_it_is_one_process(name: str, size: int, how: str, ranks: Worlds) -> None:
     """Over three refreshes, of uneven and empty shards, experts and replicas."""
     check(ranks, size, name, how, ONLY)

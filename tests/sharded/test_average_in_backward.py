@@ -103,7 +103,10 @@ def by_ddp(plain: Run, world: Ranks) -> list[Step]:
 _by_ddp: dict[tuple[int, str], list[Step]] = {}
 
 
-COVERED = ("accumulated, told how often", "scaled", "unused, accumulated", "stepped")
+COVERED = (
+    "accumulated, told how often", "scaled", "unused, accumulated", "stepped",
+    "stepped, the rest too", "both sides", "reentrant checkpoints",
+)  # fmt: skip
 """Others accumulate, leave layers out and step; of a scaled loss the clipping is that of DDP."""
 
 

@@ -267,11 +267,13 @@ def metered(collectives: list[Collective], news: list[New]) -> Meter:
 BY_COLUMNS = (
     "svd", "columns", "fira", "memory", "adafactor", "sst", "switchlora", "restarts"
 )  # fmt: skip
+ALIKE = ("rsvd", "hadamard", "rows", "frugal svd", "adafactor scaled", "switchlora")
+"""They send what others do."""
 SPLIT = [
     pytest.param(
         name, place, id=f"{name}-{place}",
-        marks=() if name not in BY_COLUMNS or BY_COLUMNS.index(name) % 2 == place
-        else pytest.mark.slow,
+        marks=pytest.mark.slow if name in ALIKE
+        or (name in BY_COLUMNS and BY_COLUMNS.index(name) % 2 != place) else (),
     )
     for name in SENT
     for place in (0, 1)

@@ -104,11 +104,9 @@ def goes_on(world: World, case: Case, way: str, cuts: Any = CUTS) -> list[int]:
     ("name", "way"),
     [
         ("frugal block", WAYS[0]),
-        ("frugal block", WAYS[2]),
-        pytest.param("torch", WAYS[0], marks=pytest.mark.slow),
-        ("dct memory", WAYS[0]),
+        ("dct memory", WAYS[2]),
         ("sst", WAYS[1]),
-        ("switchlora", WAYS[0]),
+        pytest.param("torch", WAYS[0], marks=pytest.mark.slow),
     ],
 )
 def test_a_run_goes_on_from_a_whole_state(name: str, way: str, ranks: Worlds) -> None:

@@ -323,7 +323,13 @@ WAITS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
 """Options, and what is waited for in a refresh of six equal matrices by two ranks."""
 
 
-@pytest.mark.parametrize("name", WAITS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(x, marks=pytest.mark.slow if x in ("LDAdamW", "SwitchLoRAAdamW") else ())
+        for x in WAITS
+    ],
+)
 def test_what_a_refresh_with_others_waits_for(ranks: Worlds, name: str) -> None:
     """One factorisation of all that a rank owns; nobody asks what others found."""
     own, waits = WAITS[name]
