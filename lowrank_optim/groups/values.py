@@ -176,8 +176,13 @@ TORCH_WORDS = {
 
 
 def _number(value: Any) -> bool:
-    """Whether ``value`` is a number of Python; a config file's ``"1e-3"`` is not."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+    """Whether ``value`` is a number of Python; a config file's ``"1e-3"`` is not.
+
+    No whole number of 64 bits and more is one: torch cannot take it.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    return not isinstance(value, int) or abs(value) < 2**63
 
 
 def _same(value: Any, name: str | None) -> bool:
