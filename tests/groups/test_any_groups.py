@@ -63,7 +63,7 @@ def check(name: str, own: dict[str, Any], groups: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize(
-    "examples", [40, pytest.param(5000, marks=pytest.mark.slow)], ids=["some", "every"]
+    "examples", [20, pytest.param(5000, marks=pytest.mark.slow)], ids=["some", "every"]
 )
 def test_any_groups(examples: int) -> None:
     """Hypothesis, over every class."""
