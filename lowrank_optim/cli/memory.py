@@ -294,7 +294,7 @@ def _print(
     if state.world_size is None:
         title += "; peaks by mode of attach_in_backward"
     else:
-        title += f", gathered by FSDP2 {gib(state.gathered or 0)}; of the first, which holds most"
+        title += f", gathered by FSDP2 {gib(state.gathered or 0)}; of the first; peaks of the worst"
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH + max(len(row.name) for row in rows))
