@@ -87,12 +87,12 @@ def made_once(
     """Objects of a class share attributes where their keys are equal, but for their ``own``."""
     first, known = cls.__init__, dict[Hashable, dict[str, Any]]()
 
-    def init(self: Any, *args: Any) -> None:
-        of = key(*args)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        of = key(*args, **kwargs)
         if of not in known:
-            first(self, *args)
-            known[of] = vars(self) | own(*args)
-        vars(self).update(known[of], **own(*args))
+            first(self, *args, **kwargs)
+            known[of] = dict(vars(self))
+        vars(self).update(known[of], **own(*args, **kwargs))
 
     cls.__init__ = init
 
