@@ -42,6 +42,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5, help="0, 1, ... (default: 5)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--compile", action="store_true", help="models by torch.compile")
     parser.add_argument("--jobs", type=int, default=1, help="processes that make runs")
     parser.add_argument("--stdlib", type=Path, help="a copy of the library: the same text anywhere")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
@@ -149,11 +150,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(RECIPES[args.recipe].text())
         return 0
     torch.set_num_threads(args.threads)
-    machine(args.device)
+    machine(args.device, args.compile)
     console.print(environment_line(), highlight=False)
     if args.records is not None:
         console.print(f"{args.records}: {unpack(args.records, args.out)} runs taken from it")
-    place = Place(args.device, args.stdlib, read_every=1 if args.device.type == "cpu" else 10)
+    read_every = 1 if args.device.type == "cpu" else 10
+    place = Place(args.device, args.stdlib, read_every, args.compile)
     with Runner(args.out, console, place, args.jobs) as runner:
         holds, facts = checked(size, runner, console)
         if not holds:

@@ -139,7 +139,7 @@ def provenance(lines: Sequence[Line]) -> str:
     """Commits, machines and versions of the runs."""
     said = {
         f"{e.get('device', e['cpu'])}, {e['threads']} thread{'s' * (e['threads'] > 1)}, "
-        f"torch {e['torch']}, commit {e['commit']}"
+        f"torch {e['torch']}{', compiled' if 'compiled' in e else ''}, commit {e['commit']}"
         for line in lines
         for e in line.machines
     }

@@ -193,6 +193,17 @@ def test_looks_at_losses_may_be_rare(tmp_path):
 
 
 @pytest.mark.slow  # starts two processes that import torch
+@pytest.mark.slow  # compiles
+@pytest.mark.parametrize("method", ["galore", "sst", "switchlora", "lora"])
+def test_a_compiled_run_is_the_same_but_for_rounding(method):
+    trial = Trial(replace(MICRO, steps=8, gap=3), Case(method, method, {"rank": 4}), 1e-3, 0)
+    eager, compiled = train(trial), train(trial, place=Place(compiled=True))
+    assert "compiled" in compiled["environment"] and "compiled" not in eager["environment"]
+    for name in ("train_loss", "final_loss"):
+        torch.testing.assert_close(torch.tensor(compiled[name]), torch.tensor(eager[name]))
+    assert compiled["state_bytes"] == eager["state_bytes"]
+
+
 def test_runs_beside_each_other_are_those_after_each_other(tmp_path):
     trials = [Trial(replace(MICRO, steps=2, windows=1), ADAMW, lr, 0) for lr in (1e-3, 1e-2, 1e-1)]
     with Runner(tmp_path, Console(quiet=True), jobs=2) as runner:
