@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import tomllib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from packaging.requirements import Requirement
 
 import lowrank_optim
 
@@ -95,6 +98,17 @@ def test_tools_are_pinned() -> None:
     names = {re.split(r"[<>=;\[ ]", r)[0] for r in extras["release"]} | tools
     assert names <= set(PINS), f"not in constraints.txt: {names - set(PINS)}"
     assert tools <= {re.split(r"[<>=;\[ ]", r)[0] for r in extras["dev"]}
+
+
+def test_constraints_are_those_of_their_torch() -> None:
+    """What this torch requires of others, where it is the one of the constraints."""
+    if torch.__version__.partition("+")[0] != PINS["torch"]:
+        pytest.skip(f"this is torch {torch.__version__}")
+    for line in metadata.requires("torch") or []:
+        required = Requirement(line)
+        pinned = PINS.get(required.name)
+        if pinned is not None and (required.marker is None or required.marker.evaluate()):
+            assert required.specifier.contains(pinned), f"torch requires {line}, not {pinned}"
 
 
 def test_pythons_are_those_of_the_workflow() -> None:
