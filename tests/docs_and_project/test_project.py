@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -98,6 +100,16 @@ def test_tools_are_pinned() -> None:
     names = {re.split(r"[<>=;\[ ]", r)[0] for r in extras["release"]} | tools
     assert names <= set(PINS), f"not in constraints.txt: {names - set(PINS)}"
     assert tools <= {re.split(r"[<>=;\[ ]", r)[0] for r in extras["dev"]}
+
+
+def test_nothing_built_is_in_the_repository() -> None:
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("this is no clone")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    files = [Path(name) for name in listed.stdout.split("\0") if name]
+    assert not [f for f in files if f.suffix in {".whl", ".so", ".o", ".pyc", ".gz"}]
 
 
 def test_constraints_are_those_of_their_torch() -> None:

@@ -100,7 +100,7 @@ EVERY = [
     for mode in (None, "step", "project")
     if mode != "project" or projects(name)
 ]
-DEFAULT = {("llama", "FiraAdamW", None)}
+DEFAULT = {("llama", "DCTAdamW", None)}
 
 
 @pytest.mark.parametrize(

@@ -55,10 +55,8 @@ EVERY = [
 ]
 FEW = [
     ("GaLoreAdamW", "rsvd"),
-    ("DCTAdamW8bit", None),
     ("SSTAdamW", None),
     ("LisaAdamW", None),
-    ("AdamW", None),
 ]
 
 

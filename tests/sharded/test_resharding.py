@@ -140,9 +140,8 @@ def test_torch_passes_its_own_measure(flat: bool, ranks: Worlds, tmp_path: Path)
         pytest.param("rsvd", marks=pytest.mark.slow),
         pytest.param("dct memory", marks=pytest.mark.slow),
         "frugal block",
-        "sst",
-        # test_full_state.py has the one, and test_one_process.py the other by columns
-        *(pytest.param(x, marks=pytest.mark.slow) for x in ("switchlora", "ldadam")),
+        # test_layers.py has the one, test_full_state.py the next, test_one_process.py the last
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("sst", "switchlora", "ldadam")),
     ],
 )
 def test_a_run_over_several_numbers_of_ranks_is_one_run(

@@ -272,10 +272,20 @@ def selected(world: World, asked: list[tuple[str, str]]) -> dict[str, list[Any]]
     return found
 
 
-def test_what_a_device_selects_is_what_a_host_decides(ranks: Worlds) -> None:
+@pytest.mark.parametrize(
+    "asked",
+    [
+        [("svd", "project"), ("svd", "reset"), ("SST", "project")],
+        pytest.param(
+            [("LDAdam", "project"), ("dct", "project"), ("SST", "reset")], marks=pytest.mark.slow
+        ),
+    ],
+    ids=["some", "others"],
+)
+def test_what_a_device_selects_is_what_a_host_decides(
+    ranks: Worlds, asked: list[tuple[str, str]]
+) -> None:
     """A zero and a NaN at a refresh: the same weights, counts and turns."""
-    asked = [("svd", "project"), ("LDAdam", "project"), ("dct", "project")]
-    asked += [("svd", "reset"), ("SST", "reset"), ("SST", "project")]
     for found in ranks(2).run("selected", selected, asked=asked).checked():
         for name, runs in found.items():
             for want, got in runs:
