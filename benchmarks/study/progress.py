@@ -21,7 +21,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from benchmarks.study.training import HERE, Place, Record, Trial, Watch, ignore, kept, run, train
+from benchmarks.study.training import (
+    HERE,
+    Place,
+    Record,
+    Trial,
+    Watch,
+    ignore,
+    kept,
+    run,
+    text,
+    train,
+)
 
 T, R = TypeVar("T"), TypeVar("R")
 WAITING = 64
@@ -84,9 +95,20 @@ class Runner:
             return [*threads.map(work, over)]
 
     def record(self, trial: Trial) -> Record:
-        """What was measured."""
+        """What was measured.
+
+        Raises:
+            ValueError: a kept run is of another text, as another version of Python has.
+        """
         found = None if self.out is None else kept(trial, self.out)
         if found is not None:
+            here = text(self.place.device, self.place.stdlib).digest
+            if found["text"] != here:
+                raise ValueError(
+                    f"the run {found['key']} in {self.out} is of the text {found['text']}, and "
+                    f"this is {here}: give --stdlib the library of Python "
+                    f"{found['environment']['python']}, or --out another folder"
+                )
             return found
         name = f"{trial.case.name}, lr {trial.lr:g}, seed {trial.seed}"
         record = self._made(trial, name)

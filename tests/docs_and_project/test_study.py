@@ -231,6 +231,16 @@ def test_seconds_of_a_run_on_a_gpu_are_those_of_a_cpu(tmp_path):
     assert "a card" in report.provenance([report.read(ADAMW, trial.size, [0], tmp_path)])
 
 
+def test_a_kept_run_of_another_text_is_refused(tmp_path):
+    trial = Trial(replace(MICRO, steps=2, windows=1), ADAMW, 1e-2, 0)
+    runner = Runner(tmp_path, Console(quiet=True))
+    assert runner.loss(trial) == runner.loss(trial)
+    record = kept(trial, tmp_path)
+    training.keep({**record, "text": "0123456789"}, tmp_path)
+    with pytest.raises(ValueError, match=r"is of the text 0123456789, .*--stdlib"):
+        runner.loss(trial)
+
+
 def test_a_run_that_is_ended_leaves_nothing(tmp_path):
     def stop(step, loss):
         raise KeyboardInterrupt
