@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ class Text:
         """The same text there."""
         return Text(self.train.to(device), self.held.to(device))
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """The same for the same text."""
         parts = (part.cpu().numpy().tobytes() for part in (self.train, self.held))

@@ -192,7 +192,6 @@ def test_looks_at_losses_may_be_rare(tmp_path):
     assert train(broken, place=Place(read_every=4))["final_loss"] == math.inf
 
 
-@pytest.mark.slow  # starts two processes that import torch
 @pytest.mark.slow  # compiles
 @pytest.mark.parametrize("method", ["galore", "sst", "switchlora", "lora"])
 def test_a_compiled_run_is_the_same_but_for_rounding(method):
@@ -204,6 +203,7 @@ def test_a_compiled_run_is_the_same_but_for_rounding(method):
     assert compiled["state_bytes"] == eager["state_bytes"]
 
 
+@pytest.mark.slow  # starts two processes that import torch
 def test_runs_beside_each_other_are_those_after_each_other(tmp_path):
     trials = [Trial(replace(MICRO, steps=2, windows=1), ADAMW, lr, 0) for lr in (1e-3, 1e-2, 1e-1)]
     with Runner(tmp_path, Console(quiet=True), jobs=2) as runner:

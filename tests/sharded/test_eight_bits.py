@@ -39,9 +39,11 @@ SIZES = (2, 3, 4)
 HOWS = ("fsdp", "fsdp columns", "tensors")
 OF_A_BASIS = [name for name, case in EIGHT.items() if case.only == WITH_BLOCKS]
 TURNS = [(name, SIZES[i % 3], HOWS[i // 2 % 3]) for i, name in enumerate(OF_A_BASIS)]
-COVERED = ("galore dct", "galore sgd", "apollo", "frugal rows", "frugal columns")
+COVERED = (
+    "galore dct", "galore sgd", "apollo", "frugal rows", "frugal columns", "ldadam memory 4bit",
+)  # fmt: skip
 """The first is compared with one process in ``test_mutations.py``; codes of the others are as those
-of columns, and of two moments, of GaLore."""
+of columns, and of two moments, of GaLore, and the last's errors as those of DCT-AdamW."""
 OTHERS = {
     "sst": ("two sides", "small"),
     "switchlora": ("some blocks", "two sides"),
