@@ -28,6 +28,8 @@ from tests.sharded.ranks import World
 
 PATIENCE = 20.0
 """Seconds within which a thread of gloo lets go of what it sent."""
+LETS_GO = 0.005
+"""Seconds for the storage of a tensor that it has let go of."""
 LLAMA = {"hidden_size": 64, "intermediate_size": 176, "vocab_size": 256}
 LLAMA |= {"num_attention_heads": 2, "num_hidden_layers": 2}
 TOKENS = (2, 32)
@@ -121,12 +123,19 @@ class OfMessages(Tracker):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def settle(self) -> None:
-        """Wait until nobody holds what was sent."""
+        """Wait until nobody holds what was sent.
+
+        The thread frees a storage after the tensor that had it, and takes Python's lock for each:
+        one that sees the tensor gone lets it go on.
+        """
+        if not self._sent:
+            return
         end = time.monotonic() + PATIENCE
         while any(x() is not None for x in self._sent):
             if time.monotonic() > end:
                 raise TimeoutError(f"what was sent is still held after {PATIENCE} seconds")
             time.sleep(0)
+        time.sleep(LETS_GO)
         self._sent = []
 
     def piece(self, work: Callable[[], Any]) -> int:
