@@ -107,7 +107,7 @@ class Runner:
                 raise ValueError(
                     f"the run {found['key']} in {self.out} is of the text {found['text']}, and "
                     f"this is {here}: give --stdlib the library of Python "
-                    f"{found['environment']['python']}, or --out another folder"
+                    f"{found['environment']['python']}, or --out another folder and no --records"
                 )
             return found
         name = f"{trial.case.name}, lr {trial.lr:g}, seed {trial.seed}"
