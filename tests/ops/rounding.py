@@ -1,4 +1,4 @@
-"""Stochastic rounding by the definition, in Python's own integers."""
+"""Rounding by the definition: to codes of a table, and stochastic, in Python's own integers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,18 @@ LAYOUTS = {
     "wraps": (2**32 - 100, 33, 2**31 + 7, 2**32 - 1),
 }
 """Offset, width, row stride and column stride."""
+
+
+def nearest_codes(x: Tensor, table: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """The nearest entry of all, the lower of two, by the largest magnitude of each block.
+
+    Those of bitsandbytes: ``test_codes_equal_bitsandbytes``.
+    """
+    parts = x.float().reshape(-1).split(block)
+    scales = torch.stack([part.abs().max() for part in parts])
+    units = [part * (1 / scale) for part, scale in zip(parts, scales, strict=True)]
+    gaps = (torch.cat(units)[:, None] - table).abs()
+    return gaps.argmin(1).to(torch.uint8), scales
 
 
 def flat_places(xs: Sequence[Tensor]) -> tuple[list[int], list[int], list[int], list[int]]:

@@ -19,8 +19,8 @@ from lowrank_optim.ops import triton as ops
 from lowrank_optim.ops.quant import dynamic_map
 from lowrank_optim.ops.triton import blocks, lift, matrices, quantize
 from tests.compare import assert_close, assert_mostly_close
-from tests.ops.interpreted import INTERPRETED, crossed, unless_interpreted
-from tests.ops.rounding import LAYOUTS, flat_places, positions, rounded
+from tests.ops.interpreted import INTERPRETED, crossed
+from tests.ops.rounding import LAYOUTS, flat_places, nearest_codes, positions, rounded
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 MARKS = [
@@ -200,24 +200,8 @@ class TestDirections:
 
 
 def maps() -> tuple[Tensor, Tensor]:
-    functional = pytest.importorskip("bitsandbytes.functional")
     device = torch.tensor(0.0, device=DEVICE).device
-    ours = dynamic_map(True, device), dynamic_map(False, device)
-    for table, signed in zip(ours, (True, False), strict=True):
-        assert torch.equal(table.cpu(), functional.create_dynamic_map(signed=signed))
-    return ours
-
-
-def bnb_codes(x: Tensor, table: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """bitsandbytes' CPU codes. Given float64 it casts to float32 and searches all 256 entries.
-
-    Given float32, its library first rounds ``x / scale`` to one of 65,536 points of [-1, 1]: see
-    ``test_bitsandbytes_float32_path_is_a_lattice``.
-    """
-    pytest.importorskip("bitsandbytes")
-    quantize = torch.ops.bitsandbytes.quantize_blockwise
-    codes, scales = quantize(x.cpu().double().reshape(-1), table.cpu(), block)
-    return codes.to(DEVICE), scales.to(DEVICE)
+    return dynamic_map(True, device), dynamic_map(False, device)
 
 
 def layout(shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -275,12 +259,12 @@ def assert_quantized(x: Tensor, size: Tensor, codes: Tensor, scales: Tensor, tab
 
 
 def eight_bit(table: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Moments over many decades, quantised by bitsandbytes: values, codes, scales."""
+    """Moments over many decades, quantised: values, codes, scales."""
     codes, scales = [], []
     for shape in BLOCKED:
         x, (r, c, b) = spread(*shape), layout(shape)
         x = x if table[0] < 0 else x.abs()
-        found = [bnb_codes(row, table, b) for row in x.reshape(r, c)]
+        found = [nearest_codes(row, table, b) for row in x.reshape(r, c)]
         codes.append(torch.cat([f[0] for f in found]).view(shape))
         scales.append(torch.cat([f[1] for f in found]))
     values = [dequantized(*x, table) for x in zip(codes, scales, strict=True)]
@@ -322,17 +306,9 @@ class TestEightBit:
             torch.testing.assert_close(one[1], other[1], rtol=0, atol=0, equal_nan=True)
         assert (found[0][1] == 1).all() and len(found[0][0].unique()) == 256
 
-    @pytest.mark.parametrize(
-        ("signed", "dtype"),
-        [
-            unless_interpreted(signed, dtype)  # what it imports takes seconds
-            for dtype in (torch.float32, torch.bfloat16, torch.float16)
-            for signed in (True, False)
-        ],
-    )
-    def test_quantize_gives_the_codes_of_bitsandbytes(
-        self, signed: bool, dtype: torch.dtype
-    ) -> None:
+    @pytest.mark.parametrize("dtype", FLOATS)
+    @pytest.mark.parametrize("signed", [True, False])
+    def test_quantize_gives_the_nearest_codes(self, signed: bool, dtype: torch.dtype) -> None:
         table = maps()[0 if signed else 1]
         xs = [spread(*s).clamp(-6e4, 6e4).to(dtype) for s in BLOCKED]
         xs = xs if signed else [x.abs() for x in xs]
@@ -341,12 +317,12 @@ class TestEightBit:
         ops.quantize_blockwise_(xs, codes, scales, table, *columns())
         for x, code, scale, shape in zip(xs, codes, scales, BLOCKED, strict=True):
             r, c, b = layout(shape)
-            found = [bnb_codes(row, table, b) for row in x.reshape(r, c)]
+            found = [nearest_codes(row, table, b) for row in x.reshape(r, c)]
             assert torch.equal(code.view(r, c), torch.stack([f[0] for f in found]))
             assert torch.equal(scale, torch.cat([f[1] for f in found]))
 
     def test_ties_and_edges(self) -> None:
-        """A midpoint takes the code of bitsandbytes, as does its neighbour on either side."""
+        """A midpoint takes the lower code, its neighbours the nearest."""
         for table in maps():
             middle = (table[1:] + table[:-1]) / 2
             x = torch.cat([middle, middle.nextafter(middle + 1), middle.nextafter(middle - 1),
@@ -359,7 +335,7 @@ class TestEightBit:
             ops.quantize_blockwise_(
                 [whole], [codes], [scales], table, [whole.shape[0]], [256], [256]
             )
-            assert torch.equal(codes.view(-1), bnb_codes(whole, table, 256)[0])
+            assert torch.equal(codes.view(-1), nearest_codes(whole, table, 256)[0])
 
     def test_zero_tiny_and_lost_blocks(self) -> None:
         """Zeros are code 0 at scale 0, subnormals keep their ratios, NaN shows in the scale."""
@@ -379,28 +355,6 @@ class TestEightBit:
             unit = table[codes[1, :3].long()]
             torch.testing.assert_close(unit[:2].cpu(), torch.tensor([1.0, 0.5]), rtol=0, atol=8e-3)
             assert scales[2].isnan() and scales[3].isinf()
-
-    def test_bitsandbytes_float32_path_is_a_lattice(self) -> None:
-        """Why codes are compared with bitsandbytes' float64 path.
-
-        Its CPU library rounds ``x / scale`` to the nearest of 65,536 points of [-1, 1] and looks
-        the code of that point up. Zero is not such a point: 0 in a block of scale 1 becomes 1.5e-5,
-        and everything below 3e-5 of the scale loses the exponents the map has for it. So a nearest
-        code is never further from the value, and 4 in 10 of these differ.
-        """
-        pytest.importorskip("bitsandbytes")
-        table = maps()[0].cpu()
-        x = spread(64, 256).cpu()
-        x[0, :2] = torch.tensor([0.0, 1.0])
-        quantize = torch.ops.bitsandbytes.quantize_blockwise
-        theirs, scales = quantize(x, table, 256)
-        exact = bnb_codes(x, table, 256)[0].view(x.shape).cpu()
-        unit = x * (1 / scales)[:, None]
-        point = (((unit.clamp(-1, 1) + 1) * 0.5) * 65535 + 0.5).int() / 65535 * 2 - 1
-        nearest = (point.reshape(-1, 1) - table).abs().argmin(1).view(x.shape)
-        assert torch.equal(theirs.int(), nearest.int())
-        gap = [(table[c.long()] - unit).abs() for c in (exact, theirs)]
-        assert (gap[0] <= gap[1] + 1e-7).all() and float((exact != theirs).float().mean()) > 0.2
 
     @pytest.mark.parametrize("dtype", FLOATS)
     def test_dequantize(self, dtype: torch.dtype) -> None:
