@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -52,12 +52,24 @@ def is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
 
 
-def nodes(tree: ast.AST, typing: bool = False) -> Iterator[ast.AST]:
-    """Every node that runs: imports for type checkers only are not dependencies."""
-    for child in ast.iter_child_nodes(tree):
-        if typing or not is_type_checking(child):
-            yield child
-            yield from nodes(child, typing)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def nodes(tree: ast.AST, typing: bool = False, later: bool = True) -> Iterator[ast.AST]:
+    """Every statement that runs: imports for type checkers only are not dependencies.
+
+    ``later`` are those inside functions, which do not run when a module is imported.
+    """
+    left = [tree]
+    while left:
+        for child in ast.iter_child_nodes(left.pop()):
+            if not isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
+                continue
+            if (typing or not is_type_checking(child)) and (
+                later or not isinstance(child, FUNCTIONS)
+            ):
+                yield child
+                left.append(child)
 
 
 @functools.cache
@@ -68,15 +80,20 @@ def parsed(name: str) -> ast.Module:
 @functools.cache
 def imported(name: str, typing: bool = False) -> set[str]:
     """Full names of what a module imports, attributes of a package included."""
-    found = set()
-    for node in nodes(parsed(name), typing):
+    return names_of(name, nodes(parsed(name), typing))
+
+
+def names_of(name: str, found: Iterable[ast.AST]) -> set[str]:
+    """Full names of what these nodes of a module import."""
+    names = set()
+    for node in found:
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name}: relative import"
             assert node.module is not None
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
 def layer(name: str) -> str:
@@ -152,14 +169,20 @@ def test_no_circle_for_types_either() -> None:
     assert circles(typing=True) == set()
 
 
-def at_import(tree: ast.AST) -> Iterator[ast.AST]:
-    """Nodes that run when a module is imported: no bodies of functions."""
-    for child in ast.iter_child_nodes(tree):
-        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and not is_type_checking(
-            child
-        ):
-            yield child
-            yield from at_import(child)
+def at_once(name: str) -> set[str]:
+    """Full names of what a module imports as it is imported."""
+    return names_of(name, nodes(parsed(name), later=False))
+
+
+def test_the_package_is_imported_without_accelerators() -> None:
+    """Where triton or bitsandbytes is not installed, that is a reason, not an ImportError."""
+    kernels = {x for x in MODULES if x.startswith("lowrank_optim.ops.triton.")}
+    kernels.remove("lowrank_optim.ops.triton.__init__")
+    assert any("triton" in at_once(name) for name in kernels)
+    for name in MODULES.keys() - kernels:
+        names = at_once(name)
+        assert not {full.split(".")[0] for full in names} & {"triton", "bitsandbytes"}, name
+        assert not {module_of(full) for full in names} & kernels, name
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -169,11 +192,5 @@ def test_nothing_of_several_processes_is_imported_before_there_are_any(folder: s
     ``import torch.distributed`` is all that any torch allows.
     """
     inside = [x for x in MODULES if layer(x) == folder and x != "lowrank_optim.distributed"]
-    for name, node in ((x, node) for x in inside for node in at_import(parsed(x))):
-        if isinstance(node, ast.ImportFrom):
-            told = f"{name}: {ast.unparse(node)}"
-            assert not (node.module or "").startswith("torch.distributed"), told
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                told = f"{name}: {ast.unparse(node)}"
-                assert not alias.name.startswith("torch.distributed."), told
+    for name in inside:
+        assert not {x for x in at_once(name) if x.startswith("torch.distributed.")}, name

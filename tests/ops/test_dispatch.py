@@ -5,8 +5,6 @@ Plain torch in place of kernels is said where it costs: at the first 8-bit step,
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -19,63 +17,52 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowrank_optim import GaLoreAdamW8bit, ops
-from lowrank_optim.ops import dispatch, native, reference, schema
+from lowrank_optim import GaLoreAdamW, GaLoreAdamW8bit, ops
+from lowrank_optim.ops import dispatch, native, reference, schema, triton
+from lowrank_optim.ops.native import loader
 
-SCRIPT = """
-import os
-import sys
-import warnings
-sys.modules["triton"] = None
-import torch
-from lowrank_optim import GaLoreAdamW, GaLoreAdamW8bit
-from lowrank_optim.ops import triton
 
-print(triton.available("cuda"))
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A process that has chosen and said nothing, without the compiled library and triton."""
+    for name in ("TRITON_INTERPRET", dispatch.VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOWRANK_OPTIM_LIBRARY", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(loader, "_load", loader._load.__wrapped__)
+    caches = dispatch._choose, dispatch._warn_slow
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
 
-def step(cls, dtype=torch.float32, times=2):
-    p = torch.nn.Parameter(torch.ones(64, 96, dtype=dtype))
-    optimizer = cls([p], rank=48)
-    for _ in range(times):
-        p.grad = torch.randn(64, 96, dtype=dtype)
+
+def steps(cls: Any, dtype: torch.dtype = torch.float32) -> None:
+    param = torch.nn.Parameter(torch.ones(64, 96, dtype=dtype))
+    optimizer = cls([param], rank=48)
+    for _ in range(2):
+        param.grad = torch.randn(64, 96, dtype=dtype)
         optimizer.step()
 
-def said():
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        for args in ((GaLoreAdamW,), (GaLoreAdamW8bit, torch.float64)):
-            step(*args)
-            print(len(seen))
+
+@pytest.mark.usefixtures("bare")
+def test_one_warning_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where plain torch was asked for, nor for float32 moments, nor float64 gradients; once."""
+    assert triton.available("cuda") == (False, "triton is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with monkeypatch.context() as asked:
+            asked.setenv(dispatch.VARIABLE, "reference")
+            steps(GaLoreAdamW8bit)
+        steps(GaLoreAdamW)
+        steps(GaLoreAdamW8bit, torch.float64)
+    with pytest.warns(UserWarning) as seen:
         for dtype in (torch.float32, torch.bfloat16):
-            step(GaLoreAdamW8bit, dtype)
-            print(len(seen))
-        for x in seen:
-            print(x.category.__name__, x.message)
-
-os.environ["LOWRANK_OPTIM_BACKEND"] = "reference"
-said()
-print("unset")
-del os.environ["LOWRANK_OPTIM_BACKEND"]
-said()
-"""
-
-
-def test_one_warning_with_the_remedy(tmp_path: Path) -> None:
-    """Not where plain torch was asked for, nor for float32 moments, nor float64 gradients; once.
-
-    In a process that has warned of nothing, with the compiled library hidden, and without triton:
-    that is a reason, not an ImportError at import.
-    """
-    known = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env = {**known, "LOWRANK_OPTIM_LIBRARY": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    out = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=env, check=True, capture_output=True, text=True
-    )
-    triton, *counts, line = out.stdout.splitlines()
-    assert triton == "(False, 'triton is not installed')"
-    assert counts == ["0"] * 4 + ["unset"] + ["0", "0", "1", "1"]
-    assert line.startswith("UserWarning 8-bit moments on cpu are updated in plain torch")
+            steps(GaLoreAdamW8bit, dtype)
+    (line,) = (str(x.message) for x in seen)
     for part in (
+        "8-bit moments on cpu are updated in plain torch",
         "liblowrank_optim.so was not built with this installation",
         "Install a C++ compiler and then lowrank_optim again",
         "`python -m lowrank_optim.ops` says",
