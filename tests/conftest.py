@@ -72,7 +72,6 @@ def pytest_collection_finish() -> None:
 
     Each run of ``transformers.Trainer`` collects, which took most of the time of its tests.
     """
-    gc.collect()
     gc.freeze()
     gc.enable()
 
