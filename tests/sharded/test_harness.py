@@ -89,7 +89,11 @@ def test_ranks_share_no_numbers(ranks: Worlds) -> None:
             r"one_sleeps failed on 1 ranks(?s:.)*rank 0: hung(?s:.)*in one_sleeps",
             marks=pytest.mark.slow,
         ),
-        (one_more_collective, r"one_more_collective failed on 1 ranks(?s:.)*rank 0: hung"),
+        pytest.param(  # as one that dies, which the others wait for
+            one_more_collective,
+            r"one_more_collective failed on 1 ranks(?s:.)*rank 0: hung",
+            marks=pytest.mark.slow,
+        ),
         (one_dies, r"one_dies failed on 1 ranks(?s:.)*rank 1: hung, or died, in 'one_dies'"),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
