@@ -228,20 +228,14 @@ def test_errors():
 
 @pytest.mark.parametrize(
     ("mode", "checkpointing", "dtype"),
-    [  # every pair of two meets; test_peaks.py has a model without a mode
-        ("project", True, torch.float32),
-        *(
-            pytest.param(*x, marks=pytest.mark.slow)
-            for x in (
-                ("step", False, torch.bfloat16),
-                (None, True, torch.bfloat16),
-                (None, False, torch.float32), ("project", False, torch.bfloat16),
-                ("step", True, torch.float32),
-            )
-        ),
+    [  # every pair of two meets
+        ("project", True, torch.float32), ("step", False, torch.bfloat16),
+        (None, True, torch.bfloat16), (None, False, torch.float32),
+        ("project", False, torch.bfloat16), ("step", True, torch.float32),
     ],
     ids=str,
 )  # fmt: skip
+@pytest.mark.slow  # of the modes test_in_backward.py has peaks, of none test_peaks.py
 def test_peak_with_activations_is_what_torch_counts(mode, checkpointing, dtype):
     """Against MemTracker on the real model and hooks: two micro-batches, every step of a gap.
 
