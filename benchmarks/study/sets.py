@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -54,14 +55,19 @@ def methods(size: Size) -> list[Case]:
 
 
 def held_bytes(case: Case, size: Size) -> int:
-    """State after one step on gradients of noise."""
-    model = make_model(size.shape, 0)
-    made = METHODS[case.method].make(model, 1e-3, size, **case.options)
-    for param in model.parameters():
-        if param.requires_grad:
-            param.grad = torch.randn_like(param)
-    made.optimizer.step()
-    return state_bytes(model, made.optimizer)
+    """The most state of a run, on gradients of noise: blocks that take turns differ in size."""
+    model, turns = make_model(size.shape, 0), 1
+    if case.options.get("projector") == "block":
+        size, turns = replace(size, gap=1), math.ceil(size.steps / size.gap)
+    optimizer = METHODS[case.method].make(model, 1e-3, size, **case.options).optimizer
+    most = 0
+    for _ in range(turns):
+        for param in model.parameters():
+            if param.requires_grad:
+                param.grad = torch.randn_like(param)
+        optimizer.step()
+        most = max(most, state_bytes(model, optimizer))
+    return most
 
 
 def with_rank(case: Case, rank: int | float) -> Case:

@@ -455,6 +455,18 @@ def test_equal_bytes_are_the_most_that_fit():
     assert "APOLLO-Mini" not in {case.name for case in cases}  # its rank is 1 at any budget
 
 
+def test_blocks_are_counted_in_their_largest_turn():
+    """Not in the first: a run of blocks at equal bytes holds at most what it is given."""
+    blocks = next(case for case in equal_bytes(MICRO) if case.name == "FRUGAL, block")
+    size = replace(MICRO, gap=10, steps=60)
+    record = train(Trial(size, blocks, 1e-3, 0))
+    assert (
+        record["state_bytes"]
+        == held_bytes(blocks, size)
+        > held_bytes(blocks, replace(size, steps=1))
+    )
+
+
 def test_relations_name_cases_that_there_are():
     """Cases at equal bytes are those at equal rank."""
     for size in SIZES.values():
