@@ -99,12 +99,19 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
+    """What runs, and whether it was changed: files of runs, which a study writes, do not count."""
+    named = ("describe", "--always", "--abbrev=10")
+    changed = ("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)*.xz")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        commit, changes = (
+            subprocess.run(
+                ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for words in (named, changed)
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return done.stdout.strip()
+    return f"{commit}-dirty" if changes else commit
 
 
 # ---------------------------------------------------------------- tables

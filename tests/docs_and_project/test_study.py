@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
+from benchmarks import common
 from benchmarks.bytes_task import Shape, load_text, make_model
 from benchmarks.study import acceptance, report, training
 from benchmarks.study.__main__ import parse
@@ -239,6 +241,22 @@ def test_a_kept_run_of_another_text_is_refused(tmp_path):
     training.keep({**record, "text": "0123456789"}, tmp_path)
     with pytest.raises(ValueError, match=r"is of the text 0123456789, .*--stdlib"):
         runner.loss(trial)
+
+
+def test_files_of_runs_are_no_change_of_the_code(tmp_path, monkeypatch):
+    """A study writes its own, and what it runs is the commit all the same."""
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    assert common._commit() == "unknown"
+    for name in ("runs.xz", "code.py"):
+        (tmp_path / name).write_text("1")
+    who = ("-c", "user.name=a", "-c", "user.email=a@b.example")
+    for words in (("init", "-q"), ("add", "."), (*who, "commit", "-qm", "1")):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    clean = common._commit()
+    (tmp_path / "runs.xz").write_text("2")
+    assert common._commit() == clean and len(clean) == 10
+    (tmp_path / "code.py").write_text("2")
+    assert common._commit() == f"{clean}-dirty"
 
 
 def test_a_run_that_is_ended_leaves_nothing(tmp_path):
