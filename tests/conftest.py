@@ -58,20 +58,12 @@ def pytest_collect_file() -> Generator[None, list[Any], list[Any]]:
     return [x for x in found if not isinstance(x, DoctestModule)]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of several processes come first, and so to one worker: each has a server for them.
-
-    A worker takes the others over from the end of what is left.
-    """
-    items.sort(key=lambda item: not hasattr(getattr(item, "module", None), "Ranks"))
-
-
 def pytest_collection_finish() -> None:
     """Thousands of tests and libraries stay: nothing that collects garbage walks them again.
 
     Each run of ``transformers.Trainer`` collects, which took most of the time of its tests.
     """
+    gc.collect()
     gc.freeze()
     gc.enable()
 
