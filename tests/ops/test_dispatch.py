@@ -23,19 +23,24 @@ from lowrank_optim.ops.native import loader
 
 
 @pytest.fixture
-def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A process that has chosen and said nothing, without the compiled library and triton."""
-    for name in ("TRITON_INTERPRET", dispatch.VARIABLE):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("LOWRANK_OPTIM_LIBRARY", str(tmp_path))
-    monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.setattr(loader, "_load", loader._load.__wrapped__)
+def anew() -> Iterator[None]:
+    """Nothing was chosen and nothing was said before, or is after."""
     caches = dispatch._choose, dispatch._warn_slow
     for cache in caches:
         cache.cache_clear()
     yield
     for cache in caches:
         cache.cache_clear()
+
+
+@pytest.fixture
+def bare(anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine without the compiled library and triton."""
+    for name in ("TRITON_INTERPRET", dispatch.VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOWRANK_OPTIM_LIBRARY", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(loader, "_load", loader._load.__wrapped__)
 
 
 def steps(cls: Any, dtype: torch.dtype = torch.float32) -> None:
@@ -82,16 +87,10 @@ def test_no_warning_where_kernels_serve() -> None:
 
 
 @pytest.fixture
-def nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def nothing(anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without kernels of any kind."""
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
     monkeypatch.setattr(dispatch, "available", lambda name, kind: (False, f"no {name} here"))
-    caches = dispatch._choose, dispatch._warn_slow
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
 
 
 @pytest.mark.usefixtures("nothing")
