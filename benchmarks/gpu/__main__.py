@@ -18,7 +18,8 @@ from benchmarks.gpu.report import Section, dump, load, machine, run_section, wri
 from benchmarks.gpu.settings import Settings, full, quick, tiny
 
 SECTIONS = (
-    "build", "checks", "no_sync", "times", "whole", "memory", "train7b", "train7b_step",
+    "build", "checks", "no_sync", "kernels", "times", "whole", "memory", "train7b",
+    "train7b_step",
 )  # fmt: skip
 NO_GPU = (
     "There is no GPU here that torch can use (torch.cuda.is_available() is False), and all that "

@@ -22,7 +22,7 @@ class Size:
     """How many of its layers are timed and measured: what a card of 24 GiB holds of them."""
     rank: int
     exact: bool = True
-    """Whether what factorises whole matrices is timed: it takes a card many minutes at 7B."""
+    """Whether refreshes that factorise whole matrices are timed: many minutes of a card at 7B."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ def full(device: torch.device) -> Settings:
 
 
 def quick(device: torch.device) -> Settings:
-    """The same model under the cap, and beside it one layer of it and few rounds: minutes."""
-    largest = replace(Settings(device).trained, layers=1, exact=False)
-    return Settings(device, sizes=(largest,), rounds=5)
+    """The same model under the cap, and beside it one layer of each and few rounds: minutes."""
+    sizes = (replace(size, layers=1, exact=False) for size in Settings(device).sizes)
+    return Settings(device, sizes=tuple(sizes), rounds=5)
 
 
 def tiny(device: torch.device) -> Settings:

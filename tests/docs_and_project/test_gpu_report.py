@@ -15,7 +15,18 @@ import torch
 
 from benchmarks import timing
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import checks, memory, no_sync, report, times, train7b, variants, waiting, whole
+from benchmarks.gpu import (
+    checks,
+    kernels,
+    memory,
+    no_sync,
+    report,
+    times,
+    train7b,
+    variants,
+    waiting,
+    whole,
+)  # fmt: skip
 from benchmarks.gpu.report import Section
 from benchmarks.gpu.settings import full, tiny
 from benchmarks.matrices import weights
@@ -53,8 +64,8 @@ def test_a_failure_ends_no_later_section(bad: str | None, tmp_path: Path, monkey
     status = command.main(["--device", "cpu", "--tiny", "--out", str(tmp_path)])
     assert ran == list(command.SECTIONS) and status == (1 if bad else 0)
     page = (tmp_path / "report.md").read_text()
-    assert ("1 of 8 sections failed: Checks." in page) == bool(bad)
-    assert ("All 8 sections passed." in page) != bool(bad)
+    assert ("1 of 9 sections failed: Checks." in page) == bool(bad)
+    assert ("All 9 sections passed." in page) != bool(bad)
     assert "python -m benchmarks.gpu --device cpu --tiny" in page
 
 
@@ -94,6 +105,9 @@ def test_the_command_on_a_cpu(tmp_path: Path) -> None:
             continue
         assert set(times.STEPS) | {times.FUSED, times.FLOOR} <= set(found["ms"]), title
         assert {"bitsandbytes AdamW8bit", "bitsandbytes PagedAdamW8bit"} <= set(found["ms"])
+    ours = {name for name in data["kernels"] if name.startswith("FiraAdamW: ")}
+    assert {"FiraAdamW: residual_factors_", "FiraAdamW: lift_add_scaled_"} <= ours
+    assert all(len(x["ms"]) == 5 and x["bytes"] > 0 for x in data["kernels"].values())
     for size in sizes:
         rows = [k.partition(": ")[2] for k in data["memory"] if k.startswith(f"{size.name}: ")]
         assert {"AdamW bf16", "GaLore 8-bit, mode='step'", "GaLore 8-bit, mode='project'"} <= {
@@ -335,6 +349,36 @@ def test_a_peer_that_raises_leaves_the_weights_whole() -> None:
     times.tried(section, works, params, "ours", make)
     assert not section.ok and not works
     assert torch.equal(params[0], before) and params[0].grad is not None
+
+
+def test_any_basis_takes_the_place_of_singular_vectors() -> None:
+    """For a peer's first step, and not after it; vectors are orthonormal on both sides."""
+    honest, x = torch.linalg.svd, torch.randn(5, 3)
+    with times.any_basis():
+        u, s, v = torch.linalg.svd(x, full_matrices=False)
+    for q in (u, v.mT):
+        torch.testing.assert_close(q.mT @ q, torch.eye(3))
+    assert s.shape == (3,) and not torch.allclose(u.mT @ x @ v.mT, torch.diag(s), atol=0.1)
+    assert torch.linalg.svd is honest
+
+
+def test_kernels_are_those_of_a_step_with_what_they_must_move() -> None:
+    """Fira's factors of 8 columns; the calls are those that the step makes, each once."""
+    params = weights([(16, 8)], torch.float32)
+    optimizer = variants.ours("FiraAdamW", params, 4, kernels.NEVER, weight_decay=0.1)
+    optimizer.step()
+    with kernels.Calls() as calls:
+        optimizer.step()
+    assert {"column_norms": 2, "residual_factors_": 1, "lift_add_scaled_": 1}.items() <= {
+        op: len(made) for op, made in calls.found.items()
+    }.items()
+    least = kernels.least_of(calls.found["lift_add_scaled_"])
+    # W twice, G, the basis, update, low and columns
+    assert least.bytes >= 4 * (3 * 128 + 16 * 4 + 2 * 4 * 8 + 8)
+    assert least.flops == 128 * (2 * 4 + 6)
+    before = params[0].detach().clone()
+    assert len(kernels.timed(tiny(CPU), calls.found["lift_add_scaled_"])) == 5
+    assert not torch.equal(before, params[0])  # the calls were made
 
 
 def test_what_is_not_installed_is_one_line(monkeypatch: Any) -> None:
