@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 from benchmarks.common import ROOT
 from benchmarks.gpu.report import Section
 from benchmarks.gpu.settings import Settings
-from lowrank_optim.ops import dispatch
 
 TITLE = "Build"
 TAIL = 20
@@ -29,12 +29,26 @@ def run(section: Section, settings: Settings) -> None:
     if serving.returncode:
         section.failed("`python -m lowrank_optim.ops` failed.\n" + serving.stderr)
     kind = settings.device.type
-    rows = [(name, *_words(name, kind)) for name in dispatch.BACKENDS]
+    found = backends(kind)
+    rows = [(name, "yes" if ready else "no", why) for name, (ready, why) in found.items()]
     section.add(f"Backends on {kind}", ("backend", "serves", "why"), rows)
-    if not any(dispatch.available(name, kind)[0] for name in ("triton", "native")):
+    if not any(found[name][0] for name in ("triton", "native")):
         section.failed(f"Neither triton nor native serves {kind}: everything runs in plain torch.")
 
 
-def _words(backend: str, kind: str) -> tuple[str, str]:
-    ready, why = dispatch.available(backend, kind)
-    return "yes" if ready else "no", why
+ASK = """
+import json, sys
+from lowrank_optim.ops import dispatch
+print(json.dumps({name: dispatch.available(name, sys.argv[1]) for name in dispatch.BACKENDS}))
+"""
+
+
+def backends(kind: str) -> dict[str, tuple[bool, str]]:
+    """Which backends serve a type of device, and why or why not, as a new process finds them.
+
+    This one was started before what it has just built.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, kind], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return {name: tuple(x) for name, x in json.loads(done.stdout.splitlines()[-1]).items()}

@@ -154,15 +154,27 @@ def tried(
     """Add the step of an optimizer after one step of it; one that raises is not timed.
 
     Of ours that is a failure, of a peer a sentence. galore-torch puts other tensors in the place
-    of weights while it steps: what raised in between is put back.
+    of weights while it steps, and in 8 bits leaves a projected gradient behind: after each step of
+    a peer all is as it was.
     """
     kept = [(p, p.data, p.grad) for p in params]
+
+    def back() -> None:
+        for param, data, grad in kept:
+            param.grad = None  # of another shape, it would not go with the weights
+            param.data, param.grad = data, grad
+
     try:
-        work = make().step
+        step = make().step
+
+        def restored() -> None:
+            step()
+            back()
+
+        work: Work = restored if theirs else step
         work()
     except Exception as error:
-        for param, data, grad in kept:
-            param.data, param.grad = data, grad
+        back()
         if theirs:
             first = (str(error).strip() or "no message").splitlines()[0]
             note = f"{label} raised {type(error).__name__} ({first}): not timed."

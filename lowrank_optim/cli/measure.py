@@ -22,7 +22,7 @@ from lowrank_optim.cli.errors import Refused
 from lowrank_optim.cli.models import load
 from lowrank_optim.cli.rows import CLASSES, Column, Row
 from lowrank_optim.memory import GIB
-from lowrank_optim.memory.losses import LOSSES
+from lowrank_optim.memory.losses import LOSSES, Loss
 from lowrank_optim.memory.measuring import STEPS, Meter, Peak, capped, on_gpu, real, train
 
 Job = dict[str, Any]
@@ -49,6 +49,8 @@ class Run:
     budget: int
     """Bytes that the allocator may have."""
     autocast: str | None = None
+    loss: Loss = LOSSES[0]
+    loss_chunk: int | None = None
 
 
 class Found(NamedTuple):
@@ -67,18 +69,27 @@ Measured = dict[tuple[str, Column], Found]
 
 
 def check(
-    tokens: int | None, budget: int, device: str | None = None, loss: str | None = None
+    tokens: int | None,
+    budget: int,
+    device: str | None = None,
+    loss: Loss | None = None,
+    autocast: str | None = None,
 ) -> None:
     """Raise for what cannot be measured, before anything is; say where the card is the limit.
 
     Raises:
         Refused: there is no GPU, nothing to train on, or estimates are asked for of another device
-            or loss.
+            or of a loss that this does not train with.
     """
-    if loss not in (None, LOSSES[0]):
+    if loss == "fused":
         raise Refused(
-            f"--measure trains with the loss of transformers, and --loss {loss} asks for the "
-            "estimates of another: leave one out"
+            "--measure trains with the loss of transformers or with chunked, and --loss fused asks "
+            "for the estimates of another: leave one out"
+        )
+    if loss == "chunked" and autocast is not None:
+        raise Refused(
+            "--measure trains under --autocast with the loss of transformers alone: leave --loss "
+            "out"
         )
     if device == "cpu":
         raise Refused(
@@ -128,6 +139,8 @@ def job(row: Row, column: Column, run: Run) -> Job:
         "shape": run.shape,
         "checkpointing": run.checkpointing,
         "autocast": run.autocast,
+        "loss": run.loss,
+        "loss_chunk": run.loss_chunk,
         "in_backward": column.in_backward,
         "accumulation_steps": column.accumulation_steps,
         "coords_dtype": column.coords_dtype,
@@ -165,6 +178,8 @@ def one(told: Mapping[str, Any], device: torch.device, meter: Meter) -> Found:
             shape=(sequences, length),
             checkpointing=told["checkpointing"],
             autocast=told["autocast"],
+            loss=told["loss"],
+            loss_chunk=told["loss_chunk"],
             **own,
             **options,
         )

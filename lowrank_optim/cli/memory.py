@@ -155,7 +155,7 @@ def memory(
     budget = round(budget_gib * GIB)
     check_alone(world_size, measuring)
     if measuring:
-        really.check(tokens, budget, device, loss)
+        really.check(tokens, budget, device, loss, autocast)
     if picture is not None and find_spec("matplotlib") is None:
         raise Refused("--plot needs matplotlib: pip install matplotlib")
     check_tokens(tokens, micro_batch, checkpointing, loss, loss_chunk, autocast)
@@ -180,9 +180,8 @@ def memory(
     about |= forward if batch is not None else dict.fromkeys(forward)
     found: really.Measured = {}
     if measuring and batch is not None:
-        found = really.measured(
-            rows, really.Run(model, dtype, batch, checkpointing, budget, autocast)
-        )
+        run = really.Run(model, dtype, batch, checkpointing, budget, **forward)
+        found = really.measured(rows, run)
     if as_text:
         click.echo(json.dumps(figures(rows, about, budget, found), indent=1))
     else:

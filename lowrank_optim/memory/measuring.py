@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from lowrank_optim.backward.attach import attach_in_backward
 from lowrank_optim.memory.activations import checkpoint_layers
 from lowrank_optim.memory.autocast import Autocast
-from lowrank_optim.memory.inputs import batch_of, innermost, loss_of
+from lowrank_optim.memory.inputs import batch_of, innermost
+from lowrank_optim.memory.losses import LOSSES, Loss, loss_by
 from lowrank_optim.optimizer import LowRankOptimizer
 
 STEPS = 3
@@ -102,6 +103,8 @@ def train(
     accumulation_steps: int = 1,
     coords_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     checkpointing: bool = False,
+    loss: Loss = LOSSES[0],
+    loss_chunk: int | None = None,
     autocast: Autocast | None = None,
     steps: int = STEPS,
     **options: Any,
@@ -116,7 +119,9 @@ def train(
         accumulation_steps: micro-batches of a step.
         coords_dtype: as of :func:`lowrank_optim.attach_in_backward`.
         checkpointing: whether its layers are checkpointed.
-        autocast: the dtype of ``torch.autocast``, if there is one.
+        loss: the model's own, or ``"chunked"``.
+        loss_chunk: tokens of which ``"chunked"`` has logits at once (default: 1,024).
+        autocast: the dtype of ``torch.autocast``, if there is one; of the model's own loss.
         steps: how many (default: 3).
         **options: arguments of the optimizer.
 
@@ -142,8 +147,8 @@ def train(
     for _ in range(steps):
         for _ in range(accumulation_steps):
             with torch.autocast(device.type, half, enabled=half is not None):
-                loss = loss_of(model, batch) / accumulation_steps
-            loss.backward()  # type: ignore[no-untyped-call]
-            del loss
+                value = loss_by(loss, model, batch, loss_chunk) / accumulation_steps
+            value.backward()  # type: ignore[no-untyped-call]
+            del value
         made.step()
         made.zero_grad()

@@ -57,7 +57,7 @@ def sample(how: str, s: Tensor, rank: int, iteration: int, noise: Tensor) -> Ten
 def order_of(chosen: Tensor, k: int) -> Tensor:
     """The chosen indices, then all others, both ascending."""
     later = torch.ones(k, dtype=torch.uint8, device=chosen.device)
-    later[chosen] = 0
+    later.index_fill_(0, chosen, 0)  # an accelerator would get the number of `later[chosen] = 0`
     return later.sort(stable=True).indices
 
 

@@ -351,6 +351,27 @@ def test_a_peer_that_raises_leaves_the_weights_whole() -> None:
     assert torch.equal(params[0], before) and params[0].grad is not None
 
 
+def test_what_a_peer_leaves_behind_is_put_back() -> None:
+    """galore-torch's AdamW8bit leaves a projected gradient, which the next peer cannot use."""
+    params = weights([(6, 4)], torch.float32)
+    before, grad = params[0].detach().clone(), params[0].grad
+    seen: list[tuple[int, ...]] = []
+
+    class Projects:
+        def step(self) -> None:
+            assert params[0].grad is not None
+            seen.append(tuple(params[0].grad.shape))
+            params[0].grad = None
+            params[0].data = torch.zeros(6, 2)
+            params[0].grad = torch.zeros(6, 2)
+
+    section, works, make = Section("times", ""), dict[str, Any](), cast(Any, Projects)
+    times.tried(section, works, params, "theirs", make, theirs=True)
+    works["theirs"]()
+    assert section.ok and not section.notes and seen == [(6, 4)] * 2
+    assert torch.equal(params[0], before) and params[0].grad is grad
+
+
 def test_any_basis_takes_the_place_of_singular_vectors() -> None:
     """For a peer's first step, and not after it; vectors are orthonormal on both sides."""
     honest, x = torch.linalg.svd, torch.randn(5, 3)

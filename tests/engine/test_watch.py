@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,7 @@ def test_every_look_is_seen() -> None:
         lambda: x.copy_(torch.randn(4, 4)),
         lambda: torch.tensor([1.0], device=x.device),
         lambda: x + torch.ones(4, 4),
+        lambda: operator.setitem(x, x.argmax(-1), 0.5),
     ]
     for n, look in enumerate(looks):
         assert asked(look) == 1, n
@@ -57,6 +59,8 @@ def test_every_look_is_seen() -> None:
         lambda: torch.linalg.cholesky_ex(square),
         lambda: torch.linalg.qr(x),
         lambda: torch.randn(4, 4).to(x.device, non_blocking=True),
+        lambda: operator.setitem(x, 0, 0.5),
+        lambda: x.index_fill_(0, x.argmax(-1), 0.5),
     ]):  # fmt: skip
         assert asked(free) == 0, n
     with Watch(None, host) as seen:

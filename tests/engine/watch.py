@@ -181,6 +181,9 @@ class Watch:
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             if any(isinstance(i, list) for i in index):
                 self.look("indices of the host are copied to the device")
+            indexed = any(isinstance(i, Tensor) and i.dtype != torch.bool for i in index)
+            if indexed and func is Tensor.__setitem__ and not isinstance(args[2], Tensor):
+                self.look("a number is copied to the device")  # as a tensor of the host
         elif func in VALUES and not self.is_host(args[0]):
             self.look("a value is read")
             if isinstance(out, Tensor):
