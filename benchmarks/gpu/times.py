@@ -34,7 +34,10 @@ STEPS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "SwitchLoRAAdamW": ("SwitchLoRAAdamW", NEVER, {}),
 }
 """Ours: a class, its gap and its options."""
-CAPTURED = ("GaLoreAdamW", "GaLoreAdamW8bit", "FiraAdamW", "FrugalAdamW columns")
+CAPTURED = (
+    "GaLoreAdamW", "GaLoreAdamW8bit", "FiraAdamW", "FrugalAdamW columns", "DCTAdamW gap 1",
+    "SSTAdamW active",
+)  # fmt: skip
 """Those of them that are timed once more as a CUDA graph, which a host replays in one call."""
 REFRESHES = ("svd", "rsvd", "random", "dct", "columns")
 """Projectors of GaLoreAdamW whose refresh is timed."""

@@ -29,8 +29,8 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "DCTAdamW gap 1": ("DCTAdamW", {"update_proj_gap": 1}),
 }
 """As they are used: a basis is found every 200 steps, each matrix at a step of its own."""
-CAPTURED = ("GaLoreAdamW8bit", "FrugalAdamW columns")
-"""Those that are timed once more as a CUDA graph, of a step in which no basis is found."""
+CAPTURED = ("GaLoreAdamW8bit", "FrugalAdamW columns", "DCTAdamW gap 1")
+"""Those that are timed once more as a CUDA graph, of a step in which no basis is searched for."""
 PEERS = ("bitsandbytes AdamW8bit",)
 
 

@@ -10,8 +10,10 @@ from lowrank_optim.ops.tiles import ACCELERATOR_TILE_ELEMENTS, tiles
 
 TILE_ELEMENTS = 1 << 20
 """Elements that a product on a CPU casts at once."""
-WRITES_WIDE = hasattr(torch.ops.aten.mm, "dtype")
+WRITES_WIDE = hasattr(torch.ops.aten.mm, "dtype") and not torch.version.hip
 """Whether torch has GEMMs whose result is wider than their operands; CUDA alone runs them."""
+HALVED = (torch.float32, torch.bfloat16)
+"""Formats of a product that two of the narrow one are as good as."""
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -49,15 +51,18 @@ def project(basis: Tensor, grad: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def mixed_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in the wider of the two dtypes, casting the narrow one a tile at a time.
+    """``a @ b`` in the wider of the two dtypes, a tile of the narrow one at a time.
 
-    A bfloat16 gradient is the largest tensor of a refresh: it is never copied whole.
+    A bfloat16 gradient is the largest tensor of a refresh: it is never copied whole. A tile is cast
+    to float32, or on CUDA multiplied as it is, by both halves of ``a``.
     """
     if a.dtype == b.dtype:
         return a @ b
     if torch.promote_types(a.dtype, b.dtype) == b.dtype:
         return mixed_matmul(b.mT, a.mT).mT
     *batch, k, n = b.shape
+    if WRITES_WIDE and kind_of(b) == "cuda" and (a.dtype, b.dtype) == HALVED and b.dim() in (2, 3):
+        return by_halves(a, b)
     out = a.new_zeros(*batch, a.shape[-2], n)
     by_column = n >= k  # cut the longer side of b
     most = ACCELERATOR_TILE_ELEMENTS if on_accelerator(b) else TILE_ELEMENTS
@@ -67,4 +72,26 @@ def mixed_matmul(a: Tensor, b: Tensor) -> Tensor:
             out[..., tile] = a @ b[..., tile].to(a.dtype)
         else:
             out += a[..., tile] @ b[..., tile, :].to(a.dtype)
+    return out
+
+
+def by_halves(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of float32 and bfloat16, as ``h b + l b`` with ``a = h + l`` in bfloat16.
+
+    Matrix units of bfloat16 are ten times as fast as those of float32, and add up in float32. What
+    two such halves leave of ``a`` is 2^-17 of it, beside a gradient that was rounded at 2^-9.
+
+    Args:
+        a: ``(..., w, k)``.
+        b: ``(..., k, n)``, of two or three dimensions.
+    """
+    high = a.to(b.dtype)
+    halves = torch.cat([high, (a - high).to(b.dtype)], -2)
+    product = torch.mm if b.dim() == 2 else torch.bmm
+    width, n = a.shape[-2], b.shape[-1]
+    out = a.new_empty(*a.shape[:-1], n)
+    most = ACCELERATOR_TILE_ELEMENTS // (2 * width * max(1, b.shape[:-2].numel()))
+    for tile in tiles(n, max(1, min(most, -(-n // 8)))):
+        both = product(halves, b[..., tile], out_dtype=a.dtype)
+        torch.add(both[..., :width, :], both[..., width:, :], out=out[..., tile])
     return out

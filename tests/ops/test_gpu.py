@@ -10,7 +10,7 @@ import torch
 
 from lowrank_optim import DCTAdamW, GaLoreAdamW, LowRankOptimizer, attach_in_backward
 from lowrank_optim.memory import report
-from lowrank_optim.ops import cosine, dispatch, fuses_cosine
+from lowrank_optim.ops import cosine, dispatch, fuses_cosine, mixed_matmul
 from lowrank_optim.ops.schema import SCHEMAS
 from tests.compare import assert_close
 from tests.ops import ops_cases as cases
@@ -117,6 +117,19 @@ def test_bits_equal_those_of_the_reference(
     if op == "quantize_blockwise_":
         for x, c, s in zip(here["xs"], here["codes"], here["scales"], strict=True):
             check_stored(c, s, x.double(), True, op)
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (301, 97), (3, 40, 70)])
+def test_products_of_two_formats(shape: tuple[int, ...]) -> None:
+    """By matrix units of bfloat16, and as good as those of float32."""
+    grad = torch.randn(shape, device=DEVICE).bfloat16()
+    a = torch.randn(*shape[:-2], 13, shape[-2], device=DEVICE)
+    b = torch.randn(*shape[:-2], shape[-1], 13, device=DEVICE)
+    for x, y in ((a, grad), (grad, b)):
+        exact = x.double() @ y.double()
+        found = mixed_matmul(x, y)
+        assert found.dtype == torch.float32
+        assert float((found - exact).norm()) < 2**-15 * float(exact.norm())
 
 
 METHODS = {"svd": GaLoreAdamW, "cosines": DCTAdamW}

@@ -266,3 +266,31 @@ def test_tiled_product_of_mixed_dtypes(shape: tuple[int, ...], monkeypatch) -> N
     b = torch.randn(*shape[:-2], shape[-1], 7)
     assert_close(ops.mixed_matmul(a, grad), a @ grad.float(), torch.float32)
     assert_close(ops.mixed_matmul(grad, b), grad.float() @ b, torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(30, 50), (50, 30), (2, 17, 19)])
+def test_halves_of_bfloat16_make_a_product_of_float32(shape: tuple[int, ...], monkeypatch) -> None:
+    """Products of CUDA's matrix units, which add up in float32; one half alone is off by 2^-9."""
+    used = []
+
+    def wide(x: torch.Tensor, y: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
+        assert x.dtype == y.dtype == torch.bfloat16
+        used.append(y.shape[-1])
+        return (x.double() @ y.double()).to(out_dtype)
+
+    monkeypatch.setattr(torch, "mm", wide)
+    monkeypatch.setattr(torch, "bmm", wide)
+    monkeypatch.setattr("lowrank_optim.ops.products.WRITES_WIDE", True)
+    monkeypatch.setattr("lowrank_optim.ops.products.kind_of", lambda x: "cuda")
+    grad = torch.randn(shape).bfloat16()
+    a = torch.randn(*shape[:-2], 7, shape[-2])
+    b = torch.randn(*shape[:-2], shape[-1], 7)
+    for found, (x, y) in (
+        (ops.mixed_matmul(a, grad), (a, grad)),
+        (ops.mixed_matmul(grad, b), (grad, b)),
+    ):
+        exact = x.double() @ y.double()
+        assert found.dtype == torch.float32 and found.shape == exact.shape
+        assert (found - exact).norm() < 2**-16 * exact.norm()
+    # tiles cover the columns of either product
+    assert sum(used) == shape[-1] + shape[-2] and max(used) <= -(-max(shape[-2:]) // 8)
