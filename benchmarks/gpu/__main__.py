@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,16 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import ROOT
-from benchmarks.gpu.report import Section, dump, load, machine, run_section, write
+from benchmarks.gpu.report import (
+    CutOff,
+    Section,
+    cut_off,
+    dump,
+    load,
+    machine,
+    run_section,
+    write,
+)
 from benchmarks.gpu.settings import Settings, full, quick, tiny
 
 SECTIONS = (
@@ -25,6 +35,8 @@ NO_GPU = (
     "There is no GPU here that torch can use (torch.cuda.is_available() is False), and all that "
     "this command shows needs one: nothing was run."
 )
+GRACE = 15
+"""Seconds that a section has to write what it has found, once it is told to end."""
 TAIL = 4000
 """Characters of what a section printed that the report keeps where the section ended in it."""
 
@@ -51,8 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sections = []
     for name in args.only:
         print(f"{name} ...", flush=True)
-        sections.append(apart(name, args))
-        print(f"{name}: {'passed' if sections[-1].ok else 'FAILED'}", flush=True)
+        section, in_time = apart(name, args)
+        sections.append(section)
+        print(f"{name}: {'passed' if section.ok else 'FAILED'}", flush=True)
+        if not in_time:
+            break
     command = shlex.join(["python", "-m", "benchmarks.gpu", *(arguments or sys.argv[1:])])
     page = write(args.out, machine(device), sections, command)
     print(f"written: {page} and {page.with_suffix('.json')}")
@@ -65,8 +80,11 @@ def one(name: str, settings: Settings) -> Section:
     return run_section(name, module.TITLE, module.run, settings)
 
 
-def apart(name: str, args: argparse.Namespace) -> Section:
-    """A section in a process of its own: if that dies, its last words are the failure."""
+def apart(name: str, args: argparse.Namespace) -> tuple[Section, bool]:
+    """A section in a process of its own: if that dies, its last words are the failure.
+
+    And whether there is time for more: not where somebody ends this process.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "section.json"
         command = [sys.executable, "-m", "benchmarks.gpu", "--section", name, "--out", str(path)]
@@ -75,25 +93,38 @@ def apart(name: str, args: argparse.Namespace) -> Section:
         return ended(name, command, path, args.hours * 3600)
 
 
-def ended(name: str, command: Sequence[str], path: Path, seconds: float) -> Section:
-    """What a process wrote to ``path``, or how it ended without."""
+def ended(name: str, command: Sequence[str], path: Path, seconds: float) -> tuple[Section, bool]:
+    """What a process wrote to ``path``, or how it ended without; whether nobody cut it off."""
+    in_time = True
     with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
         try:
-            status = str(
-                subprocess.run(
-                    command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, timeout=seconds
-                ).returncode
-            )
+            status = str(process.wait(seconds))
         except subprocess.TimeoutExpired:
             status = f"no status: it took longer than {seconds:.0f} s"
+            stop(process)
+        except CutOff:
+            status, in_time = "no status: it was cut off", False
+            stop(process)
         if path.exists():
-            return load(path)
+            return load(path), in_time
         output.seek(0)
         words = output.read().decode(errors="replace")[-TAIL:]
     section = Section(name, name)
     section.failed(f"The process of this section ended with {status} and wrote nothing.\n{words}")
-    return section
+    return section, in_time
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Let a section write what it has found."""
+    process.terminate()
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, cut_off)
     sys.exit(main())

@@ -59,7 +59,8 @@ def run(section: Section, settings: Settings) -> None:
     """A row for each op of each step, of the largest size."""
     size = settings.trained
     params = weights(linear_shapes(*size.shape[:2]) * size.layers, settings.dtype, settings.device)
-    rows: list[Sequence[str]] = []
+    title = f"Kernels of one step, {size.layers} layers of {size.name}, rank {size.rank}"
+    rows = section.table(title, ("", "op", "calls", "us", "GB/s", "Tflop/s"))
     for label, (name, gap, options) in STEPS.items():
         optimizer = variants.ours(name, params, size.rank, gap, **OPTIONS, **options)
         for _ in range(2):
@@ -74,8 +75,6 @@ def run(section: Section, settings: Settings) -> None:
             rows.append((label, op, str(len(made)), f"{1e3 * ms:.1f}", *rates))
         del optimizer, calls, made
         free(settings.device)
-    title = f"Kernels of one step, {size.layers} layers of {size.name}, rank {size.rank}"
-    section.add(title, ("", "op", "calls", "us", "GB/s", "Tflop/s"), rows)
 
 
 def least_of(calls: Sequence[Call]) -> Floor:

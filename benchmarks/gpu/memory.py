@@ -27,7 +27,11 @@ Case = tuple[str, Any, dict[str, Any], Any]
 def run(section: Section, settings: Settings) -> None:
     """A table for each size."""
     for size in settings.sizes:
-        rows = []
+        title = (
+            f"Peak in GiB, {size.layers} layers of {size.name} with embeddings, rank {size.rank}, "
+            f"{settings.tokens} tokens, checkpointed"
+        )
+        rows = section.table(title, ("", "measured", "estimated", "ratio"))
         for case in cases(section, size, settings.dtype):
             name, _, _, mode = case
             label = name if mode is None else f"{name}, mode={mode!r}"
@@ -43,11 +47,6 @@ def run(section: Section, settings: Settings) -> None:
             words = "out of memory" if found is None else gib(found)
             over = "" if found is None else f"{found / expected:.3f}"
             rows.append((label, words, gib(expected), over))
-        title = (
-            f"Peak in GiB, {size.layers} layers of {size.name} with embeddings, rank {size.rank}, "
-            f"{settings.tokens} tokens, checkpointed"
-        )
-        section.add(title, ("", "measured", "estimated", "ratio"), rows)
 
 
 def cases(section: Section, size: Size, dtype: torch.dtype) -> list[Case]:

@@ -59,7 +59,7 @@ def run(section: Section, settings: Settings) -> None:
         section.data["what waits"] = seen = told(settings.device)
         for what in (x for x, found in seen.items() if not found):
             section.failed(f"torch does not tell that the host waits for {what}.")
-    rows = []
+    rows = section.table("Where the host waits", ("", "a step", "a refresh"))
     for name, options in cases:
         label = " ".join([name, *options.values()])
         found = {}
@@ -76,7 +76,6 @@ def run(section: Section, settings: Settings) -> None:
             section.failed(f"{label}: a refresh waits at {unknown[0]}, {WHERE}.")
         section.data[label] = found
         rows.append((label, *("; ".join(found[k]) or NONE for k in ("step", "refresh"))))
-    section.add("Where the host waits", ("", "a step", "a refresh"), rows)
 
 
 def told(device: torch.device) -> dict[str, bool]:

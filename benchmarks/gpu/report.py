@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import time
 import traceback
@@ -58,16 +59,37 @@ class Section:
 
     def add(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Add a table."""
-        self.tables.append(Table(title, tuple(header), [tuple(row) for row in rows]))
+        self.table(title, header).extend(tuple(row) for row in rows)
+
+    def table(self, title: str, header: Sequence[str]) -> list[tuple[str, ...]]:
+        """Add an empty one, and give its rows: those that come in time are in the report."""
+        rows: list[tuple[str, ...]] = []
+        self.tables.append(Table(title, tuple(header), rows))
+        return rows
+
+
+class CutOff(BaseException):
+    """Somebody ends the process. No error of what is measured, which a section goes on after."""
+
+
+def cut_off(*_: Any) -> None:
+    """Handler of SIGTERM, of the first: what has been found is written after it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise CutOff
 
 
 def run_section(
     name: str, title: str, work: Callable[[Section, Any], None], settings: Any
 ) -> Section:
-    """What ``work`` finds; an error that it raises is recorded beside what it found before."""
+    """What ``work`` finds; an error that it raises is recorded beside what it found before.
+
+    So is that it was cut off.
+    """
     section, start = Section(name, title), time.perf_counter()
     try:
         work(section, settings)
+    except CutOff:
+        section.failed("The section was cut off: what is missing was not reached.")
     except Exception as error:
         section.failed(f"The section stopped with {type(error).__name__}.", error)
     section.seconds = time.perf_counter() - start

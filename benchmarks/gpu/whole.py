@@ -55,7 +55,9 @@ def run(section: Section, settings: Settings) -> None:
     for label in PEERS:
         if label in makers:
             makes[label] = partial(makers[label], params, size.rank, GAP)
-    rows, base = [], None
+    title = f"One step of {len(params)} matrices of {size.name}, rank {size.rank}"
+    header = ("", "first step ms", "ms", f"over {FUSED}", "host ms", "state GiB")
+    rows, base = section.table(title, header), None
     for label, make in makes.items():
         try:
             found = measured(settings, make)
@@ -69,12 +71,8 @@ def run(section: Section, settings: Settings) -> None:
             free(settings.device)
         base = found["ms"] if base is None else base
         section.data[label] = found
-        print(label, found, flush=True)  # last words, should the process die
         figures = (found["first"], found["ms"], found["ms"] / base, found["host_ms"])
         rows.append((label, *(f"{x:.2f}" for x in figures), gib(int(found["state"]))))
-    title = f"One step of {len(params)} matrices of {size.name}, rank {size.rank}"
-    header = ("", "first step ms", "ms", f"over {FUSED}", "host ms", "state GiB")
-    section.add(title, header, rows)
 
 
 def measured(settings: Settings, make: Callable[[], Optimizer | Captured]) -> dict[str, float]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,12 +56,12 @@ def test_a_failure_ends_no_later_section(bad: str | None, tmp_path: Path, monkey
     """All sections are asked for, and the status is 1 only if one of them failed."""
     ran = []
 
-    def apart(name: str, args: Any) -> Section:
+    def apart(name: str, args: Any) -> tuple[Section, bool]:
         ran.append(name)
         section = Section(name, name.title())
         if name == bad:
             section.failed("It broke.")
-        return section
+        return section, True
 
     monkeypatch.setattr(command, "apart", apart)
     status = command.main(["--device", "cpu", "--tiny", "--out", str(tmp_path)])
@@ -74,13 +77,64 @@ def test_a_section_that_dies_leaves_its_last_words(tmp_path: Path) -> None:
     path = tmp_path / "section.json"
     words = "import os; os.write(1, b'an illegal access'); os._exit(7)"
     die = [sys.executable, "-S", "-c", words]
-    found = command.ended("times", die, path, 60)
-    assert not found.ok and "ended with 7" in found.failures[0]
+    found, in_time = command.ended("times", die, path, 60)
+    assert in_time and not found.ok and "ended with 7" in found.failures[0]
     assert "an illegal access" in found.failures[0]
     slow = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
-    assert "took longer than 0 s" in command.ended("times", slow, path, 0.2).failures[0]
+    assert "took longer than 0 s" in command.ended("times", slow, path, 0.2)[0].failures[0]
     report.dump(Section("times", "Times", notes=["kept"]), path)
-    assert command.ended("times", die, path, 60).notes == ["kept"]
+    assert command.ended("times", die, path, 60)[0].notes == ["kept"]
+
+
+CUT = """
+import sys, time
+from pathlib import Path
+from benchmarks.gpu import report
+import signal
+signal.signal(signal.SIGTERM, report.cut_off)
+def work(section, settings):
+    rows = section.table("Figures", ("", "ms"))
+    rows.append(("a", "1.50"))
+    try:
+        print("measuring", flush=True)
+        time.sleep(60)
+    except Exception:
+        rows.append(("b", "an error of what is measured, and on it goes"))
+report.dump(report.run_section("times", "Times", work, None), Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_a_section_that_is_cut_off_keeps_what_it_found(tmp_path: Path) -> None:
+    """By the hours that a section has, and where somebody ends this process."""
+    path = tmp_path / "section.json"
+    cut = [sys.executable, "-c", CUT, str(path)]
+    for own in (True, False):
+        path.unlink(missing_ok=True)
+        before = signal.signal(signal.SIGTERM, report.cut_off)
+        timer = threading.Timer(8, os.kill, (os.getpid(), signal.SIGTERM))
+        try:
+            if own:
+                timer.start()
+            found, in_time = command.ended("times", cut, path, 60 if own else 8)
+        finally:
+            timer.cancel()
+            signal.signal(signal.SIGTERM, before)
+        assert in_time != own and found.tables[0].rows == [("a", "1.50")]
+        assert found.failures == ["The section was cut off: what is missing was not reached."]
+
+
+def test_the_time_that_is_left_is_said(tmp_path: Path, monkeypatch: Any) -> None:
+    """Nobody waits for sections that would be cut off as well; what was found is written."""
+    ran = []
+
+    def apart(name: str, args: Any) -> tuple[Section, bool]:
+        ran.append(name)
+        return Section(name, name.title()), name != "checks"
+
+    monkeypatch.setattr(command, "apart", apart)
+    command.main(["--device", "cpu", "--tiny", "--out", str(tmp_path)])
+    assert ran == ["build", "checks"] and (tmp_path / "report.md").exists()
 
 
 @pytest.mark.slow
