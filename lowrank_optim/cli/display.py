@@ -8,6 +8,7 @@ from rich.text import Text
 
 from lowrank_optim.cli.rows import ACCUMULATED, LIVE, PROJECT, STEP, USUAL, Column, Row
 from lowrank_optim.memory import GIB, Estimate
+from lowrank_optim.memory.figures import EXPANDABLE, WASTE
 
 HEADER = ("moments in", "basis", "moments")
 PARTS = {"weights": "█", "gradient": "▓", "basis": "▒", "moments": "░"}
@@ -82,6 +83,28 @@ def reading(rows: Sequence[Row], budget: float) -> str:
     return (
         f"{text}. {_not_counted(rows)}: what the least of "
         f'mode="project" leaves, {gib(spare)} GiB here, is for that.'
+    )
+
+
+def tight(rows: Sequence[Row], budget: float) -> str:
+    """A warning of what fits and leaves little; empty where nothing does."""
+    found = [
+        (f"{row.name} ({' '.join(column.header.split())})", budget - e.peak)
+        for row in rows
+        for column, e in row.peaks.items()
+        if e is not None and e.is_tight(budget)
+    ]
+    if not found:
+        return ""
+    told = ", ".join(f"{name} leaves {gib(spare)} GiB" for name, spare in found)
+    return f"Tight: {told}. {remedy()}"
+
+
+def remedy() -> str:
+    """What to do where little is left."""
+    return (
+        f"torch's allocator may waste up to {WASTE:.0%} of a peak, and about 1% with "
+        f"{EXPANDABLE}: set it."
     )
 
 

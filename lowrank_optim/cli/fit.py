@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from lowrank_optim.cli.choices import COUNT, check_tokens, forward_options, number, options_of
+from lowrank_optim.cli.display import gib, remedy
 from lowrank_optim.cli.errors import Refused, nearest
 from lowrank_optim.cli.models import imported, load
 from lowrank_optim.cli.tables import print_table
@@ -204,3 +205,6 @@ def _print(model: str, plan: Plan) -> None:
         console.print(f"Energy of gradients captured: {plan.energy:.1%}", highlight=False)
     for text in plan.gave_up:
         console.print(f"Given up for memory: {text}.", highlight=False)
+    if plan.estimate.is_tight(plan.budget):
+        spare = gib(plan.budget - plan.estimate.peak)
+        console.print(f"Tight: {spare} GiB are left. {remedy()}", style="yellow", highlight=False)

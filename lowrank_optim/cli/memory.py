@@ -28,7 +28,7 @@ from lowrank_optim.cli.choices import (
     number,
     share,
 )
-from lowrank_optim.cli.display import HEADER, bars, cells, gib, reading
+from lowrank_optim.cli.display import HEADER, bars, cells, gib, reading, tight
 from lowrank_optim.cli.errors import Refused
 from lowrank_optim.cli.models import load
 from lowrank_optim.cli.plot import plot
@@ -301,5 +301,7 @@ def _print(
     print_table(console, title, header, [cells(row, budget) for row in rows])
     console.print(bars(rows, budget, width=min(console.width, WIDTH)))
     console.print("\n" + reading(rows, budget) + "\n", highlight=False)
+    if warning := tight(rows, budget):
+        console.print(warning + "\n", style="yellow", highlight=False)
     if measured:
         print_table(console, really.title(budget), really.HEADER, really.lines(rows, measured))

@@ -8,6 +8,11 @@ from typing import Literal
 
 from lowrank_optim.engine.summary import binary
 
+WASTE = 0.06
+"""Share of a peak that torch's allocator took beyond it, at most, of what was measured on a GPU."""
+EXPANDABLE = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+"""The setting of torch with which it was a hundredth."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -94,6 +99,14 @@ class Estimate:
     def fits(self, budget: float) -> bool:
         """Whether the peak is within ``budget`` bytes; activations count if they are known."""
         return self.peak <= budget
+
+    def is_tight(self, budget: float) -> bool:
+        """Whether it fits, but leaves less than the allocator of a GPU may waste.
+
+        Not where activations are not known. Nor on a CPU, whose allocator has no blocks.
+        """
+        known = self.activations is not None and self.rounding != 0
+        return known and self.peak <= budget < (1 + WASTE) * self.peak
 
     def __str__(self) -> str:
         """One figure a line."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from lowrank_optim import GaLoreAdamW, fit
 from lowrank_optim.cli.main import main
 from lowrank_optim.fitting import Plan
+from lowrank_optim.memory import GIB
 from tests.cases import several_gpus
 
 pytestmark = pytest.mark.usefixtures("held_or_stepped")
@@ -65,6 +67,26 @@ def test_calibrate_runs_the_model(monkeypatch) -> None:
     expected = fit(small(), 0.0001, calibrate=losses, energy="absolute", device="cuda")
     assert Plan.from_json(done.stdout) == expected
     assert 0 < expected.energy <= 1
+
+
+def test_what_leaves_little_is_said(tmp_path: Path) -> None:
+    """Of a plan with activations, on a GPU: what is left may be less than its allocator wastes."""
+    config = {
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 128,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    own = ["--model", str(tmp_path), "--optimizer", "GaLoreAdamW", "--in-backward", "none"]
+    own += ["--state-dtype", "float32", "--tokens", "32"]
+
+    def told(budget: float, *more: str) -> str:
+        done = run(*own, "--budget-gib", f"{budget:.9f}", *more)
+        assert done.exit_code == 0, done.output
+        return " ".join(done.stdout.split())
+
+    most = Plan.from_json(run(*own, "--budget-gib", "1", "--json").stdout).estimate.peak / GIB
+    assert "Tight: 0.00 GiB are left. torch's allocator may waste up to 6%" in told(1.03 * most)
+    assert "Tight" not in told(1.07 * most)
 
 
 def test_moments_in_host_memory() -> None:

@@ -232,6 +232,24 @@ def test_activations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_what_leaves_little_is_said(tmp_path: Path) -> None:
+    """Of what fits and leaves less than a GPU's allocator may waste; with activations known."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    own = ("--model", str(tmp_path), "--rank", "8", "--optimizer", "GaLoreAdamW")
+    own += ("--in-backward", "step", "--accumulation-steps", "1")
+    more = ("--tokens", "64")
+    (peak,) = figures(*own, *more)["rows"][0]["peaks"]
+
+    def told(share: float, *options: str) -> str:
+        budget = ("--budget-gib", f"{share * peak['peak'] / GIB:.9f}")
+        return " ".join(run(*own, *options, *budget).stdout.split())
+
+    tight = told(1.03, *more)
+    assert "Tight: GaLoreAdamW (step, 1 micro-batch) leaves 0.00 GiB. torch's allocator" in tight
+    assert "about 1% with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True: set it." in tight
+    assert "GaLoreAdamW fits" in tight and "Tight" not in told(1.07, *more)
+
+
 def test_losses_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """As those of ``estimate``."""
     wide = {**TINY, "tie_word_embeddings": False, "vocab_size": 1024}

@@ -6,6 +6,7 @@ import ast
 import re
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from lowrank_optim import (
 from lowrank_optim.cli.display import gib, reading
 from lowrank_optim.cli.rows import ACCUMULATED, LIVE, PROJECT, STEP, USUAL, measure, usual
 from lowrank_optim.groups.names import turn_of, uid_of
-from lowrank_optim.memory import GIB, estimate, report
+from lowrank_optim.memory import GIB, Estimate, estimate, report
 from lowrank_optim.memory.models import MODELS
 from lowrank_optim.memory.shapes import on_meta
 from lowrank_optim.tensors.matrix import PROJ_TYPES
@@ -507,3 +508,25 @@ def test_readme_tokens_that_fit():
             assert found.fits(24 * GIB)
             said = rf"unless [^()]*{loss}[^()]*"
         assert re.search(rf"{said} \({gib(found.peak)}\)", PROSE)
+
+
+@pytest.mark.parametrize(
+    ("budget", "known", "tight"),
+    [
+        (0.99, {}, False),
+        (1.0, {}, True),
+        (1.059, {}, True),
+        (1.061, {}, False),
+        (1.03, {"activations": None}, False),  # they come on top
+        (1.03, {"rounding": 0}, False),  # a CPU's allocator has no blocks
+    ],
+)
+def test_what_leaves_less_than_an_allocator_wastes(
+    budget: float, known: dict[str, Any], tight: bool
+) -> None:
+    """Six hundredths of a peak, as a GPU showed."""
+    found = Estimate(
+        weights=600, gradients=300, largest_gradient=100, live_gradients=300, basis=20, moments=60,
+        other=10, **{"rounding": 10, "activations": 50, **known}, beside={"backward": 300},
+    )  # fmt: skip
+    assert found.is_tight(budget * found.peak) is tight
