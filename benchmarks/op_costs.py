@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import lowrank_optim
-from lowrank_optim.ops.cosine import TILE_ELEMENTS as COSINE_TILE
+from lowrank_optim.ops.cosine import at_once, tile_width
 from lowrank_optim.ops.schema import PLAN
 from lowrank_optim.ops.stacked import is_words
 from lowrank_optim.ops.tiles import FLAT, tile_elements
@@ -233,8 +233,8 @@ class _Passes:
     def __init__(self, xs: Sequence[Tensor], flops: float = 2.5) -> None:
         (m, n), count = xs[0].shape, len(xs)
         self.elements, self.count = m * n * count, count
-        together = max(1, COSINE_TILE[True] // (m * n))
-        self.tiles = -(-count // together) * -(-n // max(1, COSINE_TILE[True] // m))
+        slices = -(-n // tile_width(m, True))
+        self.tiles = -(-count // at_once(m, n, True)) * slices
         self.work = round(flops * self.elements * math.log2(max(2, m)))
 
     def each(self, op: str, share: float) -> Kernel:

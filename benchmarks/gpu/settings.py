@@ -45,6 +45,8 @@ class Settings:
     lr: float = 1e-3
     cap: int = 24 * GIB
     """Bytes that the training run may have."""
+    compiled: bool = True
+    """Whether peers are timed whose first step compiles for a minute, at each size."""
     corpus_files: int | None = None
     """How many files of the standard library are read (default: all)."""
     build: tuple[str, ...] = (sys.executable, "-m", "pip", "install", "--no-deps", "-e", str(ROOT))
@@ -64,7 +66,7 @@ def full(device: torch.device) -> Settings:
 def quick(device: torch.device) -> Settings:
     """The same model under the cap, and beside it one layer of each and few rounds: minutes."""
     sizes = (replace(size, layers=1, exact=False) for size in Settings(device).sizes)
-    return Settings(device, sizes=tuple(sizes), rounds=5)
+    return Settings(device, sizes=tuple(sizes), rounds=5, compiled=False)
 
 
 def tiny(device: torch.device) -> Settings:

@@ -50,6 +50,9 @@ def run(section: Section, settings: Settings) -> None:
     """Two tables for each size."""
     makers, missing = variants.peers()
     section.notes += missing
+    for label in () if settings.compiled else variants.COMPILED & makers.keys():
+        del makers[label]
+        section.notes.append(f"{label} is not timed: its first step compiles for a minute.")
     for size in settings.sizes:
         steps(section, settings, size, makers)
         refreshes(section, settings, size, makers if size.exact else {})

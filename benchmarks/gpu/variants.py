@@ -71,6 +71,10 @@ PEERS: dict[tuple[str, str], dict[str, Any] | None] = {
 """Module and class, and what its low-rank group has besides; None: all of it dense."""
 
 
+COMPILED = {"torchao AdamW8bit"}
+"""Peers by their labels that are compiled by torch.compile."""
+
+
 def peers() -> tuple[dict[str, Make], list[str]]:
     """Those that are installed, and a sentence on each that is not."""
     found: dict[str, Make] = {}

@@ -27,6 +27,7 @@ from lowrank_optim.memory.alike import kind_of, told_apart
 from lowrank_optim.memory.blocks import Sized, in_blocks
 from lowrank_optim.memory.due import Due, set_counters
 from lowrank_optim.memory.turns import end_turn
+from lowrank_optim.ops.passing import passing
 from lowrank_optim.ops.tiles import sizes_alone
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding.parts import is_sharded, local
@@ -255,7 +256,7 @@ class Rehearsal:
                 beyond what is there before: see :meth:`_measured`.
         """
         most: dict[Unit, int] = {}
-        alive = Alive("meta", self._sized)
+        alive = Alive("meta", self._sized, passing)
         alive.hold([*self._held()])
         before = alive.now
         for unit, _ in self._ordered(units):
@@ -351,7 +352,7 @@ class Rehearsal:
             comes: whether state may come. Where one set of blocks takes the place of another, what
                 it has more is beyond what was there before.
         """
-        alive = Alive("meta", self._sized)
+        alive = Alive("meta", self._sized, passing)
         alive.hold([*self._held(), *more])
         before, grads = alive.now, [p for p in self.params if p.grad is not None]
         with alive:

@@ -17,7 +17,13 @@ BASES = ("dct2", "dct3")
 RANKINGS = ("l2", "l1")
 """Norms of the coefficients by which they are ranked."""
 TILE_ELEMENTS = {False: 1 << 18, True: 1 << 24}
-"""Elements transformed at once: within a CPU's cache, or enough to fill an accelerator."""
+"""Elements of one matrix transformed at once: within a CPU's cache, or enough to fill an
+accelerator."""
+TOGETHER_ELEMENTS = {False: 1 << 18, True: 1 << 25}
+"""Those of alike matrices: with fewer a step of many large ones is bound by an accelerator's host.
+Three buffers of float32 are 384 MiB, as much as Fira has of a bucket in passing."""
+SPAN = 128
+"""Columns whose scores a GPU adds up in one program: fixed, so that sums are the same anywhere."""
 
 
 def check_name(what: str, name: str, allowed: Sequence[str]) -> None:
@@ -32,13 +38,23 @@ def check_name(what: str, name: str, allowed: Sequence[str]) -> None:
 
 
 def together(x: Tensor) -> int:
-    """How many matrices like ``x (m, n)`` are transformed at once."""
-    return max(1, TILE_ELEMENTS[on_accelerator(x)] // max(1, x.numel()))
+    """How many matrices like ``x (m, n)`` are transformed at once, a tile of each."""
+    return at_once(x.shape[0], x.shape[1], on_accelerator(x))
+
+
+def at_once(m: int, n: int, accelerated: bool) -> int:
+    """How many matrices ``(m, n)`` are transformed at once."""
+    return max(1, TOGETHER_ELEMENTS[accelerated] // max(1, m * min(n, tile_width(m, accelerated))))
+
+
+def tile_width(m: int, accelerated: bool) -> int:
+    """Columns of length ``m`` of a matrix that are transformed at once."""
+    return max(1, TILE_ELEMENTS[accelerated] // max(1, m))
 
 
 def column_tiles(x: Tensor) -> Iterator[slice]:
     """Slices of the columns of ``x (m, n)``."""
-    width = max(1, TILE_ELEMENTS[on_accelerator(x)] // max(1, x.shape[0]))
+    width = tile_width(x.shape[0], on_accelerator(x))
     for start in range(0, x.shape[1], width):
         yield slice(start, min(start + width, x.shape[1]))
 

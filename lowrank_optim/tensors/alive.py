@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,13 +29,21 @@ class Alive(TorchDispatchMode):
     Args:
         device: type of the device whose storages count; those of others are the host's.
         sized: what is taken for a storage (default: its bytes).
+        passing: bytes of the buffers that an operation has beside what it is given and makes
+            (default: none).
     """
 
-    def __init__(self, device: str = "cpu", sized: Callable[[int], int] = int) -> None:
+    def __init__(
+        self,
+        device: str = "cpu",
+        sized: Callable[[int], int] = int,
+        passing: Callable[[Any, Sequence[Any], Mapping[str, Any]], Sequence[int]] | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = 0
         self._device = device
         self._sized = sized
+        self._passing = passing
         self._sizes: dict[int, int] = {}
         """Of the storages that count."""
         self._left_out: set[int] = set()
@@ -75,6 +83,9 @@ class Alive(TorchDispatchMode):
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and x.device.type == self._device:
                 self._count(x)
+        if self._passing is not None:
+            held = sum(map(self._sized, self._passing(func, args, kwargs or {})))
+            self.most = max(self.most, self.now + held)
         return out
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:

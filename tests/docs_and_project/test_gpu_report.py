@@ -31,7 +31,7 @@ from benchmarks.gpu import (
     whole,
 )  # fmt: skip
 from benchmarks.gpu.report import Section
-from benchmarks.gpu.settings import full, tiny
+from benchmarks.gpu.settings import full, quick, tiny
 from benchmarks.matrices import weights
 from lowrank_optim import methods
 
@@ -424,6 +424,20 @@ def test_what_a_peer_leaves_behind_is_put_back() -> None:
     works["theirs"]()
     assert section.ok and not section.notes and seen == [(6, 4)] * 2
     assert torch.equal(params[0], before) and params[0].grad is grad
+
+
+def test_what_compiles_for_a_minute_is_left_out_by_quick(monkeypatch: Any) -> None:
+    seen: list[set[str]] = []
+    makers = {"torchao AdamW8bit": None, "bitsandbytes AdamW8bit": None}
+    monkeypatch.setattr(variants, "peers", lambda: (dict(makers), []))
+    monkeypatch.setattr(times, "steps", lambda *args: seen.append({*args[-1]}))
+    monkeypatch.setattr(times, "refreshes", lambda *args: None)
+    for settings in (full(CPU), quick(CPU)):
+        section = Section("times", "")
+        times.run(section, settings)
+        told = any("torchao AdamW8bit is not timed" in text for text in section.notes)
+        assert told != settings.compiled
+    assert seen == [{*makers}] * 2 + [{"bitsandbytes AdamW8bit"}] * 2
 
 
 def test_any_basis_takes_the_place_of_singular_vectors() -> None:

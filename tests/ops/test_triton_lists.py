@@ -102,16 +102,18 @@ def test_others_have_launches_of_their_own(launches: Counter[str]) -> None:
     assert launches == {"column_norm_kernel": 5}
 
 
-@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize(("share", "together"), [(1, 1), (1, 2), (2, 1), (2, 2), (3, 5)])
 def test_what_is_too_large_for_a_tile_is_cut(
-    together: int, launches: Counter[str], monkeypatch: pytest.MonkeyPatch
+    share: int, together: int, launches: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between matrices: two of them are one transform, or each is one."""
+    """Between columns, and between matrices: as many slices of several are one transform."""
     a = alike("cosine_project_")
-    size = a["grads"][0].numel() * together
-    monkeypatch.setattr(reference, "TILE_ELEMENTS", dict.fromkeys((False, True), size))
+    m, n = a["grads"][0].shape
+    width = -(-n // share)
+    for name, size in (("TILE_ELEMENTS", m * width), ("TOGETHER_ELEMENTS", m * width * together)):
+        monkeypatch.setattr(reference, name, dict.fromkeys((False, True), size))
     run("cosine_project_", a)
-    assert launches["cosine_fold_kernel"] == -(-COUNT // together)
+    assert launches["cosine_fold_kernel"] == -(-n // width) * -(-COUNT // together)
 
 
 def test_a_graph_that_is_captured_launches_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lowrank_optim.ops.cosine import (
     BASES,
     RANKINGS,
+    SPAN,
     check_name,
     column_tiles,
     move_rows_,
@@ -37,8 +38,6 @@ from lowrank_optim.ops.triton.matrices import wide
 COLUMNS, PAIRS = 64, 32
 """Tile: 64 columns are a full line of a row-major bfloat16 matrix, 32 pairs one of folded reals and
 two of a spectrum. With 4 warps a lane has 16 pairs."""
-SPAN = 128
-"""Columns that one program of the scores adds up: fixed, so that sums are the same everywhere."""
 PICKED_COLUMNS, PICKED_ROWS = 32, 64
 PLACES = 256
 """Coefficients that one program looks up."""
@@ -140,6 +139,7 @@ def cosine_scores(
                     HALF=half, L1=ranking == "l1", SPAN=SPAN, BC=COLUMNS, BQ=PAIRS,
                     num_warps=warps(4),
                 )  # fmt: skip
+                del parts  # the next tile's come before these would go
         for i, scores in zip(at, sums.sum(1).unbind(0), strict=True):
             found[i] = scores
     return found
@@ -168,6 +168,7 @@ def cosine_project_(
                     transform.twiddle, transform.m, n, rank, out.stride(0),
                     HALF=half, BC=PICKED_COLUMNS, BR=PICKED_ROWS, num_warps=warps(4),
                 )  # fmt: skip
+                del parts, lists
 
 
 def cosine_lift_add_(
@@ -200,6 +201,7 @@ def cosine_lift_add_(
                     WIDE=wide(2 * PAIRS, first), SOUND=len(finite) > 0,
                     BC=COLUMNS, BQ=PAIRS, num_warps=warps(4),
                 )  # fmt: skip
+                del xs, lists
 
 
 def cosine_adamw_(

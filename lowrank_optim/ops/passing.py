@@ -1,0 +1,98 @@
+"""What ops of the package hold in passing on a GPU: buffers that no other op sees come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.ops.cosine import SPAN, at_once, tile_width
+from lowrank_optim.ops.devices import kind_of
+from lowrank_optim.ops.schema import NAMESPACE
+
+GPUS = ("cuda", "meta")
+"""Types of devices that Triton serves; tensors without memory stand for one where nobody says."""
+Given = Mapping[str, Any]
+"""Arguments by the names of the schema."""
+
+
+def passing(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int]:
+    """Bytes of the buffers that a call of an op has at once, beside its arguments and results.
+
+    Args:
+        func: the op.
+        args: by position.
+        kwargs: by name.
+    """
+    if func.namespace != NAMESPACE or func._opname not in BUFFERS:
+        return []
+    names = (a.name for a in func._schema.arguments)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    first: list[Tensor] = next(iter(given.values()))
+    if not first or kind_of(first[0]) not in GPUS:
+        return []
+    return BUFFERS[func._opname](given)
+
+
+def _transforms(xs: Sequence[Tensor], back: bool, each: Callable[[int, int], int]) -> list[int]:
+    """Of the alike matrices ``(m, n)`` that hold most.
+
+    Args:
+        xs: whose columns are transformed.
+        back: from spectra, of which torch makes a copy, as it overwrites what it transforms.
+        each: bytes that a matrix ``(m, n)`` has from begin to end.
+    """
+    found: list[list[int]] = [[]]
+    for m, n in {(int(x.shape[0]), int(x.shape[1])) for x in xs if x.numel()}:
+        alike = sum(x.shape == (m, n) for x in xs)
+        columns = min(alike, at_once(m, n, True)) * min(n, tile_width(m, True))
+        whole, spectrum = 4 * columns * m, 8 * columns * (m // 2 + 1)
+        own = [spectrum, spectrum, whole] if back else [whole, spectrum]
+        found.append([*own, alike * each(m, n)])
+    return max(found, key=sum)
+
+
+def _scores(given: Given) -> list[int]:
+    def sums(m: int, n: int) -> int:
+        width = tile_width(m, True)
+        rows = sum(-(-min(width, n - at) // SPAN) for at in range(0, n, width))
+        return 4 * rows * m
+
+    return _transforms(given["grads"], given["basis"] != "dct2", sums)
+
+
+def _project(given: Given) -> list[int]:
+    return _transforms(given["grads"], given["basis"] != "dct2", lambda m, n: 0)
+
+
+def _lift(given: Given) -> list[int]:
+    return _transforms(given["params"], given["basis"] == "dct2", lambda m, n: 4 * m)
+
+
+def _scaled(given: Given) -> list[int]:
+    """The right operand in bfloat16, of one matrix after the other."""
+    pairs = zip(given["bases"], given["updates"], strict=True)
+    return [max((2 * n.numel() for p, n in pairs if p.dtype == torch.bfloat16), default=0)]
+
+
+def _sign(given: Given) -> list[int]:
+    """Both right operands in bfloat16, those that are not."""
+    lists = zip(given["bases"], given["updates"], given["lows"], strict=True)
+    found = [[]] + [
+        [2 * x.numel() for x in own if x.dtype != p.dtype]
+        for p, *own in lists
+        if p.dtype == torch.bfloat16
+    ]
+    return max(found, key=sum)
+
+
+BUFFERS: dict[str, Callable[[Given], list[int]]] = {
+    "cosine_scores": _scores,
+    "cosine_project_": _project,
+    "cosine_lift_add_": _lift,
+    "lift_add_scaled_": _scaled,
+    "lift_add_sign_": _sign,
+}
+"""By op. Others have tables of addresses, of some KiB."""
