@@ -36,6 +36,7 @@ from benchmarks.op_costs import (
     tensors,
 )
 from lowrank_optim.ops import devices
+from lowrank_optim.ops.passing import named
 
 aten = torch.ops.aten
 
@@ -119,12 +120,6 @@ TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 BLOCKS, CHUNK = 320, 65536
 """Of torch's multi-tensor kernels: tensors of one launch by how many lists there are, its blocks,
 and elements of a block (ATen/native/cuda/MultiTensorApply.cuh)."""
-
-
-def named(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by the names of the schema."""
-    names = [a.name for a in func._schema.arguments]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def traffic(func: Any, given: Mapping[str, Any], out: Any) -> int:

@@ -17,11 +17,11 @@ import torch
 from rich.console import Console
 
 from benchmarks.common import LLAMA_SHAPES, environment, environment_line, print_table
-from benchmarks.counting import named
 from benchmarks.matrices import galore, gemm_floor, linear_weights
 from benchmarks.op_costs import floor
 from benchmarks.timing import interleaved, peer, ratio
 from lowrank_optim.ops import native, reference
+from lowrank_optim.ops.passing import named
 from lowrank_optim.ops.quant import Quantized, dynamic_map, layout
 
 Work = Callable[[], object]

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.counting import named
 from benchmarks.gpu import variants
 from benchmarks.gpu.report import Section
 from benchmarks.gpu.settings import Settings
@@ -18,6 +17,7 @@ from benchmarks.matrices import NEVER, linear_shapes, weights
 from benchmarks.op_costs import PACKAGE, Floor, floor
 from benchmarks.timing import device_clock
 from lowrank_optim.memory.measuring import free
+from lowrank_optim.ops.passing import named
 
 TITLE = "Kernels"
 STEPS: dict[str, tuple[str, int, dict[str, Any]]] = {

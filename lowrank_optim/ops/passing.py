@@ -28,12 +28,17 @@ def passing(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[i
     """
     if func.namespace != NAMESPACE or func._opname not in BUFFERS:
         return []
-    names = (a.name for a in func._schema.arguments)
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = named(func, args, kwargs)
     first: list[Tensor] = next(iter(given.values()))
     if not first or kind_of(first[0]) not in GPUS:
         return []
     return BUFFERS[func._opname](given)
+
+
+def named(func: Any, args: Sequence[Any], kwargs: Given) -> dict[str, Any]:
+    """Arguments by the names of the schema."""
+    names = [a.name for a in func._schema.arguments]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _transforms(xs: Sequence[Tensor], back: bool, each: Callable[[int, int], int]) -> list[int]:

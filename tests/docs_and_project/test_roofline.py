@@ -13,10 +13,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from benchmarks import kernels, roofline
-from benchmarks.counting import Launches, named, pretended_accelerator
+from benchmarks.counting import Launches, pretended_accelerator
 from benchmarks.op_costs import MATRIX, SCALAR, Kernel, floor, package_kernels
 from benchmarks.roofline import Counted, Device, count, seconds
 from lowrank_optim.engine import project
+from lowrank_optim.ops.passing import named
 from lowrank_optim.ops.schema import ON_DEVICE, SCHEMAS
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 from benchmarks import op_costs
-from benchmarks.counting import FREE, launches_of, named, pretended_accelerator
+from benchmarks.counting import FREE, launches_of, pretended_accelerator
 from benchmarks.op_costs import COMPOSED, package_kernels
 from lowrank_optim.ops import devices
 from lowrank_optim.ops import triton as ops
+from lowrank_optim.ops.passing import named
 from lowrank_optim.ops.quant import dynamic_map
 from lowrank_optim.ops.triton import quantize
 from tests.ops import ops_cases, ops_cosines, ops_factors
