@@ -126,28 +126,24 @@ def test_real_steps_hold_what_is_estimated(mode: Any, steps: int, told: Job) -> 
 
 
 def test_chunks_of_the_loss_are_trained_with(told: Job) -> None:
-    """Logits of 32 tokens in place of 512: the peak falls as the estimate does.
+    """Logits of 32 tokens in place of 512: the peak is below that of all, as the estimate is.
 
-    Then a dense step is the worst moment, whose native kernel on a CPU holds less than a GPU's.
+    A dense step is the worst moment then, whose native kernel on a CPU holds less than a GPU's.
     """
     config = {**CONFIG, "vocab_size": 4096}
     (Path(told["model"]) / "config.json").write_text(json.dumps(config))
-    peaks = []
-    for loss, chunk in (("transformers", None), ("chunked", 32)):
-        own: Any = {"loss": loss, "loss_chunk": chunk}
-        found = measure.one({**told, **own, "shape": [1, 512], "in_backward": "step"}, CPU, meter)
-        assert not found.error and found.peak is not None, found.error
-        expected = estimate(
+    own: Any = {"loss": "chunked", "loss_chunk": 32}
+    found = measure.one({**told, **own, "shape": [1, 512], "in_backward": "step"}, CPU, meter)
+    assert not found.error and found.peak is not None, found.error
+    chunked, whole = (
+        estimate(
             transformers.AutoConfig.for_model(**config), GaLoreAdamW8bit, rank=16,
-            in_backward="step", tokens=(1, 512), checkpointing=True, dtype=torch.float32, **own,
-        )  # fmt: skip
-        assert (
-            (0.97 if chunk is None else 0.85)
-            < found.peak.allocated / expected.peak
-            < 1.25 + 4 * SMALL / expected.peak
-        )
-        peaks.append(found.peak.allocated)
-    assert peaks[1] < 0.8 * peaks[0]
+            in_backward="step", tokens=(1, 512), checkpointing=True, dtype=torch.float32, **loss,
+        ).peak
+        for loss in (own, {})
+    )  # fmt: skip
+    assert 0.85 < found.peak.allocated / chunked < 1.25 + 4 * SMALL / chunked
+    assert found.peak.allocated < 0.8 * whole
 
 
 def test_the_steps_are_those_that_are_asked_for(told: Job, monkeypatch: pytest.MonkeyPatch) -> None:
