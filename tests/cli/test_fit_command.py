@@ -92,15 +92,16 @@ def test_what_leaves_little_is_said(tmp_path: Path) -> None:
 def test_moments_in_host_memory() -> None:
     """Their place and limit reach fit(), and the device is a GPU unless it is said."""
     own = ["--optimizer", "GaLoreAdamW", "--state-device", "cpu", "--host-gib", "0.00002"]
-    done = run(*SMALL, "--json", "--in-backward", "none", *own)
+    own = ["--model", f"{HERE}:small", "--budget-gib", "0.00015", *own]
+    done = run("--json", "--in-backward", "none", *own)
     assert done.exit_code == 0, done.output
     expected = fit(
-        small(), 0.0001, optimizers=[GaLoreAdamW], in_backward=[None], state_devices=["cpu"],
+        small(), 0.00015, optimizers=[GaLoreAdamW], in_backward=[None], state_devices=["cpu"],
         host_gib=0.00002, device="cuda",
     )  # fmt: skip
     found = Plan.from_json(done.stdout)
     assert found == expected and 0 < found.estimate.pinned <= 0.00002 * 2**30
-    refused = run(*SMALL, *own, "--device", "cpu")
+    refused = run(*own, "--device", "cpu")
     assert refused.exit_code == 2 and "no effect where the device is a CPU" in refused.output
 
 

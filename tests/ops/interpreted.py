@@ -31,6 +31,8 @@ SHARED = (
 ``test_triton_cosine.py`` has the three of matrices, in more lengths, and whole steps.
 """
 DEFAULT = f"not test_ops or ({SHARED}) and not opcheck"
+QUICK = ("test_triton_lists.py", "test_ops.py")
+"""Those of which :data:`DEFAULT` chooses no slow test."""
 WHOLE = "not forced_backend"
 """Of ``test_ops.py`` every op in every format and layout. Of what a forced backend refuses, one
 case is Triton on a CPU, where it runs here."""

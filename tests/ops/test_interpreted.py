@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.ops.interpreted import INTERPRETED, WHOLE, run_interpreted
+from tests.ops.interpreted import FILES, INTERPRETED, QUICK, WHOLE, run_interpreted
 
 pytest.importorskip("triton")
 
@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
 @pytest.mark.parametrize("marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_kernels(marks: str) -> None:
-    """``test_triton.py``, ``test_triton_cosine.py`` and what of ``test_ops.py`` backends share."""
-    run_interpreted(marks)
+    """Triton's own tests, and what of ``test_ops.py`` all backends share."""
+    run_interpreted(marks, files=[x for x in FILES if marks != "slow" or x not in QUICK])
 
 
 @pytest.mark.slow
