@@ -81,9 +81,15 @@ UNLIKE: dict[str, Callable[[], Any]] = {
     "a view": lambda: forms.run(aten.transpose.int, (X, 0, 1), {})._base is X,
     "in place": lambda: forms.run(aten.add_.Tensor, (X, 1), {}) is X,
     "out": lambda: forms.run(aten.mm.out, (X, meta(8, 6), ), {"out": OUT}) is OUT,
+    "a view that does not say so": lambda: shared(forms.run(UNSAFE, (X, [48]), {}), X),
     "data": lambda: forms.run(aten.add.Tensor, (torch.ones(2), 1), {}).tolist() == [2, 2],
 }  # fmt: skip
 OUT = meta(6, 6)
+UNSAFE = aten._unsafe_view.default
+
+
+def shared(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 @pytest.mark.parametrize("case", UNLIKE)
