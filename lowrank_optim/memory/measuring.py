@@ -127,6 +127,7 @@ def train(
 
     Raises:
         ImportError: the package of the optimizer is not installed.
+        NotImplementedError: the model has no such loss.
         ValueError: the model is none of ``transformers``, or takes other inputs.
     """
     cls = real(optimizer)
