@@ -155,7 +155,10 @@ MAPS = ("signed_map", "unsigned_map", "signed_edges", "unsigned_edges", "entries
 """Tables of 1 KiB that stay in the first cache: what is looked up there crosses no memory."""
 
 
-SEARCHES = ("residual_factors_kernel", "cosine_place_kernel", "top_rows_kernel")
+SEARCHES = (
+    "residual_factors_kernel", "cosine_place_kernel", "top_rows_kernel", "row_dots_kernel",
+    "turn_rows_kernel",
+)  # fmt: skip
 """What loops over an argument, or looks up in it."""
 
 
@@ -204,8 +207,8 @@ def widest(ptx: str) -> int:
 ROWS = (
     "adamw/one", "adamw rows/one", "lion/one", "moment/one", "adamw 8bit/one", "lion 8bit/one",
     "moment 8bit/one", "quantize/one", "dequantize/one", "stochastic_round/one", "decay/one",
-    "count/one", "row_steps/one", "residual_factors/one", "column_norms/rows",
-    "coordinate sign/rows", "lift_term/rows", "lift_scaled bf16/rows",
+    "count/one", "row_steps/one", "residual_factors/one", "row_dots/one", "turn_rows lengths/one",
+    "column_norms/rows", "coordinate sign/rows", "lift_term/rows", "lift_scaled bf16/rows",
     "lift_scaled bf16 sm_80/rows", "lift_scaled bf16 sm_90/rows", "lift_sign bf16/rows",
     "lift_sign bf16 sm_80/rows", "lift_sign bf16 sm_90/rows", "lift_scaled fp32/rows",
     "lift_sign fp32/rows", "cosine_place/one", "cosine_fold folded/rows", "cosine_add half/rows",

@@ -64,6 +64,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "FRUGAL columns": ("FrugalAdamW", {"projector": "columns", "update_proj_gap": NEVER}),
     "DCT, gap 1": ("DCTAdamW", {"update_proj_gap": 1, "transform": "fft"}),
     "SST active": ("SSTAdamW", {"factors": "active", "steps_per_iteration": NEVER}),
+    "SwitchLoRA": ("SwitchLoRAAdamW", {"interval": NEVER}),
 }
 """Without a refresh, but for cosines. A step costs the same whatever a basis is."""
 
@@ -153,7 +154,7 @@ def _made(name: str, low: list[nn.Parameter], dense: list[nn.Parameter], rank: i
         return torch.optim.AdamW([*low, *dense], **options)
     groups: list[dict[str, Any]] = [{"params": low, "rank": rank}] if low else []
     groups += [{"params": dense, "rank": None}] if dense else []
-    if not cls.startswith("SST"):
+    if not cls.startswith(("SST", "Switch")):
         options = {"stagger": False, **options}
     made: Optimizer = getattr(lowrank_optim, cls)(groups, **options)
     return made

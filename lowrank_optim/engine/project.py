@@ -34,11 +34,11 @@ def measure(work: Sequence[MatrixStep]) -> None:
     if work[0].item.subspace is not None and not work[0].item.subspace.sees_all:
         norms = [ops.total_norms([w.grad for w in work])]
     else:
-        norms = [ops.total_norms([w.coords[name] for w in work]) for name in work[0].coords]
+        norms = _norms([[w.coords[name] for w in work] for name in work[0].coords])
     for w, *own in zip(work, *norms, strict=True):
         w.norm = own[0]
     if len(norms) > 1:
-        totals = torch.stack([torch.stack(list(own)) for own in norms]).sum(0)
+        totals = torch.stack([x for own in norms for x in own]).view(len(norms), -1).sum(0)
         for w, total in zip(work, totals.unbind(0), strict=True):
             w.norm = total
     first = [w for w in work if not w.based]
@@ -47,6 +47,17 @@ def measure(work: Sequence[MatrixStep]) -> None:
             w.norm = w.norm + norm  # finite if both are
     if on_accelerator(work[0].grad):
         mark(work)
+
+
+def _norms(lists: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
+    """Norms of each of several equally long lists: one call for all that are of one dtype."""
+    found: dict[int, Sequence[Tensor]] = {}
+    count = len(lists[0])
+    for dtype in dict.fromkeys(own[0].dtype for own in lists):
+        at = [n for n, own in enumerate(lists) if own[0].dtype == dtype]
+        norms = ops.total_norms([x for n in at for x in lists[n]])
+        found |= {n: norms[i * count : (i + 1) * count] for i, n in enumerate(at)}
+    return [found[n] for n in range(len(lists))]
 
 
 def project(

@@ -26,7 +26,9 @@ from lowrank_optim.ops.matrices import (
     lift_add_sign_,
     move_rows_,
     residual_factors_,
+    row_dots,
     top_rows_,
+    turn_rows_,
 )
 from lowrank_optim.ops.moments import (
     Rows,
@@ -75,6 +77,7 @@ __all__ = [
     "put_all_",
     "quantize_",
     "residual_factors_",
+    "row_dots",
     "row_steps",
     "scaled_squares",
     "stochastic_round",
@@ -82,4 +85,5 @@ __all__ = [
     "tile_rows",
     "top_rows_",
     "total_norms",
+    "turn_rows_",
 ]

@@ -32,9 +32,11 @@ from lowrank_optim.ops.reference import (
     moment_,
     move_rows_,
     residual_factors_,
+    row_dots_,
     row_steps_,
     stochastic_round_,
     top_rows_,
+    turn_rows_,
 )
 from lowrank_optim.ops.reference.storage import Codec, blocked, unblocked
 
@@ -61,9 +63,11 @@ __all__ = [
     "move_rows_",
     "quantize_blockwise_",
     "residual_factors_",
+    "row_dots_",
     "row_steps_",
     "stochastic_round_",
     "top_rows_",
+    "turn_rows_",
 ]
 
 BLOCK = 256

@@ -11,6 +11,7 @@ from lowrank_optim.ops.devices import kind_of
 from lowrank_optim.ops.dispatch import serving
 from lowrank_optim.ops.moments import Rows
 from lowrank_optim.ops.schema import calls as _ops
+from lowrank_optim.ops.stacked import empty_like_all
 
 
 def lift_add_scaled_(
@@ -255,6 +256,47 @@ def residual_factors_(
     if lows:
         lists = lows, directions, grads, norms, outs
         _ops.residual_factors_(*lists, tiny, share, noise, limiter, finite)
+
+
+def row_dots(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
+    """``x_i . y_i`` of each row, ``(..., r)``.
+
+    Args:
+        xs: ``(..., r, n)`` in any format.
+        ys: alike, in float32 or wider, as the results are, which lie one after the other.
+    """
+    outs = empty_like_all(ys, ys[0].shape[:-1], ys[0].dtype)
+    _ops.row_dots_(xs, ys, outs)
+    return outs
+
+
+def turn_rows_(
+    xs: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    lengths: Sequence[Tensor],
+    across: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    moves: Sequence[Tensor],
+    lr: float,
+) -> None:
+    r"""``x' = unit(x - lr d)`` of each row; one that does not move keeps its bits.
+
+    With a and b lengths of the row after the step and before it, a matrix that is a sum of products
+    of such rows moves by what ``moves`` has: rows ``a x'``, then rows ``a x' - b x``. Where there
+    are no lengths, it has rows ``x' - x``, then rows ``x``.
+
+    Args:
+        xs: ``(..., r, n)`` in float32 or wider.
+        directions: d, in any format.
+        lengths: a and b ``(2, ..., r)``; or none.
+        across: of rows of which others have columns, ``(2, ..., r)`` in float64: the square of the
+            length after the move, and 0 where none of the row moves; or none.
+        outs: x', written.
+        moves: ``(..., 2 r, n)``, written, in any format; or none.
+        lr: how far.
+    """
+    if xs:
+        _ops.turn_rows_(xs, directions, lengths, across, outs, moves, lr)
 
 
 column_norms = _ops.column_norms

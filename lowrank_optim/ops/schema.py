@@ -53,6 +53,9 @@ SCHEMAS = {
     "residual_factors_": "(Tensor[] lows, Tensor[] directions, Tensor[] grads, Tensor(a!)[] norms, "
     "Tensor(b!)[] outs, float tiny, float share, float noise, float limiter, Tensor[] finite) "
     "-> ()",
+    "row_dots_": "(Tensor[] xs, Tensor[] ys, Tensor(a!)[] outs) -> ()",
+    "turn_rows_": "(Tensor[] xs, Tensor[] directions, Tensor[] lengths, Tensor[] across, "
+    "Tensor(a!)[] outs, Tensor(b!)[] moves, float lr) -> ()",
     "lift_add_scaled_": f"({_APPLY}, Tensor[] bases, Tensor[] updates, Tensor[] lows, "
     f"Tensor[] columns, float decay, float lr, float scale, Tensor[] finite, {_FACTORS}) -> ()",
     "lift_add_sign_": f"({_APPLY}, Tensor[] bases, Tensor[] updates, Tensor[] lows, float decay, "

@@ -61,28 +61,11 @@ def order_of(chosen: Tensor, k: int) -> Tensor:
     return later.sort(stable=True).indices
 
 
-def unit(x: Tensor, norm: Tensor | None = None) -> Tensor:
-    """Rows of length 1; ``norm (..., r, 1)`` is what they have, if not all of them is here."""
-    if norm is None:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / norm.clamp(min=torch.finfo(x.dtype).tiny)
-
-
-def stepped(x: Tensor, direction: Tensor, lr: float, across: Tensor | None = None) -> Tensor:
-    """Rows moved and of length 1 again; one that does not move keeps its bits.
-
-    Args:
-        x: rows ``(..., r, n)``.
-        direction: of each.
-        lr: how far.
-        across: of rows of which others have columns, ``(2, ..., r)``: the square of the length
-            after the move, and 0 where none of the row moves.
-    """
-    step = direction.to(x.dtype) * lr
-    if across is None:
-        return torch.where((step != 0).any(-1, keepdim=True), unit(x - step), x)
-    squares, moves = across.unsqueeze(-1)
-    return torch.where(moves != 0, unit(x - step, squares.sqrt().to(x.dtype)), x)
+def unit(x: Tensor) -> Tensor:
+    """Rows of length 1."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    found: Tensor = x / norm.clamp(min=torch.finfo(x.dtype).tiny)
+    return found
 
 
 Old = tuple[()] | tuple[Tensor, Tensor]

@@ -11,41 +11,42 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
+from lowrank_optim.ops.devices import sent
 from lowrank_optim.ops.stacked import cast_all, empty_like_all, stacked
 from lowrank_optim.ops.tiles import fillings
 from lowrank_optim.subspaces.base import State
-from lowrank_optim.subspaces.factors import stepped
 from lowrank_optim.subspaces.refresh import Reduce
 from lowrank_optim.subspaces.spectral_factors import FACTORS, SpectralFactors
 from lowrank_optim.subspaces.target import Target, decayed_, guarded
 from lowrank_optim.subspaces.terms import Term
 
 
-class Change(NamedTuple):
-    """What one step does to the factors, which it has not touched yet."""
+class Values(NamedTuple):
+    """What one step does to the singular values of b matrices, which it has not touched yet."""
 
-    u: Tensor
-    """The active u of the next step ``(..., r, m)``."""
-    v: Tensor
-    """The active v ``(..., r, n)``."""
-    s: Tensor
-    """All singular values ``(..., k)``."""
+    new: Tensor
+    """All of them ``(b, ..., k)``."""
     sign: Tensor | None
     """Of each, where ``negative="flip"`` turns some u around, in use or not."""
-
-    turned: Tensor
-    """Change of the active u ``(..., r, m)``."""
-    before: Tensor
-    """``decay s v`` of the active, ``(..., r, n)``."""
-    after: Tensor
-    """``s' v'`` of the active, ``(..., r, n)``."""
     gained: Tensor
-    """``s' - decay s`` of all ``(..., k)``, with the sign that u keeps."""
+    """``s' - decay s`` of all ``(b, ..., k)``, with the sign that u keeps."""
+    lengths: Tensor
+    """``s'``, with that sign, and ``decay s`` of the vectors in use ``(b, 2, ..., r)``."""
 
-    def each(self, count: int) -> list[Change]:
-        """Those of ``count`` matrices that were computed as one."""
-        parts = [[None] * count if x is None else x.unbind(0) for x in self]
-        return [Change(*own) for own in zip(*parts, strict=True)]
+    def of(self, at: range) -> Values:
+        """Those of some of the matrices."""
+        new, gained, lengths = (x[at.start : at.stop] for x in (self.new, *self[2:]))
+        sign = None if self.sign is None else self.sign[at.start : at.stop]
+        return Values(new, sign, gained, lengths)
+
+
+class Vectors(NamedTuple):
+    """The vectors in use of one side of b matrices after a step."""
+
+    new: list[Tensor]
+    """``(..., r, n)`` of each."""
+    moves: list[Tensor]
+    """Rows by whose products W moves ``(..., 2 r, n)`` of each, where somebody asked."""
 
 
 @dataclass(frozen=True)
@@ -86,20 +87,20 @@ class Spectral(SpectralFactors):
 
     def _found(self, states: Sequence[State], grads: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """Coordinates of matrices that are computed as one."""
-        whole, turned = _whole(states), [grad.mT for grad in grads]
-        u, gu = whole["basis_u"], _products(whole["basis_v"].unbind(0), turned)
-        gv = _products(u.unbind(0), grads)
-        gs = (gu.to(u.dtype) * u).sum(-1)
+        us, vs = ([state[key] for state in states] for key in FACTORS[:2])
+        turned = [grad.mT for grad in grads]
+        gu, gv = _products(vs, turned), _products(us, grads)
+        gs = stacked(ops.row_dots(gu.unbind(0), us))
         if self.exact:
-            parts, index = [gs], [self._active(whole)]
-            for where, us, vs in self.rest(states):
-                parts.append((_products(vs, turned).to(u.dtype) * stacked(us)).sum(-1))
+            parts, index = [gs], [self._active(_small(states))]
+            for where, rest_u, rest_v in self.rest(states):
+                found = _products(rest_v, turned).unbind(0)
+                parts.append(stacked(ops.row_dots(found, rest_u)))
                 index.append(where)
-            gs = torch.empty_like(whole["basis_s"]).scatter_(
-                -1, torch.cat(index, -1), torch.cat(parts, -1)
-            )
+            every = gs.new_empty(len(states), *states[0]["basis_s"].shape)
+            gs = every.scatter_(-1, torch.cat(index, -1), torch.cat(parts, -1))
         if not self.enhanced:
-            s = self.spectrum(whole).unsqueeze(-1).to(gu.dtype)
+            s = self.spectrum(_small(states)).unsqueeze(-1).to(gu.dtype)
             gu, gv = gu * s, gv * s
         each = zip(gu.unbind(0), gs.unsqueeze(-2).unbind(0), gv.unbind(0), strict=True)
         return [{"u": own_u, "s": own_s, "v": own_v} for own_u, own_s, own_v in each]
@@ -110,54 +111,92 @@ class Spectral(SpectralFactors):
         step = update["v"].to(v.dtype) * (into.lr * self.vector_lr_scale)
         return torch.stack([(v - step).double().square().sum(-1), (step != 0).any(-1).double()])
 
-    def advanced(
+    def values(
         self,
-        state: State,
-        update: dict[str, Tensor],
+        states: Sequence[State],
+        updates: Sequence[dict[str, Tensor]],
         lr: float,
         decay: float | Tensor,
-        across: Tensor | None = None,
-    ) -> Change:
-        """A step of the factors: unit vectors, singular values not below zero, decay on s alone.
+    ) -> Values:
+        """A step of singular values, none of which falls below zero.
 
-        ``decay`` is a number, or of a shape that goes with the singular values.
+        Args:
+            states: of each matrix.
+            updates: of each.
+            lr: how far.
+            decay: a number, or of a shape that goes with ``(b, ..., k)``.
         """
-        u, v, s = (state[key] for key in FACTORS)
-        decayed = s * decay
-        new_s = decayed - (lr * self.s_lr_scale) * update["s"].squeeze(-2)
-        sign = torch.where(new_s < 0, -1.0, 1.0).to(s) if self.negative == "flip" else None
-        before = self._of_active(state, decayed) * v
-        new_u = stepped(u, update["u"], lr * self.vector_lr_scale)
-        new_v = stepped(v, update["v"], lr * self.vector_lr_scale, across)
-        gained = new_s - decayed if sign is not None else new_s.clamp(min=0) - decayed
-        after = self._of_active(state, decayed + gained) * new_v
-        turned = new_u - u
-        if sign is not None:
-            new_s, new_u = new_s.abs(), new_u * self._of_active(state, sign)
-        return Change(new_u, new_v, new_s.clamp(min=0), sign, turned, before, after, gained)
+        small = _small(states)
+        steps = stacked([update["s"] for update in updates]).squeeze(-2)
+        decayed = small["basis_s"] * decay
+        new = decayed - (lr * self.s_lr_scale) * steps
+        sign = None
+        if self.negative == "flip":
+            sign, gained, new = torch.where(new < 0, -1.0, 1.0).to(new), new - decayed, new.abs()
+        else:
+            new = new.clamp(min=0)
+            gained = new - decayed
+        lengths = [self._of_active(small, x) for x in (decayed + gained, decayed)]
+        return Values(new, sign, gained, torch.stack(lengths, 1))
+
+    def vectors(
+        self,
+        states: Sequence[State],
+        updates: Sequence[dict[str, Tensor]],
+        lr: float,
+        values: Values,
+        moved: torch.dtype | None,
+        across: Tensor | None = None,
+    ) -> tuple[Vectors, Vectors]:
+        """A step of u and v in use, which are unit vectors after it.
+
+        Args:
+            states: of each matrix.
+            updates: of each.
+            lr: how far.
+            values: of each.
+            moved: format of what W moves by; None for none.
+            across: as of :class:`Target`.
+        """
+        sides = []
+        for side, lengths, parts in (
+            ("u", [], []),
+            ("v", values.lengths.unbind(0), [] if across is None else [across]),
+        ):
+            xs = [state[f"basis_{side}"] for state in states]
+            *batch, rank, size = xs[0].shape
+            new, moves = empty_like_all(xs, xs[0].shape, xs[0].dtype), []
+            if moved is not None:
+                moves = empty_like_all(xs, (*batch, 2 * rank, size), moved)
+            steps = [update[side] for update in updates]
+            ops.turn_rows_(xs, steps, lengths, parts, new, moves, lr * self.vector_lr_scale)
+            sides.append(Vectors(new, moves))
+        if values.sign is not None:
+            stacked(sides[0].new).mul_(self._of_active(_small(states), values.sign).unsqueeze(-1))
+        return sides[0], sides[1]
 
     def pushed(self, state: State) -> Iterable[str]:
         """The factors in use; of those that are not, u where it may turn around."""
         turned = self.rest_keys[:1] if self.exact and self.negative == "flip" else ()
         return ["basis_u", "basis_v", "basis_s", *turned]
 
-    def keep_(self, state: State, change: Change) -> None:
-        """Write what :meth:`advanced` found."""
-        self._keep_all_([state], [change])
-
-    def _keep_all_(self, states: Sequence[State], changes: Sequence[Change]) -> None:
-        olds = [state[key] for state in states for key in FACTORS]
-        torch._foreach_copy_(olds, [x for change in changes for x in change[:3]])
-        for state, change in zip(states, changes, strict=True) if self.exact else ():
-            if change.sign is not None:  # u may turn around where it is not in use too
+    def keep_(
+        self, states: Sequence[State], sides: tuple[Vectors, Vectors], values: Values
+    ) -> None:
+        """Write what :meth:`vectors` and :meth:`values` found, of the first of the matrices."""
+        count = len(states)
+        olds = [state[key] for key in FACTORS for state in states]
+        news = [*sides[0].new[:count], *sides[1].new[:count], *values.new[:count].unbind(0)]
+        torch._foreach_copy_(olds, news)
+        if values.sign is not None and self.exact:  # u may turn around where it is not in use too
+            for state, sign in zip(states, values.sign, strict=False):
                 rest = state[self.rest_keys[0]]
-                own = change.sign.gather(-1, state["basis_order"][..., self.rank :].long())
+                own = sign.gather(-1, state["basis_order"][..., self.rank :].long())
                 rest.mul_(own.unsqueeze(-1).to(rest))
 
     def _of_active(self, state: State, values: Tensor) -> Tensor:
-        """Entries ``(..., r, 1)`` of ``(..., k)`` that belong to the vectors in use."""
-        values = values.gather(-1, self._active(state)) if self.exact else values
-        return values.unsqueeze(-1)
+        """Entries ``(..., r)`` of ``(..., k)`` that belong to the vectors in use."""
+        return values.gather(-1, self._active(state)) if self.exact else values
 
     def push_(
         self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
@@ -167,7 +206,8 @@ class Spectral(SpectralFactors):
         The difference is taken of the factors, not of the products: a step of zero is no step.
         """
         decay = into.guarded_decay()
-        deque(self._push_([into], [state], [update], [decay], of_all(decay)), maxlen=0)
+        values = self.values([state], [update], into.lr, of_all(decay))
+        deque(self._push_([into], [state], [update], [decay], values), maxlen=0)
 
     def push_all_(
         self,
@@ -176,24 +216,17 @@ class Spectral(SpectralFactors):
         updates: Sequence[dict[str, Tensor]],
         terms: Sequence[Term | None],
     ) -> Iterator[int]:
-        """As of each; factors of several are stepped as one tensor."""
+        """As of each: singular values of all at once, vectors of as many as a tile holds."""
         first, plain = intos[0], type(self).push_ is Spectral.push_
         alike = all(into.lr == first.lr and into.across is None for into in intos)
-        if not (plain and alike):
+        if not (plain and alike and first.param.dim() == 2):
             yield from super().push_all_(intos, states, updates, terms)
             return
+        values = self.values(states, updates, first.lr, of_each(guarded(intos)))
         for at in self._several(states, first.param):
-            if len(at) == 1:
-                self.push_(intos[at[0]], states[at[0]], updates[at[0]], terms[at[0]])
-                yield at[0]
-                continue
             own = [intos[n] for n in at]
-            decays = [into.guarded_decay() for into in guarded(own)]
-            of_s = decays[0]
-            if isinstance(of_s, Tensor):
-                of_s = stacked(decays).reshape(len(at), -1)[:, :1]  # type: ignore[arg-type]
             lists = [states[n] for n in at], [updates[n] for n in at]
-            for n in self._push_(own, *lists, decayed_(own), of_s):
+            for n in self._push_(own, *lists, decayed_(own), values.of(at)):
                 yield at[n]
 
     def _push_(
@@ -202,7 +235,7 @@ class Spectral(SpectralFactors):
         states: Sequence[State],
         updates: Sequence[dict[str, Tensor]],
         decays: Sequence[float | Tensor],
-        of_s: float | Tensor,
+        values: Values,
     ) -> Iterator[int]:
         """:meth:`push_` of matrices that are computed as one.
 
@@ -211,22 +244,19 @@ class Spectral(SpectralFactors):
             states: of each.
             updates: of each.
             decays: what is left to multiply the weights of each by.
-            of_s: what the singular values decay by.
+            values: the step of their singular values.
         """
-        first, whole = intos[0], _whole(states)
-        update = {key: stacked([own[key] for own in updates]) for key in updates[0]}
-        across = None if first.across is None else first.across.unsqueeze(1)
-        change = self.advanced(whole, update, first.lr, of_s, across)
-        moves = [_moves(whole["basis_u"], change)]
+        first, wide = intos[0], states[0]["basis_u"].dtype
+        dtype = wide if first.rounding is not None else first.param.dtype
+        sides = self.vectors(states, updates, first.lr, values, dtype, first.across)
+        lefts, rights = ([stacked(side.moves)] for side in sides)
         for where, us, vs in self.rest(states):
-            gained = change.gained.gather(-1, where).unsqueeze(-1)
-            moves.append((stacked(us), stacked(vs) * gained))
-        lefts, rights = ([*own] for own in zip(*moves, strict=True))
-        if first.param.dtype != whole["basis_u"].dtype:  # rounded once
-            lefts, rights = [torch.cat(lefts, -2)], [torch.cat(rights, -2)]
-            if first.rounding is None:
-                lefts, rights = ([x.to(first.param.dtype) for x in own] for own in (lefts, rights))
-        changes, count = change.each(len(states)), 0
+            gained = values.gained.gather(-1, where).unsqueeze(-1)
+            lefts.append(stacked(us))
+            rights.append(stacked(vs) * gained)
+        if first.param.dtype != wide and len(lefts) > 1:  # rounded once
+            lefts, rights = ([torch.cat([x.to(dtype) for x in own], -2)] for own in (lefts, rights))
+        count = 0
         try:
             for n, (into, decay) in enumerate(zip(intos, decays, strict=True)):
                 for left, right in zip(lefts, rights, strict=True):
@@ -237,7 +267,7 @@ class Spectral(SpectralFactors):
                 yield n
         finally:  # if another could not be written too
             if count:
-                self._keep_all_(states[:count], changes[:count])
+                self.keep_(states[:count], sides, values)
 
 
 def of_all(decay: float | Tensor) -> float | Tensor:
@@ -245,9 +275,21 @@ def of_all(decay: float | Tensor) -> float | Tensor:
     return decay.reshape(-1)[:1] if isinstance(decay, Tensor) else decay
 
 
-def _whole(states: Sequence[State]) -> State:
-    """Factors of several matrices, as those of a batch, and the order of theirs that have one."""
-    keys = [key for key in (*FACTORS, "basis_order") if key in states[0]]
+def of_each(intos: Sequence[Target]) -> float | Tensor:
+    """The decays of several matrices ``(b, 1)``; a number that they have in common."""
+    decays = [into.guarded_decay() for into in intos]
+    if isinstance(decays[0], Tensor):
+        return stacked(decays).reshape(len(decays), -1)[:, :1]  # type: ignore[arg-type]
+    if len({*decays}) == 1:
+        return decays[0]
+    like = intos[0].param
+    every = torch.tensor(decays, dtype=torch.promote_types(like.dtype, torch.float32))
+    return sent(every, like.device).unsqueeze(1)
+
+
+def _small(states: Sequence[State]) -> State:
+    """Singular values of several matrices, and the order of theirs that have one."""
+    keys = [key for key in ("basis_s", "basis_order") if key in states[0]]
     return {key: stacked([state[key] for state in states]) for key in keys}
 
 
@@ -261,9 +303,3 @@ def _products(lefts: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
     for left, grad, out in zip(narrow, grads, outs, strict=True):
         ops.project(left.mT, grad, out)
     return stacked(outs)
-
-
-def _moves(old_u: Tensor, change: Change) -> tuple[Tensor, Tensor]:
-    """Rows a and b of ``sum a b^T``, by which W moves."""
-    left = torch.cat([change.turned, old_u], -2)
-    return left, torch.cat([change.after, change.after - change.before], -2)

@@ -60,4 +60,5 @@ class SpectralModule(Spectral):
         self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
     ) -> None:
         """The factors alone."""
-        self.keep_(state, self.advanced(state, update, into.lr, of_all(into.guarded_decay())))
+        values = self.values([state], [update], into.lr, of_all(into.guarded_decay()))
+        self.keep_([state], self.vectors([state], [update], into.lr, values, None), values)

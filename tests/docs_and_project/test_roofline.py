@@ -209,20 +209,28 @@ def test_every_op_has_a_documented_floor() -> None:
     assert documented().keys() == SCHEMAS.keys()
 
 
+OPTIONAL = ("row_eps", "row_scale", "finite", "usable", "plan", "factors", "across")
+
+
 def example(op: str, m: int, n: int, r: int) -> dict[str, Any]:
     """Arguments of one matrix without data, in float32."""
     elements = op not in ("column_norms", "top_rows_", "decay_") and not op.startswith(
         ("lift", "coordinate", "cosine")
     )
-    of_xs = {"column_norms": (m, n), "move_rows_": (r, n)}
+    of_xs = {
+        "column_norms": (m, n),
+        **dict.fromkeys(("move_rows_", "row_dots_", "turn_rows_"), (r, n)),
+    }
+    of_outs = {"cosine_project_": (r, n), "row_dots_": (r,), "turn_rows_": (r, n)}
     one = (1, n) if op == "residual_factors_" else (n,)
     shapes: dict[str, Any] = {
         "params": (m, n), "grads": one if elements else (m, n), "bases": (m, r), "updates": (r, n),
-        "lows": one if elements else (r, n), "columns": (1, n), "directions": (1, n), "norms": (),
+        "lows": one if elements else (r, n), "columns": (1, n), "norms": (),
+        "directions": (1, n) if op == "residual_factors_" else (r, n), "ys": (r, n),
         "ages": (r,), "counts": (r,), "eps_rows": (r,), "scale_rows": (r,),
         "exp_avgs": (n,) if elements else (r, n), "exp_avg_sqs": (n,) if elements else (r, n),
         "xs": of_xs.get(op, (n,)), "moments": (n,), "scores": (m,),
-        "outs": (r, n) if op == "cosine_project_" else one,
+        "outs": of_outs.get(op, one), "lengths": (2, r), "moves": (2 * r, n),
     }  # fmt: skip
     given: dict[str, Any] = {}
     for argument in getattr(torch.ops.lowrank_optim, op).default._schema.arguments:
@@ -233,7 +241,7 @@ def example(op: str, m: int, n: int, r: int) -> dict[str, Any]:
             given[name] = [torch.empty(n // 256)]
         elif name in ("indices", "sources"):
             given[name] = [torch.empty(r, dtype=torch.int32)]
-        elif name in ("row_eps", "row_scale", "finite", "usable", "plan", "factors", *ON_DEVICE):
+        elif name in (*OPTIONAL, *ON_DEVICE):
             given[name] = []
         elif name in ("table", "signed_map", "unsigned_map"):
             given[name] = torch.empty(256)

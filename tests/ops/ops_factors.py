@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tests.ops import ops_turns
 from tests.ops.ops_cases import BETA1, BETA2, DECAY, Arguments, Expected, names, strided
 
-OPS = ("decay_", "count_", "row_steps_", "residual_factors_")
+OPS = ("decay_", "count_", "row_steps_", "residual_factors_", *ops_turns.OPS)
 SHAPES = [(), (1,), (17, 33), (3, 700), (2, 9, 14), (0, 5)]
 COLUMNS = [(1, 1), (1, 33), (1, 2500), (3, 1, 14)]
 TINY, LIMITER = 1e-8, 1.01
@@ -23,6 +24,8 @@ def arguments(
     share: float = 0.4375,
 ) -> Arguments:
     """Weights; ages from 0 to thousands; norms of columns where G has more than its coordinates."""
+    if op in ops_turns.OPS:
+        return ops_turns.arguments(op, dtype)
     wide = torch.promote_types(dtype, torch.float32)
     shapes = COLUMNS if op == "residual_factors_" else SHAPES
     lows = [torch.rand(s, dtype=wide) for s in COLUMNS]
@@ -58,6 +61,8 @@ def arguments(
 
 def expected(op: str, a: Arguments) -> Expected:
     """One number at a time."""
+    if op in ops_turns.OPS:
+        return ops_turns.expected(op, a)
     if op == "decay_":
         finite = a["finite"] or [True] * len(a["params"])
         factors = a["factors"] or [1.0] * len(a["params"])

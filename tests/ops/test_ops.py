@@ -20,7 +20,7 @@ from lowrank_optim.ops.quant import Quantized, layout, zero_code
 from lowrank_optim.ops.schema import SCHEMAS
 from tests.compare import assert_close
 from tests.ops import ops_cases as cases
-from tests.ops import ops_cosines, ops_factors
+from tests.ops import ops_cosines, ops_factors, ops_turns
 from tests.ops.checks import check_stored, run
 from tests.ops.interpreted import INTERPRETED, first_triton
 from tests.ops.rounding import flat_places
@@ -251,6 +251,32 @@ def test_flags_decide_what_is_counted(backend: str) -> None:
     """One more, of nothing but what is finite."""
     run("count_", ops_factors.arguments("count_", torch.float32))
     run("count_", ops_factors.arguments("count_", torch.float32, unsound=2))
+
+
+@pytest.mark.parametrize("across", [False, True], ids=["", "across"])
+@pytest.mark.parametrize("lengths", [False, True], ids=["turns", "lengths"])
+def test_rows_that_turn(backend: str, lengths: bool, across: bool) -> None:
+    """Directions and moves of every format; a row that does not move keeps its bits."""
+    for narrow, moves in ((None, torch.bfloat16), (torch.bfloat16, torch.float32), (None, None)):
+        own = {"lengths": lengths, "across": across, "narrow": narrow, "moves": moves}
+        a = ops_turns.arguments("turn_rows_", torch.float32, **own)
+        run("turn_rows_", a)
+        for n, (x, out) in enumerate(zip(a["xs"], a["outs"], strict=True)):
+            still = (a["directions"][n] == 0).all(-1)
+            if across:
+                still = a["across"][n][1] == 0
+            assert torch.equal(out[still], x[still])
+        run("row_dots_", ops_turns.arguments("row_dots_", torch.float32, narrow=narrow))
+
+
+def test_a_row_that_is_not_finite_is_alone(backend: str) -> None:
+    """NaN and infinity reach all of their row, and nothing of another."""
+    a = ops_turns.arguments("turn_rows_", torch.float32)
+    a["directions"][2][0, 7], a["directions"][2][2, 1] = torch.nan, torch.inf
+    cases.call("turn_rows_", a)
+    assert a["outs"][2].isfinite().all(-1).tolist() == [False, True, False, True, True]
+    assert not bool(a["outs"][2][0].isfinite().any())
+    assert all(x.isfinite().all() for n, x in enumerate(a["outs"] + a["moves"]) if n % 6 != 2)
 
 
 @needs_native

@@ -24,6 +24,7 @@ from lowrank_optim.ops.triton import (
     launch,
     norms,
     rows,
+    turns,
 )
 from tests.ops import ops_cases, ops_cosines, ops_factors
 from tests.ops.checks import check, run
@@ -41,6 +42,8 @@ KERNELS = {
     "move_rows_": 1,
     "row_steps_": 1,
     "residual_factors_": 1,
+    "row_dots_": 1,
+    "turn_rows_": 1,
     "cosine_scores": 2,
     "cosine_project_": 2,
     "cosine_lift_add_": 3,
@@ -58,7 +61,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         seen[kernel.__name__] += 1
         launch.launch(kernel, *args, **meta)
 
-    for module in (coordinate, cosine, direction, factors, norms, rows):
+    for module in (coordinate, cosine, direction, factors, norms, rows, turns):
         monkeypatch.setattr(module, "launch", counted)
     monkeypatch.setenv("LOWRANK_OPTIM_BACKEND", "triton")
     return seen

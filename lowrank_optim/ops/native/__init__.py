@@ -34,7 +34,9 @@ from lowrank_optim.ops.reference import (  # of few numbers, or no kernel on the
     decay_,
     move_rows_,
     residual_factors_,
+    row_dots_,
     row_steps_,
+    turn_rows_,
 )
 
 __all__ = [
@@ -61,8 +63,10 @@ __all__ = [
     "move_rows_",
     "quantize_blockwise_",
     "residual_factors_",
+    "row_dots_",
     "row_steps_",
     "stochastic_round_",
     "takes_length",
     "top_rows_",
+    "turn_rows_",
 ]

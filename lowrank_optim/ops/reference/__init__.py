@@ -40,6 +40,7 @@ from lowrank_optim.ops.reference.storage import (
     quantize_blockwise_,
     stochastic_round_,
 )
+from lowrank_optim.ops.reference.turns import row_dots_, turn_rows_
 
 __all__ = [
     "adamw_direction_",
@@ -65,8 +66,10 @@ __all__ = [
     "move_rows_",
     "quantize_blockwise_",
     "residual_factors_",
+    "row_dots_",
     "row_steps_",
     "scaled_squares",
     "stochastic_round_",
     "top_rows_",
+    "turn_rows_",
 ]

@@ -30,6 +30,8 @@ _MODULES = {
     "count_": "factors",
     "row_steps_": "factors",
     "residual_factors_": "factors",
+    "row_dots_": "turns",
+    "turn_rows_": "turns",
     "lift_add_scaled_": "lift",
     "lift_add_sign_": "lift",
     "coordinate_add_": "coordinate",

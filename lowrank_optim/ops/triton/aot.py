@@ -31,6 +31,7 @@ from lowrank_optim.ops.triton import (
     quantize,
     rounding,
     rows,
+    turns,
 )
 from lowrank_optim.ops.triton import cosine_kernels as kernels
 from lowrank_optim.ops.triton.launch import ELEMENTS, WARPS
@@ -78,6 +79,7 @@ _POINTERS = {
     "places": "*i32", "low": "*fp32", "direction": "*fp32", "norm": "*fp32", "factor": "*fp32",
     "age": "*fp32", "score": "*fp32", "source": "*i32", "usable": "*u8",
     "new": "*i32", "step": "*fp32", "shrink": "*fp32", "more": "*fp32",
+    "y": "*fp32", "length": "*fp32", "move": "*bf16",
 }  # fmt: skip
 _NUMBERS = {"decay", "lr", "scale", "gain", "weight", "weight1", "weight2", "beta2"}
 _NUMBERS |= {"tiny", "share", "noise", "limiter"}
@@ -152,6 +154,14 @@ def _lists() -> Iterator[Variant]:
             f"residual_factors/{how}", factors.residual_factors_kernel, **mode, **flat, SOUND=True,
             pointers={"grad": "*fp32"},
         )  # fmt: skip
+        known, wide = {"num_warps": 16, "BLOCK": turns.COLUMNS}, {"across": "*fp64"}
+        yield _variant(f"row_dots/{how}", turns.row_dots_kernel, **mode, **known)
+        forms = ("", False, False), (" lengths", True, False), (" across", True, True)
+        for name, lengths, across in forms:
+            yield _variant(
+                f"turn_rows{name}/{how}", turns.turn_rows_kernel, **mode, **known, pointers=wide,
+                LENGTHS=lengths, ACROSS=across, MOVES=True,
+            )  # fmt: skip
 
 
 def _matrices() -> Iterator[Variant]:

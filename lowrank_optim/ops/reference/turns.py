@@ -1,0 +1,47 @@
+"""Rows that are turned, and their products with others: the factors of a weight."""
+
+from __future__ import annotations
+
+import torch
+
+from lowrank_optim.ops.reference.arguments import Tensors, or_none
+
+
+def row_dots_(xs: Tensors, ys: Tensors, outs: Tensors) -> None:
+    """``x_i . y_i`` of each row."""
+    for x, y, out in zip(xs, ys, outs, strict=True):
+        torch.sum(x.to(out.dtype) * y, -1, out=out)
+
+
+def turn_rows_(
+    xs: Tensors,
+    directions: Tensors,
+    lengths: Tensors,
+    across: Tensors,
+    outs: Tensors,
+    moves: Tensors,
+    lr: float,
+) -> None:
+    """``x' = unit(x - lr d)``, and rows by whose products with others the weight moves."""
+    others = [or_none(own, len(xs)) for own in (lengths, across, moves)]
+    for x, d, out, length, parts, move in zip(xs, directions, outs, *others, strict=True):
+        step = d.to(x.dtype) * lr
+        turned = x - step
+        if parts is None:
+            norm = torch.linalg.vector_norm(turned, dim=-1, keepdim=True)
+            moved = (step != 0).any(-1, keepdim=True)
+        else:
+            squares, moved = parts.unsqueeze(-1)
+            norm, moved = squares.sqrt().to(x.dtype), moved != 0
+        torch.where(moved, turned / norm.clamp(min=torch.finfo(x.dtype).tiny), x, out=out)
+        if move is not None:
+            rank = x.shape[-2]
+            first, second = move[..., :rank, :], move[..., rank:, :]
+            if length is None:
+                torch.sub(out, x, out=first)
+                second.copy_(x)
+            else:
+                after, before = length.unsqueeze(-1)
+                whole = after * out
+                first.copy_(whole)
+                torch.sub(whole, before * x, out=second)
