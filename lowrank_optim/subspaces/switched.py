@@ -100,7 +100,7 @@ class Switched(Pooled):
         In terms of the moves: :math:`\Delta B A' + B \Delta A`, which does not cancel.
         """
         moved = self.moved(into, state, update)
-        left, right = _moves(moved)
+        left, right = _moves(moved, into)
         decay = into.guarded_decay() if self.decay_on == "weight" else 1.0
         self._lift_(into, left, right, decay)
         self.keep_(state, moved)
@@ -139,9 +139,7 @@ class Switched(Pooled):
             for i, (side, old) in enumerate(factors.items()):
                 step = stacked([updates[n][side] for n in at])
                 moved[side] = _moved(old, step, first.lr, decay, [rows[i] for rows in frozen])
-            left, right = _moves(moved)
-            if first.rounding is None:
-                left, right = left.to(first.param.dtype), right.to(first.param.dtype)
+            left, right = _moves(moved, first)
             of_weight = decayed_(own) if self.decay_on == "weight" else [1.0] * len(at)
             count = 0
             try:
@@ -177,10 +175,8 @@ def _moved(
     old: Tensor, step: Tensor, lr: float, decay: float | Tensor, frozen: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor]:
     """One factor ``(b, ..., r, n)`` of b matrices after a step, and how far it came."""
-    new = old.clone()
-    if isinstance(decay, Tensor) or decay != 1:
-        new.mul_(decay)
-    new.sub_(step.to(new.dtype), alpha=lr)
+    decayed = old * decay if isinstance(decay, Tensor) or decay != 1 else old
+    new = torch.sub(decayed, step.to(old.dtype), alpha=lr)
     still = [(i, own) for i, rows in enumerate(frozen) for own in where(rows)]
     if still:  # neither decay nor, with eps = 0, a direction of 0 / 0
         torch._foreach_copy_(
@@ -189,7 +185,13 @@ def _moved(
     return new, new - old
 
 
-def _moves(moved: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Rows b and a of ``s sum b a^T``, by which W moves."""
+def _moves(moved: Mapping[str, tuple[Tensor, Tensor]], into: Target) -> tuple[Tensor, Tensor]:
+    """Rows b and a of ``s sum b a^T``, by which W moves, in the format that its product takes."""
     (a, da), (b, db) = moved["A"], moved["B"]
-    return torch.cat([db, b - db], -2), torch.cat([a, da], -2)  # b is new already
+    rank, dtype = a.shape[-2], into.param.dtype if into.rounding is None else a.dtype
+    left, right = (x.new_empty((*x.shape[:-2], 2 * rank, x.shape[-1]), dtype=dtype) for x in (b, a))
+    left[..., :rank, :].copy_(db)
+    torch.sub(b, db, out=left[..., rank:, :])  # b is new already
+    right[..., :rank, :].copy_(a)
+    right[..., rank:, :].copy_(da)
+    return left, right

@@ -93,7 +93,7 @@ ROWS = [
     Row("DCTAdamW", {"transform": "matmul", **EVERY}, 2, 16, 20),
     Row("SSTAdamW", {}, 5, 48, 50),
     Row("SSTAdamW", {"factors": "active"}, 3, 28, 30),
-    Row("SwitchLoRAAdamW", {"interval": 1 << 20}, 3, 31, 36),
+    Row("SwitchLoRAAdamW", {"interval": 1 << 20}, 3, 30, 36),
     Row("DCTAdamW", {**DCT, **EVERY}, 0, 19, 20),
 ]
 SWITCHES: dict[str, Any] = {"interval": 8, "freeze_steps": 2}
