@@ -66,8 +66,8 @@ def check_fit(
             merged.setdefault("param_names", mine["param_names"])
         optimizer._check(merged)
         chosen = optimizer._strategies(merged)
-        pairs = zip(optimizer._planned(mine), optimizer._planned(merged), strict=True)
-        for ours, there in pairs:
+        planned = optimizer._planned(mine), optimizer._planned(merged, instead=mine)
+        for ours, there in zip(*planned, strict=True):
             if n in saved:
                 _same_structure(optimizer, ours, there, mine, merged, saved[n])
                 expected = whole_meta_state(there, chosen, active=True)

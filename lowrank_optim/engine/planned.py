@@ -189,12 +189,13 @@ class PlannedOptimizer(Optimizer):
             check_rule({**group, "lr": lr})
             self._rates[id(group)] = now
 
-    def _planned(self, group: Group) -> list[ParamPlan]:
-        """Items of a group as it is, whatever state there is."""
+    def _planned(self, group: Group, instead: Group | None = None) -> list[ParamPlan]:
+        """Items of a group as it is, whatever state there is; in the place of another, if given."""
         items = list(self._plan(group))
         if group.get("layers") is None:
             return placed(items)
-        return placed(items, *layers_of(group, self.param_groups))
+        groups = [group if own is instead else own for own in self.param_groups]
+        return placed(items, *layers_of(group, groups))
 
     def _before(self, group: Group) -> list[Group]:
         """The groups that come before one; all of them, if it is not yet there."""

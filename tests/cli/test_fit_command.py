@@ -108,10 +108,11 @@ def test_moments_in_host_memory() -> None:
 @several_gpus
 def test_of_several_gpus() -> None:
     own = ["--optimizer", "GaLoreAdamW", "--in-backward", "none", "--state-dtype", "float32"]
-    done = run(*SMALL, "--json", "--world-size", "2", *own)
+    own += ["--model", f"{HERE}:small", "--budget-gib", "0.0002"]
+    done = run("--json", "--world-size", "2", *own)
     assert done.exit_code == 0, done.output
     expected = fit(
-        small(), 0.0001, optimizers=[GaLoreAdamW], in_backward=[None], world_size=2, device="cuda",
+        small(), 0.0002, optimizers=[GaLoreAdamW], in_backward=[None], world_size=2, device="cuda",
         state_dtypes=["float32"],
     )  # fmt: skip
     assert Plan.from_json(done.stdout) == expected and expected.world_size == 2

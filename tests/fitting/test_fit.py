@@ -245,8 +245,9 @@ def test_where_no_way_has_room_for_a_quarter_the_largest_share_is_taken(model):
         try:
             found.append(sum(fit(model, least * 0.9999, **fixed).ranks.values()))
         except ValueError:
-            assert store in ("float32", "bfloat16")  # which is cast, so that it may need more
-    assert len(found) >= len(STORES) - 2 and sum(plan.ranks.values()) == max(found)
+            # one is cast, the other decoded by plain torch, so that either may need more
+            assert store in ("float32", "bfloat16", "4bit")
+    assert found and sum(plan.ranks.values()) == max(found)
     assert any("quarter of the smaller sides" in text for text in plan.gave_up)
 
 
@@ -410,11 +411,11 @@ def test_the_loss_is_that_of_every_estimate_with_tokens(monkeypatch):
     monkeypatch.setattr("lowrank_optim.fitting.costs.estimate", spy)
     config = llama(16, 16, 1, 2, 2, vocab_size=4096, context=64)
     own = {"tokens": 64, "optimizers": TINY, "state_dtypes": ["8bit"], "in_backward": ["step"]}
-    found = fit(config, 0.0015, loss="fused", **own)
+    found = fit(config, 0.0025, loss="fused", **own)
     losses = {given.get("loss") for given in asked if given.get("tokens")}
-    assert losses == {"fused"} and found.estimate.fits(0.0015 * GIB)
+    assert losses == {"fused"} and found.estimate.fits(0.0025 * GIB)
     with pytest.raises(ValueError, match="nothing fits"):
-        fit(config, 0.0015, **own)
+        fit(config, 0.0025, **own)
 
 
 @several_gpus

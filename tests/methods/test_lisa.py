@@ -209,6 +209,29 @@ def test_resumed_is_uninterrupted(name: str, saved: int) -> None:
     assert asking(other) == asking(model)
 
 
+def test_layers_without_names_are_resumed() -> None:
+    """Each matrix is one of three layers, of which two are drawn by their weights."""
+    grads = torch.randn(6, 3, 4, 5)
+    options: dict[str, Any] = {"active_layers": 2, "layer_weights": [1.0, 2.0, 3.0]}
+    options |= {"update_proj_gap": 2}
+
+    def step(optimizer: LisaAdamW, at: range) -> None:
+        for n in at:
+            for p, g in zip(optimizer.param_groups[0]["params"], grads[n], strict=True):
+                p.grad = g.clone() if p.requires_grad else None
+            optimizer.step()
+
+    whole = LisaAdamW([nn.Parameter(torch.ones(4, 5)) for _ in range(3)], **options)
+    step(whole, range(3))
+    params = [nn.Parameter(p.detach().clone()) for p in whole.param_groups[0]["params"]]
+    resumed = LisaAdamW(params, **options)
+    resumed.load_state_dict(runs.loaded(runs.saved(whole)))
+    for optimizer in (whole, resumed):
+        step(optimizer, range(3, 6))
+    runs.assert_same(params, whole.param_groups[0]["params"])
+    runs.assert_same_state(runs.entries(resumed), runs.entries(whole))
+
+
 def test_what_the_user_has_frozen_stays_frozen() -> None:
     """Before the optimizer is made, and in mid-run after release(); turns are as before."""
     model, twin = Net(), Net()

@@ -19,6 +19,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 
+import triton
+
 from benchmarks.occupancy import bytes_each, elements, traffic, widest
 from lowrank_optim.ops.triton import OPS, aot, launch
 from tests.ops.interpreted import first_triton
@@ -81,11 +83,18 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-SPILLS = {
-    ("moment 8bit/many", "sm_80"): 8,
-    ("lift_scaled bf16 sm_90 steps/rows", "sm_90"): 56,
+SPILLS: dict[str, dict[tuple[str, str], int]] = {
+    "3.2": {
+        ("moment 8bit/many", "sm_80"): 8,
+        ("lift_scaled bf16 sm_90 steps/rows", "sm_90"): 56,
+    },
+    "3.7": {
+        **{("top_rows 4096/one", f"sm_{x}"): 8 for x in (80, 86, 89)},
+        ("top_rows 4096/one", "sm_90"): 16,
+    },
 }
-"""Of Triton 3.2, which allots registers in its own way."""
+"""Bytes, of versions of Triton that allot registers in their own way: 3.9 spills none. A program of
+``top_rows`` holds all scores of a matrix."""
 
 
 def check(name: str, target_name: str) -> None:
@@ -96,7 +105,8 @@ def check(name: str, target_name: str) -> None:
     binary = compiled.asm["hsaco" if target.backend == "hip" else "cubin"]
     assert binary[:4] == b"\x7fELF"
     found = aot.resources(compiled, target)
-    known = SPILLS.get((name, target_name), 0) if first_triton() else 0
+    version = ".".join(triton.__version__.split(".")[:2])
+    known = SPILLS.get(version, {}).get((name, target_name), 0)
     assert found.spilled == known, f"{name} on {target_name} spills {found}"
     assert 0 < found.registers <= REGISTERS[target_name[:2]]
     assert found.shared <= aot.SHARED_LIMIT[target_name], f"{name} on {target_name}: {found}"
