@@ -67,14 +67,21 @@ class SteppedOptimizer(PlannedOptimizer):
         raise NotImplementedError
 
     def _make_state(self) -> None:
-        """Before the first step, the state of all that can be trained, with a gradient or not."""
+        """Before the first step, the state of all that can be trained, with a gradient or not.
+
+        Of all or of none: a step that is taken again finds no state, and makes it.
+        """
         if self.state:
             return
-        for group in self.param_groups:
-            chosen = self._strategies(group)
-            for item in self._items(group):
-                if self._trains(item.param):
-                    self._state_of(item, chosen)
+        try:
+            for group in self.param_groups:
+                chosen = self._strategies(group)
+                for item in self._items(group):
+                    if self._trains(item.param):
+                        self._state_of(item, chosen)
+        except BaseException:
+            self.state.clear()
+            raise
 
     def _checked(self, group: Group) -> Checked:
         """A group, of which whatever has a gradient can be stepped.

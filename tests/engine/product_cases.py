@@ -25,7 +25,7 @@ from lowrank_optim.ops import quant, reference
 from lowrank_optim.residuals import Drop, Free, Residual, Scaled
 from lowrank_optim.residuals.error_feedback import FORMATS, ErrorFeedback
 from lowrank_optim.rules import SGD, Adafactor, AdamW, Lion, Rule
-from lowrank_optim.stores import STORES
+from lowrank_optim.stores import STORES, scale_key
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.subspaces.entries import RandK
 from lowrank_optim.tensors.matrix import PROJ_TYPES, MatrixView
@@ -218,8 +218,12 @@ def part_of(item: ParamPlan, state: dict[str, Tensor], expert: int) -> Any:
     return found[0], found[1] if len(found) > 1 else None
 
 
-def kept(case: dict[str, Any], index: int, batch: bool) -> Any:
-    """What the store makes of the oracle's moments: the reference's arithmetic on all at once."""
+def kept(case: dict[str, Any], index: int, batch: bool, states: Sequence[dict[str, Tensor]]) -> Any:
+    """What the store makes of the oracle's moments: the reference's arithmetic on all at once.
+
+    Which sign a scale of 4 bits has is the optimizer's own where rounding decides it: all first
+    coordinates of one row in Adafactor's direction, as of randk, are 1 or -1.
+    """
 
     def keep(experts: list[dict[str, Tensor]], s: int, moved: bool) -> None:
         for n, name in enumerate(SLOTS[case["rule"]]):
@@ -231,7 +235,8 @@ def kept(case: dict[str, Any], index: int, batch: bool) -> Any:
             if case["store"] == "bfloat16":
                 out = drawn_bfloat16(x, seed)
             elif case["store"] == "4bit":
-                out = through_4_bits(x, name == "m", seed)
+                signs = None if moved or name != "m" else signs_of(states[s])
+                out = through_4_bits(x, name == "m", seed, signs)
             else:
                 out = through_8_bits(x, signed=name == "m")
             for slots, own in zip(experts, out if batch else [out], strict=True):
@@ -272,7 +277,13 @@ def drawn_bfloat16(x: Tensor, seed: int) -> Tensor:
     return out
 
 
-def through_4_bits(x: Tensor, signed: bool, seed: int) -> Tensor:
+def signs_of(state: dict[str, Tensor]) -> Tensor | None:
+    """Those of the scales of a first moment."""
+    ends = tuple(scale_key(name) for name in ("exp_avg", "momentum_buffer"))
+    return next((x.sign() for key, x in state.items() if key.endswith(ends)), None)
+
+
+def through_4_bits(x: Tensor, signed: bool, seed: int, signs: Tensor | None = None) -> Tensor:
     """Of one column nothing is in 4 bits."""
     if x.shape[-1] == 1:
         return x
@@ -281,6 +292,7 @@ def through_4_bits(x: Tensor, signed: bool, seed: int) -> Tensor:
         four_bits.SIGNED if signed else four_bits.SQUARES,
         # whole numbers are what bfloat16 has from 128 on
         lambda level: drawn_bfloat16((level + 128).float(), seed).double() - 128,
+        signs,
     ).float()
 
 
@@ -326,7 +338,7 @@ def compare(
     found: list[list[list[Any]]] = [[], []]
     fresh: list[list[bool]] = [[], []]
     after: list[list[Tensor]] = [[], []]
-    errors: list[list[dict[str, Tensor]]] = [[], []]
+    states: list[list[dict[str, Tensor]]] = [[], []]
     for s in range(STEPS):
         for param, own in zip(params, grads, strict=True):
             param.grad = stored(own[s], case["stored"])
@@ -336,7 +348,7 @@ def compare(
             found[i].append([part_of(item, state, e) for e in range(experts)])
             fresh[i].append(int(state["refresh_step"]) == s)
             after[i].append(item.param.detach().clone())
-            errors[i].append({k: v.clone() for k, v in state.items() if k.startswith("error")})
+            states[i].append({k: v.clone() for k, v in state.items()})
     for i, item in enumerate(optimizer._items(group)):
         view = item.view
         assert view is not None
@@ -359,8 +371,8 @@ def compare(
             maximize=case["maximize"],
             aged=case["aged"],
             lr_scale=case["lr_scale"],
-            keep=kept(case, i, bool(view.batch)),
-            remember=remembered(RESIDUALS[residual], errors[i], bool(view.batch)),
+            keep=kept(case, i, bool(view.batch), states[i]),
+            remember=remembered(RESIDUALS[residual], states[i], bool(view.batch)),
             **hyper(case),
         )
         exact = dtype == torch.float64 and case["store"] == "float32"

@@ -232,6 +232,34 @@ def test_a_block_without_a_gradient_switches_as_a_step_is_taken_again() -> None:
         base.step()
 
 
+def test_a_first_step_makes_all_state_or_none() -> None:
+    """Memory ran out as it was made: what had no gradient got none when the step was taken again.
+
+    A later step, with that gradient, had to find room for it, and a checkpoint was without it.
+    """
+    params = [nn.Parameter(cases.parameter(s, torch.float32).detach()) for s in [(6, 9), (5,)]]
+    groups = [{"params": params[:1], "rank": 3}, {"params": params[1:], "rank": None}]
+
+    def ready() -> LowRankOptimizer:
+        new = copy.deepcopy(cases.build("GaLoreAdamW", groups, projector="rows"))
+        own = params_of(new)
+        own[1].grad = torch.ones_like(own[1])
+        return new
+
+    wanted, complete, at = ready(), False, 0
+    wanted.step()
+    assert all(wanted.state[p] for p in params_of(wanted))
+    while not complete:
+        again = ready()
+        with pytest.raises(torch.OutOfMemoryError), OutOfMemory(at):
+            again.step()
+        complete = len(again.state) == len(params_of(again))
+        again.step()
+        assert not same(everything(again), everything(wanted)), at
+        at += 2
+    assert at > 6
+
+
 def test_gradients_that_were_changed_are_a_new_batch() -> None:
     """In place too: whoever took the step takes another."""
     optimizer = copied(prepared("GaLoreAdamW", "svd", 1))
