@@ -142,7 +142,8 @@ OF_MEANS = ("some blocks", "a few more", "no block", "long", "small")
 
 _EIGHT: dict[str, Case] = {
     "galore": Case("GaLoreAdamW8bit", {"on_refresh": "project"}),
-    "galore svd": Case("GaLoreAdamW8bit", {"projector": "svd", "on_refresh": "reset"}),
+    # a direction is rounded to float32: where it goes the other way a weight is 2**-24 of lr away
+    "galore svd": Case("GaLoreAdamW8bit", {"projector": "svd", "on_refresh": "reset", "lr": 1e-3}),
     "galore columns": Case(
         "GaLoreAdamW8bit", {"projector": "columns", "rank": 0.5, "on_refresh": "project"}
     ),
@@ -164,7 +165,7 @@ _EIGHT: dict[str, Case] = {
     "ldadam memory 4bit": Case("LDAdamW8bit", {"error_feedback": "4bit", "update_proj_gap": GAP}),
 }
 _OF_FACTORS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sst": ("SSTAdamW8bit", {**SST, "lr": 1e-3, "rank": 0.95}),
+    "sst": ("SSTAdamW8bit", {**SST, "lr": 1e-3, "eps": 1e-3, "rank": 0.95}),
     "sst larger side": (
         "SSTAdamW8bit",
         {**SST, "lr": 1e-3, "proj_type": "reverse_std", "rank": 7, "on_refresh": "project"},
@@ -260,7 +261,7 @@ def to_case(row: Row) -> Case:
     if how in ("0", "1", "r"):
         of |= {"how": "tensors", "places": (how,)}
     if chosen["projector"] == "block":
-        chosen["seed"] = 7  # its draws change within these steps
+        chosen["seed"] = 9  # its draws change within these steps
     return case_of(method, {**chosen, "update_proj_gap": gap}, **of)
 
 

@@ -51,6 +51,7 @@ BLOCKS: dict[str, tuple[int, ...]] = {
     "odd row": (121, 123),  # and within its only block
     "table": (37, 260),
     "vector": (5000,),
+    "six blocks": (34, 1536),  # 2 and 3 ranks share whole blocks of 256
 }
 """Whose moments have blocks: only where they are asked for."""
 EVERY = {**SHAPES, **BLOCKS}

@@ -62,6 +62,9 @@ HOWS: dict[str, dict[str, Any]] = {
 
 def on_square(name: str, how: str, **of: Any) -> Case:
     own = Case("torch.AdamW", {"foreach": False}) if name == "torch" else NAMED[name]
+    if "active_layers" in own.options and HOWS[how]["how"] == "tensors":
+        # of two layers and of three: where all are active none takes a turn
+        own = replace(own, options={**own.options, "active_layers": 1})
     return replace(own, mesh="square", **{**HOWS[how], **of})
 
 

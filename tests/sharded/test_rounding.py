@@ -42,12 +42,14 @@ HOWS = ("fsdp", "fsdp columns", "tensors")
 TURNS = [(name, (2, 3)[i % 2], HOWS[(i + i // 3) % 3]) for i, name in enumerate(ELEMENTWISE)]
 
 
-def check(ranks: Worlds, size: int, name: str, how: str, only: tuple[str, ...]) -> None:
+def check(
+    ranks: Worlds, size: int, name: str, how: str, only: tuple[str, ...], steps: int = 6
+) -> None:
     cls, options = ELEMENTWISE[name]
-    case = Case(cls, options, how, only, dtype=torch.bfloat16, steps=6, drawn=True)
+    case = Case(cls, options, how, only, dtype=torch.bfloat16, steps=steps, drawn=True)
     expected = training.reference(case.reference)
     nearest = {**options, "stochastic_rounding": False}
-    other = training.reference(Case(cls, nearest, case.reference.how, only, steps=6,
+    other = training.reference(Case(cls, nearest, case.reference.how, only, steps=steps,
                                     dtype=torch.bfloat16, drawn=True))  # fmt: skip
     assert any(not torch.equal(x, other[-1][0][key]) for key, x in expected[-1][0].items())
     for key, x in training.start(case).items():
@@ -75,7 +77,7 @@ def test_it_is_one_process_to_the_bit(name: str, size: int, how: str, ranks: Wor
 def test_it_is_one_process_to_the_bit_everywhere(
     name: str, how: str, size: int, ranks: Worlds
 ) -> None:
-    check(ranks, size, name, how, ())
+    check(ranks, size, name, how, (), training.LONG)
 
 
 PRODUCTS: dict[str, tuple[str, dict[str, Any]]] = {
