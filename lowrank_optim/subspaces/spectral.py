@@ -226,7 +226,12 @@ class Spectral(SpectralFactors):
         for at in self._several(states, first.param):
             own = [intos[n] for n in at]
             lists = [states[n] for n in at], [updates[n] for n in at]
-            for n in self._push_(own, *lists, decayed_(own), values.of(at)):
+            numbers = self._push_(own, *lists, decayed_(own), values.of(at))
+            if len(at) == 1:  # what is alone has been kept before it counts as written
+                deque(numbers, maxlen=0)
+                yield at[0]
+                continue
+            for n in numbers:
                 yield at[n]
 
     def _push_(

@@ -120,12 +120,13 @@ def options_of(name: str, projector: str | None) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("name", "projector"), cases.params(EVERY))
 def test_operations_here_and_there(name: str, projector: str | None) -> None:
-    """A step with a refresh."""
+    """A step with a refresh; where factors are written, after their weight, each operation."""
     base = prepared(name, projector, GAP, **options_of(name, projector))
     operations(base)  # what is made once a process
-    count = len(operations(base))
-    every = max(1, count // CHEAP)
-    check(base, range(sum(map(ord, f"{name}{projector}")) % every, count, every))
+    names = operations(base)
+    every = max(1, len(names) // CHEAP)
+    writes = [n for n, own in enumerate(names) if projector is None and "_foreach_copy_" in own]
+    check(base, [*range(sum(map(ord, f"{name}{projector}")) % every, len(names), every), *writes])
 
 
 STEPS = {"first": 0, "plain": 1, "refresh": GAP}
