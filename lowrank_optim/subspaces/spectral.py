@@ -205,9 +205,8 @@ class Spectral(SpectralFactors):
 
         The difference is taken of the factors, not of the products: a step of zero is no step.
         """
-        decay = into.guarded_decay()
-        values = self.values([state], [update], into.lr, of_all(decay))
-        deque(self._push_([into], [state], [update], [decay], values), maxlen=0)
+        values = self.values([state], [update], into.lr, of_all(into.guarded_decay()))
+        deque(self._push_([into], [state], [update], values), maxlen=0)
 
     def push_all_(
         self,
@@ -226,7 +225,7 @@ class Spectral(SpectralFactors):
         for at in self._several(states, first.param):
             own = [intos[n] for n in at]
             lists = [states[n] for n in at], [updates[n] for n in at]
-            numbers = self._push_(own, *lists, decayed_(own), values.of(at))
+            numbers = self._push_(own, *lists, values.of(at))
             if len(at) == 1:  # what is alone has been kept before it counts as written
                 deque(numbers, maxlen=0)
                 yield at[0]
@@ -239,7 +238,6 @@ class Spectral(SpectralFactors):
         intos: Sequence[Target],
         states: Sequence[State],
         updates: Sequence[dict[str, Tensor]],
-        decays: Sequence[float | Tensor],
         values: Values,
     ) -> Iterator[int]:
         """:meth:`push_` of matrices that are computed as one.
@@ -248,7 +246,6 @@ class Spectral(SpectralFactors):
             intos: alike but for the weights.
             states: of each.
             updates: of each.
-            decays: what is left to multiply the weights of each by.
             values: the step of their singular values.
         """
         first, wide = intos[0], states[0]["basis_u"].dtype
@@ -261,7 +258,7 @@ class Spectral(SpectralFactors):
             rights.append(stacked(vs) * gained)
         if first.param.dtype != wide and len(lefts) > 1:  # rounded once
             lefts, rights = ([torch.cat([x.to(dtype) for x in own], -2)] for own in (lefts, rights))
-        count = 0
+        decays, count = decayed_(intos), 0  # weights are touched when all memory is there
         try:
             for n, (into, decay) in enumerate(zip(intos, decays, strict=True)):
                 for left, right in zip(lefts, rights, strict=True):
