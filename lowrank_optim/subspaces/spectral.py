@@ -35,9 +35,9 @@ class Values(NamedTuple):
 
     def of(self, at: range) -> Values:
         """Those of some of the matrices."""
-        new, gained, lengths = (x[at.start : at.stop] for x in (self.new, *self[2:]))
-        sign = None if self.sign is None else self.sign[at.start : at.stop]
-        return Values(new, sign, gained, lengths)
+        own = slice(at.start, at.stop)
+        sign = None if self.sign is None else self.sign[own]
+        return Values(self.new[own], sign, self.gained[own], self.lengths[own])
 
 
 class Vectors(NamedTuple):
