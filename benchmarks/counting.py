@@ -103,7 +103,10 @@ FREE = {
     aten.sym_stride, aten.is_pinned, aten.record_stream,
 }  # fmt: skip
 """No kernel, besides views."""
-WRITTEN_ONLY = {aten.copy_, aten.zero_, aten.fill_, aten.normal_, aten.uniform_, aten.random_}
+WRITTEN_ONLY = {
+    aten.copy_, aten.zero_, aten.fill_, aten.normal_, aten.uniform_, aten.random_,
+    aten._foreach_copy_, aten._foreach_zero_,
+}  # fmt: skip
 """Of torch: what these mutate they do not read."""
 GATHERS = {aten.index_select, aten.index, aten.gather}
 """They read what they return, of a source that may be larger."""

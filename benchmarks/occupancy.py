@@ -211,8 +211,9 @@ ROWS = (
     "column_norms/rows", "coordinate sign/rows", "lift_term/rows", "lift_scaled bf16/rows",
     "lift_scaled bf16 sm_80/rows", "lift_scaled bf16 sm_90/rows", "lift_sign bf16/rows",
     "lift_sign bf16 sm_80/rows", "lift_sign bf16 sm_90/rows", "lift_scaled fp32/rows",
-    "lift_sign fp32/rows", "cosine_place/one", "cosine_fold folded/rows", "cosine_add half/rows",
-    "cosine_score l2/folded", "cosine_pick/folded", "top_rows 4096/one", "move_rows 256/one",
+    "lift_sign fp32/rows", "cosine_place/one", "cosine_fold folded/rows",
+    "cosine_score l2/mirrored", "cosine_pick/mirrored", "cosine_add folded/rows",
+    "top_rows 4096/one", "move_rows 256/one",
 )  # fmt: skip
 """One variant of each kernel, of lifts each tile; the notes have the resources of all."""
 PLAIN = "sm_89"

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import lowrank_optim
-from lowrank_optim.ops.cosine import at_once, tile_width
+from lowrank_optim.ops.cosine import SPAN, at_once, tile_width, whole_at_once
 from lowrank_optim.ops.schema import PLAN
 from lowrank_optim.ops.stacked import is_words
 from lowrank_optim.ops.tiles import FLAT, tile_elements
@@ -123,6 +123,9 @@ def _cosine_floor(name: str, given: Arguments) -> Floor:
     flops = sum(2.5 * x.numel() * math.log2(max(2, x.shape[0])) for x in first)
     if name == "cosine_project_":
         total += sizes(given["outs"])
+    elif name == "cosine_top_project_":
+        changed = ("indices", "sources", "finite", "usable", "outs")
+        total += sizes(given["indices"]) + sum(sizes(given[k]) for k in changed)
     elif name == "cosine_lift_add_":
         total += sizes(first) + sizes(given["updates"])
     elif name == "cosine_adamw_":
@@ -230,23 +233,21 @@ one pass if all stages of a column fit a multiprocessor, as they do up to some t
 class _Passes:
     """Kernels over all columns of alike matrices ``(m, n)``, as many at once as a tile holds."""
 
-    def __init__(self, xs: Sequence[Tensor], flops: float = 2.5) -> None:
+    def __init__(self, xs: Sequence[Tensor], together: int = 0) -> None:
         (m, n), count = xs[0].shape, len(xs)
-        self.elements, self.count = m * n * count, count
-        slices = -(-n // tile_width(m, True))
-        self.tiles = -(-count // at_once(m, n, True)) * slices
-        self.work = round(flops * self.elements * math.log2(max(2, m)))
+        self.elements = m * n * count
+        self.calls = -(-count // (together or at_once(m, n, True)))
+        self.tiles = self.calls * -(-n // tile_width(m, True))
+        self.work = round(2.5 * self.elements * math.log2(max(2, m)))
 
     def each(self, op: str, share: float) -> Kernel:
         """One of them, by its bytes an element."""
         flops = self.work if "fft" in op else 0
         return Kernel(op, self.tiles, round(share * self.elements), flops)
 
-    def transform(self, inverse: bool) -> list[Kernel]:
-        """The inverse overwrites what it reads, so that torch copies the spectrum before."""
-        if not inverse:
-            return [self.each("fft_r2c", FFT)]
-        return [self.each("copy of the spectrum", 8), self.each("fft_c2r", FFT)]
+    def transform(self) -> Kernel:
+        """Reals to half a spectrum."""
+        return self.each("fft_r2c", FFT)
 
 
 def _groups(given: Arguments, *names: str) -> list[list[int]]:
@@ -258,12 +259,43 @@ def _groups(given: Arguments, *names: str) -> list[list[int]]:
 def _scores(given: Arguments) -> list[Kernel]:
     found = []
     for at in _groups(given, "grads"):
-        x = given["grads"][at[0]]
-        passes = _Passes([given["grads"][i] for i in at])
-        folded = passes.each("cosine_fold", x.element_size() + 4)
-        sums = Kernel("sum", 1, 4 * passes.elements // 128 + 4 * len(at) * x.shape[0])
-        around = passes.transform(given["basis"] != "dct2")
-        found += [folded, *around, passes.each("cosine_score", 4 + 4 / 128), sums]
+        own = [given["grads"][i] for i in at]
+        found += _scored(own, _Passes(own), 1)
+    return found
+
+
+def _scored(xs: Sequence[Tensor], passes: _Passes, sums: int) -> list[Kernel]:
+    x, each = xs[0], 4 * passes.elements // SPAN + 4 * len(xs) * xs[0].shape[0]
+    return [
+        passes.each("cosine_fold", x.element_size() + 4),
+        passes.transform(),
+        passes.each("cosine_score", 4 + 4 / SPAN),
+        Kernel("sum", sums, each),
+    ]
+
+
+def _picked(passes: _Passes, x: Tensor, out: Tensor) -> Kernel:
+    return passes.each("cosine_pick", 2 * out.element_size() * out.shape[0] / x.shape[0])
+
+
+CHOSEN = ("grads", "indices", "sources", "finite", "usable", "outs")
+
+
+def _top_project(given: Arguments) -> list[Kernel]:
+    """One transform for both, but of what is too large to be kept whole."""
+    found: list[Kernel] = []
+    for at in _groups(given, *CHOSEN):
+        own: Arguments = {k: [given[k][i] for i in at] for k in CHOSEN}
+        (x, *_), (out, *_) = own["grads"], own["outs"]
+        count = whole_at_once(*x.shape, True)
+        scores = [g.new_empty(g.shape[0], dtype=torch.float32) for g in own["grads"]]
+        top = floor("top_rows_", {"scores": scores, **{k: own[k] for k in CHOSEN[1:5]}})
+        if count:
+            passes = _Passes(own["grads"], count)
+            found += [*_scored(own["grads"], passes, passes.calls), _picked(passes, x, out)]
+            found.append(Kernel("top_rows_", passes.calls, *top))
+        else:
+            found += [*_scores(own), Kernel("top_rows_", 1, *top), *_project(own)]
     return found
 
 
@@ -273,8 +305,7 @@ def _project(given: Arguments) -> list[Kernel]:
         x, out = given["grads"][at[0]], given["outs"][at[0]]
         passes = _Passes([given["grads"][i] for i in at])
         folded = passes.each("cosine_fold", x.element_size() + 4)
-        picked = passes.each("cosine_pick", 2 * out.element_size() * out.shape[0] / x.shape[0])
-        found += [folded, *passes.transform(given["basis"] != "dct2"), picked]
+        found += [folded, passes.transform(), _picked(passes, x, out)]
     return found
 
 
@@ -286,7 +317,7 @@ def _lift(given: Arguments) -> list[Kernel]:
         places = Kernel("cosine_place", 1, 4 * len(at) * (w.shape[0] + low.shape[0]))
         placed = passes.each("cosine_fold", low.element_size() * low.shape[0] / w.shape[0] + 4)
         added = passes.each("cosine_add", 4 + 2 * w.element_size())
-        found += [places, placed, *passes.transform(given["basis"] == "dct2"), added]
+        found += [places, placed, passes.transform(), added]
     return found
 
 
@@ -313,6 +344,7 @@ def _adamw(given: Arguments) -> list[Kernel]:
 COSINES: dict[str, Callable[[Arguments], list[Kernel]]] = {
     "cosine_scores": _scores,
     "cosine_project_": _project,
+    "cosine_top_project_": _top_project,
     "cosine_lift_add_": _lift,
     "cosine_adamw_": _adamw,
 }

@@ -21,7 +21,10 @@ TILE_ELEMENTS = {False: 1 << 18, True: 1 << 24}
 accelerator."""
 TOGETHER_ELEMENTS = {False: 1 << 18, True: 1 << 25}
 """Those of alike matrices: with fewer a step of many large ones is bound by an accelerator's host.
-Three buffers of float32 are 384 MiB, as much as Fira has of a bucket in passing."""
+Two buffers of float32 are 256 MiB."""
+WHOLE_ELEMENTS = 5 << 24
+"""Of the largest matrix whose transform is kept whole, so that it is not made twice. Those of a
+LLaMA-13B are: 270 MiB, and a tile of 64 MiB that is transformed."""
 SPAN = 128
 """Columns whose scores a GPU adds up in one program: fixed, so that sums are the same anywhere."""
 
@@ -45,6 +48,13 @@ def together(x: Tensor) -> int:
 def at_once(m: int, n: int, accelerated: bool) -> int:
     """How many matrices ``(m, n)`` are transformed at once."""
     return max(1, TOGETHER_ELEMENTS[accelerated] // max(1, m * min(n, tile_width(m, accelerated))))
+
+
+def whole_at_once(m: int, n: int, accelerated: bool) -> int:
+    """How many matrices ``(m, n)`` have their whole transforms kept at once; 0 for none."""
+    if m * n > WHOLE_ELEMENTS:
+        return 0
+    return max(1, TOGETHER_ELEMENTS[accelerated] // max(1, m * n))
 
 
 def tile_width(m: int, accelerated: bool) -> int:

@@ -305,6 +305,39 @@ cosine_project_ = _ops.cosine_project_
 cosine_scores = _ops.cosine_scores
 
 
+def cosine_top_project_(
+    grads: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    finite: Sequence[Tensor],
+    usable: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    plan: Sequence[Tensor],
+    basis: str,
+    ranking: str,
+) -> None:
+    """The coefficients with the largest scores: which they are, and what they are.
+
+    :func:`cosine_scores`, :func:`top_rows_` and :func:`cosine_project_` in turn; Triton transforms
+    the gradients once for both, where the whole of a matrix is not too large to keep.
+
+    Args:
+        grads: ``(m, n)``, all of one m.
+        indices: ``(r,)`` int32: the old ones, ascending, and then the new.
+        sources: ``(r,)`` int32, written: where each new one stood among the old, -1 for nowhere.
+        finite: 0-d bools, written: whether the sum of the scores is.
+        usable: likewise, whether it is finite and not 0. Else the old indices stay.
+        outs: ``(r, n)``, written: the coefficients of these indices.
+        plan: of :class:`~lowrank_optim.ops.cosine.CosineTransform`.
+        basis: "dct2" or "dct3".
+        ranking: "l2" or "l1".
+    """
+    if grads:
+        _ops.cosine_top_project_(
+            grads, indices, sources, finite, usable, outs, plan, basis, ranking
+        )
+
+
 def top_rows_(
     scores: Sequence[Tensor],
     indices: Sequence[Tensor],

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops.cosine import SPAN, at_once, tile_width
+from lowrank_optim.ops.cosine import SPAN, at_once, tile_width, whole_at_once
 from lowrank_optim.ops.devices import kind_of
 from lowrank_optim.ops.schema import NAMESPACE
 
@@ -41,39 +41,50 @@ def named(func: Any, args: Sequence[Any], kwargs: Given) -> dict[str, Any]:
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _transforms(xs: Sequence[Tensor], back: bool, each: Callable[[int, int], int]) -> list[int]:
+def _transforms(xs: Sequence[Tensor], each: Callable[[int, int], int]) -> list[int]:
     """Of the alike matrices ``(m, n)`` that hold most.
 
     Args:
         xs: whose columns are transformed.
-        back: from spectra, of which torch makes a copy, as it overwrites what it transforms.
         each: bytes that a matrix ``(m, n)`` has from begin to end.
     """
     found: list[list[int]] = [[]]
     for m, n in {(int(x.shape[0]), int(x.shape[1])) for x in xs if x.numel()}:
         alike = sum(x.shape == (m, n) for x in xs)
         columns = min(alike, at_once(m, n, True)) * min(n, tile_width(m, True))
-        whole, spectrum = 4 * columns * m, 8 * columns * (m // 2 + 1)
-        own = [spectrum, spectrum, whole] if back else [whole, spectrum]
-        found.append([*own, alike * each(m, n)])
+        found.append([4 * columns * m, 8 * columns * (m // 2 + 1), alike * each(m, n)])
     return max(found, key=sum)
 
 
-def _scores(given: Given) -> list[int]:
-    def sums(m: int, n: int) -> int:
-        width = tile_width(m, True)
-        rows = sum(-(-min(width, n - at) // SPAN) for at in range(0, n, width))
-        return 4 * rows * m
+def _sums(m: int, n: int) -> int:
+    width = tile_width(m, True)
+    return 4 * m * sum(-(-min(width, n - at) // SPAN) for at in range(0, n, width))
 
-    return _transforms(given["grads"], given["basis"] != "dct2", sums)
+
+def _scores(given: Given) -> list[int]:
+    return _transforms(given["grads"], _sums)
 
 
 def _project(given: Given) -> list[int]:
-    return _transforms(given["grads"], given["basis"] != "dct2", lambda m, n: 0)
+    return _transforms(given["grads"], lambda m, n: 0)
+
+
+def _top_project(given: Given) -> list[int]:
+    """Whole transforms beside the tile that is folded; of what is too large those of two ops."""
+    large = [x for x in given["grads"] if not whole_at_once(x.shape[0], x.shape[1], True)]
+    found = [_scores({**given, "grads": large}), _project({**given, "grads": large})]
+    for m, n in {(int(x.shape[0]), int(x.shape[1])) for x in given["grads"] if x.numel()}:
+        count = sum(x.shape == (m, n) for x in given["grads"])
+        count = min(count, whole_at_once(m, n, True))
+        width, spectrum = tile_width(m, True), 8 * count * (m // 2 + 1)
+        tiles = [(min(width, n - at), min(n, at + width)) for at in range(0, n, width)]
+        held = [[4 * count * m * own, spectrum * until] for own, until in tiles]
+        found.append([*max(held, key=sum), count * _sums(m, n)])
+    return max(found, key=sum)
 
 
 def _lift(given: Given) -> list[int]:
-    return _transforms(given["params"], given["basis"] == "dct2", lambda m, n: 4 * m)
+    return _transforms(given["params"], lambda m, n: 4 * m)
 
 
 def _scaled(given: Given) -> list[int]:
@@ -96,6 +107,7 @@ def _sign(given: Given) -> list[int]:
 BUFFERS: dict[str, Callable[[Given], list[int]]] = {
     "cosine_scores": _scores,
     "cosine_project_": _project,
+    "cosine_top_project_": _top_project,
     "cosine_lift_add_": _lift,
     "lift_add_scaled_": _scaled,
     "lift_add_sign_": _sign,

@@ -71,6 +71,9 @@ SCHEMAS = {
     "cosine_scores": "(Tensor[] grads, Tensor[] plan, str basis, str ranking) -> Tensor[]",
     "cosine_project_": "(Tensor[] grads, Tensor[] indices, Tensor(a!)[] outs, Tensor[] plan, "
     "str basis) -> ()",
+    "cosine_top_project_": "(Tensor[] grads, Tensor(a!)[] indices, Tensor(b!)[] sources, "
+    "Tensor(c!)[] finite, Tensor(d!)[] usable, Tensor(e!)[] outs, Tensor[] plan, str basis, "
+    "str ranking) -> ()",
     "cosine_lift_add_": "(Tensor(a!)[] params, Tensor[] indices, Tensor[] updates, Tensor[] plan, "
     "str basis, float decay, float[] steps, Tensor[] finite) -> ()",
     "cosine_adamw_": f"({_APPLY}, Tensor[] indices, Tensor[] sources, Tensor(b!)[] exp_avgs, "

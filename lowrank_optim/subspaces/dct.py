@@ -16,7 +16,8 @@ from lowrank_optim.ops.devices import kind_of
 from lowrank_optim.ops.stacked import empty_like_all, stacked
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.base import State, register
-from lowrank_optim.subspaces.fixed import SPECTRUM_ELEMENTS, FixedBasis, Spectrum
+from lowrank_optim.subspaces.fixed import SPECTRUM_ELEMENTS, Choice, FixedBasis, Spectrum
+from lowrank_optim.subspaces.searches import Ask, Searching
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
@@ -118,6 +119,23 @@ class DCT(FixedBasis):
         plan = self.plan(grads[0].shape[0], grads[0])
         scores = ops.cosine_scores(grads, plan, self.basis, self.ranking)
         return list(zip(stacked(scores).sum(1).unbind(0), scores, strict=True))
+
+    def looking(self, grad: Tensor) -> Searching[tuple[Tensor | None, Any]]:
+        """Nothing, where one op looks, chooses and takes coordinates."""
+        if self._shares(grad) and self._takes_at_once(grad):
+            return None, None
+        return (yield from super().looking(grad))
+
+    def _takes_at_once(self, grad: Tensor) -> bool:
+        """Whether every step chooses, on one side, among what kernels transform."""
+        once = self.update_proj_gap == 1 and not self.two_sided
+        return once and self.fused(grad.shape[0], grad)
+
+    def _choosing(self, index: Tensor, grad: Tensor, seen: Any) -> Searching[Choice]:
+        if seen is not None or not self._takes_at_once(grad):
+            return (yield from super()._choosing(index, grad, seen))
+        chosen: Choice = yield Ask(_top_coords_, (grad, index), (self,), listed=True)
+        return chosen
 
     def _spectra(self, grads: Sequence[Tensor]) -> list[Spectrum]:
         n = grads[0].shape[0]
@@ -298,6 +316,18 @@ class DCT(FixedBasis):
             return inside.addcmul_(grad, factor.mT.to(grad.dtype))
         outside = term.of_(grad - plan.lift(seen, index))
         return plan.lift(low, index).mul_(self.scale).add_(outside)
+
+
+def _top_coords_(grads: list[Tensor], indices: list[Tensor], subspace: DCT) -> list[Choice]:
+    """Write new indices, and transform each gradient once for them and for its coordinates."""
+    n, grad = grads[0].shape[1], grads[0]
+    sources = empty_like_all(indices, indices[0].shape, indices[0].dtype)
+    finite, usable = (empty_like_all(grads, (), torch.bool) for _ in range(2))
+    lows = empty_like_all(grads, (subspace.rank, n), compute_dtype(grad.dtype))
+    plan = subspace.plan(grad.shape[0], grad)
+    told = sources, finite, usable
+    ops.cosine_top_project_(grads, indices, *told, lows, plan, subspace.basis, subspace.ranking)
+    return list(map(Choice, *told, lows))
 
 
 class _Plain(NamedTuple):

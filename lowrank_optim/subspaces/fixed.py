@@ -41,6 +41,19 @@ class Spectrum(NamedTuple):
     """The same, as they were transformed."""
 
 
+class Choice(NamedTuple):
+    """What a choice of vectors says, on its device."""
+
+    source: Tensor
+    """``(r,)``: where each stood among the old ones, -1 for nowhere."""
+    finite: Tensor
+    """Whether the gradient is: 0-d bool."""
+    usable: Tensor
+    """Whether it said something: 0-d bool. Else the old ones stay."""
+    low: Tensor | None = None
+    """Its coordinates ``(r, n)``, where they are at hand."""
+
+
 @dataclass(frozen=True)
 class FixedBasis(Projector):
     r"""The r vectors of a fixed orthonormal basis Q with the largest coefficients.
@@ -169,29 +182,27 @@ class FixedBasis(Projector):
         """On an accelerator one choice for all matrices, which says whether a gradient is fine."""
         if not self._shares(grad):
             return self.refresh_(state, grad, ctx)
-        rotations: list[Callable[[], Tensor]] = []
-        sources, told, low, spectrum = [], [], None, ctx.seen
-        keys = ("basis_index", "basis_index_right")[: 1 + self.two_sided]
-        for key, x in zip(keys, (grad, grad.mT), strict=False):
-            if spectrum is None:
-                spectrum = yield Ask(_spectra, (x,), (self,), listed=True)
-            elif isinstance(spectrum, Tensor):
-                spectrum = Spectrum(spectrum)
-            index = state[key]
-            source, *flags = yield Ask(_choose_all_, (index, spectrum.scores), listed=True)
-            rotations.append(_rotation(source, grad.dtype))
-            sources.append(source)
-            told.append(flags)
-            if spectrum.whole is not None:
-                low = yield Ask(_rows_at, (spectrum.whole, index))
-            elif spectrum.parts:
-                low = self._low(grad, spectrum.parts, index)
-            spectrum = None
-        right = [*rotations[1:], None][0], [*sources[1:], None][0]
-        (finite, ok), *_ = told
+        own = yield from self._choosing(state["basis_index"], grad, ctx.seen)
+        moved = BasisChange(_rotation(own.source, grad.dtype), None, own.source, None, low=own.low)
+        if self.two_sided:
+            right = yield from self._choosing(state["basis_index_right"], grad.mT, None)
+            rotation = _rotation(right.source, grad.dtype)
+            moved = moved._replace(right=rotation, source_right=right.source, low=None)
         sure = self.ranking == "l2"  # sums of absolute values say nothing of squares
-        moved = BasisChange(rotations[0], right[0], sources[0], right[1], low=low, ok=ok)
-        return {"low": moved._replace(finite=finite if sure else None)}
+        return {"low": moved._replace(ok=own.usable, finite=own.finite if sure else None)}
+
+    def _choosing(self, index: Tensor, grad: Tensor, seen: Any) -> Searching[Choice]:
+        """Write the indices of one side, those of several matrices at once."""
+        spectrum = Spectrum(seen) if isinstance(seen, Tensor) else seen
+        if spectrum is None:
+            spectrum = yield Ask(_spectra, (grad,), (self,), listed=True)
+        source, finite, usable = yield Ask(_choose_all_, (index, spectrum.scores), listed=True)
+        low = None
+        if spectrum.whole is not None:
+            low = yield Ask(_rows_at, (spectrum.whole, index))
+        elif spectrum.parts:
+            low = self._low(grad, spectrum.parts, index)
+        return Choice(source, finite, usable, low)
 
     def scores(self, grad: Tensor) -> Tensor | None:
         """Sums over columns, but for two sides or idle experts."""

@@ -60,6 +60,24 @@ def test_one_galore_matrix_by_hand() -> None:
     assert found.least == W * (3 * M * N + M * R) + 2 * 8 * R * N
 
 
+def test_one_matrix_of_cosines_by_hand() -> None:
+    """The transforms of the gradient and back are of reals: torch makes no copy of a spectrum.
+
+    What a refresh moves is kept before, indices, ages and moments: read once and written once.
+    """
+    found = count("DCT, gap 1", [(M, N)], [], R)
+    low, matrix = R * N, M * N
+    kept = 4 * R + 4 * R + 8 * low
+    for op, (moved, launches) in {
+        "fft_r2c": (2 * 8 * matrix, 2),
+        "cosine_fold": ((W + 4) * matrix + W * low + 4 * matrix, 2),
+        "cosine_add": ((4 + 2 * W) * matrix, 1),
+        "_foreach_copy_": (2 * kept, 1),
+    }.items():
+        assert totals(found, op) == (moved, launches), op
+    assert not [k for _, k in found.kernels if k.op.startswith(("fft_c2r", "copy of"))]
+
+
 def test_adamw_is_what_it_must_move() -> None:
     """Four tensors read and three written, in as many launches as torch's tables of blocks take."""
     found = count("AdamW fused", [(M, N)] * 3, [], R)
@@ -221,7 +239,8 @@ def example(op: str, m: int, n: int, r: int) -> dict[str, Any]:
         "column_norms": (m, n),
         **dict.fromkeys(("move_rows_", "row_dots_", "turn_rows_"), (r, n)),
     }
-    of_outs = {"cosine_project_": (r, n), "row_dots_": (r,), "turn_rows_": (r, n)}
+    of_outs = dict.fromkeys(("cosine_project_", "cosine_top_project_", "turn_rows_"), (r, n))
+    of_outs |= {"row_dots_": (r,)}
     one = (1, n) if op == "residual_factors_" else (n,)
     shapes: dict[str, Any] = {
         "params": (m, n), "grads": one if elements else (m, n), "bases": (m, r), "updates": (r, n),
@@ -249,6 +268,8 @@ def example(op: str, m: int, n: int, r: int) -> dict[str, Any]:
             given[name] = [torch.empty(shapes[name])]
         else:
             given[name] = {"free": "sign", "basis": "dct2"}.get(name, 0)
+    if op == "cosine_top_project_":
+        given |= {k: [torch.empty((), dtype=torch.bool)] for k in ("finite", "usable")}
     if op == "stochastic_round_":
         given["outs"] = [given["outs"][0].bfloat16()]
     return given
@@ -269,17 +290,21 @@ def test_floors_are_those_of_the_table(op: str) -> None:
 
 
 def test_cosines_move_what_the_documentation_adds_up() -> None:
-    """36 + 8 r / m bytes an element of float32 for scores and coefficients, with two transforms."""
+    """20 + 8 r / m bytes an element of float32 for scores and coefficients; 36 of two transforms.
+
+    Two are made of what is too large to be kept.
+    """
     m, n, r = 1024, 4096, 256
     with pretended_accelerator():
-        found = [
-            k
-            for op in ("cosine_scores", "cosine_project_")
-            for k in package_kernels(op, example(op, m, n, r))
-        ]
+        found, large = (
+            package_kernels("cosine_top_project_", example("cosine_top_project_", m, columns, r))
+            for columns in (n, 1 << 20)
+        )
         lifted = package_kernels("cosine_lift_add_", example("cosine_lift_add_", m, n, r))
     # a program of the scores adds up 128 columns, and its sums are written, read and added up
-    assert sum(k.bytes for k in found) == (36 + 8 * r / m + 8 / 128) * m * n + 4 * m
+    top = 4 * m + 12 * r + 2  # what the choice reads and writes
+    assert sum(k.bytes for k in found) == (20 + 8 * r / m + 8 / 128) * m * n + 4 * m + top
+    assert sum(k.bytes for k in large) == (36 + 8 * r / m + 8 / 128) * m * (1 << 20) + 4 * m + top
     assert {k.launches for k in found} == {1}  # one tile
     around = sum(k.bytes for k in lifted if k.op in ("cosine_fold", "cosine_add"))
     assert around == (4 * r / m + 4 + 4 + 2 * 4) * m * n

@@ -68,10 +68,10 @@ ROWS = [
     Row("FrugalAdamW", {"projector": "columns"}, 1, 6, 20),
     Row("DCTAdamW", {"transform": "matmul"}, 2, 14, 20),
     Row("DCTAdamW8bit", {"transform": "matmul"}, 2, 14, 20),
-    Row("DCTAdamW", DCT, 0, 15, 20),
-    Row("DCTAdamW8bit", DCT, 0, 15, 20),
-    Row("DCTAdamW", {**DCT, "slot_bias_correction": False}, 0, 13, 20),
-    Row("GaLoreAdamW", {"projector": "dct"}, 0, 13, 20),
+    Row("DCTAdamW", DCT, 0, 14, 20),
+    Row("DCTAdamW8bit", DCT, 0, 14, 20),
+    Row("DCTAdamW", {**DCT, "slot_bias_correction": False}, 0, 12, 20),
+    Row("GaLoreAdamW", {"projector": "dct"}, 0, 12, 20),
     Row("GaLoreAdamW", ROUNDED, 2, 9, 12),
     Row("GaLoreAdamW8bit", ROUNDED, 2, 9, 12),
     Row("GaLoreAdamW", {"lr": torch.tensor(1e-2), **ROUNDED}, 2, 13, 20),
@@ -80,7 +80,7 @@ ROWS = [
     Row("FiraAdamW", {**ON_DEVICE, **ROUNDED}, 2, 19, 20),
     Row("FrugalAdamW", {"projector": "svd", **ROUNDED}, 2, 9, 20),
     Row("FrugalAdamW", {"projector": "columns", **ROUNDED}, 1, 9, 20),
-    Row("DCTAdamW", {**DCT, **EVERY, **ROUNDED}, 0, 21, 22),
+    Row("DCTAdamW", {**DCT, **EVERY, **ROUNDED}, 0, 18, 22),
     Row("GaLoreAdamW", {"proj_type": "full"}, 4, 6, 12),
     Row("FiraAdamW", ON_DEVICE, 2, 15, 20),
     Row("FrugalAdamW", {"projector": "svd", **ON_DEVICE}, 2, 10, 20),
@@ -88,13 +88,13 @@ ROWS = [
     Row("FrugalAdamW", {"projector": "svd", "free_rule": "sgd"}, 2, 7, 20),
     Row("DCTAdamW", {"transform": "matmul", "error_feedback": "float32"}, 3, 22, 24),
     Row("DCTAdamW", {"transform": "matmul", "error_feedback": "float32", **EVERY}, 3, 24, 30),
-    Row("DCTAdamW", {**DCT, "error_feedback": "bfloat16", **EVERY}, 0, 32, 36),
-    Row("DCTAdamW8bit", {**DCT, **EVERY}, 0, 19, 20, (48, 260)),  # each row has blocks of its own
+    Row("DCTAdamW", {**DCT, "error_feedback": "bfloat16", **EVERY}, 0, 28, 36),
+    Row("DCTAdamW8bit", {**DCT, **EVERY}, 0, 16, 20, (48, 260)),  # each row has blocks of its own
     Row("DCTAdamW", {"transform": "matmul", **EVERY}, 2, 16, 20),
     Row("SSTAdamW", {}, 5, 48, 50),
     Row("SSTAdamW", {"factors": "active"}, 3, 28, 30),
     Row("SwitchLoRAAdamW", {"interval": 1 << 20}, 3, 30, 36),
-    Row("DCTAdamW", {**DCT, **EVERY}, 0, 19, 20),
+    Row("DCTAdamW", {**DCT, **EVERY}, 0, 16, 20),
 ]
 SWITCHES: dict[str, Any] = {"interval": 8, "freeze_steps": 2}
 """Four vectors of each factor in every step, of 32."""

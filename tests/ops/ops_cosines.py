@@ -13,7 +13,9 @@ from torch import Tensor
 from lowrank_optim.ops.cosine import CosineTransform
 from tests.ops.ops_cases import BETA1, BETA2, DECAY, LR, Arguments, Expected, names, strided
 
-COSINES = ["cosine_scores", "cosine_project_", "cosine_lift_add_", "cosine_adamw_"]
+COSINES = [
+    "cosine_scores", "cosine_project_", "cosine_top_project_", "cosine_lift_add_", "cosine_adamw_",
+]  # fmt: skip
 WIDTHS = (1, 16, 33, 150)
 """One column; half a tile; a tile and a tail of one; more than one strip, and a tail."""
 
@@ -64,7 +66,14 @@ def arguments(
     found["eps"] = [1e-3 * (i + 1) for i in range(len(widths))]
     found["steps"] = [LR / (i + 1) for i in range(len(widths))]
     found["finite"] = []
-    if unsound is not None:
+    if op == "cosine_top_project_":
+        found["sources"] = [torch.full_like(x, 77) for x in found["indices"]]
+        found["finite"], found["usable"] = (
+            [torch.tensor(i % 2 > 0) for i in range(len(widths))] for _ in range(2)
+        )
+        if unsound is not None:
+            found["grads"][unsound][n // 2, 0] = torch.nan
+    elif unsound is not None:
         found["finite"] = [torch.tensor(i != unsound) for i in range(len(widths))]
         found["updates"][unsound].fill_(torch.nan)
     if by_row:
@@ -85,6 +94,15 @@ def expected(op: str, a: Arguments) -> Expected:
         if op == "cosine_scores":
             s = (q @ x.double()).abs()
             say("", s.sum(1) if a["ranking"] == "l1" else s.square().sum(1))
+            continue
+        if op == "cosine_top_project_":
+            s = (q @ x.double()).abs()
+            scores = s.sum(1) if a["ranking"] == "l1" else s.square().sum(1)
+            told = {"scores": [scores], "indices": [a["indices"][i]], "finite": [None]}
+            own = expected_top(told)
+            for name, (value, *_) in own.items():
+                found.setdefault(name, []).append(value)
+            say("outs", q[own["indices"][0][0].long()] @ x.double())
             continue
         q = q[a["indices"][i].long()]
         if op == "cosine_project_":

@@ -236,6 +236,23 @@ def test_top_rows_of_what_says_nothing_stay(backend: str) -> None:
         assert fine or torch.equal(x, old)
 
 
+def test_top_coefficients_of_what_says_nothing(backend: str) -> None:
+    """The old ones stay, and their coefficients are taken, beside others that are chosen."""
+    a = ops_cosines.arguments("cosine_top_project_", torch.float32, unsound=1)
+    a["grads"][2].zero_()
+    before = [x.clone() for x in a["indices"]]
+    cases.call("cosine_top_project_", a)
+    for n, (index, old, source, low) in enumerate(
+        zip(a["indices"], before, a["sources"], a["outs"], strict=True)
+    ):
+        assert (bool(a["finite"][n]), bool(a["usable"][n])) == (n != 1, n not in (1, 2))
+        if n in (1, 2):
+            assert torch.equal(index, old) and source.tolist() == [*range(old.numel())]
+        lost = torch.zeros_like(low, dtype=torch.bool)
+        lost[:, :1] = n == 1
+        assert torch.equal(low.isnan(), lost) and (n != 2 or not low.any())
+
+
 def test_top_rows_that_move(backend: str) -> None:
     """In any order, of every format and width."""
     for _ in range(1 if INTERPRETED else 3):

@@ -174,7 +174,9 @@ def runs(name: str, ttgir: str) -> list[tuple[int, int, int]]:
         matrix = {"fold": kind == "load", "pick": kind == "store", "add": bits == "16"}
         side = 1 if layout != "columns" and matrix.get(kernel) and len(own) == 2 else 0
         lane = own[side] * int(bits) // 8
-        known = len(own) == 2 and kernel != "pick" and "half" not in name  # others are not aligned
+        known = (
+            len(own) == 2 and kernel != "pick" and "mirrored" not in name
+        )  # others are not aligned
         found.append((lane, lane * lanes[side], SEEN if known else 1))
     assert len(found) >= 2 or kernel == "place", name
     return found

@@ -194,6 +194,36 @@ class TestTransforms:
         for got, want in zip(self.three(basis, m, n), whole, strict=True):
             check(got, (want.double(), None), f"{n} columns")
 
+    @pytest.mark.parametrize(("m", "most"), [(12, 1), (35, 2)])
+    def test_a_transform_that_is_kept_is_that_of_two_ops(
+        self, basis: str, m: int, most: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of several tiles, of one or two matrices at once; and of what is too large to be kept."""
+        monkeypatch.setattr(reference, "TILE_ELEMENTS", dict.fromkeys((False, True), 20 * m))
+        monkeypatch.setattr(
+            reference, "TOGETHER_ELEMENTS", dict.fromkeys((False, True), most * 45 * m)
+        )
+        grads, olds, results = [randn(m, 45) for _ in range(3)], [some(m, 5) for _ in range(3)], []
+        for largest in (45 * m, 45 * m - 1):
+            monkeypatch.setattr(reference, "WHOLE_ELEMENTS", largest)
+            indices = [x.clone() for x in olds]
+            sources, lows = [torch.empty_like(x) for x in indices], [randn(5, 45) for _ in grads]
+            flags = [[torch.zeros((), dtype=torch.bool, device=DEVICE) for _ in grads]
+                     for _ in range(2)]  # fmt: skip
+            ops.cosine_top_project_(
+                grads, indices, sources, *flags, lows, plan(m, basis), basis, "l2"
+            )
+            assert all(bool(x) for x in [*flags[0], *flags[1]])
+            results.append((indices, sources, lows))
+        for grad, index, low in zip(grads, *[results[0][i] for i in (0, 2)], strict=True):
+            full = rows(m, basis) @ grad.double()
+            best = full.square().sum(1).topk(5).indices.sort().values
+            assert index.tolist() == best.tolist()
+            check(low, (full[best], None), "coefficients")
+        for one, two in zip(*results, strict=True):
+            for x, y in zip(one, two, strict=True):
+                check(x.float(), (y.double(), None), "kept or not")
+
     def test_offsets_beyond_32_bits(self, basis: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Strides so large that a tile overruns 2^31 use 64-bit offsets: same numbers."""
         for m in (131, 64):
@@ -255,7 +285,9 @@ class TestSteps:
 
             return counted
 
-        for name in ("cosine_scores", "cosine_project_", "cosine_lift_add_"):
+        for name in (
+            "cosine_scores", "cosine_project_", "cosine_top_project_", "cosine_lift_add_",
+        ):  # fmt: skip
             monkeypatch.setattr(ops, name, count(name, getattr(ops, name)))
         return calls
 
@@ -297,9 +329,13 @@ class TestSteps:
             gap = weight.detach().double().cpu() - want[-1]
             assert float(gap.abs().max()) < 2e-5, (shape, options)
         count = len(shapes) * 4
-        assert forced["cosine_scores"] >= count // options.get("gap", 1)
+        chosen = forced.get("cosine_top_project_", 0)
+        assert forced.get("cosine_scores", 0) + chosen >= count // options.get("gap", 1)
+        if options.get("gap", 1) == 1 and not waits:
+            assert chosen == count
         if "memory" not in options:  # which takes what the step leaves through torch
-            assert min(forced.get(k, 0) for k in ("cosine_project_", "cosine_lift_add_")) >= count
+            taken = forced.get("cosine_project_", 0) + chosen
+            assert min(taken, forced.get("cosine_lift_add_", 0)) >= count
 
     def test_a_lost_gradient_leaves_all_as_it_was(self, monkeypatch: pytest.MonkeyPatch) -> None:
         cases.branching(monkeypatch, lambda x: True)

@@ -46,6 +46,7 @@ KERNELS = {
     "turn_rows_": 1,
     "cosine_scores": 2,
     "cosine_project_": 2,
+    "cosine_top_project_": 2 + 1 + 1,
     "cosine_lift_add_": 3,
     "cosine_adamw_": 2 + 1 + 3,
 }

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowrank_optim import PROJECTORS, GaLoreAdamW
+from lowrank_optim import PROJECTORS, GaLoreAdamW, ops
 from lowrank_optim.engine.draws import seeded
 from lowrank_optim.ops import native
 from lowrank_optim.ops.cosine import BASES, TILE_ELEMENTS, CosineTransform, cosine_rows
@@ -280,7 +280,7 @@ def test_an_accelerator_sees_several_gradients_at_once(
 ) -> None:
     """Coefficients and their norms are those of scipy's matrix, kept or not; any strides."""
     cases.branching(monkeypatch, lambda tensor: True)
-    q = scipy_rows(12, "dct2")
+    q, gap = scipy_rows(12, "dct2"), 1 if transform == "matmul" else 2
     for dtype, turned, tile in itertools.product(
         (torch.float64, torch.float32, torch.bfloat16), (False, True), (1 << 18, 12 * 45, 12 * 7)
     ):
@@ -288,7 +288,7 @@ def test_an_accelerator_sees_several_gradients_at_once(
         monkeypatch.setitem(TILE_ELEMENTS, True, tile)
         grads = [torch.randn((20, 12) if turned else (12, 20)).to(dtype) for _ in range(5)]
         grads = [grad.mT if turned else grad for grad in grads]
-        subspace = DCT(rank=4, ranking=ranking, transform=transform)
+        subspace = DCT(rank=4, ranking=ranking, transform=transform, update_proj_gap=gap)
         found = together([subspace.looking(grad) for grad in grads])
         for grad, (size, seen) in zip(grads, found, strict=True):
             whole = q @ grad.double()
@@ -298,6 +298,42 @@ def test_an_accelerator_sees_several_gradients_at_once(
             assert (seen.whole is None) == (transform == "fft" or tile == 12 * 7)
             if seen.whole is not None:
                 assert_close(seen.whole, whole)
+
+
+@pytest.mark.parametrize("ranking", ["l1", "l2"])
+def test_an_accelerator_that_chooses_at_every_step_transforms_once(
+    ranking: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One op for alike matrices: indices, where they stood, and the coordinates of the gradient."""
+    cases.branching(monkeypatch, lambda tensor: True)
+    calls: list[int] = []
+    own = ops.cosine_top_project_
+
+    def counted(grads: list[Tensor], *others: Any) -> None:
+        calls.append(len(grads))
+        own(grads, *others)
+
+    monkeypatch.setattr(ops, "cosine_top_project_", counted)
+    q = scipy_rows(12, "dct2")
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        view, sub = subspace("dct", (12, 20), 4, transform="fft", ranking=ranking)
+        grads = [torch.randn(12, 20).to(dtype) for _ in range(3)]
+        grads[1].zero_()
+        states = [sub.init(view, grad) for grad in grads]
+        ctx = RefreshContext(view, torch.Generator().manual_seed(0))
+        found = together([sub.refreshing_(*each, ctx) for each in zip(states, grads, strict=True)])
+        for n, (state, grad, moved) in enumerate(zip(states, grads, found, strict=True)):
+            change, whole = moved["low"], q @ grad.double()
+            scores = whole.abs().sum(1) if ranking == "l1" else whole.square().sum(1)
+            index = [0, 1, 2, 3] if n == 1 else sorted(scores.topk(4).indices.tolist())
+            assert state["basis_index"].tolist() == index
+            places = [k if k < 4 else -1 for k in index]
+            assert change.source is not None and change.source.tolist() == places
+            assert change.low is not None and change.ok is not None
+            assert_close(change.low, whole[index])
+            assert bool(change.ok) == (n != 1)
+            assert (change.finite is not None) == (ranking == "l2")
+    assert calls == ([3, 3] if ops.fuses_cosine(torch.empty(0), 12) else [])  # float64 is not
 
 
 def test_auto_takes_the_cheaper_form(monkeypatch: pytest.MonkeyPatch) -> None:

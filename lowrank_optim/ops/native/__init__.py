@@ -10,6 +10,7 @@ from lowrank_optim.ops.native.cosine import (
     cosine_lift_add_,
     cosine_project_,
     cosine_scores,
+    cosine_top_project_,
     takes_length,
     top_rows_,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "cosine_lift_add_",
     "cosine_project_",
     "cosine_scores",
+    "cosine_top_project_",
     "count_",
     "decay_",
     "dequantize_blockwise_",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops.cosine import check_name
+from lowrank_optim.ops.cosine import check_name, cosine_project_, cosine_scores
 from lowrank_optim.ops.reference.arguments import Tensors, or_none, times, wide
 from lowrank_optim.ops.reference.moments import adamw
 from lowrank_optim.ops.rows import check_rows
@@ -226,6 +226,23 @@ def top_rows_(
                 stood, new = torch.where(moves, stood, stay), torch.where(moves, new, old)
             torch._foreach_copy_(places, list(stood.unbind(0)))
         torch._foreach_copy_(own, list(new.unbind(0)))
+
+
+def cosine_top_project_(
+    grads: Tensors,
+    indices: Tensors,
+    sources: Tensors,
+    finite: Tensors,
+    usable: Tensors,
+    outs: Tensors,
+    plan: Tensors,
+    basis: str,
+    ranking: str,
+) -> None:
+    """Scores, the indices of the largest, and their coefficients: the gradients twice."""
+    scores = cosine_scores(grads, plan, basis, ranking)
+    top_rows_(scores, indices, sources, finite, usable)
+    cosine_project_(grads, indices, outs, plan, basis)
 
 
 def _told_(scores: Tensor, finite: Tensors, usable: Tensors) -> Tensor:

@@ -40,6 +40,7 @@ _MODULES = {
     "move_rows_": "rows",
     "cosine_scores": "cosine",
     "cosine_project_": "cosine",
+    "cosine_top_project_": "cosine",
     "cosine_lift_add_": "cosine",
     "cosine_adamw_": "cosine",
 }

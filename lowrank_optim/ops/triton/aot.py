@@ -223,42 +223,41 @@ def _lift_blocks() -> Iterator[tuple[int, str, str, blocks.Blocks, tuple[str, ..
 
 
 def _cosines() -> Iterator[Variant]:
-    tile = {"BC": cosine.COLUMNS, "BQ": cosine.PAIRS}
     for how, mode in (("one", _ONE), ("many", _MANY)):
         yield _variant(
             f"cosine_place/{how}", kernels.cosine_place_kernel, 4, PROBES=11, BLOCK=cosine.PLACES,
             pointers={"out": "*i32"}, **mode,
         )  # fmt: skip
-    for half in (False, True):
-        name = "half" if half else "folded"
-        left = {"parts": "*i64" if half else "*fp32"}  # what a transform left, or is given
-        given = {"out": left["parts"]}
-        mode = _MANY if half else _ONE
+    left = {"parts": "*i64"}  # what a transform leaves
+    for mirror in (False, True):
+        name = "mirrored" if mirror else "folded"
+        mode = _MANY if mirror else _ONE
+        tile = {"BC": cosine.COLUMNS, "BQ": cosine.PAIRS, "MIRROR": mirror}
         yield _variant(
-            f"cosine_fold picked/{name}", kernels.cosine_fold_kernel, 4, **tile, HALF=half,
-            DOWN=False, PICKED=True, WIDE=False, xj=1, pointers=given, **mode,
+            f"cosine_fold picked/{name}", kernels.cosine_fold_kernel, 4, **tile,
+            DOWN=False, PICKED=True, WIDE=False, xj=1, **mode,
         )  # fmt: skip
         for layout in ("rows", "columns"):
             side = "i" if layout == "columns" else "j"
             unit: dict[str, Any] = {"x" + side: 1, "DOWN": side == "i"}
             yield _variant(
-                f"cosine_fold {name}/{layout}", kernels.cosine_fold_kernel, 4, **tile, HALF=half,
+                f"cosine_fold {name}/{layout}", kernels.cosine_fold_kernel, 4, **tile,
                 PICKED=False, WIDE=False, places=None, **unit, **mode,
-                pointers={**given, "x": "*bf16"},
+                pointers={"x": "*bf16"},
             )  # fmt: skip
             yield _variant(
-                f"cosine_add {name}/{layout}", kernels.cosine_add_kernel, 4, **tile, HALF=half,
+                f"cosine_add {name}/{layout}", kernels.cosine_add_kernel, 4, **tile,
                 WIDE=False, SOUND=layout == "rows", DOWN=unit["DOWN"], **{"w" + side: 1},
                 pointers=left, **mode,
             )  # fmt: skip
         for l1 in (False, True):
             yield _variant(
                 f"cosine_score {'l1' if l1 else 'l2'}/{name}", kernels.cosine_score_kernel, 4,
-                **tile, HALF=half, L1=l1, SPAN=cosine.SPAN, pointers=left, **mode,
+                **tile, L1=l1, SPAN=cosine.SPAN, pointers=left, **mode,
             )  # fmt: skip
         yield _variant(
             f"cosine_pick/{name}", kernels.cosine_pick_kernel, 4, BC=cosine.PICKED_COLUMNS,
-            BR=cosine.PICKED_ROWS, HALF=half, pointers=left, **mode,
+            BR=cosine.PICKED_ROWS, MIRROR=mirror, pointers=left, **mode,
         )  # fmt: skip
 
 

@@ -1,14 +1,21 @@
 """What is around the FFT of a cosine transform, in one pass before it and one after it.
 
-torch transforms (cuFFT, rocFFT, MKL); these kernels turn, reorder, twiddle, add up, pick and apply.
-Both orders that a transform needs pair rows of the matrix, and a program has both of a pair:
+torch transforms (cuFFT, rocFFT, MKL), always reals to half a spectrum ``H``; these kernels turn,
+reorder, twiddle, add up, pick and apply. Rows of the matrix come in pairs, of two kinds, and a
+program has both rows of a pair:
 
-* folded, as the FFT takes or leaves reals: rows 2q and 2q + 1 are entries q and m - 1 - q;
-* half a spectrum, as it takes or leaves complex numbers: rows q and m - q are the real part of
-  entry q, turned, and its imaginary part, with the other sign.
+* folded: rows 2q and 2q + 1;
+* mirrored (``MIRROR``): rows q and m - q.
 
-So rows that are stored together are read together, no table of places is read, and a spectrum is
-written whole, zeros included: nothing is scattered, and no two programs write one entry.
+Cosines of a matrix take folded rows, as entries q and m - 1 - q, and leave mirrored ones: the real
+part of ``H_q``, turned, and its imaginary part, with the other sign. The inverse takes mirrored
+rows, turned, as entries q and m - q, and leaves folded ones: by Hartley's transform of what is
+turned so, ``Re H_q + Im H_q`` and ``Re H_{q+1} - Im H_{q+1}``. An inverse FFT would do as much, but
+it overwrites what it is given, so that torch has it transform a copy.
+
+So rows that are stored together are read together, no table of places is read, and what is
+transformed is written whole, zeros included: nothing is scattered, and no two programs write one
+entry.
 
 A warp's lanes have to run along memory, and the compiler lays them so where it sees that addresses
 ascend by one. Where they do not, as for entries m - 1 - q, some versions of it take the first
@@ -38,13 +45,6 @@ def parts_of(pair):
 
 
 @triton.jit
-def pair_of(real, imaginary):
-    """The 64 bits of a complex number."""
-    low = real.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-    return low | (imaginary.to(tl.int32, bitcast=True).to(tl.int64) << 32)
-
-
-@triton.jit
 def entries(BC: tl.constexpr, BQ: tl.constexpr):
     """Numbers, in a tile (BQ, BC), of pairs and of columns."""
     return tl.arange(0, BQ)[:, None], tl.arange(0, BC)[None, :]
@@ -54,6 +54,12 @@ def entries(BC: tl.constexpr, BQ: tl.constexpr):
 def descending(end, q):
     """``end - 1 - q``, by fours: for q of 0 to 3 they are ``end - 4`` to ``end - 1``."""
     return (end - 4 - q // 4 * 4) + q % 4
+
+
+@triton.jit
+def backwards(q):
+    """The q whose mirror is ``descending``: each four of them from the last to the first."""
+    return q // 4 * 4 + 3 - q % 4
 
 
 @triton.jit
@@ -80,20 +86,14 @@ def rows_at(base, row, q, j0, si, sj, BC: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def both_rows_at(
+def mirrored_at(
     base, q0, j0, m, si, sj,
-    HALF: tl.constexpr, DOWN: tl.constexpr,
-    BC: tl.constexpr, BQ: tl.constexpr, WIDE: tl.constexpr,
+    DOWN: tl.constexpr, BC: tl.constexpr, BQ: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Addresses of the first and of the second rows of pairs, in the order of their entries."""
+    """Addresses of rows q and of rows m - q, the latter by fours with ``DOWN``."""
     q = tl.arange(0, BQ)[:, None]
-    if HALF:
-        first = rows_at(base, q0, q, j0, si, sj, BC, WIDE)
-        second = rows_at(base, m - q0, descending(1, q) if DOWN else -q, j0, si, sj, BC, WIDE)
-    else:
-        first = rows_at(base, 2 * q0, 2 * q, j0, si, sj, BC, WIDE)
-        second = rows_at(base, 2 * (q0 + BQ) - 1, -2 * q, j0, si, sj, BC, WIDE)
-    return first, second
+    second = rows_at(base, m - q0, descending(1, q) if DOWN else -q, j0, si, sj, BC, WIDE)
+    return rows_at(base, q0, q, j0, si, sj, BC, WIDE), second
 
 
 @triton.jit
@@ -109,61 +109,44 @@ def between(even, odd, BC: tl.constexpr, BQ: tl.constexpr):
 
 
 @triton.jit
-def corner_of(part, m, HALF: tl.constexpr, BC: tl.constexpr, BQ: tl.constexpr):
+def corner_of(part, m, MIRROR: tl.constexpr, BC: tl.constexpr, BQ: tl.constexpr):
     """First pair and first column of a program; programs of the same columns are neighbours."""
-    pairs = m // 2 + 1 if HALF else (m + 1) // 2
+    pairs = m // 2 + 1 if MIRROR else (m + 1) // 2
     down = tl.cdiv(pairs, BQ)
     program = part.to(tl.int32)
     return program % down * BQ, program // down * BC
 
 
 @triton.jit
-def firsts(q0, q, m, HALF: tl.constexpr):
-    """Entries of a transform that are first rows of pairs ``q0 + q``, and whether there are.
+def there_is(q, m, MIRROR: tl.constexpr):
+    """Whether there is a first row of pairs q, and a second one that is not the first.
 
     Masks compare with a multiple of 8, if m is one of 16, so that four entries have one mask.
     """
-    first = q0 + q
-    return first, 2 * first <= m if HALF else first < m - m // 2
-
-
-@triton.jit
-def seconds(q0, q, m, HALF: tl.constexpr, DOWN: tl.constexpr, BQ: tl.constexpr):
-    """Those that are second rows; but with ``DOWN`` from the last pair of a program on.
-
-    With it they descend, by fours. No row is named twice: 0 and the middle of an even length are
-    alone in half a spectrum.
-    """
-    if HALF:
-        second = q0 + (q // 4 * 4 + 3 - q % 4 if DOWN else q)
-        both = (second > 0) & (2 * second < m)
+    if MIRROR:  # row 0 and the middle of an even length are alone
+        first = 2 * q <= m
+        second = (q > 0) & (2 * q < m)
     else:
-        second = descending(m - q0, q) if DOWN else m - BQ - q0 + q
-        both = second >= m - m // 2
-    return second, both
+        first = q < m - m // 2
+        second = q < m // 2
+    return first, second
 
 
 @triton.jit
-def load_pairs(
-    parts, turn, q0, j0, m, n,
-    HALF: tl.constexpr, DOWN: tl.constexpr, BC: tl.constexpr, BQ: tl.constexpr,
-):  # fmt: skip
+def load_pairs(parts, turn, q0, j0, m, n, MIRROR: tl.constexpr, BC: tl.constexpr, BQ: tl.constexpr):
     """Both rows of pairs, (BQ, BC) each, of what a transform left."""
     q, j = entries(BC, BQ)
-    first, there = firsts(q0, q, m, HALF)
-    mask = there & (j0 + j < n)
-    if HALF:
-        at = parts + (j0 + j).to(tl.int64) * (m // 2 + 1)
-        real, imaginary = parts_of(tl.load(at + first, mask, 0))
-        cosine, sine = parts_of(tl.load(turn + first, there, 0))
+    first, second = there_is(q0 + q, m, MIRROR)
+    at = parts + (j0 + j).to(tl.int64) * (m // 2 + 1) + (q0 + q)
+    real, imaginary = parts_of(tl.load(at, first & (j0 + j < n), 0))
+    if MIRROR:
+        cosine, sine = parts_of(tl.load(turn + (q0 + q), first, 0))
         a = real * cosine - imaginary * sine
         b = -(real * sine + imaginary * cosine)
     else:
-        at = parts + (j0 + j).to(tl.int64) * m
-        a = tl.load(at + first, mask, 0.0)
-        second, both = seconds(q0, q, m, HALF, DOWN, BQ)
-        b = tl.load(at + second, both & (j0 + j < n), 0.0)
-        b = turned(b, BC, BQ) if DOWN else b
+        a = real + imaginary
+        real, imaginary = parts_of(tl.load(at + 1, second & (j0 + j < n), 0))
+        b = real - imaginary
     return a, b
 
 
@@ -189,10 +172,10 @@ def cosine_place_kernel(
 def cosine_fold_kernel(
     table, tensors, x, places, out, turn, m, n, xi, xj, weight,
     MANY: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
-    HALF: tl.constexpr, DOWN: tl.constexpr, PICKED: tl.constexpr, WIDE: tl.constexpr,
+    MIRROR: tl.constexpr, DOWN: tl.constexpr, PICKED: tl.constexpr, WIDE: tl.constexpr,
     BC: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
-    """Columns of x in the order of an FFT, folded reals or half a spectrum, one after the other.
+    """Columns of x in the order of an FFT, folded or mirrored and turned, one after the other.
 
     Row k of what is transformed is row k of x, or row ``places[k]``, or zeros. ``DOWN`` is for
     contiguous columns that are not picked.
@@ -200,74 +183,83 @@ def cosine_fold_kernel(
     t, part = locate(table, tensors, MANY, DEPTH)
     x = pointer(table, tensors, t, 1, x, MANY, ALIGNED)
     out = pointer(table, tensors, t, 3, out, MANY, ALIGNED)
-    q0, j0 = corner_of(part, m, HALF, BC, BQ)
+    q0, j0 = corner_of(part, m, MIRROR, BC, BQ)
     q, j = entries(BC, BQ)
-    first, there = firsts(q0, q, m, HALF)
-    mask = there & (j0 + j < n)
-    second, both = seconds(q0, q, m, HALF, DOWN, BQ)
-    if HALF:  # the middle is a real part and an imaginary one
-        both = (second > 0) & (2 * second <= m)
-    mask2 = both & (j0 + j < n)
+    column = j0 + j < n
+    first, _ = there_is(q0 + q, m, MIRROR)
+    if MIRROR:  # the middle is its own mirror
+        pair = q0 + (backwards(q) if DOWN else q)
+        second = (pair > 0) & (2 * pair <= m)
+        entry = descending(m + 1 - q0, q)
+        written = (entry < m) & (2 * entry > m)
+    else:
+        entry = descending(m - q0, q) if DOWN else m - BQ - q0 + q
+        second = entry >= m - m // 2
+        written = second
     if PICKED:
         places = pointer(table, tensors, t, 2, places, MANY, False)
-        i = tl.load(places + (first if HALF else 2 * first), there, -1)
-        lower = m - second if HALF else 2 * (m - second) - 1
-        k = tl.load(places + lower, both, -1)
-        column = x + (j0 + j).to(tl.int64) * xj
-        a = tl.load(column + i.to(tl.int64) * xi, mask & (i >= 0), 0.0)
-        b = tl.load(column + k.to(tl.int64) * xi, mask2 & (k >= 0), 0.0)
-    elif DOWN and not HALF:
+        upper = q0 + q if MIRROR else 2 * (q0 + q)
+        lower = m - q0 - q if MIRROR else 2 * (m - entry) - 1
+        i = tl.load(places + upper, first, -1)
+        k = tl.load(places + lower, second, -1)
+        at = x + (j0 + j).to(tl.int64) * xj
+        a = tl.load(at + i.to(tl.int64) * xi, first & column & (i >= 0), 0.0)
+        b = tl.load(at + k.to(tl.int64) * xi, second & column & (k >= 0), 0.0)
+    elif DOWN and not MIRROR:
         at = tile(x, 2 * q0, j0, xi, xj, 2 * BQ, BC, WIDE)
         a, b = apart(tl.load(at, inside(2 * q0, j0, m, n, 2 * BQ, BC), 0.0), BC, BQ)
+        b = turned(b, BC, BQ)
     else:
-        a_at, b_at = both_rows_at(x, q0, j0, m, xi, xj, HALF, DOWN, BC, BQ, WIDE)
-        a = tl.load(a_at, mask, 0.0)
-        b = tl.load(b_at, mask2, 0.0)
-    b = turned(b, BC, BQ) if DOWN else b
-    if HALF:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-        cosine, sine = parts_of(tl.load(turn + first, there, 0))
-        cosine *= weight
-        sine *= weight
-        at = out + (j0 + j).to(tl.int64) * (m // 2 + 1) + first
-        tl.store(at, pair_of(a * cosine + b * sine, a * sine - b * cosine), mask)
-    else:
-        at = out + (j0 + j).to(tl.int64) * m
-        tl.store(at + first, a.to(tl.float32), mask)
-        tl.store(at + second, b.to(tl.float32), mask2)
+        if MIRROR:
+            a_at, b_at = mirrored_at(x, q0, j0, m, xi, xj, DOWN, BC, BQ, WIDE)
+        else:  # backwards, for entries that ascend
+            a_at = rows_at(x, 2 * q0, 2 * q, j0, xi, xj, BC, WIDE)
+            b_at = rows_at(x, 2 * (q0 + BQ) - 1, -2 * q, j0, xi, xj, BC, WIDE)
+        a = tl.load(a_at, first & column, 0.0)
+        b = tl.load(b_at, second & column, 0.0)
+        b = turned(b, BC, BQ) if DOWN else b
+    a = a.to(tl.float32)
+    b = b.to(tl.float32)
+    if MIRROR:
+        cosine, sine = parts_of(tl.load(turn + (q0 + q), first, 0))
+        even = (a * cosine + b * sine) * weight
+        odd = (a * sine - b * cosine) * weight
+        a = even + odd
+        b = turned(even - odd, BC, BQ)
+    at = out + (j0 + j).to(tl.int64) * m
+    tl.store(at + (q0 + q), a, first & column)
+    tl.store(at + entry, b, written & column)
 
 
 @triton.jit
 def cosine_score_kernel(
     table, tensors, parts, out, turn, m, n,
     MANY: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
-    HALF: tl.constexpr, L1: tl.constexpr, SPAN: tl.constexpr, BC: tl.constexpr, BQ: tl.constexpr,
+    MIRROR: tl.constexpr, L1: tl.constexpr, SPAN: tl.constexpr, BC: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
     """``out[s, k]``: sum of squares, or of absolute values, of coefficient k over SPAN columns."""
     t, part = locate(table, tensors, MANY, DEPTH)
     parts = pointer(table, tensors, t, 1, parts, MANY, ALIGNED)
     out = pointer(table, tensors, t, 2, out, MANY, False)
-    q0, j0 = corner_of(part, m, HALF, SPAN, BQ)
+    q0, j0 = corner_of(part, m, MIRROR, SPAN, BQ)
     above = tl.zeros((BQ, BC), tl.float32)
     below = tl.zeros((BQ, BC), tl.float32)
     for start in tl.static_range(0, SPAN, BC):
-        a, b = load_pairs(parts, turn, q0, j0 + start, m, n, HALF, False, BC, BQ)
+        a, b = load_pairs(parts, turn, q0, j0 + start, m, n, MIRROR, BC, BQ)
         above += tl.abs(a) if L1 else a * a
         below += tl.abs(b) if L1 else b * b
-    q = tl.arange(0, BQ)
-    first, there = firsts(q0, q, m, HALF)
-    second, both = seconds(q0, q, m, HALF, False, BQ)
+    q = q0 + tl.arange(0, BQ)
+    first, second = there_is(q, m, MIRROR)
     row = out + (j0 // SPAN).to(tl.int64) * m
-    tl.store(row + (first if HALF else 2 * first), tl.sum(above, axis=1), there)
-    tl.store(row + (m - second if HALF else 2 * (m - second) - 1), tl.sum(below, axis=1), both)
+    tl.store(row + (q if MIRROR else 2 * q), tl.sum(above, axis=1), first)
+    tl.store(row + (m - q if MIRROR else 2 * q + 1), tl.sum(below, axis=1), second)
 
 
 @triton.jit
 def cosine_pick_kernel(
     table, tensors, parts, index, out, turn, m, n, rank, oi,
     MANY: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
-    HALF: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+    MIRROR: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Coefficients ``index`` of what a transform left, a coefficient a row.
 
@@ -286,26 +278,24 @@ def cosine_pick_kernel(
     k = tl.load(index + row, row < rank, 0)
     known = (k >= 0) & (k < m)
     k = tl.where(known, k, 0)
-    if HALF:
+    if MIRROR:
         later = 2 * k > m
         q = tl.where(later, m - k, k)
         cosine, sine = parts_of(tl.load(turn + q))
         # the imaginary part with the other sign, or the real one
-        by_real = tl.where(later, -sine, cosine)[:, None]
-        by_imaginary = tl.where(later, -cosine, -sine)[:, None]
-        pitch = m // 2 + 1
+        by_real = tl.where(later, -sine, cosine)
+        by_imaginary = tl.where(later, -cosine, -sine)
     else:
-        q = tl.where(k % 2 == 0, k // 2, m - (k + 1) // 2)
-        pitch = m
+        q = (k + 1) // 2
+        by_real = tl.full((BR,), 1.0, tl.float32)
+        by_imaginary = tl.where(k % 2 == 0, 1.0, -1.0)
     # entries ascend by no fixed step: in one dimension lanes cannot but follow them
     q = tl.reshape(tl.broadcast_to(q[None, :], (BC, BR)), (BC * BR,))
     j = j0 + tl.arange(0, BC * BR) // BR
     there = tl.arange(0, BC * BR) % BR < rank - i0
-    found = tl.load(parts + j.to(tl.int64) * pitch + q, there & (j < n), 0)
-    found = tl.trans(tl.reshape(found, (BC, BR)))
-    if HALF:
-        real, imaginary = parts_of(found)
-        found = real * by_real + imaginary * by_imaginary
+    found = tl.load(parts + j.to(tl.int64) * (m // 2 + 1) + q, there & (j < n), 0)
+    real, imaginary = parts_of(tl.trans(tl.reshape(found, (BC, BR))))
+    found = real * by_real[:, None] + imaginary * by_imaginary[:, None]
     i, j = entries(BC, BR)
     found = tl.where(known[:, None], found, float("nan"))
     at = out + (i0 + i).to(tl.int64) * oi + (j0 + j)
@@ -316,7 +306,7 @@ def cosine_pick_kernel(
 def cosine_add_kernel(
     table, tensors, w, parts, finite, step_bits, turn, m, n, wi, wj, decay,
     MANY: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
-    HALF: tl.constexpr, DOWN: tl.constexpr, WIDE: tl.constexpr, SOUND: tl.constexpr,
+    MIRROR: tl.constexpr, DOWN: tl.constexpr, WIDE: tl.constexpr, SOUND: tl.constexpr,
     BC: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
     """``W <- decay W - step X`` of what a transform left of X; ``DOWN`` for contiguous columns."""
@@ -327,24 +317,28 @@ def cosine_add_kernel(
     w = pointer(table, tensors, t, 1, w, MANY, ALIGNED)
     parts = pointer(table, tensors, t, 2, parts, MANY, ALIGNED)
     step = as_float(number(table, tensors, t, 4, step_bits, MANY))
-    q0, j0 = corner_of(part, m, HALF, BC, BQ)
-    if DOWN and not HALF:
+    q0, j0 = corner_of(part, m, MIRROR, BC, BQ)
+    q, j = entries(BC, BQ)
+    if DOWN and not MIRROR:
         at = tile(w, 2 * q0, j0, wi, wj, 2 * BQ, BC, WIDE)
         mask = inside(2 * q0, j0, m, n, 2 * BQ, BC)
         x = tl.load(at, mask, 0.0)
-        a, b = load_pairs(parts, turn, q0, j0, m, n, HALF, DOWN, BC, BQ)
+        a, b = load_pairs(parts, turn, q0, j0, m, n, MIRROR, BC, BQ)
         x = decay * x.to(tl.float32) - step * between(a, b, BC, BQ)
         tl.store(at, x.to(w.dtype.element_ty), mask)
     else:
-        a_at, b_at = both_rows_at(w, q0, j0, m, wi, wj, HALF, DOWN, BC, BQ, WIDE)
-        q, j = entries(BC, BQ)
-        _, there = firsts(q0, q, m, HALF)
-        _, both = seconds(q0, q, m, HALF, DOWN, BQ)
-        a_mask = there & (j0 + j < n)
-        b_mask = both & (j0 + j < n)
+        first, second = there_is(q0 + q, m, MIRROR)
+        if MIRROR:
+            a_at, b_at = mirrored_at(w, q0, j0, m, wi, wj, DOWN, BC, BQ, WIDE)
+            _, second = there_is(q0 + (backwards(q) if DOWN else q), m, MIRROR)
+        else:
+            a_at = rows_at(w, 2 * q0, 2 * q, j0, wi, wj, BC, WIDE)
+            b_at = rows_at(w, 2 * q0 + 1, 2 * q, j0, wi, wj, BC, WIDE)
+        a_mask = first & (j0 + j < n)
+        b_mask = second & (j0 + j < n)
         x = tl.load(a_at, a_mask, 0.0)  # all is asked for before any of it is waited for
         y = tl.load(b_at, b_mask, 0.0)
-        a, b = load_pairs(parts, turn, q0, j0, m, n, HALF, DOWN, BC, BQ)
+        a, b = load_pairs(parts, turn, q0, j0, m, n, MIRROR, BC, BQ)
         b = turned(b, BC, BQ) if DOWN else b
         x = decay * x.to(tl.float32) - step * a
         y = decay * y.to(tl.float32) - step * b
