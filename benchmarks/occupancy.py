@@ -157,7 +157,7 @@ MAPS = ("signed_map", "unsigned_map", "signed_edges", "unsigned_edges", "entries
 
 SEARCHES = (
     "residual_factors_kernel", "cosine_place_kernel", "top_rows_kernel", "row_dots_kernel",
-    "turn_rows_kernel",
+    "turn_rows_kernel", "step_rows_kernel",
 )  # fmt: skip
 """What loops over an argument, or looks up in it."""
 
@@ -208,6 +208,7 @@ ROWS = (
     "adamw/one", "adamw rows/one", "lion/one", "moment/one", "adamw 8bit/one", "lion 8bit/one",
     "moment 8bit/one", "quantize/one", "dequantize/one", "stochastic_round/one", "decay/one",
     "count/one", "row_steps/one", "residual_factors/one", "row_dots/one", "turn_rows lengths/one",
+    "step_rows/one",
     "column_norms/rows", "coordinate sign/rows", "lift_term/rows", "lift_scaled bf16/rows",
     "lift_scaled bf16 sm_80/rows", "lift_scaled bf16 sm_90/rows", "lift_sign bf16/rows",
     "lift_sign bf16 sm_80/rows", "lift_sign bf16 sm_90/rows", "lift_scaled fp32/rows",

@@ -73,11 +73,13 @@ EACH = {
     "adamw_direction_": 10, "lion_direction_": 6, "moment_": 3, "adamw_direction_8bit_": 10,
     "lion_direction_8bit_": 6, "moment_8bit_": 6, "dequantize_blockwise_": 1, "column_norms": 2,
     "decay_": 1, "residual_factors_": 9, "row_dots_": 2, "turn_rows_": 8,
+    "step_rows_": 5,
 }  # fmt: skip
 """Flops an element of the first argument; searches and exponentials are not flops."""
 OUTPUTS = {
     "quantize_blockwise_": ("codes", "scales"), "top_rows_": ("sources", "finite", "usable"),
     "row_steps_": ("eps_rows", "scale_rows"), "turn_rows_": ("moves",),
+    "step_rows_": ("moves",),
 }  # fmt: skip
 """What is written and not read, besides ``outs``."""
 
@@ -137,7 +139,9 @@ def _cosine_floor(name: str, given: Arguments) -> Floor:
 
 # ---------------------------------------------------------------- launches
 
-EXACT = frozenset({"column_norms", "coordinate_add_", "top_rows_", "row_dots_", "turn_rows_"})
+EXACT = frozenset({
+    "column_norms", "coordinate_add_", "top_rows_", "row_dots_", "turn_rows_", "step_rows_",
+})  # fmt: skip
 """Code that is compiled for shapes and strides: a list of these is one launch for each."""
 LIFTS = frozenset({"lift_add_scaled_", "lift_add_sign_"})
 """Products: one launch a matrix."""

@@ -61,9 +61,7 @@ def prepared(
         decays = _each(sizes, lambda size: 1 - size * weight_decay)
     if chosen.lr_scale != 1:
         sizes = _each(sizes, lambda size: size * chosen.lr_scale)
-    plain = all(len(w.directions) == 1 for w in work)
-    corrections = [c for w in work for _, c in w.directions.values()]
-    plain = plain and all(isinstance(x, float) for x in (*sizes, *corrections))
+    plain = all(isinstance(size, float) for size in sizes) and all(map(_has_factor, work))
     # a direction that is beyond the format of the weights may be a step that is not
     dtype = work[0].item.param.dtype
     plain = plain and (ops.product_dtype(dtype) == dtype or any(term is not None for term in terms))
@@ -72,7 +70,7 @@ def prepared(
     steps: Sequence[Tensor | None] = [None] * len(work)
     if plain:
         for n, (w, size) in enumerate(zip(work, sizes, strict=True)):
-            ((_, correction),) = w.directions.values()
+            (_, correction), *_ = w.directions.values()
             assert isinstance(size, float) and isinstance(correction, float)
             rates[n] = size * correction
     elif _takes_steps(work[0], sizes, terms, chosen, rounding[0]):
@@ -104,6 +102,17 @@ def prepared(
         into = Target(param, grad, lows[n], rates[n], decays[n], noise, w.finite, steps[n])
         ready.append(Push(into, updates[n], terms[n]))
     return ready
+
+
+def _has_factor(w: MatrixStep) -> bool:
+    """Whether its directions have one number in common, by which the subspace multiplies them.
+
+    Of several on a host each is multiplied here, as ever: that rounds otherwise.
+    """
+    corrections = [correction for _, correction in w.directions.values()]
+    if len(corrections) > 1 and not on_accelerator(w.item.param):
+        return False
+    return all(isinstance(x, float) and x == corrections[0] for x in corrections)
 
 
 def _terms(work: Sequence[MatrixStep], chosen: Strategies) -> list[Term | None]:

@@ -28,6 +28,7 @@ from lowrank_optim.ops.matrices import (
     move_rows_,
     residual_factors_,
     row_dots,
+    step_rows_,
     top_rows_,
     turn_rows_,
 )
@@ -82,6 +83,7 @@ __all__ = [
     "row_dots",
     "row_steps",
     "scaled_squares",
+    "step_rows_",
     "stochastic_round",
     "tile_elements",
     "tile_rows",

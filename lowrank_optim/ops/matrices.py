@@ -299,6 +299,35 @@ def turn_rows_(
         _ops.turn_rows_(xs, directions, lengths, across, outs, moves, lr)
 
 
+def step_rows_(
+    xs: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    moves: Sequence[Tensor],
+    lr: float,
+    decay: float,
+    ahead: bool,
+    decays: Sequence[Tensor] = (),
+) -> None:
+    r"""``x' = decay x - lr d`` of each row, and rows by whose products with others W moves.
+
+    Of one factor ``moves`` has rows x', then rows ``x' - x``; of the other rows ``y' - y``, then
+    rows ``y' - (y' - y)``: their products add up to ``x'^T y' - x^T y``, and do not cancel.
+
+    Args:
+        xs: ``(..., r, n)`` in float32 or wider.
+        directions: d, in any format.
+        outs: x', written.
+        moves: ``(..., 2 r, n)``, written, in any format; or none.
+        lr: how far.
+        decay: of the factor.
+        ahead: whether the new rows come first in ``moves``.
+        decays: factors of ``decay`` on the device, ``()`` of each (default: none).
+    """
+    if xs:
+        _ops.step_rows_(xs, directions, outs, moves, lr, decay, ahead, decays)
+
+
 column_norms = _ops.column_norms
 cosine_lift_add_ = _ops.cosine_lift_add_
 cosine_project_ = _ops.cosine_project_

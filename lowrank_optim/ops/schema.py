@@ -56,6 +56,8 @@ SCHEMAS = {
     "row_dots_": "(Tensor[] xs, Tensor[] ys, Tensor(a!)[] outs) -> ()",
     "turn_rows_": "(Tensor[] xs, Tensor[] directions, Tensor[] lengths, Tensor[] across, "
     "Tensor(a!)[] outs, Tensor(b!)[] moves, float lr) -> ()",
+    "step_rows_": "(Tensor[] xs, Tensor[] directions, Tensor(a!)[] outs, Tensor(b!)[] moves, "
+    "float lr, float decay, bool ahead, Tensor[] decays) -> ()",
     "lift_add_scaled_": f"({_APPLY}, Tensor[] bases, Tensor[] updates, Tensor[] lows, "
     f"Tensor[] columns, float decay, float lr, float scale, Tensor[] finite, {_FACTORS}) -> ()",
     "lift_add_sign_": f"({_APPLY}, Tensor[] bases, Tensor[] updates, Tensor[] lows, float decay, "

@@ -134,7 +134,7 @@ class SwitchedFactors(Switched):
         self, into: Target, state: State, update: dict[str, Tensor], term: Term | None
     ) -> None:
         """Step both factors; W0 only if decay acts on the weight, which it is a part of."""
-        moved = self.moved(into, state, update)
+        news, _ = self._stepped([into], [state], [update], None)
         decay = into.guarded_decay() if self.decay_on == "weight" else 1.0
         if isinstance(decay, Tensor) or decay != 1:
             weight = self.natural(into.param)
@@ -148,4 +148,4 @@ class SwitchedFactors(Switched):
                 self.s,
                 None if into.rounding is None else self.natural(into.rounding),
             )
-        self.keep_(state, moved)
+        self.keep_([state], news)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.ops.stacked import stacked
+from lowrank_optim.ops.stacked import empty_like_all, stacked
 from lowrank_optim.ops.tiles import fillings
 from lowrank_optim.subspaces.base import State
 from lowrank_optim.subspaces.pooled import SIDES, Pooled
@@ -99,11 +99,10 @@ class Switched(Pooled):
 
         In terms of the moves: :math:`\Delta B A' + B \Delta A`, which does not cancel.
         """
-        moved = self.moved(into, state, update)
-        left, right = _moves(moved, into)
+        news, moves = self._stepped([into], [state], [update], self._format(into, state))
         decay = into.guarded_decay() if self.decay_on == "weight" else 1.0
-        self._lift_(into, left, right, decay)
-        self.keep_(state, moved)
+        self._lift_(into, moves["B"][0], moves["A"][0], decay)
+        self.keep_([state], news)
 
     def _lift_(self, into: Target, left: Tensor, right: Tensor, decay: float | Tensor) -> None:
         rounding = None if into.rounding is None else self.natural(into.rounding)
@@ -127,71 +126,84 @@ class Switched(Pooled):
                 self.push_(intos[at[0]], states[at[0]], updates[at[0]], terms[at[0]])
                 yield at[0]
                 continue
-            own, factors = [intos[n] for n in at], self._whole([states[n] for n in at])
-            decay: float | Tensor = 1.0
-            if self.decay_on == "factors":
-                decays = [into.guarded_decay() for into in guarded(own)]
-                decay = decays[0]
-                if isinstance(decay, Tensor):
-                    decay = stacked(decays).reshape(len(at), 1, 1)  # type: ignore[arg-type]
-            frozen = [states[n]["host.frozen"].tolist() for n in at]
-            moved = {}
-            for i, (side, old) in enumerate(factors.items()):
-                step = stacked([updates[n][side] for n in at])
-                moved[side] = _moved(old, step, first.lr, decay, [rows[i] for rows in frozen])
-            left, right = _moves(moved, first)
+            own, held = [intos[n] for n in at], [states[n] for n in at]
+            dtype = self._format(first, states[0])
+            news, moves = self._stepped(own, held, [updates[n] for n in at], dtype)
             of_weight = decayed_(own) if self.decay_on == "weight" else [1.0] * len(at)
             count = 0
             try:
-                for n, a, b, factor in zip(at, right, left, of_weight, strict=True):
+                for n, a, b, factor in zip(at, moves["A"], moves["B"], of_weight, strict=True):
                     self._lift_(intos[n], b, a, factor)
                     count += 1
                     yield n
             finally:  # if another could not be written too
                 if count:
-                    news = [x for new, _ in moved.values() for x in new[:count]]
-                    olds = [states[n][f"basis_{side}"] for side in moved for n in at[:count]]
-                    torch._foreach_copy_(olds, news)
+                    self.keep_(held[:count], news)
 
-    def moved(
-        self, into: Target, state: State, update: dict[str, Tensor]
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Both factors after the step, each with how far it came."""
-        decay = into.guarded_decay() if self.decay_on == "factors" else 1.0
-        out = {}
-        for rows, (side, step) in zip(state["host.frozen"].tolist(), update.items(), strict=True):
-            old, move = (x.unsqueeze(0) for x in (state[f"basis_{side}"], step))
-            new, by = _moved(old, move, into.lr, decay, [rows])
-            out[side] = new[0], by[0]
-        return out
+    @staticmethod
+    def _format(into: Target, state: State) -> torch.dtype:
+        """That of the product by which W moves."""
+        return into.param.dtype if into.rounding is None else state["basis_A"].dtype
 
-    def keep_(self, state: State, moved: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Write the factors of :meth:`moved`."""
-        sides = [state[f"basis_{side}"] for side in moved]
-        torch._foreach_copy_(sides, [new for new, _ in moved.values()])
+    def _stepped(
+        self,
+        intos: Sequence[Target],
+        states: Sequence[State],
+        updates: Sequence[dict[str, Tensor]],
+        moved: torch.dtype | None,
+    ) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+        """Factors of alike matrices after the step, and the rows by whose products they move W.
 
+        Args:
+            intos: what they belong to.
+            states: of each.
+            updates: of each.
+            moved: format of what W moves by; None for none.
+        """
+        first, decay, decays = intos[0], 1.0, []
+        like = states[0]["basis_A"]
+        if self.decay_on == "factors":
+            found = [into.guarded_decay() for into in guarded(intos)]
+            decays = [x.to(like).reshape(()) for x in found if isinstance(x, Tensor)]
+            decay = found[0] if isinstance(found[0], float) else 1.0
+        news: dict[str, list[Tensor]] = {}
+        moves: dict[str, list[Tensor]] = {side: [] for side in SIDES}
+        for side in SIDES:
+            xs, steps = [x[f"basis_{side}"] for x in states], [x[side] for x in updates]
+            *batch, rank, size = xs[0].shape
+            news[side] = empty_like_all(xs, xs[0].shape, xs[0].dtype)
+            if moved is not None:
+                moves[side] = empty_like_all(xs, (*batch, 2 * rank, size), moved)
+            own = xs, steps, news[side], moves[side]
+            ops.step_rows_(*own, first.lr, decay, side == "A", decays)
+        self._keep_still_(states, news, moves)
+        return news, moves
 
-def _moved(
-    old: Tensor, step: Tensor, lr: float, decay: float | Tensor, frozen: Sequence[Sequence[int]]
-) -> tuple[Tensor, Tensor]:
-    """One factor ``(b, ..., r, n)`` of b matrices after a step, and how far it came."""
-    decayed = old * decay if isinstance(decay, Tensor) or decay != 1 else old
-    new = torch.sub(decayed, step.to(old.dtype), alpha=lr)
-    still = [(i, own) for i, rows in enumerate(frozen) for own in where(rows)]
-    if still:  # neither decay nor, with eps = 0, a direction of 0 / 0
-        torch._foreach_copy_(
-            [new[i, ..., own, :] for i, own in still], [old[i, ..., own, :] for i, own in still]
-        )
-    return new, new - old
+    def _keep_still_(
+        self,
+        states: Sequence[State],
+        news: Mapping[str, Sequence[Tensor]],
+        moves: Mapping[str, Sequence[Tensor]],
+    ) -> None:
+        """Frozen rows stay: neither decay nor, with eps = 0, a direction of 0 / 0."""
+        olds, stepped, kept, gone = [], [], [], []
+        for n, state in enumerate(states):
+            for side, frozen in zip(SIDES, state["host.frozen"].tolist(), strict=True):
+                rows = where(frozen)
+                old, new = state[f"basis_{side}"], news[side][n]
+                olds += [old[..., own, :] for own in rows]
+                stepped += [new[..., own, :] for own in rows]
+                if moves[side]:
+                    whole, by = moves[side][n].chunk(2, -2)[:: 1 if side == "A" else -1]
+                    kept += [whole[..., own, :] for own in rows]
+                    gone += [by[..., own, :] for own in rows]
+        if olds:
+            torch._foreach_copy_(stepped, olds)
+        if kept:
+            torch._foreach_copy_(kept, olds)
+            torch._foreach_zero_(gone)
 
-
-def _moves(moved: Mapping[str, tuple[Tensor, Tensor]], into: Target) -> tuple[Tensor, Tensor]:
-    """Rows b and a of ``s sum b a^T``, by which W moves, in the format that its product takes."""
-    (a, da), (b, db) = moved["A"], moved["B"]
-    rank, dtype = a.shape[-2], into.param.dtype if into.rounding is None else a.dtype
-    left, right = (x.new_empty((*x.shape[:-2], 2 * rank, x.shape[-1]), dtype=dtype) for x in (b, a))
-    left[..., :rank, :].copy_(db)
-    torch.sub(b, db, out=left[..., rank:, :])  # b is new already
-    right[..., :rank, :].copy_(a)
-    right[..., rank:, :].copy_(da)
-    return left, right
+    def keep_(self, states: Sequence[State], news: Mapping[str, Sequence[Tensor]]) -> None:
+        """Write what :meth:`_stepped` found, of the first of the matrices."""
+        olds = [state[f"basis_{side}"] for side in news for state in states]
+        torch._foreach_copy_(olds, [x for own in news.values() for x in own[: len(states)]])

@@ -237,9 +237,10 @@ def example(op: str, m: int, n: int, r: int) -> dict[str, Any]:
     )
     of_xs = {
         "column_norms": (m, n),
-        **dict.fromkeys(("move_rows_", "row_dots_", "turn_rows_"), (r, n)),
+        **dict.fromkeys(("move_rows_", "row_dots_", "turn_rows_", "step_rows_"), (r, n)),
     }
-    of_outs = dict.fromkeys(("cosine_project_", "cosine_top_project_", "turn_rows_"), (r, n))
+    of_rows = ("cosine_project_", "cosine_top_project_", "turn_rows_", "step_rows_")
+    of_outs = dict.fromkeys(of_rows, (r, n))
     of_outs |= {"row_dots_": (r,)}
     one = (1, n) if op == "residual_factors_" else (n,)
     shapes: dict[str, Any] = {

@@ -91,9 +91,9 @@ ROWS = [
     Row("DCTAdamW", {**DCT, "error_feedback": "bfloat16", **EVERY}, 0, 28, 36),
     Row("DCTAdamW8bit", {**DCT, **EVERY}, 0, 16, 20, (48, 260)),  # each row has blocks of its own
     Row("DCTAdamW", {"transform": "matmul", **EVERY}, 2, 16, 20),
-    Row("SSTAdamW", {}, 5, 48, 50),
-    Row("SSTAdamW", {"factors": "active"}, 3, 28, 30),
-    Row("SwitchLoRAAdamW", {"interval": 1 << 20}, 3, 30, 36),
+    Row("SSTAdamW", {}, 5, 45, 50),
+    Row("SSTAdamW", {"factors": "active"}, 3, 25, 30),
+    Row("SwitchLoRAAdamW", {"interval": 1 << 20}, 3, 20, 36),
     Row("DCTAdamW", {**DCT, **EVERY}, 0, 16, 20),
 ]
 SWITCHES: dict[str, Any] = {"interval": 8, "freeze_steps": 2}

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from tests.ops.ops_cases import Arguments, Expected, names
 
-OPS = ("row_dots_", "turn_rows_")
+OPS = ("row_dots_", "turn_rows_", "step_rows_")
 ROWS = [(1, 1), (4, 33), (5, 700), (2, 3, 14), (0, 5), (3, 2100)]
 """The last is longer than what a program has at once."""
-LR = 0.125
+LR, DECAY = 0.125, 0.75
 
 
 def arguments(
@@ -21,6 +21,8 @@ def arguments(
     across: bool = False,
     moves: torch.dtype | None = torch.bfloat16,
     narrow: torch.dtype | None = None,
+    ahead: bool = True,
+    on_device: bool = False,
 ) -> Arguments:
     """Unit rows, every other of which does not move; of ``across`` the squares are others' too."""
     wide = torch.promote_types(dtype, torch.float32)
@@ -37,6 +39,9 @@ def arguments(
         "outs": [torch.full_like(x, torch.nan) for x in xs],
         "moves": [x.new_full((*x.shape[:-2], 2 * x.shape[-2], x.shape[-1]), torch.nan) for x in xs],
         "lr": LR,
+        "decay": DECAY,
+        "ahead": ahead,
+        "decays": [torch.rand((), dtype=wide) for _ in ROWS] if on_device else [],
     }
     found["moves"] = [] if moves is None else [x.to(moves) for x in found["moves"]]
     if op == "row_dots_":
@@ -59,6 +64,16 @@ def expected(op: str, a: Arguments) -> Expected:
     for n, (x, d) in enumerate(zip(a["xs"], a["directions"], strict=True)):
         size = x.shape[-1]
         old = x.double().reshape(-1, size)
+        if op == "step_rows_":
+            decay = DECAY * (a["decays"][n].double() if a["decays"] else 1.0)
+            new = decay * old - LR * d.double().reshape(-1, size)
+            found["outs"].append((new.view(x.shape), None))
+            both = (
+                part.reshape(x.shape)
+                for part in ((new, new - old) if a["ahead"] else (new - old, old))
+            )
+            found["moves"] += [(torch.cat([*both], -2), None)] * bool(a["moves"])
+            continue
         new, moved = old - LR * d.double().reshape(-1, size), old.clone()
         for i, row in enumerate(new):
             length, moves = row.norm(), bool((row != old[i]).any())

@@ -286,6 +286,15 @@ def test_rows_that_turn(backend: str, lengths: bool, across: bool) -> None:
         run("row_dots_", ops_turns.arguments("row_dots_", torch.float32, narrow=narrow))
 
 
+@pytest.mark.parametrize("on_device", [False, True], ids=["", "decays"])
+@pytest.mark.parametrize("ahead", [False, True], ids=["", "ahead"])
+def test_rows_that_step(backend: str, ahead: bool, on_device: bool) -> None:
+    """Directions and moves of every format, or none."""
+    for narrow, moves in ((None, torch.bfloat16), (torch.bfloat16, torch.float32), (None, None)):
+        own = {"ahead": ahead, "on_device": on_device, "narrow": narrow, "moves": moves}
+        run("step_rows_", ops_turns.arguments("step_rows_", torch.float32, **own))
+
+
 def test_a_row_that_is_not_finite_is_alone(backend: str) -> None:
     """NaN and infinity reach all of their row, and nothing of another."""
     a = ops_turns.arguments("turn_rows_", torch.float32)

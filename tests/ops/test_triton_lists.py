@@ -44,6 +44,7 @@ KERNELS = {
     "residual_factors_": 1,
     "row_dots_": 1,
     "turn_rows_": 1,
+    "step_rows_": 1,
     "cosine_scores": 2,
     "cosine_project_": 2,
     "cosine_top_project_": 2 + 1 + 1,

@@ -37,6 +37,7 @@ from lowrank_optim.ops.reference import (  # of few numbers, or no kernel on the
     residual_factors_,
     row_dots_,
     row_steps_,
+    step_rows_,
     turn_rows_,
 )
 
@@ -67,6 +68,7 @@ __all__ = [
     "residual_factors_",
     "row_dots_",
     "row_steps_",
+    "step_rows_",
     "stochastic_round_",
     "takes_length",
     "top_rows_",

@@ -41,7 +41,7 @@ from lowrank_optim.ops.reference.storage import (
     quantize_blockwise_,
     stochastic_round_,
 )
-from lowrank_optim.ops.reference.turns import row_dots_, turn_rows_
+from lowrank_optim.ops.reference.turns import row_dots_, step_rows_, turn_rows_
 
 __all__ = [
     "adamw_direction_",
@@ -71,6 +71,7 @@ __all__ = [
     "row_dots_",
     "row_steps_",
     "scaled_squares",
+    "step_rows_",
     "stochastic_round_",
     "top_rows_",
     "turn_rows_",

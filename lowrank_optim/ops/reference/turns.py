@@ -1,10 +1,10 @@
-"""Rows that are turned, and their products with others: the factors of a weight."""
+"""Rows that are turned or stepped, and their products with others: the factors of a weight."""
 
 from __future__ import annotations
 
 import torch
 
-from lowrank_optim.ops.reference.arguments import Tensors, or_none
+from lowrank_optim.ops.reference.arguments import Tensors, or_none, times
 
 
 def row_dots_(xs: Tensors, ys: Tensors, outs: Tensors) -> None:
@@ -45,3 +45,30 @@ def turn_rows_(
                 whole = after * out
                 first.copy_(whole)
                 torch.sub(whole, before * x, out=second)
+
+
+def step_rows_(
+    xs: Tensors,
+    directions: Tensors,
+    outs: Tensors,
+    moves: Tensors,
+    lr: float,
+    decay: float,
+    ahead: bool,
+    decays: Tensors = (),
+) -> None:
+    """``x' = decay x - lr d``, and rows by whose products with others the weight moves."""
+    others = times(decay, decays, len(xs)), or_none(moves, len(xs))
+    for x, d, out, factor, move in zip(xs, directions, outs, *others, strict=True):
+        decayed = x * factor if isinstance(factor, torch.Tensor) or factor != 1 else x
+        torch.sub(decayed, d.to(x.dtype), alpha=lr, out=out)
+        if move is None:
+            continue
+        first, second = move[..., : x.shape[-2], :], move[..., x.shape[-2] :, :]
+        if ahead:
+            first.copy_(out)
+            torch.sub(out, x, out=second)
+        else:
+            by = out - x
+            first.copy_(by)
+            torch.sub(out, by, out=second)

@@ -32,6 +32,7 @@ _MODULES = {
     "residual_factors_": "factors",
     "row_dots_": "turns",
     "turn_rows_": "turns",
+    "step_rows_": "turns",
     "lift_add_scaled_": "lift",
     "lift_add_sign_": "lift",
     "coordinate_add_": "coordinate",

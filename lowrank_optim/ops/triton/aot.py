@@ -162,6 +162,11 @@ def _lists() -> Iterator[Variant]:
                 f"turn_rows{name}/{how}", turns.turn_rows_kernel, **mode, **known, pointers=wide,
                 LENGTHS=lengths, ACROSS=across, MOVES=True,
             )  # fmt: skip
+        for name, ahead in (("", False), (" ahead", True)):
+            yield _variant(
+                f"step_rows{name}/{how}", turns.step_rows_kernel, **mode, **known,
+                AHEAD=ahead, DECAYED=ahead, MOVES=True,
+            )  # fmt: skip
 
 
 def _matrices() -> Iterator[Variant]:

@@ -1,4 +1,4 @@
-"""Rows that are turned, and their products with others: a launch for all alike factors."""
+"""Rows that are turned or stepped, and their products: a launch for all alike factors."""
 
 from __future__ import annotations
 
@@ -131,5 +131,59 @@ def turn_rows_(
         launch(
             turn_rows_kernel, select(lists, at), [], [rows] * len(at), width, rank, rows, lr,
             LENGTHS=len(lengths) > 0, ACROSS=len(across) > 0, MOVES=len(moves) > 0, BLOCK=block,
+            num_warps=warps(max(1, block // EACH)),
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rank"])
+def step_rows_kernel(
+    table, tensors, x, direction, out, move, shrink, width, rank, lr, decay,
+    MANY: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
+    AHEAD: tl.constexpr, DECAYED: tl.constexpr, MOVES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``x' = decay x - lr d``, and what the weight moves by; a program a row."""
+    t, i = locate(table, tensors, MANY, DEPTH)
+    if DECAYED:
+        decay *= tl.load(pointer(table, tensors, t, 5, shrink, MANY, False)).to(tl.float32)
+    x = pointer(table, tensors, t, 1, x, MANY, ALIGNED) + i * width
+    direction = pointer(table, tensors, t, 2, direction, MANY, ALIGNED) + i * width
+    out = pointer(table, tensors, t, 3, out, MANY, ALIGNED) + i * width
+    if MOVES:
+        first = pointer(table, tensors, t, 4, move, MANY, ALIGNED) + (i + i // rank * rank) * width
+        second = first + tl.full((), rank, tl.int64) * width
+    lane = tl.arange(0, BLOCK)
+    for j in range(0, width, BLOCK):
+        mask = lane < width - j
+        old = tl.load(x + j + lane, mask, 0.0)
+        step = tl.load(direction + j + lane, mask, 0.0).to(tl.float32) * lr
+        new = decay * old - step
+        tl.store(out + j + lane, new, mask)
+        if MOVES:
+            by = new - old
+            one = new if AHEAD else by
+            two = by if AHEAD else new - by
+            tl.store(first + j + lane, one.to(move.dtype.element_ty), mask)
+            tl.store(second + j + lane, two.to(move.dtype.element_ty), mask)
+
+
+def step_rows_(
+    xs: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    moves: Sequence[Tensor],
+    lr: float,
+    decay: float,
+    ahead: bool,
+    decays: Sequence[Tensor] = (),
+) -> None:
+    """``x' = decay x - lr d``, and rows by whose products with others the weight moves."""
+    given = [[x.contiguous() for x in own] for own in (xs, directions)]
+    lists = [*given, outs, moves, decays]
+    for at in groups(lists, [x.shape for x in xs]):
+        *batch, rank, width = xs[at[0]].shape
+        rows, block = math.prod(batch) * rank, _block(width)
+        launch(
+            step_rows_kernel, select(lists, at), [], [rows] * len(at), width, rank, lr, decay,
+            AHEAD=ahead, DECAYED=len(decays) > 0, MOVES=len(moves) > 0, BLOCK=block,
             num_warps=warps(max(1, block // EACH)),
         )  # fmt: skip
