@@ -207,6 +207,7 @@ def widest(ptx: str) -> int:
 ROWS = (
     "adamw/one", "adamw rows/one", "lion/one", "moment/one", "adamw 8bit/one", "lion 8bit/one",
     "moment 8bit/one", "quantize/one", "dequantize/one", "stochastic_round/one", "decay/one",
+    "direction_add/one",
     "count/one", "row_steps/one", "residual_factors/one", "row_dots/one", "turn_rows lengths/one",
     "step_rows/one",
     "column_norms/rows", "coordinate sign/rows", "lift_term/rows", "lift_scaled bf16/rows",

@@ -72,7 +72,7 @@ class Floor(NamedTuple):
 EACH = {
     "adamw_direction_": 10, "lion_direction_": 6, "moment_": 3, "adamw_direction_8bit_": 10,
     "lion_direction_8bit_": 6, "moment_8bit_": 6, "dequantize_blockwise_": 1, "column_norms": 2,
-    "decay_": 1, "residual_factors_": 9, "row_dots_": 2, "turn_rows_": 8,
+    "decay_": 1, "direction_add_": 3, "residual_factors_": 9, "row_dots_": 2, "turn_rows_": 8,
     "step_rows_": 5,
 }  # fmt: skip
 """Flops an element of the first argument; searches and exponentials are not flops."""
@@ -170,6 +170,8 @@ def package_kernels(name: str, given: Arguments) -> list[Kernel]:
         return [Kernel(name, len({_moved_as(first[i]) for i in full}), least.bytes)]
     if name == "decay_":
         return _decay(given, full, least)
+    if name == "direction_add_":
+        return _direction_add(given, full, least)
     count, gathered = 0, []
     if name in FLAT:  # a gradient of other strides is gathered a tile at a time
         for x in (first[i] for i in full if not first[i].is_contiguous()):
@@ -227,6 +229,19 @@ def _decay(given: Arguments, full: Sequence[int], least: Floor) -> list[Kernel]:
     moved = sum(2 * size(params[i]) * (2 + bool(given["finite"])) for i in sparse)
     moved += least.bytes - sum(2 * size(params[i]) for i in sparse)
     return [Kernel("decay_", len(groups) + each * len(sparse), moved, least.flops)]
+
+
+def _direction_add(given: Arguments, full: Sequence[int], least: Floor) -> list[Kernel]:
+    """One launch for all that lies in memory as its direction does; each of the others by torch."""
+    pairs = [(given["params"][i], given["updates"][i]) for i in full]
+    loose = [(w, x) for w, x in pairs if not (w.is_contiguous() and x.is_contiguous())]
+    packed = [i for i, own in zip(full, pairs, strict=True) if all(y.is_contiguous() for y in own)]
+    groups = _alike(given, packed, exact=False)
+    # the weights in another format, times their decay, the sum, and the copy; factors of the device
+    more = 2 * bool(given["steps"]) + bool(given["decays"])
+    each = [3 + (w.dtype != x.dtype) + more for w, x in loose]
+    moved = sum((n - 1) * 2 * size(x) for n, (_, x) in zip(each, loose, strict=True))
+    return [Kernel("direction_add_", len(groups) + sum(each), least.bytes + moved, least.flops)]
 
 
 FFT = 8.0

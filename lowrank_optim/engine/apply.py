@@ -16,9 +16,10 @@ from lowrank_optim.engine.plan import State, Strategies
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops import Noise
 from lowrank_optim.ops.devices import on_accelerator
+from lowrank_optim.ops.numbers import is_number, same_number
 from lowrank_optim.ops.stacked import cast_all, stacked
 from lowrank_optim.subspaces.base import Subspace
-from lowrank_optim.subspaces.target import Target, is_number, same_number
+from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
 
 

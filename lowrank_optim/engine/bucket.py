@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from torch import Tensor
 
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
-from lowrank_optim.engine.undo import Undo
+from lowrank_optim.engine.undo import SMALL, Undo
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.subspaces.block import Block
 
@@ -24,7 +24,11 @@ CHUNK_BYTES = {False: 1 << 22, True: 1 << 28}
 
 
 class Bucket(NamedTuple):
-    """Parameters of a group that share view, subspace, dtype and device; all others come alone."""
+    """Parameters of a group that share view, subspace, dtype and device; all others come alone.
+
+    But for small ones without a subspace on an accelerator, such as weights of norms, which come
+    with others of their shape.
+    """
 
     items: Sequence[ParamPlan]
     states: Sequence[State]
@@ -67,11 +71,17 @@ def bucketed(
     """
     found: list[Sequence[_Plan]] = []
     alike: dict[Any, list[_Plan]] = {}
+    small: dict[Any, list[_Plan]] = {}
     for item in items:
         if item.subspace is not None and not isinstance(item.subspace, Block):
             alike.setdefault(key(item), []).append(item)
+        elif item.subspace is None and on_accelerator(item.param) and item.param.numel() <= SMALL:
+            small.setdefault((key(item), item.param.shape), []).append(item)
         else:
             found.append([item])
+    for own in small.values():
+        size = max(1, (CHUNK_BYTES[True] // 4) // max(1, own[0].param.numel()))
+        found += [own[i : i + size] for i in range(0, len(own), size)]
     for own in alike.values():
         size = chunk_size(own[0], chosen)
         found += [own[i : i + size] for i in range(0, len(own), size)]

@@ -5,23 +5,26 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.engine.bucket import Bucket, warn_skipped
-from lowrank_optim.engine.draws import rounds, weight_noise
+from lowrank_optim.engine.draws import rounds, weight_noises
+from lowrank_optim.engine.matrix_step import count_
 from lowrank_optim.engine.moments import read_slots, rows_of, slot_keys, write_slots_
-from lowrank_optim.engine.plan import Strategies
+from lowrank_optim.engine.plan import ParamPlan, Strategies
 from lowrank_optim.engine.reserve import ask
 from lowrank_optim.engine.undo import SMALL
-from lowrank_optim.ops.devices import on_accelerator
+from lowrank_optim.ops.devices import kind_of, on_accelerator
+from lowrank_optim.ops.passing import GPUS
 from lowrank_optim.ops.quant import Moment, Quantized
 from lowrank_optim.rules.base import Asking, Rule, Split, Steps, compute_dtype, finished
 from lowrank_optim.stores import scale_key
 from lowrank_optim.subspaces.block import Block
-from lowrank_optim.subspaces.target import Target
+from lowrank_optim.subspaces.target import Target, guarded
 
 
 class Dense:
@@ -47,53 +50,70 @@ def dense_phases(
         split: how it lies on the ranks (default: here is all of it).
         rms: root mean square of the whole, where its step size depends on it.
     """
-    (item,), (state,), chosen, lr, weight_decay, undo = bucket
+    items, states, chosen, lr, weight_decay, undo = bucket
+    item, state, rule = items[0], states[0], chosen.rule
     # how many steps it had taken before its moments began
     since = 0 if item.subspace is None else int(state["refresh_step"])
-    finite: Sequence[Tensor] = ()
     factor = 1.0 if item.subspace is None else chosen.lr_scale
-    param, grad, rule = item.param, item.param.grad, chosen.rule
-    assert grad is not None
-    norm = ops.matrix_norm(grad if grad.dim() > 1 else grad.reshape(1, -1))
-    if on_accelerator(grad):
-        finite = [norm.isfinite().all()]
-    elif not norm.isfinite().all():
-        state["step"] += 1
-        warn_skipped(item)
-        return
+    params = [x.param for x in items]
+    grads, param = [p.grad for p in params if p.grad is not None], item.param
+    finite = _flags(grads)
+    if not on_accelerator(param):
+        if not bool(finite[0]):
+            state["step"] += 1
+            warn_skipped(item)
+            return
+        finite = []
     keys = [slot.name for slot in rule.slots(param.shape)]
-    same = all(x.dtype == param.dtype for x in (grad, *(state[k] for k in keys)))
+    same = all(x.dtype == param.dtype for x in (*grads, *(state[k] for k in keys)))
     nearest = not chosen.store.rounds and not rounds(item, chosen)  # as torch rounds
     plain = same and nearest and factor == 1 and not finite
     plain = plain and type(rule).step_dense_ is not Rule.step_dense_
     if param.numel() > SMALL:
         _reserve(bucket, plain)
-    undo.loosen([state], [param], [item.name])
-    if item.param.numel() <= SMALL and not on_accelerator(param):
-        undo.keep_all([state], [*keys, *map(scale_key, keys)])
+    undo.loosen(states, params, [x.name for x in items])
+    if param.numel() <= SMALL and not on_accelerator(param):
+        undo.keep_all(states, [*keys, *map(scale_key, keys)])
         undo.keep_weights(state, param)
     if plain and _by_torch(bucket, keys, since):
         return
-    state["step"] += 1
-    rounding = weight_noise(item, state, chosen)
-    step = state["step"] if chosen.capturable else float(state["step"]) - since
-    steps: Steps = step.reshape(1) if isinstance(step, Tensor) else [step]
-    size = rule.step_size(lr, step, param, rms)
-    decay: float | Tensor = 1 - size * weight_decay
+    count_([own["step"] for own in states])
+    rounding = weight_noises(items, states, chosen)
+    times: list[Any] = [x["step"] for x in states]
+    times = times if chosen.capturable else [float(t) - since for t in times]
+    sizes = [rule.step_size(lr, t, p, rms) for t, p in zip(times, params, strict=True)]
+    decays: list[float | Tensor] = [1 - size * weight_decay for size in sizes]
     if finite:
-        decay = Target(param, grad, None, 0.0, decay, None, finite[0]).guarded_decay()
-    size = size if factor == 1 else size * factor
-    for start, p, g, own in _tiles(bucket, finite):
-        g = g.to(compute_dtype(param.dtype))
-        g = g.neg() if chosen.maximize else g
-        (direction,), (correction,) = yield from rule.phases_(
-            [g], [own], steps, finite=finite, split=split
+        owns = zip(params, grads, decays, finite, strict=True)
+        intos = guarded([Target(p, g, None, 0.0, d, None, ok) for p, g, d, ok in owns])
+        decays = [into.guarded_decay() for into in intos]
+    if factor != 1:
+        sizes = [size * factor for size in sizes]
+    steps: Steps = torch.stack([*times]) if chosen.capturable else times
+    wide = compute_dtype(param.dtype)
+    for start, ps, gs, moments in _tiles(bucket, finite):
+        given = [g if finite else g.to(wide) for g in gs]  # kernels read any format
+        given = [*torch._foreach_neg(given)] if chosen.maximize else given
+        directions, corrections = yield from rule.phases_(
+            given, moments, steps, wide, finite=finite, split=split
         )
-        noise = rounding.narrow(0, start) if rounding is not None and start else rounding
-        # a rate that is a tensor would widen what has no dimension
-        update = (direction * (size * correction)).to(direction.dtype)
-        ops.add_(p, update, decay, -1.0, noise)
-        del g, own, direction, update  # before those of the next tile are made
+        pairs = zip(sizes, list[Any](corrections), strict=True)
+        rates = [size * correction for size, correction in pairs]
+        noises = [x.narrow(0, start) if x is not None and start else x for x in rounding]
+        ops.add_all_(ps, directions, decays, rates, noises)
+        del gs, given, moments, directions  # before those of the next tile are made
+
+
+def _flags(grads: Sequence[Tensor]) -> list[Tensor]:
+    """Whether each is finite, 0-d bools: of one, which may be large, a tile at a time."""
+    if len(grads) == 1:
+        (grad,) = grads
+        norm = ops.matrix_norm(grad if grad.dim() > 1 else grad.reshape(1, -1))
+        norms = [norm if norm.numel() == 1 else norm.sum()]
+    else:
+        norms = ops.matrix_norms([grad.reshape(1, -1) for grad in grads])
+    # a norm is not negative: it is less than infinity, or not a number, or infinite
+    return [*(torch.stack([x.reshape(()) for x in norms]) < math.inf).unbind(0)]
 
 
 def _by_torch(bucket: Bucket, keys: Sequence[str], since: int) -> bool:
@@ -123,9 +143,8 @@ def _reserve(bucket: Bucket, plain: bool) -> None:
     """
     (item,), _, chosen, *_ = bucket
     param, wide = item.param, compute_dtype(item.param.dtype)
-    turned = chosen.maximize and param.dtype == wide
     if plain:  # torch's root and quotient
-        sizes = [param.numel()] * (2 + turned)
+        sizes = [param.numel()] * (2 + (chosen.maximize and param.dtype == wide))
     else:
         rows = _rows_of_moments(bucket)
         shape = param.shape if rows is None else (rows, *param.shape[1:])
@@ -133,11 +152,21 @@ def _reserve(bucket: Bucket, plain: bool) -> None:
         size = param.numel()
         if chosen.rule.elementwise:
             size = min(size, _tile_rows(param) * (size // len(param)))
-        # a direction and its multiple, the new weights, and what is cast
-        count = 3 + 2 * (param.dtype != wide) + turned
-        sizes += [size] * count
+        sizes += [size] * (count := _made(item, chosen))
         sizes += [max(0, writing - size * count)]
     ask((*sizes, SCALARS), wide, param.device)
+
+
+def _made(item: ParamPlan, chosen: Strategies) -> int:
+    """Tensors in the format of arithmetic of a tile that is stepped, beside its moments."""
+    param = item.param
+    cast = int(param.dtype != compute_dtype(param.dtype))
+    turned = int(chosen.maximize and not cast)
+    if not on_accelerator(param) or not chosen.rule.elementwise or rounds(item, chosen):
+        return 3 + 2 * cast + turned  # a direction and its multiple, the new weights, and casts
+    if kind_of(param) in GPUS:
+        return 1 + chosen.maximize  # kernels read what there is, and write weights
+    return 2 + cast + turned
 
 
 SCALARS = 64
@@ -165,45 +194,45 @@ def _tile_rows(param: Tensor) -> int:
 
 def _rows_of_moments(bucket: Bucket) -> int | None:
     """Rows whose moments are read, and written, at once; None where all of them are."""
-    (item,), _, chosen, *_ = bucket
-    param = item.param
+    param, chosen = bucket.items[0].param, bucket.chosen
     if not (chosen.rule.elementwise and chosen.store.rounds and param.dim() > 1 and len(param)):
         return None
     rows = _tile_rows(param)
     return rows if rows < len(param) else None
 
 
-Tile = tuple[int, Tensor, Tensor, Sequence[Moment]]
-"""A first row; a parameter, its gradient and its moments, or matching pieces of them."""
+Tile = tuple[int, Sequence[Tensor], Sequence[Tensor], Sequence[Sequence[Moment]]]
+"""A first row; parameters, their gradients and their moments, or matching pieces of one's."""
 
 
 def _tiles(bucket: Bucket, finite: Sequence[Tensor]) -> Iterator[Tile]:
     """What is stepped at once, so that temporaries stay small; its moments are then written back.
 
     Moments that a store copies to be read are read, and written, a tile at a time: no whole one is
-    ever there in the format of arithmetic.
+    ever there in the format of arithmetic. Several parameters are small enough to be one.
     """
-    (item,), (state,), chosen, *_ = bucket
-    param, grad = item.param, item.param.grad
-    assert grad is not None
+    items, states, chosen, *_ = bucket
+    params = [item.param for item in items]
+    grads = [p.grad for p in params if p.grad is not None]
+    (param, *others), shape = params, params[0].shape
     rows = _rows_of_moments(bucket)
     if rows is not None:
-        slots = slot_keys("", param.shape, chosen)
+        slots = slot_keys("", shape, chosen)
         for start in range(0, len(param), rows):
             span = slice(start, start + rows)
-            p, g = param[span], grad[span]
-            (held,) = read_slots([item], [rows_of(state, slots, span)], "", p.shape, chosen)
-            yield start, p, g, [x for _, _, x in held]
-            write_slots_([item], [state], [held], chosen, finite, span)
+            p, g = param[span], grads[0][span]
+            (held,) = read_slots(items, [rows_of(states[0], slots, span)], "", p.shape, chosen)
+            yield start, [p], [g], [[x for _, _, x in held]]
+            write_slots_(items, states, [held], chosen, finite, span)
             del held
         return
-    (held,) = read_slots([item], [state], "", param.shape, chosen)
-    moments = [x for _, _, x in held]
-    if chosen.rule.elementwise and param.dim() and len(param):
-        yield from _cut(_tile_rows(param), param, grad, moments)
+    held_all = read_slots(items, states, "", shape, chosen)
+    moments = [[x for _, _, x in held] for held in held_all]
+    if chosen.rule.elementwise and param.dim() and len(param) and not others:
+        yield from _cut(_tile_rows(param), param, grads[0], moments[0])
     else:
-        yield 0, param, grad, moments
-    write_slots_([item], [state], [held], chosen, finite)
+        yield 0, params, grads, moments
+    write_slots_(items, states, held_all, chosen, finite)
 
 
 def _cut(rows: int, param: Tensor, grad: Tensor, moments: Sequence[Moment]) -> Iterator[Tile]:
@@ -217,4 +246,5 @@ def _cut(rows: int, param: Tensor, grad: Tensor, moments: Sequence[Moment]) -> I
     own = zip(*pieces, strict=True) if pieces else itertools.repeat(())
     first = range(0, param.shape[0] or 1, rows or 1)
     tiles = torch.split(param, rows), torch.split(grad, rows)
-    yield from zip(first, *tiles, own, strict=bool(pieces))
+    for start, p, g, x in zip(first, *tiles, own, strict=bool(pieces)):
+        yield start, [p], [g], [x]

@@ -63,6 +63,14 @@ def portions(work: Sequence[tuple[ParamPlan, _T]]) -> Iterator[Sequence[tuple[Pa
         yield work[start : start + size]
 
 
+def count_(steps: list[Tensor]) -> None:
+    """One step more of each, on the host or on a device."""
+    if on_accelerator(steps[0]):
+        torch._foreach_add_(steps, 1)
+    else:  # as torch: a number would be made a tensor for each
+        torch._foreach_add_(steps, [torch.ones(())] * len(steps))
+
+
 def mark(work: Sequence[MatrixStep]) -> None:
     """Whether gradients are finite, of all at once, where no host may wait for the answer."""
     # a norm is not negative: it is less than infinity, or not a number, or infinite

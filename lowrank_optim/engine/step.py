@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from lowrank_optim.engine.adapt import adapt
@@ -16,7 +15,7 @@ from lowrank_optim.engine.bucket import Bucket, BucketStep, bucketed, warn_skipp
 from lowrank_optim.engine.dense import Dense
 from lowrank_optim.engine.draws import weight_noises
 from lowrank_optim.engine.fused import FUSED
-from lowrank_optim.engine.matrix_step import MatrixStep, portions
+from lowrank_optim.engine.matrix_step import MatrixStep, count_, portions
 from lowrank_optim.engine.offload import Staging, load_of
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.project import measure, project
@@ -101,14 +100,6 @@ def step_items(
         for own in bucketed(items, chosen)
     ]
     step_buckets(buckets, staging)
-
-
-def count_(steps: list[Tensor]) -> None:
-    """One step more of each, on the host or on a device."""
-    if on_accelerator(steps[0]):
-        torch._foreach_add_(steps, 1)
-    else:  # as torch: a number would be made a tensor for each
-        torch._foreach_add_(steps, [torch.ones(())] * len(steps))
 
 
 def _is_finite(w: MatrixStep) -> bool:

@@ -2,6 +2,7 @@
 
 from lowrank_optim.ops.composite import (
     add_,
+    add_all_,
     lift_add_,
     lift_add_term_,
     matrix_norm,
@@ -51,6 +52,7 @@ __all__ = [
     "Rows",
     "adamw_direction_",
     "add_",
+    "add_all_",
     "column_norms",
     "coordinate_adamw_",
     "coordinate_add_",

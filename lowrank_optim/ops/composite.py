@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.ops.noise import Noise
+from lowrank_optim.ops.numbers import is_number, number_of, on_device
 from lowrank_optim.ops.reference.storage import stochastic_round_
 from lowrank_optim.ops.schema import calls
 from lowrank_optim.ops.tiles import tile_rows
@@ -228,6 +229,41 @@ def add_(
     rounding: Noise | None,
 ) -> None:
     """``W <- decay W + alpha N`` elementwise, rounded once; ``update`` in at least float32."""
+    if on_accelerator(param) and rounding is None and is_number(decay):
+        add_all_([param], [update], [decay], [-alpha], [None])
+        return
     # a factor that is a tensor would widen what has no dimension
     new = param.to(update.dtype).mul(decay).to(update.dtype)
     put_(param, new.add_(update, alpha=alpha), rounding)
+
+
+def add_all_(
+    params: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    decays: Sequence[float | Tensor],
+    sizes: Sequence[float | Tensor],
+    rounding: Sequence[Noise | None],
+) -> None:
+    """``W <- decay W - size N`` of each; an accelerator rounds all to nearest in one kernel.
+
+    Args:
+        params: W.
+        updates: N, in at least float32.
+        decays: of each, numbers or tensors of one element.
+        sizes: likewise.
+        rounding: of each; None rounds to nearest.
+    """
+    alike: dict[tuple[float | None, ...], list[int]] = {}
+    for n, (decay, size, noise) in enumerate(zip(decays, sizes, rounding, strict=True)):
+        if on_accelerator(params[n]) and noise is None and is_number(decay) and is_number(size):
+            key = tuple(None if isinstance(x, Tensor) else x for x in (decay, size))
+            alike.setdefault(key, []).append(n)
+        else:
+            update = (updates[n] * size).to(updates[n].dtype)  # as above
+            add_(params[n], update, decay, -1.0, noise)
+    for at in alike.values():
+        own, step, update = decays[at[0]], sizes[at[0]], updates[at[0]]
+        held = ([x[n] for n in at] if isinstance(x[at[0]], Tensor) else [] for x in (sizes, decays))
+        factors = [on_device(found, update) for found in held]  # type: ignore[arg-type]
+        lists = [params[n] for n in at], [updates[n] for n in at]
+        calls.direction_add_(*lists, number_of(own), number_of(step), *factors)

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.ops.devices import sent
+from lowrank_optim.ops.numbers import is_number, number_of
 from lowrank_optim.ops.stacked import empty_like_all
 from lowrank_optim.ops.tiles import tiles
 from lowrank_optim.subspaces.base import State, Subspace, register
 from lowrank_optim.subspaces.refresh import BasisChange, Reduce, RefreshContext
-from lowrank_optim.subspaces.target import Target, gains_of, is_number, number_of, of_kernels
+from lowrank_optim.subspaces.target import Target, gains_of, of_kernels
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.values import check_index

@@ -14,18 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lowrank_optim import ops
 from lowrank_optim.ops.devices import on_accelerator
+from lowrank_optim.ops.numbers import is_number, number_of
 from lowrank_optim.ops.stacked import cast_all, empty_like_all
 from lowrank_optim.subspaces.base import State, Subspace
 from lowrank_optim.subspaces.refresh import BasisChange, Reduce, RefreshContext
 from lowrank_optim.subspaces.searches import Ask, Searching, alone, beside
-from lowrank_optim.subspaces.target import (
-    Target,
-    decayed_,
-    gains_of,
-    is_number,
-    number_of,
-    of_kernels,
-)
+from lowrank_optim.subspaces.target import Target, decayed_, gains_of, of_kernels
 from lowrank_optim.subspaces.terms import KINDS, Term, unknown_kind
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.values import check_finite

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
+from lowrank_optim.ops.numbers import on_device
 from lowrank_optim.ops.stacked import empty_like_all, stacked
 from lowrank_optim.ops.tiles import fillings
 from lowrank_optim.subspaces.base import State
@@ -164,7 +165,7 @@ class Switched(Pooled):
         like = states[0]["basis_A"]
         if self.decay_on == "factors":
             found = [into.guarded_decay() for into in guarded(intos)]
-            decays = [x.to(like).reshape(()) for x in found if isinstance(x, Tensor)]
+            decays = on_device([x for x in found if isinstance(x, Tensor)], like)
             decay = found[0] if isinstance(found[0], float) else 1.0
         news: dict[str, list[Tensor]] = {}
         moves: dict[str, list[Tensor]] = {side: [] for side in SIDES}

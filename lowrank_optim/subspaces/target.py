@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
+from lowrank_optim.ops.numbers import is_number, is_one, number_of, on_device, same_number
 from lowrank_optim.ops.stacked import stacked
 from lowrank_optim.subspaces.terms import Term
 
@@ -104,41 +105,6 @@ def decayed_(intos: Sequence[Target]) -> list[float | Tensor]:
         if n not in here:
             left[n] = into.guarded_decay()
     return left
-
-
-def same_number(a: float | Tensor, b: float | Tensor) -> bool:
-    """Whether two are the same, as far as a host knows without asking a device."""
-    return a is b or (isinstance(a, float) and isinstance(b, float) and a == b)
-
-
-def is_one(factor: float | Tensor) -> bool:
-    """Whether the host knows that it changes nothing."""
-    return isinstance(factor, float) and factor == 1
-
-
-def number_of(factor: float | Tensor) -> float:
-    """What kernels get of it from the host, and 1 if it is on the device."""
-    return 1.0 if isinstance(factor, Tensor) else factor
-
-
-def is_number(factor: float | Tensor) -> bool:
-    """Whether it is one for all of a matrix, and not one for each expert."""
-    return not isinstance(factor, Tensor) or factor.numel() == 1
-
-
-def on_device(factors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
-    """Numbers as the kernels of matrices like ``like`` read them: ``()``, in at least float32.
-
-    One that several have in common is brought there once, others all at once.
-    """
-    wide = torch.promote_types(like.dtype, torch.float32)
-    distinct = [*{id(x): x for x in factors}.values()]
-    found = distinct
-    if any(x.dtype != wide or x.device != like.device for x in distinct):
-        whole = stacked([x.reshape(()) for x in distinct])
-        found = [*whole.to(like.device, wide, non_blocking=True).unbind(0)]
-    known = {id(x): own.reshape(()) for x, own in zip(distinct, found, strict=True)}
-    return [known[id(x)] for x in factors]
 
 
 def gains_of(terms: Sequence[Term | None], like: Tensor) -> list[Tensor]:

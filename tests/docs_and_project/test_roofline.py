@@ -243,8 +243,10 @@ def example(op: str, m: int, n: int, r: int) -> dict[str, Any]:
     of_outs = dict.fromkeys(of_rows, (r, n))
     of_outs |= {"row_dots_": (r,)}
     one = (1, n) if op == "residual_factors_" else (n,)
+    flat = op == "direction_add_"
     shapes: dict[str, Any] = {
-        "params": (m, n), "grads": one if elements else (m, n), "bases": (m, r), "updates": (r, n),
+        "params": (n,) if flat else (m, n), "grads": one if elements else (m, n), "bases": (m, r),
+        "updates": (n,) if flat else (r, n),
         "lows": one if elements else (r, n), "columns": (1, n), "norms": (),
         "directions": (1, n) if op == "residual_factors_" else (r, n), "ys": (r, n),
         "ages": (r,), "counts": (r,), "eps_rows": (r,), "scale_rows": (r,),

@@ -55,3 +55,49 @@ def test_several_at_a_time_are_as_each(
     for one, several in zip(*found, strict=True):
         for x, y in zip(one, several, strict=True):
             assert torch.equal(x.nan_to_num(), y.nan_to_num())
+
+
+SMALL: list[tuple[str, dict[str, Any]]] = [
+    ("GaLoreAdamW", {}),
+    ("GaLoreAdamW8bit", {"maximize": True}),
+    ("GaLoreAdamW", {"state_dtype": "4bit", "stochastic_rounding": True}),
+    ("GaLoreLion", {"state_dtype": "bfloat16"}),
+    ("GaLoreAdafactor", {"scale_parameter": True}),
+    ("GaLoreAdamW", {"lr": "tensor", "capturable": True}),
+]
+
+
+@pytest.mark.parametrize("shape", [(300,), (4, 70), ()], ids=str)
+@pytest.mark.parametrize(("name", "options"), SMALL, ids=str)
+def test_small_dense_parameters_together_are_as_each(
+    name: str, options: dict[str, Any], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an accelerator, beside the run of each alone: weights, moments and counters.
+
+    One begins later than the others; a gradient of another is not finite in a step, in which it
+    keeps its weights.
+    """
+    cases.branching(monkeypatch, lambda x: True)
+    options = {k: torch.tensor(0.01) if x == "tensor" else x for k, x in options.items()}
+    grads = [cases.gradients(shape, 4, torch.bfloat16, seed=n) for n in range(3)]
+    grads[2][2].view(-1)[0] = torch.nan
+
+    def run(at: list[int]) -> list[list[torch.Tensor]]:
+        params = [(cases.parameter(shape, torch.bfloat16) * (n + 1)).detach() for n in at]
+        named = [(f"layer{n}", p.requires_grad_()) for n, p in zip(at, params, strict=True)]
+        built = cases.build(name, [{"params": named, "rank": None}], weight_decay=0.1, **options)
+        for row in range(4):
+            for n, p in zip(at, params, strict=True):
+                p.grad = None if n == 1 and row == 0 else grads[n][row].clone()
+            before = [p.detach().clone() for p in params]
+            built.step()
+            if 2 in at and row == 2:
+                assert torch.equal(params[at.index(2)], before[at.index(2)])
+        return [[p, *built.state[p].values()] for p in params]
+
+    together = run([0, 1, 2])
+    for n, own in enumerate(together):
+        (alone,) = run([n])
+        for x, y in zip(own, alone, strict=True):
+            assert torch.equal(x, y)
+        assert all(bool(x.isfinite().all()) for x in own if x.is_floating_point())

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from tests.ops import ops_turns
-from tests.ops.ops_cases import BETA1, BETA2, DECAY, Arguments, Expected, names, strided
+from tests.ops.ops_cases import BETA1, BETA2, DECAY, LR, Arguments, Expected, names, strided
 
-OPS = ("decay_", "count_", "row_steps_", "residual_factors_", *ops_turns.OPS)
+OPS = ("decay_", "direction_add_", "count_", "row_steps_", "residual_factors_", *ops_turns.OPS)
 SHAPES = [(), (1,), (17, 33), (3, 700), (2, 9, 14), (0, 5)]
 COLUMNS = [(1, 1), (1, 33), (1, 2500), (3, 1, 14)]
 TINY, LIMITER = 1e-8, 1.01
@@ -32,6 +32,10 @@ def arguments(
     ages = [torch.randint(0, 4, s).float() ** 7 for s in SHAPES]
     found: Arguments = {
         "params": [strided(torch.randn(s, dtype=wide).to(dtype), how) for s in SHAPES],
+        "updates": [torch.randn(s, dtype=wide) for s in SHAPES],
+        "lr": LR,
+        "steps": [torch.rand((), dtype=wide) for _ in range(len(SHAPES) * factors)],
+        "decays": [torch.rand((), dtype=wide) for _ in range(len(SHAPES) * factors)],
         "decay": DECAY,
         "factors": [torch.tensor(0.5 + i / 8, dtype=wide) for i in range(len(SHAPES) * factors)],
         "ages": ages,
@@ -69,6 +73,15 @@ def expected(op: str, a: Arguments) -> Expected:
         weights = zip(a["params"], factors, finite, strict=True)
         new = [w.double() * (DECAY * float(f) if ok else 1.0) for w, f, ok in weights]
         return {"params": [(x, None) for x in new]}
+    if op == "direction_add_":
+        ones = [1.0] * len(SHAPES)
+        given = a["params"], a["updates"], a["decays"] or ones, a["steps"] or ones
+        return {
+            "params": [
+                (DECAY * float(d) * w.double() - LR * float(s) * x.double(), None)
+                for w, x, d, s in zip(*given, strict=True)
+            ]
+        }
     if op == "count_":
         more = [int(ok) for ok in a["finite"] or [True] * len(a["counts"])]
         counts = zip(a["counts"], more, strict=True)

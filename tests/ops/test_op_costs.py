@@ -80,6 +80,11 @@ def cases(op: str) -> list[ops_cases.Arguments]:
                 for unsound in (None, 1):
                     own = {"how": how, "factors": factors, "unsound": unsound}
                     found.append(ops_factors.arguments(op, torch.float32, **own))
+    elif op == "direction_add_":
+        for how in ("rows", "slice"):
+            for factors in (True, False):
+                own = {"how": how, "factors": factors}
+                found.append(ops_factors.arguments(op, torch.bfloat16, **own))
     elif op in (*ops_cases.APPLIES, "column_norms"):
         for factors in ((), ops_cases.FACTORS):
             given = {"shapes": [(17, 33)] * 3, "factors": factors}

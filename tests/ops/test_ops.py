@@ -170,6 +170,17 @@ def test_cosines(backend: str, op: str, basis: str, how: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("how", HOW)
+def test_directions_that_are_added(backend: str, how: str, dtype: torch.dtype) -> None:
+    """Step sizes and decays on the device and not; weights and directions of any strides."""
+    for factors in (True, False):
+        a = ops_factors.arguments("direction_add_", dtype, how=how, factors=factors)
+        run("direction_add_", a)
+    a["updates"] = [cases.strided(x, how) for x in a["updates"]]
+    run("direction_add_", a)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("how", HOW)
 def test_decays_of_matrices(backend: str, how: str, dtype: torch.dtype) -> None:
     """With a factor on the device and without; one that is not finite keeps its bits."""
     for factors in (True, False):

@@ -37,6 +37,7 @@ KERNELS = {
     "column_norms": 1,
     "coordinate_add_": 1,
     "decay_": 1,
+    "direction_add_": 1,
     "count_": 1,
     "top_rows_": 1,
     "move_rows_": 1,

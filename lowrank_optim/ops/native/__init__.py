@@ -33,6 +33,7 @@ from lowrank_optim.ops.native.storage import (
 from lowrank_optim.ops.reference import (  # of few numbers, or no kernel on the CPU
     count_,
     decay_,
+    direction_add_,
     move_rows_,
     residual_factors_,
     row_dots_,
@@ -56,6 +57,7 @@ __all__ = [
     "count_",
     "decay_",
     "dequantize_blockwise_",
+    "direction_add_",
     "isa",
     "lift_add_scaled_",
     "lift_add_sign_",

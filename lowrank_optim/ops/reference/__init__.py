@@ -12,6 +12,7 @@ from lowrank_optim.ops.cosine import (
 from lowrank_optim.ops.reference.factors import (
     count_,
     decay_,
+    direction_add_,
     limited_,
     residual_factors_,
     row_steps_,
@@ -57,6 +58,7 @@ __all__ = [
     "count_",
     "decay_",
     "dequantize_blockwise_",
+    "direction_add_",
     "keep_positive_",
     "lift_add_scaled_",
     "lift_add_sign_",

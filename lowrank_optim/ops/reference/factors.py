@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops.reference.arguments import Tensors, or_none
+from lowrank_optim.ops.reference.arguments import Tensors, or_none, times
 
 
 def decay_(params: Tensors, decay: float, factors: Tensors, finite: Tensors) -> None:
@@ -16,6 +16,24 @@ def decay_(params: Tensors, decay: float, factors: Tensors, finite: Tensors) -> 
     for w, f, ok in zip(params, ones, or_none(finite, len(params)), strict=True):
         new = w * decay if f is None else w * (f * decay)
         w.copy_(new if ok is None else torch.where(ok, new, w))
+
+
+def direction_add_(
+    params: Tensors,
+    updates: Tensors,
+    decay: float,
+    lr: float,
+    steps: Tensors = (),
+    decays: Tensors = (),
+) -> None:
+    """``W <- decay d W - lr s N`` elementwise, rounded once; N in at least float32."""
+    factors = times(decay, decays, len(params)), times(lr, steps, len(params))
+    for w, update, own, step in zip(params, updates, *factors, strict=True):
+        new = w.to(update.dtype).mul(own).to(update.dtype)  # a tensor would widen a number
+        if isinstance(step, Tensor):
+            w.copy_(new.sub_((update * step).to(update.dtype)))
+        else:
+            w.copy_(new.add_(update, alpha=-step))
 
 
 def count_(counts: Tensors, finite: Tensors) -> None:

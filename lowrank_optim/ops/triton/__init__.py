@@ -27,6 +27,7 @@ _MODULES = {
     "stochastic_round_": "rounding",
     "column_norms": "norms",
     "decay_": "factors",
+    "direction_add_": "factors",
     "count_": "factors",
     "row_steps_": "factors",
     "residual_factors_": "factors",

@@ -145,6 +145,10 @@ def _lists() -> Iterator[Variant]:
         yield _variant(
             f"decay/{how}", factors.decay_kernel, **mode, **flat, FACTORS=True, SOUND=True
         )
+        yield _variant(
+            f"direction_add/{how}", factors.direction_add_kernel, **mode, **flat,
+            STEPPED=True, DECAYED=True, pointers={"w": "*bf16"},
+        )  # fmt: skip
         yield _variant(f"count/{how}", factors.count_kernel, **mode, **flat, SOUND=True)
         yield _variant(
             f"row_steps/{how}", factors.row_steps_kernel, **mode, **flat,

@@ -65,6 +65,51 @@ def decay_(
 
 
 @triton.jit(do_not_specialize=["count"])
+def direction_add_kernel(
+    table, tensors, w, n_, step, shrink, count, decay, lr,
+    MANY: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
+    STEPPED: tl.constexpr, DECAYED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``W <- decay d W - lr s N``."""
+    t, part = locate(table, tensors, MANY, DEPTH)
+    if STEPPED:
+        lr *= tl.load(pointer(table, tensors, t, 3, step, MANY, False)).to(tl.float32)
+    if DECAYED:
+        decay *= tl.load(pointer(table, tensors, t, 4, shrink, MANY, False)).to(tl.float32)
+    start = part * BLOCK
+    w = pointer(table, tensors, t, 1, w, MANY, ALIGNED) + start
+    n_ = pointer(table, tensors, t, 2, n_, MANY, ALIGNED) + start
+    lane = tl.arange(0, BLOCK)
+    mask = lane < length(table, tensors, t, 5, count, MANY, ALIGNED) - start
+    move = lr * tl.load(n_ + lane, mask, 0.0).to(tl.float32)
+    new = decay * tl.load(w + lane, mask, 0.0).to(tl.float32) - move
+    tl.store(w + lane, new.to(w.dtype.element_ty), mask)
+
+
+def direction_add_(
+    params: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    decay: float,
+    lr: float,
+    steps: Sequence[Tensor] = (),
+    decays: Sequence[Tensor] = (),
+) -> None:
+    """``W <- decay d W - lr s N`` over flat memory, where both lie in it alike; else by torch."""
+    lists = [params, updates, steps, decays]
+    packed = [w.is_contiguous() and x.is_contiguous() for w, x in zip(params, updates, strict=True)]
+    for at in groups(lists, packed):
+        own = select(lists, at)
+        if not packed[at[0]]:
+            reference.direction_add_(own[0], own[1], decay, lr, own[2], own[3])
+            continue
+        sizes = [params[i].numel() for i in at]
+        launch(
+            direction_add_kernel, own, [sizes], [cdiv(n, ELEMENTS) for n in sizes], decay, lr,
+            STEPPED=len(steps) > 0, DECAYED=len(decays) > 0, BLOCK=ELEMENTS,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count"])
 def count_kernel(
     table, tensors, x, finite, count,
     MANY: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
