@@ -94,9 +94,12 @@ def seed() -> None:
 @pytest.fixture
 def logged() -> Iterator[Logged]:
     handler, logger = Logged(), logging.getLogger("lowrank_optim")
+    silenced = logging.root.manager.disable  # by the job of a rank that ran in this process
+    logging.disable(logging.NOTSET)
     logger.addHandler(handler)
     yield handler
     logger.removeHandler(handler)
+    logging.disable(silenced)
 
 
 @pytest.fixture(scope="session")
