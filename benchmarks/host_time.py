@@ -38,8 +38,8 @@ from benchmarks.timing import Work, cpu_milliseconds, interleaved, ratio
 from lowrank_optim.ops import devices, dispatch
 from lowrank_optim.ops import triton as kernels
 
-SHAPES = [(8, 8)] * 4 + [(12, 8)] * 2 + [(8, 12)]
-"""Of the seven matrices of a layer: three kinds of them, as of LLaMA."""
+SHAPES: list[tuple[int, ...]] = [(8, 8)] * 4 + [(12, 8)] * 2 + [(8, 12)] + [(8,)] * 2
+"""Of the seven matrices of a layer, three kinds of them, and of its two norms, as of LLaMA."""
 RANK = 4
 BASE = "torch AdamW foreach"
 TARGET = GPUTarget("cuda", 90, 32)
@@ -156,7 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for layers in map(int, args.layers.split(",")):
         rows = measure(layers, getattr(torch, args.dtype), only, args.rounds)
         results["rows"][layers] = rows
-        title = f"One step of {7 * layers} matrices of 3 shapes, {args.dtype}: CPU time of the host"
+        what = f"{7 * layers} matrices of 3 shapes and {2 * layers} norms, {args.dtype}"
+        title = f"One step of {what}: CPU time of the host"
         cells = [
             (label, f"{row['ms']:.2f}", f"{row['over_adamw']:.1f}", str(row["launches"]))
             for label, row in rows.items()

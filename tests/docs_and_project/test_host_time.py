@@ -23,12 +23,12 @@ pytestmark = [
 
 
 def test_launches_are_two_a_shape() -> None:
-    """The direction and the decay of each of three buckets, of however many matrices."""
+    """Of each of three buckets of matrices, and of the norms, of however many: two kernels."""
     before = devices.HOSTS, dispatch.ORDER["cpu"], triton.available, JITFunction._do_compile
     active = driver._active
     for layers in (1, 3):
         found = host_time.measure(layers, torch.bfloat16, ["GaLoreAdamW"], 5)
-        assert found["GaLoreAdamW"]["launches"] == 6
+        assert found["GaLoreAdamW"]["launches"] == 8
         assert found[host_time.BASE]["launches"] == 0
         assert found["GaLoreAdamW"]["over_adamw"] > 1 and found[host_time.BASE]["over_adamw"] == 1
     after = devices.HOSTS, dispatch.ORDER["cpu"], triton.available, JITFunction._do_compile
