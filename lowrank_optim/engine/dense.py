@@ -1,4 +1,4 @@
-"""One step of a parameter without a subspace."""
+"""One step of parameters without a subspace."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class Dense:
 def dense_phases(
     bucket: Bucket, split: Split | None = None, rms: Tensor | None = None
 ) -> Asking[None]:
-    """A step of a dense parameter, asking for sums of what is on all ranks.
+    """A step of dense parameters, asking for sums of what is on all ranks.
 
     Args:
-        bucket: the parameter.
+        bucket: one; of small ones on an accelerator several of a shape.
         split: how it lies on the ranks (default: here is all of it).
         rms: root mean square of the whole, where its step size depends on it.
     """

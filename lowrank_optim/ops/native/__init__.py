@@ -10,7 +10,6 @@ from lowrank_optim.ops.native.cosine import (
     cosine_lift_add_,
     cosine_project_,
     cosine_scores,
-    cosine_top_project_,
     takes_length,
     top_rows_,
 )
@@ -31,6 +30,7 @@ from lowrank_optim.ops.native.storage import (
     stochastic_round_,
 )
 from lowrank_optim.ops.reference import (  # of few numbers, or no kernel on the CPU
+    cosine_top_project_,
     count_,
     decay_,
     direction_add_,

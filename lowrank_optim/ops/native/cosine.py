@@ -242,20 +242,3 @@ def top_rows_(
         reference_top_rows_(scores, indices, sources, finite, usable)
         return
     run("top_rows", scores[0].device, args)
-
-
-def cosine_top_project_(
-    grads: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    sources: Sequence[Tensor],
-    finite: Sequence[Tensor],
-    usable: Sequence[Tensor],
-    outs: Sequence[Tensor],
-    plan: Sequence[Tensor],
-    basis: str,
-    ranking: str,
-) -> None:
-    """The three ops in turn; no step of a CPU asks for it."""
-    scores = cosine_scores(grads, plan, basis, ranking)
-    top_rows_(scores, indices, sources, finite, usable)
-    cosine_project_(grads, indices, outs, plan, basis)
