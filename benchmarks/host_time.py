@@ -13,6 +13,7 @@ the process, over rounds in which everything is run in turns.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import logging
 import statistics
@@ -35,7 +36,7 @@ from benchmarks.gpu import variants
 from benchmarks.gpu.times import STEPS
 from benchmarks.matrices import weights
 from benchmarks.timing import Work, cpu_milliseconds, interleaved, ratio
-from lowrank_optim.ops import devices, dispatch
+from lowrank_optim.ops import cublas, devices, dispatch
 from lowrank_optim.ops import triton as kernels
 
 SHAPES: list[tuple[int, ...]] = [(8, 8)] * 4 + [(12, 8)] * 2 + [(8, 12)] + [(8,)] * 2
@@ -59,10 +60,19 @@ class _Launched:
         _Launched.count += 1
 
 
+def _products() -> SimpleNamespace:
+    """In the place of cuBLAS: calls of C that take as many arguments, and answer 0 to handle 0."""
+    found = {}
+    for name, kinds in cublas.CALLS.items():
+        found[name] = ctypes.CDLL(None)["abs"]
+        found[name].argtypes = kinds
+    return SimpleNamespace(**found)
+
+
 @contextmanager
 def without_accelerator() -> Iterator[None]:
     """Tensors of the host taken for those of an accelerator; kernels of ours are not run."""
-    made = _Launched()
+    made, products = _Launched(), _products()
 
     def compiled(
         self: Any, key: str, signature: Any, device: Any, *args: Any, **kwargs: Any
@@ -81,6 +91,8 @@ def without_accelerator() -> Iterator[None]:
         mock.patch.dict(dispatch.ORDER, {"cpu": ("triton", "reference")}),
         mock.patch.object(kernels, "available", lambda device_type: (True, "")),
         mock.patch.object(JITFunction, "_do_compile", compiled),
+        mock.patch.object(cublas, "_library", lambda device: products),
+        mock.patch.object(cublas, "_handle", lambda: 0),
     ):
         dispatch._choose.cache_clear()
         try:

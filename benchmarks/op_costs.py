@@ -97,6 +97,9 @@ def floor(name: str, given: Arguments) -> Floor:
         total += sum(4 * x.numel() // max(1, x.shape[-2]) for x in first)
     elif name == "top_rows_":
         flops = sum(31 * x.numel() for x in first)
+    elif name == "addmm_":
+        pairs = zip(first, given["lefts"], strict=True)
+        flops = sum(2 * w.numel() * p.shape[-1] for w, p in pairs)
     elif name.startswith("lift_add"):
         products = 2 if name == "lift_add_sign_" else 1
         flops = sum(w.numel() * (2 * products * p.shape[-1] + 6) for w, p in
@@ -166,6 +169,9 @@ def package_kernels(name: str, given: Arguments) -> list[Kernel]:
         half = bool(given["bases"]) and given["bases"][0].dtype == torch.bfloat16
         lift = Kernel(name, len(full), least.bytes, least.flops, MATRIX if half else SCALAR)
         return [*_ready(name, given, full), lift] if half else [lift]
+    if name == "addmm_":
+        half = first[0].element_size() == 2
+        return [Kernel(name, len(full), least.bytes, least.flops, MATRIX if half else SCALAR)]
     if name == "move_rows_":
         return [Kernel(name, len({_moved_as(first[i]) for i in full}), least.bytes)]
     if name == "decay_":

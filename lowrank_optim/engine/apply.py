@@ -16,7 +16,7 @@ from lowrank_optim.engine.plan import State, Strategies
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops import Noise
 from lowrank_optim.ops.devices import on_accelerator
-from lowrank_optim.ops.numbers import is_number, same_number
+from lowrank_optim.ops.numbers import is_number, number_of, same_number
 from lowrank_optim.ops.stacked import cast_all, stacked
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.target import Target
@@ -75,7 +75,7 @@ def prepared(
             assert isinstance(size, float) and isinstance(correction, float)
             rates[n] = size * correction
     elif _takes_steps(work[0], sizes, terms, chosen, rounding[0]):
-        steps = _steps(work, sizes)
+        rates, steps = _rates_and_steps(work, sizes)
     else:
         updates = _times(work, sizes)
         for n, (w, size, term) in enumerate(zip(work, sizes, terms, strict=True)):
@@ -198,16 +198,19 @@ def _goes_wide(subspace: Subspace, param: Tensor) -> bool:
     return subspace.takes_wide and on_accelerator(param) and whole
 
 
-def _steps(work: Sequence[MatrixStep], sizes: Sequence[float | Tensor]) -> list[Tensor]:
-    """Each step size times its correction; one tensor where they have it in common."""
+def _rates_and_steps(
+    work: Sequence[MatrixStep], sizes: Sequence[float | Tensor]
+) -> tuple[list[float], list[Tensor | None]]:
+    """Step sizes times corrections: what of each is a number, and what is on the device."""
     corrections = [w.directions["low"][1] for w in work]
-    first = corrections[0]
-    if all(size is sizes[0] for size in sizes):
-        if isinstance(first, Tensor):
-            return list((stacked(corrections) * sizes[0]).unbind(0))  # type: ignore[arg-type]
-        if len({*corrections}) == 1:
-            return [sizes[0] * first] * len(work)  # type: ignore[list-item]
-    return [size * c for size, c in zip(sizes, corrections, strict=True)]  # type: ignore[misc]
+    first, size = corrections[0], sizes[0]
+    if isinstance(first, Tensor) and all(own is size for own in sizes):
+        return [1.0] * len(work), list((stacked(corrections) * size).unbind(0))  # type: ignore[arg-type]
+    pairs = [*zip(sizes, corrections, strict=True)]
+    rates = [number_of(own) * number_of(correction) for own, correction in pairs]
+    held = [[x for x in pair if isinstance(x, Tensor)] for pair in pairs]
+    steps = [own[0] * own[1] if len(own) > 1 else own[0] if own else None for own in held]
+    return rates, steps
 
 
 def push(work: Sequence[MatrixStep], ready: Sequence[Push], chosen: Strategies, undo: Undo) -> None:

@@ -13,6 +13,7 @@ from lowrank_optim.ops.composite import (
     total_norms,
 )
 from lowrank_optim.ops.matrices import (
+    addmm_,
     column_norms,
     coordinate_adamw_,
     coordinate_add_,
@@ -27,6 +28,7 @@ from lowrank_optim.ops.matrices import (
     lift_add_scaled_,
     lift_add_sign_,
     move_rows_,
+    reads_factors,
     residual_factors_,
     row_dots,
     step_rows_,
@@ -53,6 +55,7 @@ __all__ = [
     "adamw_direction_",
     "add_",
     "add_all_",
+    "addmm_",
     "column_norms",
     "coordinate_adamw_",
     "coordinate_add_",
@@ -81,6 +84,7 @@ __all__ = [
     "put_",
     "put_all_",
     "quantize_",
+    "reads_factors",
     "residual_factors_",
     "row_dots",
     "row_steps",

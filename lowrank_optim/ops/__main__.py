@@ -4,6 +4,7 @@ import os
 
 import torch
 
+from lowrank_optim.ops import cublas
 from lowrank_optim.ops.dispatch import BACKENDS, VARIABLE, available, backend
 
 
@@ -23,6 +24,9 @@ def main() -> None:
         for name in BACKENDS:
             ready, reason = available(name, device)
             print(f"  {name:<12} {'yes' if ready else 'no':<4} {reason}")
+    if "cuda" in devices:
+        ready, reason = cublas.available()
+        print(f"products read their factors on cuda: {'yes' if ready else 'no'}, {reason}")
 
 
 if __name__ == "__main__":

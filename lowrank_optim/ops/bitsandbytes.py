@@ -21,6 +21,7 @@ from lowrank_optim.ops.cosine import (
 )
 from lowrank_optim.ops.reference import (
     adamw_direction_,
+    addmm_,
     column_norms,
     coordinate_adamw_,
     coordinate_add_,
@@ -46,6 +47,7 @@ from lowrank_optim.ops.reference.storage import Codec, blocked, unblocked
 __all__ = [
     "adamw_direction_",
     "adamw_direction_8bit_",
+    "addmm_",
     "available",
     "column_norms",
     "coordinate_adamw_",

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lowrank_optim.ops import native, triton
-from lowrank_optim.ops.devices import kind_of
+from lowrank_optim.ops import cublas, native, triton
+from lowrank_optim.ops.devices import HOST_MEMORY, kind_of, on_accelerator
 from lowrank_optim.ops.dispatch import serving
 from lowrank_optim.ops.moments import Rows
 from lowrank_optim.ops.schema import calls as _ops
@@ -221,6 +221,38 @@ def decay_(
     """
     if params and (factors or decay != 1):
         _ops.decay_(params, decay, factors, finite)
+
+
+def reads_factors(param: Tensor) -> bool:
+    """Whether a product that is added to such weights can read its factors on the device.
+
+    By :func:`addmm_`. A CPU that is taken for an accelerator stands for one that has it.
+    """
+    if not (on_accelerator(param) and cublas.takes(param)):
+        return False
+    kind = kind_of(param)
+    if kind in HOST_MEMORY:
+        return True
+    return kind == "cuda" and serving(param.dtype, kind) is triton and cublas.available()[0]
+
+
+def addmm_(
+    params: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    decays: Sequence[Tensor],
+) -> None:
+    """``W <- d W + s P N`` of each in one product, rounded once.
+
+    Args:
+        params: W ``(m, n)``, stored by rows or by columns.
+        lefts: P ``(m, r)``, in the format of W or a wider one, which is rounded to it.
+        rights: N ``(r, n)``, likewise.
+        steps: s ``()`` on the device.
+        decays: d ``()`` on the device.
+    """
+    _ops.addmm_(params, lefts, rights, steps, decays)
 
 
 def residual_factors_(

@@ -49,6 +49,7 @@ SCHEMAS = {
     "decay_": "(Tensor(a!)[] params, float decay, Tensor[] factors, Tensor[] finite) -> ()",
     "direction_add_": "(Tensor(a!)[] params, Tensor[] updates, float decay, float lr, "
     f"{_FACTORS}) -> ()",
+    "addmm_": f"(Tensor(a!)[] params, Tensor[] lefts, Tensor[] rights, {_FACTORS}) -> ()",
     "count_": "(Tensor(a!)[] counts, Tensor[] finite) -> ()",
     "row_steps_": "(Tensor[] ages, Tensor(a!)[] eps_rows, Tensor(b!)[] scale_rows, float beta1, "
     "float beta2, float eps) -> ()",

@@ -19,7 +19,7 @@ from lowrank_optim.ops.stacked import cast_all, empty_like_all
 from lowrank_optim.subspaces.base import State, Subspace
 from lowrank_optim.subspaces.refresh import BasisChange, Reduce, RefreshContext
 from lowrank_optim.subspaces.searches import Ask, Searching, alone, beside
-from lowrank_optim.subspaces.target import Target, decayed_, gains_of, of_kernels
+from lowrank_optim.subspaces.target import Target, gains_of, lift_all_, of_kernels
 from lowrank_optim.subspaces.terms import KINDS, Term, unknown_kind
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.values import check_finite
@@ -210,20 +210,18 @@ class Projector(Subspace):
             bases = cast_all(bases, dtype)
             lows = cast_all(lows, dtype) if len(plain) == len(intos) else lows
         terms = _with_columns(intos, terms)
-        decays = dict(zip(plain, decayed_([intos[n] for n in plain]), strict=True))
-        for n in plain:
-            into, right = intos[n], states[n]["basis_right"] if self.two_sided else None
-            alpha = -into.lr * self.scale
-            ops.lift_add_(
-                into.param, bases[n], lows[n], right, decays[n], alpha, into.rounding,
-            )  # fmt: skip
-            yield n
+        if plain:
+            others = [states[n]["basis_right"] if self.two_sided else None for n in plain]
+            alphas = [-intos[n].lr * self.scale for n in plain]
+            own, low = [intos[n] for n in plain], [lows[n] for n in plain]
+            for n in lift_all_(own, [bases[n] for n in plain], low, others, alphas):
+                yield plain[n]
         rights = [state["basis_right"] for state in states] if self.two_sided else []
         yield from self._push_terms_(intos, bases, rights, updates, terms)
 
     def takes_step(self, param: Tensor, term: Term | None) -> bool:
-        """What has a term, in the ops that lift and add it."""
-        return term is not None and is_number(term.gain)
+        """What has a term, in the ops that lift and add it; else where products read factors."""
+        return ops.reads_factors(param) if term is None else is_number(term.gain)
 
     def _push_terms_(
         self,

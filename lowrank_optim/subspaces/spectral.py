@@ -17,7 +17,7 @@ from lowrank_optim.ops.tiles import fillings
 from lowrank_optim.subspaces.base import State
 from lowrank_optim.subspaces.refresh import Reduce
 from lowrank_optim.subspaces.spectral_factors import FACTORS, SpectralFactors
-from lowrank_optim.subspaces.target import Target, decayed_, guarded
+from lowrank_optim.subspaces.target import Target, guarded, lift_all_
 from lowrank_optim.subspaces.terms import Term
 
 
@@ -258,15 +258,15 @@ class Spectral(SpectralFactors):
             rights.append(stacked(vs) * gained)
         if first.param.dtype != wide and len(lefts) > 1:  # rounded once
             lefts, rights = ([torch.cat([x.to(dtype) for x in own], -2)] for own in (lefts, rights))
-        decays, count = decayed_(intos), 0  # weights are touched when all memory is there
+        count = 0  # weights are touched when all memory is there
         try:
-            for n, (into, decay) in enumerate(zip(intos, decays, strict=True)):
-                for left, right in zip(lefts, rights, strict=True):
-                    own = left[n].mT, right[n], None
-                    ops.lift_add_(into.param, *own, decay, 1.0, into.rounding)
-                    decay = 1.0
-                count = n + 1
-                yield n
+            for left, right in zip(lefts, rights, strict=True):
+                ones = [1.0] * len(intos)
+                for n in lift_all_(intos, [*left.mT], [*right], [None] * len(intos), ones):
+                    if left is lefts[-1]:
+                        count = n + 1
+                        yield n
+                intos = [into._replace(decay=1.0, guarded=None) for into in intos]
         finally:  # if another could not be written too
             if count:
                 self.keep_(states[:count], sides, values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -58,8 +58,11 @@ class Target(NamedTuple):
             return self.decay
         # in full precision: a bare scalar would be float32
         dtype = torch.promote_types(self.param.dtype, torch.float32)
-        one = torch.ones((), dtype=dtype, device=self.param.device)
-        return torch.where(self.finite, one * self.decay, one)
+        if isinstance(self.decay, Tensor):
+            one = torch.ones((), dtype=dtype, device=self.param.device)
+            return torch.where(self.finite, self.decay.to(dtype), one)
+        ones = torch.ones(self.finite.shape, dtype=dtype, device=self.param.device)
+        return ones.masked_fill_(self.finite, self.decay)
 
 
 def guarded(intos: Sequence[Target]) -> list[Target]:
@@ -77,7 +80,7 @@ def guarded(intos: Sequence[Target]) -> list[Target]:
 def decayed_(intos: Sequence[Target]) -> list[float | Tensor]:
     """Let those decay, all at once, whose flags are on the device; what is left to the others.
 
-    A GEMM takes a factor of its own from the host alone, and a flag not at all.
+    torch's GEMMs take a factor from the host alone, and a flag not at all.
     """
     left = [into.decay for into in intos]
     here = [
@@ -105,6 +108,75 @@ def decayed_(intos: Sequence[Target]) -> list[float | Tensor]:
         if n not in here:
             left[n] = into.guarded_decay()
     return left
+
+
+def lift_all_(
+    intos: Sequence[Target],
+    bases: Sequence[Tensor],
+    lows: Sequence[Tensor],
+    rights: Sequence[Tensor | None],
+    alphas: Sequence[float],
+) -> Iterator[int]:
+    """``W <- decay W + alpha P N (Q^T)`` of each, by number when it is written.
+
+    Args:
+        intos: what is added to.
+        bases: P ``(..., m, r)``.
+        lows: N ``(..., r, n)``, or ``(..., r, r)`` with Q.
+        rights: Q ``(..., n, r)``, or None.
+        alphas: factors of the products; those with a :attr:`Target.step` are multiplied by it too.
+    """
+    if _read_factors(intos):
+        yield from _lift_there_(intos, bases, lows, rights, alphas)
+        return
+    for n, decay in enumerate(decayed_(intos)):
+        into = intos[n]
+        assert into.step is None  # as ops.reads_factors has it
+        ops.lift_add_(into.param, bases[n], lows[n], rights[n], decay, alphas[n], into.rounding)
+        yield n
+
+
+def _lift_there_(
+    intos: Sequence[Target],
+    bases: Sequence[Tensor],
+    lows: Sequence[Tensor],
+    rights: Sequence[Tensor | None],
+    alphas: Sequence[float],
+) -> Iterator[int]:
+    """The same by products that read their factors on the device, all at once if N are there."""
+    params = [into.param for into in intos]
+    decays = _there([into.guarded_decay() for into in guarded(intos)], params[0])
+    own = on_device([into.step for into in intos if into.step is not None], params[0])
+    steps = torch._foreach_mul(own, [*alphas]) if own else _there(alphas, params[0])
+    if rights[0] is None:
+        ops.addmm_(params, bases, lows, steps, decays)
+        yield from range(len(intos))
+        return
+    for n, (low, right) in enumerate(zip(lows, rights, strict=True)):
+        assert right is not None
+        whole = [low @ right.mT.to(low.dtype)]
+        ops.addmm_(params[n : n + 1], bases[n : n + 1], whole, [steps[n]], [decays[n]])
+        yield n
+
+
+def _read_factors(intos: Sequence[Target]) -> bool:
+    """Whether a factor of each is on the device, and products read it there."""
+    return all(
+        into.rounding is None
+        and (into.step is not None or not is_one(into.decay))
+        and (into.step is not None or into.finite is not None or isinstance(into.decay, Tensor))
+        and is_number(into.decay)
+        and ops.reads_factors(into.param)
+        for into in intos
+    )
+
+
+def _there(factors: Sequence[float | Tensor], like: Tensor) -> list[Tensor]:
+    """All on the device: numbers go with kernels that fill, one for each of them."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    numbers = {x for x in factors if isinstance(x, float)}
+    known = {x: torch.full((), x, dtype=dtype, device=like.device) for x in numbers}
+    return on_device([known[x] if isinstance(x, float) else x for x in factors], like)
 
 
 def gains_of(terms: Sequence[Term | None], like: Tensor) -> list[Tensor]:

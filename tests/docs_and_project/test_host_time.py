@@ -22,13 +22,13 @@ pytestmark = [
 ]
 
 
-def test_launches_are_two_a_shape() -> None:
-    """Of each of three buckets of matrices, and of the norms, of however many: two kernels."""
+def test_launches_are_those_of_shapes() -> None:
+    """Of each of three buckets of matrices one kernel of ours, and of the norms two."""
     before = devices.HOSTS, dispatch.ORDER["cpu"], triton.available, JITFunction._do_compile
     active = driver._active
     for layers in (1, 3):
         found = host_time.measure(layers, torch.bfloat16, ["GaLoreAdamW"], 5)
-        assert found["GaLoreAdamW"]["launches"] == 8
+        assert found["GaLoreAdamW"]["launches"] == 5
         assert found[host_time.BASE]["launches"] == 0
         assert found["GaLoreAdamW"]["over_adamw"] > 1 and found[host_time.BASE]["over_adamw"] == 1
     after = devices.HOSTS, dispatch.ORDER["cpu"], triton.available, JITFunction._do_compile

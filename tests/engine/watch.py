@@ -86,7 +86,7 @@ _COPIED = {torch.tensor, torch.as_tensor, torch.from_numpy}
 
 GEMMS = {
     aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.baddbmm_, aten.matmul, aten.mv,
-    aten.addmv, aten.addmv_, aten.dot,
+    aten.addmv, aten.addmv_, aten.dot, torch.ops.lowrank_optim.addmm_,
 }  # fmt: skip
 
 
@@ -237,9 +237,10 @@ class Watch:
     ) -> None:
         packet, name = func.overloadpacket, func._opname
         if func.namespace == "lowrank_optim" or (given and not func.is_view and packet not in FREE):
-            self.launches[name] += launches_of(func, args, kwargs)
+            launches = launches_of(func, args, kwargs)
+            self.launches[name] += launches
             if packet in GEMMS:
-                self.gemms[name] += 1
+                self.gemms[name] += launches
 
 
 class _Functions(TorchFunctionMode):

@@ -8,9 +8,19 @@ from torch import Tensor
 from tests.ops import ops_turns
 from tests.ops.ops_cases import BETA1, BETA2, DECAY, LR, Arguments, Expected, names, strided
 
-OPS = ("decay_", "direction_add_", "count_", "row_steps_", "residual_factors_", *ops_turns.OPS)
+OPS = (
+    "decay_",
+    "direction_add_",
+    "addmm_",
+    "count_",
+    "row_steps_",
+    "residual_factors_",
+    *ops_turns.OPS,
+)
 SHAPES = [(), (1,), (17, 33), (3, 700), (2, 9, 14), (0, 5)]
 COLUMNS = [(1, 1), (1, 33), (1, 2500), (3, 1, 14)]
+PRODUCTS = [(1, 1, 1), (17, 33, 5), (70, 35, 8), (6, 1, 2), (1, 9, 3), (0, 5, 2), (3, 4, 2)]
+"""Rows and columns of W, and the rank."""
 TINY, LIMITER = 1e-8, 1.01
 
 
@@ -27,6 +37,8 @@ def arguments(
     if op in ops_turns.OPS:
         return ops_turns.arguments(op, dtype)
     wide = torch.promote_types(dtype, torch.float32)
+    if op == "addmm_":
+        return _products(dtype, how)
     shapes = COLUMNS if op == "residual_factors_" else SHAPES
     lows = [torch.rand(s, dtype=wide) for s in COLUMNS]
     ages = [torch.randint(0, 4, s).float() ** 7 for s in SHAPES]
@@ -63,6 +75,20 @@ def arguments(
     return {name: found[name] for name in names(op)}
 
 
+def _products(dtype: torch.dtype, how: str) -> Arguments:
+    """Weights and operands stored each in its way; factors of neither sign alone, and one of 1."""
+    wide = torch.promote_types(dtype, torch.float32)
+    found: Arguments = {k: [] for k in names("addmm_")}
+    for i, (m, n, r) in enumerate(PRODUCTS):
+        for key, shape in (("params", (m, n)), ("lefts", (m, r)), ("rights", (r, n))):
+            # ways that differ within a call, and from list to list
+            own = how if key == "params" else ("rows", "columns", "slice")[(i + len(key)) % 3]
+            found[key].append(strided(torch.randn(shape, dtype=wide).to(dtype), own))
+        found["steps"].append(torch.tensor((-1.0) ** i * (0.5 + i / 8), dtype=wide))
+        found["decays"].append(torch.tensor(1 - i / 8, dtype=wide))
+    return found
+
+
 def expected(op: str, a: Arguments) -> Expected:
     """One number at a time."""
     if op in ops_turns.OPS:
@@ -80,6 +106,14 @@ def expected(op: str, a: Arguments) -> Expected:
             "params": [
                 (DECAY * float(d) * w.double() - LR * float(s) * x.double(), None)
                 for w, x, d, s in zip(*given, strict=True)
+            ]
+        }
+    if op == "addmm_":
+        lists = [a[k] for k in ("params", "lefts", "rights", "steps", "decays")]
+        return {
+            "params": [
+                (d.double() * w.double() + s.double() * (p.double() @ n.double()), None)
+                for w, p, n, s, d in zip(*lists, strict=True)
             ]
         }
     if op == "count_":

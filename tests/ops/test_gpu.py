@@ -10,12 +10,12 @@ import torch
 
 from lowrank_optim import DCTAdamW, GaLoreAdamW, LowRankOptimizer, attach_in_backward
 from lowrank_optim.memory import report
-from lowrank_optim.ops import cosine, dispatch, fuses_cosine, mixed_matmul
+from lowrank_optim.ops import cosine, cublas, dispatch, fuses_cosine, mixed_matmul, reads_factors
 from lowrank_optim.ops.schema import SCHEMAS
 from tests.compare import assert_close
 from tests.ops import ops_cases as cases
-from tests.ops import ops_cosines
-from tests.ops.checks import check_stored, run
+from tests.ops import ops_cosines, ops_factors
+from tests.ops.checks import check, check_stored, run
 from tests.runs import SHAPES
 
 pytestmark = [
@@ -53,6 +53,36 @@ def test_ops(backend: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
             assert all(
                 torch.equal(x, w) for x, w in zip(before[3:], a.get("params", [])[3:], strict=True)
             )
+
+
+@pytest.mark.skipif(torch.version.hip is not None, reason="cuBLAS is NVIDIA's")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("how", ["rows", "columns"])
+def test_products_read_their_factors_there(
+    how: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By cuBLAS; those of a graph at its replay; and torch's next product reads its own."""
+    force("triton", monkeypatch)
+    assert cublas.available() == (True, "ok")
+    a = cases.on(DEVICE, ops_factors.arguments("addmm_", dtype, how=how))
+    full = [n for n, w in enumerate(a["params"]) if w.numel()]
+    a = {k: [xs[n] for n in full] for k, xs in a.items()}
+    assert all(reads_factors(w) for w in a["params"])
+    run("addmm_", cases.on(DEVICE, a))
+    before = [w.clone() for w in a["params"]]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cases.call("addmm_", a)
+    for w, old, step, decay in zip(a["params"], before, a["steps"], a["decays"], strict=True):
+        w.copy_(old)
+        step.mul_(-0.5)
+        decay.mul_(0.25)
+    want = cases.expected("addmm_", a)["params"]
+    graph.replay()
+    for w, one in zip(a["params"], want, strict=True):
+        check(w, one, f"replayed: {tuple(w.shape)}")
+    x = torch.randn(8, 8, device=DEVICE, dtype=dtype)
+    assert torch.equal(torch.mm(x, torch.eye(8, device=DEVICE, dtype=dtype)), x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from benchmarks import op_costs
 from benchmarks.counting import FREE, launches_of, pretended_accelerator
 from benchmarks.op_costs import COMPOSED, package_kernels
-from lowrank_optim.ops import devices
+from lowrank_optim.ops import cublas, devices
 from lowrank_optim.ops import triton as ops
 from lowrank_optim.ops.passing import named
 from lowrank_optim.ops.quant import dynamic_map
@@ -48,6 +48,20 @@ class Launched:
         self.seen.launches += 1
 
 
+class Products:
+    """In the place of cuBLAS."""
+
+    def __init__(self, seen: Counter) -> None:
+        self.seen = seen
+
+    def cublasSetPointerMode_v2(self, handle: int, mode: int) -> int:
+        return 0
+
+    def cublasGemmEx(self, *args: object) -> int:
+        self.seen.launches += 1
+        return 0
+
+
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Counter:
     seen = Counter()
@@ -58,6 +72,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Counter:
         for kernel in [key for key in vars(module) if key.startswith("lift_")]:
             if kernel.endswith("_kernel"):
                 monkeypatch.setattr(module, kernel, Launched(seen))
+    monkeypatch.setattr(cublas, "_library", lambda device: Products(seen))
+    monkeypatch.setattr(cublas, "_handle", lambda: 0)
     for signed in (True, False):  # once for all lists
         quantize.form(dynamic_map(signed, torch.device("cpu")))
     monkeypatch.setattr(devices, "HOSTS", frozenset())
@@ -74,6 +90,10 @@ def cases(op: str) -> list[ops_cases.Arguments]:
                 found.append(ops_cosines.arguments(op, torch.float32, **own))
     elif op == "top_rows_":  # with flags and without
         found.append(ops_cosines.top(torch.float32))
+    elif op == "addmm_":  # weights that have entries, and operands that lie as cuBLAS has them
+        given = {k: [x.contiguous() for x in xs] for k, xs in found[0].items()}
+        full = [n for n, w in enumerate(given["params"]) if w.numel()]
+        return [{k: [xs[n] for n in full] for k, xs in given.items()}]
     elif op == "decay_":
         for how in ("columns", "slice"):
             for factors in (True, False):

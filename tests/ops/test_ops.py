@@ -191,6 +191,13 @@ def test_decays_of_matrices(backend: str, how: str, dtype: torch.dtype) -> None:
         run("decay_", ops_factors.arguments("decay_", dtype, how=how, factors=factors))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("how", HOW)
+def test_products_with_factors_on_the_device(backend: str, how: str, dtype: torch.dtype) -> None:
+    """Weights and operands of any strides; without columns, and of one entry."""
+    run("addmm_", ops_factors.arguments("addmm_", dtype, how=how))
+
+
 def test_factors_of_matrices_and_columns(backend: str) -> None:
     """Limits that bite and that do not, a residual of rounding alone, and a gradient of NaN."""
     run("row_steps_", ops_factors.arguments("row_steps_", torch.float32))

@@ -91,7 +91,7 @@ def test_updates_of_coordinates_are_turned_by_tiles() -> None:
     assert (a["params"][0] - wanted).abs().max() < 2e-6 * wanted.abs().max()
 
 
-RETURN_OR_APPLY = (*cases.APPLIES, *FOUND, "cosine_lift_add_", "decay_", "direction_add_")
+RETURN_OR_APPLY = (*cases.APPLIES, *FOUND, "cosine_lift_add_", "decay_", "direction_add_", "addmm_")
 
 
 @pytest.mark.parametrize("op", [o for o in SCHEMAS if o not in RETURN_OR_APPLY])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,9 @@ pytest.importorskip("triton")
 
 import triton
 
+from lowrank_optim.ops import cublas
 from lowrank_optim.ops import triton as ops
-from lowrank_optim.ops.triton import launch, tables
+from lowrank_optim.ops.triton import cosine, launch, lift, tables
 from tests.cuda_on_host.host import OnDevice, _Cuda
 from tests.ops import ops_cases, ops_cosines, ops_factors
 from tests.ops.interpreted import INTERPRETED
@@ -98,6 +100,7 @@ OPS = [
     "stochastic_round_", *ops_cases.APPLIES, "column_norms", *ops_factors.OPS,
     *ops_cosines.COSINES,
 ]  # fmt: skip
+OPS.remove("addmm_")  # cuBLAS's: see below
 
 
 def check(devices: Devices, op: str) -> None:
@@ -124,10 +127,30 @@ def test_a_launch_on_the_current_device_is_seen(
     devices: Devices, op: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the test above sees where nobody changes the device."""
-    for module in (launch, ops.lift, ops.cosine):
+    for module in (launch, lift, cosine):
         monkeypatch.setattr(module, "guard", lambda x: nullcontext())
     with pytest.raises(AssertionError, match="on cuda:1 went to cuda:0"):
         check(devices, op)
+
+
+def test_products_are_asked_of_the_handle_of_their_device(
+    devices: Devices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch has one for each device, and gives that of the current one."""
+    asked = []
+    library = SimpleNamespace(
+        cublasSetPointerMode_v2=lambda handle, mode: 0,
+        cublasGemmEx=lambda handle, *args: asked.append((handle, devices.current)) or 0,
+    )
+    monkeypatch.setattr(cublas, "_library", lambda device: library)
+    monkeypatch.setattr(cublas, "_handle", lambda: devices.current)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: devices.current)
+    a = {k: xs[:2] for k, xs in arguments("addmm_").items()}
+    for device in (1, 0):
+        with _Cuda(devices):  # type: ignore[arg-type]
+            ops.addmm_(*devices.place(a, device).values())
+        assert asked == [(device, device)] * 2 and devices.current == 0
+        asked.clear()
 
 
 def test_tables_of_pointers_come_from_pinned_memory(devices: Devices) -> None:

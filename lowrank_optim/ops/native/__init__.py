@@ -30,6 +30,7 @@ from lowrank_optim.ops.native.storage import (
     stochastic_round_,
 )
 from lowrank_optim.ops.reference import (  # of few numbers, or no kernel on the CPU
+    addmm_,
     cosine_top_project_,
     count_,
     decay_,
@@ -45,6 +46,7 @@ from lowrank_optim.ops.reference import (  # of few numbers, or no kernel on the
 __all__ = [
     "adamw_direction_",
     "adamw_direction_8bit_",
+    "addmm_",
     "available",
     "column_norms",
     "coordinate_adamw_",

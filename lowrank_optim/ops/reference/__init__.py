@@ -19,6 +19,7 @@ from lowrank_optim.ops.reference.factors import (
     scaled_squares,
 )
 from lowrank_optim.ops.reference.matrices import (
+    addmm_,
     column_norms,
     coordinate_adamw_,
     coordinate_add_,
@@ -47,6 +48,7 @@ from lowrank_optim.ops.reference.turns import row_dots_, step_rows_, turn_rows_
 __all__ = [
     "adamw_direction_",
     "adamw_direction_8bit_",
+    "addmm_",
     "column_norms",
     "coordinate_adamw_",
     "coordinate_add_",

@@ -44,6 +44,15 @@ def _update_by_tiles_(
         tile.copy_(new if finite is None else torch.where(finite, new, tile))
 
 
+def addmm_(
+    params: Tensors, lefts: Tensors, rights: Tensors, steps: Tensors, decays: Tensors
+) -> None:
+    """``W <- d W + s P N`` by tiles of rows, rounded once."""
+    for w, left, right, step, decay in zip(params, lefts, rights, steps, decays, strict=True):
+        moved = wide(right) * -step
+        _update_by_tiles_(w, decay, lambda rows, moved=moved: rows @ moved, None, left)
+
+
 def _own(
     decay: float, lr: float, finite: Tensors, steps: Tensors, decays: Tensors, count: int
 ) -> Iterator[tuple[float | Tensor, float | Tensor, Tensor | None]]:

@@ -28,6 +28,7 @@ _MODULES = {
     "column_norms": "norms",
     "decay_": "factors",
     "direction_add_": "factors",
+    "addmm_": "lift",
     "count_": "factors",
     "row_steps_": "factors",
     "residual_factors_": "factors",

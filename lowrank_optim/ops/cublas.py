@@ -1,0 +1,160 @@
+"""Products whose factors lie on the device: by cuBLAS, as Triton's would be no faster.
+
+Whether weights decay is known where it is known whether their gradient is finite: on the device.
+torch's products take factors of the host alone, so that the decay was a pass of its own. cuBLAS has
+the call, and torch has loaded it: it is called with torch's handle, on torch's stream.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import compress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.ops import reference
+
+TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
+"""``cudaDataType`` of each format."""
+SUMS = 68
+"""``cublasComputeType_t`` of sums, and so of factors, in float32."""
+HOST, DEVICE = 0, 1
+"""``cublasPointerMode_t``: where factors lie. Calls of torch itself have theirs on the host."""
+STORED, TURNED = 0, 1
+"""``cublasOperation_t``."""
+FASTEST = -1
+"""``cublasGemmAlgo_t``: of cuBLAS's choice, as torch asks for."""
+LONGEST = 2**31 - 1
+"""The largest size that the call takes."""
+
+_ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int
+CALLS: dict[str, Any] = {
+    "cublasSetPointerMode_v2": [_ADDRESS, _INT],
+    "cublasGemmEx": [
+        _ADDRESS, _INT, _INT, _INT, _INT, _INT, _ADDRESS,  # handle, operations, m, n, k, alpha
+        _ADDRESS, _INT, _INT, _ADDRESS, _INT, _INT, _ADDRESS,  # A, B: type, rows; beta
+        _ADDRESS, _INT, _INT, _INT, _INT,  # C: type, rows; compute type, algorithm
+    ],
+}  # fmt: skip
+"""Arguments of the calls."""
+
+
+@functools.cache
+def _load() -> tuple[Any, str]:
+    """The library that torch has loaded, and why there is none; never one beside it."""
+    if torch.version.cuda is None:
+        return None, "this torch has no CUDA"
+    if not sys.platform.startswith("linux"):
+        return None, f"not looked for on {sys.platform}"
+    name = f"libcublas.so.{torch.version.cuda.partition('.')[0]}"
+    try:
+        library = ctypes.CDLL(name, os.RTLD_NOW | os.RTLD_NOLOAD)
+        for call, kinds in CALLS.items():
+            getattr(library, call).argtypes = kinds
+    except (OSError, AttributeError) as error:
+        return None, f"torch has not loaded {name}: {error}"
+    return library, "ok"
+
+
+def available() -> tuple[bool, str]:
+    """Whether products on CUDA devices can read their factors there, and if not, why."""
+    library, why = _load()
+    return library is not None, why
+
+
+def _library(device: torch.device) -> Any:
+    return _load()[0] if device.type == "cuda" else None
+
+
+def _handle() -> int:
+    """Of this thread and the current stream, with the settings that torch's own products have."""
+    return int(torch.cuda.current_blas_handle())  # type: ignore[no-untyped-call]
+
+
+def takes(w: Tensor) -> bool:
+    """Whether the call writes such weights: a matrix that lies in memory as rows or as columns."""
+    if w.dim() != 2 or not w.numel() or max(w.shape) > LONGEST or w.dtype not in TYPES:
+        return False
+    return w.is_contiguous() or w.mT.is_contiguous()
+
+
+def addmm_(
+    params: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    decays: Sequence[Tensor],
+) -> None:
+    """``W <- d W + s P N`` of each, rounded once."""
+    device, lists = params[0].device, (params, lefts, rights, steps, decays)
+    library = _library(device)
+    served = [library is not None and takes(w) for w in params]
+    others = [[x for x, own in zip(xs, served, strict=True) if not own] for xs in lists]
+    if others[0]:
+        reference.addmm_(*others)
+    if not any(served):
+        return
+    # all of torch is done before: its products must not run while factors are on the device
+    calls = [_call(*own) for own in compress(zip(*lists, strict=True), served)]
+    with _on(device):
+        handle = _handle()
+        _check(library.cublasSetPointerMode_v2(handle, DEVICE))
+        try:
+            for numbers, _ in calls:
+                _check(library.cublasGemmEx(handle, *numbers))
+        finally:
+            library.cublasSetPointerMode_v2(handle, HOST)
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Within, torch's handle is that of a device."""
+    if device.index is None or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def _call(
+    w: Tensor, left: Tensor, right: Tensor, step: Tensor, decay: Tensor
+) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
+    """Arguments after the handle, and what has to live until they are used.
+
+    Columns come first for the library, so that it computes ``W^T <- d W^T + s N^T P^T``.
+    """
+    if not w.is_contiguous():
+        w, left, right = w.mT, right.mT, left.mT
+    left, right = (_plain(x.to(w.dtype)) for x in (left, right))
+    step, decay = step.float(), decay.float()
+    (m, n), k, kind = w.shape, left.shape[-1], TYPES[w.dtype]
+    (turn_right, rows_right), (turn_left, rows_left) = _layout(right), _layout(left)
+    numbers = (
+        turn_right, turn_left, n, m, k, step.data_ptr(),
+        right.data_ptr(), kind, rows_right, left.data_ptr(), kind, rows_left,
+        decay.data_ptr(), w.data_ptr(), kind, n, SUMS, FASTEST,
+    )  # fmt: skip
+    return numbers, (left, right, step, decay)
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
+
+
+def _layout(x: Tensor) -> tuple[int, int]:
+    """How the transpose of an operand lies in memory, and the length of what is stored together."""
+    if x.is_contiguous():
+        return STORED, max(1, x.shape[1])
+    return TURNED, max(1, x.shape[0])
+
+
+def _check(status: int) -> None:
+    if status:
+        raise RuntimeError(
+            f"cuBLAS answers with status {status} (cublasStatus_t) to a product whose factors are "
+            "on the device"
+        )
