@@ -176,16 +176,28 @@ def fit(
     )
     search = Search(costs, asked, ways(named, asked))
     way = search.way()
-    path, spectrum = search.even, None
+    spectrum = None
     if calibrate is not None:
         spectrum = _spectrum(model, matrices, calibrate, asked.energy)
-        path = _by_energy(search, way, spectrum)
+    return _plan(search, way, spectrum, coords_dtype, world_size)
+
+
+def _plan(
+    search: Search,
+    way: Way,
+    spectrum: Sequence[Sequence[float]] | None,
+    coords_dtype: Literal["auto", "float32", "bfloat16"],
+    world_size: int | None,
+) -> Plan:
+    """With the largest ranks that fit, and what was given up for them."""
+    asked, model, matrices = search.asked, search.costs.model, search.costs.matrices
+    path = search.even if spectrum is None else _by_energy(search, way, spectrum)
     ranks, estimate = search.fill(way, path)
     return Plan(
         optimizer_class=way.optimizer,
         arguments=way.arguments,
         in_backward=way.in_backward,
-        accumulation_steps=accumulation_steps,
+        accumulation_steps=asked.accumulation_steps,
         ranks={bare(m.name): r for m, r in zip(matrices, ranks, strict=True)},
         estimate=estimate,
         budget=asked.budget.device,
