@@ -23,6 +23,11 @@ def linear_shapes(hidden: int, mlp: int) -> list[tuple[int, int]]:
     return [(hidden, hidden)] * 4 + [(mlp, hidden)] * 2 + [(hidden, mlp)]
 
 
+def dense_shapes(hidden: int, layers: int, vocab: int) -> list[tuple[int, ...]]:
+    """Of what no method projects: embedding and head, two norms of each layer and the last."""
+    return [(vocab, hidden)] * 2 + [(hidden,)] * (2 * layers + 1)
+
+
 def linear_weights(model: str, layers: int, dtype: torch.dtype) -> list[torch.nn.Parameter]:
     """The seven matrices of each of ``layers`` layers, with gradients."""
     hidden, mlp, *_ = LLAMA_SHAPES[model]

@@ -17,7 +17,9 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from lowrank_optim.ops.triton import aot
-from lowrank_optim.ops.triton.aot import Resources, Variant
+from lowrank_optim.ops.triton.aot import Resources
+from lowrank_optim.ops.triton.variants import TARGETS as KNOWN
+from lowrank_optim.ops.triton.variants import Variant, variants
 
 TARGETS = ("sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
 
@@ -229,7 +231,7 @@ def row(variant: Variant, targets: Sequence[str] = TARGETS) -> tuple[str, ...]:
         if name not in variant.targets:
             cells.append("–")
             continue
-        target = aot.TARGETS[name]
+        target = KNOWN[name]
         compiled = aot.build(variant, target)
         warps = aot.warps_on(variant, target)
         found = occupancy(aot.resources(compiled, target), warps, LIMITS[name])
@@ -253,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--targets", nargs="+", choices=LIMITS, default=list(TARGETS))
     parser.add_argument("--kernels", nargs="+", default=list(ROWS), metavar="NAME")
     args = parser.parse_args(arguments)
-    known = {v.name: v for v in aot.variants()}
+    known = {v.name: v for v in variants()}
     if unknown := [name for name in args.kernels if name not in known]:
         parser.error(f"--kernels: no kernel is called {unknown[0]!r}; there are {', '.join(known)}")
     header = (*HEADER, *args.targets)

@@ -15,11 +15,11 @@ from lowrank_optim.engine.bucket import Bucket, warn_skipped
 from lowrank_optim.engine.draws import rounds, weight_noises
 from lowrank_optim.engine.matrix_step import count_
 from lowrank_optim.engine.moments import read_slots, rows_of, slot_keys, write_slots_
-from lowrank_optim.engine.plan import ParamPlan, Strategies
+from lowrank_optim.engine.plan import Strategies
 from lowrank_optim.engine.reserve import ask
 from lowrank_optim.engine.undo import SMALL
-from lowrank_optim.ops.devices import kind_of, on_accelerator
-from lowrank_optim.ops.passing import GPUS
+from lowrank_optim.ops.devices import on_accelerator
+from lowrank_optim.ops.passing import of_direction, of_sum
 from lowrank_optim.ops.quant import Moment, Quantized
 from lowrank_optim.rules.base import Asking, Rule, Split, Steps, compute_dtype, finished
 from lowrank_optim.stores import scale_key
@@ -152,21 +152,28 @@ def _reserve(bucket: Bucket, plain: bool) -> None:
         size = param.numel()
         if chosen.rule.elementwise:
             size = min(size, _tile_rows(param) * (size // len(param)))
-        sizes += [size] * (count := _made(item, chosen))
+        sizes += [size] * (count := _made(bucket))
         sizes += [max(0, writing - size * count)]
     ask((*sizes, SCALARS), wide, param.device)
 
 
-def _made(item: ParamPlan, chosen: Strategies) -> int:
+def _made(bucket: Bucket) -> int:
     """Tensors in the format of arithmetic of a tile that is stepped, beside its moments."""
-    param = item.param
-    cast = int(param.dtype != compute_dtype(param.dtype))
-    turned = int(chosen.maximize and not cast)
-    if not on_accelerator(param) or not chosen.rule.elementwise or rounds(item, chosen):
-        return 3 + 2 * cast + turned  # a direction and its multiple, the new weights, and casts
-    if kind_of(param) in GPUS:
-        return 1 + chosen.maximize  # kernels read what there is, and write weights
-    return 2 + cast + turned
+    (item,), (state,), chosen, lr, *_ = bucket
+    param, cast = item.param, int(item.param.dtype != compute_dtype(item.param.dtype))
+    if not on_accelerator(param) or not chosen.rule.elementwise:
+        # a direction and its multiple, the new weights, and casts
+        return 3 + 2 * cast + int(chosen.maximize and not cast)
+    if rounds(item, chosen):
+        moved = 3  # the multiple, the new weights and what they become in float32
+    else:
+        moved = of_sum(param, chosen.capturable or isinstance(lr, Tensor))
+    slots, store = chosen.rule.slots(param.shape), chosen.store
+    # in 8 bits is what is kept with scales and not copied to be read
+    copied = [store.passing(slot, param.shape, param)[0] > 0 for slot in slots]
+    kept = [scale_key(slot.name) in state for slot in slots]
+    in_float = sum(copy or not coded for copy, coded in zip(copied, kept, strict=True))
+    return 1 + chosen.maximize + max(of_direction(param, in_float), moved)
 
 
 SCALARS = 64

@@ -10,8 +10,8 @@ from torch import nn
 
 from lowrank_optim.fitting.asked import check_asked, named_optimizers
 from lowrank_optim.fitting.concessions import concessions
-from lowrank_optim.fitting.costs import Costs, Matrix, Mode, Place, matrices_of
-from lowrank_optim.fitting.paths import captured, greedy
+from lowrank_optim.fitting.costs import Costs, Matrix, Mode, Place, Way, matrices_of
+from lowrank_optim.fitting.paths import Path, captured, greedy
 from lowrank_optim.fitting.plan import Plan
 from lowrank_optim.fitting.searching import Search, ways
 from lowrank_optim.fitting.spectra import Calibrate, spectra
@@ -132,17 +132,20 @@ def fit(
         >>> optimizer = plan.optimizer(model, lr=1e-2)
         >>> handle = plan.attach(optimizer)
     """
+    trained: dict[str, Any] = {
+        "tokens": tokens,
+        "checkpointing": checkpointing,
+        "loss": loss,
+        "loss_chunk": loss_chunk,
+        "autocast": autocast,
+        "transients": transients,
+        "accumulation_steps": accumulation_steps,
+        "coords_dtype": coords_dtype,
+    }
     asked = check_asked(
         model=model,
         budget_gib=budget_gib,
         host_gib=host_gib,
-        tokens=tokens,
-        checkpointing=checkpointing,
-        loss=loss,
-        loss_chunk=loss_chunk,
-        autocast=autocast,
-        transients=transients,
-        accumulation_steps=accumulation_steps,
         in_backward=in_backward,
         state_dtypes=state_dtypes,
         state_devices=state_devices,
@@ -150,10 +153,10 @@ def fit(
         energy=energy,
         multiple=multiple,
         least=least,
-        coords_dtype=coords_dtype,
         dtype=dtype,
         device=device,
         options=options,
+        **trained,
     )
     named = named_optimizers(optimizers, options)
     if not isinstance(model, nn.Module):
@@ -161,44 +164,40 @@ def fit(
             model = model_of(model, dtype or torch.bfloat16)
     for cls, _ in named:
         check_world(model, cls, world_size, shard, None)
-    matrices = matrices_of(model, asked.least, target_modules)
-    if not matrices:
-        raise ValueError(
-            f"no matrix has room for a rank: all smaller sides are at most {asked.least}; give a "
-            "smaller least and multiple"
-        )
+    matrices = _with_room(model, asked.least, target_modules)
     costs = Costs(
         model,
         matrices,
         asked.least,
-        accumulation_steps=accumulation_steps,
-        coords_dtype=coords_dtype,
-        tokens=tokens,
-        checkpointing=checkpointing,
-        loss=loss,
-        loss_chunk=loss_chunk,
-        autocast=autocast,
-        transients=transients,
+        **trained,
         device=asked.device,
         world_size=world_size,
         shard=shard,
     )
     search = Search(costs, asked, ways(named, asked))
     way = search.way()
-    path, spectrum = search.even, None
+    spectrum = None
     if calibrate is not None:
-        found = spectra(model, {m.name: m.view for m in matrices}, calibrate)
-        spectrum = [_scaled(found[m.name], asked.energy) for m in matrices]
-        slopes = costs.slopes(way)
-        half = path.ranks(len(path.steps))
-        spend = sum(s * (r - asked.least) for s, r in zip(slopes, half, strict=True))
-        path = greedy(spectrum, slopes, multiple, asked.least, spend)
+        spectrum = _spectrum(model, matrices, calibrate, asked.energy)
+    return _plan(search, way, spectrum, coords_dtype, world_size)
+
+
+def _plan(
+    search: Search,
+    way: Way,
+    spectrum: Sequence[Sequence[float]] | None,
+    coords_dtype: Literal["auto", "float32", "bfloat16"],
+    world_size: int | None,
+) -> Plan:
+    """With the largest ranks that fit, and what was given up for them."""
+    asked, model, matrices = search.asked, search.costs.model, search.costs.matrices
+    path = search.even if spectrum is None else _by_energy(search, way, spectrum)
     ranks, estimate = search.fill(way, path)
     return Plan(
         optimizer_class=way.optimizer,
         arguments=way.arguments,
         in_backward=way.in_backward,
-        accumulation_steps=accumulation_steps,
+        accumulation_steps=asked.accumulation_steps,
         ranks={bare(m.name): r for m, r in zip(matrices, ranks, strict=True)},
         estimate=estimate,
         budget=asked.budget.device,
@@ -210,6 +209,37 @@ def fit(
         frozen=_sizes(model, matrices, trained=False),
         energy=None if spectrum is None else _share(spectrum, ranks),
     )
+
+
+def _with_room(model: nn.Module, least: int, target_modules: Any) -> list[Matrix]:
+    """The matrices that may have ranks.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = matrices_of(model, least, target_modules)
+    if not found:
+        raise ValueError(
+            f"no matrix has room for a rank: all smaller sides are at most {least}; give a "
+            "smaller least and multiple"
+        )
+    return found
+
+
+def _spectrum(
+    model: nn.Module, matrices: Sequence[Matrix], calibrate: Calibrate, energy: str
+) -> list[list[float]]:
+    """Squared singular values of the gradient of each matrix, as they count."""
+    found = spectra(model, {m.name: m.view for m in matrices}, calibrate)
+    return [_scaled(found[m.name], energy) for m in matrices]
+
+
+def _by_energy(search: Search, way: Way, spectrum: Sequence[Sequence[float]]) -> Path:
+    """Ranks where they capture most, up to the bytes of half of all sides."""
+    slopes, least = search.costs.slopes(way), search.asked.least
+    half = search.even.ranks(len(search.even.steps))
+    spend = sum(s * (r - least) for s, r in zip(slopes, half, strict=True))
+    return greedy(spectrum, slopes, search.asked.multiple, least, spend)
 
 
 def _scaled(values: Sequence[float], energy: str) -> list[float]:

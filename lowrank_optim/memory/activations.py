@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -263,43 +264,70 @@ def in_flight(
             if batch
             else without_activations(model)
         )
-        alive, parts, done = Alive(sized=sized), dict[Tensor, list[Tensor]](), 0
-        arrivals: list[Arrival] = []
-        steps = range(2) if sharded is not None and mode == "step" else range(1)
-
-        def stepped(params: Sequence[Tensor]) -> None:
-            unit = tuple(numbers[p] for p in params)
-            arrivals.append(Arrival(unit, passes > 1, alive.now, first=step == 0))
-            for p in params:
-                p.grad = None
-
-        together = Together(stepped)
-
-        def arrived(param: Tensor) -> None:
-            if is_sharded(param) and mode == "step":
-                if done == passes - 1:
-                    together.arrived(param)
-                return
-            arrivals.append(Arrival((numbers[param],), done > 0, alive.now))
-            found = left(numbers[param], done == passes - 1)
-            if is_sharded(param) and mode == "project":
-                assert param.grad is not None
-                keep_shard(param, alone(local(param.grad)))
-            if found is not None:
-                if param not in parts:
-                    parts[param] = [torch.empty(tuple(s), dtype=kept) for s, kept in found]
-                param.grad = None
-
-        numbers: dict[Tensor, int] = {p: i for i, p in enumerate(model.parameters())}
-        for own in numbers:
-            if own.requires_grad:
-                own.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
-        alive.leave_out([*map(local, numbers), *model.buffers(), *batch.values()])
+        alive = Alive(sized=sized)
+        arriving = _Arriving([*model.parameters()], alive, passes, mode, left)
+        alive.leave_out([*map(local, model.parameters()), *model.buffers(), *batch.values()])
+        steps = 2 if sharded is not None and mode == "step" else 1
         with alive:
-            for step in steps:  # noqa: B007  read by the hooks
-                for done in range(passes):  # noqa: B007
-                    _run(model, run, casting(autocast, device))
-        return Flight(alive.most, tuple(arrivals))
+            for arriving.step, arriving.done in itertools.product(range(steps), range(passes)):
+                _run(model, run, casting(autocast, device))
+        return Flight(alive.most, tuple(arriving.found))
+
+
+class _Arriving:
+    """What training does as each gradient arrives: it stays, or something is left of it.
+
+    Args:
+        params: of the model that runs.
+        alive: counts what there is.
+        passes: micro-batches of a step.
+        mode: as of :func:`in_flight`.
+        left: likewise.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        alive: Alive,
+        passes: int,
+        mode: Literal["project", "step"] | None,
+        left: Callable[[int, bool], Left | None],
+    ) -> None:
+        self.step = self.done = 0
+        """The step, and its passes before this one."""
+        self.found: list[Arrival] = []
+        self._alive, self._passes, self._mode, self._left = alive, passes, mode, left
+        self._numbers = {p: i for i, p in enumerate(params)}
+        self._parts: dict[Tensor, list[Tensor]] = {}
+        """What is left of gradients, alive as long as those of training are."""
+        self._together = Together(self._stepped)
+        for own in params:
+            if own.requires_grad:
+                own.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
+
+    def _stepped(self, params: Sequence[Tensor]) -> None:
+        """Those of one message are there, and are freed."""
+        unit = tuple(self._numbers[p] for p in params)
+        now = self._alive.now
+        self.found.append(Arrival(unit, self._passes > 1, now, first=self.step == 0))
+        for p in params:
+            p.grad = None
+
+    def _arrived(self, param: Tensor) -> None:
+        number, is_last = self._numbers[param], self.done == self._passes - 1
+        if is_sharded(param) and self._mode == "step":
+            if is_last:
+                self._together.arrived(param)
+            return
+        self.found.append(Arrival((number,), self.done > 0, self._alive.now))
+        found = self._left(number, is_last)
+        if is_sharded(param) and self._mode == "project":
+            assert param.grad is not None
+            keep_shard(param, alone(local(param.grad)))
+        if found is not None:
+            if param not in self._parts:
+                self._parts[param] = [torch.empty(tuple(s), dtype=kept) for s, kept in found]
+            param.grad = None
 
 
 def _contexts(device: str) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

@@ -180,6 +180,19 @@ def estimate(
     )
     if world_size is None:
         return estimated(module, cls, training, groups, options, {})
+    return _of_world(module, cls, training, groups, options, world_size, shard)
+
+
+def _of_world(
+    module: nn.Module,
+    cls: type[Optimizer],
+    training: Training,
+    groups: Callable[[nn.Module], Iterable[Any]] | None,
+    options: Mapping[str, Any],
+    world_size: int,
+    shard: Shard | None,
+) -> Estimate:
+    """The figures of the first of several GPUs, with the worst peak and the least state of all."""
 
     def of_rank(known: dict[Any, Any], world: World) -> Estimate:
         return estimated(module, cls, training.on(world), groups, options, known)

@@ -56,7 +56,7 @@ def of_one_turn(
         if not isinstance(optimizer, LowRankOptimizer):
             raise ValueError(f"in_backward='project' is not for {type(optimizer).__name__}")
         check_projecting(optimizer)
-    held, sized = report(optimizer), sized_on(training.device)
+    held = report(optimizer)
     gradients = Gradients.of(optimizer, twins, training)
     flight: Flight | None = None
     if training.tokens is not None:
@@ -64,13 +64,7 @@ def of_one_turn(
     passing: Flight | None = None
     if world is not None:
         passing = _flight(plain, replace(training, tokens=None), gradients, known)
-    rehearsal: Rehearsal | None = None
-    if training.transients and (world is not None or not any(map(is_sharded, params))):
-        stepping = *chosen, training.attached
-        if stepping not in known:
-            mode, attached = training.attached
-            known[stepping] = Rehearsal.of(params, make, mode, attached, sized)
-        rehearsal = known[stepping]
+    rehearsal = _rehearsed(params, make, training, known, chosen)
     absent = held.moments + held.other
     worst = worst_moments(gradients, training, flight or passing, rehearsal, absent)
     units = list[Unit]()
@@ -106,6 +100,26 @@ def of_one_turn(
         refresh_transients=worst.refresh,
         beside=worst.beside,
     )
+
+
+def _rehearsed(
+    params: Sequence[nn.Parameter],
+    make: Make,
+    training: Training,
+    known: dict[Any, Any],
+    chosen: tuple[Any, ...],
+) -> Rehearsal | None:
+    """The steps, taken without memory; None where they do not count, or wait for other ranks."""
+    alone = training.world is not None or not any(map(is_sharded, params))
+    if not (training.transients and alone):
+        return None
+    stepping = *chosen, training.attached
+    if stepping not in known:
+        mode, attached = training.attached
+        sized = sized_on(training.device)
+        known[stepping] = Rehearsal.of(params, make, mode, attached, sized)
+    found: Rehearsal = known[stepping]
+    return found
 
 
 def _alive(gradients: Gradients, units: Sequence[Unit]) -> int:

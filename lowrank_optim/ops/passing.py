@@ -1,21 +1,61 @@
-"""What ops of the package hold in passing on a GPU: buffers that no other op sees come and go."""
+"""What ops of the package hold in passing on a device: buffers that nobody sees come and go."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
+from lowrank_optim.ops import native, reference, triton
 from lowrank_optim.ops.cosine import SPAN, at_once, tile_width, whole_at_once
 from lowrank_optim.ops.devices import kind_of
+from lowrank_optim.ops.dispatch import serving
 from lowrank_optim.ops.schema import NAMESPACE
 
 GPUS = ("cuda", "meta")
 """Types of devices that Triton serves; tensors without memory stand for one where nobody says."""
 Given = Mapping[str, Any]
 """Arguments by the names of the schema."""
+
+
+def of_direction(like: Tensor, moments: int) -> int:
+    """Tensors like ``like`` that the op of a direction has in passing, in the format of arithmetic.
+
+    Kernels have none. Plain torch has the gradient in that format, the moments as they were, and
+    the direction before a flag chooses; of moments in 8 bits it has small tiles.
+
+    Args:
+        like: a parameter that the rule steps.
+        moments: how many are not in 8 bits.
+    """
+    if not moments or _server(like) in (native, triton):
+        return 0
+    return _is_narrow(like) + moments + 2
+
+
+def of_sum(like: Tensor, stepped: bool) -> int:
+    """Those of ``direction_add_``: the new weights, and the old or the moves. Triton has none.
+
+    Args:
+        like: the parameter.
+        stepped: whether step sizes may be on the device.
+    """
+    return 0 if _server(like) is triton else 1 + max(_is_narrow(like), stepped)
+
+
+def _is_narrow(like: Tensor) -> bool:
+    return like.dtype.itemsize < torch.float32.itemsize
+
+
+def _server(like: Tensor) -> ModuleType:
+    """What serves ops on a parameter; without memory it stands for one where Triton is."""
+    if like.is_meta or isinstance(like, FakeTensor):
+        return triton if kind_of(like) in GPUS and like.dtype != torch.float64 else reference
+    return serving(like.dtype, like.device.type)
 
 
 def passing(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int]:

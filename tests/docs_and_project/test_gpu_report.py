@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -32,8 +34,9 @@ from benchmarks.gpu import (
 )  # fmt: skip
 from benchmarks.gpu.report import Section
 from benchmarks.gpu.settings import full, quick, tiny
-from benchmarks.matrices import weights
-from lowrank_optim import methods
+from benchmarks.matrices import dense_shapes, linear_shapes, weights
+from lowrank_optim import LowRankOptimizer, methods
+from lowrank_optim.memory.models import MODELS
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROOT = Path(__file__).parents[2]
@@ -468,6 +471,40 @@ def test_kernels_are_those_of_a_step_with_what_they_must_move() -> None:
     before = params[0].detach().clone()
     assert len(kernels.timed(tiny(CPU), calls.found["lift_add_scaled_"])) == 5
     assert not torch.equal(before, params[0])  # the calls were made
+
+
+def test_a_whole_model_has_what_is_dense_too(monkeypatch: Any) -> None:
+    """As many numbers as LLaMA-7B is published with; ours project its matrices and nothing else."""
+    hidden, mlp, layers, _ = full(CPU).trained.shape
+    dense = dense_shapes(hidden, layers, full(CPU).vocab)
+    shapes = [*linear_shapes(hidden, mlp) * layers, *dense]
+    assert sum(map(math.prod, shapes)) == MODELS["llama-7b"].parameters
+    assert [len(x) for x in dense].count(1) == 65 and dense.count((32000, 4096)) == 2
+
+    seen: dict[tuple[int, ...], set[bool]] = {}
+    sizes: set[int] = set()
+
+    def measured(settings: Any, make: Any) -> dict[str, float]:
+        optimizer = make()
+        optimizer.step()
+        sizes.add(sum(p.numel() for g in optimizer.param_groups for p in g["params"]))
+        for param in optimizer.state if isinstance(optimizer, LowRankOptimizer) else ():
+            is_projected = "refresh_step" in optimizer.state[param]
+            seen.setdefault(tuple(param.shape), set()).add(is_projected)
+        return {"first": 1.0, "ms": 1.0, "host_ms": 1.0, "state": 1.0}
+
+    def theirs(params: Any, rank: int, gap: int) -> Any:
+        return torch.optim.AdamW(params)
+
+    monkeypatch.setattr(whole, "measured", measured)
+    monkeypatch.setattr(variants, "peers", lambda: ({whole.PEERS[0]: theirs}, []))
+    section, settings = Section("whole", ""), replace(tiny(CPU), vocab=40)
+    whole.run(section, settings)
+    assert section.ok and [*section.data] == [times.FUSED, *whole.STEPS, *whole.PEERS]
+    hidden, mlp, layers, _ = settings.trained.shape
+    matrices, dense = linear_shapes(hidden, mlp), dense_shapes(hidden, layers, settings.vocab)
+    assert sizes == {sum(map(math.prod, [*matrices * layers, *dense]))}
+    assert seen == {x: {True} for x in matrices} | {x: {False} for x in dense}
 
 
 def test_what_is_not_installed_is_one_line(monkeypatch: Any) -> None:

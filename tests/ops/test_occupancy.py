@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks.occupancy import LIMITS, ROWS, TARGETS, Resources, occupancy, traffic, widest
-from lowrank_optim.ops.triton import aot
+from lowrank_optim.ops.triton.variants import variants
 
 DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"
 
@@ -93,7 +93,7 @@ def test_the_documentation_has_every_kernel_and_target() -> None:
     header, _, *rows = documented()
     assert tuple(header[4:]) == TARGETS
     assert tuple(row[0] for row in rows) == ROWS
-    kernels = {v.name: v.kernel.__name__ for v in aot.variants()}
+    kernels = {v.name: v.kernel.__name__ for v in variants()}
     assert {kernels[name] for name in ROWS} == set(kernels.values())
 
 
@@ -105,5 +105,5 @@ def test_the_documented_row_is_what_is_compiled(
     from benchmarks.occupancy import row
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    known = {v.name: v for v in aot.variants()}
+    known = {v.name: v for v in variants()}
     assert documented()[2 + at] == list(row(known[ROWS[at]]))

@@ -23,9 +23,10 @@ import triton
 
 from benchmarks.occupancy import bytes_each, elements, traffic, widest
 from lowrank_optim.ops.triton import OPS, aot, launch
+from lowrank_optim.ops.triton.variants import TARGETS, variants
 from tests.ops.interpreted import first_triton
 
-VARIANTS = {v.name: v for v in aot.variants()}
+VARIANTS = {v.name: v for v in variants()}
 NVIDIA, AMD = ("sm_80", "sm_120"), "gfx942"  # the oldest and the newest, least shared memory too
 FIRST = {v.kernel.__name__: v.name for v in reversed(VARIANTS.values())}
 FAST = [(name, AMD) for name in [*FIRST.values()][:1]]
@@ -100,7 +101,7 @@ SPILLS: dict[str, dict[tuple[str, str], int]] = {
 def check(name: str, target_name: str) -> None:
     if first_triton() and target_name in (AMD, "sm_120"):
         pytest.skip("Triton 3.2 needs ROCm's linker for AMD, and its LLVM aborts at sm_120")
-    target = aot.TARGETS[target_name]
+    target = TARGETS[target_name]
     compiled = aot.build(VARIANTS[name], target)
     binary = compiled.asm["hsaco" if target.backend == "hip" else "cubin"]
     assert binary[:4] == b"\x7fELF"
