@@ -78,6 +78,17 @@ def test_one_matrix_of_cosines_by_hand() -> None:
     assert not [k for _, k in found.kernels if k.op.startswith(("fft_c2r", "copy of"))]
 
 
+def test_one_matrix_of_vectors_by_hand() -> None:
+    """What a step may switch is kept before, and no more: a vector of each factor at this interval.
+
+    Moments start again with the counterpart, and all ages are kept. New factors are copied over the
+    old ones.
+    """
+    found = count("SwitchLoRA", [(M, N)], [], R)
+    kept = 4 * (M + N) + 2 * 4 * (M + N) + 2 * 4 * R
+    assert totals(found, "_foreach_copy_") == (2 * (kept + 4 * R * (M + N)), 2)
+
+
 def test_adamw_is_what_it_must_move() -> None:
     """Four tensors read and three written, in as many launches as torch's tables of blocks take."""
     found = count("AdamW fused", [(M, N)] * 3, [], R)
