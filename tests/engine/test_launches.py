@@ -93,7 +93,7 @@ ROWS = [
     Row("DCTAdamW", {"transform": "matmul", **EVERY}, 2, 16, 20),
     Row("SSTAdamW", {}, 5, 45, 50),
     Row("SSTAdamW", {"factors": "active"}, 3, 25, 30),
-    Row("SwitchLoRAAdamW", {"interval": 1 << 20}, 3, 20, 36),
+    Row("SwitchLoRAAdamW", {"interval": 1 << 20}, 3, 19, 36),
     Row("DCTAdamW", {**DCT, **EVERY}, 0, 16, 20),
 ]
 SWITCHES: dict[str, Any] = {"interval": 8, "freeze_steps": 2}

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_optim import LowRankOptimizer
+from lowrank_optim import LowRankOptimizer, ops
 from lowrank_optim.engine import step as engine_step
 from lowrank_optim.ops import quant
 from tests import cases
 from tests.engine.races import Device
 from tests.engine.snapshots import everything, same
+from tests.logged import Logged
 from tests.reliability.injection import OutOfMemory
 from tests.reliability.test_step_raises import copied, set_grads
 
@@ -83,3 +84,43 @@ def each_step(base: LowRankOptimizer, monkeypatch: pytest.MonkeyPatch) -> None:
             assert not same({key: found[key] for key in before}, before), row
             again.step()
             assert not same(everything(again), everything(base)), row
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("SSTAdamW", {"factors": "active", "state_device": "cpu"}), ("SwitchLoRAAdamW", {})],
+)
+def test_factors_without_their_weight_are_named(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, logged: Logged
+) -> None:
+    """Those of a bucket are stepped where they lie before the first of its weights is written."""
+    params = [nn.Parameter(cases.parameter(SHAPE, torch.float32).detach()) for _ in range(COUNT)]
+    cases.branching(monkeypatch, lambda _: True)
+    with Device():
+        optimizer = cases.build(name, params, rank=RANK, weight_decay=0.0, **options)
+        for row in range(2):
+            set_grads(optimizer, row)
+            optimizer.step()
+        set_grads(optimizer, 2)
+        before, honest, lifts = everything(optimizer), ops.lift_add_, []
+
+        def lift(*args: Any) -> None:
+            lifts.append(args)
+            if len(lifts) == COUNT:
+                raise Fault
+            honest(*args)
+
+        with monkeypatch.context() as patch, pytest.raises(Fault) as caught:
+            patch.setattr(ops, "lift_add_", lift)
+            optimizer.step()
+        (_, note) = caught.value.__notes__
+        assert "parameter 1 may have been stepped in part" in note and "parameter 0" not in note
+        changed = same(everything(optimizer), before)
+        assert "0" in changed and "1" not in changed and "1.step" not in changed
+        assert any(key.startswith("1.basis_") for key in changed)
+        logged.clear()
+        optimizer.step()  # the other alone
+        (record,) = logged.records
+        assert "may have stepped parameter 1 in part" in record.getMessage()
+        counts = [float(optimizer.state[p]["step"]) for p in params]
+        assert counts == [3, 3] and "1" in same(everything(optimizer), before)
