@@ -50,10 +50,13 @@ def prepared(
         rounding: seed and positions of the weights as they are stored; None rounds to nearest.
     """
     undo.keep_all([w.state for w in work], chosen.residual.stepped)
-    for w in work if not on_accelerator(work[0].item.param) else ():
-        undo.keep_weights(w.state, w.item.param)
-        if w.item.subspace is not None:
-            undo.keep(w.state, w.item.subspace.pushed(w.state))
+    for w in work:
+        item, pushed = w.item, [] if w.item.subspace is None else w.item.subspace.pushed(w.state)
+        if on_accelerator(item.param):  # as of moments, a copy is one more pass
+            undo.loosen([w.state], [item.param], [item.name], [*pushed])
+        else:
+            undo.keep_weights(w.state, item.param)
+            undo.keep(w.state, pushed)
     terms = _terms(work, chosen)
     sizes = [_step_size(w, chosen, lr) for w in work]
     if weight_decay == 0 and is_number(sizes[0]):

@@ -13,9 +13,8 @@ from lowrank_optim.engine.bucket import chunk_size
 from lowrank_optim.engine.matrix_step import MatrixStep, begun, mark, turn_
 from lowrank_optim.engine.momentum import join_lost_, momentum_of
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
-from lowrank_optim.engine.refresh import refreshing_
+from lowrank_optim.engine.refresh import keep_refreshed, refreshing_
 from lowrank_optim.engine.schedule import basis_due
-from lowrank_optim.engine.state import refreshed_keys
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.subspaces.refresh import BasisChange
@@ -72,7 +71,7 @@ def project(
         not (own or item.tried >= 0) or _has_basis(item, state)
         for (item, state), own in zip(pairs, due, strict=True)
     ]
-    _keep(list(compress(pairs, due)), chosen, undo)
+    keep_refreshed(list(compress(pairs, due)), chosen, undo)
     work = zip(pairs, _gradients(pairs, chosen), due, strict=True)
     searches = [_refreshed(*pair, grad, own, chosen) for pair, grad, own in work]
     size = _searched_at_once(pairs, due, chosen)
@@ -111,17 +110,6 @@ def _has_basis(item: ParamPlan, state: State) -> bool:
     assert item.subspace is not None
     drawn = isinstance(item.param.grad, ProjectedGrad) or not item.subspace.needs_grad
     return drawn or int(state["refresh_step"]) >= 0
-
-
-def _keep(pairs: Sequence[tuple[ParamPlan, State]], chosen: Strategies, undo: Undo) -> None:
-    """What refreshes may overwrite, of all at once."""
-    keys: dict[str, None] = {}
-    for item, state in pairs:
-        assert item.subspace is not None
-        if item.subspace.moves_weights:
-            undo.keep_weights(state, item.param)
-        keys.update(dict.fromkeys(refreshed_keys(item.subspace, state, chosen)))
-    undo.keep_all([state for _, state in pairs], keys)
 
 
 def _gradients(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -13,10 +15,12 @@ from lowrank_optim.engine import answers
 from lowrank_optim.engine.draws import seeded
 from lowrank_optim.engine.momentum import sought
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
-from lowrank_optim.engine.transport import following_
+from lowrank_optim.engine.state import age_key, refreshed_keys
+from lowrank_optim.engine.transport import following_, restarting
+from lowrank_optim.engine.undo import Undo, Views
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.subspaces.projector import usable
-from lowrank_optim.subspaces.refresh import BasisChange, RefreshContext
+from lowrank_optim.subspaces.refresh import BasisChange, RefreshContext, Touched
 from lowrank_optim.subspaces.searches import Ask, Searching, alone
 
 logger = logging.getLogger(__name__)
@@ -79,6 +83,49 @@ def refreshing_(
     if found is not None:
         found.update(moved)
     return True
+
+
+def keep_refreshed(
+    pairs: Sequence[tuple[ParamPlan, State]], chosen: Strategies, undo: Undo
+) -> None:
+    """What refreshes that are due may overwrite, of all of some matrices at once.
+
+    Of an accelerator rows alone, where a subspace knows which. A CPU copies factors and moments
+    whole in any case, before a step writes them.
+    """
+    keys: dict[str, None] = {}
+    whole: list[State] = []
+    few: dict[str, None] = {}
+    parts: list[tuple[State, Views]] = []
+    for item, state in pairs:
+        subspace, view = item.subspace, item.view
+        assert subspace is not None and view is not None
+        if subspace.moves_weights:
+            undo.keep_weights(state, item.param)
+        touched = None
+        if on_accelerator(item.param) and chosen.on_refresh == "keep":
+            touched = subspace.touched(state, view, int(state["step"]))
+        if touched is None:
+            whole.append(state)
+            keys.update(dict.fromkeys(refreshed_keys(subspace, state, chosen)))
+            continue
+        ages = map(age_key, touched.fresh) if chosen.aged else ()
+        few.update(dict.fromkeys((*touched.keys, *ages)))
+        shapes = subspace.coord_shapes(view)
+        parts.append((state, partial(_rows, touched=touched, shapes=shapes, chosen=chosen)))
+    undo.keep_all(whole, keys)
+    undo.keep_all([state for state, _ in parts], few, [views for _, views in parts])
+
+
+def _rows(
+    state: State, touched: Touched, shapes: Mapping[str, Sequence[int]], chosen: Strategies
+) -> list[Tensor]:
+    """The rows of a state that a refresh may overwrite, of factors and of moments as kept."""
+    found = [(state[key], rows) for key, rows in touched.rows.items() if rows]
+    for coord, rows in touched.fresh.items():
+        if rows:
+            found += [(x, rows) for x, _ in restarting(state, coord, shapes[coord], chosen)]
+    return [x.narrow(-2, own.start, own.stop - own.start) for x, rows in found for own in rows]
 
 
 def counters_of(item: ParamPlan, state: State) -> dict[str, float]:

@@ -150,6 +150,17 @@ def _move_all_(sources: list[Tensor], *lists: Any) -> list[Tensor]:
     return sources
 
 
+def restarting(
+    state: State, coord: str, shape: Sequence[int], chosen: Strategies
+) -> list[tuple[Tensor, int]]:
+    """Moments ``(..., r, k)`` as they are kept, whose rows start again, with their code of zero."""
+    return [
+        own
+        for slot in chosen.rule.slots(shape)
+        for own in chosen.store.restarting(state, slot_key(coord, slot.name), slot)
+    ]
+
+
 def _restarting_(
     state: State,
     shapes: Mapping[str, Sequence[int]],
@@ -164,8 +175,7 @@ def _restarting_(
     options: list[tuple[int, int]] = []
     for n, coord in enumerate(moved):
         found = [(state[age_key(coord)].unsqueeze(-1), 0)] if chosen.aged else []
-        for slot in chosen.rule.slots(shapes[coord]):
-            found += chosen.store.restarting(state, slot_key(coord, slot.name), slot)
+        found += restarting(state, coord, shapes[coord], chosen)
         kept += [x for x, _ in found]
         options += [(n, fill) for _, fill in found]
     fresh = [own.fresh for own in moved.values()]

@@ -25,6 +25,10 @@ SMALL = 1 << 16
 """Entries of a parameter up to which a copy of it costs next to nothing beside its step."""
 
 
+Views = Callable[[State], Sequence[Tensor]]
+"""Views of parts of a state's entries, always of the same."""
+
+
 @dataclass(slots=True)
 class _Kept:
     """What is put back of one parameter."""
@@ -35,6 +39,8 @@ class _Kept:
     counters: list[float | Tensor]
     answer: answers.Answer | None
     copies: State
+    parts: list[tuple[Views, list[Tensor]]]
+    """Parts of entries that were not copied whole by then, and copies of them."""
     weights: list[tuple[Tensor, Tensor]]
     """Parameters, and copies of them."""
     item: ParamPlan | None = None
@@ -102,7 +108,7 @@ class Undo:
             for x, count in zip(found, counters, strict=True):
                 if isinstance(count, float) and count >= COUNTER_MAX:
                     widen_(x)
-            own = _Kept(state, dict(state), counters, answers.of(state), {}, [])
+            own = _Kept(state, dict(state), counters, answers.of(state), {}, [], [])
             self._kept[id(state)] = own
         if item is not None:
             own.item, own.version = item, _version(item.param)
@@ -111,38 +117,49 @@ class Undo:
         """Copy entries that are about to be overwritten, unless that was done; no counters."""
         self.keep_all([state], keys)
 
-    def keep_all(self, states: Sequence[State], keys: Iterable[str]) -> None:
-        """:meth:`keep` of several, whose copies are made at once."""
+    def keep_all(
+        self, states: Sequence[State], keys: Iterable[str], parts: Sequence[Views] = ()
+    ) -> None:
+        """:meth:`keep` of several, whose copies are made at once.
+
+        Args:
+            states: of alike parameters.
+            keys: of entries, which are copied whole.
+            parts: of each state, what of its other entries is about to be overwritten (default:
+                nothing). They are asked for again when that is put back: until then others stand
+                in for entries that rest on the host.
+        """
         if self._idle:
             return
-        lists: dict[tuple[torch.dtype, bool], tuple[list[Tensor], list[Tensor]]] = {}
-        word: torch.dtype | None = None
         made: list[tuple[State, str, Tensor]] = []
-        copies = [self._kept[id(state)].copies for state in states]
+        cut: list[tuple[_Kept, Views, list[Tensor]]] = []
+        pairs: list[tuple[Tensor, Tensor, bool]] = []
+        kept = [self._kept[id(state)] for state in states]
         for key in dict.fromkeys(keys):
             if key in COUNTERS:
                 continue
             words = not on_host(key)
-            for state, own in zip(states, copies, strict=True):
-                if key in own or key not in state:
+            for state, own in zip(states, kept, strict=True):
+                if key in own.copies or key not in state:
                     continue
                 entry = state[key]
-                spare = self._spare.get((entry.shape, entry.dtype, entry.device))
-                copy = spare.pop() if spare else torch.empty_like(entry)
-                made.append((own, key, copy))
-                into, source = copy, entry
-                if words and on_accelerator(entry) and is_words(entry) and is_words(copy):
-                    # one kernel for all formats: they are read in that of the first
-                    word = word or (entry.dtype if entry.element_size() == 4 else torch.int32)
-                    into, source = as_words(copy, word), as_words(entry, word)
-                # of one memory: a list of several goes one by one
-                intos, sources = lists.setdefault((into.dtype, words), ([], []))
-                intos.append(into)
-                sources.append(source)
-        for intos, sources in lists.values():
-            torch._foreach_copy_(intos, sources)
-        for own, key, copy in made:  # from here on it is what is put back
-            own[key] = copy
+                copy = self._room(entry)
+                made.append((own.copies, key, copy))
+                pairs.append((copy, entry, words))
+        for state, own, views in zip(states, kept, parts, strict=False):
+            sources = views(state)
+            copies = [self._room(x) for x in sources]
+            cut.append((own, views, copies))
+            pairs += [(copy, x, True) for copy, x in zip(copies, sources, strict=True)]
+        _copy_(pairs)
+        for entries, key, copy in made:  # from here on it is what is put back
+            entries[key] = copy
+        for own, views, copies in cut:
+            own.parts.append((views, copies))
+
+    def _room(self, x: Tensor) -> Tensor:
+        spare = self._spare.get((x.shape, x.dtype, x.device))
+        return spare.pop() if spare else torch.empty_like(x)
 
     def keep_weights(self, state: State, param: Tensor) -> None:
         """Copy a parameter that several operations write, if it is small and on the host."""
@@ -194,8 +211,8 @@ class Undo:
         return id(state) in self._kept
 
     def _forget(self, number: int) -> None:
-        copies = self._kept.pop(number).copies
-        for copy in copies.values():
+        own = self._kept.pop(number)
+        for copy in (*own.copies.values(), *(x for _, copies in own.parts for x in copies)):
             self._spare.setdefault((copy.shape, copy.dtype, copy.device), []).append(copy)
 
     def __enter__(self) -> Self:
@@ -227,8 +244,32 @@ class Undo:
             for key, copy in own.copies.items():
                 if key in state:  # not what this step has made, as of a block that begins
                     state[key].detach().copy_(copy)
+            for views, copies in own.parts:
+                for x, copy in zip(views(state), copies, strict=True):
+                    x.copy_(copy)
             for param, copy in own.weights:
                 param.detach().copy_(copy)
+
+
+def _copy_(pairs: Iterable[tuple[Tensor, Tensor, bool]]) -> None:
+    """Copy into the first of each pair what is in the second.
+
+    Where a pair says so, an accelerator copies all formats as words: by one kernel.
+    """
+    lists: dict[tuple[torch.dtype, bool], tuple[list[Tensor], list[Tensor]]] = {}
+    word: torch.dtype | None = None
+    for copy, entry, words in pairs:
+        into, source = copy, entry
+        if words and on_accelerator(entry) and is_words(entry) and is_words(copy):
+            # they are read in the format of the first
+            word = word or (entry.dtype if entry.element_size() == 4 else torch.int32)
+            into, source = as_words(copy, word), as_words(entry, word)
+        # of one memory: a list of several goes one by one
+        intos, sources = lists.setdefault((into.dtype, words), ([], []))
+        intos.append(into)
+        sources.append(source)
+    for intos, sources in lists.values():
+        torch._foreach_copy_(intos, sources)
 
 
 def _version(param: Tensor) -> int:

@@ -323,7 +323,7 @@ def turn_rows_(
         lengths: a and b ``(2, ..., r)``; or none.
         across: of rows of which others have columns, ``(2, ..., r)`` in float64: the square of the
             length after the move, and 0 where none of the row moves; or none.
-        outs: x', written.
+        outs: x', written; they may be ``xs``.
         moves: ``(..., 2 r, n)``, written, in any format; or none.
         lr: how far.
     """
@@ -349,7 +349,7 @@ def step_rows_(
     Args:
         xs: ``(..., r, n)`` in float32 or wider.
         directions: d, in any format.
-        outs: x', written.
+        outs: x', written; they may be ``xs``.
         moves: ``(..., 2 r, n)``, written, in any format; or none.
         lr: how far.
         decay: of the factor.

@@ -7,11 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.devices import on_accelerator
+
 
 def empty_like_all(xs: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
     """One tensor of ``shape`` for each of ``xs``, one after the other in memory."""
     whole = xs[0].new_empty((len(xs), *shape), dtype=dtype)
     return list(whole.unbind(0))
+
+
+def over_all(xs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Where what follows from ``xs`` goes: over them on an accelerator, else into new tensors.
+
+    No accelerator puts back what a step has written. Kernels write rows that lie without gaps.
+    """
+    if on_accelerator(xs[0]) and all(x.is_contiguous() for x in xs):
+        return xs
+    return empty_like_all(xs, xs[0].shape, xs[0].dtype)
 
 
 def stacked(xs: Sequence[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.subspaces.refresh import BasisChange, Reduce, RefreshContext, identity
+from lowrank_optim.subspaces.refresh import BasisChange, Reduce, RefreshContext, Touched, identity
 from lowrank_optim.subspaces.searches import Searching
 from lowrank_optim.subspaces.shared import Shared
 from lowrank_optim.subspaces.target import Target, guarded
@@ -97,6 +97,10 @@ class Subspace(ABC):
     def refreshed(self, state: State) -> Iterable[str]:
         """State keys that :meth:`refresh_`, or moments that follow it, may overwrite."""
         return list(state)
+
+    def touched(self, state: State, view: MatrixView, count: int) -> Touched | None:
+        """What a refresh after ``count`` steps may overwrite of :meth:`refreshed`; None for all."""
+        return None
 
     @classmethod
     def side(cls, proj_type: str) -> str:

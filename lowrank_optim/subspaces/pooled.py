@@ -16,10 +16,10 @@ from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces import ahead, switching
 from lowrank_optim.subspaces.base import State, Subspace
 from lowrank_optim.subspaces.lora import balance_, balanced, published_stds
-from lowrank_optim.subspaces.refresh import BasisChange, RefreshContext
+from lowrank_optim.subspaces.refresh import BasisChange, RefreshContext, Touched
 from lowrank_optim.subspaces.searches import Ask, Searching, alone
 from lowrank_optim.subspaces.shared import Shared
-from lowrank_optim.subspaces.switching import Schedule, ring, runs, thawing
+from lowrank_optim.subspaces.switching import Schedule, ring, runs, slices, thawing
 from lowrank_optim.subspaces.terms import Wants, without_rest
 from lowrank_optim.tensors.matrix import MatrixView
 from lowrank_optim.tensors.values import check_finite, check_index
@@ -131,6 +131,25 @@ class Pooled(Subspace):
         """All but the pools: what a switch writes there nobody reads while the vector is in use."""
         return [key for key in super().refreshed(state) if "pool_" not in key]
 
+    def touched(self, state: State, view: MatrixView, count: int) -> Touched | None:
+        """The slots that may be switched, and their counterparts with those that thaw.
+
+        All of it where the factors start or are balanced.
+        """
+        plain = type(self).refresh_ is Pooled.refresh_
+        if not plain or int(state["refresh_step"]) < 0 or self.balanced(count):
+            return None
+        free = switching.free_slots(self.rank, self.candidates(view), (0, 0))
+        most = min(self.schedule.most(count, self.rank), free)
+        switched = [ring(head, most, self.rank) for head in state["host.head"].tolist()]
+        thawed = self._thawed(state["host.frozen"].tolist())
+        fresh = [own.union(other) for own, other in zip(thawed, switched[::-1], strict=True)]
+        return Touched(
+            ("host.held", "host.frozen", "host.head"),
+            {f"basis_{side}": slices(own) for side, own in zip(SIDES, switched, strict=True)},
+            {side: slices(own) for side, own in zip(SIDES, fresh, strict=True)},
+        )
+
     @classmethod
     def from_group(cls, group: dict[str, Any], view: MatrixView) -> Self:
         """Fields are group keys; ``fan_in_fan_out`` says that weights are stored (in, out)."""
@@ -139,6 +158,11 @@ class Pooled(Subspace):
     def sharing(self, shared: Shared) -> Self:
         """This subspace, with what it fetches ahead where the optimizer keeps it."""
         return replace(self, shared=shared)
+
+    @property
+    def schedule(self) -> Schedule:
+        """How many vectors each step switches."""
+        return Schedule(self.interval, self.total_steps, self.descent_ratio, self.descent)
 
     @property
     def s(self) -> float:
@@ -247,7 +271,7 @@ class Pooled(Subspace):
         if int(state["refresh_step"]) < 0:
             self._start_(state, ctx)
         before: list[list[int]] = state["host.frozen"].tolist()
-        fresh = [thawing(x) if self.freeze_step_counter else set() for x in before]
+        fresh = self._thawed(before)
         frozen = [[max(0, n - 1) for n in own] for own in before]
         if self.balanced(ctx.count):
             if not ctx.seen:
@@ -261,9 +285,12 @@ class Pooled(Subspace):
         if frozen != before:
             state["host.frozen"].copy_(torch.tensor(frozen))
         return {
-            name: BasisChange(fresh=[own for (own,) in runs(sorted(slots))] if slots else ())
-            for name, slots in zip(SIDES, fresh, strict=True)
+            name: BasisChange(fresh=slices(slots)) for name, slots in zip(SIDES, fresh, strict=True)
         }
+
+    def _thawed(self, frozen: Sequence[Sequence[int]]) -> list[set[int]]:
+        """Slots of A and of B whose steps count from this one on."""
+        return [thawing(own) if self.freeze_step_counter else set() for own in frozen]
 
     def _start_(self, state: State, ctx: RefreshContext) -> None:
         for side, entries, drawn in self.drawn(ctx.view, ctx.generator):
@@ -285,12 +312,11 @@ class Pooled(Subspace):
     ) -> list[list[int]]:
         """Switch vectors of A, then of B; returns the slots of each."""
         r, k = self.rank, self.candidates(ctx.view)
-        schedule = Schedule(self.interval, self.total_steps, self.descent_ratio, self.descent)
         counts = [sum(n > 0 for n in own) for own in frozen]
-        count = schedule.count(ctx.count, r, ctx.generator)
+        count = self.schedule.count(ctx.count, r, ctx.generator)
         count = min(count, switching.free_slots(r, k, counts))
         if not count:
-            self._fetch_ahead_(state, schedule, ctx)
+            self._fetch_ahead_(state, ctx)
             return [[], []]
         generator = ctx.generator if self.order == "random" else None
         chosen = []
@@ -302,7 +328,7 @@ class Pooled(Subspace):
             state["host.held"][side, slots] = torch.tensor(new)
             chosen.append(slots)
         state["host.head"].add_(count).remainder_(r)
-        self._fetch_ahead_(state, schedule, ctx)
+        self._fetch_ahead_(state, ctx)
         return chosen
 
     def _ahead(self, state: State, ctx: RefreshContext) -> ahead.Ahead | None:
@@ -311,12 +337,12 @@ class Pooled(Subspace):
             return None
         return self.shared.get(("ahead", ctx.uid), ahead.Ahead)  # type: ignore[no-any-return]
 
-    def _fetch_ahead_(self, state: State, schedule: Schedule, ctx: RefreshContext) -> None:
+    def _fetch_ahead_(self, state: State, ctx: RefreshContext) -> None:
         """Let it fetch the most that the next step can ask for."""
         own, r, k = self._ahead(state, ctx), self.rank, self.candidates(ctx.view)
         if own is None:
             return
-        count = min(math.ceil(r * schedule.rate(ctx.count + 1) / self.interval), k - r)
+        count = min(self.schedule.most(ctx.count + 1, r), k - r)
         for side, head in enumerate(state["host.head"].tolist()):
             held: list[int] = state["host.held"][side].tolist()
             new = switching.incoming(held, head, count, k, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -43,6 +43,17 @@ class BasisChange(NamedTuple):
     finite: Tensor | None = None
     """0-d bool on the device, where the search found out: whether all coordinates of this gradient,
     in any basis that it chooses from, and their squares are finite."""
+
+
+class Touched(NamedTuple):
+    """What a refresh may overwrite at most, where that is rows which the host knows before."""
+
+    keys: Sequence[str]
+    """Entries of the state that it may overwrite whole."""
+    rows: Mapping[str, Sequence[slice]]
+    """Of entries ``(..., r, k)``."""
+    fresh: Mapping[str, Sequence[slice]]
+    """Of every coordinate: those that :attr:`BasisChange.fresh` may have."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.ops.devices import sent
-from lowrank_optim.ops.stacked import cast_all, empty_like_all, stacked
+from lowrank_optim.ops.stacked import cast_all, empty_like_all, over_all, stacked
 from lowrank_optim.ops.tiles import fillings
 from lowrank_optim.subspaces.base import State
 from lowrank_optim.subspaces.refresh import Reduce
@@ -43,8 +43,8 @@ class Values(NamedTuple):
 class Vectors(NamedTuple):
     """The vectors in use of one side of b matrices after a step."""
 
-    new: list[Tensor]
-    """``(..., r, n)`` of each."""
+    new: Sequence[Tensor]
+    """``(..., r, n)`` of each; none where they lie in the place of the old ones."""
     moves: list[Tensor]
     """Rows by whose products W moves ``(..., 2 r, n)`` of each, where somebody asked."""
 
@@ -165,14 +165,18 @@ class Spectral(SpectralFactors):
         ):
             xs = [state[f"basis_{side}"] for state in states]
             *batch, rank, size = xs[0].shape
-            new, moves = empty_like_all(xs, xs[0].shape, xs[0].dtype), []
-            if moved is not None:
+            moves: list[Tensor] = []
+            if moved is None:
+                new: Sequence[Tensor] = empty_like_all(xs, xs[0].shape, xs[0].dtype)
+            else:
+                new = over_all(xs)
                 moves = empty_like_all(xs, (*batch, 2 * rank, size), moved)
             steps = [update[side] for update in updates]
             ops.turn_rows_(xs, steps, lengths, parts, new, moves, lr * self.vector_lr_scale)
-            sides.append(Vectors(new, moves))
-        if values.sign is not None:
-            stacked(sides[0].new).mul_(self._of_active(_small(states), values.sign).unsqueeze(-1))
+            if side == "u" and values.sign is not None:
+                signs = self._of_active(_small(states), values.sign).unsqueeze(-1)
+                torch._foreach_mul_([*new], [*signs.unbind(0)])
+            sides.append(Vectors([] if new is xs else new, moves))
         return sides[0], sides[1]
 
     def pushed(self, state: State) -> Iterable[str]:
@@ -184,9 +188,13 @@ class Spectral(SpectralFactors):
         self, states: Sequence[State], sides: tuple[Vectors, Vectors], values: Values
     ) -> None:
         """Write what :meth:`vectors` and :meth:`values` found, of the first of the matrices."""
-        count = len(states)
-        olds = [state[key] for key in FACTORS for state in states]
-        news = [*sides[0].new[:count], *sides[1].new[:count], *values.new[:count].unbind(0)]
+        lists = sides[0].new, sides[1].new, values.new.unbind(0)
+        pairs = [
+            (state[key], new)
+            for key, own in zip(FACTORS, lists, strict=True)
+            for state, new in zip(states, own, strict=False)
+        ]
+        olds, news = zip(*pairs, strict=True)
         torch._foreach_copy_(olds, news)
         if values.sign is not None and self.exact:  # u may turn around where it is not in use too
             for state, sign in zip(states, values.sign, strict=False):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.ops.numbers import on_device
-from lowrank_optim.ops.stacked import empty_like_all, stacked
+from lowrank_optim.ops.stacked import empty_like_all, over_all, stacked
 from lowrank_optim.ops.tiles import fillings
 from lowrank_optim.subspaces.base import State
 from lowrank_optim.subspaces.pooled import SIDES, Pooled
@@ -84,12 +84,8 @@ class Switched(Pooled):
 
         Their moments are zero since the switch and stay zero, so their direction is zero too.
         """
-        rows = [
-            x[..., own, :]
-            for state, low in zip(states, coords, strict=True)
-            for frozen, x in zip(state["host.frozen"].tolist(), low.values(), strict=True)
-            for own in where(frozen)
-        ]
+        lists = {side: [low[side] for low in coords] for side in SIDES}
+        rows = _rows(_frozen(states), lists)
         if rows:
             torch._foreach_zero_(rows)
 
@@ -152,8 +148,11 @@ class Switched(Pooled):
         states: Sequence[State],
         updates: Sequence[dict[str, Tensor]],
         moved: torch.dtype | None,
-    ) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+    ) -> tuple[dict[str, Sequence[Tensor]], dict[str, list[Tensor]]]:
         """Factors of alike matrices after the step, and the rows by whose products they move W.
+
+        None are returned of a side that is stepped where it lies. Frozen rows stay: neither decay
+        nor, with eps = 0, a direction of 0 / 0.
 
         Args:
             intos: what they belong to.
@@ -167,44 +166,62 @@ class Switched(Pooled):
             found = [into.guarded_decay() for into in guarded(intos)]
             decays = on_device([x for x in found if isinstance(x, Tensor)], like)
             decay = found[0] if isinstance(found[0], float) else 1.0
-        news: dict[str, list[Tensor]] = {}
+        olds = {side: [x[f"basis_{side}"] for x in states] for side in SIDES}
+        outs: dict[str, Sequence[Tensor]] = {}
         moves: dict[str, list[Tensor]] = {side: [] for side in SIDES}
-        for side in SIDES:
-            xs, steps = [x[f"basis_{side}"] for x in states], [x[side] for x in updates]
+        for side, xs in olds.items():
             *batch, rank, size = xs[0].shape
-            news[side] = empty_like_all(xs, xs[0].shape, xs[0].dtype)
-            if moved is not None:
+            if moved is None:
+                outs[side] = empty_like_all(xs, xs[0].shape, xs[0].dtype)
+            else:
+                outs[side] = over_all(xs)
                 moves[side] = empty_like_all(xs, (*batch, 2 * rank, size), moved)
-            own = xs, steps, news[side], moves[side]
+        apart = {side: xs for side, xs in outs.items() if xs is not olds[side]}
+        frozen = _frozen(states)
+        still = _rows(frozen, olds)
+        if still and len(apart) < len(outs):
+            still = _copies(still)
+        for side, xs in olds.items():
+            steps = [update[side] for update in updates]
+            own = xs, steps, outs[side], moves[side]
             ops.step_rows_(*own, first.lr, decay, side == "A", decays)
-        self._keep_still_(states, news, moves)
-        return news, moves
-
-    def _keep_still_(
-        self,
-        states: Sequence[State],
-        news: Mapping[str, Sequence[Tensor]],
-        moves: Mapping[str, Sequence[Tensor]],
-    ) -> None:
-        """Frozen rows stay: neither decay nor, with eps = 0, a direction of 0 / 0."""
-        olds, stepped, kept, gone = [], [], [], []
-        for n, state in enumerate(states):
-            for side, frozen in zip(SIDES, state["host.frozen"].tolist(), strict=True):
-                rows = where(frozen)
-                old, new = state[f"basis_{side}"], news[side][n]
-                olds += [old[..., own, :] for own in rows]
-                stepped += [new[..., own, :] for own in rows]
-                if moves[side]:
-                    whole, by = moves[side][n].chunk(2, -2)[:: 1 if side == "A" else -1]
-                    kept += [whole[..., own, :] for own in rows]
-                    gone += [by[..., own, :] for own in rows]
-        if olds:
-            torch._foreach_copy_(stepped, olds)
-        if kept:
-            torch._foreach_copy_(kept, olds)
-            torch._foreach_zero_(gone)
+        if still:
+            torch._foreach_copy_(_rows(frozen, outs), still)
+        if still and moved is not None:
+            turned = {side: 1 if side == "A" else -1 for side in SIDES}  # B' - B comes first
+            halves = {s: [x.chunk(2, -2)[:: turned[s]] for x in own] for s, own in moves.items()}
+            whole, by = ({s: [x[n] for x in own] for s, own in halves.items()} for n in (0, 1))
+            torch._foreach_copy_(_rows(frozen, whole), still)
+            torch._foreach_zero_(_rows(frozen, by))
+        return apart, moves
 
     def keep_(self, states: Sequence[State], news: Mapping[str, Sequence[Tensor]]) -> None:
         """Write what :meth:`_stepped` found, of the first of the matrices."""
-        olds = [state[f"basis_{side}"] for side in news for state in states]
-        torch._foreach_copy_(olds, [x for own in news.values() for x in own[: len(states)]])
+        if news:
+            olds = [state[f"basis_{side}"] for side in news for state in states]
+            torch._foreach_copy_(olds, [x for own in news.values() for x in own[: len(states)]])
+
+
+Rows = Sequence[Sequence[Sequence[slice]]]
+
+
+def _frozen(states: Sequence[State]) -> Rows:
+    """Which rows of each matrix's A and B are frozen."""
+    return [[where(own) for own in state["host.frozen"].tolist()] for state in states]
+
+
+def _rows(rows: Rows, lists: Mapping[str, Sequence[Tensor]]) -> list[Tensor]:
+    """Some rows of what matrices have of each side, matrix by matrix."""
+    return [
+        lists[side][n][..., own, :]
+        for n, sides in enumerate(rows)
+        for side, slices in zip(SIDES, sides, strict=True)
+        for own in slices
+    ]
+
+
+def _copies(xs: Sequence[Tensor]) -> list[Tensor]:
+    """Of all at once."""
+    made = [torch.empty_like(x) for x in xs]
+    torch._foreach_copy_(made, [*xs])
+    return made

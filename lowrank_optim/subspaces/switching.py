@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,10 @@ class Schedule:
             return 1 - 1 / (1 + math.exp(-min(10 * (step - decay) / decay, 700.0)))
         return max(math.pow(FLOOR, (step + 1) / decay), 1e-8)
 
+    def most(self, step: int, rank: int) -> int:
+        """The largest q that :meth:`count` may draw."""
+        return math.ceil(rank * self.rate(step) / self.interval)
+
     def count(self, step: int, rank: int, generator: torch.Generator) -> int:
         """q, its expectation rounded up with the probability of its fraction."""
         whole, part = divmod(rank * self.rate(step) / self.interval, 1.0)
@@ -61,6 +65,12 @@ def runs(*columns: Sequence[int]) -> Iterator[tuple[slice, ...]]:
         if i == length or any(c[i] != c[i - 1] + 1 for c in columns):
             yield tuple(slice(c[start], c[start] + i - start) for c in columns)
             start = i
+
+
+def slices(slots: Iterable[int]) -> list[slice]:
+    """Over all of some slots, in their order."""
+    ordered = sorted(slots)
+    return [own for (own,) in runs(ordered)] if ordered else []
 
 
 def free_slots(rank: int, size: int, frozen: Sequence[int]) -> int:
@@ -129,8 +139,7 @@ def incoming(
 
 def where(frozen: Sequence[int]) -> list[slice]:
     """Slices over the frozen slots."""
-    rows = [i for i, n in enumerate(frozen) if n]
-    return [own for (own,) in runs(rows)] if rows else []
+    return slices(i for i, n in enumerate(frozen) if n)
 
 
 def thawing(frozen: Sequence[int]) -> set[int]:

@@ -92,6 +92,19 @@ def test_one_matrix_of_cosines_by_hand() -> None:
     assert not [k for _, k in found.kernels if k.op.startswith(("fft_c2r", "copy of"))]
 
 
+def test_one_matrix_of_vectors_by_hand() -> None:
+    """What a step may switch is kept before, and no more: a vector of each factor at this interval.
+
+    Moments start again with the counterpart, and all ages are kept. Factors are stepped where they
+    lie: read once and written once, beside their directions and what the weights move by.
+    """
+    found = count("SwitchLoRA", [(M, N)], [], R)
+    kept = 4 * (M + N) + 2 * 4 * (M + N) + 2 * 4 * R
+    assert totals(found, "_foreach_copy_") == (2 * kept, 1)
+    assert totals(found, "step_rows_") == ((4 + 4 + 4 + 2 * W) * R * (M + N), 2)
+    assert totals(count("SST active", [(M, N)], [], R), "_foreach_copy_") == (2 * 4 * R, 1)
+
+
 def test_adamw_is_what_it_must_move() -> None:
     """Four tensors read and three written, in as many launches as torch's tables of blocks take."""
     found = count("AdamW fused", [(M, N)] * 3, [], R)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.stacked import empty_like_all
 from lowrank_optim.ops.tiles import fillings
 from lowrank_optim.subspaces import spectral, switched
 from lowrank_optim.subspaces.target import Target, guarded
@@ -18,7 +19,7 @@ COUNT, STEPS = 3, 5
 SHAPES = [(8, 12)] * COUNT + [(12, 6)] * COUNT
 RUNS: list[tuple[str, dict[str, Any]]] = [
     ("SSTAdamW", {"factors": "active"}),
-    ("SSTAdamW", {"factors": "active", "negative": "flip", "steps_per_iteration": 2}),
+    ("SSTAdamW", {"factors": "active", "negative": "flip", "steps_per_iteration": 2, "lr": 0.5}),
     ("SSTAdamW", {"factors": "active", "maximize": True, "stochastic_rounding": True}),
     ("SwitchLoRAAdamW", {"interval": 4, "freeze_steps": 2, "decay_on": "factors"}),
     ("SwitchLoRAAdamW", {"interval": 4, "freeze_steps": 2, "decay_on": "weight"}),
@@ -43,6 +44,7 @@ def trained(name: str, options: dict[str, Any], dtype: torch.dtype) -> list[Tens
 def test_together_and_each_alone(
     name: str, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And stepped where they lie, or beside that, as on a host."""
     cases.branching(monkeypatch, lambda tensor: True)
     sizes: list[int] = []
 
@@ -59,8 +61,12 @@ def test_together_and_each_alone(
     def alone(count: int, size: int, like: Tensor) -> list[range]:
         return [range(n, n + 1) for n in range(count)]
 
+    def apart(xs: Sequence[Tensor]) -> list[Tensor]:
+        return empty_like_all(xs, xs[0].shape, xs[0].dtype)
+
     for module in (spectral, switched):
         monkeypatch.setattr(module, "fillings", alone)
+        monkeypatch.setattr(module, "over_all", apart)
     for mine, theirs in zip(together, trained(name, options, dtype), strict=True):
         assert torch.equal(mine, theirs)
 

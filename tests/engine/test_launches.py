@@ -93,7 +93,7 @@ ROWS = [
     Row("DCTAdamW", {"transform": "matmul", **EVERY}, 2, 18, 20),
     Row("SSTAdamW", {}, 5, 46, 50),
     Row("SSTAdamW", {"factors": "active"}, 3, 26, 30),
-    Row("SwitchLoRAAdamW", {"interval": 1 << 20}, 3, 20, 36),
+    Row("SwitchLoRAAdamW", {"interval": 1 << 20}, 3, 19, 36),
     Row("DCTAdamW", {**DCT, **EVERY}, 0, 16, 20),
 ]
 SWITCHES: dict[str, Any] = {"interval": 8, "freeze_steps": 2}

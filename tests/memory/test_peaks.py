@@ -16,6 +16,7 @@ from lowrank_optim import FiraAdamW, FrugalAdamW, GaLoreAdamW, GaLoreAdamW8bit, 
 from lowrank_optim.memory import Estimate, estimate, sets
 from lowrank_optim.memory.rehearsal import Rehearsal
 from lowrank_optim.ops import devices, tiles
+from lowrank_optim.subspaces import pooled
 from lowrank_optim.tensors.alive import Alive
 from tests import cases
 from tests.memory.trained import tracked
@@ -88,6 +89,7 @@ def counted_over(
     found = estimate(model, cls, device="cpu", **own, **options)
     with monkeypatch.context() as patch:
         patch.setattr(devices, "HOSTS", frozenset())
+        patch.setattr(pooled, "DRAWN", 8)  # by the host, of whose memory no estimate is
         return found, tracked(
             model, cls, options, tokens=TOKENS, mode=in_backward, steps=steps, **training
         )

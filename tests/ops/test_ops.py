@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import runpy
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -311,6 +312,27 @@ def test_rows_that_step(backend: str, ahead: bool, on_device: bool) -> None:
     for narrow, moves in ((None, torch.bfloat16), (torch.bfloat16, torch.float32), (None, None)):
         own = {"ahead": ahead, "on_device": on_device, "narrow": narrow, "moves": moves}
         run("step_rows_", ops_turns.arguments("step_rows_", torch.float32, **own))
+
+
+@pytest.mark.parametrize(
+    ("op", "own"),
+    [
+        ("turn_rows_", {"lengths": True}),
+        ("turn_rows_", {"lengths": False, "across": True}),
+        ("step_rows_", {"ahead": True}),
+        ("step_rows_", {"ahead": False, "on_device": True}),
+    ],
+    ids=str,
+)
+def test_rows_are_stepped_where_they_lie(backend: str, op: str, own: dict[str, Any]) -> None:
+    """New rows over the old ones, and what the weights move by: to the bit as apart from them."""
+    a = ops_turns.arguments(op, torch.float32, **own)
+    b = cases.on("cpu", a)
+    b["outs"] = b["xs"]
+    cases.call(op, a)
+    cases.call(op, b)
+    for key in ("outs", "moves"):
+        assert all(map(torch.equal, a[key], b[key]))
 
 
 def test_a_row_that_is_not_finite_is_alone(backend: str) -> None:

@@ -14,12 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_optim.engine.momentum import momentum_of
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
-from lowrank_optim.engine.refresh import refreshing_
+from lowrank_optim.engine.refresh import keep_refreshed, refreshing_
 from lowrank_optim.engine.schedule import basis_due
 from lowrank_optim.engine.sharded.due import Due
 from lowrank_optim.engine.sharded.failures import recall
 from lowrank_optim.engine.sharded.refresh import refresh_replicas
-from lowrank_optim.engine.state import refreshed_keys
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.sharding.parts import is_sharded, replica
 from lowrank_optim.subspaces.block import Block
@@ -176,7 +175,7 @@ def refresh_alike(
         group = groups[id(item.param)]
         item.part = item.part or replica(item.view, group, item.param.shape)
         undo.begin(state)
-        undo.keep(state, refreshed_keys(subspace, state, chosen))
+        keep_refreshed([(item, state)], chosen, undo)
         if chosen.residual.lost:
             item.before = momentum_of(item, state, chosen, copied=True)
         by_group.setdefault(id(group), []).append(Due(item, item, state, None, chosen))

@@ -10,7 +10,7 @@ from lowrank_optim.engine.blocks import advance, catch_up
 from lowrank_optim.engine.bucket import Bucket, warn_skipped
 from lowrank_optim.engine.offload import Staging
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
-from lowrank_optim.engine.refresh import refresh_
+from lowrank_optim.engine.refresh import keep_refreshed, refresh_
 from lowrank_optim.engine.schedule import basis_due
 from lowrank_optim.engine.sharded.due import Due
 from lowrank_optim.engine.sharded.failures import recall
@@ -20,7 +20,6 @@ from lowrank_optim.engine.sharded.means import dense_split, step_dense, weight_r
 from lowrank_optim.engine.sharded.phases import step_chunks
 from lowrank_optim.engine.sharded.refresh import refresh_together
 from lowrank_optim.engine.sharded.work import Work, chunks_of, fetch, is_projected, is_usable
-from lowrank_optim.engine.state import refreshed_keys
 from lowrank_optim.engine.step import step_buckets
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.rules.base import Split
@@ -138,13 +137,11 @@ def refresh_works(chunks: Sequence[list[Work]], skipped: Sequence[Work], undo: U
         if not subspace.needs_grad:
             due.append(w)
             continue
-        undo.keep(w.state, refreshed_keys(subspace, w.state, w.chosen))
+        keep_refreshed([(w.item, w.state)], w.chosen, undo)
         plan, step = stepped(w.item, weight), int(w.state["step"])
         refresh_(plan, w.state, weight, step, w.chosen, look=(w.norm, None))
     for w in due:
-        subspace = w.item.subspace
-        assert subspace is not None
-        undo.keep(w.state, refreshed_keys(subspace, w.state, w.chosen))
+        keep_refreshed([(w.item, w.state)], w.chosen, undo)
     refresh_together([Due(w.item, w.twin, w.state, w.grad, w.chosen, w.norm) for w in due])
 
 

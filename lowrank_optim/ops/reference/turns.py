@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from lowrank_optim.ops.reference.arguments import Tensors, or_none, times
 
@@ -33,18 +34,26 @@ def turn_rows_(
         else:
             squares, moved = parts.unsqueeze(-1)
             norm, moved = squares.sqrt().to(x.dtype), moved != 0
-        torch.where(moved, turned / norm.clamp(min=torch.finfo(x.dtype).tiny), x, out=out)
+        new = _apart(out, x)
+        torch.where(moved, turned / norm.clamp(min=torch.finfo(x.dtype).tiny), x, out=new)
         if move is not None:
             rank = x.shape[-2]
             first, second = move[..., :rank, :], move[..., rank:, :]
             if length is None:
-                torch.sub(out, x, out=first)
+                torch.sub(new, x, out=first)
                 second.copy_(x)
             else:
                 after, before = length.unsqueeze(-1)
-                whole = after * out
+                whole = after * new
                 first.copy_(whole)
                 torch.sub(whole, before * x, out=second)
+        if new is not out:
+            out.copy_(new)
+
+
+def _apart(out: Tensor, x: Tensor) -> Tensor:
+    """``out``, or memory for it where it is ``x``, which is still to be read."""
+    return torch.empty_like(x) if out is x else out
 
 
 def step_rows_(
@@ -61,14 +70,16 @@ def step_rows_(
     others = times(decay, decays, len(xs)), or_none(moves, len(xs))
     for x, d, out, factor, move in zip(xs, directions, outs, *others, strict=True):
         decayed = x * factor if isinstance(factor, torch.Tensor) or factor != 1 else x
-        torch.sub(decayed, d.to(x.dtype), alpha=lr, out=out)
-        if move is None:
-            continue
-        first, second = move[..., : x.shape[-2], :], move[..., x.shape[-2] :, :]
-        if ahead:
-            first.copy_(out)
-            torch.sub(out, x, out=second)
-        else:
-            by = out - x
-            first.copy_(by)
-            torch.sub(out, by, out=second)
+        new = _apart(out, x)
+        torch.sub(decayed, d.to(x.dtype), alpha=lr, out=new)
+        if move is not None:
+            first, second = move[..., : x.shape[-2], :], move[..., x.shape[-2] :, :]
+            if ahead:
+                first.copy_(new)
+                torch.sub(new, x, out=second)
+            else:
+                by = torch.sub(new, x, out=None if new is out else x)
+                first.copy_(by)
+                torch.sub(new, by, out=second)
+        if new is not out:
+            out.copy_(new)
