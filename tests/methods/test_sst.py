@@ -504,6 +504,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "exact": {},
     "active": {"factors": "active"},
     "narrow, on the host": {"factor_dtype": "bfloat16", "offload_inactive": True},
+    "all of them": {"rank": 64},
     "8bit": {"cls": SSTAdamW8bit},
     "bfloat16": {"state_dtype": "bfloat16", "stochastic_rounding": True},
 }
@@ -514,12 +515,13 @@ def test_resume_in_the_middle_of_an_iteration(config: str, dtype: torch.dtype) -
     """Through ``weights_only`` files, bit for bit, draws and factorisations included."""
     options = dict(CONFIGS[config])
     cls = options.pop("cls", SSTAdamW)
-    options |= {"steps_per_iteration": 4, "warmup_steps": 2, "rank": 3, "lr": 1e-2}
+    options |= {"steps_per_iteration": 4, "warmup_steps": 2, "lr": 1e-2}
+    rank = options.pop("rank", 3)
     params = list(runs.parameters(dtype).values())
-    whole = cls(params, **options)
+    whole = cls([{"params": params, "rank": rank}], **options)
     runs.train(params, whole, range(6))
     copies = runs.copies(params)
-    resumed = cls(copies, **options)
+    resumed = cls([{"params": copies, "rank": rank}], **options)
     resumed.load_state_dict(runs.loaded(runs.saved(whole)))
     runs.assert_same_state(runs.entries(resumed), runs.entries(whole))
     runs.train(params, whole, range(6, 16))
