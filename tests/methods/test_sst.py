@@ -530,6 +530,27 @@ def test_resume_in_the_middle_of_an_iteration(config: str, dtype: torch.dtype) -
     runs.assert_same_state(runs.entries(resumed), runs.entries(whole))
 
 
+@pytest.mark.parametrize("form", ["exact", "active"])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_decay_on_the_device_widens_no_factor(
+    capturable: bool, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rate in float64, as corrections of the device are; kernels take lengths as they take u."""
+    found = []
+    for accelerated in (False, True):
+        cases.branching(monkeypatch, lambda _, own=accelerated: own)  # type: ignore[misc]
+        params = [cases.parameter(shape, torch.float32) for shape in ((6, 9), (6, 9), (2, 5, 7))]
+        options: dict[str, Any] = {"factors": form, "weight_decay": 0.5, "eps": 1e-3}
+        options |= {"lr": torch.tensor(0.05, dtype=torch.float64)} if accelerated else {"lr": 0.05}
+        options |= {"capturable": capturable and accelerated}
+        optimizer = SSTAdamW([{"params": params, "rank": 3}], warmup_steps=2, **options)
+        grads = [cases.gradients(p.shape, 2, torch.float32, n) for n, p in enumerate(params)]
+        cases.run(optimizer, params, [*zip(*grads, strict=True)])
+        found.append([p.detach() for p in params])
+    for a, b in zip(*found, strict=True):
+        assert_close(b, a)
+
+
 @pytest.mark.parametrize("shape", [(48, 64), (64, 40), (32, 32)])
 @pytest.mark.parametrize("form", ["exact", "active"])
 def test_memory_is_the_formula(shape: tuple[int, int], form: str) -> None:
