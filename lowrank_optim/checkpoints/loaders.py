@@ -138,8 +138,11 @@ def _places(item: ParamPlan, chosen: Strategies) -> State:
 
 
 def unfilled(x: Tensor, param: Tensor) -> bool:
-    """Whether a saved entry is still one of :func:`with_places`."""
+    """Whether a saved entry is still one of :func:`with_places`.
+
+    What a state keeps of nothing has other shapes, such as vectors that are not in use.
+    """
     if not is_sharded(x):
-        return not x.numel() and bool(param.numel())
+        return tuple(x.shape) == (0,) and bool(param.numel())
     own = local(x)
     return own.is_floating_point() and bool(own.numel()) and bool(own.isnan().all())

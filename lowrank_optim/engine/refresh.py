@@ -78,7 +78,7 @@ def refreshing_(
     if ok is not None and later:
         assert item.subspace is not None
         # other ranks are told at once
-        soon = chosen.gap > 1 or not item.subspace.indexed or item.part is not None
+        soon = chosen.gap > 1 or last < 0 or item.part is not None
         yield from answers.expecting_(state, item.name, ok, last, soon, before)
     if found is not None:
         found.update(moved)

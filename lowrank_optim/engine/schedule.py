@@ -49,12 +49,12 @@ def basis_due(item: ParamPlan, state: State, chosen: Strategies) -> bool:
 def _due_anyway(item: ParamPlan, chosen: Strategies, answer: answers.Answer) -> bool:
     """Whether the next refresh is the same whatever became of the last one.
 
-    A search that starts from the basis in use has to know whether there is one.
+    Searches start from the basis in use, and moments follow from it: they have to know of the first
+    whether it came about.
     """
     if item.subspace is not None and item.subspace.counters:
         return False  # they tell a round from another
-    starts = item.subspace is None or not item.subspace.indexed
-    return chosen.gap == 1 and (answer.last is None or answer.last >= 0 or not starts)
+    return chosen.gap == 1 and (answer.last is None or answer.last >= 0)
 
 
 def phase(item: ParamPlan, chosen: Strategies) -> int:

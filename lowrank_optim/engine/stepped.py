@@ -21,6 +21,7 @@ from lowrank_optim.engine.state import init_state
 from lowrank_optim.engine.step import step_items
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group
+from lowrank_optim.groups.values import rate_of
 from lowrank_optim.ops.devices import recording
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
@@ -145,7 +146,7 @@ class SteppedOptimizer(PlannedOptimizer):
             own = [i for i in own if i.param.requires_grad or i.param.grad is not None]
             if own:
                 states = [self._state_of(item, chosen) for item in own]
-                sharded.add(own, states, chosen, group["lr"], group["weight_decay"], undo)
+                sharded.add(own, states, chosen, rate_of(group), group["weight_decay"], undo)
             if alike:
                 replicas += [(item, self._state_of(item, chosen), chosen) for item in ready]
         try:
@@ -218,7 +219,7 @@ class SteppedOptimizer(PlannedOptimizer):
                 if rest is not None:
                     begun.add(id(group))
                 sharded.add(
-                    own, states, chosen, group["lr"], group["weight_decay"], undo, rest, begins
+                    own, states, chosen, rate_of(group), group["weight_decay"], undo, rest, begins
                 )
             sharded.run(undo)
 
@@ -239,7 +240,7 @@ class SteppedOptimizer(PlannedOptimizer):
         self, items: list[ParamPlan], group: Group, chosen: Strategies, undo: Undo
     ) -> None:
         state_of = partial(self._state_of, chosen=chosen)
-        hyper = group["lr"], group["weight_decay"]
+        hyper = rate_of(group), group["weight_decay"]
         step_items(items, state_of, chosen, *hyper, undo, self._staging)
 
     def _settle(self) -> None:

@@ -320,6 +320,15 @@ def check_rule(group: Group) -> None:
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
 
+def rate_of(group: Group) -> Any:
+    """The learning rate as steps take it: of a tensor ``(1,)``, which torch takes too, ``()``.
+
+    Its dimension would be one of what it multiplies: a parameter of no dimension, or its flags.
+    """
+    lr = group["lr"]
+    return lr.reshape(()) if isinstance(lr, Tensor) and lr.dim() else lr
+
+
 def _check_eps(group: Group) -> None:
     """A number; of Adafactor a pair of them.
 

@@ -33,6 +33,7 @@ from lowrank_optim.engine.stepped import Checked
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group
 from lowrank_optim.groups.options import Options, with_defaults
+from lowrank_optim.groups.values import rate_of
 from lowrank_optim.ops.devices import recording
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.residuals import Drop, Residual
@@ -323,7 +324,7 @@ class SSTAdamW(LowRankOptimizer):
                     {**self._kept(x, chosen), **own} for x, own in zip(chunk, wholes, strict=True)
                 ]
                 plans = [x.whole(state) for x, state in zip(chunk, states, strict=True)]
-                hyper = group["lr"], group["weight_decay"]
+                hyper = rate_of(group), group["weight_decay"]
                 step_buckets([Bucket(plans, states, chosen, *hyper, undo)], self._staging)
                 for x, own in zip(chunk, wholes, strict=True):
                     for key, factor in x.named().items():

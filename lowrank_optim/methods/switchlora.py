@@ -37,6 +37,7 @@ from lowrank_optim.engine.undo import Undo
 from lowrank_optim.groups import Group
 from lowrank_optim.groups.names import uid_of
 from lowrank_optim.groups.options import Options, with_defaults
+from lowrank_optim.groups.values import rate_of
 from lowrank_optim.ops import Noise
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.residuals import Drop, Residual
@@ -282,7 +283,7 @@ class SwitchLoRAAdamW(LowRankOptimizer):
         super()._step_items(rest, group, chosen, undo)
         if own and not int(self._state_of(own[0], chosen)["step"]) and makes_state():
             return  # or the factors that were loaded would be drawn anew
-        lr, weight_decay = group["lr"], group["weight_decay"]
+        lr, weight_decay = rate_of(group), group["weight_decay"]
         here: list[Bucket] = []
         for chunk in bucketed(own, chosen):
             factors = _factors(chunk)

@@ -22,17 +22,18 @@ def matrix_norm(x: Tensor) -> Tensor:
     is rounded to that format, where 300 entries of 4e3 overflow float16.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    if x.dtype == wide or x.numel() == 0:
+    x = x if x.numel() else x.to(wide)
+    if x.dtype == wide:
         norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-        return norm
-    if x.stride(-1) != 1:
-        x = x.mT  # tiles of whole stored rows
-    parts = [
-        torch.linalg.vector_norm(tile, dim=(-2, -1), keepdim=True, dtype=wide)
-        for tile in torch.split(x, tile_rows(x), -2)
-    ]
-    norm = torch.linalg.vector_norm(torch.cat(parts, -1), dim=-1, keepdim=True)
-    return norm
+    else:
+        if x.stride(-1) != 1:
+            x = x.mT  # tiles of whole stored rows
+        parts = [
+            torch.linalg.vector_norm(tile, dim=(-2, -1), keepdim=True, dtype=wide)
+            for tile in torch.split(x, tile_rows(x), -2)
+        ]
+        norm = torch.linalg.vector_norm(torch.cat(parts, -1), dim=-1, keepdim=True)
+    return norm if x.shape[-2:] != (1, 1) else _of_one(norm)
 
 
 def matrix_norms(xs: Sequence[Tensor]) -> list[Tensor]:
@@ -42,7 +43,7 @@ def matrix_norms(xs: Sequence[Tensor]) -> list[Tensor]:
     for dtype in {xs[n].dtype for n in at}:
         own = [n for n in at if xs[n].dtype == dtype]
         wide = torch.promote_types(dtype, torch.float32)
-        found = torch._foreach_norm([xs[n] for n in own], 2, None if wide == dtype else wide)
+        found = _norms([xs[n] for n in own], None if wide == dtype else wide)
         for n, norm in zip(own, found, strict=True):
             norms[n] = norm.view(1, 1)
     return norms
@@ -54,9 +55,20 @@ def total_norms(xs: list[Tensor]) -> Sequence[Tensor]:
     All of one dtype. Of bfloat16 in bfloat16: it has float32's range, and a cast would be a pass of
     its own.
     """
-    wide = torch.float32 if xs[0].dtype == torch.float16 else None
-    norms: Sequence[Tensor] = torch._foreach_norm(xs, 2, wide)
-    return norms
+    return _norms(xs, torch.float32 if xs[0].dtype == torch.float16 else None)
+
+
+def _norms(xs: list[Tensor], dtype: torch.dtype | None) -> Sequence[Tensor]:
+    """Of each in ``dtype``, or in its own."""
+    norms: Sequence[Tensor] = torch._foreach_norm(xs, 2, dtype)
+    if all([x.numel() != 1 for x in xs]):
+        return norms
+    return [_of_one(norm) if x.numel() == 1 else norm for x, norm in zip(xs, norms, strict=True)]
+
+
+def _of_one(norm: Tensor) -> Tensor:
+    """A norm of one entry, infinite where its square is: torch takes the absolute value."""
+    return torch.where(norm.square() < torch.inf, norm, torch.inf)
 
 
 def lift_add_(

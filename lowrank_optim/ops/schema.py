@@ -99,6 +99,11 @@ ON_DEVICE = ("steps", "decays", "gains")
 float64. Where they are, what serves takes them (:func:`~lowrank_optim.ops.dispatch.backend`)."""
 
 
+IN_ARITHMETIC = ("columns", "lengths")
+"""Small inputs that kernels read in the format of arithmetic: of float64 in float64 alone. Those of
+:data:`ON_DEVICE` are read as they are."""
+
+
 PACKED = {"stochastic_round_": ("xs",)}
 """Inputs that must be contiguous, as everything must that is written, but for parameters."""
 
@@ -125,6 +130,10 @@ def _check(
         if argument in ON_DEVICE and not all([_is_factor(x) for x in value]):
             found = next(f"{x.dtype} {tuple(x.shape)}" for x in value if not _is_factor(x))
             raise ValueError(f"{name}: {argument} must be float32 or float64 (), got {found}")
+        if argument in IN_ARITHMETIC:
+            wide = [torch.promote_types(x.dtype, torch.float32) for x in values[0]]
+            if wide != [x.dtype for x in value]:
+                raise ValueError(f"{name}: {argument} must be {wide[0]}, got {value[0].dtype}")
         if argument in packed and not all([x.is_contiguous() for x in value]):
             strides = [x.stride() for x in value if not x.is_contiguous()]
             raise ValueError(f"{name}: {argument} must be contiguous, got strides {strides[0]}")

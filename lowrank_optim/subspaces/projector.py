@@ -289,7 +289,7 @@ def _with_columns(intos: Sequence[Target], terms: Sequence[Term | None]) -> list
             if key not in known:
                 wider = torch.promote_types(into.low.dtype, torch.float32)
                 one = torch.ones((), dtype=wider, device=into.param.device)
-                known[key] = (one * gain).expand(*batch, 1, n)
+                known[key] = (one * gain).to(wider).expand(*batch, 1, n)
             term = term._replace(columns=known[key])
         found.append(term)
     return found

@@ -128,6 +128,8 @@ class Spectral(SpectralFactors):
         """
         small = _small(states)
         steps = stacked([update["s"] for update in updates]).squeeze(-2)
+        if isinstance(decay, Tensor):  # in float64, as a step size of the device, it would widen s
+            decay = decay.to(small["basis_s"].dtype)
         decayed = small["basis_s"] * decay
         new = decayed - (lr * self.s_lr_scale) * steps
         sign = None

@@ -172,6 +172,11 @@ def test_options(name: str, options: dict[str, Any]) -> None:
     check_replays(name, torch.float64, **options)
 
 
+def test_a_free_rule_in_narrower_weights() -> None:
+    """Corrections of the device are in float64, and kernels read factors in float32."""
+    check_replays("FrugalAdamW", torch.float32, projector="svd", free_rule="sgd")
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -491,12 +491,12 @@ def test_a_matrix_that_has_no_eigenvectors_holds_up_no_other(
 
 
 def test_the_host_asks_once_for_each_refresh_and_only_where_it_matters() -> None:
-    """A step after it; never where indices are due in any case. A copy of the state is settled."""
+    """A step after it; at every step of the first alone. A copy of the state is settled."""
     for projector, gap, asked in [
         ("svd", 2, [0, 1, 0, 1]),
         ("svd", 1, [0, 1, 0, 0]),  # whether there is a first basis to start from
         ("dct", 2, [0, 1, 0, 1]),
-        ("dct", 1, [0, 0, 0, 0]),
+        ("dct", 1, [0, 1, 0, 0]),  # or first indices, from which moments follow
         ("columns", 1, [0, 0, 0, 0]),
     ]:
         param = cases.parameter((12, 20), torch.float32)
@@ -515,6 +515,29 @@ def test_the_host_asks_once_for_each_refresh_and_only_where_it_matters() -> None
         copied = copy.deepcopy(optimizer)
         assert copied.postponed_refreshes() == optimizer.postponed_refreshes() == wanted
         assert float(optimizer.state[param]["refresh_step"]) == (2 if gap == 2 else 4)
+
+
+@pytest.mark.parametrize("projector", ["dct", "hadamard", "svd"])
+def test_moments_follow_from_the_first_basis_there_is(
+    projector: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zeros at first are no basis: ages of rows go on, as on a host and where a run resumes."""
+    grads = [torch.zeros(8, 12), *cases.gradients((8, 12), 2, torch.float32)]
+    found = []
+    for accelerated, saved in ((False, False), (True, False), (True, True)):
+        cases.branching(monkeypatch, lambda tensor, own=accelerated: own)  # type: ignore[misc]
+        param = cases.parameter((8, 12), torch.float32)
+        options = {"projector": projector, "update_proj_gap": 1, "on_refresh": "project"}
+        optimizer = cases.build("DCTAdamW", [param], **options)
+        for grad in grads:
+            cases.run(optimizer, [param], [[grad]])
+            if saved:
+                optimizer.load_state_dict(optimizer.state_dict())
+        found.append({"weights": param.detach(), **optimizer.state_dict()["state"][0]})
+    host, whole, resumed = found
+    for key, x in resumed.items():
+        assert torch.equal(whole[key], x), key
+        assert_close(whole[key], host[key])
 
 
 def test_a_step_that_raises_takes_its_question_back(monkeypatch: pytest.MonkeyPatch) -> None:

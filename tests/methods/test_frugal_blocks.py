@@ -13,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lowrank_optim import FrugalAdamW, FrugalSGD, GaLoreAdamW, LowRankOptimizer, memory
+from lowrank_optim import (
+    FiraAdamW,
+    FrugalAdamW,
+    FrugalSGD,
+    GaLoreAdamW,
+    LowRankOptimizer,
+    memory,
+)
 from lowrank_optim.engine.draws import seeded
 from lowrank_optim.subspaces.block import BLOCK_ORDERS, Block
 from tests import cases, runs
@@ -243,6 +250,19 @@ def test_galore_and_momentum_take_blocks_too() -> None:
     own = momentum.param_groups[0]["params"]
     cases.run(momentum, own, [gradients(own, 0)])
     assert sum("momentum_buffer" in momentum.state[p] for p in own) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scaling", ["column", "matrix"])
+def test_fira_takes_blocks_too(scaling: str, dtype: torch.dtype) -> None:
+    """An idle one has no coordinates, whose norms are 0 whatever the format: nothing moves it."""
+    params = weights(2, dtype)
+    starts = [p.detach().clone() for p in params]
+    group = {"params": params, "rank": 0.5, "projector": "block", "block_order": "ascending"}
+    optimizer = FiraAdamW([group], lr=0.1, weight_decay=0.0, scaling=scaling)  # type: ignore[arg-type]
+    cases.run(optimizer, params, [gradients(params, 0)])
+    assert not torch.equal(params[0], starts[0]) and bool(params[0].isfinite().all())
+    assert torch.equal(params[1], starts[1])
 
 
 def test_ranks_agree_whatever_the_global_generator() -> None:

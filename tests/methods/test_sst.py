@@ -504,6 +504,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "exact": {},
     "active": {"factors": "active"},
     "narrow, on the host": {"factor_dtype": "bfloat16", "offload_inactive": True},
+    "all of them": {"rank": 64},
     "8bit": {"cls": SSTAdamW8bit},
     "bfloat16": {"state_dtype": "bfloat16", "stochastic_rounding": True},
 }
@@ -514,18 +515,40 @@ def test_resume_in_the_middle_of_an_iteration(config: str, dtype: torch.dtype) -
     """Through ``weights_only`` files, bit for bit, draws and factorisations included."""
     options = dict(CONFIGS[config])
     cls = options.pop("cls", SSTAdamW)
-    options |= {"steps_per_iteration": 4, "warmup_steps": 2, "rank": 3, "lr": 1e-2}
+    options |= {"steps_per_iteration": 4, "warmup_steps": 2, "lr": 1e-2}
+    rank = options.pop("rank", 3)
     params = list(runs.parameters(dtype).values())
-    whole = cls(params, **options)
+    whole = cls([{"params": params, "rank": rank}], **options)
     runs.train(params, whole, range(6))
     copies = runs.copies(params)
-    resumed = cls(copies, **options)
+    resumed = cls([{"params": copies, "rank": rank}], **options)
     resumed.load_state_dict(runs.loaded(runs.saved(whole)))
     runs.assert_same_state(runs.entries(resumed), runs.entries(whole))
     runs.train(params, whole, range(6, 16))
     runs.train(copies, resumed, range(6, 16))
     runs.assert_same(copies, params)
     runs.assert_same_state(runs.entries(resumed), runs.entries(whole))
+
+
+@pytest.mark.parametrize("form", ["exact", "active"])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_decay_on_the_device_widens_no_factor(
+    capturable: bool, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rate in float64, as corrections of the device are; kernels take lengths as they take u."""
+    found = []
+    for accelerated in (False, True):
+        cases.branching(monkeypatch, lambda _, own=accelerated: own)  # type: ignore[misc]
+        params = [cases.parameter(shape, torch.float32) for shape in ((6, 9), (6, 9), (2, 5, 7))]
+        options: dict[str, Any] = {"factors": form, "weight_decay": 0.5, "eps": 1e-3}
+        options |= {"lr": torch.tensor(0.05, dtype=torch.float64)} if accelerated else {"lr": 0.05}
+        options |= {"capturable": capturable and accelerated}
+        optimizer = SSTAdamW([{"params": params, "rank": 3}], warmup_steps=2, **options)
+        grads = [cases.gradients(p.shape, 2, torch.float32, n) for n, p in enumerate(params)]
+        cases.run(optimizer, params, [*zip(*grads, strict=True)])
+        found.append([p.detach() for p in params])
+    for a, b in zip(*found, strict=True):
+        assert_close(b, a)
 
 
 @pytest.mark.parametrize("shape", [(48, 64), (64, 40), (32, 32)])

@@ -99,6 +99,22 @@ def test_tensor_lr_is_float_lr(method: str) -> None:
         assert_close(a, e)
 
 
+@pytest.mark.parametrize("on_accelerator", [False, True], ids=["host", "accelerator"])
+@pytest.mark.parametrize("name", ["GaLoreAdamW", "FrugalLion", "SwitchLoRAAdamW", "SSTAdamW"])
+def test_a_tensor_lr_may_have_a_dimension(
+    name: str, on_accelerator: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One element, as torch takes it, is the number: a parameter without a dimension keeps none."""
+    cases.branching(monkeypatch, lambda _: on_accelerator)
+    found = []
+    for lr in (torch.tensor(LR), torch.tensor([LR])):
+        params = [cases.parameter(shape, torch.float32) for shape in ((), (3,), (6, 9))]
+        optimizer = cases.build(name, params, lr=lr, state_dtype="bfloat16", weight_decay=0.1)
+        cases.run(optimizer, params, [[torch.ones(p.shape) for p in params]] * 2)
+        found.append(params)
+    runs.assert_same(*found)
+
+
 @every_method
 def test_lr_and_weight_decay_are_per_group(method: str) -> None:
     """lr = 0 leaves a group alone; decay shrinks by exactly ``1 - lr decay`` more than without."""

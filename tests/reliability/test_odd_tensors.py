@@ -41,6 +41,28 @@ def test_a_huge_first_gradient_moves_nothing(
     assert not torch.equal(param, start) and param.isfinite().all()
 
 
+@pytest.mark.parametrize("accelerated", [False, True], ids=["cpu", "accelerator"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["GaLoreAdamW", "GaLoreAdafactor", "FiraAdamW", "SwitchLoRAAdamW"])
+def test_nor_does_one_of_a_single_entry(
+    name: str, dtype: torch.dtype, accelerated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its norm is its absolute value, which has a square that moments would keep: infinity."""
+    if accelerated:
+        cases.branching(monkeypatch, lambda _: True)
+    params = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((), (1,), (1, 1), (9, 1))]
+    optimizer = cases.build(name, [{"params": params, "rank": 1}], weight_decay=0.1)
+    huge = [torch.zeros(p.shape, dtype=dtype) for p in params]
+    for x in huge:
+        x.view(-1)[:1] = 1e30
+    cases.run(optimizer, params, [huge])
+    for p in params:
+        assert torch.equal(p, torch.ones_like(p))
+        assert not any(x.any() for k, x in optimizer.state[p].items() if "exp_avg" in k)
+    cases.run(optimizer, params, [[torch.ones_like(p) for p in params]])
+    assert all(bool(p.isfinite().all()) and not torch.equal(p, torch.ones_like(p)) for p in params)
+
+
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 @pytest.mark.parametrize("first_basis", ["micro", "boundary"])
 def test_nor_inside_backward(first_basis: Any, max_norm: float | None) -> None:
