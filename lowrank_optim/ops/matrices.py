@@ -233,7 +233,7 @@ def reads_factors(param: Tensor) -> bool:
     kind = kind_of(param)
     if kind in HOST_MEMORY:
         return True
-    return kind == "cuda" and serving(param.dtype, kind) is triton and cublas.available()[0]
+    return kind == "cuda" and cublas.available()[0] and serving(param.dtype, kind) is triton
 
 
 def addmm_(

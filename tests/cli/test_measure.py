@@ -52,7 +52,7 @@ def told(tmp_path: Path) -> Job:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A card of 16 GiB, as far as torch says."""
-    card = SimpleNamespace(name="Card", total_memory=16 * GIB)
+    card = SimpleNamespace(name="Card", total_memory=16 * GIB, major=8, minor=9)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("lowrank_optim.ops.devices._capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
