@@ -58,6 +58,15 @@ class _Kept:
         """Of the parameter among all; -1 if it is not known."""
         return -1 if self.item is None else self.item.index
 
+    @property
+    def partly(self) -> str:
+        """Its name, if it may be stepped in part, or a refresh has moved weights of no copy."""
+        item = self.item
+        if self.done or self.loose or item is None:
+            return "" if self.done else self.loose
+        moves = item.subspace is not None and item.subspace.moves_weights and not self.weights
+        return item.name if moves and _version(item.param) != self.version else ""
+
     def is_cut(self) -> bool:
         """Whether what was not copied has been written, or is about to be."""
         if self.item is None or self.loose:
@@ -225,7 +234,7 @@ class Undo:
             return
         self._before()
         kept, self._kept = self._kept, {}
-        self.partly = [own.loose for own in kept.values() if own.loose and not own.done]
+        self.partly = [own.partly for own in kept.values() if own.partly]
         # an operation ends, and Python hears of Ctrl-C before it hears of that
         interrupted = not issubclass(kind, Exception)
         for own in kept.values():

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_optim import LowRankOptimizer, ops
+from lowrank_optim import LowRankOptimizer, SwitchLoRAAdamW, ops
 from lowrank_optim.engine import step as engine_step
+from lowrank_optim.nn import convert
 from lowrank_optim.ops import quant
 from tests import cases
 from tests.engine.races import Device
@@ -124,3 +125,35 @@ def test_factors_without_their_weight_are_named(
         assert "may have stepped parameter 1 in part" in record.getMessage()
         counts = [float(optimizer.state[p]["step"]) for p in params]
         assert counts == [3, 3] and "1" in same(everything(optimizer), before)
+
+
+@pytest.mark.parametrize(("width", "accelerated"), [(16, False), (300, False), (16, True)])
+def test_weights_that_a_switch_has_moved_are_put_back_or_named(
+    width: int, accelerated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small W0 of a host is copied. Factors are as they were in any case."""
+    net = nn.Sequential(nn.Linear(width, width, bias=False))
+    optimizer = SwitchLoRAAdamW(
+        convert(net, "switchlora", rank=8), lr=1e-2, interval=4, freeze_steps=1
+    )
+    cases.branching(monkeypatch, lambda _: accelerated)
+
+    def backward() -> None:
+        optimizer.zero_grad()
+        net(torch.ones(3, width)).square().mean().backward()
+
+    for _ in range(2):
+        backward()
+        optimizer.step()
+    backward()
+    before = {key: x.clone() for key, x in net.state_dict().items()}
+
+    def fails(*args: Any) -> None:
+        raise Fault
+
+    with monkeypatch.context() as patch, pytest.raises(Fault) as caught:
+        patch.setattr(engine_step, "written", fails)
+        optimizer.step()
+    changed = [key for key, x in net.state_dict().items() if not torch.equal(x, before[key])]
+    named = any("0.lora_A may have been stepped in part" in x for x in caught.value.__notes__)
+    assert changed == ["0.weight"] * named and named == (width == 300 or accelerated)
