@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, UntypedStorage
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lowrank_optim.engine.matrix_step import MatrixStep
 from lowrank_optim.engine.plan import Strategies
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops.devices import on_accelerator, recording
+from lowrank_optim.ops.schema import NAMESPACE, runs
 from lowrank_optim.tensors.alive import Alive
 
 LARGE = 1 << 20
@@ -35,6 +37,20 @@ class _Most(Alive):  # type: ignore[no-untyped-call]
 
     def __exit__(self, *raised: Any) -> None:
         TorchDispatchMode.__exit__(self, *raised)  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Also what ops of the package make in themselves, and give back before they end.
+
+        What an operation is given and none has made was there before, and so are views of it.
+        """
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        self.leave_out(x for x in given if x.untyped_storage()._cdata not in self._sizes)
+        if func.namespace != NAMESPACE:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        with self:
+            return runs[func.overloadpacket.__name__](*args)
 
     def _grow(self, storage: UntypedStorage) -> None:
         before = self.most

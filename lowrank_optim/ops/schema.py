@@ -147,6 +147,10 @@ calls = SimpleNamespace()
 """The ops by name, as the package calls them: past the dispatcher, unless :func:`is_heard`."""
 
 
+runs: dict[str, Callable[..., Any]] = {}
+"""What the dispatcher runs for each: asked by a mode that watches what an op does in itself."""
+
+
 def is_heard(like: Tensor) -> bool:
     """Whether something but the op itself has to see a call of it on tensors like this one.
 
@@ -220,6 +224,7 @@ def _define(name: str, schema: str) -> None:
         _check(name, arguments, packed, args)
         return [FOUND[name](x) for x in args[0]] if name in FOUND else None
 
+    runs[name] = run
     torch.library.impl(qualified, "CompositeExplicitAutograd")(run)
     torch.library.register_fake(qualified)(fake)
     setattr(calls, name, _shorter(op, run))

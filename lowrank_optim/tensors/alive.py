@@ -89,8 +89,13 @@ class Alive(TorchDispatchMode):
         return out
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
-        """Not to be counted: there before, and to the end."""
-        self._left_out.update(x.untyped_storage()._cdata for x in tensors)
+        """Not to be counted: there before."""
+        for x in tensors:
+            storage = x.untyped_storage()
+            if storage._cdata not in self._left_out:
+                self._left_out.add(storage._cdata)
+                # another may get its place
+                weakref.finalize(storage, self._left_out.discard, storage._cdata).atexit = False
 
     def hold(self, tensors: Sequence[Tensor]) -> None:
         """Count what is there before, from now on until it goes; what was counted is forgotten."""

@@ -1,4 +1,4 @@
-"""What a dense step asks for before it writes anything, beside what it takes then."""
+"""What a step asks for before it writes anything, beside what it takes then."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from lowrank_optim import ops
-from lowrank_optim.engine import dense
+from lowrank_optim.engine import dense, reserve
+from lowrank_optim.engine import step as engine_step
 from lowrank_optim.ops import passing, schema
 from lowrank_optim.ops.reference import storage
 from tests import cases
@@ -75,3 +76,55 @@ def test_what_is_asked_for_is_what_a_dense_step_takes(
     with Limited(1 << 40, [param, param.grad, *optimizer.state[param].values()]) as meter:
         optimizer.step()
     assert meter.most - SLACK <= asked[-1] <= meter.most + 2 * 4 * TILE
+
+
+MATRICES: list[tuple[str, dict[str, Any]]] = [
+    ("GaLoreAdamW", {}), ("GaLoreAdamW8bit", {}), ("FiraAdamW", {}), ("ApolloAdamW", {}),
+    ("FrugalAdamW", {}), ("FrugalAdamW", {"projector": "columns"}), ("DCTAdamW", {}),
+    ("SSTAdamW", {"factors": "active"}), ("GaLoreAdamW", {"capturable": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options"), MATRICES, ids=str)
+def test_what_is_asked_for_is_what_matrices_take(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a rehearsal, which sees what ops make in themselves, and no views of what was there."""
+    cases.branching(monkeypatch, lambda _: True)
+    monkeypatch.setenv("LOWRANK_OPTIM_BACKEND", "reference")
+    params = [nn.Parameter(torch.randn(128, 256)) for _ in range(3)]
+    for param in params:
+        param.grad = torch.randn(128, 256)
+    optimizer = cases.build(name, params, rank=16, weight_decay=0.1, **options)
+    optimizer.step()
+    asked: list[int] = []
+    monkeypatch.setattr(reserve, "ask", lambda sizes, *_: asked.append(sum(sizes)))
+    taken: list[int] = []
+    written = reserve.written
+
+    def metered(work: Any, chosen: Any, undo: Any, write: Any) -> None:
+        def counted(own: Any, undo: Any) -> None:
+            there = [*params, *(p.grad for p in params)]
+            held = [*own, *(w.coords for w in own), *optimizer.state.values()]
+            meter = Limited(1 << 40, [*there, *_tensors(held)])
+            with meter, pytest.MonkeyPatch.context() as heard:
+                heard.setattr(schema, "is_heard", lambda _: False)
+                write(own, undo)
+            taken.append(meter.most)
+
+        written(work, chosen, undo, counted)
+
+    monkeypatch.setattr(engine_step, "written", metered)
+    optimizer.step()
+    assert len(asked) == len(taken) >= 1
+    for ask, most in zip(asked, taken, strict=True):
+        assert most - SLACK <= ask <= most + SLACK
+
+
+def _tensors(found: list[Any]) -> list[torch.Tensor]:
+    """Of dicts, and of fields of what has some."""
+    lists = [
+        [*x.values()] if isinstance(x, dict) else [getattr(x, n, None) for n in x.__slots__]
+        for x in found
+    ]
+    return [x for own in lists for x in own if isinstance(x, torch.Tensor)]
