@@ -53,7 +53,8 @@ def prepared(
     for w in work:
         item, pushed = w.item, [] if w.item.subspace is None else w.item.subspace.pushed(w.state)
         if on_accelerator(item.param):  # as of moments, a copy is one more pass
-            undo.loosen([w.state], [item.param], [item.name], [*pushed])
+            if pushed:
+                undo.loosen([w.state], [item.param], [item.name], [*pushed])
         else:
             undo.keep_weights(w.state, item.param)
             undo.keep(w.state, pushed)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import compress
+from operator import not_
 from typing import Any
 
 import torch
@@ -96,13 +97,12 @@ def addmm_(
     device, lists = params[0].device, (params, lefts, rights, steps, decays)
     library = _library(device)
     served = [library is not None and takes(w) for w in params]
-    others = [[x for x, own in zip(xs, served, strict=True) if not own] for xs in lists]
-    if others[0]:
-        reference.addmm_(*others)
-    if not any(served):
-        return
     # all of torch is done before: its products must not run while factors are on the device
+    if not all(served):
+        reference.addmm_(*([*compress(xs, map(not_, served))] for xs in lists))
     calls = [_call(*own) for own in compress(zip(*lists, strict=True), served)]
+    if not calls:
+        return
     with _on(device):
         handle = _handle()
         _check(library.cublasSetPointerMode_v2(handle, DEVICE))
@@ -129,10 +129,10 @@ def _call(
     """
     if not w.is_contiguous():
         w, left, right = w.mT, right.mT, left.mT
-    left, right = (_plain(x.to(w.dtype)) for x in (left, right))
-    step, decay = step.float(), decay.float()
     (m, n), k, kind = w.shape, left.shape[-1], TYPES[w.dtype]
-    (turn_right, rows_right), (turn_left, rows_left) = _layout(right), _layout(left)
+    left, turn_left, rows_left = _operand(left, w.dtype)
+    right, turn_right, rows_right = _operand(right, w.dtype)
+    step, decay = step.float(), decay.float()
     numbers = (
         turn_right, turn_left, n, m, k, step.data_ptr(),
         right.data_ptr(), kind, rows_right, left.data_ptr(), kind, rows_left,
@@ -141,15 +141,15 @@ def _call(
     return numbers, (left, right, step, decay)
 
 
-def _plain(x: Tensor) -> Tensor:
-    return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
-
-
-def _layout(x: Tensor) -> tuple[int, int]:
-    """How the transpose of an operand lies in memory, and the length of what is stored together."""
+def _operand(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, int, int]:
+    """``x`` as it is handed over, how its transpose lies there, and how far apart its rows are."""
+    if x.dtype != dtype:  # asked first, as each call of to() costs
+        x = x.to(dtype)
     if x.is_contiguous():
-        return STORED, max(1, x.shape[1])
-    return TURNED, max(1, x.shape[0])
+        return x, STORED, x.shape[1]
+    if x.mT.is_contiguous():
+        return x, TURNED, x.shape[0]
+    return x.contiguous(), STORED, x.shape[1]
 
 
 def _check(status: int) -> None:

@@ -67,14 +67,20 @@ class Target(NamedTuple):
 
 def guarded(intos: Sequence[Target]) -> list[Target]:
     """The same with :meth:`Target.guarded_decay` known, of all that are alike in one kernel."""
+    every = _guarded(intos)
+    if every is None:
+        return [*intos]
+    return [x._replace(guarded=own) for x, own in zip(intos, every, strict=True)]
+
+
+def _guarded(intos: Sequence[Target]) -> Sequence[Tensor] | None:
+    """:meth:`Target.guarded_decay` of alike ones in one kernel; None of others, and of 1."""
     first = intos[0]
     flags = [into.finite for into in intos if into.finite is not None]
     alike = len(flags) == len(intos) > 1 and all(same_number(x.decay, first.decay) for x in intos)
     alike = alike and (isinstance(first.decay, float) or first.decay.dim() == 0)
     every = first._replace(finite=stacked(flags)).guarded_decay() if alike else 1.0
-    if not isinstance(every, Tensor):  # of 1 there is nothing to guard
-        return [*intos]
-    return [x._replace(guarded=own) for x, own in zip(intos, every.unbind(0), strict=True)]
+    return every.unbind(0) if isinstance(every, Tensor) else None
 
 
 def decayed_(intos: Sequence[Target]) -> list[float | Tensor]:
@@ -145,7 +151,9 @@ def _lift_there_(
 ) -> Iterator[int]:
     """The same by products that read their factors on the device, all at once if N are there."""
     params = [into.param for into in intos]
-    decays = _there([into.guarded_decay() for into in guarded(intos)], params[0])
+    found: Sequence[float | Tensor] | None = _guarded(intos)
+    found = found or [into.guarded_decay() for into in intos]
+    decays = _there(found, params[0])
     own = on_device([into.step for into in intos if into.step is not None], params[0])
     steps = torch._foreach_mul(own, [*alphas]) if own else _there(alphas, params[0])
     if rights[0] is None:
@@ -160,15 +168,14 @@ def _lift_there_(
 
 
 def _read_factors(intos: Sequence[Target]) -> bool:
-    """Whether a factor of each is on the device, and products read it there."""
-    return all(
-        into.rounding is None
-        and (into.step is not None or not is_one(into.decay))
-        and (into.step is not None or into.finite is not None or isinstance(into.decay, Tensor))
-        and is_number(into.decay)
-        and ops.reads_factors(into.param)
-        for into in intos
-    )
+    """Whether a factor of all is on the device, and products of the first read it there."""
+    for into in intos:
+        there = into.finite is not None or isinstance(into.decay, Tensor)
+        if into.step is None and (is_one(into.decay) or not there):
+            return False
+        if into.rounding is not None or not is_number(into.decay):
+            return False
+    return ops.reads_factors(intos[0].param)
 
 
 def _there(factors: Sequence[float | Tensor], like: Tensor) -> list[Tensor]:
