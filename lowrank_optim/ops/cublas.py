@@ -32,6 +32,8 @@ STORED, TURNED = 0, 1
 """``cublasOperation_t``."""
 FASTEST = -1
 """``cublasGemmAlgo_t``: of cuBLAS's choice, as torch asks for."""
+VARIABLE = "LOWRANK_OPTIM_CUBLAS"
+"""0 keeps the decay of weights a pass of its own; read once a process."""
 LONGEST = 2**31 - 1
 """The largest size that the call takes."""
 
@@ -50,6 +52,8 @@ CALLS: dict[str, Any] = {
 @functools.cache
 def _load() -> tuple[Any, str]:
     """The library that torch has loaded, and why there is none; never one beside it."""
+    if os.environ.get(VARIABLE) == "0":
+        return None, f"{VARIABLE}=0"
     if torch.version.cuda is None:
         return None, "this torch has no CUDA"
     if not sys.platform.startswith("linux"):
@@ -156,5 +160,5 @@ def _check(status: int) -> None:
     if status:
         raise RuntimeError(
             f"cuBLAS answers with status {status} (cublasStatus_t) to a product whose factors are "
-            "on the device"
+            f"on the device; {VARIABLE}=0 in the environment does without such products"
         )

@@ -119,7 +119,15 @@ def test_factors_are_the_hosts_again_after_an_error(library: Library) -> None:
     library.status = 13
     lists = operands(torch.float32, "rows")
     before = [w.clone() for w in lists[0]]
-    with pytest.raises(RuntimeError, match="status 13"):
+    with pytest.raises(RuntimeError, match=r"status 13 .* LOWRANK_OPTIM_CUBLAS=0 in"):
         cublas.addmm_(*lists)
     assert library.mode == 0
     assert all(map(torch.equal, lists[0], before))
+
+
+def test_the_environment_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cublas.VARIABLE, "0")
+    monkeypatch.setattr(torch.version, "cuda", "0.0")
+    assert cublas._load.__wrapped__() == (None, "LOWRANK_OPTIM_CUBLAS=0")
+    monkeypatch.delenv(cublas.VARIABLE)
+    assert cublas._load.__wrapped__()[1].startswith("torch has not loaded libcublas.so.0")
