@@ -61,7 +61,7 @@ def _adapt(
     times = _times_on_device(work, chosen) if chosen.capturable else [w.time for w in work]
     # in the weights' dtype if it goes into their GEMM as it is, else in that of arithmetic
     plain = coord == "low" and isinstance(chosen.residual, Drop) and not chosen.rounding
-    if chosen.capturable:  # factors on the device multiply it first, but for such products
+    if chosen.capturable:  # a step size there multiplies it first, unless the product reads that
         plain = plain and ops.reads_factors(work[0].item.param)
     dtype = work[0].item.param.dtype
     if not plain or ops.product_dtype(dtype) != dtype:  # or it may be beyond that format

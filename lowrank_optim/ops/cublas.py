@@ -1,4 +1,4 @@
-"""Products whose factors lie on the device: by cuBLAS, as Triton's would be no faster.
+"""Products of cuBLAS, as torch asks for them, but that their factors are read on the device.
 
 Whether weights decay is known where it is known whether their gradient is finite: on the device.
 torch's products take factors of the host alone, so that the decay was a pass of its own. cuBLAS has

@@ -202,7 +202,7 @@ class Projector(Subspace):
         updates: Sequence[dict[str, Tensor]],
         terms: Sequence[Term | None],
     ) -> Iterator[int]:
-        """As of each; what decays the weights is one kernel."""
+        """As of each; weights decay in their products, or all in one kernel before."""
         plain = [n for n, term in enumerate(terms) if term is None]
         bases, lows = [state["basis"] for state in states], [own["low"] for own in updates]
         dtype = intos[0].param.dtype

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_optim.ops.cublas import addmm_ as addmm_  # no kernel of Triton is faster
+from lowrank_optim.ops.cublas import addmm_ as addmm_  # a plain product is none of ours
 from lowrank_optim.ops.triton import interpreted
 from lowrank_optim.ops.triton.blocks import choose
 from lowrank_optim.ops.triton.elements import sign
