@@ -34,6 +34,9 @@ FASTEST = -1
 """``cublasGemmAlgo_t``: of cuBLAS's choice, as torch asks for."""
 VARIABLE = "LOWRANK_OPTIM_CUBLAS"
 """0 keeps the decay of weights a pass of its own; read once a process."""
+OWNER = "libtorch_cuda.so"
+"""Names are looked for in this and in what it was linked with: its handles are of that cuBLAS, and
+a process may have loaded another as well."""
 LONGEST = 2**31 - 1
 """The largest size that the call takes."""
 
@@ -51,20 +54,19 @@ CALLS: dict[str, Any] = {
 
 @functools.cache
 def _load() -> tuple[Any, str]:
-    """The library that torch has loaded, and why there is none; never one beside it."""
+    """The library that torch itself calls, and why there is none; never one beside it."""
     if os.environ.get(VARIABLE) == "0":
         return None, f"{VARIABLE}=0"
     if torch.version.cuda is None:
         return None, "this torch has no CUDA"
     if not sys.platform.startswith("linux"):
         return None, f"not looked for on {sys.platform}"
-    name = f"libcublas.so.{torch.version.cuda.partition('.')[0]}"
     try:
-        library = ctypes.CDLL(name, os.RTLD_NOW | os.RTLD_NOLOAD)
+        library = ctypes.CDLL(OWNER, os.RTLD_NOW | os.RTLD_NOLOAD)
         for call, kinds in CALLS.items():
             getattr(library, call).argtypes = kinds
     except (OSError, AttributeError) as error:
-        return None, f"torch has not loaded {name}: {error}"
+        return None, f"torch shows no cuBLAS of its own: {error}"
     return library, "ok"
 
 

@@ -130,4 +130,5 @@ def test_the_environment_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "0.0")
     assert cublas._load.__wrapped__() == (None, "LOWRANK_OPTIM_CUBLAS=0")
     monkeypatch.delenv(cublas.VARIABLE)
-    assert cublas._load.__wrapped__()[1].startswith("torch has not loaded libcublas.so.0")
+    monkeypatch.setattr(cublas, "OWNER", "libtorch_cuda_of_nobody.so")
+    assert cublas._load.__wrapped__()[1].startswith("torch shows no cuBLAS of its own")
