@@ -44,12 +44,8 @@ aten = torch.ops.aten
 @contextmanager
 def pretended_accelerator() -> Iterator[None]:
     """Tensors without data, taken by the package for those of an accelerator."""
-    before, devices.HOSTS = devices.HOSTS, frozenset()
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield
-    finally:
-        devices.HOSTS = before
+    with devices.as_accelerators(), FakeTensorMode(allow_non_fake_inputs=True):
+        yield
 
 
 class Launches(TorchDispatchMode):

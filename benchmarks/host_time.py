@@ -87,7 +87,7 @@ def without_accelerator() -> Iterator[None]:
     )
     with (
         mock.patch.object(driver, "_active", pretended),
-        mock.patch.object(devices, "HOSTS", frozenset()),
+        devices.as_accelerators(),
         mock.patch.dict(dispatch.ORDER, {"cpu": ("triton", "reference")}),
         mock.patch.object(kernels, "available", lambda device_type: (True, "")),
         mock.patch.object(JITFunction, "_do_compile", compiled),

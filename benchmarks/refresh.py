@@ -108,11 +108,8 @@ def find(name: str, rank: int, grad: Tensor, previous: Tensor | None) -> Tensor:
 
 def unseen(rank: int, grad: Tensor, previous: Tensor | None) -> Tensor:
     """That of ``rsvd`` where no host looks at how much an iteration gains."""
-    hosts, devices.HOSTS = devices.HOSTS, frozenset()
-    try:
+    with devices.as_accelerators():
         return find("rsvd", rank, grad, previous)
-    finally:
-        devices.HOSTS = hosts
 
 
 def gram_eigh(grad: Tensor, rank: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from lowrank_optim.cli.check import check
 from lowrank_optim.cli.errors import OneLine
 from lowrank_optim.cli.fit import fit
 from lowrank_optim.cli.memory import memory
@@ -22,5 +23,6 @@ def ops() -> None:
     say_backends()
 
 
+main.add_command(check)
 main.add_command(fit)
 main.add_command(memory)

@@ -27,6 +27,17 @@ def on_accelerator(tensor: Tensor) -> bool:
     return tensor.device.type not in HOSTS
 
 
+@contextmanager
+def as_accelerators() -> Iterator[None]:
+    """Within, hosts are accelerators too: what runs on a CPU branches on no value."""
+    global HOSTS
+    before, HOSTS = HOSTS, frozenset()
+    try:
+        yield
+    finally:
+        HOSTS = before
+
+
 def plainly() -> AbstractContextManager[object]:
     """Within, ``torch.autocast`` is off, and a default device: they are of a model, not of steps.
 
