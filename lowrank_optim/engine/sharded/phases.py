@@ -27,7 +27,6 @@ from lowrank_optim.residuals import Measured
 from lowrank_optim.rules.base import Split, Sum, compute_dtype
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.parts import Part
-from lowrank_optim.subspaces.refresh import identity
 from lowrank_optim.tensors.matrix import shares_memory
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
@@ -121,7 +120,7 @@ def _coords(w: Work) -> dict[str, Tensor]:
     """Coordinates of the columns that are here, or what backward has left of their gradient."""
     assert w.grad is not None and w.twin.subspace is not None
     if not isinstance(w.grad, ProjectedGrad):
-        return w.twin.subspace.coords(w.state, w.grad, reduce=identity)
+        return w.twin.subspace.coords(w.state, w.grad)
     return {k: x.clone() if w.chosen.maximize else x for k, x in w.grad.coords.items()}
 
 
