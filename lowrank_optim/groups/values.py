@@ -56,23 +56,10 @@ CHOICES: dict[str, Collection[str | None]] = {
 """Keys whose value is a name, and the names; registries grow."""
 
 FLAGS = (
-    "stagger",
-    "stochastic_rounding",
-    "maximize",
-    "capturable",
-    "flatten",
-    "slot_bias_correction",
-    "enhanced",
-    "offload_inactive",
-    "freeze_step_counter",
-    "fan_in_fan_out",
-    "nesterov",
-    "scale_parameter",
-    "relative_step",
-    "warmup_init",
-    "disable_nl",
-    "scale_front",
-)
+    "stagger", "stochastic_rounding", "maximize", "capturable", "flatten", "slot_bias_correction",
+    "enhanced", "offload_inactive", "freeze_step_counter", "fan_in_fan_out", "nesterov",
+    "scale_parameter", "relative_step", "warmup_init", "disable_nl", "scale_front",
+)  # fmt: skip
 """Keys that are True or False."""
 
 

@@ -21,10 +21,7 @@ from lowrank_optim.ops.native.arrays import (
     same,
     sizes,
 )
-from lowrank_optim.ops.native.loader import (
-    Update,
-    run,
-)
+from lowrank_optim.ops.native.loader import Update, run
 
 
 def _update(
