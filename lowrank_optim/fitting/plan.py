@@ -22,7 +22,7 @@ from lowrank_optim.groups import Group, lowrank_groups
 from lowrank_optim.groups.names import bare
 from lowrank_optim.groups.values import check_module, whole
 from lowrank_optim.memory import GIB, Estimate, estimate
-from lowrank_optim.memory.checks import check_device
+from lowrank_optim.memory.checks import check_device, check_mode
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.parts import is_sharded, local
@@ -268,10 +268,7 @@ class Plan:
         for name, rank in self.ranks.items():
             if not whole(1).holds(rank):
                 raise ValueError(f"the rank of {name} must be a positive int, got {rank!r}")
-        if self.in_backward not in (None, "project", "step"):
-            raise ValueError(
-                f"in_backward must be None, 'project' or 'step', got {self.in_backward!r}"
-            )
+        check_mode(self.in_backward)
         if not whole(1).holds(self.accumulation_steps):
             raise ValueError(
                 f"accumulation_steps must be a positive int, got {self.accumulation_steps!r}"
