@@ -176,11 +176,6 @@ class Corpus:
         starts = torch.linspace(0, len(self.held) - length - 1, windows).long()
         return self.held[starts.unsqueeze(1) + torch.arange(length + 1)]
 
-    def unigram_loss(self) -> float:
-        """Nats per token of the best model without context: what a model must beat."""
-        counts = torch.bincount(self.train, minlength=self.vocab_size).double() + 1
-        return float(-(counts / counts.sum()).log()[self.held].mean())
-
 
 def load_corpus(files: Sequence[Path] | None = None, vocab_size: int = 1024) -> Corpus:
     """Read, split and tokenise the standard library (or ``files``)."""

@@ -47,6 +47,16 @@ class LowRankOptimizer(SteppedOptimizer):
     Args:
         params: parameters, named parameters, or groups of either, as in ``torch.optim``.
         defaults: one value for every group key; ``rank`` applies only where no group names one.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range, or a group holds a key that nothing reads.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim import GaLoreAdamW, LowRankOptimizer
+        >>> optimizer = GaLoreAdamW([torch.nn.Parameter(torch.zeros(8, 16))], rank=2)
+        >>> isinstance(optimizer, LowRankOptimizer), isinstance(optimizer, torch.optim.Optimizer)
+        (True, True)
     """
 
     extra_keys: ClassVar[tuple[str, ...]] = ()

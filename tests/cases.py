@@ -13,7 +13,6 @@ from torch import Tensor
 from lowrank_optim import PROJECTORS, LowRankOptimizer, methods
 from lowrank_optim.memory.world import sends_without_data
 from lowrank_optim.ops import devices
-from lowrank_optim.subspaces.fixed import FixedBasis
 from lowrank_optim.subspaces.projector import Projector
 from lowrank_optim.tensors.matrix import PROJ_TYPES
 
@@ -101,11 +100,6 @@ def projector_names() -> list[str]:
 def basis_names() -> list[str]:
     """Projectors on the columns of an orthonormal P."""
     return [name for name, cls in PROJECTORS.items() if issubclass(cls, Projector)]
-
-
-def kept_basis_names() -> list[str]:
-    """Those that keep P, and find it from a gradient that says something."""
-    return [name for name in basis_names() if not issubclass(PROJECTORS[name], FixedBasis)]
 
 
 SINGLE = ("randk", "block")

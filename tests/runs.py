@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,11 +66,22 @@ def assert_same(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
         assert a.dtype == e.dtype and torch.equal(a, e), i
 
 
+def to_file(x: Any) -> io.BytesIO:
+    """What ``torch.save`` writes of anything, to be read from its beginning."""
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return file
+
+
+def through_a_file(x: Any) -> Any:
+    """What another process would read of it, by the safe ``torch.load``."""
+    return torch.load(to_file(x), weights_only=True)
+
+
 def saved(optimizer: Optimizer) -> bytes:
-    """What ``torch.save`` writes."""
-    buffer = io.BytesIO()
-    torch.save(optimizer.state_dict(), buffer)
-    return buffer.getvalue()
+    """What ``torch.save`` writes of its state."""
+    return to_file(optimizer.state_dict()).getvalue()
 
 
 def loaded(data: bytes, **options: Any) -> dict[str, Any]:
@@ -80,3 +92,14 @@ def loaded(data: bytes, **options: Any) -> dict[str, Any]:
 def resumed(optimizer: Optimizer, fresh: Optimizer) -> None:
     """Through a file, into an optimizer that has never stepped."""
     fresh.load_state_dict(loaded(saved(optimizer)))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads of torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -192,10 +192,7 @@ class Averaging:
         order = [place[p] for p in self._here]
         order += sorted(set(place.values()) - set(order))
         mine = torch.tensor([*order, self._digest(params)], device=params[0].device)
-        first, like = dist.get_rank(self.group) == 0, form(mine)
-        (got,) = collectives.broadcast(
-            [mine] if first else None, [like], 0, self.group, mine.device
-        )
+        got = collectives.from_first(mine, self.group)
         others = (got[-1] != mine[-1]).double()
         collectives.sum_([others], self.group)
         if others > 0:

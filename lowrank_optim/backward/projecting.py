@@ -21,7 +21,6 @@ from lowrank_optim.residuals import Drop
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.base import Subspace
 from lowrank_optim.subspaces.block import Block
-from lowrank_optim.subspaces.refresh import identity
 from lowrank_optim.tensors.projected_grad import Coords, ProjectedGrad
 
 
@@ -139,7 +138,7 @@ def coords_of(plan: ParamPlan, state: State, grad: Tensor, based: bool = True) -
 
 def matrix_coords(subspace: Subspace, state: State, grad: Tensor, based: bool = True) -> Coords:
     """The same of a gradient in the canonical view, or of some of its columns."""
-    coords = subspace.coords(state, grad, reduce=identity)
+    coords = subspace.coords(state, grad)
     if not (subspace.sees_all and based):
         nothing = torch.linalg.vector_norm(ops.matrix_norm(grad)) * 0  # or NaN
         coords = {name: x.add_(nothing) for name, x in coords.items()}

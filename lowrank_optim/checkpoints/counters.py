@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from types import FrameType
+from traceback import walk_stack
 from typing import Any
 
 import torch
@@ -18,12 +18,8 @@ READERS = "torch.distributed.checkpoint"
 
 def is_template() -> bool:
     """Whether ``torch.distributed.checkpoint`` asks for a state, to save it or to fill it in."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if str(frame.f_globals.get("__name__")).startswith(READERS):
-            return True
-        frame = frame.f_back
-    return False
+    callers = walk_stack(sys._getframe(1))
+    return any(str(x.f_globals.get("__name__")).startswith(READERS) for x, _ in callers)
 
 
 def with_any_count(state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Mapping
-from types import FrameType
+from traceback import walk_stack
 
 import torch
 from torch import Tensor
@@ -64,9 +64,8 @@ def filled_in(optimizer: PlannedOptimizer) -> bool:
     contiguous too: a moment that was put together from uneven columns need not be, and torch 2.6
     sends its memory as it lies.
     """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != "_load_optim_state_dict":
-        frame = frame.f_back
+    callers = walk_stack(sys._getframe(1))
+    frame = next((x for x, _ in callers if x.f_code.co_name == "_load_optim_state_dict"), None)
     info = None if frame is None else frame.f_locals.get("info")
     flat = getattr(info, "flatten_optimizer_state_dict", False)
     found = bool(getattr(info, "broadcast_from_rank0", False)) and not flat
@@ -84,11 +83,9 @@ def makes_state() -> bool:
 
     It has loaded the weights by then, so that what a step would do to factors must not be done.
     """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame, _ in walk_stack(sys._getframe(1)):
         if frame.f_code.co_name == "_init_optim_state":
             return str(frame.f_globals.get("__name__")).startswith("torch.distributed")
-        frame = frame.f_back
     return False
 
 

@@ -35,13 +35,10 @@ def refresh_(
     grad: Tensor,
     step: int,
     chosen: Strategies,
-    found: dict[str, BasisChange] | None = None,
-    sources: dict[str, Tensor] | None = None,
-    look: tuple[Tensor, Any] | None = None,
-    later: bool = False,
+    **own: Any,
 ) -> bool:
     """:func:`refreshing_` of one matrix."""
-    return alone(refreshing_(item, state, grad, step, chosen, found, sources, look, later))
+    return alone(refreshing_(item, state, grad, step, chosen, **own))
 
 
 def refreshing_(

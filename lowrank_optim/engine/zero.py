@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from traceback import walk_stack
 from typing import Any
 
 from torch import Tensor
@@ -20,12 +21,10 @@ CALLERS = ("_init_local_optimizer", "add_param_group")
 def enclosing() -> Any:
     """The ``ZeroRedundancyOptimizer`` whose call this is part of; None if there is none."""
     module = sys.modules.get(MODULE)
-    frame = None if module is None else sys._getframe(1)
-    while frame is not None:
+    for frame, _ in () if module is None else walk_stack(sys._getframe(1)):
         owner = frame.f_locals.get("self") if frame.f_code.co_name in CALLERS else None
         if issubclass(type(owner), module.ZeroRedundancyOptimizer):  # type: ignore[union-attr]
             return owner
-        frame = frame.f_back
     return None
 
 

@@ -15,7 +15,7 @@ from lowrank_optim.groups.keys import METHODS
 from lowrank_optim.groups.values import number, whole
 from lowrank_optim.memory import GIB
 from lowrank_optim.memory.autocast import check_autocast
-from lowrank_optim.memory.checks import check_device, check_flag, check_loss
+from lowrank_optim.memory.checks import check_device, check_flag, check_loss, check_model
 from lowrank_optim.memory.estimating import device_of
 from lowrank_optim.methods import DCTAdamW, FrugalAdamW, GaLoreAdamW
 from lowrank_optim.ops.devices import HOST_MEMORY
@@ -175,12 +175,8 @@ def _named(given: Any, options: Mapping[str, Any]) -> Named:
 
 
 def _check_model(model: Any, dtype: Any, calibrated: bool) -> None:
+    check_model(model)
     is_module = isinstance(model, nn.Module)
-    if not is_module and not hasattr(model, "to_dict"):
-        raise TypeError(
-            "model must be an nn.Module or a configuration of transformers, got "
-            f"{type(model).__name__}"
-        )
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
     if is_module and dtype is not None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lowrank_optim.backward.attach import attach_in_backward
@@ -23,10 +22,9 @@ from lowrank_optim.groups import Group, lowrank_groups
 from lowrank_optim.groups.names import bare
 from lowrank_optim.groups.values import check_module, whole
 from lowrank_optim.memory import GIB, Estimate, estimate
-from lowrank_optim.memory.checks import check_device
+from lowrank_optim.memory.checks import check_device, check_mode
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding import collectives
-from lowrank_optim.sharding.collectives import form
 from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.tensors.matrix import matrix_view
 
@@ -252,14 +250,7 @@ class Plan:
         for mesh, param in by_mesh.items():
             for group in mesh.get_all_groups():
                 mine = torch.tensor([*map(int, digest[:8])], device=local(param).device)
-                (first,) = collectives.broadcast(
-                    [mine] if dist.get_rank(group) == 0 else None,
-                    [form(mine)],
-                    0,
-                    group,
-                    mine.device,
-                )
-                others = (first != mine).any().double()
+                others = (collectives.from_first(mine, group) != mine).any().double()
                 collectives.sum_([others], group)
                 if others > 0:
                     raise RuntimeError(
@@ -277,10 +268,7 @@ class Plan:
         for name, rank in self.ranks.items():
             if not whole(1).holds(rank):
                 raise ValueError(f"the rank of {name} must be a positive int, got {rank!r}")
-        if self.in_backward not in (None, "project", "step"):
-            raise ValueError(
-                f"in_backward must be None, 'project' or 'step', got {self.in_backward!r}"
-            )
+        check_mode(self.in_backward)
         if not whole(1).holds(self.accumulation_steps):
             raise ValueError(
                 f"accumulation_steps must be a positive int, got {self.accumulation_steps!r}"

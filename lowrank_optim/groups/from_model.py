@@ -72,17 +72,17 @@ def _targets(
     return chosen
 
 
-def _patterns(what: str, given: str | Sequence[str]) -> list[str]:
+def _patterns(no_decay: str | Sequence[str]) -> list[str]:
     """One pattern or several, as a list.
 
     Raises:
         ValueError: they are not strings, or there is none.
     """
-    found = [given] if isinstance(given, str) else given
+    found = [no_decay] if isinstance(no_decay, str) else no_decay
     if not isinstance(found, Sequence | set | frozenset) or not all(
         isinstance(x, str) for x in found
     ):
-        raise ValueError(f"{what} must be a pattern or a list of patterns, got {given!r}")
+        raise ValueError(f"no_decay must be a pattern or a list of patterns, got {no_decay!r}")
     return list(found)
 
 
@@ -142,7 +142,7 @@ def lowrank_groups(
             names.setdefault(id(param), []).append(name)
     targets, flat = _targets(model, target_modules, names), kernels(model)
     rules = [(p, _matcher("override", p, model), canonical(keys)) for p, keys in overrides.items()]
-    undecayed = [_matcher("no_decay", p, model) for p in _patterns("no_decay", no_decay)]
+    undecayed = [_matcher("no_decay", p, model) for p in _patterns(no_decay)]
     unused = {pattern for pattern, _, _ in rules}
     buckets: dict[str, Group] = {}
     for name, param in model.named_parameters():

@@ -100,17 +100,9 @@ METHODS: dict[str, type[Any]] = {}
 """Public optimizer classes by name, as they are defined: messages say which reads a key."""
 
 _NOT_KEYS = (
-    "rank",
-    "scale",
-    "two_sided",
-    "shared",
-    "columns",
-    "frozen",
-    "density",
-    "position",
-    "count",
-    "first",
-)
+    "rank", "scale", "two_sided", "shared", "columns",
+    "frozen", "density", "position", "count", "first",
+)  # fmt: skip
 """Fields of projectors that have another source than a group key of that name."""
 
 

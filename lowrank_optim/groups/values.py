@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from lowrank_optim.ops.cosine import BASES, RANKINGS
+from lowrank_optim.residuals.error_feedback import FORMATS
 from lowrank_optim.stores import STORES
 from lowrank_optim.subspaces.base import PROJECTORS
 from lowrank_optim.subspaces.block import BLOCK_ORDERS
+from lowrank_optim.subspaces.dct import TRANSFORMS
 from lowrank_optim.subspaces.factors import SAMPLING
 from lowrank_optim.tensors.matrix import PROJ_TYPES
 from lowrank_optim.transports import TRANSPORTS
@@ -35,10 +38,10 @@ CHOICES: dict[str, Collection[str | None]] = {
     "scaling": ("column", "matrix"),
     "scale_type": ("channel", "tensor"),
     "proj": ("random", "svd"),
-    "basis": ("dct2", "dct3"),
-    "ranking": ("l2", "l1"),
-    "transform": ("auto", "matmul", "fft"),
-    "error_feedback": (None, "float32", "bfloat16", "8bit", "4bit"),
+    "basis": BASES,
+    "ranking": RANKINGS,
+    "transform": TRANSFORMS,
+    "error_feedback": FORMATS,
     "sampling": SAMPLING,
     "factors": ("exact", "active"),
     "factor_dtype": ("float32", "bfloat16"),
@@ -53,23 +56,10 @@ CHOICES: dict[str, Collection[str | None]] = {
 """Keys whose value is a name, and the names; registries grow."""
 
 FLAGS = (
-    "stagger",
-    "stochastic_rounding",
-    "maximize",
-    "capturable",
-    "flatten",
-    "slot_bias_correction",
-    "enhanced",
-    "offload_inactive",
-    "freeze_step_counter",
-    "fan_in_fan_out",
-    "nesterov",
-    "scale_parameter",
-    "relative_step",
-    "warmup_init",
-    "disable_nl",
-    "scale_front",
-)
+    "stagger", "stochastic_rounding", "maximize", "capturable", "flatten", "slot_bias_correction",
+    "enhanced", "offload_inactive", "freeze_step_counter", "fan_in_fan_out", "nesterov",
+    "scale_parameter", "relative_step", "warmup_init", "disable_nl", "scale_front",
+)  # fmt: skip
 """Keys that are True or False."""
 
 

@@ -235,7 +235,7 @@ def _stand_in(module: str, name: str, stand: _Stand, options: Group) -> type[Low
         given = canonical({**dict(zip(positions, args, strict=False)), **kwargs})
         own = {**stand.defaults, **options}
         method.__init__(self, params, **stand.read({**own, **given}))
-        if len(self.param_groups) == 1 and _caller(2).startswith("transformers."):
+        if len(self.param_groups) == 1 and _calling_module().startswith("transformers."):
             warnings.warn(LAYERWISE, stacklevel=2)
 
     def entries(self: LowRankOptimizer, params: Iterable[Any], defaults: Group) -> list[Any]:
@@ -249,9 +249,9 @@ def _stand_in(module: str, name: str, stand: _Stand, options: Group) -> type[Low
     return cls
 
 
-def _caller(depth: int) -> str:
-    """The module that called, so many frames above this one."""
-    return str(sys._getframe(depth).f_globals.get("__name__", ""))
+def _calling_module() -> str:
+    """Name of the module that has called who asks."""
+    return str(sys._getframe(2).f_globals.get("__name__", ""))
 
 
 def _dense_without_rank(entries: list[Any]) -> list[Any]:

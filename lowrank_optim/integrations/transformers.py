@@ -20,6 +20,7 @@ from lowrank_optim.integrations.arguments import (
     parse_optim_args,
     unused_optim,
 )
+from lowrank_optim.memory.checks import check_mode
 from lowrank_optim.methods import GaLoreAdamW
 from lowrank_optim.optimizer import LowRankOptimizer
 
@@ -187,8 +188,7 @@ def _check(args: Any, method: Any, in_backward: Any) -> None:
         raise TypeError(
             f"method must be an optimizer class of lowrank_optim, such as GaLoreAdamW, got {method}"
         )
-    if in_backward not in (None, "project", "step"):
-        raise ValueError(f"in_backward must be None, 'project' or 'step', got {in_backward!r}")
+    check_mode(in_backward)
     if in_backward == "step" and args.fp16:
         raise ValueError(
             "in_backward='step' applies gradients before the loss scale of fp16=True is taken "

@@ -28,17 +28,10 @@ def check(
         TypeError: one is of a wrong type.
         ValueError: one is out of range.
     """
-    if not isinstance(model, nn.Module) and not hasattr(model, "to_dict"):
-        kind = type(model).__name__
-        raise TypeError(
-            f"model must be an nn.Module or a configuration of transformers, got {kind}"
-        )
+    check_model(model)
     if groups is not None and not callable(groups):
         raise TypeError(f"groups must be a function of the model, got {groups!r}")
-    if in_backward is not None and not (
-        isinstance(in_backward, str) and in_backward in ("project", "step")
-    ):
-        raise ValueError(f"in_backward must be None, 'project' or 'step', got {in_backward!r}")
+    check_mode(in_backward)
     if not _positive(accumulation_steps):
         raise ValueError(f"accumulation_steps must be a positive int, got {accumulation_steps!r}")
     pair = isinstance(tokens, tuple | list) and len(tokens) == 2 and all(map(_positive, tokens))
@@ -46,6 +39,30 @@ def check(
         raise ValueError(f"tokens must be None, a positive int or a pair of them, got {tokens!r}")
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+
+
+def check_model(model: Any) -> None:
+    """Raise unless a model is a module, or a configuration that one is built from.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if not isinstance(model, nn.Module) and not hasattr(model, "to_dict"):
+        kind = type(model).__name__
+        raise TypeError(
+            f"model must be an nn.Module or a configuration of transformers, got {kind}"
+        )
+
+
+def check_mode(in_backward: Any) -> None:
+    """Raise unless a mode is one of in-backward stepping, or None.
+
+    Raises:
+        ValueError: it is not.
+    """
+    known = isinstance(in_backward, str) and in_backward in ("project", "step")
+    if in_backward is not None and not known:
+        raise ValueError(f"in_backward must be None, 'project' or 'step', got {in_backward!r}")
 
 
 def check_flag(name: str, value: Any) -> None:

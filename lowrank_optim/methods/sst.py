@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Unpack
 from torch import Tensor
 
 from lowrank_optim.engine import answers
-from lowrank_optim.engine.bucket import Bucket, chunk_size
+from lowrank_optim.engine.bucket import Bucket, bucketed
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.preflight import check_factor_rank
 from lowrank_optim.engine.schedule import phase, refresh_due
@@ -310,26 +310,18 @@ class SSTAdamW(LowRankOptimizer):
         self, items: Sequence[Layer], group: Group, chosen: Strategies, undo: Undo
     ) -> None:
         """Layers that ranks have parts of: what is in use is gathered, and each keeps its part."""
-        buckets: dict[Any, list[Layer]] = {}
-        for item in items:
-            buckets.setdefault(item.key, []).append(item)
-        for alike in buckets.values():
-            assert isinstance(alike[0].subspace, SpectralModule)
-            keys = alike[0].subspace.stepped_keys
-            size = chunk_size(alike[0], chosen)
-            for i in range(0, len(alike), size):
-                chunk = alike[i : i + size]
-                wholes = _gathered(chunk, keys)
-                states = [
-                    {**self._kept(x, chosen), **own} for x, own in zip(chunk, wholes, strict=True)
-                ]
-                plans = [x.whole(state) for x, state in zip(chunk, states, strict=True)]
-                hyper = rate_of(group), group["weight_decay"]
-                step_buckets([Bucket(plans, states, chosen, *hyper, undo)], self._staging)
-                for x, own in zip(chunk, wholes, strict=True):
-                    for key, factor in x.named().items():
-                        if key in own and key != "basis_order":
-                            keep_(factor, own[key])
+        hyper = rate_of(group), group["weight_decay"]
+        for chunk in bucketed(items, chosen):
+            assert isinstance(chunk[0].subspace, SpectralModule)
+            wholes = _gathered(chunk, chunk[0].subspace.stepped_keys)
+            pairs = list(zip(chunk, wholes, strict=True))
+            states = [{**self._kept(x, chosen), **own} for x, own in pairs]
+            plans = [x.whole(state) for x, state in zip(chunk, states, strict=True)]
+            step_buckets([Bucket(plans, states, chosen, *hyper, undo)], self._staging)
+            for x, own in pairs:
+                for key, factor in x.named().items():
+                    if key in own and key != "basis_order":
+                        keep_(factor, own[key])
 
 
 def _gathered(items: Sequence[Layer], keys: Sequence[str]) -> list[State]:

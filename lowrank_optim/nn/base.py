@@ -141,7 +141,16 @@ _F = TypeVar("_F", bound=type[Factored])
 
 
 def register_form(name: str) -> Callable[[_F], _F]:
-    """Class decorator: make a layer available as ``convert(model, name)``."""
+    """Class decorator: make a layer available as ``convert(model, name)``.
+
+    Args:
+        name: of the method, and the value of the group key ``form`` of its layers.
+
+    Example:
+        >>> from lowrank_optim.nn import FORMS
+        >>> FORMS["sst"].__name__
+        'SpectralLinear'
+    """
 
     def wrap(cls: _F) -> _F:
         cls.form = name

@@ -123,7 +123,18 @@ def to_modules(model: nn.Module, optimizer: LowRankOptimizer, method: str) -> Lo
         to the old one: make them anew.
 
     Raises:
+        NotImplementedError: the layers are for training from the start ("sltrain", "lost").
         ValueError: the method is not known.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim import SSTAdamW
+        >>> from lowrank_optim.nn import to_modules
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> optimizer = SSTAdamW(model.named_parameters(), rank=2)
+        >>> optimizer = to_modules(model, optimizer, "sst")
+        >>> type(model[0]).__name__
+        'SpectralLinear'
     """
     if method in CONVERTERS:
         return CONVERTERS[method].to_modules(model, optimizer)
@@ -161,6 +172,19 @@ def to_weights(model: nn.Module, optimizer: LowRankOptimizer) -> LowRankOptimize
 
     Returns:
         An optimizer of the same class, with all state. Schedulers must be made anew.
+
+    Raises:
+        NotImplementedError: the layers are for training from the start ("sltrain", "lost").
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim import SSTAdamW
+        >>> from lowrank_optim.nn import convert, to_weights
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> optimizer = SSTAdamW(convert(model, "sst", rank=2))
+        >>> optimizer = to_weights(model, optimizer)
+        >>> type(model[0]).__name__
+        'Linear'
     """
     for converter in CONVERTERS.values():
         if any(isinstance(layer, converter.layer) for layer in model.modules()):

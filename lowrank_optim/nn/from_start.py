@@ -52,7 +52,7 @@ class FromStart(Reparameterized):
         Raises:
             ValueError: with what was given and what is allowed.
         """
-        check_number("density", options["density"], 0.0, 1.0)
+        check_positive("density", options["density"], 1.0)
 
     @classmethod
     def begin(cls, layer: nn.Module, rank: int, options: Group, draws: torch.Generator) -> Self:
@@ -158,15 +158,15 @@ def uniform(shape: Sequence[int], bound: float, draws: torch.Generator, like: Te
     return torch.empty(*shape, dtype=dtype).uniform_(-bound, bound, generator=draws)
 
 
-def check_number(name: str, value: Any, low: float, high: float) -> None:
-    """Raise unless ``low < value <= high``.
+def check_positive(name: str, value: Any, high: float) -> None:
+    """Raise unless ``0 < value <= high``.
 
     Raises:
         ValueError: it is not.
     """
     known = isinstance(value, int | float) and not isinstance(value, bool)
-    if not known or not low < value <= high:
-        raise ValueError(f"{name} must be a number in ({low:g}, {high:g}], got {value!r}")
+    if not known or not 0 < value <= high:
+        raise ValueError(f"{name} must be a number in (0, {high:g}], got {value!r}")
 
 
 def _convert(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_optim.groups import Group
-from lowrank_optim.nn.from_start import FromStart, check_number, register_layer
+from lowrank_optim.nn.from_start import FromStart, check_positive, register_layer
 from lowrank_optim.rules.base import compute_dtype
 
 ACTIVATIONS = (None, "silu")
@@ -66,7 +66,7 @@ class LOSTLinear(FromStart):
     def check_options(cls, options: Group) -> None:
         """As of every layer; γ leaves something of both parts."""
         super().check_options(options)
-        check_number("gamma", options["gamma"], 0.0, 1.0)
+        check_positive("gamma", options["gamma"], 1.0)
         if options["gamma"] == 1.0:
             raise ValueError("gamma must be below 1, which leaves nothing of the sparse part")
         if options["activation"] not in ACTIVATIONS:

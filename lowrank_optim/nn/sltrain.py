@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lowrank_optim.groups import Group
-from lowrank_optim.nn.from_start import FromStart, check_number, register_layer, uniform
+from lowrank_optim.nn.from_start import FromStart, check_positive, register_layer, uniform
 from lowrank_optim.rules.base import compute_dtype
 
 
@@ -113,7 +113,7 @@ class SLTrainLinear(FromStart):
     def check_options(cls, options: Group) -> None:
         """As of every layer; ``scale`` is positive."""
         super().check_options(options)
-        check_number("scale", options["scale"], 0.0, float("inf"))
+        check_positive("scale", options["scale"], float("inf"))
 
     @classmethod
     def begin(cls, layer: nn.Module, rank: int, options: Group, draws: torch.Generator) -> Self:

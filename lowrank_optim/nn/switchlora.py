@@ -28,7 +28,9 @@ from lowrank_optim.tensors.matrix import MatrixView, matrix_view
 
 
 class SwitchLoRALinear(nn.Module):
-    """A linear layer as W0 + s B A.
+    r"""A linear layer as :math:`y = W_0 x + s B A x + b`, trained by ``SwitchLoRAAdamW``.
+
+    Made by :func:`lowrank_optim.nn.convert`.
 
     Args:
         layer: ``nn.Linear``, or GPT-2's ``Conv1D``, whose weight is stored (in, out). Its weight
@@ -36,6 +38,19 @@ class SwitchLoRALinear(nn.Module):
         a: A ``(r, in)``.
         b: B ``(out, r)``.
         s: factor of B A.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim import SwitchLoRAAdamW
+        >>> from lowrank_optim.nn import convert
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> optimizer = SwitchLoRAAdamW(convert(model, "switchlora", rank=4), lr=1e-2)
+        >>> model(torch.randn(8, 64)).square().mean().backward()
+        >>> model[0].lora_A.grad.shape, model[0].lora_B.grad.shape, model[0].weight.grad
+        (torch.Size([4, 64]), torch.Size([32, 4]), None)
+
+    References:
+        Zhou et al. (2024), arXiv:2406.06564.
     """
 
     def __init__(self, layer: nn.Module, a: Tensor, b: Tensor, s: float) -> None:

@@ -8,78 +8,20 @@ CPU its codes are not always the nearest (see docs/kernels.md), and it is slower
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_optim.ops import reference
-from lowrank_optim.ops.cosine import (
-    cosine_adamw_,
-    cosine_lift_add_,
-    cosine_project_,
-    cosine_scores,
-)
-from lowrank_optim.ops.reference import (
-    adamw_direction_,
-    addmm_,
-    column_norms,
-    coordinate_adamw_,
-    coordinate_add_,
-    cosine_top_project_,
-    count_,
-    decay_,
-    direction_add_,
-    lift_add_scaled_,
-    lift_add_sign_,
-    lion_direction_,
-    moment_,
-    move_rows_,
-    residual_factors_,
-    row_dots_,
-    row_steps_,
-    step_rows_,
-    stochastic_round_,
-    top_rows_,
-    turn_rows_,
-)
 from lowrank_optim.ops.reference.storage import Codec, blocked, unblocked
-
-__all__ = [
-    "adamw_direction_",
-    "adamw_direction_8bit_",
-    "addmm_",
-    "available",
-    "column_norms",
-    "coordinate_adamw_",
-    "coordinate_add_",
-    "cosine_adamw_",
-    "cosine_lift_add_",
-    "cosine_project_",
-    "cosine_scores",
-    "cosine_top_project_",
-    "count_",
-    "decay_",
-    "dequantize_blockwise_",
-    "direction_add_",
-    "lift_add_scaled_",
-    "lift_add_sign_",
-    "lion_direction_",
-    "lion_direction_8bit_",
-    "moment_",
-    "moment_8bit_",
-    "move_rows_",
-    "quantize_blockwise_",
-    "residual_factors_",
-    "row_dots_",
-    "row_steps_",
-    "step_rows_",
-    "stochastic_round_",
-    "top_rows_",
-    "turn_rows_",
-]
 
 BLOCK = 256
 """A block size that bitsandbytes has on every device; ours are at most this long."""
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(reference, name)
 
 
 @functools.cache

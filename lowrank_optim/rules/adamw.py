@@ -23,10 +23,7 @@ from lowrank_optim.rules.base import (
     directions_like,
 )
 
-_SLOTS = (
-    Slot("exp_avg", signed=True, fused=True),
-    Slot("exp_avg_sq", signed=False, fused=True),
-)
+_SLOTS = Slot("exp_avg", signed=True, fused=True), Slot("exp_avg_sq", signed=False, fused=True)
 
 
 @dataclass(frozen=True)

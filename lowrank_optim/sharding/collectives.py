@@ -99,6 +99,12 @@ def broadcast(
     return [*first, *parts[host:]]
 
 
+def from_first(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """What the first rank of the group has in the place of a tensor, on every rank."""
+    mine = [x] if dist.get_rank(group) == 0 else None
+    return broadcast(mine, [form(x)], 0, group, x.device)[0]
+
+
 def gather(
     tensors: Sequence[Tensor],
     forms: Sequence[Sequence[Form]],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim.subspaces.refresh import BasisChange, Reduce, RefreshContext, Touched, identity
+from lowrank_optim.subspaces.refresh import BasisChange, RefreshContext, Touched
 from lowrank_optim.subspaces.searches import Searching
 from lowrank_optim.subspaces.shared import Shared
 from lowrank_optim.subspaces.target import Target, guarded
@@ -197,7 +197,7 @@ class Subspace(ABC):
         """Shape of each coordinate, known before any gradient."""
 
     @abstractmethod
-    def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
+    def coords(self, state: State, grad: Tensor) -> dict[str, Tensor]:
         """Coordinates of ``grad (..., m, n)``, every step."""
 
     def coords_of(
@@ -206,7 +206,7 @@ class Subspace(ABC):
         """:meth:`coords` of alike matrices, whose kernels may be asked for together."""
         found = []
         for state, grad in zip(states, grads, strict=True):
-            found.append(self.coords(state, grad, reduce=identity))
+            found.append(self.coords(state, grad))
         return found
 
     def bases(self, state: State, view: MatrixView) -> list[Tensor]:

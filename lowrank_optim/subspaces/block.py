@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowrank_optim import ops
 from lowrank_optim.subspaces.base import State, Subspace, register
-from lowrank_optim.subspaces.refresh import BasisChange, Reduce, RefreshContext
+from lowrank_optim.subspaces.refresh import BasisChange, RefreshContext
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term, Wants
 from lowrank_optim.tensors.matrix import MatrixView
@@ -178,9 +178,9 @@ class Block(Subspace):
         """One coordinate, all of the tensor."""
         return {"low": (*view.batch, view.m, view.n)}
 
-    def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
+    def coords(self, state: State, grad: Tensor) -> dict[str, Tensor]:
         """The gradient."""
-        return {"low": reduce(grad.clone())}
+        return {"low": grad.clone()}
 
     def bases(self, state: State, view: MatrixView) -> list[Tensor]:
         """The identity."""

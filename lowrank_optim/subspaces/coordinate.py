@@ -16,7 +16,7 @@ from lowrank_optim.ops.numbers import is_number, number_of
 from lowrank_optim.ops.stacked import empty_like_all
 from lowrank_optim.ops.tiles import tiles
 from lowrank_optim.subspaces.base import State, Subspace, register
-from lowrank_optim.subspaces.refresh import BasisChange, Reduce, RefreshContext
+from lowrank_optim.subspaces.refresh import BasisChange, RefreshContext
 from lowrank_optim.subspaces.target import Target, gains_of, of_kernels
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
@@ -78,12 +78,12 @@ class Coordinates(Subspace):
         """One coordinate, ``low (..., k, n)``."""
         return {"low": (*view.batch, self.rank, view.n)}
 
-    def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
+    def coords(self, state: State, grad: Tensor) -> dict[str, Tensor]:
         """The rows ``(..., k, n)``, contiguous."""
         index = state["index"]
         if grad.stride(-1) > grad.stride(-2):  # stored the other way: gather along its lines
-            return {"low": reduce(grad.mT.index_select(-1, index).mT.contiguous())}
-        return {"low": reduce(grad.index_select(-2, index))}
+            return {"low": grad.mT.index_select(-1, index).mT.contiguous()}
+        return {"low": grad.index_select(-2, index)}
 
     def coords_of(
         self, states: Sequence[State], grads: Sequence[Tensor]

@@ -16,7 +16,7 @@ from lowrank_optim.ops.devices import sent
 from lowrank_optim.ops.tiles import fillings, tile_elements
 from lowrank_optim.subspaces.base import State, Subspace, register
 from lowrank_optim.subspaces.coordinate import add_by_tiles_
-from lowrank_optim.subspaces.refresh import BasisChange, Reduce, RefreshContext
+from lowrank_optim.subspaces.refresh import BasisChange, RefreshContext
 from lowrank_optim.subspaces.target import Target, guarded
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import MatrixView
@@ -130,9 +130,9 @@ class RandK(Subspace):
         """They are entries by themselves, also where k happens to be n."""
         return False
 
-    def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
+    def coords(self, state: State, grad: Tensor) -> dict[str, Tensor]:
         """The entries, in the order of the permutation."""
-        return {"low": reduce(self._taken(grad, self._tiles([state], grad)[0]))}
+        return {"low": self._taken(grad, self._tiles([state], grad)[0])}
 
     def coords_of(
         self, states: Sequence[State], grads: Sequence[Tensor]

@@ -15,7 +15,7 @@ from lowrank_optim.ops.devices import on_accelerator, sent
 from lowrank_optim.subspaces.base import State
 from lowrank_optim.subspaces.lora import balanced
 from lowrank_optim.subspaces.pooled import SIDES
-from lowrank_optim.subspaces.refresh import Reduce, RefreshContext
+from lowrank_optim.subspaces.refresh import RefreshContext
 from lowrank_optim.subspaces.searches import Ask, Searching
 from lowrank_optim.subspaces.switched import Switched
 from lowrank_optim.subspaces.target import Target
@@ -123,10 +123,11 @@ class SwitchedFactors(Switched):
             None,
         )
 
-    def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
+    def coords(self, state: State, grad: Tensor) -> dict[str, Tensor]:
         """Gradients of A and of B transposed, zero where frozen; the parameters' own stay."""
-        low = {side: state[f"grad_{side}"].to(state[f"basis_{side}"].dtype) for side in SIDES}
-        low = {side: reduce(x.clone()) for side, x in low.items()}
+        low = {}
+        for side in SIDES:
+            low[side] = state[f"grad_{side}"].to(state[f"basis_{side}"].dtype).clone()
         self.still_([state], [low])
         return low
 

@@ -17,7 +17,7 @@ from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.ops.numbers import is_number, number_of
 from lowrank_optim.ops.stacked import cast_all, empty_like_all
 from lowrank_optim.subspaces.base import State, Subspace
-from lowrank_optim.subspaces.refresh import BasisChange, Reduce, RefreshContext
+from lowrank_optim.subspaces.refresh import BasisChange, RefreshContext
 from lowrank_optim.subspaces.searches import Ask, Searching, alone, beside
 from lowrank_optim.subspaces.target import Target, gains_of, lift_all_, of_kernels
 from lowrank_optim.subspaces.terms import KINDS, Term, unknown_kind
@@ -168,10 +168,10 @@ class Projector(Subspace):
         """One coordinate, ``low``: ``(..., r, n)``, or ``(..., r, r)`` if two-sided."""
         return {"low": (*view.batch, self.rank, self.rank if self.two_sided else view.n)}
 
-    def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
+    def coords(self, state: State, grad: Tensor) -> dict[str, Tensor]:
         """``P^T G (..., r, n)``, or ``P^T G Q (..., r, r)``."""
         (found,) = self.coords_of([state], [grad])
-        return {name: reduce(low) for name, low in found.items()}
+        return found
 
     def coords_of(
         self, states: Sequence[State], grads: Sequence[Tensor]

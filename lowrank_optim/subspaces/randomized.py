@@ -210,16 +210,15 @@ def eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(gram.dtype), vectors.to(gram.dtype)
 
 
-def whiten(y: Tensor, q: Tensor, gram: Tensor | None = None) -> Tensor:
+def whiten(y: Tensor, q: Tensor) -> Tensor:
     """``Y L^-T`` with ``Q^T Y = L L^T``, shifted by rounding error so that it is definite.
 
     Args:
         y: what is to be whitened.
         q: the other side of the Gram matrix. It is made here, as what a caller makes for a call may
             stay until that returns: it does where torch.compile watches frames.
-        gram: that matrix, where the caller has it.
     """
-    gram = q.mT @ y if gram is None else gram
+    gram = q.mT @ y
     gram = (gram + gram.mT) / 2
     info = torch.finfo(gram.dtype)
     shift = info.eps * gram.diagonal(dim1=-2, dim2=-1).sum(-1) + info.tiny

@@ -11,14 +11,6 @@ from torch import Tensor
 
 from lowrank_optim.tensors.matrix import MatrixView
 
-Reduce = Callable[[Tensor], Tensor]
-"""Adds up what the ranks have that share a matrix."""
-
-
-def identity(x: Tensor) -> Tensor:
-    """The Reduce of one process: nothing to add up."""
-    return x
-
 
 class BasisChange(NamedTuple):
     """How a refresh moved one coordinate; the Transport decides what the moments do about it."""
@@ -67,8 +59,6 @@ class RefreshContext:
     """What stands for the parameter: a hash of its name, or its place where it has none."""
     count: int = 0
     """Steps taken before this refresh."""
-    reduce: Reduce = identity
-    """Sum over the ranks that share this matrix."""
     param: Tensor | None = None
     """W ``(..., m, n)``, for subspaces that are factors of it."""
     seen: Any = None

@@ -15,7 +15,6 @@ from lowrank_optim.ops.devices import sent
 from lowrank_optim.ops.stacked import cast_all, empty_like_all, over_all, stacked
 from lowrank_optim.ops.tiles import fillings
 from lowrank_optim.subspaces.base import State
-from lowrank_optim.subspaces.refresh import Reduce
 from lowrank_optim.subspaces.spectral_factors import FACTORS, SpectralFactors
 from lowrank_optim.subspaces.target import Target, guarded, lift_all_
 from lowrank_optim.subspaces.terms import Term
@@ -62,10 +61,10 @@ class Spectral(SpectralFactors):
     iteration: it draws r other vectors, and after ``iterations_per_round`` of them factors W anew.
     """
 
-    def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
+    def coords(self, state: State, grad: Tensor) -> dict[str, Tensor]:
         """Gradients of the factors, by the chain rule; ``enhanced`` leaves out the factor s."""
         (found,) = self._found([state], [grad])
-        return {name: reduce(x) for name, x in found.items()}
+        return found
 
     def coords_of(
         self, states: Sequence[State], grads: Sequence[Tensor]

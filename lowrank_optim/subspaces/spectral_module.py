@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.subspaces.base import State
-from lowrank_optim.subspaces.refresh import Reduce, RefreshContext
+from lowrank_optim.subspaces.refresh import RefreshContext
 from lowrank_optim.subspaces.spectral import Spectral, of_all
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
@@ -51,10 +51,10 @@ class SpectralModule(Spectral):
         values = state["basis_s"].unsqueeze(-1)
         return self.in_order(state, "u").mT @ (values * self.in_order(state, "v"))
 
-    def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
+    def coords(self, state: State, grad: Tensor) -> dict[str, Tensor]:
         """The module's gradients, copied: they may be turned by ``maximize``."""
         gu, gv, gs = (state[key].clone() for key in GRADIENTS)
-        return {"u": reduce(gu), "s": reduce(gs.unsqueeze(-2)), "v": reduce(gv)}
+        return {"u": gu, "s": gs.unsqueeze(-2), "v": gv}
 
     def push_(
         self, into: Target, state: State, update: dict[str, Tensor], term: Term | None

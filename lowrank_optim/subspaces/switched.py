@@ -14,7 +14,6 @@ from lowrank_optim.ops.stacked import empty_like_all, over_all, stacked
 from lowrank_optim.ops.tiles import fillings
 from lowrank_optim.subspaces.base import State
 from lowrank_optim.subspaces.pooled import SIDES, Pooled
-from lowrank_optim.subspaces.refresh import Reduce, identity
 from lowrank_optim.subspaces.switching import where
 from lowrank_optim.subspaces.target import Target, decayed_, guarded
 from lowrank_optim.subspaces.terms import Term
@@ -32,14 +31,14 @@ class Switched(Pooled):
     The arguments and the state are those of :class:`~lowrank_optim.subspaces.pooled.Pooled`.
     """
 
-    def coords(self, state: State, grad: Tensor, *, reduce: Reduce) -> dict[str, Tensor]:
+    def coords(self, state: State, grad: Tensor) -> dict[str, Tensor]:
         """Gradients of A and of B transposed, zero where frozen."""
         grad = self.natural(grad)
         low = {
             "A": ops.project(state["basis_B"].mT, grad),
             "B": ops.project(state["basis_A"].mT, grad.mT),
         }
-        low = {side: reduce(x).mul_(self.s) for side, x in low.items()}
+        low = {side: x.mul_(self.s) for side, x in low.items()}
         self.still_([state], [low])
         return low
 
@@ -52,7 +51,7 @@ class Switched(Pooled):
         found: list[dict[str, Tensor]] = []
         for at in self._several(states, grads[0]):
             if len(at) == 1:
-                found.append(self.coords(states[at[0]], grads[at[0]], reduce=identity))
+                found.append(self.coords(states[at[0]], grads[at[0]]))
                 continue
             factors = self._whole([states[n] for n in at])
             dtype = ops.product_dtype(grads[0].dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from lowrank_optim import GaLoreAdamW, LowRankOptimizer, attach_in_backward
 from lowrank_optim.memory import estimate, storage_bytes
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
-from tests import cases
+from tests import cases, runs
 from tests.backward.nets import (
     METHODS,
     assert_same,
@@ -186,11 +185,8 @@ def test_interrupted_and_resumed_among_micro_batches(dtype: torch.dtype) -> None
     whole = make("GaLoreAdamW", **options)
     attach_in_backward(whole[1], coords_dtype="bfloat16")
     train(*whole, pieces=4, data=data[:5])
-    file = io.BytesIO()
-    torch.save([whole[0].state_dict(), whole[1].state_dict()], file)
+    weights, state = runs.through_a_file([x.state_dict() for x in whole])
     train(*whole, pieces=4, data=data[5:])
-    file.seek(0)
-    weights, state = torch.load(file, weights_only=True)
     resumed = make("GaLoreAdamW", seed=7, **options)
     attach_in_backward(resumed[1], coords_dtype="bfloat16")
     resumed[0].load_state_dict(weights)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lowrank_optim import GaLoreAdamW, LowRankOptimizer, attach_in_backward, methods
 from lowrank_optim import nn as lowrank_nn
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
-from tests import cases
+from tests import cases, runs
 from tests.backward.nets import (
     METHODS,
     STEPS,
@@ -452,12 +451,9 @@ def test_interrupted_and_resumed(mode: Any) -> None:
     whole = make("GaLoreAdamW")
     with attach_in_backward(whole[1], mode):
         train(*whole, data=data[:5])
-        file = io.BytesIO()
-        torch.save([whole[0].state_dict(), whole[1].state_dict()], file)
+        saved = [runs.through_a_file([x.state_dict() for x in whole]) for _ in range(2)]
         train(*whole, data=data[5:])
-    for attach in (False, True):
-        file.seek(0)
-        weights, state = torch.load(file, weights_only=True)
+    for attach, (weights, state) in zip((False, True), saved, strict=True):
         resumed = make("GaLoreAdamW", seed=7)
         if attach:
             attach_in_backward(resumed[1], mode)

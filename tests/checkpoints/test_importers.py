@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import os
 import pickle
 import sys
@@ -55,13 +54,6 @@ def ours(params: list[nn.Parameter], sides: str, cls: type = GaLoreAdamW, **opti
     return cls(groups(params, sides), **{**own, **options})
 
 
-def to_file(optimizer: torch.optim.Optimizer) -> io.BytesIO:
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    return file
-
-
 def continue_both(
     source: torch.optim.Optimizer,
     target: LowRankOptimizer,
@@ -91,7 +83,7 @@ def test_adamw_goes_on_as_galore_torch_would(sides: str) -> None:
     runs.train(params, source, range(SAVED))
     mine = runs.copies(params)
     target = ours(mine, sides)
-    target.load_state_dict(import_galore_torch(to_file(source), target))
+    target.load_state_dict(import_galore_torch(runs.to_file(source.state_dict()), target))
     continue_both(source, target, params, mine, range(SAVED, 2 * GAP))
     for a, e in zip(mine, params, strict=True):
         assert_close(a, e)
@@ -158,7 +150,7 @@ def test_bfloat16_checkpoint_gets_float32_moments_and_the_weights_basis() -> Non
     source = theirs(params, "std")
     runs.train(params, source, range(3))
     target = ours(runs.copies(params), "std")
-    target.load_state_dict(import_galore_torch(to_file(source), target))
+    target.load_state_dict(import_galore_torch(runs.to_file(source.state_dict()), target))
     wide = target.param_groups[0]["params"][0]
     old = source.state[params[0]]
     assert old["exp_avg"].dtype == torch.bfloat16
@@ -242,10 +234,10 @@ def test_reading_a_file_allows_the_projector_for_that_file_only() -> None:
     source = theirs(params, "std")
     runs.train(params, source, range(2))
     before = set(torch.serialization.get_safe_globals())
-    import_galore_torch(to_file(source), ours(runs.copies(params), "std"))
+    import_galore_torch(runs.to_file(source.state_dict()), ours(runs.copies(params), "std"))
     assert set(torch.serialization.get_safe_globals()) == before
     with pytest.raises(pickle.UnpicklingError, match="GaLoreProjector"):
-        torch.load(to_file(source), weights_only=True)
+        torch.load(runs.to_file(source.state_dict()), weights_only=True)
 
 
 def trained(sides: str = "std") -> tuple[list[nn.Parameter], dict[str, Any]]:
@@ -290,10 +282,7 @@ def test_other_shapes_methods_and_layouts_are_refused() -> None:
     with pytest.raises(ValueError, match="not an optimizer checkpoint"):
         import_galore_torch({"model": {}}, ours(runs.copies(params), "std"))
     with pytest.raises(ValueError, match="not an optimizer checkpoint"):
-        file = io.BytesIO()
-        torch.save([1, 2], file)
-        file.seek(0)
-        import_galore_torch(file, ours(runs.copies(params), "std"))
+        import_galore_torch(runs.to_file([1, 2]), ours(runs.copies(params), "std"))
 
 
 def test_what_ours_cannot_continue_is_refused() -> None:

@@ -65,13 +65,6 @@ def trained(rule: str, **options: Any) -> tuple[list[nn.Parameter], Any]:
     return params, source
 
 
-def to_file(optimizer: torch.optim.Optimizer) -> io.BytesIO:
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    return file
-
-
 def slots(rule: str) -> list[tuple[int, str, bool]]:
     """Number of their state, our key, signedness."""
     return [(n, key, n == 1) for n, key in enumerate(KEYS, 1)][: 2 if rule == "AdamW" else 1]
@@ -119,7 +112,7 @@ def test_state_is_carried_over(rule: str, monkeypatch: pytest.MonkeyPatch) -> No
     Elsewhere the nearest codes of the values, in our blocks; small moments in float32, bit for bit.
     """
     params, source = trained(rule)
-    file = to_file(source)
+    file = runs.to_file(source.state_dict())
     target = ours(rule, runs.copies(params))
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "bitsandbytes", None)
@@ -435,7 +428,7 @@ def test_galore_torch_8bit_goes_on(
     mine = runs.copies(params)
     options: dict[str, Any] = {"projector": "svd", "stagger": False, "state_dtype": state_dtype}
     target = GaLoreAdamW(groups(mine), lr=9.0, weight_decay=9.0, **options)
-    target.load_state_dict(import_galore_torch(to_file(source), target))
+    target.load_state_dict(import_galore_torch(runs.to_file(source.state_dict()), target))
     for name, p, q in zip(LOW, mine[:-1], params, strict=False):
         state, held = target.state[p], source.state[q]
         assert int(state["refresh_step"]) == 0 and int(state["step"]) == SAVED

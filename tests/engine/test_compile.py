@@ -358,13 +358,11 @@ def test_what_runs_code_of_others_is_one_boundary(what: str) -> None:
     runs.assert_same(*weights)
 
 
-@pytest.mark.parametrize("mode", ["project", "step"])
-def test_inside_backward_is_one_boundary(mode: Any) -> None:
-    """Gradients are coordinates or gone, and the optimizer has hooks."""
+def assert_one_boundary(make: Callable[[], tuple[Any, LowRankOptimizer]]) -> None:
+    """Compiled code leaves its graph at the step alone, and trains as eager code does."""
     ends = []
     for compiled in (False, True):
-        model, optimizer = made("GaLoreAdamW")
-        attach_in_backward(optimizer, mode)
+        model, optimizer = make()
         count = torch.zeros(())
 
         def loop(optimizer: Any = optimizer, count: Tensor = count) -> list[Tensor]:
@@ -378,6 +376,18 @@ def test_inside_backward_is_one_boundary(mode: Any) -> None:
             train(model, optimizer, loop)
         ends.append(list(model.parameters()))
     runs.assert_same(*ends)
+
+
+@pytest.mark.parametrize("mode", ["project", "step"])
+def test_inside_backward_is_one_boundary(mode: Any) -> None:
+    """Gradients are coordinates or gone, and the optimizer has hooks."""
+
+    def attached() -> tuple[Any, LowRankOptimizer]:
+        model, optimizer = made("GaLoreAdamW")
+        attach_in_backward(optimizer, mode)
+        return model, optimizer
+
+    assert_one_boundary(attached)
 
 
 def test_a_subclass_of_parameter_is_one_boundary() -> None:
@@ -386,25 +396,13 @@ def test_a_subclass_of_parameter_is_one_boundary() -> None:
     class Marked(nn.Parameter):
         pass
 
-    ends = []
-    for compiled in (False, True):
-        model, optimizer = made("GaLoreAdamW")
+    def marked() -> tuple[Any, LowRankOptimizer]:
+        model, _ = made("GaLoreAdamW")
         for layer in (model[0], model[2]):
             layer.weight = Marked(layer.weight.detach().clone())
-        optimizer = cases.build("GaLoreAdamW", model.parameters())
-        count = torch.zeros(())
+        return model, cases.build("GaLoreAdamW", model.parameters())
 
-        def loop(optimizer: Any = optimizer, count: Tensor = count) -> list[Tensor]:
-            count.add_(1)
-            optimizer.step()
-            return [count * 2]
-
-        if compiled:
-            assert boundaries(optimizer, loop, model) == BOUNDARY
-        else:
-            train(model, optimizer, loop)
-        ends.append(list(model.parameters()))
-    runs.assert_same(*ends)
+    assert_one_boundary(marked)
 
 
 def test_checkpoints_groups_and_copies_of_a_compiled_optimizer() -> None:

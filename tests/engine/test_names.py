@@ -45,7 +45,6 @@ ALL = pytest.mark.parametrize(
 )
 OWN_ORDER = [(name, p, o) for name, p, o in CASES if p == "block"]
 NAMES = list(SHAPES)
-Arrange = Callable[[Sequence[str]], list[list[str]]]
 
 
 def trained(

@@ -19,7 +19,6 @@ from lowrank_optim.engine.fused import FusedCosines, FusedRows
 from lowrank_optim.ops import dispatch, native, quant
 from lowrank_optim.stores import STORES
 from lowrank_optim.subspaces.base import make_projector, view_for
-from lowrank_optim.subspaces.refresh import identity
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import PROJ_TYPES
@@ -159,7 +158,7 @@ def test_a_term_of_an_unknown_kind_is_an_error(subspace: str) -> None:
     assert view is not None
     space, w = make_projector(group, view), torch.zeros(view.m, view.n)
     state = space.init(view, w)
-    low = space.coords(state, w, reduce=identity)
+    low = space.coords(state, w)
     for gain in (1.0, torch.tensor(1.0)):
         term = Term("cubic", gain=gain)  # type: ignore[arg-type]
         into = Target(w, torch.ones_like(w), low["low"], 1.0)

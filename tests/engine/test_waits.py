@@ -28,8 +28,6 @@ from tests.compare import assert_close
 from tests.engine import product_cases
 from tests.engine.watch import Watch
 
-STATUS = "the status of a factorisation is read"
-
 
 def check(seen: Watch, optimizer: LowRankOptimizer, matrices: int, refreshes: bool) -> None:
     """Nothing but what is allowed at a refresh, and answers to what was asked a step before."""

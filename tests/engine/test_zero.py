@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -61,7 +61,7 @@ def options(case: str) -> tuple[str, dict[str, Any]]:
     return name, {"lr": 0.01, **ranked, **gap, **own}
 
 
-def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: Sequence[int]) -> None:
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[int]) -> None:
     """On gradients that every rank has, as after DistributedDataParallel."""
     for step in steps:
         for n, p in enumerate(model.parameters()):

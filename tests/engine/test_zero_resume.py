@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import logging
 import re
 import warnings
@@ -14,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.optim import Optimizer
 
 from lowrank_optim import methods
-from tests import cases
+from tests import cases, runs
+from tests.engine.test_zero import trained
 from tests.sharded.ranks import Ranks, World
 
 Worlds = Callable[[int], Ranks]
@@ -78,32 +77,16 @@ def network(dtype: torch.dtype) -> nn.Module:
     return nn.Sequential(nn.Embedding(50, 12), *layers, nn.Linear(9, 9, bias=False)).to(dtype)
 
 
-def trained(model: nn.Module, optimizer: Optimizer, steps: Iterable[int]) -> None:
-    """On gradients that every rank has, as after DistributedDataParallel."""
-    for step in steps:
-        for n, p in enumerate(model.parameters()):
-            p.grad = cases.gradients(p.shape, 1, p.dtype, 100 * step + n)[0]
-        optimizer.step()
-
-
 def assert_same(case: str, what: str, model: nn.Module, expected: nn.Module) -> None:
     for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
         apart = float((p.detach().double() - q.detach().double()).abs().max())
         assert torch.equal(p, q), f"{case}, {what}: {name} is {apart:.1e} apart"
 
 
-def through_a_file(saved: Any) -> Any:
-    """What another process would read."""
-    buffer = io.BytesIO()
-    torch.save(saved, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
-
-
 def consolidated(optimizer: ZeroRedundancyOptimizer, rank: int) -> Any:
     """On rank 0, and from there on all."""
     optimizer.consolidate_state_dict(to=0)
-    sent: list[Any] = [through_a_file(optimizer.state_dict()) if rank == 0 else None]
+    sent: list[Any] = [runs.through_a_file(optimizer.state_dict()) if rank == 0 else None]
     torch.distributed.broadcast_object_list(sent, src=0)
     return sent[0]
 
@@ -145,7 +128,7 @@ def from_one(case: str, bucket_view: bool) -> None:
     alone, model = network(dtype), network(dtype)
     one = cls(alone.parameters(), **own)
     trained(alone, one, range(SAVED))
-    saved = through_a_file(one.state_dict())
+    saved = runs.through_a_file(one.state_dict())
     model.load_state_dict(alone.state_dict())
     optimizer = ZeroRedundancyOptimizer(
         model.parameters(), cls, parameters_as_bucket_view=bucket_view, **own

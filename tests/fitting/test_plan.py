@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import json
 
 import pytest
@@ -13,6 +12,7 @@ from torch import nn
 from lowrank_optim import GaLoreAdamW, fit
 from lowrank_optim.fitting import Plan
 from lowrank_optim.memory import report
+from tests import runs
 
 RANKS = {"0.weight": 8, "2.weight": 16, "3.weight": 24}
 
@@ -63,10 +63,7 @@ def test_a_rank_for_each_parameter_through_a_checkpoint():
     before = plan.optimizer(first, lr=1e-2)
     with plan.attach(before, max_norm=1.0):
         train(first, before, range(4))
-    file = io.BytesIO()
-    torch.save({"model": first.state_dict(), "optimizer": before.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
+    saved = runs.through_a_file({"model": first.state_dict(), "optimizer": before.state_dict()})
     second.load_state_dict(saved["model"])
     after = Plan.from_json(plan.to_json(), second).optimizer(second, lr=1e-2)
     after.load_state_dict(saved["optimizer"])

@@ -20,7 +20,7 @@ from lowrank_optim import GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_optim.memory import estimate
 from lowrank_optim.memory.blocks import in_blocks, of_a_new_segment, sized_on
 
-KIB, MIB = 2**10, 2**20
+MIB = 2**20
 
 
 class Allocator:

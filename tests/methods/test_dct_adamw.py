@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from lowrank_optim.ops.cosine import cosine_rows
 from lowrank_optim.residuals.error_feedback import ErrorFeedback, Levels
 from lowrank_optim.subspaces import DCT
 from lowrank_optim.tensors.matrix import matrix_view
-from tests import cases
+from tests import cases, runs
 from tests.compare import assert_close, relative
 from tests.oracles.dct_adamw import dct_adamw
 from tests.pairwise import in_turns, paired
@@ -335,12 +334,9 @@ def test_resumed_is_uninterrupted(kept: str | None, state_dtype: str) -> None:
         rows = [[cases.gradients(s, 1, dtype, seed=i)[0] for s in shapes] for i in range(6)]
         first = optimizer_of(params)
         cases.run(first, params, rows[:3])
-        buffer = io.BytesIO()
-        torch.save(first.state_dict(), buffer)
-        buffer.seek(0)
         others = [torch.nn.Parameter(p.detach().clone()) for p in params]
         second = optimizer_of(others)
-        second.load_state_dict(torch.load(buffer, weights_only=True))
+        second.load_state_dict(runs.through_a_file(first.state_dict()))
         copied = copy.deepcopy(first)
         assert copied.state_dict().keys() == first.state_dict().keys()
         for optimizer, ps in ((first, params), (second, others)):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lowrank_optim import FiraAdamW, lowrank_groups
 from lowrank_optim.residuals import ResidualInputs, Scaled
 from lowrank_optim.subspaces.base import make_projector
-from lowrank_optim.subspaces.refresh import RefreshContext, identity
+from lowrank_optim.subspaces.refresh import RefreshContext
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
 from lowrank_optim.tensors.matrix import matrix_view
@@ -289,7 +289,7 @@ def test_fact_31_nothing_is_read_on_the_host(paper: bool, kind: str) -> None:
         param = torch.zeros(shape, device="meta")
         scaled, finite = Scaled(paper=paper), torch.ones((), dtype=torch.bool, device="meta")
         state = {**subspace.init(view, param), **scaled.init(view, param)}
-        low = subspace.coords(state, param, reduce=identity)["low"]
+        low = subspace.coords(state, param)["low"]
         term: Term = scaled.after(
             state, ResidualInputs(param, low, low.clone(), 0.5, subspace, finite)
         )
@@ -376,7 +376,7 @@ def test_a_bad_gradient_leaves_the_limiter_as_it_was() -> None:
         (1.0, None, True), (2.0, True, True), (3.0, False, False),
         (math.nan, False, False), (math.inf, None, False), (1.0, None, True),
     ]:  # fmt: skip
-        low = subspace.coords(state, factor * grad, reduce=identity)["low"]
+        low = subspace.coords(state, factor * grad)["low"]
         flag = None if finite is None else torch.tensor(finite)
         before = state["residual_norm"].clone()
         scaled.after(state, ResidualInputs(factor * grad, low, low.clone(), 1.0, subspace, flag))

@@ -16,7 +16,7 @@ from lowrank_optim import SSTAdamW, SSTAdamW8bit, memory
 from lowrank_optim.engine.draws import seeded
 from lowrank_optim.subspaces.base import State
 from lowrank_optim.subspaces.factors import SAMPLING, order_of, sample, triplets
-from lowrank_optim.subspaces.refresh import RefreshContext, identity
+from lowrank_optim.subspaces.refresh import RefreshContext
 from lowrank_optim.subspaces.spectral import Spectral
 from lowrank_optim.tensors.matrix import matrix_view
 from tests import cases, runs
@@ -317,7 +317,7 @@ def test_gradients_are_the_chain_rule(enhanced: bool) -> None:
     subspace, state = spectral(w, 3, enhanced=enhanced)
     u, v = (subspace.in_order(state, side).mT for side in "uv")
     gu, gs, gv = oracle.gradients(g, u, state["basis_s"], v, enhanced)
-    got = subspace.coords(state, g, reduce=identity)
+    got = subspace.coords(state, g)
     chosen = state["basis_order"][:3].long()
     for a, b in ((got["u"], gu.mT[chosen]), (got["v"], gv.mT[chosen]), (got["s"][0], gs)):
         assert float((a - b).abs().max()) <= 1e-12
@@ -327,8 +327,8 @@ def test_projection_is_linear() -> None:
     """The mean of the ranks' coordinates is the coordinates of the mean."""
     subspace, state = spectral(conditioned((6, 9)), 3)
     a, b = (noisy((6, 9))(i, torch.zeros(())) for i in range(2))
-    mean = subspace.coords(state, (a + b) / 2, reduce=identity)
-    first, second = (subspace.coords(state, x, reduce=identity) for x in (a, b))
+    mean = subspace.coords(state, (a + b) / 2)
+    first, second = (subspace.coords(state, x) for x in (a, b))
     for key, x in mean.items():
         assert float((x - (first[key] + second[key]) / 2).abs().max()) <= 1e-12
 
@@ -345,7 +345,7 @@ def test_a_small_step_descends(seed: int) -> None:
     """``<G, dW> <= 0`` for plain gradient steps while s >= 0."""
     w, g = conditioned((6, 9), low=0.05), noisy((6, 9), seed)(0, torch.zeros(()))
     subspace, state = spectral(w, 3)
-    step_(subspace, state, subspace.coords(state, g, reduce=identity), 1e-6)
+    step_(subspace, state, subspace.coords(state, g), 1e-6)
     assert float((g * (product(subspace, state) - w)).sum()) < 0
 
 
@@ -385,7 +385,7 @@ def test_enhanced_is_default_under_adam() -> None:
     assert relative(a, b) > 1e-6
     for enhanced in (True, False):
         subspace, state = spectral(torch.zeros(6, 9, dtype=F64), 3, enhanced=enhanced)
-        got = subspace.coords(state, noisy((6, 9))(0, torch.zeros(())), reduce=identity)
+        got = subspace.coords(state, noisy((6, 9))(0, torch.zeros(())))
         assert bool(got["u"].any()) == enhanced
 
 
@@ -467,7 +467,7 @@ def test_moments_restart_and_the_rate_warms_up(form: str) -> None:
     ((_, state),) = optimizer.state.items()
     (item,) = optimizer._items(optimizer.param_groups[0])
     assert int(state["refresh_step"]) == 8
-    coords = item.subspace.coords(state, gradient(8, out[-2]), reduce=identity)
+    coords = item.subspace.coords(state, gradient(8, out[-2]))
     for key in ("u", "v", "s"):  # one step after zero: v = (1 - b2) g^2; the vectors moved by then
         ratio = state[f"{key}.exp_avg_sq"] / state[f"{key}.exp_avg"].square()
         assert_close(ratio, torch.full_like(ratio, 0.001 / 0.01))

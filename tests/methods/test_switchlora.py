@@ -161,9 +161,9 @@ def test_fact_12_only_the_counterpart_starts_again(
     seen: list[dict[str, Tensor]] = []
     real = type(optimizer._items(optimizer.param_groups[0])[0].subspace).coords
 
-    def coords(self: Any, state: Any, grad: Tensor, *, reduce: Any) -> dict[str, Tensor]:
+    def coords(self: Any, state: Any, grad: Tensor) -> dict[str, Tensor]:
         seen.append({k: v.clone() for k, v in state.items()})
-        out = real(self, state, grad, reduce=reduce)
+        out = real(self, state, grad)
         seen.append({k: v.clone() for k, v in out.items()})
         return out
 
@@ -393,8 +393,8 @@ def test_fact_09_ranks_may_reduce_the_small_gradients() -> None:
     state = optimizer.state[param]
     item = optimizer._items(optimizer.param_groups[0])[0]
     assert item.view is not None
-    each = [space.coords(state, item.view.of(g), reduce=lambda x: x) for g in grads]
-    mean = space.coords(state, item.view.of(sum(grads) / 4), reduce=lambda x: x)
+    each = [space.coords(state, item.view.of(g)) for g in grads]
+    mean = space.coords(state, item.view.of(sum(grads) / 4))
     for side in ("A", "B"):
         assert_close(sum(x[side] for x in each) / 4, mean[side])
 

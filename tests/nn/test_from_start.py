@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from lowrank_optim import (
     methods,
 )
 from lowrank_optim.nn import LOSTLinear, SLTrainLinear, convert, merge, to_modules, to_weights
-from tests import cases
+from tests import cases, runs
 from tests.compare import TOLERANCES, assert_close, relative
 from tests.nn.test_nn import Conv1D, network, train
 from tests.oracles import sltrain as oracle
@@ -189,10 +188,7 @@ def test_merge(case: str) -> None:
 def test_a_state_dict_goes_into_another_conversion(case: str) -> None:
     """To the bit, whatever that one drew; an index that is none is an error."""
     model, _ = converted(case)
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
+    saved = runs.through_a_file(model.state_dict())
     torch.manual_seed(7)
     other = network()
     for p in other.parameters():

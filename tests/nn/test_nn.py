@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections import OrderedDict
 from typing import Any
 
@@ -230,11 +229,8 @@ def test_resume(cls: type[SSTAdamW]) -> None:
     model, other = network(), network()
     optimizer = cls(convert(model, "sst", rank=3), **SST)
     train(model, optimizer, range(7))
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    file.seek(0)
     resumed = cls(convert(other, "sst", rank=3), **SST)
-    other.load_state_dict(torch.load(file, weights_only=True))
+    other.load_state_dict(runs.through_a_file(model.state_dict()))
     resumed.load_state_dict(runs.loaded(runs.saved(optimizer)))
     train(model, optimizer, range(7, 15))
     train(other, resumed, range(7, 15))

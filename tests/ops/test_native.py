@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowrank_optim.ops import native
 from lowrank_optim.ops.native import loader
+from tests import runs
 from tests.ops import ops_cases, ops_cosines
 from tests.ops.rounding import flat_places, nearest_codes
 
@@ -558,15 +559,9 @@ def by_one_thread() -> str:
 
 
 def test_results_do_not_depend_on_threads() -> None:
-    before = torch.get_num_threads()
-    try:
-        prints = [by_one_thread()]
-        for threads in (3,):
-            torch.set_num_threads(threads)
-            prints.append(fingerprint())
-    finally:
-        torch.set_num_threads(before)
-    assert len(set(prints)) == 1
+    with runs.threads(3):
+        several = fingerprint()
+    assert several == by_one_thread()
 
 
 LIBRARY = "liblowrank_optim.so"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowrank_optim.ops import native
+from tests import runs
 from tests.ops import checks, ops_cases, ops_cosines
 
 AVAILABLE, REASON = native.available("cpu")
@@ -92,20 +92,10 @@ class Laid:
             assert bool((buffer[~inside] == GUARD).all())
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def checked(op: str, a: dict[str, Any], data: st.DataObject, laid: tuple[str, ...] = ()) -> None:
     moved = Laid(data)
     moved.all(a, laid)
-    with threads(data.draw(st.integers(1, 4), label="threads")):
+    with runs.threads(data.draw(st.integers(1, 4), label="threads")):
         checks.run(op, a)
     moved.check()
 

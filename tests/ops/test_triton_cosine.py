@@ -21,7 +21,6 @@ from lowrank_optim.ops import cosine as reference
 from lowrank_optim.ops import dispatch, fuses_cosine
 from lowrank_optim.ops.triton import cosine as ops
 from lowrank_optim.ops.triton import matrices
-from lowrank_optim.subspaces.refresh import identity
 from tests import cases
 from tests.ops import ops_cosines
 from tests.ops.checks import check
@@ -364,6 +363,6 @@ class TestSteps:
         assert seen is not None
         assert float(norm) == pytest.approx(float(grad.double().square().sum()), rel=1e-5)
         sub.refresh_(state, grad, RefreshContext(view, torch.Generator().manual_seed(0), seen=seen))
-        low = sub.coords(state, grad, reduce=identity)["low"]
+        low = sub.coords(state, grad)["low"]
         left = seen.sort().values[: 30 - 6].sum()
         assert float(norm - low.square().sum()) == pytest.approx(float(left), rel=1e-4)

@@ -67,22 +67,12 @@ def test_two_runs_are_one(name: str) -> None:
     other.same_as(one)
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def products_do_not_depend_on_threads() -> bool:
     """Whether torch's own are the same to the bit: that is not ours to promise."""
     x, y = torch.randn(256, 320), torch.randn(320, 256)
     found = []
     for count in (1, 3):
-        with threads(count):
+        with runs.threads(count):
             found.append((x @ y, x.mT @ x))
     return all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -98,7 +88,7 @@ def test_threads_change_nothing(name: str) -> None:
     assert products_do_not_depend_on_threads(), "this build of torch promises less: see the page"
     found = []
     for count in (1, 2, 3):
-        with threads(count):
+        with runs.threads(count):
             found.append(Run(name, width=256))
             found[-1].steps(5)
     found[1].same_as(found[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,7 @@ from lowrank_optim import (
     import_galore_torch,
 )
 from lowrank_optim.checkpoints.importers import ProjectorRecord
-from tests import cases
+from tests import cases, runs
 from tests.engine.snapshots import everything, same
 from tests.reliability.injection import OutOfMemory
 
@@ -114,10 +113,7 @@ def test_tensors_that_are_none_of_a_state(kind: str) -> None:
 def test_a_learning_rate_of_none_is_adafactors() -> None:
     """It has a step size of its own, and its files say so; others need a number."""
     optimizer = trained("GaLoreAdafactor", 3, lr=None, relative_step=True, scale_parameter=True)
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
+    saved = runs.through_a_file(optimizer.state_dict())
     assert saved["param_groups"][0]["lr"] is None
     other = trained("GaLoreAdafactor", 1, seed=2, lr=1.0)
     other.load_state_dict(saved)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from lowrank_optim import GaLoreAdamW, attach_in_backward
 from lowrank_optim.sharding import averages, collectives
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
+from tests import runs
 from tests.pairwise import in_turns
 from tests.sharded.meter import Meter
 from tests.sharded.ranks import Ranks, World
@@ -162,10 +162,7 @@ def resumed(world: World, run: Run, at: int) -> Any:
     first = Together(replace(run), world)
     for step in range(at):
         first.step(step)
-    data = io.BytesIO()
-    torch.save([first.net.state_dict(), first.optimizer.state_dict()], data)
-    data.seek(0)
-    weights, state = torch.load(data, weights_only=True)
+    weights, state = runs.through_a_file([first.net.state_dict(), first.optimizer.state_dict()])
     second = Together(run, world)
     second.net.load_state_dict(weights)
     second.optimizer.load_state_dict(state)

@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 import lowrank_optim
 from lowrank_optim import GaLoreAdamW, attach_in_backward
 from lowrank_optim.backward.comm_hook import ddp_comm_hook, lift_
-from lowrank_optim.subspaces.refresh import identity
 from tests import cases
 from tests.sharded.meter import Meter
 from tests.sharded.ranks import Ranks, World
@@ -79,11 +78,11 @@ def test_what_is_lifted_has_the_coordinates_that_it_came_from(
         optimizer.step()
         (plan,) = optimizer._items(optimizer.param_groups[0])
         state = optimizer.state[weight]
-        low = plan.subspace.coords(state, plan.view.of(grad), reduce=identity)
+        low = plan.subspace.coords(state, plan.view.of(grad))
         before = {k: x.clone() for k, x in state.items()}
         lifted = torch.full(shape, float("nan"), dtype=torch.float64)
         lift_(plan, state, {k: x.clone() for k, x in low.items()}, lifted)
-        again = plan.subspace.coords(state, plan.view.of(lifted), reduce=identity)
+        again = plan.subspace.coords(state, plan.view.of(lifted))
         assert torch.allclose(again["low"], low["low"], rtol=0, atol=1e-12)
         assert float((grad * lifted).sum()) == pytest.approx(float(lifted.square().sum()), abs=1e-9)
         assert all(torch.equal(state[k], before[k]) for k in before)

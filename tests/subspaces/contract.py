@@ -11,7 +11,6 @@ from torch import Tensor
 from lowrank_optim.engine.draws import seeded
 from lowrank_optim.subspaces import BasisChange, RefreshContext, make_projector
 from lowrank_optim.subspaces.base import Subspace, view_for
-from lowrank_optim.subspaces.refresh import identity
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.tensors.matrix import MatrixView
 from tests import cases
@@ -81,7 +80,7 @@ def coordinates_invert_the_lift(projector: str, proj_type: str) -> None:
         low = torch.randn(low_shape, dtype=torch.float64)
         lifted = torch.zeros(*view.batch, view.m, view.n, dtype=torch.float64)
         subspace.push_(Target(lifted, lifted, None, lr=-1.0), state, {coord: low}, None)
-        assert_close(subspace.coords(state, lifted, reduce=identity)[coord], low)
+        assert_close(subspace.coords(state, lifted)[coord], low)
 
 
 def deterministic(projector: str, proj_type: str) -> None:
@@ -125,10 +124,10 @@ def says_how_it_moved(projector: str, proj_type: str) -> None:
             continue
         turn = moved["low"]
         if turn.carry is not None:  # entries: what both sets hold is found again, the rest is 0
-            low = subspace.coords(old, view.of(grads[0]), reduce=identity)["low"]
+            low = subspace.coords(old, view.of(grads[0]))["low"]
             lifted = torch.zeros(*view.batch, view.m, view.n, dtype=torch.float64)
             subspace.push_(Target(lifted, lifted, None, lr=-1.0), old, {"low": low}, None)
-            want = subspace.coords(new, lifted, reduce=identity)["low"]
+            want = subspace.coords(new, lifted)["low"]
             assert torch.equal(turn.carry(low), want)
             continue
         assert turn.rotation is not None

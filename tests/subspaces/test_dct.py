@@ -20,7 +20,6 @@ from lowrank_optim.ops import native
 from lowrank_optim.ops.cosine import BASES, TILE_ELEMENTS, CosineTransform, cosine_rows
 from lowrank_optim.subspaces import DCT, Hadamard, RefreshContext
 from lowrank_optim.subspaces.fixed import SPECTRUM_ELEMENTS, FixedBasis
-from lowrank_optim.subspaces.refresh import identity
 from lowrank_optim.subspaces.searches import together
 from lowrank_optim.subspaces.target import Target
 from lowrank_optim.subspaces.terms import Term
@@ -188,7 +187,7 @@ def test_both_evaluations_are_one_method(
         keys = {"basis": basis, "ranking": ranking, "proj_type": proj_type}
         view, sub = subspace("dct", (m, n), rank, transform=transform, **keys)
         state, moved = refreshed(view, sub, grad)
-        low = sub.coords(state, view.of(grad), reduce=identity)["low"]
+        low = sub.coords(state, view.of(grad))["low"]
         bases = sub.bases(state, view)
         want = bases[0].mT @ view.of(grad)
         want = want @ bases[1] if len(bases) == 2 else want
@@ -269,7 +268,7 @@ def test_a_spectrum_too_large_to_keep_is_made_twice(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("lowrank_optim.ops.cosine.TILE_ELEMENTS", {False: 64, True: 64})
     other, tiled = refreshed(view, sub, randn(30, 40))
     assert tiled.low is None and torch.equal(state["basis_index"], other["basis_index"])
-    low = sub.coords(other, randn(30, 40), reduce=identity)["low"]
+    low = sub.coords(other, randn(30, 40))["low"]
     assert_close(low, moved.low)
 
 

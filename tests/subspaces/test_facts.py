@@ -11,7 +11,6 @@ from torch import Tensor
 from lowrank_optim import PROJECTORS
 from lowrank_optim.rules import AdamW
 from lowrank_optim.subspaces.base import view_for
-from lowrank_optim.tensors.matrix import matrix_view
 from tests import cases
 from tests.compare import assert_close, relative
 from tests.pairwise import in_turns
@@ -19,12 +18,6 @@ from tests.pairwise import in_turns
 PLAIN: dict[str, Any] = {"scale": 1.0, "weight_decay": 0.0}
 
 PROJECTING = [name for name in cases.distinct_names() if name in cases.projecting_names()]
-
-
-def view_of(x: Tensor, proj_type: str) -> Tensor:
-    view = matrix_view(x.shape, proj_type)
-    assert view is not None
-    return view.of(x.detach())
 
 
 @pytest.mark.filterwarnings("ignore:rank 99 is clamped")

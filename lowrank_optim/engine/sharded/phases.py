@@ -14,7 +14,15 @@ from lowrank_optim import ops
 from lowrank_optim.engine.adapt import adapt
 from lowrank_optim.engine.apply import Push, prepared, push
 from lowrank_optim.engine.draws import rounds, weight_noise
-from lowrank_optim.engine.matrix_step import MatrixStep, begun, inputs_of, mark, portions, turn_
+from lowrank_optim.engine.matrix_step import (
+    MatrixStep,
+    begun,
+    count_,
+    inputs_of,
+    mark,
+    portions,
+    turn_,
+)
 from lowrank_optim.engine.offload import Staging, load_of
 from lowrank_optim.engine.plan import ParamPlan, Strategies
 from lowrank_optim.engine.sharded.local import stepped, summed_coords
@@ -27,7 +35,6 @@ from lowrank_optim.residuals import Measured
 from lowrank_optim.rules.base import Split, Sum, compute_dtype
 from lowrank_optim.sharding import collectives
 from lowrank_optim.sharding.parts import Part
-from lowrank_optim.subspaces.refresh import identity
 from lowrank_optim.tensors.matrix import shares_memory
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
@@ -78,7 +85,7 @@ def _adapt(chunk: list[Work], undo: Undo) -> list[MatrixStep]:
     turn_(steps, chosen)
     if on_accelerator(steps[0].norm):
         mark(steps)
-    torch._foreach_add_([w.state["step"] for w in chunk], [torch.ones(())] * len(chunk))
+    count_([w.state["step"] for w in chunk])
     splits = coord_splits(chunk[0].item)
     for asked in _adapt_padded(steps, part, chosen, undo, splits):
         add_up(asked, part.mesh)
@@ -121,7 +128,7 @@ def _coords(w: Work) -> dict[str, Tensor]:
     """Coordinates of the columns that are here, or what backward has left of their gradient."""
     assert w.grad is not None and w.twin.subspace is not None
     if not isinstance(w.grad, ProjectedGrad):
-        return w.twin.subspace.coords(w.state, w.grad, reduce=identity)
+        return w.twin.subspace.coords(w.state, w.grad)
     return {k: x.clone() if w.chosen.maximize else x for k, x in w.grad.coords.items()}
 
 

@@ -21,10 +21,7 @@ from lowrank_optim.ops.native.arrays import (
     same,
     sizes,
 )
-from lowrank_optim.ops.native.loader import (
-    Update,
-    run,
-)
+from lowrank_optim.ops.native.loader import Update, run
 
 
 def _update(
@@ -104,17 +101,9 @@ def adamw_direction_(
     """Update both moments; ``out <- m / (sqrt(v) + eps)``, or by rows of the last dimension."""
     moments = {"first": exp_avgs, "second": exp_avg_sqs}
     _update(
-        "adamw_direction",
-        grads,
-        outs,
-        beta1,
-        beta2,
-        finite,
-        moments,
-        eps=eps,
-        row_eps=row_eps,
-        row_scale=row_scale,
-    )
+        "adamw_direction", grads, outs, beta1, beta2, finite, moments,
+        eps=eps, row_eps=row_eps, row_scale=row_scale,
+    )  # fmt: skip
 
 
 def lion_direction_(
@@ -161,26 +150,13 @@ def adamw_direction_8bit_(
     finite: Sequence[Tensor],
 ) -> None:
     """`adamw_direction_` on 8-bit moments, one pass over each block."""
-    moments = {
-        "first_codes": codes,
-        "first_scales": scales,
-        "second_codes": codes2,
-        "second_scales": scales2,
-    }
+    moments = {"first_codes": codes, "first_scales": scales}
+    moments |= {"second_codes": codes2, "second_scales": scales2}
+    maps = {"signed_map": signed_map, "unsigned_map": unsigned_map}
     _update(
-        "adamw_direction_8bit",
-        grads,
-        outs,
-        beta1,
-        beta2,
-        finite,
-        moments,
-        maps={"signed_map": signed_map, "unsigned_map": unsigned_map},
-        layout=(rows, cols, blocks),
-        eps=eps,
-        row_eps=row_eps,
-        row_scale=row_scale,
-    )
+        "adamw_direction_8bit", grads, outs, beta1, beta2, finite, moments, maps=maps,
+        layout=(rows, cols, blocks), eps=eps, row_eps=row_eps, row_scale=row_scale,
+    )  # fmt: skip
 
 
 def lion_direction_8bit_(
@@ -197,16 +173,10 @@ def lion_direction_8bit_(
     finite: Sequence[Tensor],
 ) -> None:
     """`lion_direction_` on an 8-bit moment."""
+    moments, maps = {"first_codes": codes, "first_scales": scales}, {"signed_map": signed_map}
+    layout = rows, cols, blocks
     _update(
-        "lion_direction_8bit",
-        grads,
-        outs,
-        beta1,
-        beta2,
-        finite,
-        {"first_codes": codes, "first_scales": scales},
-        maps={"signed_map": signed_map},
-        layout=(rows, cols, blocks),
+        "lion_direction_8bit", grads, outs, beta1, beta2, finite, moments, maps=maps, layout=layout
     )
 
 
@@ -224,14 +194,6 @@ def moment_8bit_(
     finite: Sequence[Tensor],
 ) -> None:
     """`moment_` on an 8-bit moment."""
-    _update(
-        "moment_8bit",
-        xs,
-        outs,
-        decay,
-        weight,
-        finite,
-        {"first_codes": codes, "first_scales": scales},
-        maps={"signed_map": signed_map},
-        layout=(rows, cols, blocks),
-    )
+    moments, maps = {"first_codes": codes, "first_scales": scales}, {"signed_map": signed_map}
+    layout = rows, cols, blocks
+    _update("moment_8bit", xs, outs, decay, weight, finite, moments, maps=maps, layout=layout)
