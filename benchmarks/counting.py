@@ -15,9 +15,11 @@ Bytes are those of each operand once a kernel, from and to memory, whatever a ca
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -35,16 +37,36 @@ from benchmarks.op_costs import (
     sizes,
     tensors,
 )
-from lowrank_optim.ops import devices
+from lowrank_optim.ops import devices, dispatch, triton
 from lowrank_optim.ops.passing import named
 
 aten = torch.ops.aten
 
 
 @contextmanager
+def served_by_triton() -> Iterator[None]:
+    """Tensors of the host taken for those of an accelerator, whose ops are Triton's.
+
+    What a host has compiled decides nothing then.
+    """
+    with (
+        devices.as_accelerators(),
+        mock.patch.dict(dispatch.ORDER, {"cpu": ("triton", "reference")}),
+        mock.patch.object(triton, "available", lambda device_type: (True, "")),
+        mock.patch.dict(os.environ),
+    ):
+        os.environ.pop(dispatch.VARIABLE, None)
+        dispatch._choose.cache_clear()
+        try:
+            yield
+        finally:
+            dispatch._choose.cache_clear()
+
+
+@contextmanager
 def pretended_accelerator() -> Iterator[None]:
     """Tensors without data, taken by the package for those of an accelerator."""
-    with devices.as_accelerators(), FakeTensorMode(allow_non_fake_inputs=True):
+    with served_by_triton(), FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
 

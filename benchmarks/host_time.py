@@ -32,12 +32,12 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.common import environment, environment_line, print_table
+from benchmarks.counting import served_by_triton
 from benchmarks.gpu import variants
 from benchmarks.gpu.times import STEPS
 from benchmarks.matrices import weights
 from benchmarks.timing import Work, cpu_milliseconds, interleaved, ratio
-from lowrank_optim.ops import cublas, devices, dispatch
-from lowrank_optim.ops import triton as kernels
+from lowrank_optim.ops import cublas
 
 SHAPES: list[tuple[int, ...]] = [(8, 8)] * 4 + [(12, 8)] * 2 + [(8, 12)] + [(8,)] * 2
 """Of the seven matrices of a layer, three kinds of them, and of its two norms, as of LLaMA."""
@@ -87,18 +87,12 @@ def without_accelerator() -> Iterator[None]:
     )
     with (
         mock.patch.object(driver, "_active", pretended),
-        devices.as_accelerators(),
-        mock.patch.dict(dispatch.ORDER, {"cpu": ("triton", "reference")}),
-        mock.patch.object(kernels, "available", lambda device_type: (True, "")),
+        served_by_triton(),
         mock.patch.object(JITFunction, "_do_compile", compiled),
         mock.patch.object(cublas, "_library", lambda device: products),
         mock.patch.object(cublas, "_handle", lambda: 0),
     ):
-        dispatch._choose.cache_clear()
-        try:
-            yield
-        finally:
-            dispatch._choose.cache_clear()
+        yield
 
 
 def works(layers: int, dtype: torch.dtype, only: Sequence[str]) -> dict[str, Work]:

@@ -17,6 +17,7 @@ from benchmarks.counting import Launches, pretended_accelerator
 from benchmarks.op_costs import MATRIX, SCALAR, Kernel, floor, package_kernels
 from benchmarks.roofline import Counted, Device, count, seconds
 from lowrank_optim.engine import project
+from lowrank_optim.ops import dispatch
 from lowrank_optim.ops.passing import named
 from lowrank_optim.ops.schema import ON_DEVICE, SCHEMAS
 
@@ -43,6 +44,14 @@ def by_hand() -> dict[str, tuple[int, int, int]]:
         "addmm_": (W * (2 * matrix + basis + low) + 2 * 4, 1, 2 * M * N * R),
         "_foreach_norm": (W * low + W, 2, 0),
     }
+
+
+@pytest.mark.parametrize("forced", ["native", "reference"])
+def test_what_serves_the_host_decides_nothing(forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor what it has compiled: what is counted are Triton's kernels."""
+    plain = count("DCT, gap 1", [(M, N)], [(N,)], R)
+    monkeypatch.setenv(dispatch.VARIABLE, forced)
+    assert count("DCT, gap 1", [(M, N)], [(N,)], R) == plain
 
 
 def test_one_galore_matrix_by_hand() -> None:
