@@ -93,6 +93,7 @@ SPILLS: dict[str, dict[tuple[str, str], int]] = {
         **{("top_rows 4096/one", f"sm_{x}"): 8 for x in (80, 86, 89)},
         ("top_rows 4096/one", "sm_90"): 16,
     },
+    "3.8": {("residual_factors/many", "sm_120"): 8},
 }
 """Bytes, of versions of Triton that allot registers in their own way: 3.9 spills none. A program of
 ``top_rows`` holds all scores of a matrix."""
