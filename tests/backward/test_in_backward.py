@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -603,6 +604,27 @@ def test_misuse_is_an_error() -> None:
     for bad in ({"mode": "both"}, {"accumulation_steps": 0}, {"max_norm": 0}, {"first_basis": 1}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             attach_in_backward(optimizer, **bad)
+
+
+@pytest.mark.parametrize("given", [{"first_basis": "micro"}, {"coords_dtype": "float32"}])
+def test_an_argument_of_coordinates_is_refused_where_there_are_none(given: dict[str, str]) -> None:
+    (name, value) = next(iter(given.items()))
+    _, optimizer = make("GaLoreAdamW")
+    with pytest.raises(ValueError, match=rf"{name}='{value}' has no effect .*mode='project'"):
+        attach_in_backward(optimizer, "step", **given)
+    attach_in_backward(optimizer, **given).remove()  # nothing was attached
+
+
+def test_coordinates_in_the_place_of_a_gradient_cannot_be_saved() -> None:
+    """Pickle named a function inside this package; the state of the run is what can be saved."""
+    model, optimizer = make("GaLoreAdamW")
+    attach_in_backward(optimizer)
+    train(model, optimizer, data=batches(1))
+    loss_of(model, batches(1)[0]).backward()
+    for write in (lambda x: torch.save(x, io.BytesIO()), pickle.dumps):
+        with pytest.raises(NotImplementedError, match=r"cannot be saved.*after zero_grad\(\)"):
+            write([model.up.weight.grad])
+    torch.save([model.state_dict(), optimizer.state_dict()], io.BytesIO())
 
 
 def llama() -> nn.Module:
