@@ -23,6 +23,7 @@ from tests.backward.nets import (
     METHODS,
     STEPS,
     Net,
+    Now,
     assert_same,
     batches,
     bitwise,
@@ -625,6 +626,36 @@ def test_coordinates_in_the_place_of_a_gradient_cannot_be_saved() -> None:
         with pytest.raises(NotImplementedError, match=r"cannot be saved.*after zero_grad\(\)"):
             write([model.up.weight.grad])
     torch.save([model.state_dict(), optimizer.state_dict()], io.BytesIO())
+
+
+@pytest.mark.parametrize("mode", ["project", "step"])
+@pytest.mark.parametrize(
+    "still", [(True,), (False, True), (True, False), (True, True)], ids=lambda x: f"{x}"
+)
+def test_a_weight_that_autograd_reaches_without_a_gradient(mode: Any, still: tuple[bool]) -> None:
+    """Hooks run for it too, and the backward ended in an empty AssertionError."""
+    ends = []
+    for attached in (False, True):
+        model = Now()
+        own = {"lr": 1e-2, "rank": 4, "update_proj_gap": 2}
+        optimizer = GaLoreAdamW(model.named_parameters(), **own)
+        if attached:
+            steps = len(still) if mode == "step" else 1
+            own = {"accumulation_steps": steps, "first_basis": "boundary"}
+            attach_in_backward(optimizer, mode, **own)
+        for step in range(6):
+            generator = torch.Generator().manual_seed(step)
+            for piece in still:
+                x = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+                model(x, piece and step % 3 > 0).square().mean().backward()
+            assert not (attached and mode == "step") or all(
+                p.grad is None for p in model.parameters()
+            )
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(model)
+    for a, b in zip(*(x.parameters() for x in ends), strict=True):
+        assert_close(a, b)
 
 
 def llama() -> nn.Module:
