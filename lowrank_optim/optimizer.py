@@ -63,6 +63,8 @@ class LowRankOptimizer(SteppedOptimizer):
     """Group keys that it reads beside the arguments of its constructor."""
     unused: ClassVar[Mapping[str, str]] = {}
     """Arguments of every optimizer that mean nothing to this one, and why."""
+    default_rank: ClassVar[int | float] = DEFAULTS["rank"]
+    """What the constructor takes for a rank where none is given."""
     _discarding: Callable[[], None] | None = None
     """Called before gradients are zeroed: a batch is over, or will not be stepped."""
 
@@ -91,7 +93,12 @@ class LowRankOptimizer(SteppedOptimizer):
         if isinstance(params, Tensor):
             super().__init__(params, defaults)  # torch's own error
         groups = self._entries(params, defaults)
-        if any(isinstance(g, dict) and "rank" in canonical(g) for g in groups):
+        own = [canonical(g) for g in groups if isinstance(g, dict)]
+        named = [g["rank"] for g in own if "rank" in g]
+        if named:
+            if "rank" not in self.unused and defaults["rank"] not in (self.default_rank, *named):
+                text = notices.unheard(defaults["rank"], named, type(self).__name__)
+                warnings.warn(text, stacklevel=notices.users_level())
             defaults = {**defaults, "rank": None}
         self._told: set[str] = set()
         """Kinds of warnings that are given once, and were."""

@@ -107,7 +107,8 @@ def attach_in_backward(
     Raises:
         TypeError: the optimizer is not one of this package.
         NotImplementedError: a parameter is a DTensor on another device than its mesh.
-        ValueError: an argument is out of range, or does not go with a DTensor, or
+        ValueError: an argument is out of range, has no effect on the mode, or does not go with a
+            DTensor, or
             ``mode="project"`` and the method uses what its subspace does not see; or a group is
             capturable; or the ranks have other parameters.
         RuntimeError: the optimizer, or another one of its parameters, works inside backward
@@ -142,6 +143,12 @@ def attach_in_backward(
     check_shards(optimizer, given)
     handle: InBackward
     if mode == "step":
+        for name, fine in (("first_basis", (None, "boundary")), ("coords_dtype", ("auto",))):
+            if given[name] not in fine:
+                raise ValueError(
+                    f"{name}={given[name]!r} has no effect on mode='step', which accumulates whole "
+                    "gradients: leave it out, or take mode='project'"
+                )
         handle = StepMode(optimizer, max_norm, accumulation_steps, keep_norms, process_group)
     else:
         if process_group is not None and first_basis == "micro":

@@ -119,7 +119,7 @@ class Averaging:
     def arrived(self, param: Tensor) -> None:
         """The gradient of a parameter is complete on this rank for this backward, and in form."""
         self._watch()
-        if not self._averages_now:
+        if not self._averages_now or param.grad is None:
             return
         if param in self._here:
             raise RuntimeError(TWICE.format(self._name(param)))

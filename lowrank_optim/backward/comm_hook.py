@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_optim.backward.projecting import (
     Plans,
@@ -22,7 +24,7 @@ from lowrank_optim.backward.wrapped import unwrapped
 from lowrank_optim.engine import tracing
 from lowrank_optim.engine.plan import ParamPlan, State
 from lowrank_optim.engine.schedule import basis_due
-from lowrank_optim.engine.sharded.replicas import averaged
+from lowrank_optim.engine.sharded.replicas import lets_leave, wrappers
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding import collectives
 from lowrank_optim.subspaces.target import Target
@@ -110,7 +112,7 @@ class _Sender:
     def __init__(self, optimizer: LowRankOptimizer) -> None:
         check_lifted(optimizer)
         self._optimizer, self._plans = optimizer, Plans(optimizer)
-        self._group: dist.ProcessGroup | None = None
+        self._wrapper: weakref.ref[DistributedDataParallel] | None = None
 
     @torch.no_grad()
     def send(self, state: Any, bucket: Any) -> Any:
@@ -168,15 +170,25 @@ class _Sender:
 
         Raises:
             ValueError: ``state`` is something else.
+            RuntimeError: a rank may leave the others, and would no longer know what is sent.
         """
-        if self._group is None:
-            self._group = next(iter(averaged(bucket.parameters()).values()), None)
-        if self._group is None or (state is not None and state is not self._group):
+        if self._wrapper is None:
+            found = next(iter(wrappers(bucket.parameters()).values()), None)
+            self._wrapper = None if found is None else weakref.ref(found)
+        wrapper = None if self._wrapper is None else self._wrapper()
+        if wrapper is None or (state is not None and state is not wrapper.process_group):
             raise ValueError(
                 "the state of ddp_comm_hook must be None, or the process group of the "
                 f"DistributedDataParallel that it is registered with, got {state!r}"
             )
-        return self._group
+        if lets_leave(wrapper):
+            raise RuntimeError(
+                f"{WHO} sends what the step of the optimizer needs, and a rank that has left "
+                "join() of DistributedDataParallel takes no steps: give all ranks as many batches "
+                "and leave join() out, or pass it throw_on_early_termination=True"
+            )
+        group: dist.ProcessGroup = wrapper.process_group
+        return group
 
 
 def _coordinates(plan: ParamPlan, state: State, grad: Tensor) -> Tensor:

@@ -272,7 +272,7 @@ class InBackward:
             self._ranks.discard()
 
     def _arrived(self, param: Tensor) -> None:
-        """A gradient is complete for this backward, on this rank."""
+        """A gradient is complete for this backward, on this rank; autograd may have made none."""
         raise NotImplementedError
 
     def _averaged(self, param: Tensor) -> None:

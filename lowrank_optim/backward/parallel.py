@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from lowrank_optim.engine.sharded.replicas import averaged
+from lowrank_optim.engine.sharded.replicas import wrappers
 from lowrank_optim.groups import Group
 from lowrank_optim.groups.notices import param_name
 from lowrank_optim.sharding.parts import is_sharded
@@ -23,7 +23,7 @@ MESSAGE = (
 
 def in_ddp(params: Iterable[Tensor]) -> bool:
     """Whether any of these is a parameter that ``DistributedDataParallel`` averages."""
-    return bool(averaged(params))
+    return bool(wrappers(params))
 
 
 def late_ranks() -> bool:

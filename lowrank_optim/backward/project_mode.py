@@ -68,7 +68,8 @@ class ProjectMode(InBackward):
 
     @torch.no_grad()
     def _arrived(self, param: Tensor) -> None:
-        self._in_form(param)
+        if param.grad is not None:
+            self._in_form(param)
 
     def _in_form(self, param: Tensor) -> None:
         if is_sharded(param):

@@ -78,6 +78,8 @@ class StepMode(InBackward):
                 "leaves out a batch"
             )
         self._in_time = True
+        if param.grad is None:
+            return
         if is_sharded(param):
             if self._find(param)[1].alone:  # step() takes layers of factors
                 self._together.arrived(param)

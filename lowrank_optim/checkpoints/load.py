@@ -11,7 +11,7 @@ from torch import Tensor
 from lowrank_optim.checkpoints.form import Entries, StateDict, by_name, check_form, check_shared
 from lowrank_optim.checkpoints.loaders import hold_blocks as hold_blocks  # its first address
 from lowrank_optim.checkpoints.loaders import unfilled
-from lowrank_optim.checkpoints.matching import check_fit
+from lowrank_optim.checkpoints.matching import FOREIGN, check_fit
 from lowrank_optim.engine.plan import ParamPlan, Strategies
 from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.engine.sharded.local import kept_as
@@ -79,7 +79,7 @@ class _Loading:
         groups = [
             {
                 **_without_params(g),
-                "method": "another optimizer",
+                "method": FOREIGN,
                 **_named_as_here(canonical(s), g),
                 # of the run that loads, as its device is
                 "capturable": g["capturable"],

@@ -17,6 +17,7 @@ from lowrank_optim.engine.planned import PlannedOptimizer
 from lowrank_optim.engine.sharded.forms import forms_of, whole_meta_state
 from lowrank_optim.engine.state import check_state
 from lowrank_optim.groups import Group
+from lowrank_optim.groups.keys import METHODS
 from lowrank_optim.ops.quant4 import scale_count
 from lowrank_optim.sharding.parts import is_sharded, local
 from lowrank_optim.stores import scale_key
@@ -25,6 +26,9 @@ from lowrank_optim.tensors.values import as_dtype, readable
 
 STRUCTURE = ("rank", "proj_type", "projector", "basis", "flatten")
 """Group keys that shape the state: a checkpoint may not change them silently."""
+
+FOREIGN = "another optimizer"
+"""What wrote a group that does not say which class did."""
 
 HOLD = (
     "Idle blocks have no moments, and torch's loaders look for those alone that the optimizer has: "
@@ -64,7 +68,8 @@ def check_fit(
         merged = {**loaded, "params": mine["params"]}
         if "param_names" in mine:
             merged.setdefault("param_names", mine["param_names"])
-        optimizer._check(merged)
+        with _told_whose(optimizer, merged):
+            optimizer._check(merged)
         chosen = optimizer._strategies(merged)
         planned = optimizer._planned(mine), optimizer._planned(merged, instead=mine)
         for ours, there in zip(*planned, strict=True):
@@ -91,6 +96,7 @@ def _fitting(
     active |= last is not None and bool((last >= 0).any())  # must be: nobody else has them
     expected = whole_meta_state(item, chosen, active)
     _same_shapes(optimizer, item, chosen, loaded, tensors, expected)
+    _same_method(optimizer, item, loaded)
     with _named(optimizer, item, loaded):
         check_state(
             item, chosen, {k: as_dtype(k, local(x), expected[k].dtype) for k, x in tensors.items()}
@@ -113,6 +119,31 @@ def _named(optimizer: PlannedOptimizer, item: ParamPlan, loaded: Group) -> Itera
             f"{type(optimizer).__name__}: {error}. Nothing was loaded: the checkpoint is damaged, "
             "was written for other parameters, or the run had failed when it was saved"
         ) from None
+
+
+@contextmanager
+def _told_whose(optimizer: PlannedOptimizer, loaded: Group) -> Iterator[None]:
+    """Say in an error about a value of a group that nobody here gave it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"checkpoint written by {loaded['method']} has a group that {type(optimizer).__name__} "
+            f"cannot take: {error}. {_remedy(optimizer, '', None, loaded)}"
+        ) from None
+
+
+def _same_method(optimizer: PlannedOptimizer, item: ParamPlan, loaded: Group) -> None:
+    """Raise if another method wrote the state of a matrix, whatever the names of its entries."""
+    if item.subspace is not None and _of_another_method(optimizer, loaded):
+        ours = type(optimizer).__name__
+        raise _misfit(optimizer, item.name, "the method", loaded["method"], ours, loaded)
+
+
+def _of_another_method(optimizer: PlannedOptimizer, loaded: Group) -> bool:
+    """Whether a class of this package wrote a group that is neither this one's base nor its own."""
+    theirs, ours = METHODS.get(loaded["method"]), type(optimizer)
+    return theirs is not None and not (issubclass(theirs, ours) or issubclass(ours, theirs))
 
 
 def _same_structure(
@@ -181,5 +212,19 @@ def _misfit(
 ) -> ValueError:
     return ValueError(
         f"checkpoint written by {loaded['method']} does not fit {name} in "
-        f"{type(optimizer).__name__}: {what} is {theirs} there and {mine} here"
+        f"{type(optimizer).__name__}: {what} is {theirs} there and {mine} here. "
+        f"{_remedy(optimizer, what, theirs, loaded)}"
     )
+
+
+def _remedy(optimizer: PlannedOptimizer, what: str, theirs: Any, loaded: Group) -> str:
+    """The optimizer that would take a checkpoint."""
+    if loaded["method"] == FOREIGN and what == "state":
+        make = "a group of rank=None for it, as moments of whole parameters fit those alone"
+    elif _of_another_method(optimizer, loaded):
+        make = f"a {loaded['method']}, as the run did that saved it"
+    elif what in STRUCTURE:
+        make = f"the optimizer with {what}={theirs!r}, as the run did that saved it"
+    else:
+        make = "the optimizer and its groups as the run did that saved it"
+    return f"Nothing was loaded: make {make}, or load the weights alone, and all state begins anew"

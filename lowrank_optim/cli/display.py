@@ -48,6 +48,8 @@ def listed(rows: Sequence[Row], column: Column, budget: float) -> str:
     """Who fits, as the subject of a sentence."""
     found = {row.name: row.peaks[column] for row in rows}
     names = [name for name, e in found.items() if e is not None and e.fits(budget)]
+    if not names and not any(found.values()):
+        return f"{', '.join(found)} cannot train so (–: the method needs whole gradients)"
     if not names:
         return "nothing fits"
     if len(names) == 1:
@@ -109,7 +111,10 @@ def remedy() -> str:
 
 
 def _not_counted(rows: Sequence[Row]) -> str:
-    known = any(e is not None and e.activations is not None for e in rows[0].peaks.values())
+    found = [e for row in rows for e in row.peaks.values() if e is not None]
+    if not found:
+        return "Nothing was counted"
+    known = any(e.activations is not None for e in found)
     others = "Not counted is" if known else "Activations are not counted, nor is"
     return f"{others} what the allocator wastes"
 

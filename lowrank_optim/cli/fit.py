@@ -137,6 +137,7 @@ def fit(
         runs=tokens is not None,
         with_values=losses is not None,
     )
+    _make_folder(save)
     plan = _planned(
         module,
         budget_gib,
@@ -160,11 +161,27 @@ def fit(
         **options_of(pairs),
     )
     if save is not None:
-        save.write_text(plan.to_json() + "\n", encoding="utf-8")
+        try:
+            save.write_text(plan.to_json() + "\n", encoding="utf-8")
+        except OSError as error:
+            raise Refused(f"--save {save}: {error}") from error
     if as_text:
         click.echo(plan.to_json())
     else:
         _print(model, plan)
+
+
+def _make_folder(save: Path | None) -> None:
+    """That of ``--save``: a plan may take minutes, and would be lost.
+
+    Raises:
+        Refused: it cannot be made.
+    """
+    try:
+        if save is not None:
+            save.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"--save {save}: {error}") from error
 
 
 def _planned(module: nn.Module, budget_gib: float, **asked: Any) -> Plan:

@@ -242,7 +242,8 @@ def check_gradients(items: Sequence[ParamPlan], method: str) -> None:
             continue
         if grad.layout != torch.strided:
             raise RuntimeError(
-                f"{method} does not support sparse gradients: that of {item.name} is {grad.layout}"
+                f"{method} does not support sparse gradients: that of {item.name} is {grad.layout}."
+                " Make the embedding with sparse=False, or give it to a torch.optim.SparseAdam"
             )
         kept = projection(grad)
         if kept is not None and kept.spill is not None:

@@ -138,6 +138,7 @@ class SteppedOptimizer(PlannedOptimizer):
         alike = {}
         if not self._places:  # of ZeroRedundancyOptimizer ranks have a part of them each
             alike = self._replicas.groups(lambda: [i for _, items, _ in work for i in items])
+            self._replicas.check_stay((i for _, items, _ in work for i in items), self.state)
         if not alike and not any([i.sharded for _, items, _ in work for i in items]):
             return
         sharded, replicas = ShardedStep(self._staging), []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +18,7 @@ from lowrank_optim.engine.sharded.forms import kept_meta_state
 from lowrank_optim.engine.sharded.local import meta_state
 from lowrank_optim.groups import notices
 from lowrank_optim.groups.linear_maps import EMBEDDING, HEAD, names_linear_map
+from lowrank_optim.groups.names import bare
 from lowrank_optim.groups.values import Group
 from lowrank_optim.sharding.parts import local
 from lowrank_optim.stores import scale_key
@@ -34,6 +36,12 @@ class Rates(NamedTuple):
     """Of the group."""
     projected: float
     """Of the projected part: ``lr`` times ``scale``, and times ``proj_params_lr_scale``."""
+
+    def __str__(self) -> str:
+        """Both; of Adafactor's own step sizes, and of a tensor on a device, only steps know."""
+        if math.isnan(self.lr):
+            return "of each step's own"
+        return f"{self.lr:g} ({self.projected:g} of the projected part)"
 
 
 class Summary(NamedTuple):
@@ -64,7 +72,7 @@ class Summary(NamedTuple):
     def __str__(self) -> str:
         """One line."""
         share = self.projected / max(1, self.parameters)
-        rates = ", ".join(f"{r.lr:g} ({r.projected:g} of the projected part)" for r in self.rates)
+        rates = ", ".join(map(str, self.rates))
         return (
             f"{self.method}: {self.projected_tensors} of {self.tensors} tensors projected, "
             f"{share:.1%} of {self.parameters:,} parameters; state {binary(self.state_bytes)}; "
@@ -155,8 +163,8 @@ def _is_low(item: ParamPlan) -> bool:
 
 
 def _could_be(item: ParamPlan) -> bool:
-    named = not item.name.startswith("parameter ")
-    table = EMBEDDING.search(item.name) or HEAD.search(item.name) or not names_linear_map(item.name)
+    named, name = not item.name.startswith("parameter "), bare(item.name)
+    table = EMBEDDING.search(name) or HEAD.search(name) or not names_linear_map(name)
     return item.param.dim() >= 2 and min(item.param.shape) > 1 and not (named and table)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from lowrank_optim.backward.projecting import check_choices
 from lowrank_optim.fitting.costs import Budget, Mode, Place
+from lowrank_optim.fitting.spectra import check_calibrate
 from lowrank_optim.groups.keys import METHODS
 from lowrank_optim.groups.values import number, whole
 from lowrank_optim.memory import GIB
@@ -79,7 +80,7 @@ def check_asked(
     in_backward: Any,
     state_dtypes: Any,
     state_devices: Any,
-    calibrated: bool,
+    calibrate: Any,
     energy: Any,
     multiple: Any,
     least: Any,
@@ -95,7 +96,9 @@ def check_asked(
         TypeError: one is of a wrong type.
         ValueError: one is out of range or would have no effect.
     """
+    calibrated = calibrate is not None
     _check_model(model, dtype, calibrated)
+    check_calibrate(calibrate)
     check_device(device)
     check_flag("transients", transients)
     positive = number(lambda x: x > 0, "a positive number")
@@ -131,6 +134,11 @@ def check_asked(
     kind = device_of(model, device) if isinstance(model, nn.Module) else str(device or "meta")
     kind = torch.device(kind).type
     places = _places(state_devices, kind, options)
+    if host_gib is not None and "cpu" not in (*places, options.get("state_device")):
+        raise ValueError(
+            f"host_gib={host_gib} has no effect where moments stay on the device: leave it out, "
+            "or let state_devices have 'cpu' and give the GPU to train on, such as device='cuda'"
+        )
     host = math.inf if host_gib is None else float(host_gib) * GIB
     budget = Budget(float(budget_gib) * GIB, host)
     energy = energy or "absolute"

@@ -149,7 +149,7 @@ def fit(
         in_backward=in_backward,
         state_dtypes=state_dtypes,
         state_devices=state_devices,
-        calibrated=calibrate is not None,
+        calibrate=calibrate,
         energy=energy,
         multiple=multiple,
         least=least,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,28 @@ from lowrank_optim.tensors.matrix import MatrixView
 
 Calibrate = Callable[[nn.Module], Any] | Iterable[Any]
 """Losses or micro-batches, or a function of the model that yields them."""
+
+
+def check_calibrate(calibrate: Any) -> None:
+    """Raise, before minutes are spent, for what is neither a function of the model nor iterable.
+
+    Raises:
+        TypeError: it is something else, or cannot be called so.
+    """
+    fine = calibrate is None or isinstance(calibrate, Iterable)
+    if callable(calibrate):
+        try:
+            inspect.signature(calibrate).bind(None)
+            fine = True
+        except TypeError:
+            fine = False
+        except ValueError:  # it has no signature that Python knows
+            fine = True
+    if not fine:
+        raise TypeError(
+            "calibrate must be a function of the model that yields losses, such as def "
+            f"losses(model), or an iterable of micro-batches, got {calibrate!r}"
+        )
 
 
 def spectra(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -19,6 +19,7 @@ from lowrank_optim.groups.keys import (
     without_torch_flags,
 )
 from lowrank_optim.groups.linear_maps import kernels, linear_maps
+from lowrank_optim.groups.names import bare
 from lowrank_optim.groups.targets import no_match, spelled
 from lowrank_optim.groups.values import Group, check, check_module, check_rank
 
@@ -27,44 +28,52 @@ __all__ = ["Group", "canonical", "check", "check_rank", "describe", "lowrank_gro
 logger = logging.getLogger(__name__)
 
 
-def _matcher(what: str, target: str, model: nn.Module) -> Callable[[str], bool]:
+def _matcher(what: str, target: str, known: Collection[str]) -> Callable[[str], bool]:
     """Whether a parameter is meant by ``target``.
 
     The full name of a module or a parameter means all that is in it, and only that: ``layers.1`` is
     not ``layers.10``. Anything else is a regular expression, searched in the parameter's name and
-    in its module's, so that ``q_proj$`` finds ``q_proj.weight``.
+    in its module's, so that ``q_proj$`` finds ``q_proj.weight``. Names are also what they were
+    before ``torch.compile`` and other wrappers: ``layers.1`` means ``_orig_mod.layers.1``.
 
     Raises:
         ValueError: it is not a regular expression.
     """
-    if target and any(target == name for name, _ in _named(model)):
-        return lambda name: name == target or name.startswith(f"{target}.")
+    if target and target in known:
+        return lambda name: any(f"{x}.".startswith(f"{target}.") for x in (name, bare(name)))
     try:
         pattern = re.compile(target)
     except re.error as error:
         raise ValueError(f"{what} {target!r} is not a regular expression: {error}") from None
-    return lambda name: any(pattern.search(x) for x in (name, name.rpartition(".")[0]))
+    return lambda name: any(
+        pattern.search(x) for own in (name, bare(name)) for x in (own, own.rpartition(".")[0])
+    )
 
 
-def _named(model: nn.Module) -> Iterator[tuple[str, object]]:
-    """Modules and parameters by every name they have."""
-    yield from model.named_modules(remove_duplicate=False)
-    yield from model.named_parameters(remove_duplicate=False)
+def _known(model: nn.Module) -> set[str]:
+    """Every name of every module and parameter, with what wrappers add to it and without."""
+    modules = model.named_modules(remove_duplicate=False)
+    params = model.named_parameters(remove_duplicate=False)
+    names = {name for own in (modules, params) for name, _ in own}
+    return names | {bare(name) for name in names}
 
 
 def _targets(
-    model: nn.Module, target_modules: str | Sequence[str], names: Mapping[int, list[str]]
+    model: nn.Module,
+    target_modules: str | Sequence[str],
+    names: Mapping[int, list[str]],
+    known: Collection[str],
 ) -> set[int]:
     """Parameters that ``target_modules`` selects; every part of it must select something."""
     dims = {id(p): p.dim() for p in model.parameters()}
     chosen: set[int] = set()
-    for target in spelled(target_modules, {name for name, _ in _named(model)}):
+    for target in spelled(target_modules, known):
         if target == "all-linear":
             hit = linear_maps(model) & names.keys()
             if not hit:
                 raise ValueError(no_match(target, model))
         else:
-            matches = _matcher("target_modules", target, model)
+            matches = _matcher("target_modules", target, known)
             hit = {i for i, own in names.items() if dims[i] >= 2 and any(map(matches, own))}
             if not hit:
                 raise ValueError(no_match(target, model))
@@ -106,7 +115,8 @@ def lowrank_groups(
             attention and recurrent cells, see :mod:`lowrank_optim.groups.linear_maps`), a pattern,
             or a list of them. A pattern that is the full name of a module or a parameter
             means that one; any other is a regular expression, searched in the names of parameters
-            and of the modules that hold them (default: "all-linear").
+            and of the modules that hold them, with what ``torch.compile`` and other wrappers add
+            to them and without (default: "all-linear").
         overrides: pattern to group keys for the parameters it matches; the first that matches wins.
             ``rank=None`` makes them dense, a rank makes them low-rank (default: None).
         no_decay: patterns; parameters they match get ``weight_decay=0``. One without a match is
@@ -140,9 +150,10 @@ def lowrank_groups(
     for name, param in model.named_parameters(remove_duplicate=False):
         if param.requires_grad:
             names.setdefault(id(param), []).append(name)
-    targets, flat = _targets(model, target_modules, names), kernels(model)
-    rules = [(p, _matcher("override", p, model), canonical(keys)) for p, keys in overrides.items()]
-    undecayed = [_matcher("no_decay", p, model) for p in _patterns(no_decay)]
+    known, flat = _known(model), kernels(model)
+    targets = _targets(model, target_modules, names, known)
+    rules = [(p, _matcher("override", p, known), canonical(keys)) for p, keys in overrides.items()]
+    undecayed = [_matcher("no_decay", p, known) for p in _patterns(no_decay)]
     unused = {pattern for pattern, _, _ in rules}
     buckets: dict[str, Group] = {}
     for name, param in model.named_parameters():

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from lowrank_optim.groups.names import bare
 from lowrank_optim.tensors.matrix import matrix_view
 
 EMBEDDING = re.compile(
@@ -63,6 +64,7 @@ def is_linear_map(name: str | None, shape: Sequence[int], flatten: bool) -> bool
         return False
     if name is None:
         return True
+    name = bare(name)
     if EMBEDDING.search(name) or HEAD.search(name):
         return False
     return names_linear_map(name)
@@ -109,7 +111,7 @@ def linear_maps(model: nn.Module) -> set[int]:
     found: set[int] = set()
     for path, module in model.named_modules(remove_duplicate=False):
         for name, param in module.named_parameters(recurse=False):
-            full = f"{path}.{name}" if path else name
+            full = bare(f"{path}.{name}" if path else name)
             if id(param) in kept_dense or HEAD.search(full):
                 kept_dense.add(id(param))
             elif _is_map(module, name, param):

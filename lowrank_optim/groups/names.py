@@ -26,6 +26,7 @@ SALT = "8340"
 most two matrices in a step, at a gap of 200; under most others three."""
 
 
+@lru_cache(maxsize=1 << 16)
 def bare(name: str) -> str:
     """A parameter's name without what ``torch.compile``, DDP, FSDP or checkpointing add to it."""
     parts = [part for part in name.split(".") if part not in WRAPPERS]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lowrank_optim.groups.linear_maps import looks_like_vocabulary
@@ -68,6 +68,22 @@ def warn_of(
         if text is not None and (kind == "clamped" or kind not in told):
             told.add(kind)
             warnings.warn(text, stacklevel=users_level())
+
+
+def unheard(rank: Any, named: Sequence[Any], owner: str) -> str:
+    """That a constructor was given a rank which is that of no group, as groups name others.
+
+    Args:
+        rank: of the constructor.
+        named: those of groups.
+        owner: name of the optimizer class.
+    """
+    own = next((x for x in named if x is not None), None)
+    return (
+        f"rank={rank} of {owner}() has no effect, as groups name ranks of their own, such as "
+        f"{own}, and a group without one is dense: give it to the groups, as "
+        f"lowrank_groups(model, rank={rank}) does, or leave it out"
+    )
 
 
 def clamped(group: Group) -> str | None:

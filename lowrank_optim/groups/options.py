@@ -20,7 +20,8 @@ class Options(TypedDict, total=False):
     """Keyword arguments that every optimizer takes, and every parameter group may override."""
 
     rank: int | float
-    """Directions kept, or a fraction of the projected dimension (default: 128)."""
+    """Directions kept, or a fraction of the projected dimension, where no group names a rank
+    (default: 128)."""
     update_proj_gap: int
     """Steps between refreshes of a basis (default: 200)."""
     scale: float
@@ -55,27 +56,30 @@ class ProjectorOptions(Options, total=False):
     """:class:`Options`, and what one ``projector`` reads: another refuses it."""
 
     oversample: int
-    """Of ``"rsvd"``: columns of the search beyond the rank."""
+    """Of ``"rsvd"``: columns of the search beyond the rank (default: 8)."""
     max_iterations: int
-    """Of ``"rsvd"``: power iterations at most."""
+    """Of ``"rsvd"``: power iterations of a refresh at most (default: 8)."""
     tolerance: float
-    """Of ``"rsvd"``: part of the captured energy for which another iteration is not worth it."""
+    """Of ``"rsvd"``: part of the captured energy for which another iteration is not worth it
+    (default: 0.01)."""
     random_from: int | float
-    """Of ``"golore"``: the first step with random bases, or the part of ``total_steps`` before."""
+    """Of ``"golore"``: the first step with random bases, or the part of ``total_steps`` before
+    (default: 0)."""
     total_steps: int | None
-    """Of ``"golore"``: steps of the run."""
+    """Of ``"golore"``: steps of the run (default: None)."""
     basis: str
-    """Of ``"dct"``: ``"dct2"`` or ``"dct3"``."""
+    """Of ``"dct"``: ``"dct2"`` or ``"dct3"`` (default: "dct2")."""
     transform: str
-    """Of ``"dct"``: how the transform is computed."""
+    """Of ``"dct"``: how the transform is computed, auto, matmul, fft (default: "auto")."""
     ranking: str
-    """Of ``"dct"`` and ``"hadamard"``: the norm by which directions are chosen."""
+    """Of ``"dct"`` and ``"hadamard"``: the norm by which directions are chosen, l2, l1
+    (default: "l2")."""
     layers: str | None
-    """Of ``"block"``: a pattern whose matches are one block each."""
+    """Of ``"block"``: a pattern whose matches are one block each (default: None, a tensor each)."""
     active_layers: int
-    """Of ``"block"``: blocks of ``layers`` that are active at once."""
+    """Of ``"block"``: blocks of ``layers`` that are active at once (default: None, the density)."""
     layer_weights: Any
-    """Of ``"block"``: weights of the draws of ``layers``."""
+    """Of ``"block"``: weights of the draws of ``layers`` (default: None, all alike)."""
 
 
 DEFAULTS: Options = {

@@ -33,6 +33,7 @@ KINDS: dict[str, Literal["sign", "raw"] | None] = {"sign": "sign", "sgd": "raw",
 class _Frugal(LowRankOptimizer):
     preset: ClassVar[Options] = {}
     """Defaults of a subclass that differ."""
+    default_rank: ClassVar[int | float] = 0.25
 
     def __init__(
         self, params: Iterable[Any], own: Group, density: float | None, options: ProjectorOptions
@@ -40,7 +41,7 @@ class _Frugal(LowRankOptimizer):
         if density is not None and "rank" in options:
             raise ValueError(f"density={density} and rank={options['rank']} are both given")
         common: ProjectorOptions = {
-            "rank": 0.25,
+            "rank": self.default_rank,
             "scale": 1.0,
             "projector": "block",
             "on_refresh": "reset",

@@ -81,6 +81,17 @@ class ProjectedGrad(Tensor):
         shapes = {name: tuple(x.shape) for name, x in self.coords.items()}
         return f"ProjectedGrad({tuple(self.shape)}, coords={shapes})"
 
+    def __reduce_ex__(self, proto: Any) -> Any:
+        """Nothing that a file could hold: its basis is of the optimizer's next step.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "a gradient that is kept in its subspace by attach_in_backward(mode='project') cannot "
+            "be saved: save the run after zero_grad(), and a resumed run begins with a whole batch"
+        )
+
     @_Untraced
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """What tools that count memory look at: the coordinates."""

@@ -71,6 +71,33 @@ def train(model: nn.Module, optimizer: LowRankOptimizer, pieces: int = 1, data=N
         optimizer.zero_grad()
 
 
+class Still(torch.autograd.Function):
+    """A linear map whose weight gets no gradient, as functions of one's own may decide."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return grad @ weight, None
+
+
+class Now(nn.Module):
+    """Two maps, of which the second is :class:`Still` where it is told so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = (nn.Linear(12, 12, bias=False).double() for _ in range(2))
+
+    def forward(self, x: Tensor, still: bool) -> Tensor:
+        x = self.one(x).tanh()
+        return Still.apply(x, self.two.weight) if still else self.two(x)
+
+
 def projectable(name: str) -> bool:
     optimizer = make(name)[1]
     if name in cases.WHOLE_LAYERS:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +23,7 @@ from tests.backward.nets import (
     METHODS,
     STEPS,
     Net,
+    Now,
     assert_same,
     batches,
     bitwise,
@@ -599,6 +602,57 @@ def test_misuse_is_an_error() -> None:
     for bad in ({"mode": "both"}, {"accumulation_steps": 0}, {"max_norm": 0}, {"first_basis": 1}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             attach_in_backward(optimizer, **bad)
+
+
+@pytest.mark.parametrize("given", [{"first_basis": "micro"}, {"coords_dtype": "float32"}])
+def test_an_argument_of_coordinates_is_refused_where_there_are_none(given: dict[str, str]) -> None:
+    (name, value) = next(iter(given.items()))
+    _, optimizer = make("GaLoreAdamW")
+    with pytest.raises(ValueError, match=rf"{name}='{value}' has no effect .*mode='project'"):
+        attach_in_backward(optimizer, "step", **given)
+    attach_in_backward(optimizer, **given).remove()  # nothing was attached
+
+
+def test_coordinates_in_the_place_of_a_gradient_cannot_be_saved() -> None:
+    """Pickle named a function inside this package; the state of the run is what can be saved."""
+    model, optimizer = make("GaLoreAdamW")
+    attach_in_backward(optimizer)
+    train(model, optimizer, data=batches(1))
+    loss_of(model, batches(1)[0]).backward()
+    for write in (lambda x: torch.save(x, io.BytesIO()), pickle.dumps):
+        with pytest.raises(NotImplementedError, match=r"cannot be saved.*after zero_grad\(\)"):
+            write([model.up.weight.grad])
+    torch.save([model.state_dict(), optimizer.state_dict()], io.BytesIO())
+
+
+@pytest.mark.parametrize("mode", ["project", "step"])
+@pytest.mark.parametrize(
+    "still", [(True,), (False, True), (True, False), (True, True)], ids=lambda x: f"{x}"
+)
+def test_a_weight_that_autograd_reaches_without_a_gradient(mode: Any, still: tuple[bool]) -> None:
+    """Hooks run for it too, and the backward ended in an empty AssertionError."""
+    ends = []
+    for attached in (False, True):
+        model = Now()
+        own = {"lr": 1e-2, "rank": 4, "update_proj_gap": 2}
+        optimizer = GaLoreAdamW(model.named_parameters(), **own)
+        if attached:
+            steps = len(still) if mode == "step" else 1
+            own = {"accumulation_steps": steps, "first_basis": "boundary"}
+            attach_in_backward(optimizer, mode, **own)
+        for step in range(6):
+            generator = torch.Generator().manual_seed(step)
+            for piece in still:
+                x = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+                model(x, piece and step % 3 > 0).square().mean().backward()
+            assert not (attached and mode == "step") or all(
+                p.grad is None for p in model.parameters()
+            )
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(model)
+    for a, b in zip(*(x.parameters() for x in ends), strict=True):
+        assert_close(a, b)
 
 
 def llama() -> nn.Module:

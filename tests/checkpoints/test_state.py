@@ -15,10 +15,16 @@ from torch import nn
 
 from lowrank_optim import (
     PROJECTORS,
+    ApolloAdamW,
+    DCTAdamW,
+    FiraAdamW,
+    FrugalAdamW,
     GaLoreAdafactor,
     GaLoreAdamW,
+    GaLoreAdamW8bit,
     GaLoreLion,
     GaLoreSGD,
+    LDAdamW,
     memory,
 )
 from tests import cases, runs
@@ -459,6 +465,86 @@ def test_a_misfit_names_the_parameter_and_both_values_and_changes_nothing(what: 
     assert optimizer.state_dict()["param_groups"] == groups
     assert not optimizer._optimizer_load_state_dict_pre_hooks  # ours are gone after a failure too
     assert not optimizer._optimizer_load_state_dict_post_hooks
+
+
+DCT = {"projector": "dct", "slot_bias_correction": False}
+SAME_ENTRIES = {
+    "frugal": (FrugalAdamW, {"projector": "svd"}, GaLoreAdamW, {"projector": "svd"}),
+    "apollo": (ApolloAdamW, {"projector": "svd"}, FiraAdamW, {"projector": "svd"}),
+    "ldadam": (LDAdamW, {"error_feedback": None}, GaLoreAdamW, {"on_refresh": "project"}),
+    "dct": (DCTAdamW, DCT, GaLoreAdamW, {"projector": "dct"}),
+}
+"""Methods whose states have the same entries, and mean other things by them and by ``scale``."""
+
+
+@pytest.mark.parametrize("pair", SAME_ENTRIES)
+def test_another_methods_checkpoint_is_refused_where_its_entries_fit(pair: str) -> None:
+    """Fira's went into APOLLO, which then ran at Fira's scale of 0.25 in place of its 1."""
+    one, its, two, others = SAME_ENTRIES[pair]
+    weights = [nn.Parameter(torch.randn(6, 10)) for _ in range(2)]
+    optimizers = [
+        cls([("layer.weight", weight)], rank=3, **options)
+        for cls, options, weight in zip((one, two), (its, others), weights, strict=True)
+    ]
+    for weight, optimizer in zip(weights, optimizers, strict=True):
+        runs.train([weight], optimizer, range(2))
+    for here, there in (optimizers, optimizers[::-1]):
+        before, groups = runs.entries(here), copy.deepcopy(here.state_dict()["param_groups"])
+        theirs, ours = type(there).__name__, type(here).__name__
+        message = f"by {theirs} .* in {ours}: .*Nothing .*make a {theirs}, .*weights alone"
+        with pytest.raises(ValueError, match=message):
+            here.load_state_dict(there.state_dict())
+        runs.assert_same_state(runs.entries(here), before)
+        assert here.state_dict()["param_groups"] == groups
+
+
+def test_classes_of_one_method_and_dense_moments_load_into_each_other() -> None:
+    """A subclass is the method of its base; of a dense parameter both are AdamW."""
+
+    class Own(GaLoreAdamW8bit):
+        pass
+
+    params, optimizer = trained()
+    for cls in (Own, GaLoreAdamW8bit):
+        mine = runs.copies(params)
+        twin = cls(mine, rank=3, update_proj_gap=GAP, lr=0.05, projector="svd")
+        twin.load_state_dict(optimizer.state_dict())
+        runs.assert_same_state(runs.entries(twin), runs.entries(optimizer))
+        back = make(runs.copies(params))
+        back.load_state_dict(twin.state_dict())
+        runs.assert_same_state(runs.entries(back), runs.entries(optimizer))
+    dense = [FiraAdamW([{"params": mine, "rank": None}], lr=0.05)]
+    runs.train(mine, dense[0], range(2))
+    other = GaLoreAdamW([{"params": runs.copies(mine), "rank": None}], lr=0.05)
+    other.load_state_dict(dense[0].state_dict())
+    runs.assert_same_state(runs.entries(other), runs.entries(dense[0]))
+
+
+REMEDIES = {
+    "rank": (lambda: other(rank=2), "rank=2"),
+    "projector": (lambda: other(projector="random"), "projector='random'"),
+    "lion": (lambda: other(cls=GaLoreLion), "GaLoreLion"),
+    "torch.optim.AdamW": (foreign, "rank=None"),
+    "ldadam": (lambda: other(cls=LDAdamW, error_feedback=None, projector="rsvd"), "LDAdamW"),
+}
+
+
+@pytest.mark.parametrize("what", REMEDIES)
+def test_a_misfit_says_what_to_do(what: str) -> None:
+    build, remedy = REMEDIES[what]
+    weight = nn.Parameter(torch.randn(6, 10))
+    optimizer = GaLoreAdamW([("layer.weight", weight)], rank=3, projector="svd")
+    with pytest.raises(ValueError, match=r"Nothing was loaded: make .*the weights alone") as caught:
+        optimizer.load_state_dict(build())
+    assert remedy in str(caught.value).split("Nothing was loaded")[1]
+
+
+def test_a_misfit_of_values_names_the_checkpoint() -> None:
+    """LDAdam said to leave ``on_refresh`` out, which nobody had given."""
+    weight = nn.Parameter(torch.randn(6, 10))
+    ldadam = LDAdamW([("layer.weight", weight)], rank=3)
+    with pytest.raises(ValueError, match=r"checkpoint written by GaLoreAdamW .*on_refresh"):
+        ldadam.load_state_dict(other())
 
 
 def test_a_low_rank_checkpoint_does_not_make_a_dense_parameter_low_rank() -> None:

@@ -147,6 +147,8 @@ REFUSED = [
     ("--calibrate must be module.path:function", [*SMALL, "--calibrate", "losses"]),
     ("AttributeError", [*SMALL, "--calibrate", f"{HERE}:none"]),
     ("KeyError", [*SMALL, "--calibrate", f"{HERE}:fails"]),
+    ("calibrate must be a function of the model", [*SMALL, "--calibrate", f"{HERE}:small"]),
+    ("host_gib=1.0 has no effect", [*SMALL, "--host-gib", "1", "--state-device", "none"]),
     ("no class of them; did you mean GaLoreAdamW?", [*SMALL, "--optimizer", "GaloreAdamW"]),
     ("unexpected keyword argument 'scael'", [*SMALL, "--option", "scael=1"]),
     ("frees no gradient", [*SMALL, "--in-backward", "step", "--accumulation-steps", "2"]),
@@ -161,3 +163,18 @@ def test_what_is_refused(case) -> None:
     done = run(*arguments)
     assert done.exit_code == 2 and len(done.output.strip().splitlines()) == 1, done.output
     assert text in done.output
+
+
+def test_a_plan_that_cannot_be_saved_is_refused_before_it_is_sought(tmp_path, monkeypatch) -> None:
+    """It was found, in the minutes that this may take, and lost with a traceback."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("lowrank_optim.cli.fit.best", lambda *_, **__: pytest.fail("sought"))
+    done = run(*SMALL, "--save", str(tmp_path / "file" / "plan.json"))
+    assert done.exit_code == 2 and len(done.output.strip().splitlines()) == 1, done.output
+    assert "--save" in done.output and "file" in done.output
+
+
+def test_a_plan_makes_the_folder_that_it_is_saved_in(tmp_path) -> None:
+    done = run(*SMALL, "--optimizer", "GaLoreAdamW", "--save", str(tmp_path / "a" / "plan.json"))
+    assert done.exit_code == 0, done.output
+    assert Plan.from_json((tmp_path / "a" / "plan.json").read_text(), small())

@@ -188,6 +188,17 @@ def test_table_shows_the_figures_under_their_names(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("budget", ["24", "0.00000001"])
+def test_a_mode_that_no_row_can_take_is_not_said_to_need_more_memory(budget: str) -> None:
+    """Fira uses whole gradients, and a row without a figure was "nothing fits" in 24 GiB."""
+    asked = ("--in-backward", "project", "--in-backward", "step", "--budget-gib", budget)
+    told = " ".join(run(*SMALL[:2], "--optimizer", "FiraAdamW", *asked).stdout.split())
+    text = told.split("project, any number: ")[1]
+    assert text.startswith("FiraAdamW cannot train so (–: the method needs whole gradients)")
+    fits = "FiraAdamW fits" if budget == "24" else "nothing fits"
+    assert f"step, 1 micro-batch: {fits}" in told
+
+
 def test_colours_say_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")

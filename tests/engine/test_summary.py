@@ -63,8 +63,10 @@ def test_the_rate_of_the_projected_part() -> None:
     assert rates == pytest.approx((0.02, 0.002))
     (rates,) = methods.SwitchLoRAAdamW(net.named_parameters(), lr=0.02, rank=4).summary().rates
     assert rates == (0.02, 0.02)
-    (rates,) = GaLoreAdafactor(net.named_parameters(), rank=4).summary().rates
+    adafactor = GaLoreAdafactor(net.named_parameters(), rank=4).summary()
+    (rates,) = adafactor.rates
     assert rates.lr != rates.lr  # steps of its own size
+    assert "nan" not in str(adafactor) and "learning rate of each step's own" in str(adafactor)
 
 
 def test_modules_count_as_projected() -> None:
@@ -107,6 +109,14 @@ def test_embeddings_and_heads_are_no_matrices_to_project() -> None:
             self.lm_head = nn.Linear(24, 500)
 
     found = GaLoreAdamW(Net().named_parameters(), rank=4).summary()
+    assert found.matrices == found.projected == 24 * 24
+    assert found.shortfall() is None
+
+
+def test_a_head_of_a_wrapped_model_is_none_either() -> None:
+    """A warning asked for a rank of the head, which is dense as in the plain model."""
+    net = nn.ModuleDict({"proj": nn.Linear(24, 24), "output": nn.Linear(24, 500)})
+    found = GaLoreAdamW(nn.ModuleDict({"module": net}).named_parameters(), rank=4).summary()
     assert found.matrices == found.projected == 24 * 24
     assert found.shortfall() is None
 

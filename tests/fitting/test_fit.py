@@ -476,6 +476,9 @@ REFUSED = [
     (ValueError, "state_dtypes must be a list .*'3bit'", {"state_dtypes": ["3bit"]}),
     (ValueError, "in_backward must be a list", {"in_backward": ["both"]}),
     (ValueError, "host_gib must be None or a positive number", {"host_gib": 0}),
+    (ValueError, "host_gib=1 has no effect", {"host_gib": 1}),  # the device is a CPU
+    (ValueError, "host_gib=1 has no effect",
+     {"host_gib": 1, "state_devices": [None], "device": "cuda"}),
     (ValueError, "state_devices must be a list", {"state_devices": "cpu", "device": "cuda"}),
     (ValueError, "which has no effect where the device is a CPU", {"state_devices": ["cpu"]}),
     (ValueError, "device must be None or one of", {"device": "gpu"}),
@@ -493,6 +496,8 @@ REFUSED = [
     (TypeError, "unexpected keyword", {"scael": 1.0}),
     (ValueError, "matches no", {"target_modules": "nowhere"}),
     (TypeError, "calibrate must yield", {"calibrate": [3]}),
+    (TypeError, "calibrate must be a function of the model", {"calibrate": lambda: []}),
+    (TypeError, "calibrate must be a function of the model", {"calibrate": 3}),
     (ValueError, "gave no micro-batch", {"calibrate": []}),
     (ValueError, "not its configuration", {"model": CONFIG, "calibrate": batches()}),
 ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import warnings
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_optim import GaLoreAdamW, GaLoreSGD, lowrank_groups
+from lowrank_optim import FrugalAdamW, GaLoreAdamW, GaLoreSGD, lowrank_groups
 from lowrank_optim.groups import Group
+from lowrank_optim.groups.names import bare
 from tests import runs
 from tests.logged import Logged
 
@@ -372,6 +374,60 @@ def test_constructor_rank_applies_where_no_group_names_one() -> None:
     assert projected(GaLoreAdamW([{"params": [a], "rank": 4}, {"params": [b]}])) == [True, False]
     given = [{"params": [a], "rank": None}, {"params": [b]}]
     assert projected(GaLoreAdamW(given, rank=4)) == [False, False]
+
+
+@pytest.mark.parametrize("cls", [GaLoreAdamW, FrugalAdamW])
+def test_a_rank_of_the_constructor_that_no_group_takes_warns(cls: Any) -> None:
+    """``GaLoreAdamW(lowrank_groups(model), rank=512)`` trained at rank 128, without a word."""
+    groups = lowrank_groups(Model(), rank=0.5, no_decay="norm")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cls(groups, projector="columns")  # nobody asked for another rank
+        cls(groups, projector="columns", rank=0.5)  # the one that they have
+    message = r"rank=0.75 of .* has no effect.*such as 0.5,.*lowrank_groups"
+    with pytest.warns(UserWarning, match=message) as caught:
+        optimizer = cls(groups, projector="columns", rank=0.75)
+    assert [w.filename for w in caught] == [__file__]
+    assert {g["rank"] for g in optimizer.param_groups} == {0.5, None}
+
+
+WRAPPED = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "layers compiled": lambda model: compiled_layers(model),
+    "in a wrapper": lambda model: nn.ModuleDict({"module": model}),  # as of DistributedDataParallel
+}
+
+
+def compiled_layers(model: Model) -> Model:
+    for i, block in enumerate(model.layers):
+        block.attn = torch.compile(block.attn, backend="eager")
+        model.layers[i] = torch.compile(block, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"target_modules": ["layers.1"]},
+        {"target_modules": ["layers.1.attn", "layers.2.mlp.weight"]},
+        {"target_modules": r"^layers\.\d+\.attn$"},
+        {"overrides": {"layers.1": {"rank": 3}, r"^layers\.(2|3)\.attn\.weight": {"rank": None}}},
+        {"no_decay": ["layers.1", r"^embed", r"\.norm$"]},
+    ],
+)
+def test_what_wrappers_add_to_names_changes_no_group(wrapped: str, asked: dict[str, Any]) -> None:
+    """``layers.1`` meant ``layers.10`` too in a compiled model, and ``^layers`` meant nothing."""
+
+    def found(model: nn.Module) -> dict[str, Any]:
+        groups = lowrank_groups(model, rank=2, **asked)
+        return {
+            bare(name): (g.get("rank"), g.get("weight_decay"))
+            for g in groups
+            for name in g["param_names"]
+        }
+
+    assert found(WRAPPED[wrapped](Model())) == found(Model())
 
 
 def test_a_rank_that_does_not_fit_leaves_a_matrix_dense_and_says_so(

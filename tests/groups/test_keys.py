@@ -6,6 +6,7 @@ import copy
 import inspect
 import re
 import warnings
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from lowrank_optim import (
+    PROJECTORS,
     DCTAdamW,
     FiraAdamW,
     FrugalAdamW,
@@ -28,6 +30,7 @@ from lowrank_optim import (
 )
 from lowrank_optim.groups import keys
 from lowrank_optim.groups.keys import ALIASES, FOREIGN, SCHEDULED, TORCH_FLAGS, TRAINERS, known_keys
+from lowrank_optim.groups.options import DEFAULTS, Options, ProjectorOptions
 from lowrank_optim.groups.values import CHOICES, VALUES
 from lowrank_optim.nn import convert
 from tests import runs
@@ -46,6 +49,24 @@ def rank_of(cls: type[LowRankOptimizer]) -> Any:
 
 def group(cls: type[LowRankOptimizer], **keys: Any) -> dict[str, Any]:
     return {"params": [weight()], "rank": rank_of(cls), **keys}
+
+
+def documented() -> dict[str, str]:
+    """Options, and the default that the docstring of each says."""
+    text = "\n".join(map(inspect.getsource, (Options, ProjectorOptions)))
+    entries = re.findall(r'^    (\w+): [^\n]+\n    """(.*?)"""', text, re.S | re.M)
+    return {key: said[1] for key, text in entries if (said := re.search(SAID, text))}
+
+
+SAID = r'\(default: "?([^\s;,")]+)'
+
+
+def test_the_default_of_every_option_is_the_one_that_its_docstring_says() -> None:
+    """Those that a projector reads had none."""
+    own = {f.name: f.default for cls in PROJECTORS.values() for f in fields(cls)}
+    expected = {**own, **DEFAULTS}
+    wanted = ProjectorOptions.__annotations__ | Options.__annotations__
+    assert documented() == {key: str(expected[key]) for key in wanted}
 
 
 # ------------------------------------------------------------------ misspelt

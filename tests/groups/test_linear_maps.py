@@ -22,6 +22,7 @@ from lowrank_optim import (
     memory,
 )
 from lowrank_optim.groups.linear_maps import is_linear_map, looks_like_vocabulary
+from lowrank_optim.groups.names import bare
 from lowrank_optim.tensors.matrix import matrix_view
 from tests.compare import assert_close
 from tests.logged import Logged
@@ -250,6 +251,34 @@ def test_what_a_name_and_a_shape_tell(
     name: str | None, shape: tuple[int, ...], expected: bool
 ) -> None:
     assert is_linear_map(name, shape, flatten=False) is expected
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda name: f"module.{name}",  # DistributedDataParallel
+        lambda name: f"_orig_mod.module.{name}",  # torch.compile of it
+        lambda name: name.replace(".weight", "._checkpoint_wrapped_module.weight"),
+    ],
+)
+def test_a_wrapper_makes_no_map_of_a_table_or_a_head(wrapped: Any) -> None:
+    """``output.weight``, which Meta's LLaMA ends with, was dense until the model was wrapped."""
+    names = ["output.weight", "decoder.weight", "tok_embeddings.weight", "lm_head.weight"]
+    names += ["wte.weight", "layers.0.output.weight", "layers.0.wq.weight"]
+    for name in names:
+        found = is_linear_map(wrapped(name), (64, 16), flatten=False)
+        assert found is is_linear_map(name, (64, 16), flatten=False) is ("layers" in name), name
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda m: torch.compile(m, backend="eager"), lambda m: nn.ModuleDict({"module": m})]
+)
+def test_a_head_by_its_name_in_a_wrapped_model(wrap: Any) -> None:
+    def model() -> nn.Module:
+        return nn.ModuleDict({"wq": nn.Linear(8, 8), "output": nn.Linear(8, 40)})
+
+    wrapped = low(lowrank_groups(wrap(model()), rank=2))
+    assert {bare(name) for name in wrapped} == low(lowrank_groups(model(), rank=2)) == {"wq.weight"}
 
 
 # ------------------------------------------------------------------ kernels are one matrix

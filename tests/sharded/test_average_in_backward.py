@@ -15,6 +15,8 @@ from lowrank_optim import GaLoreAdamW, attach_in_backward
 from lowrank_optim.sharding import averages, collectives
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
 from tests import runs
+from tests.backward.nets import Now
+from tests.compare import assert_close
 from tests.pairwise import in_turns
 from tests.sharded.meter import Meter
 from tests.sharded.ranks import Ranks, World
@@ -251,6 +253,35 @@ def held(named: Any) -> int:
             for y in own:
                 storages[y.untyped_storage()._cdata] = y.untyped_storage().nbytes()
     return sum(storages.values())
+
+
+def reached(world: World, mode: Any) -> Any:
+    """Steps in some of which autograd reaches a weight and makes no gradient, on some ranks."""
+    ends = []
+    for attached in (True, False):
+        model = Now()
+        own = {"lr": 1e-2, "rank": 4, "update_proj_gap": 2}
+        optimizer = GaLoreAdamW(model.named_parameters(), **own)
+        if attached:
+            attach_in_backward(optimizer, mode, process_group=dist.group.WORLD)
+        for step in range(7):
+            for rank in [world.rank] if attached else range(world.size):
+                x = torch.randn(5, 12, generator=torch.Generator().manual_seed(10 * step + rank))
+                still = step in (3, 4) and (rank == 1 or step == 4)
+                loss = model(x.double(), still).square().mean()
+                (loss if attached else loss / world.size).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append([p.detach() for p in model.parameters()])
+    return ends
+
+
+@pytest.mark.parametrize("mode", ["project", "step"])
+def test_a_weight_reached_without_a_gradient_counts_as_zeros(mode: str, ranks: Worlds) -> None:
+    """As one that a rank does not reach; where no rank has a gradient, no step moves it."""
+    for mine, one in ranks(2).run("reached", reached, mode=mode).checked():
+        for a, b in zip(mine, one, strict=True):
+            assert_close(a, b)
 
 
 DENSE = sum(M if i % 2 else N for i in range(LAYERS)) + 2 * M

@@ -51,6 +51,33 @@ MORE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+def leaving(world: World, early: bool) -> tuple[str, int]:
+    """What was raised within ``join()`` where rank 1 has a batch more, and steps taken."""
+    model = DistributedDataParallel(nn.Linear(8, 8))
+    own = {"rank": 0.5, "projector": "columns", "update_proj_gap": 2}
+    optimizer = GaLoreAdamW(model.module.named_parameters(), **own)
+    model.register_comm_hook(None, ddp_comm_hook(optimizer))
+    taken = 0
+    try:
+        with model.join(throw_on_early_termination=early):
+            for _ in range(3 + world.rank):
+                model(torch.randn(2, 8)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                taken += 1
+    except RuntimeError as error:
+        return str(error), taken
+    return "", taken
+
+
+def test_a_rank_that_leaves_would_not_know_what_is_sent(ranks: Worlds) -> None:
+    """Messages of a rank that takes no steps had other lengths than those of the others."""
+    for said, taken in ranks(2).run("leaving", leaving, early=False).checked():
+        assert "throw_on_early_termination" in said and "as many batches" in said and taken == 0
+    for said, taken in ranks(2).run("leaving", leaving, early=True).checked():
+        assert "exhausted" in said and taken == 3
+
+
 @pytest.mark.parametrize(
     "name", [*EQUAL, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
 )

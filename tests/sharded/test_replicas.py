@@ -191,6 +191,63 @@ def test_a_model_wrapped_after_a_step(ranks: Worlds) -> None:
     assert alike(first, second)
 
 
+def joined(world: World, projector: str, more: int, **how: Any) -> Any:
+    """Steps within ``join()``: rank 1 has more batches. What was raised, steps taken, weights."""
+    ddp, one = DistributedDataParallel(network()), network()
+    options = {**OPTIONS, "projector": projector}
+    if projector == "columns":
+        options["rank"] = 0.5
+    optimizer = lowrank_optim.GaLoreAdamW(ddp.module.named_parameters(), **options)
+    single = lowrank_optim.GaLoreAdamW(one.named_parameters(), **options)
+    for step in range(4):
+        single.zero_grad()
+        for rank in range(world.size):
+            backward(one, step, rank)
+        for p in one.parameters():
+            p.grad /= world.size
+        single.step()
+    taken, said = 0, ""
+    try:
+        with ddp.join(**how):
+            for step in range(4 + more * world.rank):
+                optimizer.zero_grad()
+                backward(ddp, step, world.rank)
+                optimizer.step()
+                taken += 1
+    except RuntimeError as error:
+        said = str(error)
+    moved = not alike(weights(ddp), weights(network()))
+    return said, taken, moved, weights(ddp), weights(one)
+
+
+def test_ranks_that_may_leave_one_by_one_find_no_bases_together(ranks: Worlds) -> None:
+    """Those with a batch left waited in a refresh until the time-out, for one that had none."""
+    for said, taken, moved, *_ in ranks(2).run("joined", joined, projector="svd", more=0).checked():
+        assert all(x in said for x in ("as many batches", "throw_on_early_termination", "0.weight"))
+        assert taken == 0 and not moved
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("columns", {}),
+        ("svd", {"enable": False}),
+        ("svd", {"throw_on_early_termination": True}),
+    ],
+    ids=["columns", "not enabled", "ends together"],
+)
+def test_join_where_no_rank_waits_for_another(
+    name: str, how: dict[str, bool], ranks: Worlds
+) -> None:
+    """Draws need no message, and with ``throw_on_early_termination`` all end together."""
+    more = int("throw_on_early_termination" in how)
+    values = ranks(2).run("joined", joined, projector=name, more=more, **how).checked()
+    for said, taken, _, mine, one in values:
+        assert (taken, "exhausted" in said) == (4, bool(more))
+        for x, y in zip(mine, one, strict=True):
+            assert_close(x, y)
+
+
 def zero(world: World) -> Any:
     """More ranks than parameters: one has none, and must not keep the others waiting."""
     model = network(layers=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -26,8 +27,8 @@ from lowrank_optim.subspaces.searches import together
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
 
-def averaged(params: Iterable[Tensor]) -> dict[int, dist.ProcessGroup]:
-    """The ranks over which ``DistributedDataParallel`` averages gradients, by id of a parameter.
+def wrappers(params: Iterable[Tensor]) -> dict[int, DistributedDataParallel]:
+    """The ``DistributedDataParallel`` that averages the gradient, by id of a parameter.
 
     It leaves no trace on a parameter, so all objects are asked; milliseconds, where ranks exist.
     """
@@ -37,15 +38,21 @@ def averaged(params: Iterable[Tensor]) -> dict[int, dist.ProcessGroup]:
     if not wanted:
         return {}
     kinds = {id(cls) for cls in _with_subclasses(DistributedDataParallel)}
-    found: dict[int, dist.ProcessGroup] = {}
+    found: dict[int, DistributedDataParallel] = {}
     for x in gc.get_objects():
         # not isinstance, which a proxy may answer by importing what it stands for; nor issubclass,
         # which asks an abstract class about each of some hundred thousand objects
         if id(type(x)) in kinds and hasattr(x, "process_group"):
             ignored = getattr(x, "parameters_to_ignore", ())
             own = {id(p) for n, p in x.module.named_parameters() if n not in ignored}
-            found.update(dict.fromkeys(own & wanted, x.process_group))
+            found.update(dict.fromkeys(own & wanted, x))
     return found
+
+
+def lets_leave(wrapper: DistributedDataParallel | None) -> bool:
+    """Whether it is in a ``join()`` that ranks without a batch leave before the others."""
+    config = getattr(wrapper, "_join_config", None)
+    return config is not None and config.enable and not config.throw_on_early_termination
 
 
 def _with_subclasses(cls: type[Any]) -> Iterator[type[Any]]:
@@ -60,6 +67,7 @@ class Replicas:
     def __init__(self) -> None:
         self._steps = 0
         self._groups: dict[int, dist.ProcessGroup] = {}
+        self._wrappers: list[weakref.ref[DistributedDataParallel]] = []
 
     def group_of(self, param: Tensor) -> dist.ProcessGroup | None:
         """The ranks that were found to have a parameter; None if nobody else has."""
@@ -72,7 +80,7 @@ class Replicas:
 
     def release(self) -> None:
         """Nobody averages what :meth:`share` told of any more."""
-        self._groups = {}
+        self._groups, self._wrappers = {}, []
 
     @property
     def known(self) -> Mapping[int, dist.ProcessGroup]:
@@ -86,13 +94,14 @@ class Replicas:
         are some: a model may be wrapped after a step, as one that makes state for a checkpoint.
         """
         if not (dist.is_available() and dist.is_initialized()):
-            self._steps, self._groups = 0, {}
+            self._steps, self._groups, self._wrappers = 0, {}, []
             return {}
         self._steps += 1
         alone = dist.get_world_size() == 1
         if not self._groups and not alone and self._steps & (self._steps - 1) == 0:
             own = items()
-            shared = averaged(i.param for i in own)
+            found = wrappers(i.param for i in own)
+            shared = {key: wrapper.process_group for key, wrapper in found.items()}
             by_group: dict[int, list[ParamPlan]] = {}
             for item in own:
                 if id(item.param) in shared:
@@ -101,7 +110,28 @@ class Replicas:
                 group = shared[id(alike[0].param)]
                 if group.size() > 1 and _is_alike(alike, group):
                     self._groups.update({id(item.param): group for item in alike})
+                    known = {id(x): x for x in (found[id(item.param)] for item in alike)}
+                    self._wrappers += map(weakref.ref, known.values())
         return self._groups
+
+    def check_stay(self, items: Iterable[ParamPlan], state: Mapping[Tensor, State]) -> None:
+        """Raise where a rank may leave the others with whom it finds bases.
+
+        Raises:
+            RuntimeError: with a matrix whose basis they find together.
+        """
+        if not any(lets_leave(wrapper()) for wrapper in self._wrappers):
+            return
+        for item in items:
+            if id(item.param) not in self._groups or item.subspace is None:
+                continue
+            if not item.subspace.reproducible(int(state.get(item.param, {}).get("step", 0))):
+                raise RuntimeError(
+                    f"ranks find the basis of {item.name} together, and would wait for one that "
+                    "has no batch left, as join() of DistributedDataParallel lets it leave them: "
+                    "give all ranks as many batches and leave join() out, or pass it "
+                    "throw_on_early_termination=True, with which all end together"
+                )
 
 
 def check_same_parameters(items: Sequence[ParamPlan], group: dist.ProcessGroup) -> None:
