@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from typing import Any
 
@@ -19,6 +20,7 @@ from lowrank_optim.subspaces import RandomizedSVD, RefreshContext
 from lowrank_optim.tensors.matrix import matrix_view
 from tests import cases
 from tests.compare import assert_close
+from tests.logged import Logged
 
 
 def refresh_steps(count: int, steps: int, **options: Any) -> list[list[int]]:
@@ -205,6 +207,18 @@ def test_total_failure_postpones_and_is_counted(
     assert float((moved - basis @ (basis.mT @ moved)).norm()) < 0.02 * float(before.norm())
     cases.run(optimizer, [param], [grads[5:]])
     assert int(optimizer.state[param]["refresh_step"]) == 5
+
+
+def test_a_gradient_of_zeros_is_no_news_and_one_that_is_not_finite_is(logged: Logged) -> None:
+    """Both postpone a refresh; an expert without tokens does so at every step."""
+    param = torch.nn.Parameter(cases.parameter((20, 31)).detach())
+    optimizer = cases.build("GaLoreAdamW", [param])
+    zeros = torch.zeros_like(param)
+    cases.run(optimizer, [param], [[zeros], [zeros]])
+    assert not logged.records
+    cases.run(optimizer, [param], [[zeros + math.nan]])
+    assert any("refresh of parameter 0 postponed at step" in text for text in logged.messages)
+    assert optimizer.postponed_refreshes() == {"parameter 0": 3}
 
 
 def basis_in(optimizer: LowRankOptimizer, param: Tensor) -> Tensor:
