@@ -22,6 +22,7 @@ from lowrank_optim import (
     memory,
 )
 from lowrank_optim.engine.draws import seeded
+from lowrank_optim.ops import quant
 from lowrank_optim.subspaces.block import BLOCK_ORDERS, Block
 from tests import cases, runs
 from tests.compare import assert_close
@@ -143,6 +144,23 @@ def test_an_active_block_is_torch_adamw_to_the_bit() -> None:
         cases.run(optimizer, params, [grads])
         cases.run(adamw, [other], [grads])
         assert torch.equal(params[0], other)
+
+
+@pytest.mark.parametrize("state_dtype", ["8bit", "4bit"])
+def test_an_idle_block_holds_no_scales_either(
+    state_dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept of moments in codes comes and goes together, over two switches."""
+    monkeypatch.setattr(quant, "MIN_SIZE", 1)
+    params = weights(4, torch.float32)
+    group = {"params": params, "density": 0.5}
+    optimizer = FrugalAdamW([group], update_proj_gap=1, state_dtype=state_dtype)
+    whole = {f"exp_avg{square}{scale}" for square in ("", "_sq") for scale in ("", "_scale")}
+    for step in range(3):
+        cases.run(optimizer, params, [gradients(params, step)])
+        kept = [{key for key in optimizer.state[p] if "exp_avg" in key} for p in params]
+        assert sorted(map(len, kept)) == [0, 0, 4, 4]
+        assert all(own == whole for own in kept if own)
 
 
 def test_idle_blocks_hold_no_bytes() -> None:
