@@ -260,6 +260,29 @@ def test_an_expert_without_tokens_at_a_refresh_neither_loses_its_basis_nor_stops
 
 
 @pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("projector", [x for x in cases.basis_names() if x != "random"])
+def test_experts_of_which_one_is_not_finite_keep_their_bases(
+    projector: str, forced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a refresh: of all, bit for bit, and none of them moves."""
+    cases.branching(monkeypatch, lambda tensor: forced)
+    param = torch.nn.Parameter(torch.zeros(2, 30, 40))
+    optimizer = cases.build("GaLoreSGD", [param], projector=projector, update_proj_gap=2)
+    first, other, bad = cases.gradients((2, 30, 40), 3, torch.float32)
+    cases.run(optimizer, [param], [[first], [first]])
+    basis, before = basis_in(optimizer, param), param.detach().clone()
+    bad[1, 2, 3] = torch.nan
+    draws = torch.get_rng_state()
+    cases.run(optimizer, [param], [[bad]])
+    assert torch.equal(torch.get_rng_state(), draws)  # what stands in for it is drawn apart
+    assert torch.equal(basis_in(optimizer, param), basis)
+    assert torch.equal(param, before)
+    cases.run(optimizer, [param], [[other]])  # it is still due
+    assert optimizer.postponed_refreshes() == {"parameter 0": 1}
+    assert not torch.equal(basis_in(optimizer, param), basis)
+
+
+@pytest.mark.parametrize("forced", [False, True])
 @pytest.mark.parametrize("projector", cases.basis_names())
 def test_an_expert_without_tokens_keeps_the_basis_it_had(
     projector: str, forced: bool, monkeypatch: pytest.MonkeyPatch

@@ -203,6 +203,16 @@ def test_numpy_scalars_are_the_numbers_that_they_hold(key: str) -> None:
         )
 
 
+def test_whole_numbers_are_numbers_up_to_63_bits() -> None:
+    """As a LoRA's alpha is written; torch cannot take a larger one."""
+    most = 2**63 - 1
+    (group,) = methods.GaLoreAdamW([weight()], rank=4, scale=most, seed=most).param_groups
+    assert group["scale"] == group["seed"] == most
+    for value in (2**63, -(2**63)):
+        with pytest.raises(ValueError, match="scale must be a finite number of at least 0"):
+            methods.GaLoreAdamW([weight()], rank=4, scale=value)
+
+
 def test_a_tensor_lr_is_kept_as_it_is() -> None:
     lr = torch.tensor(0.5)
     assert methods.GaLoreAdamW([weight()], lr=lr).param_groups[0]["lr"] is lr
