@@ -20,6 +20,7 @@ from lowrank_optim import (
     GaLoreAdamW,
     LowRankOptimizer,
     memory,
+    ops,
 )
 from lowrank_optim.engine.draws import seeded
 from lowrank_optim.ops import quant
@@ -161,6 +162,34 @@ def test_an_idle_block_holds_no_scales_either(
         kept = [{key for key in optimizer.state[p] if "exp_avg" in key} for p in params]
         assert sorted(map(len, kept)) == [0, 0, 4, 4]
         assert all(own == whole for own in kept if own)
+
+
+def test_a_step_that_raises_as_a_block_begins_leaves_none_of_its_moments(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are no entries of the state before, so that there is nothing to put back of them."""
+    params = weights(2, torch.float32)
+    group = {"params": params, "density": 0.5}
+    optimizer = FrugalAdamW(
+        [group], update_proj_gap=1, block_order="ascending", state_dtype="bfloat16"
+    )
+    cases.run(optimizer, params, [gradients(params, 0)])
+    before, held = runs.entries(optimizer), holders(optimizer, params)
+    starts = [p.detach().clone() for p in params]
+
+    def fails(*_: Any) -> None:
+        raise MemoryError("none left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "add_all_", fails)
+        with pytest.raises(MemoryError, match="none left"):
+            cases.run(optimizer, params, [gradients(params, 1)])
+    (begun,) = {0, 1} - held
+    assert holders(optimizer, params) <= held
+    assert torch.equal(params[begun], starts[begun])
+    runs.assert_same_state([runs.entries(optimizer)[begun]], [before[begun]])
+    optimizer.step()
+    assert holders(optimizer, params) == {begun}
 
 
 def test_idle_blocks_hold_no_bytes() -> None:
