@@ -274,6 +274,11 @@ FORMS: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "state of parameter 0 must be a dict",
     ),
+    "key": (
+        {"state": {0: {"step": 1.0, 3: 2.0}}, "param_groups": [{"params": [0, 1]}]},
+        ValueError,
+        "state of parameter 0 must be a dict of names",
+    ),
     "shared": (
         {"state": {}, "param_groups": [{"params": [0, 0]}]},
         ValueError,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from collections.abc import Sequence
@@ -190,6 +191,21 @@ def test_a_step_that_raises_as_a_block_begins_leaves_none_of_its_moments(
     runs.assert_same_state([runs.entries(optimizer)[begun]], [before[begun]])
     optimizer.step()
     assert holders(optimizer, params) == {begun}
+
+
+def test_a_checkpoint_without_the_moments_of_an_active_block_is_refused() -> None:
+    """An idle one has none; the moments of an active one would have begun again without a word."""
+    params = weights(2, torch.float32)
+    optimizer = FrugalAdamW([{"params": params, "density": 0.5}])
+    cases.run(optimizer, params, [gradients(params, 0)])
+    (active,) = holders(optimizer, params)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for key in ("exp_avg", "exp_avg_sq"):
+        del saved["state"][active][key]
+    before = runs.entries(optimizer)
+    with pytest.raises(ValueError, match="exp_avg"):
+        optimizer.load_state_dict(saved)
+    runs.assert_same_state(runs.entries(optimizer), before)
 
 
 def test_idle_blocks_hold_no_bytes() -> None:
