@@ -66,12 +66,6 @@ class Levels(NamedTuple):
         codes = unpacked(self.codes, k) if bits == 4 else self.codes
         return codes.float().mul_(self.step.unsqueeze(-1)).add_(self.low.unsqueeze(-1))
 
-    def tiles(self, rows: int) -> Iterator[tuple[slice, Levels]]:
-        """Views of ``rows`` rows of the second to last dimension."""
-        for start in range(0, self.codes.shape[-2], rows):
-            at = slice(start, start + rows)
-            yield at, Levels(self.codes[..., at, :], self.low[..., at], self.step[..., at])
-
 
 @dataclass(frozen=True)
 class ErrorFeedback(OneByOne):
@@ -121,9 +115,7 @@ class ErrorFeedback(OneByOne):
         check_finite({"the highest level of error": highest}, "the highest level of error")
 
     def before(self, state: State, grad: Tensor) -> Tensor:
-        """``G + E``; a gradient that is not finite as it is, in the format of all others."""
-        if not on_accelerator(grad) and not bool(ops.matrix_norm(grad).isfinite().all()):
-            return grad.to(compute_dtype(grad.dtype))
+        """``G + E``, which is not finite where G is not: nothing of such a step is kept."""
         out = torch.empty(grad.mT.shape, dtype=compute_dtype(grad.dtype), device=grad.device)
         for at in self._tiles(grad):
             out[..., at, :] = self._error(state, at, grad.shape[-2]).add(grad.mT[..., at, :])

@@ -716,6 +716,16 @@ def floors() -> tuple[int, int, int]:
     return freed, first - state, later
 
 
+@pytest.mark.parametrize("mode", ["project", "step"])
+def test_one_group_that_counts_on_the_device_is_enough_to_be_refused(mode: Any) -> None:
+    params = [nn.Parameter(torch.zeros(8, 6)) for _ in range(2)]
+    groups = [{"params": params[:1]}, {"params": params[1:], "capturable": True}]
+    optimizer = GaLoreAdamW(groups, rank=2)
+    with pytest.raises(ValueError, match="does not go with capturable=True"):
+        attach_in_backward(optimizer, mode)
+    assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in params)
+
+
 @pytest.mark.parametrize(
     ("mode", "first"),
     [

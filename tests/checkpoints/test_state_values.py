@@ -38,6 +38,8 @@ def free(key: str, how: str, optimizer: LowRankOptimizer) -> bool:
     """Whether this is not wrong with an entry: nothing relies on it."""
     if key == "host.held":
         return how == "turned" and optimizer.param_groups[0]["order"] == "random"
+    if key.endswith(".exp_avg_scale") and how == "negative":
+        return optimizer.param_groups[0]["state_dtype"] == "4bit"  # the sign of the largest
     # any permutation is an order, and any slots may be frozen
     return (key, how) in (
         ("basis_order", "turned"),
@@ -271,6 +273,11 @@ FORMS: dict[str, tuple[Any, type[Exception], str]] = {
         {"state": {0: 5}, "param_groups": [{"params": [0, 1]}]},
         ValueError,
         "state of parameter 0 must be a dict",
+    ),
+    "key": (
+        {"state": {0: {"step": 1.0, 3: 2.0}}, "param_groups": [{"params": [0, 1]}]},
+        ValueError,
+        "state of parameter 0 must be a dict of names",
     ),
     "shared": (
         {"state": {}, "param_groups": [{"params": [0, 0]}]},

@@ -20,6 +20,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("SSTAdamW", {"factors": "active"}),
     ("SSTAdamW", {"offload_inactive": True, "factor_dtype": "bfloat16"}),
     ("SwitchLoRAAdamW", {"pool_device": "param", "order": "random", "rank": 3}),
+    ("GaLoreAdamW", {"state_dtype": "4bit"}),
     ("SwitchLoRAAdamW", {"interval": 4, "freeze_steps": 2}),
 ]
 

@@ -272,23 +272,24 @@ def test_dense_momentum_cannot_appear_without_a_slot() -> None:
 def test_a_model_converted_in_mid_run_converts_its_state_by_the_remedy_that_the_error_names() -> (
     None
 ):
-    """A matmul of two dtypes was what one saw."""
-    weight = nn.Parameter(torch.randn(16, 8))
-    optimizer = GaLoreAdamW([weight], rank=4)
+    """A matmul of two dtypes was what one saw. One weight of a group is enough."""
+    other, weight = (nn.Parameter(torch.randn(16, 8)) for _ in range(2))
+    optimizer = GaLoreAdamW([other, weight], lr=0.1, rank=4)
     for _ in range(2):
-        weight.grad = torch.randn(16, 8)
+        other.grad, weight.grad = torch.randn(16, 8), torch.randn(16, 8)
         optimizer.step()
     weight.grad = None
     weight.data = weight.data.bfloat16()
     weight.grad = torch.randn(16, 8).bfloat16()
     with pytest.raises(RuntimeError, match="load_state_dict") as caught:
         optimizer.step()
-    assert "parameter 0" in str(caught.value)
+    assert "parameter 1" in str(caught.value)
     optimizer.load_state_dict(optimizer.state_dict())
     before = weight.detach().clone()
     optimizer.step()
     assert not weight.equal(before)
     assert optimizer.state[weight]["basis"].dtype == torch.bfloat16
+    assert optimizer.state[other]["basis"].dtype == torch.float32
 
 
 NO_RATES: list[tuple[str, str, Any]] = [

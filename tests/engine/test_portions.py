@@ -57,6 +57,36 @@ def test_several_at_a_time_are_as_each(
             assert torch.equal(x.nan_to_num(), y.nan_to_num())
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("DCTAdamW", {"error_feedback": "float32"}), ("LDAdamW", {}), ("FiraAdamW", {})],
+    ids=str,
+)
+def test_rounding_of_weights_is_nothing_to_their_state(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an accelerator, which writes such weights in float32 before: state is of gradients alone.
+
+    Of two matrices, and of two whose strides allow no view as a matrix.
+    """
+    cases.branching(monkeypatch, lambda x: True)
+    shape, found = (6, 8, 3, 3), []
+    for rounding in (False, True):
+        starts = [cases.parameter(shape, torch.bfloat16, seed=n).detach() for n in range(4)]
+        forms = [x.to(memory_format=torch.channels_last) for x in starts[:2]] + starts[2:]
+        params = [x.clone().requires_grad_() for x in forms]
+        grads = [cases.gradients(shape, 3, torch.bfloat16, seed=9 + n) for n in range(4)]
+        built = cases.build(
+            name, params, lr=0.5, stochastic_rounding=rounding, update_proj_gap=2, **options
+        )
+        cases.run(built, params, [list(row) for row in zip(*grads, strict=True)])
+        assert all(bool((p != x).any()) for p, x in zip(params, starts, strict=True))
+        found.append([dict(built.state[p]) for p in params])
+    for one, other in zip(*found, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(x, other[key]) for key, x in one.items())
+
+
 SMALL: list[tuple[str, dict[str, Any]]] = [
     ("GaLoreAdamW", {}),
     ("GaLoreAdamW8bit", {"maximize": True}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from typing import Any
 
@@ -19,6 +20,7 @@ from lowrank_optim.subspaces import RandomizedSVD, RefreshContext
 from lowrank_optim.tensors.matrix import matrix_view
 from tests import cases
 from tests.compare import assert_close
+from tests.logged import Logged
 
 
 def refresh_steps(count: int, steps: int, **options: Any) -> list[list[int]]:
@@ -207,6 +209,18 @@ def test_total_failure_postpones_and_is_counted(
     assert int(optimizer.state[param]["refresh_step"]) == 5
 
 
+def test_a_gradient_of_zeros_is_no_news_and_one_that_is_not_finite_is(logged: Logged) -> None:
+    """Both postpone a refresh; an expert without tokens does so at every step."""
+    param = torch.nn.Parameter(cases.parameter((20, 31)).detach())
+    optimizer = cases.build("GaLoreAdamW", [param])
+    zeros = torch.zeros_like(param)
+    cases.run(optimizer, [param], [[zeros], [zeros]])
+    assert not logged.records
+    cases.run(optimizer, [param], [[zeros + math.nan]])
+    assert any("refresh of parameter 0 postponed at step" in text for text in logged.messages)
+    assert optimizer.postponed_refreshes() == {"parameter 0": 3}
+
+
 def basis_in(optimizer: LowRankOptimizer, param: Tensor) -> Tensor:
     """P, a copy."""
     (item,) = optimizer._items(optimizer.param_groups[0])
@@ -243,6 +257,29 @@ def test_an_expert_without_tokens_at_a_refresh_neither_loses_its_basis_nor_stops
     if projector != "random":
         overlap = basis.mT @ basis_in(optimizer, param)
         assert float(overlap[1].square().sum() / overlap.shape[-1]) > 0.99
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("projector", [x for x in cases.basis_names() if x != "random"])
+def test_experts_of_which_one_is_not_finite_keep_their_bases(
+    projector: str, forced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a refresh: of all, bit for bit, and none of them moves."""
+    cases.branching(monkeypatch, lambda tensor: forced)
+    param = torch.nn.Parameter(torch.zeros(2, 30, 40))
+    optimizer = cases.build("GaLoreSGD", [param], projector=projector, update_proj_gap=2)
+    first, other, bad = cases.gradients((2, 30, 40), 3, torch.float32)
+    cases.run(optimizer, [param], [[first], [first]])
+    basis, before = basis_in(optimizer, param), param.detach().clone()
+    bad[1, 2, 3] = torch.nan
+    draws = torch.get_rng_state()
+    cases.run(optimizer, [param], [[bad]])
+    assert torch.equal(torch.get_rng_state(), draws)  # what stands in for it is drawn apart
+    assert torch.equal(basis_in(optimizer, param), basis)
+    assert torch.equal(param, before)
+    cases.run(optimizer, [param], [[other]])  # it is still due
+    assert optimizer.postponed_refreshes() == {"parameter 0": 1}
+    assert not torch.equal(basis_in(optimizer, param), basis)
 
 
 @pytest.mark.parametrize("forced", [False, True])

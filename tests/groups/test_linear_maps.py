@@ -225,6 +225,29 @@ def test_embeddings_and_heads_by_type_tie_and_accessor_not_by_an_ancestors_name(
     assert low(lowrank_groups(wrapped, rank=2)) == {"0.embedding_stack.0.weight"}
 
 
+def test_a_table_is_what_the_model_says_is_one() -> None:
+    """Whatever its class is called; a model whose input is a map has none."""
+
+    class Lookup(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(8, 8))
+
+    class Model(nn.Module):
+        def __init__(self, first: nn.Module) -> None:
+            super().__init__()
+            self.first, self.second = first, nn.Linear(8, 8)
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.first
+
+    assert low(lowrank_groups(Model(Lookup()), rank=2)) == {"second.weight"}
+    both = {"first.weight", "second.weight"}
+    assert low(lowrank_groups(Model(nn.Linear(8, 8)), rank=2)) == both
+    alone = lowrank_groups(nn.ModuleDict({"first": Lookup(), "second": nn.Linear(8, 8)}), rank=2)
+    assert low(alone) == both
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "expected"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from collections.abc import Sequence
@@ -20,8 +21,10 @@ from lowrank_optim import (
     GaLoreAdamW,
     LowRankOptimizer,
     memory,
+    ops,
 )
 from lowrank_optim.engine.draws import seeded
+from lowrank_optim.ops import quant
 from lowrank_optim.subspaces.block import BLOCK_ORDERS, Block
 from tests import cases, runs
 from tests.compare import assert_close
@@ -143,6 +146,66 @@ def test_an_active_block_is_torch_adamw_to_the_bit() -> None:
         cases.run(optimizer, params, [grads])
         cases.run(adamw, [other], [grads])
         assert torch.equal(params[0], other)
+
+
+@pytest.mark.parametrize("state_dtype", ["8bit", "4bit"])
+def test_an_idle_block_holds_no_scales_either(
+    state_dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept of moments in codes comes and goes together, over two switches."""
+    monkeypatch.setattr(quant, "MIN_SIZE", 1)
+    params = weights(4, torch.float32)
+    group = {"params": params, "density": 0.5}
+    optimizer = FrugalAdamW([group], update_proj_gap=1, state_dtype=state_dtype)
+    whole = {f"exp_avg{square}{scale}" for square in ("", "_sq") for scale in ("", "_scale")}
+    for step in range(3):
+        cases.run(optimizer, params, [gradients(params, step)])
+        kept = [{key for key in optimizer.state[p] if "exp_avg" in key} for p in params]
+        assert sorted(map(len, kept)) == [0, 0, 4, 4]
+        assert all(own == whole for own in kept if own)
+
+
+def test_a_step_that_raises_as_a_block_begins_leaves_none_of_its_moments(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are no entries of the state before, so that there is nothing to put back of them."""
+    params = weights(2, torch.float32)
+    group = {"params": params, "density": 0.5}
+    optimizer = FrugalAdamW(
+        [group], update_proj_gap=1, block_order="ascending", state_dtype="bfloat16"
+    )
+    cases.run(optimizer, params, [gradients(params, 0)])
+    before, held = runs.entries(optimizer), holders(optimizer, params)
+    starts = [p.detach().clone() for p in params]
+
+    def fails(*_: Any) -> None:
+        raise MemoryError("none left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "add_all_", fails)
+        with pytest.raises(MemoryError, match="none left"):
+            cases.run(optimizer, params, [gradients(params, 1)])
+    (begun,) = {0, 1} - held
+    assert holders(optimizer, params) <= held
+    assert torch.equal(params[begun], starts[begun])
+    runs.assert_same_state([runs.entries(optimizer)[begun]], [before[begun]])
+    optimizer.step()
+    assert holders(optimizer, params) == {begun}
+
+
+def test_a_checkpoint_without_the_moments_of_an_active_block_is_refused() -> None:
+    """An idle one has none; the moments of an active one would have begun again without a word."""
+    params = weights(2, torch.float32)
+    optimizer = FrugalAdamW([{"params": params, "density": 0.5}])
+    cases.run(optimizer, params, [gradients(params, 0)])
+    (active,) = holders(optimizer, params)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for key in ("exp_avg", "exp_avg_sq"):
+        del saved["state"][active][key]
+    before = runs.entries(optimizer)
+    with pytest.raises(ValueError, match="exp_avg"):
+        optimizer.load_state_dict(saved)
+    runs.assert_same_state(runs.entries(optimizer), before)
 
 
 def test_idle_blocks_hold_no_bytes() -> None:

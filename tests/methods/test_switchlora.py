@@ -181,6 +181,8 @@ def test_fact_12_only_the_counterpart_starts_again(
             kept = at[f"{other}.{moment}"]
             assert torch.equal(kept[rows], before[f"{other}.{moment}"][rows])
             assert bool((kept[slot] == value).all())
+            scale = f"{other}.{moment}_scale"  # what is encoded anew has another where -1 was none
+            assert scale not in at or torch.equal(at[scale], before[scale])
             assert before[f"{other}.{moment}"][slot].any()
     s = 1 / R
     g = grads[3]

@@ -85,7 +85,8 @@ TABLE: dict[str, Row] = {
     "random_from": ((-1, 1.5, -0.5, True, NAN, "0.5", None, [0]), "a step of at least 0"),
     "active_layers": _ints(1),
     "layers": ((0, True, "(", ["layers"], NAN), "None or a regular expression"),
-    "layer_weights": ((3, "ab", [], [0.0], [-1.0], [NAN], True), "None or a list of numbers"),
+    "layer_weights": ((3, "ab", [], [0.0], [-1.0], [2.0, -1.0], [NAN], True),
+                      "None or a list of numbers"),
     "oversample": _ints(0),
     "max_iterations": _ints(1),
     "tolerance": _numbers(-1),
@@ -200,6 +201,16 @@ def test_numpy_scalars_are_the_numbers_that_they_hold(key: str) -> None:
         assert all(
             type(x) in (int, float, bool) for x in (found if isinstance(found, tuple) else [found])
         )
+
+
+def test_whole_numbers_are_numbers_up_to_63_bits() -> None:
+    """As a LoRA's alpha is written; torch cannot take a larger one."""
+    most = 2**63 - 1
+    (group,) = methods.GaLoreAdamW([weight()], rank=4, scale=most, seed=most).param_groups
+    assert group["scale"] == group["seed"] == most
+    for value in (2**63, -(2**63)):
+        with pytest.raises(ValueError, match="scale must be a finite number of at least 0"):
+            methods.GaLoreAdamW([weight()], rank=4, scale=value)
 
 
 def test_a_tensor_lr_is_kept_as_it_is() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lowrank_optim import SSTAdamW, SwitchLoRAAdamW, attach_in_backward, methods
 from lowrank_optim.nn import convert
 from tests import cases
+from tests.logged import Logged
 
 SHAPE = (16, 24)
 EVERY = [*cases.pairs(), ("SSTAdamW", None), ("SwitchLoRAAdamW", None)]
@@ -39,6 +40,33 @@ def test_a_huge_first_gradient_moves_nothing(
     assert not any(x.any() for k, x in held.items() if "exp_avg" in k and x.dtype != torch.uint8)
     cases.run(optimizer, [param], [cases.gradients(SHAPE, 1, torch.float32)])
     assert not torch.equal(param, start) and param.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("GaLoreAdamW", {"projector": "svd"}),
+        ("GaLoreAdamW", {"rank": None}),
+        ("FrugalAdamW", {"projector": "rows"}),
+        ("DCTAdamW", {"projector": "dct"}),
+        ("FrugalAdamW", {"projector": "block", "rank": 0.5}),  # one of two is idle
+    ],
+    ids=str,
+)
+def test_a_gradient_that_is_not_finite_is_told_of(
+    name: str, options: dict[str, Any], logged: Logged
+) -> None:
+    """By whatever steps the parameter: nothing else says that it stood still."""
+    params = {key: nn.Parameter(cases.parameter(SHAPE, torch.float32).detach()) for key in "ab"}
+    own = {"rank": 4, "update_proj_gap": 50, "stagger": False, **options}
+    group = {"params": list(params.items()), "rank": own.pop("rank")}
+    optimizer = cases.build(name, [group], **own)
+    good, bad = cases.gradients(SHAPE, 1, torch.float32)[0], torch.full(SHAPE, torch.nan)
+    cases.run(optimizer, list(params.values()), [[good, good]])
+    assert not logged.records
+    cases.run(optimizer, list(params.values()), [[bad, bad]])
+    want = [f"the gradient of {key} is not finite: its step is skipped" for key in params]
+    assert sorted(logged.messages) == want
 
 
 @pytest.mark.parametrize("accelerated", [False, True], ids=["cpu", "accelerator"])

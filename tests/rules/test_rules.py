@@ -62,6 +62,26 @@ def test_adafactor_is_torch_adafactor() -> None:
             assert_close(mine, other)
 
 
+def test_adafactor_takes_its_constants_from_the_group() -> None:
+    """arXiv:1804.04235, algorithm 4, at constants that are not the published ones."""
+    param = torch.nn.Parameter(cases.parameter((5, 6)).detach() * 0.1)
+    optimizer = GaLoreAdafactor(
+        [{"params": [param], "rank": None}],
+        lr=0.1, eps=(0.2, 0.5), clip_threshold=0.6, decay_rate=-0.6,
+        relative_step=False, scale_parameter=True,
+    )  # fmt: skip
+    w, row, col = param.detach().clone(), torch.zeros(5).double(), torch.zeros(6).double()
+    for t, grad in enumerate(cases.gradients((5, 6), 4), 1):
+        cases.run(optimizer, [param], [[grad]])
+        square, beta2 = grad**2 + 0.2, 1 - t**-0.6
+        row = beta2 * row + (1 - beta2) * square.mean(1)
+        col = beta2 * col + (1 - beta2) * square.mean(0)
+        u = grad / (torch.outer(row, col) / row.mean()).sqrt()
+        u = u / max(1.0, float(u.square().mean().sqrt()) / 0.6)
+        w = w - 0.1 * max(0.5, float(w.square().mean().sqrt())) * u
+        assert_close(param, w)
+
+
 def test_lion_is_its_paper() -> None:
     """arXiv:2302.06675, algorithm 2: decay decoupled, sign of the interpolation, then momentum."""
     for shape in SHAPES:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -231,6 +233,24 @@ def test_on_an_accelerator_a_gradient_of_few_directions_has_a_basis_whatever_the
         basis = RandomizedSVD(16).find(grad, None, context(grad, seed))
         assert_orthonormal(basis)
         assert float(energy(basis, grad)) > 0.998 * float(grad.square().sum())
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_on_an_accelerator_iterations_are_no_more_than_asked_for_or_needed(
+    warm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No gain is read there: a few, each of which captures more, and fewer where asked for."""
+    monkeypatch.setattr(devices, "HOSTS", frozenset())
+    grad, other = torch.randn(2, 64, 96, dtype=torch.float64)
+    previous = RandomizedSVD(8).find(other, None, context(other)) if warm else None
+
+    def found(most: int) -> Tensor:
+        return RandomizedSVD(8, max_iterations=most).find(grad, previous, context(grad))
+
+    few = randomized.ITERATIONS[not warm]
+    captured = [float(energy(found(n), grad)) for n in range(1, few + 1)]
+    assert all(fewer < more for fewer, more in itertools.pairwise(captured))
+    assert torch.equal(found(few), found(100))
 
 
 def test_a_column_without_a_direction_of_its_own_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
