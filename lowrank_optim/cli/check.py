@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from textwrap import shorten
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ import click
 import torch
 from torch import Tensor, nn
 
+import lowrank_optim
 from lowrank_optim import methods
 from lowrank_optim.backward import attach_in_backward
 from lowrank_optim.cli.errors import Refused, nearest
@@ -253,7 +253,7 @@ def device_of(asked: str | None) -> torch.device:
 
 def say_machine(device: torch.device) -> None:
     """Versions, the device, and what serves it: what a report of a fault needs."""
-    click.echo(f"lowrank_optim {version('lowrank-optim')}, torch {torch.__version__}", nl=False)
+    click.echo(f"lowrank_optim {lowrank_optim.__version__}, torch {torch.__version__}", nl=False)
     click.echo(f", Python {platform.python_version()}, {platform.platform()}")
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
