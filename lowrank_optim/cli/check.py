@@ -257,7 +257,8 @@ def say_machine(device: torch.device) -> None:
     click.echo(f", Python {platform.python_version()}, {platform.platform()}")
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
-        click.echo(f"{device}: {card.name}, {card.major}.{card.minor}, {torch.version.cuda}")
+        runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        click.echo(f"{device}: {card.name}, capability {card.major}.{card.minor}, {runtime}")
     say_backends()
     click.echo()
 
