@@ -220,7 +220,11 @@ def check_rank(rank: Any, closed: bool = False) -> None:
     if closed and isinstance(rank, float) and rank in (0.0, 1.0):
         return
     if not whole(1).holds(rank) and not (isinstance(rank, float) and 0 < rank < 1):
-        raise ValueError(f"rank must be a positive int or a fraction in (0, 1), got {shown(rank)}")
+        whole_or_none = isinstance(rank, float) and rank in (0.0, 1.0)
+        whose = "; FRUGAL alone takes a density of 0 or 1" if whole_or_none else ""
+        raise ValueError(
+            f"rank must be a positive int or a fraction in (0, 1), got {shown(rank)}{whose}"
+        )
 
 
 def check(group: Group, closed: bool = False) -> None:

@@ -358,6 +358,14 @@ def test_hyper_parameters_are_checked_before_params_are_read(cls: Any, options: 
         cls(Untouched(), **options)
 
 
+@pytest.mark.parametrize("share", [0, 1.0])
+def test_a_density_that_another_method_cannot_have_is_called_one(share: float) -> None:
+    """A group's density is its rank, which nobody gave here."""
+    group = {"params": [nn.Parameter(torch.zeros(8, 16))], "density": share}
+    with pytest.raises(ValueError, match=r"got \d\.0; FRUGAL alone takes a density of 0 or 1"):
+        GaLoreAdamW([group])
+
+
 def test_so_are_those_of_one_method() -> None:
     cases: list[tuple[Any, dict[str, Any]]] = [
         (SwitchLoRAAdamW, {"interval": 3}),
