@@ -146,6 +146,9 @@ def register_form(name: str) -> Callable[[_F], _F]:
     Args:
         name: of the method, and the value of the group key ``form`` of its layers.
 
+    Raises:
+        ValueError: the name is taken.
+
     Example:
         >>> from lowrank_optim.nn import FORMS
         >>> FORMS["sst"].__name__
@@ -153,6 +156,8 @@ def register_form(name: str) -> Callable[[_F], _F]:
     """
 
     def wrap(cls: _F) -> _F:
+        if name in FORMS or name in CONVERTERS:
+            raise ValueError(f"a form named {name!r} is registered already")
         cls.form = name
         FORMS[name] = cls
         return cls
