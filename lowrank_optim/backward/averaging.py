@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowrank_optim.engine.plan import ParamPlan
 from lowrank_optim.engine.sharded.replicas import check_same_parameters
+from lowrank_optim.groups import Group
 from lowrank_optim.ops.devices import plainly
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.sharding import averages, collectives
@@ -73,7 +74,7 @@ class Averaging:
         self._order: list[Tensor] = []
         """In which rank 0 had them in the first backward; empty until then."""
         self._forget_round()
-        check_same_parameters(self._plans(), group)
+        check_same_parameters(self._grouped(), group)
         start_equal([plan.param for plan in self._plans()], group)
         self.share()
         self._loading = optimizer.register_load_state_dict_post_hook(self._ask_again)
@@ -92,9 +93,12 @@ class Averaging:
     def _ask_again(self, *_: object) -> None:
         self._order = []
 
-    def _plans(self) -> list[ParamPlan]:
+    def _grouped(self) -> list[tuple[ParamPlan, Group]]:
         groups = self._optimizer.param_groups
-        return [plan for group in groups for plan in self._optimizer._items(group)]
+        return [(plan, group) for group in groups for plan in self._optimizer._items(group)]
+
+    def _plans(self) -> list[ParamPlan]:
+        return [plan for plan, _ in self._grouped()]
 
     def share(self) -> None:
         """Let the optimizer know that other ranks step its parameters alike."""

@@ -55,6 +55,7 @@ def import_galore_torch(
 
     Raises:
         ValueError: the file holds other objects, or its state does not fit ``optimizer``.
+        TypeError: ``checkpoint`` is none of these.
 
     Example:
         >>> import torch
@@ -112,6 +113,7 @@ def import_bitsandbytes(
 
     Raises:
         ValueError: the file holds other objects, or its state does not fit ``optimizer``.
+        TypeError: ``checkpoint`` is none of these.
 
     Example:
         >>> import torch
@@ -233,6 +235,11 @@ def _expected(optimizer: PlannedOptimizer, group: Group, item: ParamPlan) -> Map
 
 def _read(file: str | os.PathLike[str] | IO[bytes]) -> Mapping[str, Any]:
     """The dict in a file that may hold tensors, plain containers and galore-torch's projectors."""
+    if not isinstance(file, str | os.PathLike) and not hasattr(file, "read"):
+        raise TypeError(
+            "checkpoint must be a path, a file, or the state dict itself, as "
+            f"optimizer.state_dict() gives it, got {type(file).__name__}"
+        )
     name = "galore_torch.galore_projector.GaLoreProjector"
     try:
         with torch.serialization.safe_globals([(ProjectorRecord, name)]):

@@ -151,7 +151,7 @@ def steps_of(make: Callable[[], LowRankOptimizer], params: Sequence[nn.Parameter
             torch.save(optimizer.state_dict(), kept)
             kept.seek(0)
             optimizer = make()
-            optimizer.load_state_dict(torch.load(kept))
+            optimizer.load_state_dict(torch.load(kept, weights_only=True))
         for p, own in zip(params, grads, strict=True):
             p.grad = own[step].to(p)
         optimizer.step()

@@ -137,7 +137,13 @@ class SteppedOptimizer(PlannedOptimizer):
         """What ranks do together: all of a step of DTensors, and the refreshes of replicas."""
         alike = {}
         if not self._places:  # of ZeroRedundancyOptimizer ranks have a part of them each
-            alike = self._replicas.groups(lambda: [i for _, items, _ in work for i in items])
+            alike = self._replicas.groups(
+                lambda: [
+                    (item, group)
+                    for group, own in zip(self.param_groups, work, strict=True)
+                    for item in own.items
+                ]
+            )
             self._replicas.check_stay((i for _, items, _ in work for i in items), self.state)
         if not alike and not any([i.sharded for _, items, _ in work for i in items]):
             return

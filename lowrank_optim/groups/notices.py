@@ -62,6 +62,7 @@ def warn_of(
         "clamped": clamped(group) if ranked else None,
         "vocabulary": vocabulary(group, projected) if ranked else None,
         "covered": covered(group, is_map) if ranked else None,
+        "whole": whole(group) if ranked else None,
         "unused": unused(group, owner, unread),
     }
     for kind, text in texts.items():
@@ -89,8 +90,8 @@ def unheard(rank: Any, named: Sequence[Any], owner: str) -> str:
 def clamped(group: Group) -> str | None:
     """Ranks that matrices of an explicit group cannot have; the release is silent."""
     rank, projector = group["rank"], PROJECTORS[group["projector"]]
-    if rank is None or group["targets"] != "all" or group.get("factor_starts"):
-        return None  # modules have clamped it already
+    if not _names_number(group):
+        return None
     small = [
         (i, view)
         for i, view in _views(group)
@@ -102,6 +103,34 @@ def clamped(group: Group) -> str | None:
     return (
         f"rank {rank} is clamped to {projector.limit(view)} for {param_name(group, i)} of shape "
         f"{view.shape}{_and_more(small)}"
+    )
+
+
+def whole(group: Group) -> str | None:
+    """Matrices of an explicit group that its rank fits exactly, where they weigh something.
+
+    A number is meant to leave something out. A fraction that covers is 1.0, which says what it
+    means, or of a matrix with a side of one.
+    """
+    rank, projector = group["rank"], PROJECTORS[group["projector"]]
+    if not _names_number(group):
+        return None
+    views = _views(group)
+    full = [
+        (i, view)
+        for i, view in views
+        if projector.covers(rank, view)
+        and projector.directions(rank, view) == projector.limit(view)
+    ]
+    size, total = (sum(group["params"][i].numel() for i, _ in x) for x in (full, views))
+    if not full or size < WORTH_SAYING * total:
+        return None
+    i, view = full[0]
+    return (
+        f"rank {rank} leaves nothing out of {param_name(group, i)} of shape {view.shape}"
+        f"{_and_more(full)}, {size / total:.0%} of the matrices of its group: moments are as large "
+        "as dense ones, and a basis is kept besides. Put them in a group of their own without a "
+        f"rank, which is dense, or name a rank below {projector.limit(view)}"
     )
 
 
@@ -152,6 +181,16 @@ def unused(group: Group, owner: str, keys: Mapping[str, tuple[Any, str]]) -> str
         f"{k}={group[k]!r} ({why})" for k, (own, why) in keys.items() if group[k] not in (own, None)
     ]
     return f"{owner} does not use {', '.join(given)}: leave it out" if given else None
+
+
+def _names_number(group: Group) -> bool:
+    """Whether every matrix of a group is to have a rank that it names as a number."""
+    # modules have clamped it already
+    return (
+        isinstance(group["rank"], int)
+        and group["targets"] == "all"
+        and not group.get("factor_starts")
+    )
 
 
 def _views(group: Group) -> list[tuple[int, MatrixView]]:

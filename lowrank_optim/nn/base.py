@@ -25,9 +25,35 @@ def is_conv1d(layer: nn.Module) -> bool:
     return type(layer).__name__ == "Conv1D"
 
 
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
+"""What torch keeps of the hooks around a module's call."""
+
+
 def convertible(layer: nn.Module) -> bool:
-    """Plain linear layers only: others may use their weight in ways of their own."""
-    return type(layer) is nn.Linear or is_conv1d(layer)
+    """Plain linear layers only: others may use their weight in ways of their own.
+
+    So may one with a ``forward`` of its own, as packages put in its place.
+    """
+    return (type(layer) is nn.Linear or is_conv1d(layer)) and "forward" not in vars(layer)
+
+
+def follow(new: nn.Module, old: nn.Module) -> None:
+    """Let a layer that takes another's place have its mode, and its hooks.
+
+    Dicts of hooks are shared, so that a handle that the user has still removes its hook.
+    """
+    new.train(old.training)
+    for key in HOOKS:
+        setattr(new, key, getattr(old, key))
 
 
 class Reparameterized(nn.Module):
@@ -47,7 +73,7 @@ class Reparameterized(nn.Module):
         self.weight_dtype, self.weight_shape = weight.dtype, tuple(weight.shape)
         self._source = type(layer)
         self.register_parameter("bias", getattr(layer, "bias", None))
-        self.train(layer.training)
+        follow(self, layer)
 
     def members(self) -> dict[str, nn.Parameter]:
         """The parameters of the weight that an optimizer is given."""
@@ -85,7 +111,8 @@ class Reparameterized(nn.Module):
             layer = make(*size)
         layer.register_parameter("weight", nn.Parameter(weight))
         layer.register_parameter("bias", self.bias)
-        return layer.train(self.training)
+        follow(layer, self)
+        return layer
 
     def extra_repr(self) -> str:
         """As of ``nn.Linear``."""
@@ -146,6 +173,9 @@ def register_form(name: str) -> Callable[[_F], _F]:
     Args:
         name: of the method, and the value of the group key ``form`` of its layers.
 
+    Raises:
+        ValueError: the name is taken.
+
     Example:
         >>> from lowrank_optim.nn import FORMS
         >>> FORMS["sst"].__name__
@@ -153,6 +183,8 @@ def register_form(name: str) -> Callable[[_F], _F]:
     """
 
     def wrap(cls: _F) -> _F:
+        if name in FORMS or name in CONVERTERS:
+            raise ValueError(f"a form named {name!r} is registered already")
         cls.form = name
         FORMS[name] = cls
         return cls

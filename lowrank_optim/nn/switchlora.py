@@ -20,7 +20,7 @@ from lowrank_optim.engine.draws import seeded
 from lowrank_optim.groups import Group, lowrank_groups
 from lowrank_optim.groups.names import uid_of
 from lowrank_optim.groups.values import check_module
-from lowrank_optim.nn.base import convertible, is_conv1d
+from lowrank_optim.nn.base import convertible, follow, is_conv1d
 from lowrank_optim.ops.devices import plainly
 from lowrank_optim.rules.base import compute_dtype
 from lowrank_optim.subspaces.switched import Switched
@@ -208,7 +208,7 @@ def replace_layer(owner: Owner, space: Switched, factors: Sequence[Tensor]) -> S
     assert isinstance(weight, Tensor)
     a, b = (x.to(weight.device, compute_dtype(weight.dtype)) for x in factors)
     module = SwitchLoRALinear(layer, a, b.mT, space.s)
-    module.train(layer.training)
+    follow(module, layer)
     setattr(parent, name, module)
     return module
 

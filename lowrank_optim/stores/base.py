@@ -213,6 +213,7 @@ def register(name: str, store: Store) -> None:
     """Make a store known as ``state_dtype=name``.
 
     Raises:
+        ValueError: the name is taken.
         TypeError: it lacks a part of :class:`Store`, which a step would miss later.
     """
     parts = [part for part in vars(Store) if not part.startswith("_")]
@@ -222,4 +223,6 @@ def register(name: str, store: Store) -> None:
             f"the store {name!r} must have {', '.join(parts)}; {type(store).__name__} lacks "
             f"{', '.join(missing)}. lowrank_optim.stores.Store says what each does"
         )
+    if name in STORES:
+        raise ValueError(f"a store named {name!r} is registered already")
     STORES[name] = store

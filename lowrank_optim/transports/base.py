@@ -20,9 +20,15 @@ TRANSPORTS: dict[str, Transport] = {}
 
 
 def register(name: str) -> Callable[[Transport], Transport]:
-    """Make a transport known as ``on_refresh=name``."""
+    """Make a transport known as ``on_refresh=name``.
+
+    Raises:
+        ValueError: the name is taken.
+    """
 
     def known(transport: Transport) -> Transport:
+        if name in TRANSPORTS:
+            raise ValueError(f"a transport named {name!r} is registered already")
         TRANSPORTS[name] = transport
         return transport
 

@@ -13,7 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_optim import GaLoreAdafactor, GaLoreAdamW, GaLoreLion, import_galore_torch
+from lowrank_optim import (
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    GaLoreLion,
+    import_bitsandbytes,
+    import_galore_torch,
+)
 from lowrank_optim.optimizer import LowRankOptimizer
 from tests import runs
 from tests.compare import assert_close
@@ -316,3 +322,13 @@ def test_group_keys_come_from_the_projectors_that_ignored_later_edits() -> None:
     runs.train(both, late, range(1, 2))
     with pytest.raises(ValueError, match=r"scale of one group is 0\.7 for parameter 0 and 9\.0"):
         import_galore_torch(late.state_dict(), ours(runs.copies(both), "std"))
+
+
+@pytest.mark.parametrize("read", [import_galore_torch, import_bitsandbytes])
+@pytest.mark.parametrize("given", ["an optimizer", None])
+def test_what_is_no_checkpoint_is_not_called_a_damaged_file(read: Any, given: Any) -> None:
+    """The optimizer in the place of its state dict, say."""
+    optimizer = GaLoreAdamW(parameters("std"), rank=2)
+    said = r"a path, a file, or the state dict itself, as optimizer\.state_dict\(\) gives it, got "
+    with pytest.raises(TypeError, match=said + ("AdamW" if given else "NoneType")):
+        read(torch.optim.AdamW(parameters("std")) if given else None, optimizer)

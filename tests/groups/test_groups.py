@@ -451,6 +451,38 @@ def test_a_clamped_rank_warns_once_for_a_group_that_names_it() -> None:
     assert [optimizer.state[p]["basis"].shape[1] for p in (a, b, c)] == [4, 3, 6]
 
 
+def test_a_group_whose_rank_leaves_nothing_out_warns_once() -> None:
+    """Factors of LoRA at their own rank, say: the state is larger than that of a dense group."""
+    rank = 4
+    factors, layer = matrices((rank, 30), (20, rank)), matrices((40, 50))
+    message = (
+        r"rank 4 leaves nothing out of parameter 0 of shape \(4, 30\) and 1 more, 9% .* below 4"
+    )
+    with pytest.warns(UserWarning, match=message) as caught:
+        optimizer = GaLoreAdamW([{"params": [*factors, *layer], "rank": rank}])
+        optimizer.add_param_group({"params": matrices((rank, 30)), "rank": rank})
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert projected(optimizer) == [True, True, True, True]
+    state = optimizer.state[factors[0]]
+    moments = sum(x.numel() for key, x in state.items() if "exp_avg" in key)
+    assert moments == 2 * factors[0].numel()  # as dense; the basis comes on top
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank"),
+    [((4, 30), 3), ((4, 30), 0.75), ((1, 30), 0.25), ((4, 30), None)],
+    ids=["less", "a fraction", "a fraction of one", "dense"],
+)
+def test_a_rank_that_leaves_something_out_does_not_warn(
+    shape: tuple[int, int], rank: float | None
+) -> None:
+    """Nor a fraction of a side of one, which is none of the user's numbers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GaLoreAdamW([{"params": matrices(shape), "rank": rank}])
+        GaLoreAdamW([{"params": [*matrices((3, 4)), *matrices((400, 500))], "rank": 3}])
+
+
 def test_a_fraction_counts_the_projected_dimension() -> None:
     a, b = matrices((8, 30), (30, 12))
     optimizer = GaLoreAdamW([{"params": [a, b], "rank": 0.25}])

@@ -6,6 +6,7 @@ import copy
 import inspect
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -23,16 +24,22 @@ from lowrank_optim import (
     GaLoreLion,
     GaLoreSGD,
     LowRankOptimizer,
+    Projector,
     SSTAdamW,
     SwitchLoRAAdamW,
     lowrank_groups,
     methods,
+    stores,
+    subspaces,
+    transports,
 )
 from lowrank_optim.groups import keys
 from lowrank_optim.groups.keys import ALIASES, FOREIGN, SCHEDULED, TORCH_FLAGS, TRAINERS, known_keys
 from lowrank_optim.groups.options import DEFAULTS, Options, ProjectorOptions
 from lowrank_optim.groups.values import CHOICES, VALUES
-from lowrank_optim.nn import convert
+from lowrank_optim.nn import CONVERTERS, FORMS, Factored, convert, register_form
+from lowrank_optim.stores import STORES
+from lowrank_optim.transports import TRANSPORTS
 from tests import runs
 
 CLASSES = [getattr(methods, name) for name in methods.__all__]
@@ -378,3 +385,32 @@ def test_so_are_those_of_one_method() -> None:
     for cls, options in cases:
         with pytest.raises(ValueError):
             cls(Untouched(), **options)
+
+
+def a_form(name: str) -> None:
+    register_form(name)(type("Other", (Factored,), {}))
+
+
+@pytest.mark.parametrize(
+    ("registry", "name", "register"),
+    [
+        pytest.param(FORMS, "sst", a_form, id="form"),
+        pytest.param(CONVERTERS, "switchlora", a_form, id="converter"),
+        pytest.param(
+            STORES, "8bit", lambda name: stores.register(name, STORES["float32"]), id="store"
+        ),
+        pytest.param(
+            TRANSPORTS, "keep", lambda name: transports.register(name)(print), id="transport"
+        ),
+        pytest.param(
+            PROJECTORS, "svd", lambda name: subspaces.register(name)(Projector), id="projector"
+        ),
+    ],
+)
+def test_a_name_that_is_taken_is_not_given_to_another(
+    registry: dict[str, Any], name: str, register: Callable[[str], object]
+) -> None:
+    before = dict(registry)
+    with pytest.raises(ValueError, match=f"named '{name}' is registered already"):
+        register(name)
+    assert registry == before

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from lowrank_optim import SSTAdamW, SSTAdamW8bit, lowrank_groups, memory
 from lowrank_optim.nn import (
     CONVERTERS,
+    FORMS,
     Converter,
     SpectralLinear,
     convert,
@@ -330,3 +331,41 @@ def test_a_method_may_convert_by_itself(monkeypatch: pytest.MonkeyPatch) -> None
     assert to_weights(model, optimizer) == (model, optimizer)
     assert type(merge(model)[0]) is nn.Identity  # type: ignore[index]
     assert type(merge(Doubled())) is nn.Identity
+
+
+@pytest.mark.parametrize("method", [*FORMS, *CONVERTERS])
+def test_hooks_stay_with_their_layer(method: str) -> None:
+    """Those of an activation that is steered or recorded, say: by hand on a model without hooks."""
+
+    def model() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(9, 12, dtype=torch.float64))
+
+    x, plain, hooked = torch.randn(4, 9, dtype=torch.float64), model(), model()
+    layer, seen = hooked[0], list[Tensor]()
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args: (3 * args[0],)),
+        layer.register_forward_hook(lambda _m, _a, _k, y: y + 1, with_kwargs=True),
+        layer.register_full_backward_hook(lambda _, __, grads: seen.append(grads[0])),
+    ]
+    for m in (plain, hooked):
+        convert(m, method, rank=2)
+    wanted = plain(3 * x) + 1
+    y = hooked(x)
+    y.sum().backward()
+    assert type(hooked[0]) is type(plain[0]) is not nn.Linear
+    assert torch.equal(y, wanted) and torch.equal(seen[0], torch.ones_like(y))
+    assert_close(merge(hooked)(x), wanted)
+    for handle in handles:
+        handle.remove()
+    assert_close(hooked(x), plain(x))
+
+
+@pytest.mark.parametrize("method", ["sst", "switchlora"])
+def test_a_layer_with_a_forward_of_its_own_stays_a_weight(method: str) -> None:
+    """As packages that move tensors between devices make it."""
+    model = nn.Sequential(nn.Linear(9, 12), nn.Linear(12, 9))
+    forward = model[0].forward
+    model[0].forward = lambda x: 2 * forward(x)
+    convert(model, method, rank=2)
+    assert [type(layer) is nn.Linear for layer in model] == [True, False]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import lowrank_optim
+from lowrank_optim.backward import attach_in_backward
 from lowrank_optim.engine import stepped
 from lowrank_optim.engine.sharded import alike as owners
 from tests import cases
@@ -189,6 +191,62 @@ def wrapped_later(world: World) -> Any:
 def test_a_model_wrapped_after_a_step(ranks: Worlds) -> None:
     first, second = ranks(2).run("wrapped later", wrapped_later).checked()
     assert alike(first, second)
+
+
+def set_apart(world: World, key: str, values: list[Any], how: str) -> Any:
+    """What ranks raise whose groups differ in a key, in which weights, and after a mend."""
+    model = network()
+    ddp = DistributedDataParallel(model)
+    own = {**OPTIONS, **({} if key == "lr of a group" else {key: values[world.rank]})}
+    named = list(model.named_parameters())
+    groups = [{"params": named[:1], "rank": 2}, {"params": named[1:], "rank": 3}]
+    optimizer = lowrank_optim.GaLoreAdamW(groups, **own)
+    if key == "lr of a group":
+        optimizer.param_groups[1]["lr"] = values[world.rank]
+    before, said = weights(model), ""
+    try:
+        if how == "attached":
+            attach_in_backward(optimizer, process_group=dist.group.WORLD)
+        else:
+            backward(ddp, 0, world.rank)
+            optimizer.step()
+    except ValueError as error:
+        said = str(error)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2
+    unmoved = alike(before, weights(model))
+    if key == "lr of a group" and how == "stepped":
+        optimizer.step()
+    return said, unmoved, weights(model)
+
+
+@pytest.mark.parametrize("how", ["stepped", "attached"])
+@pytest.mark.parametrize(
+    ("key", "values", "said"),
+    [
+        ("lr of a group", [1e-2, torch.tensor(2e-2)], r"rank 1 .* lr=0.0\d+ for 1.weight .* 0.01"),
+        ("betas", [(0.9, 0.999), (0.9, 0.95)], r"betas=\(0.9, 0.95\) for 0.weight .* 0.999"),
+        ("update_proj_gap", [2, 3], "update_proj_gap=3 for 0.weight where rank 0 has 2"),
+        ("seed", [0, 1], "seed=1"),
+    ],
+    ids=["lr", "betas", "gap", "seed"],
+)
+def test_ranks_that_are_set_apart_raise_with_the_key(
+    key: str, values: list[Any], said: str, how: str, ranks: Worlds
+) -> None:
+    """Weights of replicas drifted apart without a word, or a collective met another."""
+    outcome = ranks(2).run("set apart", set_apart, key=key, values=values, how=how).checked()
+    for text, unmoved, _ in outcome:
+        assert re.search(said, text) and "the same groups on every rank" in text, text
+        assert unmoved
+    assert alike(outcome[0][2], outcome[1][2])
+
+
+def test_what_is_a_ranks_own_may_differ(ranks: Worlds) -> None:
+    """Moments in host memory are the same moments."""
+    values = [None, "cpu"]
+    outcome = ranks(2).run("set apart", set_apart, key="state_device", values=values, how="stepped")
+    assert [said for said, *_ in outcome.checked()] == ["", ""]
 
 
 def joined(world: World, projector: str, more: int, **how: Any) -> Any:

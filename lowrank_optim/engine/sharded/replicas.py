@@ -21,10 +21,17 @@ from lowrank_optim.engine.sharded.due import Due
 from lowrank_optim.engine.sharded.failures import recall
 from lowrank_optim.engine.sharded.refresh import refresh_replicas
 from lowrank_optim.engine.undo import Undo
+from lowrank_optim.groups import Group
 from lowrank_optim.sharding.parts import is_sharded, replica
 from lowrank_optim.subspaces.block import Block
 from lowrank_optim.subspaces.searches import together
 from lowrank_optim.tensors.projected_grad import ProjectedGrad
+
+Grouped = Sequence[tuple[ParamPlan, Group]]
+"""Parameters, each with its group."""
+
+OWN = frozenset({"params", "param_names", "state_device"})
+"""Group keys that may be a rank's own, or are compared as parameters are."""
 
 
 def wrappers(params: Iterable[Tensor]) -> dict[int, DistributedDataParallel]:
@@ -87,11 +94,14 @@ class Replicas:
         """The groups that are known, by id of the parameter; nobody is asked."""
         return self._groups
 
-    def groups(self, items: Callable[[], Sequence[ParamPlan]]) -> dict[int, dist.ProcessGroup]:
+    def groups(self, grouped: Callable[[], Grouped]) -> dict[int, dist.ProcessGroup]:
         """By id of the parameter; called once a step.
 
         Parameters are looked for at the first step, the second, the fourth and so on until there
         are some: a model may be wrapped after a step, as one that makes state for a checkpoint.
+
+        Raises:
+            ValueError: ranks have other values of a group key.
         """
         if not (dist.is_available() and dist.is_initialized()):
             self._steps, self._groups, self._wrappers = 0, {}, []
@@ -99,20 +109,39 @@ class Replicas:
         self._steps += 1
         alone = dist.get_world_size() == 1
         if not self._groups and not alone and self._steps & (self._steps - 1) == 0:
-            own = items()
-            found = wrappers(i.param for i in own)
+            own = grouped()
+            found = wrappers(item.param for item, _ in own)
             shared = {key: wrapper.process_group for key, wrapper in found.items()}
-            by_group: dict[int, list[ParamPlan]] = {}
-            for item in own:
+            by_group: dict[int, list[tuple[ParamPlan, Group]]] = {}
+            for item, settings in own:
                 if id(item.param) in shared:
-                    by_group.setdefault(id(shared[id(item.param)]), []).append(item)
+                    by_group.setdefault(id(shared[id(item.param)]), []).append((item, settings))
             for alike in by_group.values():
-                group = shared[id(alike[0].param)]
-                if group.size() > 1 and _is_alike(alike, group):
-                    self._groups.update({id(item.param): group for item in alike})
-                    known = {id(x): x for x in (found[id(item.param)] for item in alike)}
+                group = shared[id(alike[0][0].param)]
+                if group.size() > 1 and self._is_alike(alike, group):
+                    self._groups.update({id(item.param): group for item, _ in alike})
+                    known = {id(x): x for x in (found[id(item.param)] for item, _ in alike)}
                     self._wrappers += map(weakref.ref, known.values())
         return self._groups
+
+    def _is_alike(self, grouped: Grouped, group: dist.ProcessGroup) -> bool:
+        """Whether all ranks of a group have these parameters, in this order.
+
+        Raises:
+            ValueError: they have, with other values of a group key.
+        """
+        mine = [(item.uid, tuple(item.param.shape)) for item, _ in grouped]
+        digest = hashlib.sha256(repr(mine).encode()).hexdigest()
+        theirs: list[Any] = [None] * group.size()
+        dist.all_gather_object(theirs, (digest, _settings(grouped)), group=group)
+        if len({other for other, _ in theirs}) > 1:
+            return False
+        try:
+            _check_settings([item for item, _ in grouped], [own for _, own in theirs])
+        except ValueError:
+            self._steps = 0  # the step that is tried again looks again
+            raise
+        return True
 
     def check_stay(self, items: Iterable[ParamPlan], state: Mapping[Tensor, State]) -> None:
         """Raise where a rank may leave the others with whom it finds bases.
@@ -134,17 +163,18 @@ class Replicas:
                 )
 
 
-def check_same_parameters(items: Sequence[ParamPlan], group: dist.ProcessGroup) -> None:
-    """Raise, on every rank, unless all have the same parameters in the same order.
+def check_same_parameters(grouped: Grouped, group: dist.ProcessGroup) -> None:
+    """Raise, on every rank, unless all have the same parameters in the same order, set alike.
 
     Raises:
         ValueError: with the first that differs.
     """
+    items = [item for item, _ in grouped]
     mine = [(i.name, i.uid, tuple(i.param.shape), i.param.dtype) for i in items]
     theirs: list[Any] = [None] * group.size()
-    dist.all_gather_object(theirs, mine, group=group)
-    for rank, own in enumerate(theirs):
-        for first, other in zip_longest(theirs[0], own):
+    dist.all_gather_object(theirs, (mine, _settings(grouped)), group=group)
+    for rank, (own, _) in enumerate(theirs):
+        for first, other in zip_longest(theirs[0][0], own):
             if first != other:
                 words = ["nothing" if x is None else f"{x[0]} {x[2]}" for x in (first, other)]
                 raise ValueError(
@@ -152,15 +182,40 @@ def check_same_parameters(items: Sequence[ParamPlan], group: dist.ProcessGroup) 
                     f"rank {rank} of the group has {words[1]} where rank 0 has {words[0]}: make "
                     "the same groups on every rank"
                 )
+    _check_settings(items, [settings for _, settings in theirs])
 
 
-def _is_alike(items: Sequence[ParamPlan], group: dist.ProcessGroup) -> bool:
-    """Whether all ranks of a group have these parameters, in this order."""
-    mine = [(item.uid, tuple(item.param.shape)) for item in items]
-    digest = hashlib.sha256(repr(mine).encode()).hexdigest()
-    digests: list[str | None] = [None] * group.size()
-    dist.all_gather_object(digests, digest, group=group)
-    return len(set(digests)) == 1
+def _settings(grouped: Grouped) -> list[Mapping[str, str]]:
+    """What steps of each parameter go by; one mapping for all of a group, which is sent once."""
+    told = {
+        id(group): {
+            key: repr(value.tolist() if isinstance(value, Tensor) else value)
+            for key, value in group.items()
+            if key not in OWN
+        }
+        for _, group in grouped
+    }
+    return [told[id(group)] for _, group in grouped]
+
+
+def _check_settings(
+    items: Sequence[ParamPlan], theirs: Sequence[Sequence[Mapping[str, str]]]
+) -> None:
+    """Raise unless all ranks have set each parameter alike.
+
+    Raises:
+        ValueError: with the first key that differs.
+    """
+    for rank, own in enumerate(theirs):
+        for item, first, other in zip(items, theirs[0], own, strict=True):
+            for key in {**first, **other}:
+                if first.get(key) != other.get(key):
+                    raise ValueError(
+                        f"ranks that train together need the same settings, and rank {rank} of "
+                        f"the group has {key}={other.get(key, 'nothing')} for {item.name} where "
+                        f"rank 0 has {first.get(key, 'nothing')}: make the same groups on every "
+                        "rank"
+                    )
 
 
 def refresh_layers(
