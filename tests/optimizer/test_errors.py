@@ -95,7 +95,8 @@ def test_duplicates_in_a_group_warn_as_in_torch() -> None:
 OURS: list[tuple[dict[str, Any], str]] = [
     ({"rank": 0}, r"^rank must be a positive int or a fraction in \(0, 1\), got 0$"),
     ({"rank": -4}, r"^rank must be .*, got -4$"),
-    ({"rank": 1.0}, r"^rank must be .*, got 1\.0$"),  # one direction, or all of them?
+    # one direction, or all of them?
+    ({"rank": 1.0}, r"^rank must be .*, got 1\.0; FRUGAL alone takes a density of 0 or 1$"),
     ({"rank": 2.5}, r"^rank must be .*, got 2\.5$"),
     ({"rank": True}, r"^rank must be .*, got True$"),
     ({"rank": math.nan}, r"^rank must be .*, got nan$"),
