@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -59,7 +59,8 @@ def run(section: Section, settings: Settings) -> None:
     if quick := [x.name for x in settings.sizes if not x.exact]:
         section.notes.append(
             f"Of {', '.join(quick)} no refresh that factorises whole matrices is timed: neither "
-            "svd nor those of other packages. Steps of other packages begin with any basis."
+            "svd nor those of other packages. Steps of optimizers whose first one does that, "
+            "SSTAdamW among them, begin with any basis."
         )
 
 
@@ -73,16 +74,16 @@ def steps(
         FUSED: torch.optim.AdamW(params, lr=variants.LR, fused=True).step,
         "torch AdamW foreach": torch.optim.AdamW(params, lr=variants.LR, foreach=True).step,
     }
-    for label, (name, gap, options) in STEPS.items():
-        make = partial(variants.ours, name, params, size.rank, gap, **options)
-        tried(section, works, params, label, make)
-    for label in CAPTURED if settings.device.type == "cuda" else ():
-        name, gap, options = STEPS[label]
-        make = partial(variants.ours, name, params, size.rank, gap, capturable=True, **options)
-        tried(section, works, params, f"{label}, captured", partial(Captured, make))
-    for label, other in makers.items():
-        make = partial(other, params, size.rank, NEVER)
-        with nullcontext() if size.exact else any_basis():
+    with nullcontext() if size.exact else any_basis():
+        for label, (name, gap, options) in STEPS.items():
+            make = partial(variants.ours, name, params, size.rank, gap, **options)
+            tried(section, works, params, label, make)
+        for label in CAPTURED if settings.device.type == "cuda" else ():
+            name, gap, options = STEPS[label]
+            make = partial(variants.ours, name, params, size.rank, gap, capturable=True, **options)
+            tried(section, works, params, f"{label}, captured", partial(Captured, make))
+        for label, other in makers.items():
+            make = partial(other, params, size.rank, NEVER)
             tried(section, works, params, label, make, theirs=True)
     title = f"One step, {size.layers} layers of {size.name}, rank {size.rank}"
     measure(section, settings, title, works, FUSED, settings.rounds)
@@ -92,16 +93,22 @@ def steps(
 def any_basis() -> Iterator[None]:
     """Let ``torch.linalg.svd`` give any orthonormal vectors: a later step takes as long with them.
 
-    Ours do not call it to find the basis of a step that is timed.
+    Those of a shape are drawn once, as matrices of a layer share their shapes.
     """
 
-    def orthonormal(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
-        k = min(x.shape)
-        u, v = (torch.linalg.qr(torch.randn(n, k, device=x.device, dtype=x.dtype))[0]
-                for n in x.shape)  # fmt: skip
-        return u, x.new_ones(k), v.mT
+    @cache
+    def orthonormal(n: int, k: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        return torch.linalg.qr(torch.randn(n, k, device=device, dtype=dtype)).Q
 
-    honest, torch.linalg.svd = torch.linalg.svd, orthonormal
+    def svd(x: Tensor, full_matrices: bool = True, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        batch, (m, n), k = x.shape[:-2], x.shape[-2:], min(x.shape[-2:])
+        u, v = (
+            orthonormal(own, own if full_matrices else k, x.device, x.dtype).expand(*batch, -1, -1)
+            for own in (m, n)
+        )
+        return u.clone(), x.new_ones(*batch, k), v.mT.clone()
+
+    honest, torch.linalg.svd = torch.linalg.svd, svd
     try:
         yield
     finally:

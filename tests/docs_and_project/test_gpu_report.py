@@ -443,15 +443,34 @@ def test_what_compiles_for_a_minute_is_left_out_by_quick(monkeypatch: Any) -> No
     assert seen == [{*makers}] * 2 + [{"bitsandbytes AdamW8bit"}] * 2
 
 
-def test_any_basis_takes_the_place_of_singular_vectors() -> None:
-    """For a peer's first step, and not after it; vectors are orthonormal on both sides."""
-    honest, x = torch.linalg.svd, torch.randn(5, 3)
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (2, 3, 5)])
+@pytest.mark.parametrize("full", [True, False])
+def test_any_basis_takes_the_place_of_singular_vectors(shape: Any, full: bool) -> None:
+    """For a first step, and not after it; vectors are orthonormal on both sides."""
+    honest, x = torch.linalg.svd, torch.randn(shape)
+    shapes = [own.shape for own in honest(x, full_matrices=full)]
     with times.any_basis():
-        u, s, v = torch.linalg.svd(x, full_matrices=False)
+        u, s, v = torch.linalg.svd(x, full_matrices=full)
+    assert [own.shape for own in (u, s, v)] == shapes
     for q in (u, v.mT):
-        torch.testing.assert_close(q.mT @ q, torch.eye(3))
-    assert s.shape == (3,) and not torch.allclose(u.mT @ x @ v.mT, torch.diag(s), atol=0.1)
+        torch.testing.assert_close(q.mT @ q, torch.eye(q.shape[-1]).expand_as(q.mT @ q))
+    k = s.shape[-1]
+    found = (u.mT @ x @ v.mT)[..., :k, :k]
+    assert not torch.allclose(found, torch.diag_embed(s), atol=0.1)
     assert torch.linalg.svd is honest
+
+
+def test_a_size_without_exact_refreshes_begins_with_any_basis(monkeypatch: Any) -> None:
+    """Ours and theirs: seven singular value decompositions of a 7B take a minute of a card."""
+    seen: list[bool] = []
+    honest = torch.linalg.svd
+    monkeypatch.setattr(times, "tried", lambda *args, **kw: seen.append(torch.linalg.svd is honest))
+    monkeypatch.setattr(times, "measure", lambda *args: None)
+    for exact in (True, False):
+        size = replace(tiny(CPU).trained, exact=exact)
+        times.steps(Section("times", ""), tiny(CPU), size, {"theirs": cast(Any, object)})
+    count = len(times.STEPS) + 1
+    assert seen == [True] * count + [False] * count
 
 
 def test_kernels_are_those_of_a_step_with_what_they_must_move() -> None:
