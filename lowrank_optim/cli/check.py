@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import lowrank_optim
 from lowrank_optim import methods
 from lowrank_optim.backward import attach_in_backward
+from lowrank_optim.cli.check_inputs import GAP, RANK, SHAPES, SIZE, STEPS, gradients, weights
 from lowrank_optim.cli.errors import Refused, nearest
 from lowrank_optim.ops import reference
 from lowrank_optim.ops.__main__ import main as say_backends
@@ -33,14 +34,9 @@ from lowrank_optim.ops.dispatch import VARIABLE, serving
 from lowrank_optim.optimizer import LowRankOptimizer
 from lowrank_optim.subspaces import PROJECTORS
 
-STEPS, GAP = 6, 3
-"""Of a run: a basis, two steps more in it, another; saved and loaded after the fourth step."""
-SHAPES = ((256, 384), (384, 256), (64, 129), (2, 32, 48), (384,))
-"""Wide, tall, of an odd side, experts, and a vector; two are large enough for moments in codes."""
-RANK = 0.25
 EPS = 1e-2
 """A fifth of a usual coordinate: Adam makes a short step of one near zero, not one of its sign."""
-ROUNDING, SIGNS, NARROW = 1e-3, 1e-2, 5e-2
+ROUNDING, SIGNS, NARROW = 1e-3, 2e-2, 5e-2
 """What two ways of a weight may differ by, as a share of one: in float32; where signs of what is
 near zero are taken; where another order of a sum may be the next code, or the next bfloat16."""
 Mode = Literal["project", "step"]
@@ -70,7 +66,7 @@ class Case:
         """The largest difference that is rounding."""
         if any(x in str(self) for x in ("8bit", "4bit", "bfloat16")):
             return NARROW
-        return SIGNS if self.name.startswith("Frugal") else ROUNDING
+        return SIGNS if self.name.startswith("Frugal") or "Lion" in self.name else ROUNDING
 
 
 BESIDE = (
@@ -99,46 +95,6 @@ def cases(names: Sequence[str], device: torch.device) -> list[Case]:
     if device.type == "cuda" and "GaLoreAdamW" in names:
         found.append(Case("GaLoreAdamW", {"capturable": True}))
     return found
-
-
-def weights() -> list[Tensor]:
-    """Where every run begins."""
-    draws = torch.Generator().manual_seed(0)
-    return [0.05 * torch.randn(shape, generator=draws) for shape in SHAPES]
-
-
-def gradients(shape: Sequence[int], seed: int) -> list[Tensor]:
-    """Of each step."""
-    draws = torch.Generator().manual_seed(seed)
-    if len(shape) == 1:
-        return list(torch.randn(STEPS, *shape, generator=draws))
-    *experts, m, n = shape
-    found = torch.stack([_of_a_matrix(m, n, draws) for _ in range(math.prod(experts))], dim=1)
-    return list(found.reshape(STEPS, *shape))
-
-
-def _of_a_matrix(m: int, n: int, draws: torch.Generator) -> Tensor:
-    """``(STEPS, m, n)``: which directions hold most, and in which order, rounding does not decide.
-
-    The vectors of the smaller side are cosines that are turned a little, in another order after
-    ``GAP`` steps. Their singular values fall by a hundredth each, and to a tenth beyond a rank.
-    """
-    side, rank = min(m, n), int(RANK * min(m, n))
-    at = torch.arange(side, dtype=torch.float64)
-    cosines = torch.cos(math.pi / side * (at[:, None] + 0.5) * at)
-    noise = torch.randn(side, side, generator=draws, dtype=torch.float64) / math.sqrt(side)
-    short = torch.linalg.qr(cosines / cosines.norm(dim=0) + 0.02 * noise).Q
-    drawn = torch.randn(max(m, n), side, generator=draws, dtype=torch.float64)
-    long = torch.linalg.qr(drawn).Q
-    found = []
-    for step in range(STEPS):
-        if step == GAP:
-            short = short[:, torch.randperm(side, generator=draws)]
-        values = (0.99 + 0.002 * math.cos(step)) ** at
-        values[rank:] = values[rank - 1] / 10
-        grad = (1 + 0.3 * math.cos(2 * step)) * (short * values) @ long.mT
-        found.append(grad if m == side else grad.mT)
-    return torch.stack(found).float()
 
 
 def steps_of(make: Callable[[], LowRankOptimizer], params: Sequence[nn.Parameter]) -> None:
@@ -183,10 +139,11 @@ def ways(case: Case, device: torch.device) -> list[Tensor]:
         "rank": RANK,
         "update_proj_gap": GAP,
     }
-    eps = inspect.signature(kind).parameters.get("eps")
-    if eps is not None and isinstance(eps.default, float):
+    known = inspect.signature(kind).parameters
+    if "eps" in known and isinstance(known["eps"].default, float):
         options["eps"] = EPS
-
+    if "scale_parameter" in known:  # steps are in shares of a weight's size
+        options["lr"] /= SIZE
     options |= case.options
     if device.type == "cpu":  # steps that count on the device are those that the host counts
         options.pop("capturable", None)
@@ -217,15 +174,20 @@ def plain_torch(device: torch.device) -> Iterator[None]:
 
 
 def difference(case: Case, device: torch.device) -> float:
-    """The largest of all weights between a run on a device and one of plain torch on the CPU.
-
-    As a share of how far the weight went; one that is not finite is NaN or Inf.
-    """
+    """Between a run on a device and one of plain torch on the CPU."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what these settings are not made for
         with plain_torch(device):
             expected = ways(case, torch.device("cpu"))
         found = ways(case, device)
+    return furthest(found, expected)
+
+
+def furthest(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest difference of all weights, as a share of how far the weight went.
+
+    One that is not finite is NaN or Inf.
+    """
     pairs = zip(found, expected, strict=True)
     shares = [float((a - b).norm() / (b.norm() or 1.0)) for a, b in pairs]
     return max(shares, key=lambda share: (math.isnan(share), share))
