@@ -20,9 +20,11 @@ from lowrank_optim.engine.offload import Staging, load_of
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
 from lowrank_optim.engine.project import measure, project
 from lowrank_optim.engine.reserve import written
+from lowrank_optim.engine.schedule import basis_due
 from lowrank_optim.engine.undo import Undo
 from lowrank_optim.ops.devices import on_accelerator
 from lowrank_optim.rules.base import finished
+from lowrank_optim.tensors.projected_grad import ProjectedGrad
 
 
 class Phases:
@@ -94,12 +96,30 @@ def step_items(
     undo: Undo,
     staging: Staging,
 ) -> None:
-    """One step of parameters of a group: alike matrices together, as many as a cache takes."""
+    """One step of parameters of a group: alike matrices together, as many as a cache takes.
+
+    On an accelerator those that look for a basis come last. Their host launches much and waits for
+    a factorisation: until then its device has the steps of all others to do.
+    """
+    states = {id(item): state_of(item) for item in items}
+    late = {id(item) for item in items if _searches(item, states[id(item)], chosen)}
+    parts = [[item for item in items if (id(item) in late) == last] for last in (False, True)]
     buckets = [
-        Bucket(own, [state_of(item) for item in own], chosen, lr, weight_decay, undo)
-        for own in bucketed(items, chosen)
+        Bucket(own, [states[id(item)] for item in own], chosen, lr, weight_decay, undo)
+        for part in parts
+        for own in bucketed(part, chosen)
     ]
     step_buckets(buckets, staging)
+
+
+def _searches(item: ParamPlan, state: State, chosen: Strategies) -> bool:
+    """Whether a matrix on an accelerator looks for a basis in this step, and others may not."""
+    subspace = item.subspace
+    if chosen.gap == 1 or subspace is None or not (subspace.fitted or subspace.of_weight):
+        return False
+    if not on_accelerator(item.param) or isinstance(item.param.grad, ProjectedGrad):
+        return False
+    return basis_due(item, state, chosen)
 
 
 def _is_finite(w: MatrixStep) -> bool:

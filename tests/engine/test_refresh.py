@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,7 +16,10 @@ from torch import Tensor
 from torch.linalg import LinAlgError
 
 from lowrank_optim import LowRankOptimizer
+from lowrank_optim.engine import step as stepping
+from lowrank_optim.engine.bucket import Bucket
 from lowrank_optim.engine.draws import seeded
+from lowrank_optim.ops.devices import as_accelerators
 from lowrank_optim.subspaces import RandomizedSVD, RefreshContext
 from lowrank_optim.tensors.matrix import matrix_view
 from tests import cases
@@ -320,3 +324,56 @@ def test_a_set_that_is_drawn_is_that_of_all_experts(projector: str) -> None:
         assert torch.equal(got[0], want[0]) and not torch.equal(got[0], start[0])
         assert torch.equal(got[1], start[1]) and not torch.equal(want[1], start[1])
         assert optimizer.postponed_refreshes() == {}
+
+
+@pytest.mark.parametrize("device", ["host", "accelerator"])
+def test_matrices_that_search_for_a_basis_come_last_on_an_accelerator(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its host waits for a factorisation; what others do is on its device by then, to the bit."""
+    stepped: list[list[str]] = []
+    step_bucket = stepping.step_bucket
+
+    def noted(bucket: Bucket) -> None:
+        stepped.append([item.name for item in bucket.items])
+        step_bucket(bucket)
+
+    monkeypatch.setattr(stepping, "step_bucket", noted)
+    within = as_accelerators() if device == "accelerator" else nullcontext()
+    shapes = [(6, 9), (6, 9), (9, 7), (6, 9), (9,)]
+
+    def run(own: list[int]) -> list[Tensor]:
+        params = [torch.nn.Parameter(cases.parameter(shape, seed=n).detach()) for n, shape in
+                  enumerate(shapes)]  # fmt: skip
+        named = [(f"w{n}", params[n]) for n in own]
+        optimizer = cases.build("GaLoreAdamW", named, rank=2, update_proj_gap=4, stagger=True)
+        for count in range(9):
+            del stepped[:]
+            for n in own:
+                params[n].grad = cases.parameter(shapes[n], seed=10 * count + n).detach()
+            was = {p: int(x.get("refresh_step", 0)) for p, x in optimizer.state.items()}
+            optimizer.step()
+            due = {
+                name
+                for name, p in named
+                if int(optimizer.state[p].get("refresh_step", 0)) != was.get(p, 0)
+            }
+            seen.append((count, due, [*stepped]))
+        return [params[n].detach() for n in own]
+
+    seen: list[tuple[int, set[str], list[list[str]]]] = []
+    with within:
+        together = run([0, 1, 2, 3, 4])
+        some = [own for own in seen if own[0] and own[1]]
+        alone = [run([n])[0] for n in range(5)]
+    assert len(some) >= 3
+    for _, due, order in some:
+        flat = [name for own in order for name in own]
+        last = [{*own} <= due for own in order]
+        assert sorted(flat) == [f"w{n}" for n in range(5)]
+        if device == "accelerator":
+            assert last == sorted(last) and any(last)
+    if device == "host":
+        assert len({str(order) for _, _, order in some}) == 1
+    for a, b in zip(together, alone, strict=True):
+        assert torch.equal(a, b)
