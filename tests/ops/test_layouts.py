@@ -45,33 +45,53 @@ def slow_but(name: str, form: str) -> Any:
 )
 def test_layouts_step_alike(name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was another kernel, or another product, that rounded otherwise."""
-    shape, options, dtype = FORMS[form]
-    options = {"weight_decay": 0.1, "update_proj_gap": 2, **options}
-    if name == "GaLoreAdafactor":
-        options["scale_parameter"] = True
     if INTERPRETED:
         monkeypatch.setenv("LOWRANK_OPTIM_BACKEND", "triton")
     for accelerated in (True,) if INTERPRETED else (False, True):
         cases.branching(monkeypatch, lambda _, own=accelerated: own)  # type: ignore[misc]
-        other = form if form == "channels last" else "slice"
-        found = [run(name, shape, dtype, how, options) for how in ("rows", other)]
-        for x, y in zip(*found, strict=True):
-            assert torch.equal(x, y)
+        compare(name, form, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:.*(does not use|has no effect)")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", RULES)
+def test_layouts_step_alike_on_a_gpu(name: str, form: str) -> None:
+    compare(name, form, "cuda")
+
+
+def compare(name: str, form: str, device: str) -> None:
+    shape, options, dtype = FORMS[form]
+    options = {"weight_decay": 0.1, "update_proj_gap": 2, **options}
+    if name == "GaLoreAdafactor":
+        options["scale_parameter"] = True
+    other = form if form == "channels last" else "slice"
+    found = [run(name, shape, dtype, how, options, device) for how in ("rows", other)]
+    for x, y in zip(*found, strict=True):
+        assert torch.equal(x, y)
 
 
 def run(
-    name: str, shape: Sequence[int], dtype: torch.dtype, how: str, options: dict[str, Any]
+    name: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    how: str,
+    options: dict[str, Any],
+    device: str,
 ) -> list[Tensor]:
     """Weights and state of two parameters, whose gradients lie as autograd leaves them."""
 
     def laid(x: Tensor) -> Tensor:
         return strided(x, how) if how != "channels last" else x.to(memory_format=LAST)
 
-    params = [nn.Parameter(laid(cases.parameter(shape, dtype, seed=n).detach())) for n in range(2)]
+    starts = [cases.parameter(shape, dtype, seed=n).detach().to(device) for n in range(2)]
+    params = [nn.Parameter(laid(x)) for x in starts]
     group = {"params": params, **{k: x for k, x in options.items() if k == "rank"}}
     given = {k: x for k, x in options.items() if k != "rank"}
     optimizer = cases.build(name, [group], **given)
     for row in cases.gradients((2, *shape), 3, dtype):
+        row = row.to(device)
         optimizer.zero_grad()
         sum((p * g).sum() for p, g in zip(params, row, strict=True)).backward()  # type: ignore[union-attr]
         optimizer.step()
