@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lowrank_optim import ops
 from tests import cases
+from tests.compare import assert_close
 from tests.ops.interpreted import INTERPRETED
 from tests.ops.ops_cases import strided
 
@@ -59,6 +61,16 @@ def test_layouts_step_alike(name: str, form: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("name", RULES)
 def test_layouts_step_alike_on_a_gpu(name: str, form: str) -> None:
     compare(name, form, "cuda")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (0, 3), (4, 1), (1, 4), (2, 1, 1), (1, 1, 1), (2, 0, 3)])
+def test_lifts_into_one_entry_or_none(shape: tuple[int, ...]) -> None:
+    """Of these any strides are rows and columns, and there is nothing to copy."""
+    w = strided(torch.randn(shape, dtype=torch.float64), "slice")
+    p, n = (torch.randn(*shape[:-2], *x).double() for x in ((shape[-2], 2), (2, shape[-1])))
+    want = 0.5 * w - 2.0 * (p @ n)
+    ops.lift_add_(w, p, n, None, 0.5, -2.0, None)
+    assert_close(w, want)
 
 
 def compare(name: str, form: str, device: str) -> None:
