@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 import lowrank_optim
 from lowrank_optim.ops.cosine import SPAN, at_once, tile_width, whole_at_once
 from lowrank_optim.ops.schema import PLAN
-from lowrank_optim.ops.stacked import is_words
+from lowrank_optim.ops.stacked import in_lines, is_words
 from lowrank_optim.ops.tiles import FLAT, tile_elements
 
 PACKAGE = lowrank_optim.__name__
@@ -171,7 +171,9 @@ def package_kernels(name: str, given: Arguments) -> list[Kernel]:
         return [*_ready(name, given, full), lift] if half else [lift]
     if name == "addmm_":
         half = first[0].element_size() == 2
-        return [Kernel(name, len(full), least.bytes, least.flops, MATRIX if half else SCALAR)]
+        loose = [first[i] for i in full if not in_lines(first[i])]
+        product = Kernel(name, len(full), least.bytes, least.flops, MATRIX if half else SCALAR)
+        return [*_there_and_back(loose), product]
     if name == "move_rows_":
         return [Kernel(name, len({_moved_as(first[i]) for i in full}), least.bytes)]
     if name == "decay_":
@@ -222,32 +224,27 @@ def _moved_as(x: Tensor) -> tuple[int, bool]:
 
 
 def _decay(given: Arguments, full: Sequence[int], least: Floor) -> list[Kernel]:
-    """One launch for all that is dense; each of the others by torch."""
+    """One launch for all that is dense; others go one by one, by a copy."""
     params = given["params"]
-
-    def dense(x: Tensor) -> bool:
-        return x.is_contiguous() or (x.dim() > 1 and x.mT.is_contiguous())
-
-    sparse = [i for i in full if not dense(params[i])]
-    groups = _alike(given, [i for i in full if i not in sparse], exact=False)
-    # the weights times a number, which may be a product itself; what selects; the copy
-    each = 2 + bool(given["factors"]) + bool(given["finite"])
-    moved = sum(2 * size(params[i]) * (2 + bool(given["finite"])) for i in sparse)
-    moved += least.bytes - sum(2 * size(params[i]) for i in sparse)
-    return [Kernel("decay_", len(groups) + each * len(sparse), moved, least.flops)]
+    loose = [i for i in full if not in_lines(params[i])]
+    groups = _alike(given, [i for i in full if i not in loose], exact=False)
+    own = Kernel("decay_", len(groups) + len(loose), least.bytes, least.flops)
+    return [*_there_and_back([params[i] for i in loose]), own]
 
 
 def _direction_add(given: Arguments, full: Sequence[int], least: Floor) -> list[Kernel]:
-    """One launch for all that lies in memory as its direction does; each of the others by torch."""
-    pairs = [(given["params"][i], given["updates"][i]) for i in full]
-    loose = [(w, x) for w, x in pairs if not (w.is_contiguous() and x.is_contiguous())]
-    packed = [i for i, own in zip(full, pairs, strict=True) if all(y.is_contiguous() for y in own)]
-    groups = _alike(given, packed, exact=False)
-    # the weights in another format, times their decay, the sum, and the copy; factors of the device
-    more = 2 * bool(given["steps"]) + bool(given["decays"])
-    each = [3 + (w.dtype != x.dtype) + more for w, x in loose]
-    moved = sum((n - 1) * 2 * size(x) for n, (_, x) in zip(each, loose, strict=True))
-    return [Kernel("direction_add_", len(groups) + sum(each), least.bytes + moved, least.flops)]
+    """One launch for all that lies in memory by rows; others go one by one, by a copy."""
+    loose = [i for i in full if not given["params"][i].is_contiguous()]
+    groups = _alike(given, [i for i in full if i not in loose], exact=False)
+    turned = [x for x in (given["updates"][i] for i in full) if not x.is_contiguous()]
+    gathered = [Kernel("gather", 1, 2 * size(x)) for x in turned]
+    own = Kernel("direction_add_", len(groups) + len(loose), least.bytes, least.flops)
+    return [*_there_and_back([given["params"][i] for i in loose]), *gathered, own]
+
+
+def _there_and_back(weights: Sequence[Tensor]) -> list[Kernel]:
+    """Copies of weights that have gaps in memory, and back."""
+    return [Kernel("gather", 2, 4 * size(w)) for w in weights]
 
 
 FFT = 8.0

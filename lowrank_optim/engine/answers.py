@@ -4,7 +4,7 @@ A host that asked at once would wait until its device had done all that was queu
 selects by itself what a refresh that did not come about leaves as it was; the host takes it for
 done, starts a copy of the answer, and reads it when it next asks whether the basis is due. Until
 then the device was given a whole forward and backward, so that it has work while the host waits
-for the answer, if it must. Where the basis is due anyway nobody asks.
+for the answer, if it must. Where the basis is due anyway nobody asks, unless refreshes are counted.
 """
 
 from __future__ import annotations

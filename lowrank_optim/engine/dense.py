@@ -161,9 +161,10 @@ def _made(bucket: Bucket) -> int:
     """Tensors in the format of arithmetic of a tile that is stepped, beside its moments."""
     (item,), (state,), chosen, lr, *_ = bucket
     param, cast = item.param, int(item.param.dtype != compute_dtype(item.param.dtype))
+    turned = param.grad is not None and not param.grad.is_contiguous()  # copied, by rows
     if not on_accelerator(param) or not chosen.rule.elementwise:
         # a direction and its multiple, the new weights, and casts
-        return 3 + 2 * cast + int(chosen.maximize and not cast)
+        return 3 + 2 * cast + int(not cast) * (chosen.maximize + turned)
     if rounds(item, chosen):
         moved = 3  # the multiple, the new weights and what they become in float32
     else:
@@ -173,7 +174,7 @@ def _made(bucket: Bucket) -> int:
     copied = [store.passing(slot, param.shape, param)[0] > 0 for slot in slots]
     kept = [scale_key(slot.name) in state for slot in slots]
     in_float = sum(copy or not coded for copy, coded in zip(copied, kept, strict=True))
-    return 1 + chosen.maximize + max(of_direction(param, in_float), moved)
+    return 1 + chosen.maximize + max(turned + of_direction(param, in_float), moved)
 
 
 SCALARS = 64

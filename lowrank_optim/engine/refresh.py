@@ -15,6 +15,7 @@ from lowrank_optim.engine import answers
 from lowrank_optim.engine.draws import seeded
 from lowrank_optim.engine.momentum import sought
 from lowrank_optim.engine.plan import ParamPlan, State, Strategies
+from lowrank_optim.engine.schedule import due_anyway
 from lowrank_optim.engine.state import age_key, refreshed_keys
 from lowrank_optim.engine.transport import following_, restarting
 from lowrank_optim.engine.undo import Undo, Views
@@ -75,7 +76,7 @@ def refreshing_(
     if ok is not None and later:
         assert item.subspace is not None
         # other ranks are told at once
-        soon = chosen.gap > 1 or last < 0 or item.part is not None
+        soon = item.part is not None or not due_anyway(item, chosen, last)
         yield from answers.expecting_(state, item.name, ok, last, soon, before)
     if found is not None:
         found.update(moved)

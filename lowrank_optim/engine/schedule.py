@@ -41,20 +41,24 @@ def basis_due(item: ParamPlan, state: State, chosen: Strategies) -> bool:
     if item.tried == step:
         return False
     answer = answers.of(state)
-    if answer is not None and not _due_anyway(item, chosen, answer):
+    if answer is not None and not due_anyway(item, chosen, answer.last):
         answers.settle_(state)
     return refresh_due(step, int(state["refresh_step"]), chosen.gap, phase(item, chosen))
 
 
-def _due_anyway(item: ParamPlan, chosen: Strategies, answer: answers.Answer) -> bool:
-    """Whether the next refresh is the same whatever became of the last one.
+def due_anyway(item: ParamPlan, chosen: Strategies, last: int | None) -> bool:
+    """Whether the next refresh is the same whatever becomes of this one, so that nobody asks.
 
     Searches start from the basis in use, and moments follow from it: they have to know of the first
-    whether it came about.
+    whether it came about. So do counters of refreshes, that tell a round from another.
+
+    Args:
+        item: whose basis it is.
+        chosen: what its group chose.
+        last: ``refresh_step`` before it, -1 for none; None if that is not to be put back.
     """
-    if item.subspace is not None and item.subspace.counters:
-        return False  # they tell a round from another
-    return chosen.gap == 1 and (answer.last is None or answer.last >= 0)
+    assert item.subspace is not None
+    return chosen.gap == 1 and not item.subspace.counters and (last is None or last >= 0)
 
 
 def phase(item: ParamPlan, chosen: Strategies) -> int:

@@ -12,6 +12,7 @@ from lowrank_optim.ops.noise import Noise
 from lowrank_optim.ops.numbers import is_number, number_of, on_device
 from lowrank_optim.ops.reference.storage import stochastic_round_
 from lowrank_optim.ops.schema import calls
+from lowrank_optim.ops.stacked import as_lines, by_copies, in_lines
 from lowrank_optim.ops.tiles import tile_rows
 
 
@@ -93,6 +94,12 @@ def lift_add_(
     """
     if rounding is not None:
         _lift_add_rounded_(param, basis, low, right, decay, alpha, rounding)
+        return
+    if 1 not in param.stride()[-2:] and not in_lines(param):
+        # torch would make a copy itself, that need not lie as the weights
+        by_copies(
+            as_lines, lambda w: lift_add_(w[0], basis, low, right, decay, alpha, None), [param]
+        )
         return
     if isinstance(decay, Tensor):
         param.mul_(decay)

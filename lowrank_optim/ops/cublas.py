@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops import reference
+from lowrank_optim.ops.stacked import as_lines, by_copies, in_lines
 
 TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
 """``cudaDataType`` of each format."""
@@ -86,10 +87,8 @@ def _handle() -> int:
 
 
 def takes(w: Tensor) -> bool:
-    """Whether the call writes such weights: a matrix that lies in memory as rows or as columns."""
-    if w.dim() != 2 or not w.numel() or max(w.shape) > LONGEST or w.dtype not in TYPES:
-        return False
-    return w.is_contiguous() or w.mT.is_contiguous()
+    """Whether the call writes such weights: a matrix, which it has in memory by rows or columns."""
+    return w.dim() == 2 and w.numel() > 0 and max(w.shape) <= LONGEST and w.dtype in TYPES
 
 
 def addmm_(
@@ -100,7 +99,13 @@ def addmm_(
     decays: Sequence[Tensor],
 ) -> None:
     """``W <- d W + s P N`` of each, rounded once."""
-    device, lists = params[0].device, (params, lefts, rights, steps, decays)
+    device = params[0].device
+    lists: Sequence[Sequence[Tensor]] = (params, lefts, rights, steps, decays)
+    loose = [takes(w) and not in_lines(w) for w in params]
+    if any(loose):
+        by_copies(as_lines, addmm_, *([*compress(xs, loose)] for xs in lists))
+        lists = [[*compress(xs, map(not_, loose))] for xs in lists]
+        params = lists[0]
     library = _library(device)
     served = [library is not None and takes(w) for w in params]
     # all of torch is done before: its products must not run while factors are on the device

@@ -15,6 +15,7 @@ from lowrank_optim.ops.cosine import SPAN, at_once, tile_width, whole_at_once
 from lowrank_optim.ops.devices import kind_of
 from lowrank_optim.ops.dispatch import serving
 from lowrank_optim.ops.schema import NAMESPACE
+from lowrank_optim.ops.stacked import in_lines
 
 GPUS = ("cuda", "meta")
 """Types of devices that Triton serves; tensors without memory stand for one where nobody says."""
@@ -38,13 +39,17 @@ def of_direction(like: Tensor, moments: int) -> int:
 
 
 def of_sum(like: Tensor, stepped: bool) -> int:
-    """Those of ``direction_add_``: the new weights, and the old or the moves. Triton has none.
+    """Those of ``direction_add_``: the new weights, and the old or the moves.
+
+    Triton has none, but for a copy of weights that have gaps in memory.
 
     Args:
         like: the parameter.
         stepped: whether step sizes may be on the device.
     """
-    return 0 if _server(like) is triton else 1 + max(_is_narrow(like), stepped)
+    if _server(like) is triton:
+        return int(not like.is_contiguous())
+    return 1 + max(_is_narrow(like), stepped)
 
 
 def _is_narrow(like: Tensor) -> bool:
@@ -144,6 +149,22 @@ def _sign(given: Given) -> list[int]:
     return max(found, key=sum)
 
 
+def _copies(given: Given) -> list[int]:
+    """Weights that do not lie row after row, one after the other, and directions that do not."""
+    loose = [w for w in given["params"] if not w.is_contiguous()]
+    updates = [x for x in given["updates"] if not x.is_contiguous()]
+    return [max(map(_size, loose), default=0), *map(_size, updates)]
+
+
+def _copy(given: Given) -> list[int]:
+    """Weights that lie neither by rows nor by columns, one after the other."""
+    return [max((_size(w) for w in given["params"] if not in_lines(w)), default=0)]
+
+
+def _size(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
 BUFFERS: dict[str, Callable[[Given], list[int]]] = {
     "cosine_scores": _scores,
     "cosine_project_": _project,
@@ -151,5 +172,8 @@ BUFFERS: dict[str, Callable[[Given], list[int]]] = {
     "cosine_lift_add_": _lift,
     "lift_add_scaled_": _scaled,
     "lift_add_sign_": _sign,
+    "direction_add_": _copies,
+    "decay_": _copy,
+    "addmm_": _copy,
 }
 """By op. Others have tables of addresses, of some KiB."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +39,46 @@ def stacked(xs: Sequence[Tensor]) -> Tensor:
         if not (own and placed):
             return torch.stack(list(xs))
     return first.as_strided((len(xs), *first.shape), (size, *first.stride()))
+
+
+def in_lines(w: Tensor) -> bool:
+    """Whether ``w`` fills its memory row after row, or column after column."""
+    return w.is_contiguous() or (w.dim() > 1 and w.mT.is_contiguous())
+
+
+def as_lines(w: Tensor) -> Tensor:
+    """``w`` if it is :func:`in_lines`, else a copy that is: by rows if their stride is longer."""
+    if in_lines(w):
+        return w
+    down = w.dim() > 1 and w.stride(-2) < w.stride(-1)
+    return w.mT.contiguous().mT if down else w.contiguous()
+
+
+def by_copies(
+    copied: Callable[[Tensor], Tensor],
+    write: Callable[..., None],
+    params: Sequence[Tensor],
+    *lists: Sequence[Tensor],
+) -> None:
+    """``write`` copies of weights, which then go back: what a kernel does not take as they lie.
+
+    One after the other: they may be large.
+
+    Args:
+        copied: :func:`as_lines`, which products round by, or ``Tensor.contiguous``.
+        write: is given a copy and what belongs to it, as lists.
+        params: the weights.
+        *lists: parallel ones, or empty ones.
+    """
+    for n, w in enumerate(params):
+        _by_copy(copied(w), write, w, [x[n : n + 1] for x in lists])
+
+
+def _by_copy(
+    own: Tensor, write: Callable[..., None], w: Tensor, lists: Sequence[Sequence[Tensor]]
+) -> None:
+    write([own], *lists)
+    w.copy_(own)
 
 
 def cast_all(xs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

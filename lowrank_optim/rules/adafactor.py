@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
+from lowrank_optim.ops.stacked import as_lines
 from lowrank_optim.rules.base import (
     Asking,
     Directions,
@@ -31,8 +32,8 @@ from lowrank_optim.rules.base import (
 def norms(x: Tensor) -> Tensor:
     """Norm of all entries ``()``; of each matrix of a batch ``(E, 1, 1)``: experts stay apart."""
     dim = (1, 2) if x.dim() == 3 else None
-    norm: Tensor = torch.linalg.vector_norm(
-        x, dim=dim, keepdim=dim is not None, dtype=compute_dtype(x.dtype)
+    norm: Tensor = torch.linalg.vector_norm(  # the layout decides how a sum rounds
+        as_lines(x), dim=dim, keepdim=dim is not None, dtype=compute_dtype(x.dtype)
     )
     return norm
 
@@ -156,7 +157,7 @@ class Adafactor(Rule):
         squares = kept = dense[: 2 if g.dim() >= 2 else 1]
         if ok:  # what is stored changes at the end, or not at all
             squares = [x.clone() for x in kept]
-        g = g.to(compute_dtype(g.dtype))
+        g = g.to(compute_dtype(g.dtype)).contiguous()  # as above
         square = g.square().add_(self.eps[0])
         if g.dim() < 2:
             root = squares[0].lerp_(square, fresh).rsqrt()

@@ -56,8 +56,28 @@ def test_what_is_asked_for_is_what_a_dense_step_takes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On CUDA without Triton, within two tiles; what ops make in themselves is counted too."""
-    cases.branching(monkeypatch, lambda _: True)
     monkeypatch.setenv("LOWRANK_OPTIM_BACKEND", backend)
+    param = nn.Parameter(torch.randn(512, 256).to(dtype))
+    param.grad = torch.randn(512, 256).to(dtype)
+    compare(name, options, param, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["GaLoreAdamW", "GaLoreAdafactor"])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_gradients_by_columns_are_asked_for_by_rows(
+    name: str, maximize: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was short by a tile of it, and the whole of it with Adafactor."""
+    monkeypatch.setenv("LOWRANK_OPTIM_BACKEND", "reference")
+    param = nn.Parameter(torch.randn(256, 512).mT)
+    param.grad = torch.randn(256, 512).mT
+    compare(name, {"maximize": maximize}, param, monkeypatch)
+
+
+def compare(
+    name: str, options: dict[str, Any], param: nn.Parameter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases.branching(monkeypatch, lambda _: True)
     monkeypatch.setattr(passing, "kind_of", lambda _: "cuda")
     monkeypatch.setattr(ops.tiles, "ACCELERATOR_TILE_ELEMENTS", TILE)
     for owner in (ops.tiles, storage):
@@ -68,11 +88,10 @@ def test_what_is_asked_for_is_what_a_dense_step_takes(
     monkeypatch.setattr(
         dense, "ask", lambda sizes, dtype, _: asked.append(sum(sizes) * dtype.itemsize)
     )
-    param = nn.Parameter(torch.randn(512, 256).to(dtype))
-    param.grad = torch.randn(512, 256).to(dtype)
     groups = [{"params": [param], "rank": None}]
     optimizer = cases.build(name, groups, weight_decay=0.1, **options)
     optimizer.step()
+    assert param.grad is not None
     with Limited(1 << 40, [param, param.grad, *optimizer.state[param].values()]) as meter:
         optimizer.step()
     assert meter.most - SLACK <= asked[-1] <= meter.most + 2 * 4 * TILE

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gpu.variants import OWN, gap_of
 from benchmarks.gpu.waiting import RESTART, SPECTRAL, refresh_may_wait
 from lowrank_optim import LowRankOptimizer, attach_in_backward, methods
 from lowrank_optim.nn import convert
@@ -82,8 +83,8 @@ def classes() -> Iterator[Any]:
     own = [pair for pair in cases.pairs() if not cases.is_beyond(*pair)]
     for n, (name, projector) in enumerate(own):
         yield name, projector, 1 + n % 2
-    for name in sorted({*cases.method_names()} - {*cases.projecting_names()}):
-        yield name, "svd", 2
+    for n, name in enumerate(sorted({*cases.method_names()} - {*cases.projecting_names()})):
+        yield name, "svd", 1 + n % 2
 
 
 @pytest.mark.filterwarnings("ignore:.*does not use")
@@ -93,7 +94,8 @@ def test_no_step_of_a_class_waits() -> None:
         for dtype in (torch.float32, torch.bfloat16)[: 1 + (projector == "rsvd")]:
             params = [cases.parameter(shape, dtype) for shape in SHAPES]
             options: dict[str, Any] = {"projector": projector, "weight_decay": 0.1}
-            optimizer = cases.build(name, params, update_proj_gap=gap, **options)
+            options |= {gap_of(getattr(methods, name)): gap, **OWN.get(name, {})}
+            optimizer = cases.build(name, params, **options)
             stepped(optimizer, params, rows(3, SHAPES, dtype), {0, 1, 2} if gap == 1 else {0, 2})
 
 
@@ -363,13 +365,15 @@ BOTH: dict[str, Any] = {"proj_type": "full", "update_proj_gap": 2}
         ("LDAdamW", {}, [1, 0, 0]),
         ("LDAdamW", {"proj_type": "full"}, [1, 0, 0]),
         ("SSTAdamW", {"steps_per_iteration": 1, "iterations_per_round": 2}, [1, 0, 1]),
+        ("SSTAdamW", {"factors": "active", "steps_per_iteration": 1}, [1, 1, 1]),
         ("SSTAdamW", {**RESTS, "steps_per_iteration": 1, "iterations_per_round": 2}, [2, 1, 2]),
         ("SSTAdamW", {**RESTS, "factor_dtype": "bfloat16", "steps_per_iteration": 2}, [2, 0, 1]),
         ("SwitchLoRAAdamW", {"restart_every": 2, "interval": 4, "freeze_steps": 1}, [0, 0, 1]),
     ],
     ids=[
         "rsvd", "svd", "no thin sketch", "rsvd of both sides", "svd of both sides",
-        "LDAdam", "LDAdam of both sides", "sst", "sst on the host", "sst in bfloat16", "switchlora",
+        "LDAdam", "LDAdam of both sides", "sst", "active sst", "sst on the host",
+        "sst in bfloat16", "switchlora",
     ],
 )  # fmt: skip
 def test_equal_matrices_share_one_wait(

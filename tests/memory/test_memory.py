@@ -530,3 +530,20 @@ def test_what_leaves_less_than_an_allocator_wastes(
         other=10, **{"rounding": 10, "activations": 50, **known}, beside={"backward": 300},
     )  # fmt: skip
     assert found.is_tight(budget * found.peak) is tight
+
+
+@pytest.mark.parametrize("rank", [None, 64])
+def test_weights_with_gaps_are_estimated_with_their_copy(rank: int | None) -> None:
+    """On a GPU kernels and products write a copy, which is there at the peak of a step."""
+    peaks = []
+    for gaps in (False, True):
+        model = nn.Module()
+        own = torch.empty(1024, 512, 2, device="meta")[..., 0]
+        model.w = nn.Parameter(own if gaps else own.contiguous())
+        own_groups = [{"params": [model.w], "rank": rank}]
+        given = {"groups": lambda _, own=own_groups: own, "device": "cuda", "weight_decay": 0.1}
+        peaks.append(estimate(model, GaLoreAdamW, **given).peak)
+    copy = 4 * 1024 * 512
+    assert peaks[0] + copy // 2 < peaks[1] <= peaks[0] + copy
+    if rank is None:
+        assert peaks[1] == peaks[0] + copy

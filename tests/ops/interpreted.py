@@ -20,7 +20,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether this is such a process."""
 
 
-FILES = ("test_triton.py", "test_triton_cosine.py", "test_triton_lists.py", "test_ops.py")
+FILES = (
+    "test_triton.py", "test_triton_cosine.py", "test_triton_lists.py", "test_layouts.py",
+    "test_ops.py",
+)  # fmt: skip
 """In one process: Triton and torch are imported once."""
 SHARED = (
     "guarded or no_ or denormal or flags or top_rows or factors_of or unsound_lift and float32"

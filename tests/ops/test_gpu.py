@@ -57,7 +57,7 @@ def test_ops(backend: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(torch.version.hip is not None, reason="cuBLAS is NVIDIA's")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("how", ["rows", "columns"])
+@pytest.mark.parametrize("how", ["rows", "columns", "slice"])
 def test_products_read_their_factors_there(
     how: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

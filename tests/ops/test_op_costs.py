@@ -93,7 +93,9 @@ def cases(op: str) -> list[ops_cases.Arguments]:
     elif op == "addmm_":  # weights that have entries, and operands that lie as cuBLAS has them
         given = {k: [x.contiguous() for x in xs] for k, xs in found[0].items()}
         full = [n for n, w in enumerate(given["params"]) if w.numel()]
-        return [{k: [xs[n] for n in full] for k, xs in given.items()}]
+        found = [{k: [xs[n] for n in full] for k, xs in given.items()}]
+        loose = [ops_cases.strided(w, "slice") for w in found[0]["params"]]
+        return [*found, {**found[0], "params": loose}]
     elif op == "decay_":
         for how in ("columns", "slice"):
             for factors in (True, False):

@@ -11,10 +11,11 @@ from torch.utils._pytree import tree_leaves
 pytest.importorskip("triton")
 
 from benchmarks.host_time import without_accelerator
-from lowrank_optim.ops import cosine, passing, triton
+from lowrank_optim.ops import cosine, cublas, passing, triton
 from lowrank_optim.tensors.alive import Alive
 from tests.ops import ops_cases as cases
-from tests.ops import ops_cosines
+from tests.ops import ops_cosines, ops_factors
+from tests.ops.test_cublas import HANDLE, Library
 
 COSINES = ("cosine_scores", "cosine_project_", "cosine_top_project_", "cosine_lift_add_")
 LIFTS = ("lift_add_scaled_", "lift_add_sign_")
@@ -62,6 +63,34 @@ def test_lifts(op: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> 
     real = held(op, given)
     assert (real > 0) == (dtype == torch.bfloat16)
     assert sum(counted(op, given, monkeypatch)) == real
+
+
+@pytest.mark.parametrize("how", ["rows", "columns", "slice"])
+@pytest.mark.parametrize("op", ["direction_add_", "decay_", "addmm_"])
+def test_weights_with_gaps(op: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of one after the other; and of all directions that do not lie row after row."""
+    made = ops_factors.arguments(op, torch.bfloat16, how=how)
+    given = {name: made[name] for name in cases.names(op)}
+    if op == "addmm_":  # operands as cuBLAS has them
+        monkeypatch.setattr(cublas, "_library", lambda device: Library())
+        monkeypatch.setattr(cublas, "_handle", lambda: HANDLE)
+        full = [n for n, w in enumerate(given["params"]) if w.numel()]
+        given = {name: [xs[n] for n in full] for name, xs in given.items()}
+        given |= {k: [x.contiguous().bfloat16() for x in given[k]] for k in ("lefts", "rights")}
+    real = held(op, given)
+    assert (real > 0) == (how == "slice" or (how, op) == ("columns", "direction_add_"))
+    assert sum(counted(op, given, monkeypatch)) == real
+
+
+@pytest.mark.parametrize("how", ["rows", "columns", "slice"])
+def test_a_step_asks_for_the_copy_of_weights_with_gaps(how: str) -> None:
+    """In float32, as it asks for all: bfloat16 weights take half of it."""
+    w = cases.strided(torch.randn(8, 6).bfloat16(), how)
+    given = {"params": [w], "updates": [torch.randn(8, 6)], "decay": 0.9, "lr": 0.1}
+    like = torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device="meta")
+    real = held("direction_add_", given)
+    assert (real > 0) == (how != "rows")
+    assert passing.of_sum(like, True) * 4 * w.numel() == 2 * real
 
 
 def test_others_and_hosts_hold_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_optim.ops import reference
+from lowrank_optim.ops.stacked import as_lines, by_copies, in_lines
 from lowrank_optim.ops.triton.launch import (
     ELEMENTS,
     cdiv,
@@ -49,17 +49,17 @@ def decay_kernel(
 def decay_(
     params: Sequence[Tensor], decay: float, factors: Sequence[Tensor], finite: Sequence[Tensor]
 ) -> None:
-    """``W <- decay f W`` where finite: over flat memory, so that only dense weights go together."""
+    """``W <- decay f W`` where finite: over flat memory; weights that have gaps go by copies."""
     lists = [params, factors, finite]
-    dense = [x.is_contiguous() or (x.dim() > 1 and x.mT.is_contiguous()) for x in params]
+    dense = [in_lines(x) for x in params]
     for at in groups(lists, dense):
-        own = select([params, factors, finite], at)
+        own = select(lists, at)
         if not dense[at[0]]:
-            reference.decay_(own[0], decay, own[1], own[2])
+            by_copies(as_lines, lambda w, f, ok: decay_(w, decay, f, ok), *own)
             continue
         sizes = [params[i].numel() for i in at]
         launch(
-            decay_kernel, select(lists, at), [sizes], [cdiv(n, ELEMENTS) for n in sizes],
+            decay_kernel, own, [sizes], [cdiv(n, ELEMENTS) for n in sizes],
             decay, FACTORS=len(factors) > 0, SOUND=len(finite) > 0, BLOCK=ELEMENTS,
         )  # fmt: skip
 
@@ -94,13 +94,17 @@ def direction_add_(
     steps: Sequence[Tensor] = (),
     decays: Sequence[Tensor] = (),
 ) -> None:
-    """``W <- decay d W - lr s N`` over flat memory, where both lie in it alike; else by torch."""
-    lists = [params, updates, steps, decays]
-    packed = [w.is_contiguous() and x.is_contiguous() for w, x in zip(params, updates, strict=True)]
-    for at in groups(lists, packed):
+    """``W <- decay d W - lr s N`` over flat memory; weights that have gaps go by copies."""
+    lists = [params, [x.contiguous() for x in updates], steps, decays]
+    dense = [w.is_contiguous() for w in params]
+    for at in groups(lists, dense):
         own = select(lists, at)
-        if not packed[at[0]]:
-            reference.direction_add_(own[0], own[1], decay, lr, own[2], own[3])
+        if not dense[at[0]]:
+            by_copies(
+                Tensor.contiguous,
+                lambda w, x, s, d: direction_add_(w, x, decay, lr, s, d),
+                *own,
+            )
             continue
         sizes = [params[i].numel() for i in at]
         launch(
