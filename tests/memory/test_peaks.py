@@ -158,6 +158,24 @@ def test_peaks_of_the_worst_of_all_sets(
             assert held + found.beside[moment] == pytest.approx(size, rel=0.02), moment
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_worst_step_of_projected_gradients_is_one_of_a_gap(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The one before which most bytes stay whole: every turn comes within a gap, and it is there.
+
+    Nothing of that is asked for beforehand where coordinates have no memory.
+    """
+    options = {"rank": 8, "update_proj_gap": 3, "state_dtype": "bfloat16"}
+    found, counted = counted_over(
+        monkeypatch, config("llama", 1), "GaLoreAdamW", options, steps=4, in_backward="project"
+    )
+    held = found.held - found.weights
+    assert found.peak_at == "refresh"
+    assert found.peak - found.weights == pytest.approx(max(counted.values()), rel=0.001)
+    assert held + found.beside["step"] < 0.97 * max(counted.values())
+
+
 def rehearsed(cls: Any, shapes: Any, **options: Any) -> Rehearsal:
     params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
     return Rehearsal(params, lambda own: cls([own[id(p)] for p in params], **options))
