@@ -98,22 +98,24 @@ def written(
         undo: what to put back.
         write: adapts and applies, and tells ``undo``.
     """
-    if work and _can_run_out(work[0].grad):
+    # a gradient that was projected inside backward has no memory of its own
+    low = next(iter(work[0].coords.values())) if work else None
+    if low is not None and _can_run_out(low):
         item, kind = work[0].item, _kind(chosen)
         if item.needs is None or item.needs[0] != kind:
             item.needs = kind, len(work), _pieces(_rehearsed(work, write))
         else:
             _, count, sizes = item.needs
             own = [-(-size * len(work) // count) for size in sizes]
-            ask(own, torch.uint8, work[0].grad.device)
+            ask(own, torch.uint8, low.device)
     write(work, undo)
 
 
-def _can_run_out(grad: Tensor) -> bool:
+def _can_run_out(low: Tensor) -> bool:
     """Whether memory is asked for step by step, of a device whose moments are not copied."""
-    if not on_accelerator(grad) or recording():
+    if not on_accelerator(low) or recording():
         return False
-    return not (grad.is_meta or isinstance(grad, FakeTensor))  # these have none
+    return not (low.is_meta or isinstance(low, FakeTensor))  # these have none
 
 
 def _rehearsed(

@@ -18,6 +18,9 @@ HOSTS = frozenset({"cpu"})
 HOST_MEMORY = frozenset({"cpu"})
 """Those whose memory is the host's: nothing of theirs could lie elsewhere."""
 
+GPUS = frozenset({"cuda", "meta"})
+"""Those that Triton serves; tensors without memory stand for one where nobody says."""
+
 QUEUED = frozenset({"cuda", "xpu"})
 """Those that copy to and from pinned memory while their host goes on."""
 

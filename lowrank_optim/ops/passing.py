@@ -12,13 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lowrank_optim.ops import native, reference, triton
 from lowrank_optim.ops.cosine import SPAN, at_once, tile_width, whole_at_once
-from lowrank_optim.ops.devices import kind_of
+from lowrank_optim.ops.devices import GPUS, kind_of
 from lowrank_optim.ops.dispatch import serving
 from lowrank_optim.ops.schema import NAMESPACE
 from lowrank_optim.ops.stacked import in_lines
 
-GPUS = ("cuda", "meta")
-"""Types of devices that Triton serves; tensors without memory stand for one where nobody says."""
 Given = Mapping[str, Any]
 """Arguments by the names of the schema."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops.devices import kind_of, on_accelerator
+from lowrank_optim.ops.devices import GPUS, kind_of, on_accelerator
 from lowrank_optim.ops.tiles import ACCELERATOR_TILE_ELEMENTS, tiles
 
 TILE_ELEMENTS = 1 << 20
@@ -41,7 +41,7 @@ def project(basis: Tensor, grad: Tensor, out: Tensor | None = None) -> Tensor:
         if basis.dtype != grad.dtype:
             left = left.to(grad.dtype)
         return torch.mm(left, grad, out=out) if grad.dim() == 2 else left @ grad
-    if WRITES_WIDE and kind_of(grad) == "cuda" and grad.dim() in (2, 3):
+    if WRITES_WIDE and kind_of(grad) in GPUS and grad.dim() in (2, 3):
         left, product = left.to(grad.dtype), torch.mm if grad.dim() == 2 else torch.bmm
         if out is None:
             return product(left, grad, out_dtype=wide)
@@ -61,7 +61,7 @@ def mixed_matmul(a: Tensor, b: Tensor) -> Tensor:
     if torch.promote_types(a.dtype, b.dtype) == b.dtype:
         return mixed_matmul(b.mT, a.mT).mT
     *batch, k, n = b.shape
-    if WRITES_WIDE and kind_of(b) == "cuda" and (a.dtype, b.dtype) == HALVED and b.dim() in (2, 3):
+    if WRITES_WIDE and kind_of(b) in GPUS and (a.dtype, b.dtype) == HALVED and b.dim() in (2, 3):
         return by_halves(a, b)
     out = a.new_zeros(*batch, a.shape[-2], n)
     by_column = n >= k  # cut the longer side of b

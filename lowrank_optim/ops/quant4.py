@@ -196,7 +196,12 @@ def _signed_level(units: Tensor) -> Tensor:
     """Where values of -1 to 1 lie among the codes: a whole number at the value of each."""
     table = four_bit_map(True, units.device)
     below = torch.bucketize(units, table, out_int32=True, right=True).sub_(1).clamp_(0, LEVELS - 2)
-    return units.sub_(table[below]).mul_((1 / table.diff())[below]).add_(below)
+    return units.sub_(_at(table, below)).mul_(_at(1 / table.diff(), below)).add_(below)
+
+
+def _at(table: Tensor, places: Tensor) -> Tensor:
+    """``table[places]`` of int32: to index, torch would copy all places in int64 first."""
+    return table.index_select(0, places.reshape(-1)).view(*places.shape, *table.shape[1:])
 
 
 def dequantize4(moments: Sequence[Packed], signed: bool, cols: int) -> list[Tensor]:
@@ -216,6 +221,6 @@ def _decoded(x: Packed, signed: bool, cols: int) -> Tensor:
     """``(B, rows, cols)``: the value of each code times the scale of its block."""
     width = x.scales.shape[-1] * (BLOCK // 2)
     codes = x.codes if x.codes.shape[-1] == width else pad(x.codes, (0, width - x.codes.shape[-1]))
-    values = _pairs(signed, codes.device)[codes.int()]
+    values = _at(_pairs(signed, codes.device), codes.int())
     blocks = values.view(*x.scales.shape, BLOCK)
     return blocks.mul_(x.scales.unsqueeze(-1)).flatten(-2)[..., :cols]

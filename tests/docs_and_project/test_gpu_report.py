@@ -549,6 +549,41 @@ def test_memory_is_the_peak_beyond_the_start(monkeypatch: Any) -> None:
     assert memory.peak(CPU, lambda: None) == 7
 
 
+def test_every_basis_has_its_turn_where_gradients_are_projected(monkeypatch: Any) -> None:
+    """Else the worst step, of which the estimate is, is not among those that are measured."""
+    settings, given, said = full(CPU), [], []
+    monkeypatch.setattr(memory, "build", lambda *args: None)
+    monkeypatch.setattr(memory, "train", lambda *args, **own: given.append(own))
+    monkeypatch.setattr(
+        memory, "estimate", lambda *args, **own: said.append(own) or SimpleNamespace(peak=1)
+    )
+    size = settings.sizes[0]
+    for case in memory.cases(Section("memory", ""), size, settings.dtype):
+        memory.trained(settings, size, case)
+        memory.estimated(settings, size, case)
+    assert len(given) == len(said) > 0
+    assert all(own["device"] == CPU for own in said)
+    for run, own in zip(given, said, strict=True):
+        assert run.get("update_proj_gap") == own.get("update_proj_gap")
+        if run["in_backward"] == "project":
+            assert run["steps"] > run["update_proj_gap"]  # turns are less than the gap
+
+
+def test_a_process_has_its_workspace_before_a_peak_is_measured(monkeypatch: Any) -> None:
+    """Products were made, once, and not within the first row."""
+    memory._warm.cache_clear()
+    calls: list[str] = []
+    monkeypatch.setattr(
+        memory, "trained", lambda settings, size, case: calls.append(case[0] or "warm")
+    )
+    monkeypatch.setattr(memory, "peak", lambda device, work: [calls.append("peak"), work()])
+    settings = full(CPU)
+    for name in ("a", "b"):
+        memory.measured(settings, settings.sizes[0], (name, None, {}, None))
+    memory._warm.cache_clear()
+    assert calls == ["warm", "peak", "a", "peak", "b"]
+
+
 def test_no_memory_left_is_a_row_and_other_errors_failures(monkeypatch: Any) -> None:
     errors = iter([torch.OutOfMemoryError("x"), RuntimeError("y"), None])
 

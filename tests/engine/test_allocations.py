@@ -176,7 +176,7 @@ def test_a_refresh_allocates_what_its_sketch_does(case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("accelerated", [False, True], ids=["cpu", "accelerator"])
-@pytest.mark.parametrize(("state_dtype", "tiles"), [("8bit", 5), ("bfloat16", 7), ("4bit", 11)])
+@pytest.mark.parametrize(("state_dtype", "tiles"), [("8bit", 5), ("bfloat16", 7), ("4bit", 7)])
 def test_a_dense_step_allocates_tiles(
     state_dtype: Any,
     tiles: int,
@@ -186,8 +186,8 @@ def test_a_dense_step_allocates_tiles(
 ) -> None:
     """A tile in float32 of the gradient, the direction, its product and the weights, new and old.
 
-    Of moments in bfloat16 or in 4 bits, which are copied to be read, two tiles more, and what an
-    encoder makes of one. Tiles are those of the device, 64 times as large on an accelerator.
+    Of moments in bfloat16 or in 4 bits, which are copied to be read, two tiles more. Tiles are
+    those of the device, 64 times as large on an accelerator.
     """
     assert ops.tiles.ACCELERATOR_TILE_ELEMENTS == 64 * ops.tiles.TILE_ELEMENTS
     monkeypatch.setattr(devices, "HOSTS", frozenset() if accelerated else devices.HOSTS)
@@ -201,8 +201,8 @@ def test_a_dense_step_allocates_tiles(
     optimizer.step()
     found = allocations(optimizer.step)
     tile = 4 * (large if accelerated else small)
-    most = 2 * tile if state_dtype == "4bit" else tile  # places in its table, in int64
-    assert tile <= found.largest + 64 and found.largest <= most
+    scales = tile // 32 if state_dtype == "4bit" else 0  # four of each block of 128
+    assert tile <= found.largest + 64 and found.largest <= tile + scales
     assert found.peak <= tiles * tile + 8192 < full_bytes(param) * (4 if dtype.itemsize == 2 else 2)
 
 

@@ -15,7 +15,7 @@ from transformers import GPT2Config, LlamaConfig, MixtralConfig
 from lowrank_optim import FiraAdamW, FrugalAdamW, GaLoreAdamW, GaLoreAdamW8bit, methods, ops
 from lowrank_optim.memory import Estimate, estimate, sets
 from lowrank_optim.memory.rehearsal import Rehearsal
-from lowrank_optim.ops import devices, tiles
+from lowrank_optim.ops import devices, products, tiles
 from lowrank_optim.subspaces import pooled
 from lowrank_optim.tensors.alive import Alive
 from tests import cases
@@ -156,6 +156,38 @@ def test_peaks_of_the_worst_of_all_sets(
     if mode is None:
         for moment, size in counted.items():
             assert held + found.beside[moment] == pytest.approx(size, rel=0.02), moment
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_worst_step_of_projected_gradients_is_one_of_a_gap(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The one before which most bytes stay whole: every turn comes within a gap, and it is there.
+
+    Nothing of that is asked for beforehand where coordinates have no memory.
+    """
+    options = {"rank": 8, "update_proj_gap": 3, "state_dtype": "bfloat16"}
+    found, counted = counted_over(
+        monkeypatch, config("llama", 1), "GaLoreAdamW", options, steps=4, in_backward="project"
+    )
+    held = found.held - found.weights
+    assert found.peak_at == "refresh"
+    assert found.peak - found.weights == pytest.approx(max(counted.values()), rel=0.001)
+    assert held + found.beside["step"] < 0.97 * max(counted.values())
+
+
+@pytest.mark.skipif(not products.WRITES_WIDE, reason="torch has no such products")
+@pytest.mark.parametrize("mode", [None, "step", "project"])
+def test_where_nobody_says_the_device_is_a_gpu(mode: Any) -> None:
+    """Products with halves of what is wide, which others do not have, need more."""
+    model = nn.Linear(2048, 256, bias=False, dtype=torch.bfloat16)
+    own: dict[str, Any] = {"rank": 64, "in_backward": mode}
+    here, there, other = (
+        estimate(model.to("meta"), GaLoreAdamW, device=device, **own)
+        for device in (None, "cuda", "xpu")
+    )
+    assert here.beside == there.beside
+    assert here.beside["refresh"] > other.beside["refresh"]
 
 
 def rehearsed(cls: Any, shapes: Any, **options: Any) -> Rehearsal:

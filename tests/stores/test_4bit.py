@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.allocations import allocations
 from lowrank_optim import GaLoreAdamW, SwitchLoRAAdamW, attach_in_backward, memory, ops
 from lowrank_optim.nn import convert
 from lowrank_optim.ops import Noise, quant, quant4
 from lowrank_optim.rules.base import Slot
 from lowrank_optim.stores import STORES
+from lowrank_optim.tensors.alive import Alive
 from tests import cases, runs
 from tests.compare import assert_close
 from tests.oracles import four_bits
@@ -47,6 +49,35 @@ def values(shape: Any, slot: Slot, seed: int = 0) -> Tensor:
     x *= torch.rand(shape, generator=generator) > 0.1
     x.view(-1, shape[-1])[0, :128] = 0
     return x if slot.signed else x.square()
+
+
+@pytest.mark.parametrize("cols", [1024, 1000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_take_what_is_followed(kind: str, cols: int) -> None:
+    """torch's allocator counts what estimates do, and a write no more than is asked for before.
+
+    To index with int32 is to copy all places in int64, within an operation that nobody looks into.
+    """
+    slot = KINDS[kind]
+    x = values((256, cols), slot)
+    state = kept(x, slot)
+
+    def write() -> None:
+        STORE.write_(state, slot.name, slot, x, Noise.over(0, x.shape))
+
+    def read() -> None:
+        STORE.read(state, slot.name, slot, x.shape, x)
+
+    taken = []
+    for work in (write, read):
+        alive = Alive()
+        alive.leave_out([x, *state.values()])
+        with alive:
+            work()
+        taken.append(allocations(work).peak)
+        assert taken[-1] == pytest.approx(alive.most, rel=0.01)
+    _, asked = STORE.passing(slot, x.shape, x)
+    assert taken[0] <= 4 * asked + 1024
 
 
 def test_the_maps_are_those_of_the_paper() -> None:
