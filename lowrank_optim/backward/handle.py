@@ -196,7 +196,8 @@ class InBackward:
 
     def _let_go(self) -> None:
         """Take the hooks of parameters that are in no group any more."""
-        for param in [p for p in self._hooks if self._plans.find(p) is None]:
+        here = {p for group in self.optimizer.param_groups for p in group["params"]}
+        for param in [p for p in self._hooks if p not in here]:
             self._hooks.pop(param).remove()
             self._forget(param)
 

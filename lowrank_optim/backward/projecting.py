@@ -44,7 +44,8 @@ class Plans:
         known = self._known.get(param)
         if known is not None:
             group, plans, plan = known
-            if any(g is group for g in groups) and self._optimizer._items(group) is plans:
+            here = any(g is group for g in groups)
+            if here and self._optimizer._is_planned(group, plans, plan):
                 return group, plan
         self._known = {
             plan.param: (group, plans, plan)

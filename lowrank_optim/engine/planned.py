@@ -71,6 +71,11 @@ def structure(group: Group) -> dict[str, str]:
     return found
 
 
+def _key(group: Group, now: Mapping[str, str]) -> tuple[Any, ...]:
+    """Equal of a group that has the same parameters and ``structure``."""
+    return tuple(map(id, group["params"])), tuple(now.items())
+
+
 class PlannedOptimizer(Optimizer):
     """An optimizer whose groups become plans; a method says by which roles.
 
@@ -145,7 +150,7 @@ class PlannedOptimizer(Optimizer):
                 replaced.
         """
         now = structure(group)
-        key = tuple(map(id, group["params"])), tuple(now.items())
+        key = _key(group, now)
         plan = self._plans.get(id(group))
         if plan is None or plan.key != key or any(map(moved, plan.items)):
             before = {} if plan is None else plan.structure
@@ -170,6 +175,13 @@ class PlannedOptimizer(Optimizer):
                     settle_(state, item, chosen)
             plan = self._plans[id(group)] = Plan(key, now, items)
         return plan.items
+
+    def _is_planned(self, group: Group, items: list[ParamPlan], item: ParamPlan) -> bool:
+        """Whether :meth:`_items` would give ``items`` again, as far as one of them can tell."""
+        plan = self._plans.get(id(group))
+        if plan is None or plan.items is not items or moved(item):
+            return False
+        return plan.key == _key(group, structure(group))
 
     def _check_rates(self, group: Group) -> None:
         """Raise if what may be edited at any step is such that no step could use it.
