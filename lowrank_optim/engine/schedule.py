@@ -28,15 +28,16 @@ def refresh_due(step: int, last: int, gap: int, offset: int) -> bool:
     return last < 0 or (step - offset) // gap > (last - offset) // gap
 
 
-def basis_due(item: ParamPlan, state: State, chosen: Strategies) -> bool:
+def basis_due(item: ParamPlan, state: State, chosen: Strategies, quiet: bool = False) -> bool:
     """Whether the next step of a matrix refreshes its basis, if its gradient allows.
 
-    None does where a graph is captured: it would do so at every replay.
+    None does where a graph is captured: it would do so at every replay. ``quiet`` of who asks
+    before the step does: that says it if there is something to be said.
     """
     if chosen.capturable and recording():
         return False
     step = int(state["step"])
-    if step == COUNTER_MAX and chosen.capturable:  # a graph may know where it is
+    if step == COUNTER_MAX and chosen.capturable and not quiet:  # a graph may know where it is
         logger.warning(LAST_STEP, item.name, step)
     if item.tried == step:
         return False

@@ -119,7 +119,7 @@ def _searches(item: ParamPlan, state: State, chosen: Strategies) -> bool:
         return False
     if not on_accelerator(item.param) or isinstance(item.param.grad, ProjectedGrad):
         return False
-    return basis_due(item, state, chosen)
+    return basis_due(item, state, chosen, quiet=True)
 
 
 def _is_finite(w: MatrixStep) -> bool:
