@@ -49,24 +49,28 @@ def prepared(
         undo: what to put back.
         rounding: seed and positions of the weights as they are stored; None rounds to nearest.
     """
-    undo.keep_all([w.state for w in work], chosen.residual.stepped)
-    for w in work:
-        item, pushed = w.item, [] if w.item.subspace is None else w.item.subspace.pushed(w.state)
-        if on_accelerator(item.param):  # as of moments, a copy is one more pass
-            if pushed:
-                undo.loosen([w.state], [item.param], [item.name], [*pushed])
-        else:
-            undo.keep_weights(w.state, item.param)
-            undo.keep(w.state, pushed)
+    subspace, states = work[0].item.subspace, [w.state for w in work]
+    assert subspace is not None
+    undo.keep_all(states, chosen.residual.stepped)
+    pushed = [*subspace.pushed(states[0])]
+    if on_accelerator(work[0].item.param):  # as of moments, a copy is one more pass
+        if pushed:
+            items = [w.item for w in work]
+            undo.loosen(states, [i.param for i in items], [i.name for i in items], pushed)
+    else:
+        for w in work:
+            undo.keep_weights(w.state, w.item.param)
+        undo.keep_all(states, pushed)
     terms = _terms(work, chosen)
-    sizes = [_step_size(w, chosen, lr) for w in work]
+    params = [_viewed(w) for w in work]
+    sizes = [_step_size(w, param, chosen, lr) for w, param in zip(work, params, strict=True)]
     if weight_decay == 0 and is_number(sizes[0]):
         decays: list[float | Tensor] = [1.0] * len(work)
     else:
         decays = _each(sizes, lambda size: 1 - size * weight_decay)
     if chosen.lr_scale != 1:
         sizes = _each(sizes, lambda size: size * chosen.lr_scale)
-    plain = all(isinstance(size, float) for size in sizes) and all(map(_has_factor, work))
+    plain = all([isinstance(size, float) for size in sizes]) and all(map(_has_factor, work))
     # a direction that is beyond the format of the weights may be a step that is not
     dtype = work[0].item.param.dtype
     plain = plain and (ops.product_dtype(dtype) == dtype or any(term is not None for term in terms))
@@ -87,8 +91,6 @@ def prepared(
             if term is not None and isinstance(factor, Tensor):
                 terms[n] = term.times(factor)
     lows = [w.coords.get("low") for w in work]
-    subspace = work[0].item.subspace
-    assert subspace is not None
     if chosen.maximize:
         # coordinates are those of -G, and so is all that is linear in them: turn both back
         for n, (own, term) in enumerate(zip(lows, terms, strict=True)):
@@ -97,16 +99,22 @@ def prepared(
                 lows[n], rates[n] = -own, -rates[n]
     ready = []
     for n, w in enumerate(work):
-        view = w.item.view
-        assert view is not None
-        param, noise = view.of(w.item.param), rounding[n]
-        noise = None if noise is None else view.noise(noise)
+        param, noise = params[n], rounding[n]
+        if noise is not None:
+            assert w.item.view is not None
+            noise = w.item.view.noise(noise)
         # where nothing of it is applied the weights stand in: its coordinates alone may exist, or
         # it may be wider than the weights, as with error feedback
         grad = w.grad if subspace.applies_grad(terms[n]) else param
         into = Target(param, grad, lows[n], rates[n], decays[n], noise, w.finite, steps[n])
         ready.append(Push(into, updates[n], terms[n]))
     return ready
+
+
+def _viewed(w: MatrixStep) -> Tensor:
+    """Its weights in canonical orientation."""
+    assert w.item.view is not None
+    return w.item.view.of(w.item.param)
 
 
 def _has_factor(w: MatrixStep) -> bool:
@@ -117,11 +125,13 @@ def _has_factor(w: MatrixStep) -> bool:
     corrections = [correction for _, correction in w.directions.values()]
     if len(corrections) > 1 and not on_accelerator(w.item.param):
         return False
-    return all(isinstance(x, float) and x == corrections[0] for x in corrections)
+    return all([isinstance(x, float) and x == corrections[0] for x in corrections])
 
 
 def _terms(work: Sequence[MatrixStep], chosen: Strategies) -> list[Term | None]:
     """What residuals add to the updates."""
+    if chosen.residual.wants == "nothing":
+        return [None] * len(work)
     found = [inputs_of(w) for w in work]
     seen = [own for own in found if own is not None]
     if not seen:
@@ -130,11 +140,12 @@ def _terms(work: Sequence[MatrixStep], chosen: Strategies) -> list[Term | None]:
     return chosen.residual.after_all([w.state for w in work], seen, measured)
 
 
-def _step_size(w: MatrixStep, chosen: Strategies, lr: float | Tensor) -> float | Tensor:
-    """The learning rate of one matrix."""
-    view, subspace = w.item.view, w.item.subspace
-    assert view is not None and subspace is not None
-    param = view.of(w.item.param)
+def _step_size(
+    w: MatrixStep, param: Tensor, chosen: Strategies, lr: float | Tensor
+) -> float | Tensor:
+    """The learning rate of one matrix, whose weights are ``param``."""
+    subspace = w.item.subspace
+    assert subspace is not None
     step = w.state["step"] if chosen.capturable else float(w.state["step"])
     size = chosen.rule.step_size(lr, step, param, w.rms)
     if isinstance(size, Tensor) and size.numel() == 1 and not on_accelerator(param):
@@ -237,7 +248,7 @@ def push(work: Sequence[MatrixStep], ready: Sequence[Push], chosen: Strategies, 
                     w.item.param.copy_(stored.reshape(view.shape))
                 written.append(w)
     finally:  # if another could not be written too
-        if written:
+        if written and chosen.residual.wants != "nothing":
             states, grads = [w.state for w in written], [w.grad for w in written]
             if chosen.residual.wants == "memory":
                 undo.passing(states)

@@ -74,6 +74,9 @@ def count_(steps: list[Tensor]) -> None:
 def mark(work: Sequence[MatrixStep]) -> None:
     """Whether gradients are finite, of all at once, where no host may wait for the answer."""
     # a norm is not negative: it is less than infinity, or not a number, or infinite
+    if len(work) == 1:
+        work[0].finite = work[0].norm < math.inf
+        return
     flags = torch.stack([w.norm for w in work]) < math.inf
     for w, flag in zip(work, flags.unbind(0), strict=True):
         w.finite = flag
@@ -90,8 +93,8 @@ def begun(
     """A matrix whose coordinates are known, before its step is counted."""
     time = math.nan
     if not chosen.capturable:
-        last = max(int(state["refresh_step"]), 0)
-        time = float(int(state["step"]) + 1 - (last if chosen.on_refresh == "reset" else 0))
+        last = max(int(state["refresh_step"]), 0) if chosen.on_refresh == "reset" else 0
+        time = float(int(state["step"]) + 1 - last)
     return MatrixStep(item, state, grad, coords, time, finite)
 
 

@@ -25,6 +25,10 @@ SEARCH_BYTES = 1 << 26
 """Low-rank gradients of matrices of an accelerator whose bases are fitted at once: a search holds
 several tensors as large as a basis of each."""
 
+_Found = tuple[Tensor, dict[str, Tensor], Tensor | None]
+"""A gradient, the coordinates that are known already, and whether it is finite, where a device has
+said so."""
+
 
 def measure(work: Sequence[MatrixStep]) -> None:
     """Norms of all coordinates, one call for each; of gradients that they do not see whole."""
@@ -50,6 +54,8 @@ def measure(work: Sequence[MatrixStep]) -> None:
 
 def _norms(lists: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
     """Norms of each of several equally long lists: one call for all that are of one dtype."""
+    if len(lists) == 1:
+        return [ops.total_norms([*lists[0]])]
     found: dict[int, Sequence[Tensor]] = {}
     count = len(lists[0])
     for dtype in dict.fromkeys(own[0].dtype for own in lists):
@@ -71,12 +77,17 @@ def project(
         not (own or item.tried >= 0) or _has_basis(item, state)
         for (item, state), own in zip(pairs, due, strict=True)
     ]
-    keep_refreshed(list(compress(pairs, due)), chosen, undo)
-    work = zip(pairs, _gradients(pairs, chosen), due, strict=True)
-    searches = [_refreshed(*pair, grad, own, chosen) for pair, grad, own in work]
+    if any(due):
+        keep_refreshed(list(compress(pairs, due)), chosen, undo)
+    work = list(zip(pairs, _gradients(pairs, chosen), strict=True))
+    searches = [_refreshed(*pair, grad, chosen) for pair, grad in compress(work, due)]
     size = _searched_at_once(pairs, due, chosen)
     parts = (searches[i : i + size] for i in range(0, len(searches), size))
-    found = [x for part in parts for x in together(part)]
+    refreshed = (x for part in parts for x in together(part))
+    found = [
+        next(refreshed) if own else _kept(*pair, grad, chosen)
+        for (pair, grad), own in zip(work, due, strict=True)
+    ]
     at = [n for n, (_, coords, _) in enumerate(found) if not coords]
     if at:
         (item, _), *_ = pairs
@@ -129,28 +140,33 @@ def _gradients(
     return grads
 
 
-def _refreshed(
-    item: ParamPlan, state: State, grad: Tensor | ProjectedGrad, due: bool, chosen: Strategies
-) -> Searching[tuple[Tensor, dict[str, Tensor], Tensor | None]]:
-    """The gradient, and the coordinates that are known already.
-
-    With them whether it is finite, if a search has said so on its device.
-    """
-    coords: dict[str, Tensor] = {}
-    moved: dict[str, BasisChange] = {}
-    if isinstance(grad, ProjectedGrad):  # taken inside backward, in a basis that is not due
-        state.update(grad.fresh)
-        if int(state["refresh_step"]) < 0:
-            state["postponed"] += 1  # no gradient yet that says something
-        coords = {k: x.clone() if chosen.maximize else x for k, x in grad.coords.items()}
-    else:
+def _kept(
+    item: ParamPlan, state: State, grad: Tensor | ProjectedGrad, chosen: Strategies
+) -> _Found:
+    """What is known of a matrix whose basis is not due."""
+    if not isinstance(grad, ProjectedGrad):
         held, item.before = item.before, None
-        if due:
-            if chosen.residual.lost:
-                held = momentum_of(item, state, chosen, copied=True)
-            step = int(state["step"])
-            yield from refreshing_(item, state, grad, step, chosen, moved, later=True)
         join_lost_(held, state, grad, chosen)
-    coords |= {k: own.low for k, own in moved.items() if own.low is not None}
+        return grad, {}, None
+    # taken inside backward
+    state.update(grad.fresh)
+    if int(state["refresh_step"]) < 0:
+        state["postponed"] += 1  # no gradient yet that says something
+    coords = {k: x.clone() if chosen.maximize else x for k, x in grad.coords.items()}
+    return grad, coords, None
+
+
+def _refreshed(
+    item: ParamPlan, state: State, grad: Tensor, chosen: Strategies
+) -> Searching[_Found]:
+    """What is known of a matrix whose basis is due, and what a search for it has said."""
+    moved: dict[str, BasisChange] = {}
+    held, item.before = item.before, None
+    if chosen.residual.lost:
+        held = momentum_of(item, state, chosen, copied=True)
+    step = int(state["step"])
+    yield from refreshing_(item, state, grad, step, chosen, moved, later=True)
+    join_lost_(held, state, grad, chosen)
+    coords = {k: own.low for k, own in moved.items() if own.low is not None}
     said = (own.finite for own in moved.values() if own.finite is not None)
     return grad, coords, next(said, None)

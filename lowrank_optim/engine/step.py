@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import compress
+from operator import not_
 
 from torch import Tensor
 
@@ -102,8 +104,10 @@ def step_items(
     a factorisation: until then its device has the steps of all others to do.
     """
     states = {id(item): state_of(item) for item in items}
-    late = {id(item) for item in items if _searches(item, states[id(item)], chosen)}
-    parts = [[item for item in items if (id(item) in late) == last] for last in (False, True)]
+    late = [_searches(item, states[id(item)], chosen) for item in items]
+    parts = [items]
+    if any(late):
+        parts = [[*compress(items, map(not_, late))], [*compress(items, late)]]
     buckets = [
         Bucket(own, [states[id(item)] for item in own], chosen, lr, weight_decay, undo)
         for part in parts

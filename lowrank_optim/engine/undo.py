@@ -112,12 +112,13 @@ class Undo:
             return
         own = self._kept.get(id(state))
         if own is None:
-            found = [state[key] for key in COUNTERS if key in state]
+            entries = dict(state)
+            found = [entries[key] for key in COUNTERS if key in entries]
             counters = [x.clone() if on_accelerator(x) else float(x) for x in found]
             for x, count in zip(found, counters, strict=True):
                 if isinstance(count, float) and count >= COUNTER_MAX:
                     widen_(x)
-            own = _Kept(state, dict(state), counters, answers.of(state), {}, [], [])
+            own = _Kept(state, entries, counters, answers.of(state), {}, [], [])
             self._kept[id(state)] = own
         if item is not None:
             own.item, own.version = item, _version(item.param)
@@ -197,7 +198,7 @@ class Undo:
             own = self._kept.get(id(state))
             if own is None or own.loose or not (param.numel() > SMALL or on_accelerator(param)):
                 continue
-            if keys is None or any(_written_over(state, own.entries, key) for key in keys):
+            if keys is None or _any_written_over(state, own.entries, keys):
                 own.loose = name
 
     def passing(self, states: Sequence[State]) -> None:
@@ -286,7 +287,10 @@ def _version(param: Tensor) -> int:
     return 0 if param.is_inference() else param._version
 
 
-def _written_over(state: State, before: State, key: str) -> bool:
-    """Whether an entry is still in the memory of what was there before."""
-    now, then = state.get(key), before.get(key)
-    return now is not None and then is not None and (now is then or shares_memory(now, then))
+def _any_written_over(state: State, before: State, keys: Sequence[str]) -> bool:
+    """Whether any of some entries is still in the memory of what was there before."""
+    for key in keys:
+        now, then = state.get(key), before.get(key)
+        if now is not None and then is not None and (now is then or shares_memory(now, then)):
+            return True
+    return False

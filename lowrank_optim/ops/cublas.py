@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops import reference
-from lowrank_optim.ops.stacked import as_lines, by_copies, in_lines
+from lowrank_optim.ops.stacked import as_lines, by_copies, down_columns, in_lines
 
 TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
 """``cudaDataType`` of each format."""
@@ -101,13 +101,15 @@ def addmm_(
     """``W <- d W + s P N`` of each, rounded once."""
     device = params[0].device
     lists: Sequence[Sequence[Tensor]] = (params, lefts, rights, steps, decays)
-    loose = [takes(w) and not in_lines(w) for w in params]
+    served = [takes(w) for w in params]
+    loose = [taken and not in_lines(w) for w, taken in zip(params, served, strict=True)]
     if any(loose):
         by_copies(as_lines, addmm_, *([*compress(xs, loose)] for xs in lists))
         lists = [[*compress(xs, map(not_, loose))] for xs in lists]
-        params = lists[0]
+        served = [*compress(served, map(not_, loose))]
     library = _library(device)
-    served = [library is not None and takes(w) for w in params]
+    if library is None:
+        served = [False] * len(served)
     # all of torch is done before: its products must not run while factors are on the device
     if not all(served):
         reference.addmm_(*([*compress(xs, map(not_, served))] for xs in lists))
@@ -138,29 +140,37 @@ def _call(
 
     Columns come first for the library, so that it computes ``W^T <- d W^T + s N^T P^T``.
     """
-    if not w.is_contiguous():
-        w, left, right = w.mT, right.mT, left.mT
-    (m, n), k, kind = w.shape, left.shape[-1], TYPES[w.dtype]
-    left, turn_left, rows_left = _operand(left, w.dtype)
-    right, turn_right, rows_right = _operand(right, w.dtype)
-    step, decay = step.float(), decay.float()
+    by_columns = not w.is_contiguous()  # then W itself is what the library computes, P N
+    first, second = (left, right) if by_columns else (right, left)
+    m, n = w.shape if by_columns else reversed(w.shape)
+    k, kind = left.shape[-1], TYPES[w.dtype]
+    first, turn_first, rows_first = _operand(first, w.dtype, by_columns)
+    second, turn_second, rows_second = _operand(second, w.dtype, by_columns)
+    if step.dtype != torch.float32 or decay.dtype != torch.float32:
+        step, decay = step.float(), decay.float()
     numbers = (
-        turn_right, turn_left, n, m, k, step.data_ptr(),
-        right.data_ptr(), kind, rows_right, left.data_ptr(), kind, rows_left,
-        decay.data_ptr(), w.data_ptr(), kind, n, SUMS, FASTEST,
+        turn_first, turn_second, m, n, k, step.data_ptr(),
+        first.data_ptr(), kind, rows_first, second.data_ptr(), kind, rows_second,
+        decay.data_ptr(), w.data_ptr(), kind, m, SUMS, FASTEST,
     )  # fmt: skip
-    return numbers, (left, right, step, decay)
+    return numbers, (first, second, step, decay)
 
 
-def _operand(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, int, int]:
-    """``x`` as it is handed over, how its transpose lies there, and how far apart its rows are."""
+def _operand(x: Tensor, dtype: torch.dtype, by_columns: bool) -> tuple[Tensor, int, int]:
+    """What is handed over of ``x``: it, how it is read, and how far apart its lines are.
+
+    Args:
+        x: P or N.
+        dtype: of the weights.
+        by_columns: as of the weights; one that lies in no lines is copied so.
+    """
     if x.dtype != dtype:  # asked first, as each call of to() costs
         x = x.to(dtype)
-    if x.is_contiguous():
-        return x, STORED, x.shape[1]
-    if x.mT.is_contiguous():
-        return x, TURNED, x.shape[0]
-    return x.contiguous(), STORED, x.shape[1]
+    if not in_lines(x):
+        x = x.mT.contiguous().mT if by_columns else x.contiguous()
+    alike = down_columns(x) if by_columns else x.is_contiguous()
+    in_columns = alike == by_columns
+    return x, STORED if alike else TURNED, x.shape[0] if in_columns else x.shape[1]
 
 
 def _check(status: int) -> None:

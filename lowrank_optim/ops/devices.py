@@ -13,7 +13,8 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 HOSTS = frozenset({"cpu"})
-"""Device types whose tensors a host reads at once: no queue has to run dry before."""
+"""Device types whose tensors a host reads at once: no queue has to run dry before. No other can be
+among them."""
 
 HOST_MEMORY = frozenset({"cpu"})
 """Those whose memory is the host's: nothing of theirs could lie elsewhere."""
@@ -27,7 +28,7 @@ QUEUED = frozenset({"cuda", "xpu"})
 
 def on_accelerator(tensor: Tensor) -> bool:
     """Whether branching on a value of this tensor would stall its device."""
-    return tensor.device.type not in HOSTS
+    return not (tensor.is_cpu and HOSTS)  # the name of a device takes four times as long
 
 
 @contextmanager

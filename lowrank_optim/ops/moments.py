@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops.quant import Moment, Quantized
+from lowrank_optim.ops.quant import Moment, Quantized, layout
 from lowrank_optim.ops.reference import keep_positive_
 from lowrank_optim.ops.schema import calls as _ops
 from lowrank_optim.ops.stacked import empty_like_all
@@ -26,7 +26,9 @@ def _parts(moments: Sequence[Quantized]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _layouts(moments: Sequence[Quantized]) -> tuple[list[int], list[int], list[int]]:
-    rows, cols, blocks = zip(*(m.layout for m in moments), strict=True)
+    shapes = [m.codes.shape for m in moments]
+    known = {shape: layout(shape) for shape in {*shapes}}  # most are alike
+    rows, cols, blocks = zip(*[known[shape] for shape in shapes], strict=True)
     return list(rows), list(cols), list(blocks)
 
 

@@ -35,11 +35,13 @@ def on_device(factors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
 
     One that several have in common is brought there once, others all at once.
     """
-    wide = torch.promote_types(like.dtype, torch.float32)
+    wide, device = torch.promote_types(like.dtype, torch.float32), like.device
+    if all([x.dtype == wide and x.dim() == 0 and x.device == device for x in factors]):
+        return [*factors]
     distinct = [*{id(x): x for x in factors}.values()]
     found = distinct
-    if any(x.dtype != wide or x.device != like.device for x in distinct):
+    if any(x.dtype != wide or x.device != device for x in distinct):
         whole = stacked([x.reshape(()) for x in distinct])
-        found = [*whole.to(like.device, wide, non_blocking=True).unbind(0)]
+        found = [*whole.to(device, wide, non_blocking=True).unbind(0)]
     known = {id(x): own.reshape(()) for x, own in zip(distinct, found, strict=True)}
     return [known[id(x)] for x in factors]

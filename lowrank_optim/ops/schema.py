@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,35 +108,52 @@ PACKED = {"stochastic_round_": ("xs",)}
 """Inputs that must be contiguous, as everything must that is written, but for parameters."""
 
 
-def _check(
-    name: str, arguments: Sequence[str], packed: frozenset[str], values: Sequence[Any]
-) -> None:
+class _Listed(NamedTuple):
+    """What every call of an op must hold to of one of its lists of tensors."""
+
+    place: int
+    """Among the arguments."""
+    name: str
+    dtype: torch.dtype | None
+    """That of all, if it is always the same."""
+    packed: bool
+    """Whether they must be contiguous."""
+
+
+def _listed(op: Any, packed: frozenset[str]) -> list[_Listed]:
+    """The lists of an op that are parallel."""
+    return [
+        _Listed(i, a.name, ROLES.get(a.name.rstrip("12")), a.name in packed)
+        for i, a in enumerate(op._schema.arguments)
+        if str(a.type) == "List[Tensor]" and a.name != PLAN
+    ]
+
+
+def _check(op: str, lists: Sequence[_Listed], values: Sequence[Any]) -> None:
     """Raise unless parallel lists are equally long, of their dtypes, and contiguous where written.
 
     Raises:
         ValueError: they are not.
     """
     count = len(values[0])
-    for argument, value in zip(arguments, values, strict=True):
-        if not isinstance(value, list) or not value or not isinstance(value[0], Tensor):
-            continue
-        if argument == PLAN:
+    for place, name, dtype, packed in lists:
+        value = values[place]
+        if not value:
             continue
         if len(value) != count:
-            raise ValueError(f"{name}: {argument} has {len(value)} tensors, not {count}")
-        dtype = ROLES.get(argument.rstrip("12"))
+            raise ValueError(f"{op}: {name} has {len(value)} tensors, not {count}")
         if dtype is not None and not all([x.dtype == dtype for x in value]):
-            raise ValueError(f"{name}: {argument} must be {dtype}")
-        if argument in ON_DEVICE and not all([_is_factor(x) for x in value]):
+            raise ValueError(f"{op}: {name} must be {dtype}")
+        if name in ON_DEVICE and not all([_is_factor(x) for x in value]):
             found = next(f"{x.dtype} {tuple(x.shape)}" for x in value if not _is_factor(x))
-            raise ValueError(f"{name}: {argument} must be float32 or float64 (), got {found}")
-        if argument in IN_ARITHMETIC:
+            raise ValueError(f"{op}: {name} must be float32 or float64 (), got {found}")
+        if name in IN_ARITHMETIC:
             wide = [torch.promote_types(x.dtype, torch.float32) for x in values[0]]
             if wide != [x.dtype for x in value]:
-                raise ValueError(f"{name}: {argument} must be {wide[0]}, got {value[0].dtype}")
-        if argument in packed and not all([x.is_contiguous() for x in value]):
+                raise ValueError(f"{op}: {name} must be {wide[0]}, got {value[0].dtype}")
+        if packed and not all([x.is_contiguous() for x in value]):
             strides = [x.stride() for x in value if not x.is_contiguous()]
-            raise ValueError(f"{name}: {argument} must be contiguous, got strides {strides[0]}")
+            raise ValueError(f"{op}: {name} must be contiguous, got strides {strides[0]}")
 
 
 def _is_factor(x: Tensor) -> bool:
@@ -196,6 +213,7 @@ def _define(name: str, schema: str) -> None:
     arguments = [argument.name for argument in op._schema.arguments]
     changed = {a.name for a in op._schema.arguments if a.alias_info and a.alias_info.is_write}
     packed = frozenset(changed - {"params"} | {*PACKED.get(name, ())})
+    lists = _listed(op, packed)
     flat, in_8bit = name in FLAT, any(argument.startswith("codes") for argument in arguments)
 
     places = [i for i, argument in enumerate(arguments) if argument in changed]
@@ -203,7 +221,7 @@ def _define(name: str, schema: str) -> None:
     plain = len(arguments) - sum(taken)
 
     def run(*args: Any) -> Any:
-        _check(name, arguments, packed, args)
+        _check(name, lists, args)
         if not args[0]:
             return [] if name in FOUND else None
         call = getattr(backend(args[0][0], in_8bit, any(args[plain:])), name)
@@ -221,7 +239,7 @@ def _define(name: str, schema: str) -> None:
         return found
 
     def fake(*args: Any) -> Any:
-        _check(name, arguments, packed, args)
+        _check(name, lists, args)
         return [FOUND[name](x) for x in args[0]] if name in FOUND else None
 
     runs[name] = run

@@ -43,7 +43,15 @@ def stacked(xs: Sequence[Tensor]) -> Tensor:
 
 def in_lines(w: Tensor) -> bool:
     """Whether ``w`` fills its memory row after row, or column after column."""
-    return w.is_contiguous() or (w.dim() > 1 and w.mT.is_contiguous())
+    return w.is_contiguous() or down_columns(w)
+
+
+def down_columns(w: Tensor) -> bool:
+    """Whether ``w`` fills its memory column after column."""
+    if w.dim() != 2 or not w.numel():
+        return w.dim() > 1 and w.mT.is_contiguous()
+    (rows, columns), (down, across) = w.shape, w.stride()  # a view costs as much as a launch
+    return (down == 1 or rows == 1) and (across == rows or columns == 1)
 
 
 def as_lines(w: Tensor) -> Tensor:

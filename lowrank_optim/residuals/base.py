@@ -53,7 +53,7 @@ class Residual(Protocol):
     """State keys as large as the gradient, or that go with such: ``state_device`` moves them."""
     wants: ClassVar[Wants]
     """What of the rest it uses. For "memory" :meth:`before` makes a matrix of the size of G, which
-    lives as long as the step."""
+    lives as long as the step. For "nothing" a step asks neither for a term nor to keep anything."""
 
     @property
     def lost(self) -> float:

@@ -66,8 +66,8 @@ class AdamW(Rule):
         elif isinstance(steps, Tensor):
             rows, corrections = self._factors_on_device(steps, grads)
         else:
-            factors = [self.factors(t) for t in steps]
-            eps, corrections = [x for x, _ in factors], [x for _, x in factors]
+            known = {t: self.factors(t) for t in {*steps}}  # most are at the same step
+            eps, corrections = [known[t][0] for t in steps], [known[t][1] for t in steps]
         outs = directions_like(grads, dtype)
         ops.adamw_direction_(
             grads,

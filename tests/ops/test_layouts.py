@@ -6,6 +6,7 @@ In Triton's interpreter a CPU is taken for an accelerator; elsewhere for a host,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim import ops
+from lowrank_optim.ops.stacked import in_lines
 from tests import cases
 from tests.compare import assert_close
 from tests.ops.interpreted import INTERPRETED
@@ -109,3 +111,19 @@ def run(
         optimizer.step()
     assert all(p.is_contiguous() == (how == "rows") for p in params)
     return [x for p in params for x in (p.detach(), *optimizer.state[p].values())]
+
+
+def test_lines_are_found_by_places() -> None:
+    """In lines: entries follow each other by rows, or by columns, whatever strides say of sides."""
+    memory, found = torch.zeros(64), set()
+    sides = (0, 1, 2, 3)
+    for (m, n), (down, across) in product(product(sides, sides), product(range(5), repeat=2)):
+        places = [[i * down + j * across for j in range(n)] for i in range(m)]
+        by_rows = [place for row in places for place in row]
+        by_columns = [row[j] for j in range(n) for row in places]
+        lines = [*range(m * n)] in (by_rows, by_columns)
+        for flip in (False, True):
+            w = memory.as_strided((m, n), (down, across))
+            assert in_lines(w.mT if flip else w) == lines, (m, n, down, across)
+        found.add(lines)
+    assert found == {True, False}

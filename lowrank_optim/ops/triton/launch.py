@@ -194,8 +194,8 @@ def launch(
         if count == 1 or capturing(first):
             for i in range(count):
                 kernel[(programs[i],)](
-                    None, count, *(loadable(x[i]) if x else None for x in lists),
-                    *(c[i] for c in columns), *scalars, MANY=False, DEPTH=0, ALIGNED=whole[i],
+                    None, count, *[loadable(x[i]) if x else None for x in lists],
+                    *[c[i] for c in columns], *scalars, MANY=False, DEPTH=0, ALIGNED=whole[i],
                     **meta,
                 )  # fmt: skip
             return
@@ -204,7 +204,7 @@ def launch(
         aligned = all(whole) and not any([a % _ALIGNMENT for row in addresses for a in row])
         table = table_of(chain(starts[:-1], *addresses, *columns), first.device)
         kernel[(starts[-1],)](
-            table, count, *(loadable(x[0]) if x else None for x in lists), *(0 for _ in columns),
+            table, count, *[loadable(x[0]) if x else None for x in lists], *[0] * len(columns),
             *scalars, MANY=True, DEPTH=(count - 1).bit_length(), ALIGNED=aligned, **meta,
         )  # fmt: skip
 
