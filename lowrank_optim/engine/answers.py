@@ -73,7 +73,7 @@ _open: MutableMapping[Tensor, Answer] = WeakTensorKeyDictionary()
 
 def of(state: State) -> Answer | None:
     """What has not been asked of a matrix."""
-    if not _open.data:  # type: ignore[attr-defined]  # its length is a call of Python
+    if not _open:
         return None
     key = state.get("refresh_step")
     return None if key is None else _open.get(key)
